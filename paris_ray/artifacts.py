@@ -1,0 +1,285 @@
+"""Artefacts: folders with a manifest, at a local path or any `pyarrow.fs` URI.
+
+A stage writes its files into the folder and `manifest.json` last. A folder without a manifest does
+not exist to readers, so a half-written artefact is never read. Local files appear by rename; object
+stores publish a file when its upload completes.
+"""
+
+import atexit
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pyarrow import fs
+
+from paris_ray.errors import ArtifactError
+
+SCHEMA_VERSION = 1
+MANIFEST = "manifest.json"
+RESOLVED_CONFIG = "resolved_config.yaml"
+TIMINGS = "timings.jsonl"
+PROGRESS = "progress.json"
+# These describe the run (where, how fast), not the result: an artefact's digest ignores them.
+UNHASHED = frozenset({MANIFEST, RESOLVED_CONFIG, TIMINGS, PROGRESS})
+
+
+def canonical_json(value: Any) -> bytes:
+    """Return the one JSON form that digests are taken of: sorted keys, no spaces."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+
+
+def sha256_hex(payload: bytes) -> str:
+    """Return the SHA-256 of bytes as lower-case hexadecimal."""
+    return hashlib.sha256(payload).hexdigest()
+
+
+def parse_json(payload: bytes, source: str) -> Any:
+    """Return parsed JSON; raises ArtifactError, naming the source, if it is none."""
+    try:
+        return json.loads(payload)
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ArtifactError(f"{source} is not JSON: {error}") from None
+
+
+def absolute_uri(location: str) -> str:
+    """Return a location that means the same in every process: a URI as it is, a path absolute."""
+    return location if "://" in location else str(Path(location).expanduser().resolve())
+
+
+class Folder:
+    """A folder of small files on a local disk or an object store.
+
+    Args:
+        location: A path, or a URI that `pyarrow.fs` understands (`s3://bucket/run`, `gs://...`).
+    """
+
+    def __init__(self, location: str | Path) -> None:
+        self.uri = absolute_uri(str(location))
+        if "://" in self.uri:
+            self._filesystem, self._path = fs.FileSystem.from_uri(self.uri)
+        else:
+            self._filesystem, self._path = fs.LocalFileSystem(), self.uri
+
+    def __truediv__(self, name: str) -> "Folder":
+        return Folder(f"{self.uri.rstrip('/')}/{name}")
+
+    def __repr__(self) -> str:
+        return f"Folder({self.uri!r})"
+
+    @property
+    def is_local(self) -> bool:
+        """Whether files can be opened by path on this machine."""
+        return isinstance(self._filesystem, fs.LocalFileSystem)
+
+    def _full(self, name: str) -> str:
+        return f"{self._path}/{name}" if name else self._path
+
+    def exists(self, name: str = "") -> bool:
+        """Return whether the folder, or the file or folder `name` in it, exists."""
+        return bool(self._filesystem.get_file_info(self._full(name)).type != fs.FileType.NotFound)
+
+    def read(self, name: str) -> bytes:
+        """Return a file's bytes.
+
+        Raises:
+            ArtifactError: if the file does not exist.
+        """
+        try:
+            with self._filesystem.open_input_stream(self._full(name)) as stream:
+                return bytes(stream.read())
+        except FileNotFoundError:
+            raise ArtifactError(f"{self.uri}/{name} does not exist") from None
+
+    def write(self, name: str, payload: bytes) -> None:
+        """Write a file so that readers see the old bytes or the new ones, never a part."""
+        target = self._full(name)
+        self._filesystem.create_dir(os.path.dirname(target), recursive=True)  # noqa: PTH120
+        if not self.is_local:  # an object appears when its upload is complete
+            with self._filesystem.open_output_stream(target) as stream:
+                stream.write(payload)
+            return
+        temporary = Path(f"{target}.tmp-{os.getpid()}")
+        with temporary.open("wb") as stream:
+            stream.write(payload)
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(target)
+
+    def read_json(self, name: str) -> Any:
+        """Return a parsed JSON file.
+
+        Raises:
+            ArtifactError: if the file is missing or not JSON.
+        """
+        return parse_json(self.read(name), f"{self.uri}/{name}")
+
+    def write_json(self, name: str, value: Any) -> None:
+        """Write a value as indented JSON."""
+        self.write(name, (json.dumps(value, indent=2, sort_keys=True) + "\n").encode())
+
+    def delete(self, name: str) -> None:
+        """Delete a file if it is there."""
+        if self.exists(name):
+            self._filesystem.delete_file(self._full(name))
+
+    def files(self) -> list[str]:
+        """Return the relative names of all finished files below the folder, sorted."""
+        if not self.exists():
+            return []
+        selector = fs.FileSelector(self._path, recursive=True)
+        infos = self._filesystem.get_file_info(selector)
+        names = [os.path.relpath(i.path, self._path) for i in infos if i.type == fs.FileType.File]
+        return sorted(name for name in names if ".tmp-" not in name)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Manifest:
+    """What an artefact is and what it was made from.
+
+    Attributes:
+        kind: Name of the artefact, for example `embeddings` or `expert`.
+        config_digest: Digest of the configuration sections that the stage depends on.
+        parents: Digests of the artefacts read, by name.
+        files: SHA-256 of every file, by relative name.
+        facts: Counts and measured numbers; not part of the digest.
+    """
+
+    kind: str
+    config_digest: str
+    parents: Mapping[str, str]
+    files: Mapping[str, str]
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    schema_version: int = SCHEMA_VERSION
+
+    @property
+    def digest(self) -> str:
+        """Digest of everything but the facts."""
+        identity = asdict(self)
+        del identity["facts"]
+        return sha256_hex(canonical_json(identity))
+
+
+def publish(
+    folder: Folder,
+    kind: str,
+    *,
+    config_digest: str,
+    parents: Mapping[str, str],
+    facts: Mapping[str, Any],
+) -> Manifest:
+    """Hash every file of a folder and write its manifest: from now on the artefact exists."""
+    folder.delete(PROGRESS)
+    names = [name for name in folder.files() if os.path.basename(name) not in UNHASHED]  # noqa: PTH119
+    files = {name: sha256_hex(folder.read(name)) for name in names}
+    manifest = Manifest(
+        kind=kind, config_digest=config_digest, parents=parents, files=files, facts=facts
+    )
+    folder.write_json(MANIFEST, asdict(manifest))
+    return manifest
+
+
+def read_manifest(folder: Folder, kind: str) -> Manifest:
+    """Return a finished artefact's manifest.
+
+    Raises:
+        ArtifactError: if the artefact is absent, unfinished, of another kind or schema.
+    """
+    if not folder.exists(MANIFEST):
+        raise ArtifactError(f"no finished {kind} at {folder.uri}: it has no {MANIFEST}")
+    document = folder.read_json(MANIFEST)
+    try:
+        manifest = Manifest(**document)
+    except TypeError as error:
+        raise ArtifactError(f"{folder.uri}/{MANIFEST} is not a manifest: {error}") from None
+    if manifest.schema_version != SCHEMA_VERSION:
+        raise ArtifactError(
+            f"{folder.uri}/{MANIFEST} has schema_version {manifest.schema_version}, "
+            f"this version reads {SCHEMA_VERSION}"
+        )
+    if manifest.kind != kind:
+        raise ArtifactError(f"{folder.uri} holds {manifest.kind!r}, expected {kind!r}")
+    return manifest
+
+
+def find_finished(
+    folder: Folder, kind: str, *, config_digest: str, parents: Mapping[str, str]
+) -> Manifest | None:
+    """Return the manifest of a finished artefact with this very identity, or None if absent.
+
+    Raises:
+        ArtifactError: if the folder holds one made from another configuration or other parents;
+            nothing is overwritten.
+    """
+    if not folder.exists(MANIFEST):
+        return None
+    manifest = read_manifest(folder, kind)
+    remedy = "choose another run_dir or delete that folder"
+    if manifest.config_digest != config_digest:
+        raise ArtifactError(
+            f"{folder.uri} was made with another configuration "
+            f"(compare its {RESOLVED_CONFIG}); {remedy}"
+        )
+    if dict(manifest.parents) != dict(parents):
+        changed = sorted(n for n in parents if manifest.parents.get(n) != parents[n])
+        raise ArtifactError(f"{folder.uri} was made from another {', '.join(changed)}; {remedy}")
+    return manifest
+
+
+@dataclass(frozen=True, slots=True)
+class VerifiedFolder:
+    """A folder whose files are compared with known digests when they are read.
+
+    Attributes:
+        folder: Where the files are.
+        digests: SHA-256 by name relative to the folder; None where nobody published any.
+    """
+
+    folder: Folder
+    digests: Mapping[str, str] | None
+
+    def read(self, name: str) -> bytes:
+        """Return a file's bytes.
+
+        Raises:
+            ArtifactError: if the file is missing or its bytes are not the published ones.
+        """
+        payload = self.folder.read(name)
+        if self.digests is not None and self.digests.get(name) != sha256_hex(payload):
+            raise ArtifactError(
+                f"{self.folder.uri}/{name} does not have the digest of its {MANIFEST}"
+            )
+        return payload
+
+    def read_json(self, name: str) -> Any:
+        """Return a parsed JSON file; raises ArtifactError like `read`."""
+        return parse_json(self.read(name), f"{self.folder.uri}/{name}")
+
+    def part(self, name: str) -> "VerifiedFolder":
+        """Return a sub-folder, with the digests of its files."""
+        if self.digests is None:
+            return VerifiedFolder(self.folder / name, None)
+        prefix = f"{name}/"
+        inside = {k.removeprefix(prefix): v for k, v in self.digests.items() if k.startswith(prefix)}
+        return VerifiedFolder(self.folder / name, inside)
+
+    def local_path(self, names: Sequence[str]) -> Path:
+        """Return a local folder with these files, verified; copied to a temporary one if remote."""
+        payloads = {name: self.read(name) for name in names}
+        if self.folder.is_local:
+            return Path(self.folder.uri.removeprefix("file://"))
+        target = Path(tempfile.mkdtemp(prefix="paris_ray-"))
+        atexit.register(shutil.rmtree, target, ignore_errors=True)
+        for name, payload in payloads.items():
+            (target / name).write_bytes(payload)
+        return target
+
+
+def open_finished(folder: Folder, kind: str) -> VerifiedFolder:
+    """Return a finished artefact for verified reading; raises ArtifactError if there is none."""
+    return VerifiedFolder(folder, read_manifest(folder, kind).files)

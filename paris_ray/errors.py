@@ -1,0 +1,29 @@
+"""The exceptions a user of paris_ray can meet; each message names the field, the value and what is allowed."""
+
+
+class ParisError(ValueError):
+    """Base of everything that wrong input can cause; a programming error of ours is never one."""
+
+
+class ConfigError(ParisError):
+    """A configuration key or value that is not allowed."""
+
+
+class CorpusError(ParisError):
+    """A corpus that cannot be read, or of which too large a share is bad."""
+
+
+class ArtifactError(ParisError):
+    """An artefact that is missing, damaged, or was made by another configuration."""
+
+
+class BundleError(ParisError):
+    """A model folder whose files, shapes or values do not fit."""
+
+
+class RoutingError(ParisError):
+    """A routing strategy that does not exist or does not fit the number of experts."""
+
+
+class TrainingError(ParisError):
+    """Training that cannot go on: a non-finite loss, an empty shard, failed experts."""

@@ -1,0 +1,43 @@
+"""What a text encoder hands to experts and router."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class TextConditioning:
+    """A batch of encoded captions.
+
+    Attributes:
+        text_embeddings: `(B, L, D)` token states, for cross-attention.
+        pooled_text: `(B, D)` one vector a caption, for the router.
+    """
+
+    text_embeddings: Tensor
+    pooled_text: Tensor
+
+    @classmethod
+    def from_pooled(cls, pooled_text: Tensor) -> "TextConditioning":
+        """Return the conditioning of an encoder with one vector a caption, `(B, D)`."""
+        return cls(pooled_text[:, None], pooled_text)
+
+    def __len__(self) -> int:
+        return self.pooled_text.shape[0]
+
+    def rows(self, index: Tensor | slice) -> "TextConditioning":
+        """Return some of the captions, chosen by an index tensor or a slice."""
+        return TextConditioning(self.text_embeddings[index], self.pooled_text[index])
+
+    def to(self, device: torch.device | str) -> "TextConditioning":
+        """Return the conditioning on a device."""
+        return TextConditioning(self.text_embeddings.to(device), self.pooled_text.to(device))
+
+    @staticmethod
+    def concatenate(parts: "list[TextConditioning]") -> "TextConditioning":
+        """Join batches along the first axis."""
+        return TextConditioning(
+            torch.cat([part.text_embeddings for part in parts]),
+            torch.cat([part.pooled_text for part in parts]),
+        )

@@ -1,0 +1,145 @@
+"""Building blocks that experts and router share, under the released parameter names."""
+
+import math
+from typing import Any
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn import functional
+
+FREQUENCY_DIM = 256
+MAX_PERIOD = 10_000.0
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """Return `x * (1 + scale) + shift`; `x (B, N, d)`, the others `(B, 1, d)`."""
+    return x * (1 + scale) + shift
+
+
+def sinusoid(positions: Tensor, dim: int) -> Tensor:
+    """Return `(..., dim)` sinusoidal features, cosines first.
+
+    Source: Vaswani et al. 2017, with the halves ordered as in the released Paris weights.
+    """
+    exponents = torch.arange(dim // 2, dtype=torch.float32, device=positions.device) / (dim // 2)
+    angles = positions[..., None].float() * torch.exp(-math.log(MAX_PERIOD) * exponents)
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+def position_table(grid: int, dim: int) -> Tensor:
+    """Return the fixed `(1, grid * grid, dim)` 2-D sine-cosine table.
+
+    The first half of the channels encodes the column, the second the row; each is sine first.
+    Source: MAE (He et al. 2021), used by DiT.
+    """
+    column, row = torch.meshgrid(torch.arange(grid), torch.arange(grid), indexing="xy")
+    halves = []
+    for position in (column, row):
+        cosine, sine = sinusoid(position.flatten(), dim // 2).chunk(2, dim=-1)
+        halves.append(torch.cat([sine, cosine], dim=-1))
+    return torch.cat(halves, dim=-1)[None]
+
+
+def unpatchify(tokens: Tensor, grid: int, patch_size: int) -> Tensor:
+    """Return latents `(B, C, H, W)` from tokens `(B, N, patch * patch * C)`."""
+    return rearrange(
+        tokens, "b (h w) (p q c) -> b c (h p) (w q)", h=grid, p=patch_size, q=patch_size
+    )
+
+
+class PatchEmbed(nn.Conv2d):
+    """Cut latents into patches and project each: `(B, C, H, W) -> (B, N, d)`."""
+
+    def __init__(self, in_channels: int, patch_size: int, hidden_size: int) -> None:
+        super().__init__(in_channels, hidden_size, kernel_size=patch_size, stride=patch_size)
+
+    def forward(self, latents: Tensor) -> Tensor:
+        return super().forward(latents).flatten(2).transpose(1, 2)
+
+
+class TimestepEmbed(nn.Module):
+    """Embed timesteps on the 0..1000 scale: `(B,) -> (B, d)`."""
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(
+            nn.Linear(FREQUENCY_DIM, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size)
+        )
+
+    def forward(self, timesteps: Tensor) -> Tensor:
+        return self.mlp(sinusoid(timesteps, FREQUENCY_DIM).to(self.mlp[0].weight.dtype))
+
+
+class Attention(nn.Module):
+    """Multi-head attention with one fused projection; with `context`, keys and values are its.
+
+    `in_proj` is a plain `nn.Linear` (order query, key, value), so that a LoRA can target it; in
+    state dicts it has the names of `nn.MultiheadAttention`, as in the released weights.
+    """
+
+    def __init__(self, hidden_size: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.in_proj = nn.Linear(hidden_size, 3 * hidden_size)
+        self.out_proj = nn.Linear(hidden_size, hidden_size)
+        self.register_state_dict_post_hook(_to_released_names)
+        self.register_load_state_dict_pre_hook(_from_released_names)
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        if context is None:
+            query, key, value = self.in_proj(x).chunk(3, dim=-1)
+        else:
+            d = x.shape[-1]
+            weight, bias = self.in_proj.weight, self.in_proj.bias
+            query = functional.linear(x, weight[:d], bias[:d])
+            key, value = functional.linear(context, weight[d:], bias[d:]).chunk(2, dim=-1)
+        mixed = _attend(*(self._split(part) for part in (query, key, value)))
+        return self.out_proj(rearrange(mixed, "b h n c -> b n (h c)"))
+
+    def _split(self, x: Tensor) -> Tensor:
+        return rearrange(x, "b n (h c) -> b h n c", h=self.num_heads)
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Scaled dot-product attention of `(B, heads, N, c)`.
+
+    On a CPU it runs in float32 even under autocast: the fused bfloat16 backward pass there takes
+    nine times as long as the float32 one, a third of a whole training step of a small expert.
+    """
+    if query.device.type != "cpu":
+        return functional.scaled_dot_product_attention(query, key, value)
+    with torch.autocast("cpu", enabled=False):
+        mixed = functional.scaled_dot_product_attention(query.float(), key.float(), value.float())
+    return mixed.to(query.dtype)
+
+
+def _to_released_names(
+    module: nn.Module, state: dict[str, Any], prefix: str, local_metadata: dict[str, Any]
+) -> None:
+    for part in ("weight", "bias"):
+        state[f"{prefix}in_proj_{part}"] = state.pop(f"{prefix}in_proj.{part}")
+
+
+def _from_released_names(
+    module: nn.Module, state: dict[str, Any], prefix: str, *arguments: Any
+) -> None:
+    for part in ("weight", "bias"):
+        if f"{prefix}in_proj_{part}" in state:
+            state[f"{prefix}in_proj.{part}"] = state.pop(f"{prefix}in_proj_{part}")
+
+
+def feed_forward(hidden_size: int, mlp_ratio: float) -> nn.Sequential:
+    """Return the two-layer MLP of a block: `(B, N, d) -> (B, N, d)`."""
+    inner = int(hidden_size * mlp_ratio)
+    return nn.Sequential(
+        nn.Linear(hidden_size, inner), nn.GELU(approximate="tanh"), nn.Linear(inner, hidden_size)
+    )
+
+
+def initialise_linear(module: nn.Module) -> None:
+    """Xavier-uniform weights and zero biases, as DiT; for `nn.Module.apply`."""
+    if isinstance(module, nn.Linear | nn.Conv2d):
+        nn.init.xavier_uniform_(module.weight.flatten(1))
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)

@@ -1,0 +1,5 @@
+"""Drawing pictures from a bundle."""
+
+from paris_ray.sampling.sampler import generate
+
+__all__ = ["generate"]

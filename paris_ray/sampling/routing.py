@@ -1,0 +1,75 @@
+"""Routing: from router logits to the weight of each expert."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from paris_ray.errors import RoutingError
+
+ALLOWED = "'top-1', 'top-2' ... 'top-K', 'full' or 'threshold:x' with 0 < x < 1"
+NEGLIGIBLE_WEIGHT = 1e-6
+
+
+@dataclass(frozen=True, slots=True)
+class Routing:
+    """A parsed routing strategy.
+
+    Attributes:
+        kind: Which experts take part.
+        top_k: Their number, for `top-k`.
+        threshold: The least router probability, for `threshold`.
+    """
+
+    kind: Literal["top-k", "full", "threshold"]
+    top_k: int = 0
+    threshold: float = 0.0
+
+
+def parse_routing(text: str, num_experts: int) -> Routing:
+    """Return the strategy that a text like `top-2` names.
+
+    Raises:
+        RoutingError: if there is no such strategy or too few experts for it.
+    """
+    name, _, argument = text.partition(":")
+    if text == "full":
+        return Routing("full")
+    if name == "threshold":
+        try:
+            threshold = float(argument)
+        except ValueError:
+            threshold = 0.0
+        if 0 < threshold < 1:
+            return Routing("threshold", threshold=threshold)
+    count = text.removeprefix("top-")
+    if text.startswith("top-") and count.isascii() and count.isdigit():
+        if 1 <= int(count) <= num_experts:
+            return Routing("top-k", top_k=int(count))
+        raise RoutingError(f"routing={text!r} is not allowed: there are {num_experts} experts")
+    raise RoutingError(f"routing={text!r} is not allowed: use {ALLOWED}")
+
+
+def expert_weights(router_logits: Tensor, routing: Routing) -> Tensor:
+    """Return `(B, K)` weights that sum to 1 over the chosen experts and are 0 elsewhere.
+
+    `top-k` keeps the k most likely experts, `threshold` those of at least that probability (and
+    always the most likely one); both renormalise. `full` keeps all but negligible weights as they
+    are. Source: the released Paris pipeline as described in its model card.
+
+    Args:
+        router_logits: `(B, K)`.
+        routing: The strategy.
+    """
+    probabilities = router_logits.float().softmax(dim=-1)
+    if routing.kind == "full":
+        return torch.where(probabilities < NEGLIGIBLE_WEIGHT, 0.0, probabilities)
+    if routing.kind == "top-k":
+        chosen = probabilities.topk(routing.top_k, dim=-1).indices
+        keep = torch.zeros_like(probabilities, dtype=torch.bool).scatter(-1, chosen, True)
+    else:
+        largest = probabilities.max(dim=-1, keepdim=True).values
+        keep = (probabilities >= routing.threshold) | (probabilities == largest)
+    kept = torch.where(keep, probabilities, 0.0)
+    return kept / kept.sum(dim=-1, keepdim=True)

@@ -1,0 +1,246 @@
+"""The sampling loop: route, ask the chosen experts, combine, step.
+
+`denoise` is a generator that yields the calls it wants made and is sent their answers. It does no
+I/O, so one loop serves both drivers: `generate` answers the calls in this process, the Serve
+application answers them through replicas.
+"""
+
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from paris_ray.bundle import Bundle
+from paris_ray.diffusion import predict_velocity, router_logits, sampling_times
+from paris_ray.errors import ParisError
+from paris_ray.models import Expert, Router, TextConditioning
+from paris_ray.sampling.routing import Routing, expert_weights, parse_routing
+from paris_ray.sampling.solvers import euler_step
+from paris_ray.seeding import torch_generator
+
+MAX_BATCH = 64
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExpertCall:
+    """One question to one expert: the velocity of some rows of the batch at one time.
+
+    Attributes:
+        expert: Which expert.
+        rows: `(b,)` the rows of the batch.
+        latents: `(b, C, H, W)` their noisy latents.
+        t: The time, in [0, 1].
+        text: Their text.
+        guidance_scale: 1 asks for the conditional velocity alone.
+    """
+
+    expert: int
+    rows: Tensor
+    latents: Tensor
+    t: float
+    text: TextConditioning
+    guidance_scale: float
+
+
+@dataclass(frozen=True, slots=True)
+class Samples:
+    """What sampling gives.
+
+    Attributes:
+        latents: `(B, C, H, W)` at t = 0.
+        expert_usage: `(B, K)` mean weight of each expert over the steps; rows sum to 1.
+    """
+
+    latents: Tensor
+    expert_usage: Tensor
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SamplingOptions:
+    """Checked options of one request."""
+
+    num_inference_steps: int
+    guidance_scale: float
+    routing: Routing
+
+
+Denoising = Generator[list[ExpertCall], list[Tensor], Samples]
+
+
+def sampling_options(
+    bundle: Bundle,
+    *,
+    num_inference_steps: int | None = None,
+    guidance_scale: float | None = None,
+    routing: str | None = None,
+) -> SamplingOptions:
+    """Fill in the bundle's defaults and check.
+
+    Raises:
+        ParisError: naming the option, its value and what is allowed.
+    """
+    defaults = bundle.facts.sampling
+    steps = defaults.num_inference_steps if num_inference_steps is None else num_inference_steps
+    scale = defaults.guidance_scale if guidance_scale is None else guidance_scale
+    if steps < 1:
+        raise ParisError(f"num_inference_steps={steps} is not allowed: at least 1")
+    if not 0 <= scale <= 100:
+        raise ParisError(f"guidance_scale={scale} is not allowed: between 0 and 100")
+    return SamplingOptions(
+        num_inference_steps=steps,
+        guidance_scale=scale,
+        routing=parse_routing(routing or defaults.routing, bundle.num_experts),
+    )
+
+
+def initial_noise(shape: Sequence[int], seeds: Sequence[int]) -> Tensor:
+    """Return `(len(seeds), *shape)` unit Gaussian noise; a seed means the same in any batch."""
+    return torch.stack(
+        [torch.randn(*shape, generator=torch_generator(seed, "noise")) for seed in seeds]
+    )
+
+
+def denoise(
+    noise: Tensor, text: TextConditioning, router: Router, options: SamplingOptions
+) -> Denoising:
+    """Integrate from noise to latents, yielding each step's expert calls.
+
+    The router is asked once a step for the whole picture, and its choice serves both halves of
+    the guidance. Send the generator one velocity `(b, C, H, W)` a call, in order.
+
+    Args:
+        noise: `(B, C, H, W)` latents at t = 1.
+        text: Conditioning of the B prompts.
+        router: Chooses and weighs the experts.
+        options: Steps, guidance and routing.
+    """
+    latents = noise
+    usage = torch.zeros(len(noise), router.config.num_experts)
+    for t, t_next in pairwise(sampling_times(options.num_inference_steps).tolist()):
+        weights = expert_weights(_ask_router(router, latents, t, text), options.routing)
+        calls = _expert_calls(weights, latents, t, text, options.guidance_scale)
+        velocity = torch.zeros_like(latents)
+        for call, answer in zip(calls, (yield calls), strict=True):
+            velocity[call.rows] += weights[call.rows, call.expert, None, None, None] * answer
+        latents = euler_step(latents, velocity, t, t_next)
+        usage += weights / options.num_inference_steps
+    return Samples(latents, usage)
+
+
+def _ask_router(router: Router, latents: Tensor, t: float, text: TextConditioning) -> Tensor:
+    return router_logits(router, latents, torch.full((len(latents),), t), text)
+
+
+def _expert_calls(
+    weights: Tensor, latents: Tensor, t: float, text: TextConditioning, guidance_scale: float
+) -> list[ExpertCall]:
+    calls = []
+    for expert in range(weights.shape[1]):
+        rows = weights[:, expert].nonzero()[:, 0]
+        if len(rows):
+            calls.append(
+                ExpertCall(
+                    expert=expert,
+                    rows=rows,
+                    latents=latents[rows],
+                    t=t,
+                    text=text.rows(rows),
+                    guidance_scale=guidance_scale,
+                )
+            )
+    return calls
+
+
+def guided_velocity(
+    expert: Expert,
+    latents: Tensor,
+    t: float,
+    text: TextConditioning,
+    null_text: TextConditioning,
+    guidance_scale: float,
+) -> Tensor:
+    """Return uncond + guidance_scale * (cond - uncond), `(B, C, H, W)`, in one forward pass.
+
+    Source: classifier-free guidance, Ho and Salimans 2022 (arXiv:2207.12598).
+    """
+    count = len(latents)
+    times = torch.full((count,), t)
+    if guidance_scale == 1.0:
+        return predict_velocity(expert, latents, times, text)
+    both = TextConditioning.concatenate([text, null_text.rows(torch.zeros(count).long())])
+    velocity = predict_velocity(expert, latents.repeat(2, 1, 1, 1), times.repeat(2), both)
+    conditional, unconditional = velocity.chunk(2)
+    return unconditional + guidance_scale * (conditional - unconditional)
+
+
+@torch.inference_mode()
+def sample(
+    bundle: Bundle,
+    text: TextConditioning,
+    seeds: Sequence[int],
+    options: SamplingOptions,
+    on_step: Callable[[], None] = lambda: None,
+) -> Samples:
+    """Run `denoise` with the bundle's experts in this process."""
+    noise = initial_noise(bundle.latent_shape, seeds)
+    denoising = denoise(noise, text, bundle.router, options)
+    answers: list[Tensor] | None = None
+    while True:
+        try:
+            calls = denoising.send(answers)  # type: ignore[arg-type]
+        except StopIteration as stop:
+            samples: Samples = stop.value
+            return samples
+        answers = [_answer(bundle, call) for call in calls]
+        on_step()
+
+
+def _answer(bundle: Bundle, call: ExpertCall) -> Tensor:
+    return guided_velocity(
+        bundle.expert(call.expert),
+        call.latents,
+        call.t,
+        call.text,
+        bundle.null_text,
+        call.guidance_scale,
+    )
+
+
+def generate(
+    bundle: Bundle,
+    prompts: Sequence[str],
+    *,
+    seed: int = 0,
+    num_inference_steps: int | None = None,
+    guidance_scale: float | None = None,
+    routing: str | None = None,
+) -> list[Image.Image]:
+    """Draw one picture a prompt; picture i uses `seed + i`.
+
+    Args:
+        bundle: What `load_bundle` returned.
+        prompts: Captions.
+        seed: Seed of the first picture.
+        num_inference_steps: Euler steps; None takes the bundle's default, like the others.
+        guidance_scale: Classifier-free guidance; 1 switches it off.
+        routing: `top-1`, `top-2`, ..., `full` or `threshold:x`.
+
+    Raises:
+        ParisError: if an option is not allowed.
+    """
+    options = sampling_options(
+        bundle,
+        num_inference_steps=num_inference_steps,
+        guidance_scale=guidance_scale,
+        routing=routing,
+    )
+    images: list[Image.Image] = []
+    for start in range(0, len(prompts), MAX_BATCH):
+        batch = prompts[start : start + MAX_BATCH]
+        seeds = range(seed + start, seed + start + len(batch))
+        samples = sample(bundle, bundle.encode_text(batch), seeds, options)
+        images.extend(map(Image.fromarray, bundle.codec.decode(samples.latents)))
+    return images

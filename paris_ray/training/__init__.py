@@ -1,0 +1,1 @@
+"""Training of experts, router and the small image encoder."""

@@ -1,0 +1,105 @@
+"""Training checkpoints: one safetensors file whose header says how far training is.
+
+A single file is complete or absent, so a killed run never resumes from half a checkpoint. Nothing
+is pickled, and no generator state is needed: generators derive from the step (`paris_ray.seeding`).
+"""
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import safetensors.torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from paris_ray.artifacts import Folder, canonical_json, sha256_hex
+from paris_ray.errors import ArtifactError
+from paris_ray.training.ema import ExponentialMovingAverage
+
+CHECKPOINT = "checkpoint.safetensors"
+HEADER_LENGTH_BYTES = 8
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingState:
+    """Everything that changes while training."""
+
+    model: nn.Module
+    ema: ExponentialMovingAverage
+    optimizer: Optimizer
+
+
+def _optimizer_tensors(state: TrainingState) -> dict[str, Tensor]:
+    """Name the optimizer's moments after the parameters they belong to."""
+    names = {parameter: name for name, parameter in state.model.named_parameters()}
+    return {
+        f"optimizer/{names[parameter]}/{moment}": value
+        for parameter, moments in state.optimizer.state.items()
+        for moment, value in moments.items()
+    }
+
+
+def save(folder: Folder, state: TrainingState, *, identity: str, progress: dict[str, Any]) -> None:
+    """Write the checkpoint, replacing the one before.
+
+    Args:
+        folder: The artefact's folder.
+        state: What to save.
+        identity: Digest of everything that decides the result; checked on resume.
+        progress: JSON values that tell how far training is (step, metrics so far).
+    """
+    tensors = {f"model/{name}": value for name, value in state.model.state_dict().items()}
+    tensors |= {f"ema/{name}": value for name, value in state.ema.state.items()}
+    tensors |= _optimizer_tensors(state)
+    contiguous = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    header = {"identity": identity, "progress": canonical_json(progress).decode()}
+    folder.write(CHECKPOINT, safetensors.torch.save(contiguous, metadata=header))
+
+
+def restore(folder: Folder, state: TrainingState, *, identity: str) -> dict[str, Any] | None:
+    """Load the newest checkpoint into `state` and return its progress, or None if there is none.
+
+    Raises:
+        ArtifactError: if the checkpoint is damaged or belongs to another configuration.
+    """
+    if not folder.exists(CHECKPOINT):
+        return None
+    payload = folder.read(CHECKPOINT)
+    try:
+        tensors = safetensors.torch.load(payload)
+        header = _header(payload)
+    except (SafetensorError, ValueError) as error:
+        raise ArtifactError(f"{folder.uri}/{CHECKPOINT} is damaged: {error}") from None
+    if header["identity"] != identity:
+        raise ArtifactError(
+            f"{folder.uri}/{CHECKPOINT} belongs to another configuration or shard; "
+            "choose another run_dir or delete that folder"
+        )
+    state.model.load_state_dict(_under("model/", tensors))
+    state.ema.load(_under("ema/", tensors))
+    for name, parameter in state.model.named_parameters():
+        moments = _under(f"optimizer/{name}/", tensors)
+        if moments:
+            state.optimizer.state[parameter] = {
+                moment: value if moment == "step" else value.to(parameter.device)
+                for moment, value in moments.items()
+            }
+    progress: dict[str, Any] = json.loads(header["progress"])
+    return progress
+
+
+def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
+
+def _header(payload: bytes) -> dict[str, str]:
+    length = int.from_bytes(payload[:HEADER_LENGTH_BYTES], "little")
+    document = json.loads(payload[HEADER_LENGTH_BYTES : HEADER_LENGTH_BYTES + length])
+    metadata: dict[str, str] = document["__metadata__"]
+    return metadata
+
+
+def identity_digest(**parts: Any) -> str:
+    """Return the digest that ties a checkpoint to configuration, shard and seed."""
+    return sha256_hex(canonical_json(parts))

@@ -1,0 +1,87 @@
+"""Training one expert on one shard, alone: nothing here knows that other experts exist."""
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from paris_ray.artifacts import Folder
+from paris_ray.config import ExpertConfig, TrainingConfig, identity, to_dict
+from paris_ray.devices import resolve_device
+from paris_ray.diffusion import sample_path, sample_times, velocity_loss
+from paris_ray.models import Expert
+from paris_ray.seeding import derive_seed, torch_generator
+from paris_ray.training.checkpoint import identity_digest
+from paris_ray.training.data import BatchOrder, LatentDataset, load_dataset
+from paris_ray.training.loop import OnProgress, TrainingLoop
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+CONFIG = "config.json"
+
+
+def build_expert(config: ExpertConfig, seed: int) -> Expert:
+    """Return an expert with the initial weights of a seed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed(seed, "initialise"))
+        return Expert(config)
+
+
+def train_expert(
+    expert_config: ExpertConfig,
+    config: TrainingConfig,
+    *,
+    shard: Folder,
+    shard_digest: str,
+    seed: int,
+    output: Folder,
+    on_progress: OnProgress,
+) -> None:
+    """Train an expert on a shard and write its averaged weights, in the released layout.
+
+    Args:
+        expert_config: Architecture.
+        config: Hyper-parameters.
+        shard: Folder with the latents and text of one cluster.
+        shard_digest: Digest of that shard; a checkpoint made on another is refused.
+        seed: Decides the initial weights, the order of data, times and noise.
+        output: The expert's own folder; the loop continues from a checkpoint in it.
+        on_progress: Called with the progress from time to time.
+
+    Raises:
+        TrainingError: if the shard is empty or the loss stops being finite.
+    """
+    torch.set_num_threads(config.threads)
+    dataset = load_dataset([shard])
+    expert = build_expert(expert_config, seed).to(resolve_device(config.device))
+    order = BatchOrder(len(dataset), config.batch_size, seed)
+
+    def loss_of_step(step: int) -> Tensor:
+        return expert_loss(expert, dataset, order.batch(step), config, seed, step)
+
+    run_identity = identity_digest(
+        expert=identity(expert_config), training=identity(config), shard=shard_digest, seed=seed
+    )
+    loop = TrainingLoop(
+        expert, loss_of_step, config, output, identity=run_identity, on_progress=on_progress
+    )
+    weights = {name: value.cpu().contiguous() for name, value in loop.run().items()}
+    output.write_json(CONFIG, to_dict(expert_config))
+    output.write(WEIGHTS, safetensors.torch.save(weights))
+
+
+def expert_loss(
+    expert: Expert,
+    dataset: LatentDataset,
+    index: Tensor,
+    config: TrainingConfig,
+    seed: int,
+    step: int,
+) -> Tensor:
+    """Draw times, noise and text for rows `index (B,)`, place them on the path, compare."""
+    generator = torch_generator(seed, "batch", step)
+    device = next(expert.parameters()).device
+    latents = dataset.latents[index]
+    t = sample_times(len(index), config, generator)
+    noise = torch.randn(latents.shape, generator=generator)
+    text = dataset.draw_text(index, config, generator).to(device)
+    path = sample_path(latents.to(device), noise.to(device), t.to(device))
+    return velocity_loss(expert, path, text)

@@ -265,7 +265,9 @@ class VerifiedFolder:
         if self.digests is None:
             return VerifiedFolder(self.folder / name, None)
         prefix = f"{name}/"
-        inside = {k.removeprefix(prefix): v for k, v in self.digests.items() if k.startswith(prefix)}
+        inside = {
+            k.removeprefix(prefix): v for k, v in self.digests.items() if k.startswith(prefix)
+        }
         return VerifiedFolder(self.folder / name, inside)
 
     def local_path(self, names: Sequence[str]) -> Path:

@@ -20,7 +20,14 @@ from safetensors import SafetensorError
 from torch import nn
 
 from paris_ray.artifacts import MANIFEST, Folder, VerifiedFolder, open_finished
-from paris_ray.config import ExpertConfig, RouterConfig, SamplingConfig, check_model, from_dict, to_dict
+from paris_ray.config import (
+    ExpertConfig,
+    RouterConfig,
+    SamplingConfig,
+    check_model,
+    from_dict,
+    to_dict,
+)
 from paris_ray.encoders.codec import Codec, load_codec
 from paris_ray.encoders.text import MODEL_FILES, MiniLM, TextEncoder
 from paris_ray.errors import BundleError, ConfigError
@@ -73,7 +80,7 @@ class Bundle:
         Raises:
             BundleError: if its configuration or weights do not fit.
         """
-        return _load_model(Expert, ExpertConfig, self.parts[f"expert_{index}"], EXPERT_WEIGHTS)
+        return load_expert(self.parts[f"expert_{index}"])
 
     @cached_property
     def router(self) -> Router:
@@ -110,6 +117,11 @@ class Bundle:
     def encode_text(self, prompts: Sequence[str]) -> TextConditioning:
         """Return the conditioning of some prompts."""
         return self.text_encoder.encode(prompts)
+
+
+def load_expert(part: VerifiedFolder) -> Expert:
+    """Return the expert in a folder; raises BundleError if its weights do not fit its config."""
+    return _load_model(Expert, ExpertConfig, part, EXPERT_WEIGHTS)
 
 
 def _load_model(

@@ -128,7 +128,9 @@ def _assign_with_capacity(
     groups = np.empty(len(similarity), dtype=np.int64)
     for centre in np.argsort(-regret, kind="stable"):
         fits = load + sizes[centre] <= capacity
-        choice = np.where(fits, similarity[centre], -np.inf).argmax() if fits.any() else load.argmin()
+        choice = (
+            np.where(fits, similarity[centre], -np.inf).argmax() if fits.any() else load.argmin()
+        )
         groups[centre] = choice
         load[choice] += sizes[centre]
     return groups

@@ -10,9 +10,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import safetensors.torch
+import safetensors.numpy
 from numpy.typing import NDArray
-from torch import Tensor
 
 from paris_ray.artifacts import Folder
 from paris_ray.errors import ArtifactError
@@ -70,11 +69,12 @@ def tensor_column(table: pa.Table, name: str) -> NDArray[np.generic]:
     return array
 
 
-def write_null_text(folder: Folder, null_text: Tensor) -> None:
+def write_null_text(folder: Folder, null_text: NDArray[np.float32]) -> None:
     """Store the encoded empty string, `(D,)`, which stands for "no text"."""
-    folder.write(NULL_TEXT, safetensors.torch.save({"pooled_text": null_text.contiguous()}))
+    folder.write(NULL_TEXT, safetensors.numpy.save({"pooled_text": null_text}))
 
 
-def read_null_text(folder: Folder) -> Tensor:
+def read_null_text(folder: Folder) -> NDArray[np.float32]:
     """Return the encoded empty string, `(D,)`."""
-    return safetensors.torch.load(folder.read(NULL_TEXT))["pooled_text"]
+    null_text: NDArray[np.float32] = safetensors.numpy.load(folder.read(NULL_TEXT))["pooled_text"]
+    return null_text

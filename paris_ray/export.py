@@ -1,35 +1,58 @@
-"""Writing a bundle: the parts of a run, copied into the layout of the public Paris release."""
+"""From the trained parts of a run to a model folder in the layout of the public Paris release."""
 
-from collections.abc import Mapping
 from typing import Any
 
-from paris_ray.artifacts import Folder, Manifest, publish
-from paris_ray.bundle import CONFIG, EXPERT_WEIGHTS, KIND, ROUTER_WEIGHTS, Bundle, facts_to_json
+from paris_ray.artifacts import Folder, open_finished, read_manifest
+from paris_ray.bundle import (
+    CONFIG,
+    EXPERT_WEIGHTS,
+    ROUTER_WEIGHTS,
+    Bundle,
+    BundleFacts,
+    facts_to_json,
+)
+from paris_ray.embeddings import read_table
 from paris_ray.encoders import codec
 from paris_ray.encoders.text import MODEL_FILES
+from paris_ray.run import EMBEDDINGS, ENCODERS, EXPERT, ROUTER, Run
 
 MODEL_INDEX = "model_index.json"
 MODEL_CARD = "README.md"
 
 
-def export_bundle(
-    bundle: Bundle,
-    target: Folder,
-    *,
-    model_card: str,
-    config_digest: str,
-    parents: Mapping[str, str],
-    facts: Mapping[str, Any],
-) -> Manifest:
-    """Copy a bundle's parts to `target`, describe them there, and publish the folder.
+def open_trained_parts(run: Run) -> Bundle:
+    """Return the parts of a run as a bundle, before they are exported.
+
+    Raises:
+        ArtifactError: naming the part that is not finished.
+    """
+    encoders = open_finished(run.encoders, ENCODERS)
+    experts = range(run.num_experts)
+    parts = {f"expert_{k}": open_finished(run.expert(k), EXPERT) for k in experts}
+    parts["router"] = open_finished(run.router, ROUTER)
+    parts |= {name: encoders.part(name) for name in ("codec", "text_encoder")}
+    facts = BundleFacts(
+        model_name=run.folder.uri.rstrip("/").rsplit("/", 1)[-1],
+        sampling=run.config.sampling,
+        picture_size=run.config.corpus.image_size,
+        attribution=read_manifest(run.embeddings, EMBEDDINGS).facts["attribution"],
+        example_prompts=tuple(_middle_caption(run.shard(k)) for k in experts),
+    )
+    return Bundle(parts, facts)
+
+
+def _middle_caption(shard: Folder) -> str:
+    captions = read_table(shard, ["caption"])["caption"]
+    return str(captions[len(captions) // 2])
+
+
+def write_bundle(bundle: Bundle, target: Folder, *, model_card: str) -> None:
+    """Copy a bundle's parts to `target` and describe them there; the caller publishes it.
 
     Args:
         bundle: Where the parts are; every file is verified on the way.
         target: The new model folder.
         model_card: Text of its `README.md`.
-        config_digest: Digest of the configuration that made it.
-        parents: Digests of the artefacts it was made from.
-        facts: Measured numbers for the manifest.
     """
     for name, part in bundle.parts.items():
         for file_name in _files_of(name):
@@ -37,7 +60,6 @@ def export_bundle(
     target.write_json(CONFIG, _public_config(bundle))
     target.write_json(MODEL_INDEX, _model_index(bundle))
     target.write(MODEL_CARD, model_card.encode())
-    return publish(target, KIND, config_digest=config_digest, parents=parents, facts=facts)
 
 
 def _files_of(part: str) -> tuple[str, ...]:

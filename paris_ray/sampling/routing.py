@@ -55,21 +55,23 @@ def expert_weights(router_logits: Tensor, routing: Routing) -> Tensor:
     """Return `(B, K)` weights that sum to 1 over the chosen experts and are 0 elsewhere.
 
     `top-k` keeps the k most likely experts, `threshold` those of at least that probability (and
-    always the most likely one); both renormalise. `full` keeps all but negligible weights as they
-    are. Source: the released Paris pipeline as described in its model card.
+    always the most likely one); both renormalise. `full` takes the probabilities as they are.
+    An expert with less than a millionth of the weight is never asked, whatever the strategy.
+    Source: the strategies of the released Paris model card.
 
     Args:
         router_logits: `(B, K)`.
         routing: The strategy.
     """
     probabilities = router_logits.float().softmax(dim=-1)
+    keep = probabilities >= NEGLIGIBLE_WEIGHT
     if routing.kind == "full":
-        return torch.where(probabilities < NEGLIGIBLE_WEIGHT, 0.0, probabilities)
+        return torch.where(keep, probabilities, 0.0)
     if routing.kind == "top-k":
         chosen = probabilities.topk(routing.top_k, dim=-1).indices
-        keep = torch.zeros_like(probabilities, dtype=torch.bool).scatter(-1, chosen, True)
+        keep &= torch.zeros_like(keep).scatter(-1, chosen, True)
     else:
         largest = probabilities.max(dim=-1, keepdim=True).values
-        keep = (probabilities >= routing.threshold) | (probabilities == largest)
+        keep &= (probabilities >= routing.threshold) | (probabilities == largest)
     kept = torch.where(keep, probabilities, 0.0)
     return kept / kept.sum(dim=-1, keepdim=True)

@@ -5,7 +5,7 @@ I/O, so one loop serves both drivers: `generate` answers the calls in this proce
 application answers them through replicas.
 """
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -164,41 +164,46 @@ def guided_velocity(
 ) -> Tensor:
     """Return uncond + guidance_scale * (cond - uncond), `(B, C, H, W)`, in one forward pass.
 
+    The inputs move to the expert's device, and the answer back to that of `latents`.
+
     Source: classifier-free guidance, Ho and Salimans 2022 (arXiv:2207.12598).
     """
-    count = len(latents)
-    times = torch.full((count,), t)
+    count, home, device = len(latents), latents.device, expert.pos_embed.device
+    latents, times = latents.to(device), torch.full((count,), t, device=device)
     if guidance_scale == 1.0:
-        return predict_velocity(expert, latents, times, text)
+        return predict_velocity(expert, latents, times, text.to(device)).to(home)
     both = TextConditioning.concatenate([text, null_text.rows(torch.zeros(count).long())])
-    velocity = predict_velocity(expert, latents.repeat(2, 1, 1, 1), times.repeat(2), both)
+    velocity = predict_velocity(
+        expert, latents.repeat(2, 1, 1, 1), times.repeat(2), both.to(device)
+    )
     conditional, unconditional = velocity.chunk(2)
-    return unconditional + guidance_scale * (conditional - unconditional)
+    return (unconditional + guidance_scale * (conditional - unconditional)).to(home)
+
+
+def start_denoising(
+    bundle: Bundle, text: TextConditioning, seeds: Sequence[int], options: SamplingOptions
+) -> Denoising:
+    """Return `denoise` at its beginning: picture i starts from the noise of `seeds[i]`."""
+    noise = initial_noise(bundle.latent_shape, seeds)
+    return denoise(noise, text, bundle.router, options)
 
 
 @torch.inference_mode()
-def sample(
-    bundle: Bundle,
-    text: TextConditioning,
-    seeds: Sequence[int],
-    options: SamplingOptions,
-    on_step: Callable[[], None] = lambda: None,
-) -> Samples:
-    """Run `denoise` with the bundle's experts in this process."""
-    noise = initial_noise(bundle.latent_shape, seeds)
-    denoising = denoise(noise, text, bundle.router, options)
-    answers: list[Tensor] | None = None
-    while True:
-        try:
-            calls = denoising.send(answers)  # type: ignore[arg-type]
-        except StopIteration as stop:
-            samples: Samples = stop.value
-            return samples
-        answers = [_answer(bundle, call) for call in calls]
-        on_step()
+def advance(
+    denoising: Denoising, answers: list[Tensor] | None = None
+) -> list[ExpertCall] | Samples:
+    """Send the answers to the last calls; return the next calls, or the samples at the end."""
+    try:
+        # A generator is started by sending None, which its type does not tell.
+        return denoising.send(answers)  # type: ignore[arg-type]
+    except StopIteration as stop:
+        samples: Samples = stop.value
+        return samples
 
 
-def _answer(bundle: Bundle, call: ExpertCall) -> Tensor:
+@torch.inference_mode()
+def answer(bundle: Bundle, call: ExpertCall) -> Tensor:
+    """Answer a call with the bundle's expert in this process."""
     return guided_velocity(
         bundle.expert(call.expert),
         call.latents,
@@ -207,6 +212,40 @@ def _answer(bundle: Bundle, call: ExpertCall) -> Tensor:
         bundle.null_text,
         call.guidance_scale,
     )
+
+
+def sample(
+    bundle: Bundle,
+    text: TextConditioning,
+    seeds: Sequence[int],
+    options: SamplingOptions,
+) -> Samples:
+    """Run `denoise` with the bundle's experts in this process."""
+    denoising = start_denoising(bundle, text, seeds, options)
+    step = advance(denoising)
+    while not isinstance(step, Samples):
+        answers = [answer(bundle, call) for call in step]
+        step = advance(denoising, answers)
+    return step
+
+
+@torch.inference_mode()
+def sample_one_expert(
+    expert: Expert,
+    text: TextConditioning,
+    null_text: TextConditioning,
+    *,
+    seeds: Sequence[int],
+    num_inference_steps: int,
+    guidance_scale: float,
+) -> Tensor:
+    """Return latents `(B, C, H, W)` that one expert draws without a router."""
+    config = expert.config
+    latents = initial_noise((config.in_channels, config.input_size, config.input_size), seeds)
+    for t, t_next in pairwise(sampling_times(num_inference_steps).tolist()):
+        velocity = guided_velocity(expert, latents, t, text, null_text, guidance_scale)
+        latents = euler_step(latents, velocity, t, t_next)
+    return latents
 
 
 def generate(

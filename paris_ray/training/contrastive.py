@@ -94,8 +94,6 @@ def augment(pixels: Tensor, generator: torch.Generator) -> Tensor:
     shift = MAX_SHIFT * random[2:]
     cosine, sine = scale * angle.cos(), scale * angle.sin()
     rows = [torch.stack([cosine, -sine, shift[0]], -1), torch.stack([sine, cosine, shift[1]], -1)]
-    grid = functional.affine_grid(
-        torch.stack(rows, 1), list(pixels.shape), align_corners=False
-    )
+    grid = functional.affine_grid(torch.stack(rows, 1), list(pixels.shape), align_corners=False)
     moved = functional.grid_sample(pixels, grid, padding_mode="border", align_corners=False)
     return moved + PIXEL_NOISE * torch.randn(moved.shape, generator=generator)

@@ -63,7 +63,7 @@ def load_dataset(shards: Sequence[Folder]) -> LatentDataset:
     return LatentDataset(
         latents=_float_tensor([tensor_column(table, "latents") for table in tables]),
         text_embedding=_float_tensor([tensor_column(table, "text_embedding") for table in tables]),
-        null_text=read_null_text(shards[0]).float(),
+        null_text=torch.from_numpy(read_null_text(shards[0])),
         clusters=torch.from_numpy(clusters),
     )
 

@@ -1,0 +1,102 @@
+"""What all jobs share: arguments, logging, a Ray to run on, and errors that a person can read."""
+
+import argparse
+import logging
+import os
+import secrets
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from paris_ray.config import Config, load, packaged_configs
+from paris_ray.errors import ConfigError, ParisError
+
+EXIT_USER_ERROR = 2
+# Ray's job manager sets this for the drivers that it starts.
+SUBMITTED_JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+
+
+def run_job(description: str, verb: str) -> None:
+    """Parse the command line, connect to Ray, run a verb of the pipeline.
+
+    Args:
+        description: The job's docstring, shown by `--help`.
+        verb: What to do, a name that `paris_ray.pipeline.stages.run` knows.
+    """
+    arguments = parser(description).parse_args()
+    log_to_stdout()
+    try:
+        config = load(arguments.config, arguments.overrides)
+        _refuse_relative_paths(config)
+        with ray_session(arguments.address):
+            # Imported only now: ray reads RAY_AUTH_MODE when it is imported, and --help is quick.
+            from paris_ray.pipeline.stages import run
+
+            run(config, verb)
+    except ParisError as error:
+        sys.exit(fail(error))
+
+
+def parser(description: str) -> argparse.ArgumentParser:
+    """Return the argument parser that all jobs share."""
+    result = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    names = ", ".join(packaged_configs())
+    result.add_argument("--config", default="quickstart", help=f"a YAML file, or one of: {names}")
+    result.add_argument(
+        "--address", help="Ray cluster; default: RAY_ADDRESS, else a Ray of its own"
+    )
+    result.add_argument("overrides", nargs="*", metavar="key=value", help="such as seed=1")
+    return result
+
+
+def log_to_stdout() -> None:
+    """Show progress as plain lines, which `ray job logs` also keeps."""
+    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stdout)
+    logging.getLogger("paris_ray").setLevel(logging.INFO)
+
+
+def fail(error: ParisError) -> int:
+    """Print an error that the user can mend; return the exit code."""
+    print(f"error: {error}", file=sys.stderr, flush=True)
+    return EXIT_USER_ERROR
+
+
+def _refuse_relative_paths(config: Config) -> None:
+    """A submitted job runs in a copy of the working folder: a relative path would vanish with it.
+
+    Raises:
+        ConfigError: naming the path.
+    """
+    if SUBMITTED_JOB_VARIABLE not in os.environ:
+        return
+    paths = {
+        "run_dir": config.run_dir,
+        "corpus.path": config.corpus.path,
+        "text.path": config.text.path,
+    }
+    for field, path in paths.items():
+        if path is not None and "://" not in path and not Path(path).is_absolute():
+            raise ConfigError(
+                f"{field}={path!r} is relative, but a submitted job runs in a copy of the working "
+                f"folder: give an absolute path or a URI, for example {field}=$PWD/{path}"
+            )
+
+
+@contextmanager
+def ray_session(address: str | None) -> Iterator[None]:
+    """Connect to the given cluster, or to RAY_ADDRESS, or start and stop a Ray of our own."""
+    if address is None and "RAY_ADDRESS" not in os.environ:
+        # Whoever reaches a Ray cluster can run code on it, so even a private one gets a token.
+        os.environ["RAY_AUTH_MODE"] = "token"
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+        address = "local"
+    import ray
+
+    ray.init(address=address, include_dashboard=False if address == "local" else None)
+    try:
+        yield
+    finally:
+        ray.shutdown()

@@ -1,0 +1,17 @@
+"""All stages in order: prepare, train_experts, train_router, evaluate, export.
+
+    python -m jobs.pipeline --config quickstart run_dir=runs/mine
+    python -m jobs.pipeline --config quickstart corpus.kind=image_folder corpus.path=/data/mine \\
+        run_dir=runs/mine
+
+On a cluster (paths must be absolute there):
+
+    ray job submit --working-dir . -- python -m jobs.pipeline run_dir=$PWD/runs/mine
+
+Finished stages are kept and said to be; an interrupted one continues where it was.
+"""
+
+from jobs.command import run_job
+
+if __name__ == "__main__":
+    run_job(__doc__ or "", "pipeline")

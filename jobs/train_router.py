@@ -1,0 +1,11 @@
+"""Train the router on the shards of all clusters.
+
+Writes router/.
+
+    python -m jobs.train_router --config quickstart run_dir=runs/mine
+"""
+
+from jobs.command import run_job
+
+if __name__ == "__main__":
+    run_job(__doc__ or "", "train_router")

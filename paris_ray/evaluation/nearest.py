@@ -1,0 +1,56 @@
+"""Caption accuracy: is the nearest picture of the corpus the one with the asked-for caption?
+
+Nearest by L2 distance on 32x32 RGB. Pictures of an identical caption count as hits, since nothing
+tells them apart. It measures recall of the training set, not the quality of new pictures.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import faiss
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True, slots=True)
+class NearestResult:
+    """Per drawn picture.
+
+    Attributes:
+        nearest: `(N,)` the gallery row that is nearest.
+        hit: `(N,)` whether that row has the caption that was asked for.
+        squared_error: `(N,)` mean squared pixel error to the caption's own picture, pixels in
+            [-1, 1].
+    """
+
+    nearest: NDArray[np.int64]
+    hit: NDArray[np.bool_]
+    squared_error: NDArray[np.float32]
+
+
+def nearest_pictures(
+    drawn: NDArray[np.uint8],
+    own: NDArray[np.int64],
+    gallery: NDArray[np.uint8],
+    captions: Sequence[str],
+) -> NearestResult:
+    """Compare drawn pictures with the corpus.
+
+    Args:
+        drawn: `(N, 32, 32, 3)` pictures that were drawn.
+        own: `(N,)` the gallery row whose caption each was drawn from.
+        gallery: `(M, 32, 32, 3)` pictures of the corpus.
+        captions: The M captions.
+    """
+    flat_drawn, flat_gallery = _flatten(drawn), _flatten(gallery)
+    index = faiss.IndexFlatL2(flat_gallery.shape[1])
+    index.add(flat_gallery)
+    _, found = index.search(flat_drawn, 1)
+    nearest: NDArray[np.int64] = found[:, 0]
+    hit = np.array([captions[i] == captions[j] for i, j in zip(nearest, own, strict=True)])
+    squared_error = ((flat_drawn - flat_gallery[own]) ** 2).mean(axis=1)
+    return NearestResult(nearest, hit, squared_error)
+
+
+def _flatten(images: NDArray[np.uint8]) -> NDArray[np.float32]:
+    return images.reshape(len(images), -1).astype(np.float32) / 127.5 - 1

@@ -1,0 +1,129 @@
+"""Prepare, part two: encode the corpus with Ray Data.
+
+Read tasks decode pictures and set bad rows aside; three actor pools add text, features and
+latents; write tasks store one Parquet file a corpus shard. A shard stays one block throughout, so
+that an interrupted run continues with the shards that are not complete yet.
+"""
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import ray
+from ray.data import ActorPoolStrategy, DataContext
+
+from paris_ray.artifacts import Manifest
+from paris_ray.config import Config
+from paris_ray.corpora import Shard, find_duplicates, open_corpus
+from paris_ray.embeddings import part_names, read_table
+from paris_ray.errors import CorpusError
+from paris_ray.pipeline.embedders import FeatureEmbedder, LatentEmbedder, TextEmbedder
+from paris_ray.pipeline.shards import ShardReader, ShardWriter, is_complete, num_rows
+from paris_ray.pipeline.stage import Stage
+from paris_ray.run import EMBEDDINGS, Run
+
+logger = logging.getLogger("paris_ray")
+
+SECTIONS = ("seed", "corpus", "text", "features", "codec")
+# Small, since readers and writers share a small machine with the encoders' actors; and unlike the
+# encoders' default, else Ray Data would fuse reading into the text encoder's actor.
+TASK_CPUS = 0.3
+PRINT_INTERVAL_S = 5.0
+
+
+def prepare_embeddings(config: Config, encoders: Manifest) -> Manifest:
+    """Publish `embeddings/` and `quarantine/`.
+
+    Raises:
+        CorpusError: if more than `corpus.max_bad_share` of the rows are bad.
+    """
+    run = Run(config)
+    parents = {"encoders": encoders.digest}
+    stage = Stage(EMBEDDINGS, run.embeddings, config, sections=SECTIONS, parents=parents)
+    manifest = stage.finished()
+    if manifest is not None:
+        return manifest
+    corpus = open_corpus(config.corpus)
+    shards = corpus.shards()
+    keys = {shard.index: corpus.keys(shard) for shard in shards}
+    duplicates = find_duplicates(keys)
+    pending = [shard for shard in shards if not is_complete(run, shard, len(keys[shard.index]))]
+    if pending:
+        _embed(config, pending, duplicates)
+    counts = _count(run, sum(map(len, keys.values())))
+    _refuse_bad_corpus(config, counts)
+    return stage.publish(counts | {"attribution": corpus.attribution})
+
+
+def _embed(
+    config: Config, shards: Sequence[Shard], duplicates: Mapping[int, frozenset[int]]
+) -> None:
+    items = [asdict(s) | {"duplicates": sorted(duplicates.get(s.index, ()))} for s in shards]
+    _quiet_ray_data()
+    dataset = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
+        ShardReader(config), batch_size=1, num_cpus=TASK_CPUS
+    )
+    for encoder, pool in (
+        (TextEmbedder, config.text.pool),
+        (FeatureEmbedder, config.features.pool),
+        (LatentEmbedder, config.codec.pool),
+    ):
+        dataset = dataset.map_batches(
+            encoder,
+            compute=ActorPoolStrategy(size=pool.num_actors),
+            fn_constructor_args=(config,),
+            batch_size=None,
+            num_cpus=pool.num_cpus,
+            num_gpus=pool.num_gpus,
+        )
+    dataset = dataset.map_batches(ShardWriter(config), batch_size=None, num_cpus=TASK_CPUS)
+    _follow(dataset, len(items))
+
+
+def _quiet_ray_data() -> None:
+    """Leave the terminal to our own progress lines."""
+    context = DataContext.get_current()
+    context.enable_progress_bars = False
+    context.issue_detectors_config.detectors = []
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+
+
+def _follow(dataset: ray.data.Dataset, num_shards: int) -> None:
+    """Run the pipeline and print how far it is."""
+    started = printed_at = time.monotonic()
+    rows = 0
+    for done, written in enumerate(dataset.iter_rows(), start=1):
+        rows += written["rows"]
+        now = time.monotonic()
+        if now - printed_at > PRINT_INTERVAL_S:
+            printed_at, seconds = now, now - started
+            eta = seconds / done * (num_shards - done)
+            rate = rows / seconds
+            logger.info("embed: %d/%d shards, %.0f rows/s, ETA %.0f s", done, num_shards, rate, eta)
+
+
+def _count(run: Run, num_keys: int) -> dict[str, Any]:
+    """Count what became of every row; raises CorpusError if one is unaccounted for."""
+    reasons: Counter[str] = Counter()
+    if part_names(run.quarantine):
+        reasons.update(read_table(run.quarantine, ["reason"])["reason"].to_pylist())
+    good = sum(num_rows(run.embeddings, name) for name in part_names(run.embeddings))
+    assert good + reasons.total() == num_keys, "rows were lost"
+    for reason, count in sorted(reasons.items()):
+        logger.warning("quarantined: %d rows, %s", count, reason)
+    logger.info("embed: %d rows good, %d quarantined", good, reasons.total())
+    return {"rows": good, "quarantined": dict(sorted(reasons.items()))}
+
+
+def _refuse_bad_corpus(config: Config, counts: Mapping[str, Any]) -> None:
+    good, bad = counts["rows"], sum(counts["quarantined"].values())
+    share = bad / (good + bad)
+    if share > config.corpus.max_bad_share or good == 0:
+        raise CorpusError(
+            f"{bad} of {good + bad} rows are bad ({share:.1%}, "
+            f"corpus.max_bad_share={config.corpus.max_bad_share}): {counts['quarantined']}; "
+            f"see {Run(config).quarantine.uri}"
+        )

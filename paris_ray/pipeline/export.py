@@ -1,0 +1,48 @@
+"""Export: the trained parts as one model folder, with a card of measured numbers only."""
+
+from paris_ray.artifacts import MANIFEST, Manifest, read_manifest
+from paris_ray.bundle import KIND, Bundle
+from paris_ray.config import Config
+from paris_ray.export import open_trained_parts, write_bundle
+from paris_ray.model_card import model_card
+from paris_ray.pipeline.stage import Stage
+from paris_ray.run import CLUSTERS, EMBEDDINGS, EVALUATION, EXPERT, ROUTER, Run
+
+SECTIONS = ("sampling",)
+
+
+def export(config: Config) -> None:
+    """Publish `bundle/`; an evaluation that was made appears in its model card.
+
+    Raises:
+        ArtifactError: if an expert or the router has not finished.
+    """
+    run = Run(config)
+    parents = run.parents()
+    evaluation = _evaluation(run)
+    if evaluation is not None:
+        parents["evaluation"] = evaluation.digest
+    stage = Stage(KIND, run.bundle, config, sections=SECTIONS, parents=parents)
+    if stage.finished() is not None:
+        return
+    bundle = open_trained_parts(run)
+    write_bundle(bundle, run.bundle, model_card=_card(run, bundle, evaluation))
+    stage.publish({} if evaluation is None else dict(evaluation.facts))
+
+
+def _evaluation(run: Run) -> Manifest | None:
+    if not run.evaluation.exists(MANIFEST):
+        return None
+    return read_manifest(run.evaluation, EVALUATION)
+
+
+def _card(run: Run, bundle: Bundle, evaluation: Manifest | None) -> str:
+    experts = [read_manifest(run.expert(k), EXPERT) for k in range(run.num_experts)]
+    return model_card(
+        bundle,
+        embeddings=read_manifest(run.embeddings, EMBEDDINGS).facts,
+        cluster_sizes=list(read_manifest(run.clusters, CLUSTERS).facts["sizes"]),
+        router=read_manifest(run.router, ROUTER).facts,
+        losses=[expert.facts["loss"] for expert in experts],
+        evaluation=None if evaluation is None else evaluation.facts,
+    )

@@ -1,0 +1,116 @@
+"""Live progress of training tasks, without any channel between them.
+
+A task writes `progress.json` into its own folder; the driver reads it from there. That works on
+any storage, needs no actor, and leaves experts nothing to share.
+"""
+
+import logging
+import time
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+import ray
+from ray.util import metrics
+
+from paris_ray.artifacts import PROGRESS, Folder
+from paris_ray.errors import ArtifactError
+from paris_ray.training.loop import Progress
+
+logger = logging.getLogger("paris_ray")
+
+WRITE_INTERVAL_S = 2.0
+POLL_INTERVAL_S = 1.0
+PRINT_INTERVAL_S = 5.0
+
+
+class ProgressFile:
+    """Receives a training loop's progress: writes it to a file now and then, and to Ray metrics.
+
+    Args:
+        folder: The task's own folder.
+        name: Value of the metrics' `model` tag; None keeps the metrics out.
+    """
+
+    def __init__(self, folder: Folder, name: str | None = None) -> None:
+        self.folder, self._written_at = folder, 0.0
+        self._gauges = {} if name is None else _gauges(name)
+
+    def __call__(self, progress: Progress) -> None:
+        for field, gauge in self._gauges.items():
+            gauge.set(getattr(progress, field))
+        if time.monotonic() - self._written_at > WRITE_INTERVAL_S:
+            self.folder.write_json(PROGRESS, asdict(progress))
+            self._written_at = time.monotonic()
+
+
+def _gauges(name: str) -> dict[str, metrics.Gauge]:
+    descriptions = {
+        "loss": "Training loss of the latest logged step",
+        "samples_seen": "Samples seen by this training run",
+        "samples_per_second": "Training throughput",
+        "eta_s": "Seconds left of this training run",
+    }
+    gauges = {}
+    for field, description in descriptions.items():
+        gauge = metrics.Gauge(f"paris_training_{field}", description, tag_keys=("model",))
+        gauge.set_default_tags({"model": name})
+        gauges[field] = gauge
+    return gauges
+
+
+Tasks = Mapping[str, tuple["ray.ObjectRef[Any]", Folder]]
+
+
+def watch(tasks: Tasks) -> dict[str, BaseException]:
+    """Wait for training tasks, printing their progress; return the errors of those that failed.
+
+    Args:
+        tasks: By name, a task's result and the folder that it writes to.
+    """
+    names = {task: name for name, (task, _) in tasks.items()}
+    pending, failed, printed_at = list(names), {}, time.monotonic()
+    while pending:
+        finished, pending = ray.wait(pending, timeout=POLL_INTERVAL_S)
+        for task in finished:
+            error = _error_of(task)
+            if error is not None:
+                failed[names[task]] = error
+            logger.info("%s: %s", names[task], "done" if error is None else f"FAILED: {error}")
+        if pending and time.monotonic() - printed_at > PRINT_INTERVAL_S:
+            printed_at = time.monotonic()
+            running = [(names[task], tasks[names[task]][1]) for task in pending]
+            _print_progress(running, len(names))
+    return failed
+
+
+def _error_of(task: "ray.ObjectRef[Any]") -> BaseException | None:
+    try:
+        ray.get(task)
+    except ray.exceptions.RayError as error:
+        return error.cause if isinstance(error, ray.exceptions.RayTaskError) else error
+    return None
+
+
+def _print_progress(running: list[tuple[str, Folder]], total: int) -> None:
+    """Print one line: how many are done, and each running task's step, loss, rate and rest."""
+    parts = []
+    for name, folder in running:
+        progress = _read_progress(folder)
+        if progress is not None:
+            parts.append(
+                f"{name}: {progress.step}/{progress.num_steps} loss {progress.loss:.3f} "
+                f"{progress.samples_per_second:.0f} samples/s ETA {progress.eta_s:.0f} s"
+            )
+    if parts:
+        logger.info("%d/%d done | %s", total - len(running), total, " | ".join(parts))
+
+
+def _read_progress(folder: Folder) -> Progress | None:
+    """Return a task's latest progress; None while it has written none, or is just done."""
+    if not folder.exists(PROGRESS):
+        return None
+    try:
+        return Progress(**folder.read_json(PROGRESS))
+    except ArtifactError:
+        return None

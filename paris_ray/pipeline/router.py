@@ -1,0 +1,61 @@
+"""The router: one more Ray task, on all shards, after and apart from the experts."""
+
+import logging
+from typing import Any
+
+import ray
+
+from paris_ray.artifacts import Folder, read_manifest
+from paris_ray.config import Config
+from paris_ray.pipeline.progress import ProgressFile, watch
+from paris_ray.pipeline.stage import Stage
+from paris_ray.run import CLUSTERS, ROUTER, Run
+from paris_ray.seeding import derive_seed
+from paris_ray.training.router import train_router as train
+
+logger = logging.getLogger("paris_ray")
+
+SECTIONS = ("seed", "router", "router_training")
+
+
+def train_router(config: Config) -> None:
+    """Publish `router/`.
+
+    Raises:
+        ArtifactError: if prepare has not finished.
+    """
+    run = Run(config)
+    parents = {"clusters": read_manifest(run.clusters, CLUSTERS).digest}
+    stage = Stage(ROUTER, run.router, config, sections=SECTIONS, parents=parents)
+    if stage.finished() is not None:
+        return
+    training = config.router_training
+    task = train_the_router.options(
+        name="router",
+        num_cpus=training.num_cpus,
+        num_gpus=training.num_gpus,
+        max_retries=training.max_retries,
+    ).remote(config)
+    watch({"router": (task, run.router)})
+    facts = ray.get(task)
+    levels = ", ".join(f"{share:.3f} at t={t}" for t, share in facts["right_cluster"].items())
+    logger.info("router: share of rows sent to their own cluster: %s", levels)
+    stage.publish(facts)
+
+
+@ray.remote
+def train_the_router(config: Config) -> dict[str, Any]:
+    """Train the router; return the share of rows it sends right, by noise level."""
+    run = Run(config)
+    shards: list[Folder] = [run.shard(k) for k in range(run.num_experts)]
+    parent = read_manifest(run.clusters, CLUSTERS).digest
+    right_cluster = train(
+        config.router,
+        config.router_training,
+        shards=shards,
+        shards_digest=parent,
+        seed=derive_seed(config.seed, "router"),
+        output=run.router,
+        on_progress=ProgressFile(run.router, "router"),
+    )
+    return {"right_cluster": right_cluster}

@@ -1,0 +1,87 @@
+"""What every stage does around its work: skip if finished, say so, publish, keep the time."""
+
+import json
+import logging
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from paris_ray.artifacts import (
+    RESOLVED_CONFIG,
+    TIMINGS,
+    Folder,
+    Manifest,
+    find_finished,
+    publish,
+)
+from paris_ray.config import Config, digest, run_folder, to_yaml
+
+logger = logging.getLogger("paris_ray")
+
+
+class Stage:
+    """One artefact being made.
+
+    Args:
+        kind: Name of the artefact.
+        folder: Where it goes.
+        config: The whole configuration.
+        sections: Top-level sections of it that decide the result.
+        parents: Digests of the artefacts read, by name.
+    """
+
+    def __init__(
+        self,
+        kind: str,
+        folder: Folder,
+        config: Config,
+        *,
+        sections: tuple[str, ...],
+        parents: Mapping[str, str],
+    ) -> None:
+        self.kind, self.folder, self.config, self.parents = kind, folder, config, parents
+        self.config_digest = digest(config, *sections)
+        self._started = time.perf_counter()
+
+    def finished(self) -> Manifest | None:
+        """Return the manifest if this very artefact exists already, and say that it is kept.
+
+        Raises:
+            ArtifactError: if the folder holds one made another way.
+        """
+        manifest = find_finished(
+            self.folder, self.kind, config_digest=self.config_digest, parents=self.parents
+        )
+        if manifest is not None:
+            logger.info("%s: already finished, kept (%s)", self.kind, self.folder.uri)
+        return manifest
+
+    def publish(self, facts: Mapping[str, Any]) -> Manifest:
+        """Write the resolved configuration and the manifest, and say what was made."""
+        self.folder.write(RESOLVED_CONFIG, to_yaml(self.config).encode())
+        manifest = publish(
+            self.folder,
+            self.kind,
+            config_digest=self.config_digest,
+            parents=self.parents,
+            facts=facts,
+        )
+        seconds = time.perf_counter() - self._started
+        logger.info("%s: finished in %.0f s (%s)", self.kind, seconds, self.folder.uri)
+        return manifest
+
+
+class StageTimer:
+    """Appends the seconds of one verb to the run's `timings.jsonl`; a context manager."""
+
+    def __init__(self, config: Config, stage: str) -> None:
+        self.folder, self.stage = Folder(run_folder(config)), stage
+
+    def __enter__(self) -> None:
+        self._started = time.perf_counter()
+
+    def __exit__(self, *exception: object) -> None:
+        seconds = round(time.perf_counter() - self._started, 2)
+        earlier = self.folder.read(TIMINGS) if self.folder.exists(TIMINGS) else b""
+        row = {"stage": self.stage, "seconds": seconds, "failed": exception[0] is not None}
+        self.folder.write(TIMINGS, earlier + json.dumps(row).encode() + b"\n")

@@ -1,0 +1,94 @@
+"""Pictures and small self-contained HTML pages for people to look at."""
+
+import base64
+import html
+import io
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+STYLE = """
+:root { color-scheme: light dark; font: 16px/1.5 system-ui, sans-serif; }
+body { max-width: 70rem; margin: 2rem auto; padding: 0 1rem; }
+img { image-rendering: pixelated; max-width: 100%; border-radius: .4rem; background: #fff; }
+section { margin: 2rem 0; }
+figure { display: inline-block; width: 7rem; margin: .3rem; vertical-align: top; }
+figcaption { font-size: .75rem; line-height: 1.2; overflow-wrap: anywhere; }
+footer { opacity: .7; font-size: .85rem; }
+"""
+MIN_WORD_LENGTH = 3
+THUMBNAIL_SIZE = 32
+
+
+def png_bytes(image: Image.Image) -> bytes:
+    """Return a picture as PNG."""
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def picture_grid(images: NDArray[np.uint8], columns: int, scale: int = 1) -> Image.Image:
+    """Return pictures `(N, S, S, 3)` as one picture, row by row, on white."""
+    side = images.shape[1]
+    rows = -(-len(images) // columns)
+    canvas = Image.new("RGB", (columns * side, rows * side), "white")
+    for i, picture in enumerate(images):
+        canvas.paste(Image.fromarray(picture), (i % columns * side, i // columns * side))
+    size = (canvas.width * scale, canvas.height * scale)
+    return canvas.resize(size, Image.Resampling.NEAREST)
+
+
+def thumbnail(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Return a picture `(S, S, 3)` at 32x32."""
+    if image.shape[0] == THUMBNAIL_SIZE:
+        return image
+    small = Image.fromarray(image).resize((THUMBNAIL_SIZE, THUMBNAIL_SIZE), Image.Resampling.BOX)
+    return np.asarray(small)
+
+
+def decode_thumbnails(encoded: Sequence[bytes]) -> NDArray[np.uint8]:
+    """Return PNG thumbnails as one array `(N, 32, 32, 3)`."""
+    return np.stack([np.asarray(Image.open(io.BytesIO(png)).convert("RGB")) for png in encoded])
+
+
+def frequent_words(captions: Iterable[str], count: int) -> list[tuple[str, int]]:
+    """Return the most frequent words of some captions with the number of captions they are in."""
+    counter: Counter[str] = Counter()
+    for caption in captions:
+        counter.update({w for w in re.findall(r"\w+", caption) if len(w) >= MIN_WORD_LENGTH})
+    return sorted(counter.items(), key=lambda item: (-item[1], item[0]))[:count]
+
+
+def inline_image(image: Image.Image, alt: str, width: int | None = None) -> str:
+    """Return an `<img>` that carries its own data."""
+    data = base64.b64encode(png_bytes(image)).decode()
+    size = "" if width is None else f' width="{width}"'
+    return f'<img src="data:image/png;base64,{data}" alt="{html.escape(alt)}"{size}>'
+
+
+def figure(image: Image.Image, caption: str) -> str:
+    """Return a picture with its caption under it."""
+    picture = inline_image(image, caption, width=96)
+    return f"<figure>{picture}<figcaption>{html.escape(caption)}</figcaption></figure>"
+
+
+def section(title: str, *parts: str) -> str:
+    """Return a titled part of a page; `parts` are HTML already."""
+    return f"<section><h2>{html.escape(title)}</h2>{''.join(parts)}</section>"
+
+
+def paragraph(text: str) -> str:
+    """Return text as an HTML paragraph."""
+    return f"<p>{html.escape(text)}</p>"
+
+
+def page(title: str, sections: Sequence[str], attribution: str | None) -> bytes:
+    """Return a whole HTML page; `sections` are HTML already."""
+    footer = f"<footer>{html.escape(attribution)}</footer>" if attribution else ""
+    head = f'<meta charset="utf-8"><title>{html.escape(title)}</title><style>{STYLE}</style>'
+    body = f"<h1>{html.escape(title)}</h1>{''.join(sections)}{footer}"
+    return f'<!doctype html><html lang="en"><head>{head}</head><body>{body}</body></html>'.encode()

@@ -1,0 +1,49 @@
+"""The layout of a run folder: where each stage writes and the next one reads."""
+
+from paris_ray.artifacts import Folder, read_manifest
+from paris_ray.config import Config, run_folder
+
+EMBEDDINGS, ENCODERS, CLUSTERS, SHARD = "embeddings", "encoders", "clusters", "shard"
+EXPERT, ROUTER, EVALUATION, BUNDLE = "expert", "router", "evaluation", "bundle"
+
+
+class Run:
+    """The folders of one run.
+
+    Args:
+        config: Its configuration; `run_dir` says where.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.folder = Folder(run_folder(config))
+        self.encoders = self.folder / "encoders"
+        self.embeddings = self.folder / "embeddings"
+        self.quarantine = self.folder / "quarantine"
+        self.clusters = self.folder / "clusters"
+        self.router = self.folder / "router"
+        self.evaluation = self.folder / "evaluation"
+        self.bundle = self.folder / "bundle"
+
+    @property
+    def num_experts(self) -> int:
+        """Number of clusters, and so of experts."""
+        return self.config.cluster.num_clusters
+
+    def shard(self, cluster: int) -> Folder:
+        """The training data of one cluster."""
+        return self.clusters / "shards" / f"cluster={cluster}"
+
+    def expert(self, index: int) -> Folder:
+        """The own folder of one expert."""
+        return self.folder / "experts" / f"expert_{index}"
+
+    def parents(self) -> dict[str, str]:
+        """Return the digests of all parts of the model.
+
+        Raises:
+            ArtifactError: naming the part that is not finished.
+        """
+        parts = {f"expert_{k}": (self.expert(k), EXPERT) for k in range(self.num_experts)}
+        parts |= {"router": (self.router, ROUTER), "encoders": (self.encoders, ENCODERS)}
+        return {name: read_manifest(*where).digest for name, where in parts.items()}

@@ -1,0 +1,124 @@
+"""The application builder that `serve/config.yaml` names.
+
+    serve deploy serve/config.yaml        # onto a running cluster
+    serve run serve/config.yaml           # or in the foreground, on a local one
+
+Ingress -> Sampler -> Expert-0 ... Expert-K-1: each a deployment, with its own replicas and
+resources.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+from ray import serve
+from ray.serve import Application
+
+from paris_ray.artifacts import absolute_uri
+from paris_ray.bundle import load_bundle
+from paris_ray.errors import ConfigError
+from serve.expert import ExpertServer
+from serve.ingress import Ingress, create_api
+from serve.sampler import Sampler
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+class DeploymentOptions(BaseModel):
+    """Size of one deployment; everything else that Serve knows goes under `deployments:`.
+
+    Attributes:
+        num_replicas: How many processes.
+        num_cpus: CPUs that Ray reserves for each; torch uses `threads`, whatever this says.
+        num_gpus: GPUs that Ray reserves for each.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    num_replicas: int = Field(default=1, ge=1)
+    num_cpus: float = Field(default=0.1, ge=0)
+    num_gpus: float = Field(default=0, ge=0)
+
+
+class AppArgs(BaseModel):
+    """The `args:` of `serve/config.yaml`.
+
+    Attributes:
+        bundle: A path or a pyarrow.fs URI. A relative path starts at the repository root, since
+            nobody knows the working directory of a replica.
+        colocated: Keep the experts inside the Sampler process: same pictures, no hop between
+            processes, one set of resources (`sampler`). For a laptop or a single GPU.
+        threads: Torch threads of each Sampler and expert replica.
+        api_key_file: A file with the key that clients must send; relative like `bundle`. Null
+            serves requests from this machine alone.
+        ingress: Size of the HTTP side.
+        sampler: Size of the Sampler.
+        expert: Size of every expert.
+        experts: What differs for single experts, by number.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    bundle: str = "runs/quickstart/bundle"
+    colocated: bool = False
+    threads: int = Field(default=1, ge=1)
+    api_key_file: str | None = None
+    ingress: DeploymentOptions = DeploymentOptions()
+    sampler: DeploymentOptions = DeploymentOptions()
+    expert: DeploymentOptions = DeploymentOptions()
+    experts: dict[int, DeploymentOptions] = {}
+
+    def expert_options(self, index: int) -> DeploymentOptions:
+        """Return the size of one expert."""
+        own = self.experts.get(index, DeploymentOptions())
+        return self.expert.model_copy(update=own.model_dump(exclude_unset=True))
+
+
+def build(args: AppArgs) -> Application:
+    """Return the application for a bundle.
+
+    Args:
+        args: What `args:` in the Serve config holds; Serve checks and converts it.
+
+    Raises:
+        BundleError: if there is no bundle.
+        ConfigError: if `experts` names one that the bundle does not have.
+    """
+    bundle_uri = _from_repository(args.bundle)
+    num_experts = load_bundle(bundle_uri).num_experts
+    for index in args.experts:
+        if not 0 <= index < num_experts:
+            raise ConfigError(f"experts: {index} is not allowed: the bundle has {num_experts}")
+    experts = None if args.colocated else _bind_experts(args, bundle_uri, num_experts)
+    sampler = _deploy(Sampler, "Sampler", args.sampler).bind(
+        bundle_uri, experts, threads=args.threads
+    )
+    key_file = None if args.api_key_file is None else _from_repository(args.api_key_file)
+    ingress_class = serve.ingress(create_api())(Ingress)
+    application: Application = _deploy(ingress_class, "Ingress", args.ingress).bind(
+        bundle_uri, sampler, key_file
+    )
+    return application
+
+
+def _bind_experts(args: AppArgs, bundle_uri: str, num_experts: int) -> list[Application]:
+    return [
+        _deploy(ExpertServer, f"Expert-{k}", args.expert_options(k)).bind(
+            bundle_uri, k, threads=args.threads
+        )
+        for k in range(num_experts)
+    ]
+
+
+def _deploy(deployment_class: type[Any], name: str, options: DeploymentOptions) -> Any:
+    return serve.deployment(
+        name=name,
+        num_replicas=options.num_replicas,
+        ray_actor_options={"num_cpus": options.num_cpus, "num_gpus": options.num_gpus},
+        # HTTP requests are logged; a line for every call of an expert would drown them.
+        logging_config={"enable_access_log": name == "Ingress"},
+    )(deployment_class)
+
+
+def _from_repository(location: str) -> str:
+    return location if "://" in location else absolute_uri(str(REPOSITORY / location))

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from paris_ray.config import Config, load, packaged_configs
+from paris_ray.config import Config, load, local_paths, packaged_configs, with_absolute_paths
 from paris_ray.errors import ConfigError, ParisError
 
 EXIT_USER_ERROR = 2
@@ -29,6 +29,7 @@ def run_job(description: str, verb: str) -> None:
     try:
         config = load(arguments.config, arguments.overrides)
         _refuse_relative_paths(config)
+        config = with_absolute_paths(config)
         with ray_session(arguments.address):
             # Imported only now: ray reads RAY_AUTH_MODE when it is imported, and --help is quick.
             from paris_ray.pipeline.stages import run
@@ -72,13 +73,8 @@ def _refuse_relative_paths(config: Config) -> None:
     """
     if SUBMITTED_JOB_VARIABLE not in os.environ:
         return
-    paths = {
-        "run_dir": config.run_dir,
-        "corpus.path": config.corpus.path,
-        "text.path": config.text.path,
-    }
-    for field, path in paths.items():
-        if path is not None and "://" not in path and not Path(path).is_absolute():
+    for field, path in local_paths(config).items():
+        if "://" not in path and not Path(path).is_absolute():
             raise ConfigError(
                 f"{field}={path!r} is relative, but a submitted job runs in a copy of the working "
                 f"folder: give an absolute path or a URI, for example {field}=$PWD/{path}"

@@ -432,6 +432,29 @@ def digest(config: Config, *sections: str) -> str:
     return sha256_hex(canonical_json({name: tree[name] for name in sections}))
 
 
+def local_paths(config: Config) -> dict[str, str]:
+    """Return every path that a configuration gives, by its key."""
+    paths = {
+        "run_dir": config.run_dir,
+        "corpus.path": config.corpus.path,
+        "text.path": config.text.path,
+        "features.checkpoint": config.features.checkpoint,
+    }
+    # A checkpoint may also be an open_clip tag, which is no path.
+    if not Path(config.features.checkpoint or "").exists():
+        del paths["features.checkpoint"]
+    return {key: path for key, path in paths.items() if path is not None}
+
+
+def with_absolute_paths(config: Config) -> Config:
+    """Return the configuration with paths that mean the same in every process."""
+    overrides = [f"{key}={absolute_uri(path)}" for key, path in local_paths(config).items()]
+    merged = OmegaConf.merge(OmegaConf.structured(config), OmegaConf.from_dotlist(overrides))
+    absolute = OmegaConf.to_object(merged)
+    assert isinstance(absolute, Config)
+    return absolute
+
+
 def run_folder(config: Config) -> str:
     """Return `run_dir` in the form that means the same on every node."""
     return absolute_uri(config.run_dir)

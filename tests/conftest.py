@@ -1,6 +1,7 @@
 """Fixtures of all tests: tiny real models, never mocks."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,14 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import BertConfig, BertModel
 
 from paris_ray.artifacts import Folder, VerifiedFolder, publish
-from paris_ray.bundle import EXPERT_WEIGHTS, KIND, ROUTER_WEIGHTS, Bundle, BundleFacts
+from paris_ray.bundle import (
+    EXPERT_WEIGHTS,
+    KIND,
+    ROUTER_WEIGHTS,
+    Bundle,
+    BundleFacts,
+    load_bundle,
+)
 from paris_ray.config import CodecConfig, ExpertConfig, RouterConfig, SamplingConfig, to_dict
 from paris_ray.encoders.codec import PatchPCA
 from paris_ray.export import write_bundle
@@ -106,3 +114,15 @@ def tiny_bundle_path(tiny_parts: Path, tmp_path_factory: pytest.TempPathFactory)
     publish(Folder(path), KIND, config_digest="", parents={}, facts={})
     assert json.loads((path / "model_index.json").read_text())["_class_name"] == "Bundle"
     return path
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tiny_bundle_path: Path) -> Bundle:
+    """The tiny bundle, opened."""
+    return load_bundle(str(tiny_bundle_path))
+
+
+@pytest.fixture(scope="session")
+def randomised() -> Callable[[torch.nn.Module, int], torch.nn.Module]:
+    """`randomise`, for tests that build models of their own."""
+    return randomise

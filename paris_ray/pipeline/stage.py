@@ -41,7 +41,6 @@ class Stage:
     ) -> None:
         self.kind, self.folder, self.config, self.parents = kind, folder, config, parents
         self.config_digest = digest(config, *sections)
-        self._started = time.perf_counter()
 
     def finished(self) -> Manifest | None:
         """Return the manifest if this very artefact exists already, and say that it is kept.
@@ -66,8 +65,7 @@ class Stage:
             parents=self.parents,
             facts=facts,
         )
-        seconds = time.perf_counter() - self._started
-        logger.info("%s: finished in %.0f s (%s)", self.kind, seconds, self.folder.uri)
+        logger.info("%s: finished (%s)", self.kind, self.folder.uri)
         return manifest
 
 
@@ -85,3 +83,4 @@ class StageTimer:
         earlier = self.folder.read(TIMINGS) if self.folder.exists(TIMINGS) else b""
         row = {"stage": self.stage, "seconds": seconds, "failed": exception[0] is not None}
         self.folder.write(TIMINGS, earlier + json.dumps(row).encode() + b"\n")
+        logger.info("%s: %.0f s", self.stage, seconds)

@@ -1,0 +1,43 @@
+# The two commands of the README, and what else a developer needs.
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+
+.PHONY: help quickstart stop test lint bench clean
+
+help:
+	@echo "make quickstart   from a bare machine to pictures over HTTP"
+	@echo "make stop         stop what quickstart started, nothing else"
+	@echo "make test         linters, types, architecture and all tests"
+	@echo "make bench        print the numbers of docs/results.md"
+
+quickstart: $(VENV)/quickstart
+	@$(PY) -m jobs.quickstart
+
+stop:
+	@test ! -x $(PY) || $(PY) -m jobs.stop
+
+test: lint
+	$(PY) -m pytest
+
+lint: $(VENV)/test
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports
+
+bench: $(VENV)/test
+	$(PY) -m jobs.bench
+
+clean:
+	rm -rf $(VENV)
+
+$(PY):
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "paris_ray needs Python 3.11 or newer: make PYTHON=python3.11 ...")'
+	$(PYTHON) -m venv $(VENV)
+
+# The file is the mark of a finished installation of that extra.
+$(VENV)/quickstart $(VENV)/test: $(VENV)/%: pyproject.toml | $(PY)
+	@started=$$(date +%s); echo "installing paris_ray[$*] into $(VENV) ..."; \
+	$(PY) -m pip install --quiet --editable ".[$*]" && \
+	echo "$$(( $$(date +%s) - started ))" > $@ && echo "installed in $$(cat $@) s"

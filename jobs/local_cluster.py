@@ -1,0 +1,161 @@
+"""A Ray head on this machine that belongs to one run folder, and is stopped by its own pid.
+
+`ray stop` matches process names on the whole machine, so it is never used here.
+"""
+
+import json
+import os
+import secrets
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import psutil
+import requests
+
+from paris_ray.errors import ParisError
+
+LOOPBACK = "127.0.0.1"
+DASHBOARD_PORT = 8265
+START_TIMEOUT_S = 60
+STOP_TIMEOUT_S = 30
+OBJECT_STORE_BYTES = 500_000_000
+
+
+class LocalCluster:
+    """One Ray head: token authentication, loopback only, ports and temporary folder of its own.
+
+    Args:
+        run_dir: Where the cluster's state, token and log are kept.
+    """
+
+    def __init__(self, run_dir: Path) -> None:
+        self.state_file = run_dir / "cluster.json"
+        self.token_file = run_dir / "ray_token"
+        self.log_file = run_dir / "ray_head.log"
+
+    @property
+    def dashboard_url(self) -> str:
+        """Address of the dashboard, the Jobs API and the Serve API."""
+        return f"http://{LOOPBACK}:{self._state()['dashboard_port']}"
+
+    def environment(self) -> dict[str, str]:
+        """Return the environment of a process that may talk to this cluster."""
+        return os.environ | {
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN_PATH": str(self.token_file),
+            "RAY_ADDRESS": self.dashboard_url,
+        }
+
+    def is_running(self) -> bool:
+        """Return whether the head that was started for this folder is still alive."""
+        return self._process() is not None
+
+    def start(self) -> None:
+        """Start the head, unless it is running.
+
+        Raises:
+            ParisError: if it does not come up.
+        """
+        if self.is_running():
+            return
+        self.state_file.parent.mkdir(parents=True, exist_ok=True)
+        self.token_file.unlink(missing_ok=True)
+        self.token_file.touch(mode=0o600)
+        self.token_file.write_text(secrets.token_hex(32))
+        port = DASHBOARD_PORT if port_is_free(DASHBOARD_PORT) else free_port()
+        temp_dir = tempfile.mkdtemp(prefix="paris_ray-", dir="/tmp")  # short: it holds sockets
+        self._write_state({"dashboard_port": port, "temp_dir": temp_dir})
+        with self.log_file.open("w") as log:
+            process = subprocess.Popen(
+                _head_command(port, temp_dir),
+                env=self.environment(),
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        created = psutil.Process(process.pid).create_time()
+        self._write_state({**self._state(), "pid": process.pid, "created": created})
+        self._wait_until_up(process)
+
+    def stop(self) -> bool:
+        """Stop the head and every process that it started; return whether there was one."""
+        head = self._process()
+        if head is None:
+            return False
+        family = [head, *head.children(recursive=True)]
+        head.terminate()
+        _, alive = psutil.wait_procs(family, timeout=STOP_TIMEOUT_S)
+        for process in alive:
+            process.kill()
+        psutil.wait_procs(alive, timeout=STOP_TIMEOUT_S)
+        self.state_file.unlink()
+        return True
+
+    def _wait_until_up(self, process: "subprocess.Popen[bytes]") -> None:
+        deadline = time.monotonic() + START_TIMEOUT_S
+        headers = {"Authorization": f"Bearer {self.token_file.read_text()}"}
+        while time.monotonic() < deadline and process.poll() is None:
+            try:
+                url = f"{self.dashboard_url}/api/jobs/"
+                if requests.get(url, headers=headers, timeout=2).ok:
+                    return
+            except requests.RequestException:
+                pass
+            time.sleep(0.5)
+        self.stop()
+        raise ParisError(f"Ray did not start; its log is {self.log_file}")
+
+    def _state(self) -> dict[str, int | float | str]:
+        state: dict[str, int | float | str] = json.loads(self.state_file.read_text())
+        return state
+
+    def _write_state(self, state: dict[str, int | float | str]) -> None:
+        self.state_file.write_text(json.dumps(state, indent=2) + "\n")
+
+    def _process(self) -> psutil.Process | None:
+        """Return the head; a recycled pid is told by its creation time."""
+        if not self.state_file.exists() or "pid" not in self._state():
+            return None
+        try:
+            process = psutil.Process(int(self._state()["pid"]))
+        except psutil.NoSuchProcess:
+            return None
+        same = process.create_time() == self._state()["created"]
+        return process if same and process.status() != psutil.STATUS_ZOMBIE else None
+
+
+def _head_command(dashboard_port: int, temp_dir: str) -> list[str]:
+    ports = ("port", "ray-client-server-port", "dashboard-agent-listen-port", "metrics-export-port")
+    return [
+        str(Path(sys.executable).parent / "ray"),
+        "start",
+        "--head",
+        "--block",
+        f"--node-ip-address={LOOPBACK}",
+        f"--dashboard-host={LOOPBACK}",
+        f"--dashboard-port={dashboard_port}",
+        *(f"--{name}={free_port()}" for name in ports),
+        "--min-worker-port=0",
+        "--max-worker-port=0",
+        f"--temp-dir={temp_dir}",
+        f"--object-store-memory={OBJECT_STORE_BYTES}",
+        "--disable-usage-stats",
+    ]
+
+
+def free_port() -> int:
+    """Return a port that nobody listens on at the moment."""
+    with socket.socket() as probe:
+        probe.bind((LOOPBACK, 0))
+        return int(probe.getsockname()[1])
+
+
+def port_is_free(port: int) -> bool:
+    """Return whether a port can be listened on."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        return probe.connect_ex((LOOPBACK, port)) != 0

@@ -1,0 +1,182 @@
+"""From nothing to pictures over HTTP, on one machine.
+
+    make quickstart        or        python -m jobs.quickstart [key=value ...]
+
+Starts a Ray head of its own, submits the pipeline with `ray job submit`, deploys the Serve
+application from the new bundle, and asks it for a grid of pictures. What is finished already is
+kept. `make stop` stops the Ray head.
+"""
+
+import argparse
+import base64
+import io
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import requests
+import yaml
+from PIL import Image
+
+from jobs.command import fail
+from jobs.local_cluster import LOOPBACK, LocalCluster, port_is_free
+from paris_ray import reports
+from paris_ray.artifacts import read_manifest
+from paris_ray.config import load, to_yaml, with_absolute_paths
+from paris_ray.embeddings import read_table
+from paris_ray.errors import ParisError
+from paris_ray.run import EMBEDDINGS, EVALUATION, Run
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+NUM_CAPTIONS = 24
+FREE_PROMPTS = (
+    "a happy cat",
+    "the flag of Japan",
+    "a blue car",
+    "red apple",
+    "a smiling sun",
+    "some pizza",
+    "an old tree",
+    "a yellow duck",
+)
+DEPLOY_TIMEOUT_S = 180
+REQUEST_TIMEOUT_S = 120
+COLUMNS = 8
+
+
+def main() -> int:
+    """Run all steps; return the exit code."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--port", type=int, default=8000, help="port of the API (default 8000)")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as seed=1")
+    arguments = parser.parse_args()
+    started = time.monotonic()
+    try:
+        run = Run(with_absolute_paths(load("quickstart", arguments.overrides)))
+        cluster = LocalCluster(Path(run.folder.uri))
+        _start_cluster(cluster, arguments.port)
+        _submit_pipeline(cluster, run)
+        _deploy(cluster, run, arguments.port)
+        _draw_samples(run, f"http://{LOOPBACK}:{arguments.port}")
+    except ParisError as error:
+        return fail(error)
+    _say_what_there_is(run, cluster, arguments.port, time.monotonic() - started)
+    return 0
+
+
+def _start_cluster(cluster: LocalCluster, port: int) -> None:
+    if cluster.is_running():
+        print(f"Ray is running already: {cluster.dashboard_url}", flush=True)
+        return
+    if not port_is_free(port):
+        raise ParisError(f"--port={port} is in use: stop what listens there or choose another")
+    print("starting Ray ...", flush=True)
+    cluster.start()
+
+
+def _submit_pipeline(cluster: LocalCluster, run: Run) -> None:
+    """Submit the pipeline as a Ray job, with absolute paths, and follow its log."""
+    config_file = Path(run.folder.uri) / "quickstart.yaml"
+    config_file.write_text(to_yaml(run.config))
+    command = [
+        str(Path(sys.executable).parent / "ray"),
+        *("job", "submit", "--working-dir", str(REPOSITORY), "--"),
+        *(sys.executable, "-m", "jobs.pipeline", "--config", str(config_file)),
+    ]
+    if subprocess.run(command, env=cluster.environment(), check=False).returncode:
+        raise ParisError("the pipeline job failed: its log is above and in the Ray dashboard")
+
+
+def _deploy(cluster: LocalCluster, run: Run, port: int) -> None:
+    """Deploy the Serve application on the new bundle and wait until it answers."""
+    document = yaml.safe_load((REPOSITORY / "serve" / "config.yaml").read_text())
+    document["http_options"]["port"] = port
+    document["applications"][0]["args"]["bundle"] = run.bundle.uri
+    config_file = Path(run.folder.uri) / "serve.yaml"
+    config_file.write_text(yaml.safe_dump(document, sort_keys=False))
+    print("deploying the Serve application ...", flush=True)
+    serve = str(Path(sys.executable).parent / "serve")
+    command = [serve, "deploy", "--address", cluster.dashboard_url, str(config_file)]
+    if subprocess.run(command, env=cluster.environment(), cwd=REPOSITORY, check=False).returncode:
+        raise ParisError(f"serve deploy {config_file} failed")
+    deadline = time.monotonic() + DEPLOY_TIMEOUT_S
+    while not _is_healthy(f"http://{LOOPBACK}:{port}"):
+        if time.monotonic() > deadline:
+            raise ParisError(f"the application is not up after {DEPLOY_TIMEOUT_S} s: serve status")
+        time.sleep(1)
+
+
+def _is_healthy(url: str) -> bool:
+    try:
+        return requests.get(f"{url}/healthz", timeout=5).ok
+    except requests.RequestException:
+        return False
+
+
+def _draw_samples(run: Run, url: str) -> None:
+    """Ask the API for pictures; write `samples.png` and `report.html`."""
+    captions = read_table(run.embeddings, ["caption"])["caption"].to_pylist()
+    chosen = np.linspace(0, len(captions) - 1, NUM_CAPTIONS).astype(int)
+    prompts = [captions[i] for i in chosen] + list(FREE_PROMPTS)
+    with ThreadPoolExecutor(max_workers=COLUMNS) as pool:
+        images = list(pool.map(lambda prompt: _request_image(url, prompt), prompts))
+    grid = reports.picture_grid(np.stack(images), columns=COLUMNS, scale=4)
+    run.folder.write("samples.png", reports.png_bytes(grid))
+    run.folder.write("report.html", _report(run, prompts, images))
+
+
+def _request_image(url: str, prompt: str) -> np.ndarray:
+    response = requests.post(
+        f"{url}/v1/images/generations",
+        json={"prompt": prompt, "seed": 0},
+        timeout=REQUEST_TIMEOUT_S,
+    )
+    if not response.ok:
+        raise ParisError(f"the API answered {response.status_code}: {response.text}")
+    encoded = base64.b64decode(response.json()["data"][0]["b64_json"])
+    return np.asarray(Image.open(io.BytesIO(encoded)).convert("RGB"))
+
+
+def _report(run: Run, prompts: list[str], images: list[np.ndarray]) -> bytes:
+    figures = [
+        reports.figure(Image.fromarray(i), p) for p, i in zip(prompts, images, strict=True)
+    ]
+    sections = [
+        reports.section("Captions of the corpus", *figures[:NUM_CAPTIONS]),
+        reports.section("Free prompts", *figures[NUM_CAPTIONS:]),
+    ]
+    title = f"paris_ray quickstart: caption accuracy {_accuracy(run):.4f}"
+    attribution = read_manifest(run.embeddings, EMBEDDINGS).facts["attribution"]
+    return reports.page(title, sections, attribution)
+
+
+def _accuracy(run: Run) -> float:
+    return float(read_manifest(run.evaluation, EVALUATION).facts["accuracy"])
+
+
+def _say_what_there_is(run: Run, cluster: LocalCluster, port: int, seconds: float) -> None:
+    mark = REPOSITORY / ".venv" / "quickstart"
+    installed = f", after {mark.read_text().strip()} s of installation" if mark.exists() else ""
+    print(
+        f"""
+done in {seconds:.0f} s{installed}
+
+  caption accuracy   {_accuracy(run):.4f}
+  pictures           {run.folder.uri}/samples.png
+  report             {run.folder.uri}/report.html
+  page and API       http://{LOOPBACK}:{port}/   (POST /v1/images/generations)
+  Ray dashboard      {cluster.dashboard_url}   (token: {cluster.token_file})
+  stop               make stop
+
+{read_manifest(run.embeddings, EMBEDDINGS).facts["attribution"]}""",
+        flush=True,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,176 @@
+"""The pipeline on a real Ray, from an image folder to a bundle."""
+
+import logging
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from paris_ray.artifacts import read_manifest
+from paris_ray.bundle import load_bundle
+from paris_ray.config import Config
+from paris_ray.errors import ArtifactError, CorpusError, TrainingError
+from paris_ray.run import CLUSTERS, EMBEDDINGS, EVALUATION, EXPERT, ROUTER, SHARD, Run
+from paris_ray.sampling import generate
+
+pytestmark = pytest.mark.ray
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def finished(ray_session: None, tiny_config: Config) -> Run:
+    """A run with all stages finished."""
+    from paris_ray.pipeline.stages import run
+
+    run(tiny_config, "pipeline")
+    return Run(tiny_config)
+
+
+@pytest.fixture
+def copy_of(finished: Run, tmp_path: Path) -> Callable[[str], Run]:
+    """Return a copy of the finished run without some of its folders."""
+
+    def copy(*without: str) -> Run:
+        target = tmp_path / "copy"
+        shutil.copytree(finished.folder.uri, target)
+        for name in without:
+            shutil.rmtree(target / name)
+        return Run(replace(finished.config, run_dir=str(target)))
+
+    return copy
+
+
+def test_every_row_is_embedded_or_quarantined_with_its_reason(
+    finished: Run, bad_rows: dict[str, str], num_good_rows: int
+) -> None:
+    facts = read_manifest(finished.embeddings, EMBEDDINGS).facts
+    assert facts["rows"] == num_good_rows
+    rows = pq.read_table(finished.quarantine.uri).to_pylist()
+    assert {row["key"]: row["reason"] for row in rows} == bad_rows
+    assert sum(facts["quarantined"].values()) == len(bad_rows)
+
+
+def test_shards_are_disjoint_and_complete(finished: Run, num_good_rows: int) -> None:
+    keys = [
+        key
+        for k in range(3)
+        for key in pq.read_table(finished.shard(k).uri, columns=["key"])["key"].to_pylist()
+    ]
+    assert len(keys) == len(set(keys)) == num_good_rows
+    assert read_manifest(finished.clusters, CLUSTERS).facts["sizes"] == [
+        read_manifest(finished.shard(k), SHARD).facts["rows"] for k in range(3)
+    ]
+
+
+def test_reports_and_sample_grids_are_there(finished: Run) -> None:
+    report = finished.clusters.read("report.html").decode()
+    assert "Cluster 2" in report
+    assert "data:image/png" in report
+    for k in range(3):
+        assert finished.expert(k).read("samples.png").startswith(b"\x89PNG")
+    assert b"Caption accuracy" in finished.evaluation.read("report.html")
+
+
+def test_the_router_reports_accuracy_by_noise_level(finished: Run) -> None:
+    right = read_manifest(finished.router, ROUTER).facts["right_cluster"]
+    assert set(right) == {"0.1", "0.3", "0.5", "0.7", "0.9", "1"}
+    assert all(0 <= share <= 1 for share in right.values())
+
+
+def test_the_bundle_draws_and_its_card_shows_measured_numbers(finished: Run) -> None:
+    bundle = load_bundle(finished.bundle.uri)
+    images = generate(bundle, ["a red square number 1", "a blue circle number 0"], seed=1)
+    assert [image.size for image in images] == [(32, 32), (32, 32)]
+    accuracy = read_manifest(finished.evaluation, EVALUATION).facts["accuracy"]
+    assert f"{accuracy:.4f}" in finished.bundle.read("README.md").decode()
+
+
+def test_running_again_keeps_everything(
+    finished: Run, caplog: pytest.LogCaptureFixture
+) -> None:
+    from paris_ray.pipeline.stages import run
+
+    before = {name: finished.folder.read(name) for name in finished.folder.files()}
+    with caplog.at_level(logging.INFO, "paris_ray"):
+        run(finished.config, "pipeline")
+    assert caplog.text.count("already finished, kept") == 9
+    assert "accuracy" in caplog.records[-1].message
+    after = {name: finished.folder.read(name) for name in finished.folder.files()}
+    assert {n for n in before if before[n] != after[n]} == {"timings.jsonl"}
+
+
+def test_another_configuration_is_refused_and_nothing_is_lost(finished: Run) -> None:
+    from paris_ray.pipeline.stages import run
+
+    other = replace(finished.config, seed=1)
+    with pytest.raises(ArtifactError, match="another configuration"):
+        run(other, "prepare")
+    assert read_manifest(finished.embeddings, EMBEDDINGS).facts["rows"]
+
+
+def test_an_expert_alone_is_identical_to_one_beside_the_others(
+    finished: Run, copy_of: Callable[..., Run]
+) -> None:
+    from paris_ray.pipeline.experts import train_experts
+
+    alone = copy_of("experts")
+    train_experts(alone.config, only=[1])
+    beside = read_manifest(finished.expert(1), EXPERT).files[WEIGHTS]
+    assert read_manifest(alone.expert(1), EXPERT).files[WEIGHTS] == beside
+    assert not alone.expert(0).exists()
+    assert read_manifest(finished.expert(0), EXPERT).files[WEIGHTS] != beside
+
+
+def test_a_failed_expert_is_named_and_the_others_finish(copy_of: Callable[..., Run]) -> None:
+    from paris_ray.pipeline.experts import train_experts
+
+    run = copy_of("experts")
+    shard = Path(run.shard(1).uri)
+    part = next(shard.glob("*.parquet"))
+    intact = part.read_bytes()
+    for file in shard.glob("*.parquet"):
+        file.rename(file.with_suffix(".hidden"))
+    with pytest.raises(TrainingError, match="1 of 3 experts failed: expert 1"):
+        train_experts(run.config)
+    assert read_manifest(run.expert(0), EXPERT)
+    assert read_manifest(run.expert(2), EXPERT)
+    assert not run.expert(1).exists("manifest.json")
+    for file in shard.glob("*.hidden"):
+        file.rename(file.with_suffix(".parquet"))
+    assert part.read_bytes() == intact
+    train_experts(run.config)
+    assert read_manifest(run.expert(1), EXPERT)
+
+
+def test_embedding_resumes_with_the_missing_shards(
+    finished: Run, copy_of: Callable[..., Run], num_good_rows: int
+) -> None:
+    from paris_ray.pipeline.embed import prepare_embeddings
+
+    run = copy_of("experts", "clusters")
+    folder = Path(run.embeddings.uri)
+    (folder / "manifest.json").unlink()
+    lost, kept = sorted(folder.glob("*.parquet"))[:2]
+    lost.unlink()
+    kept_at = kept.stat().st_mtime_ns
+    encoders = read_manifest(run.encoders, "encoders")
+    manifest = prepare_embeddings(run.config, encoders)
+    assert manifest.facts["rows"] == num_good_rows
+    assert kept.stat().st_mtime_ns == kept_at
+    assert manifest.digest == read_manifest(finished.embeddings, EMBEDDINGS).digest
+
+
+def test_a_mostly_bad_corpus_is_refused(ray_session: None, finished: Run, tmp_path: Path) -> None:
+    from paris_ray.pipeline.embed import prepare_embeddings
+
+    corpus = replace(finished.config.corpus, max_bad_share=0.01)
+    target = tmp_path / "refused"
+    shutil.copytree(finished.encoders.uri, target / "encoders")
+    config = replace(finished.config, run_dir=str(target), corpus=corpus)
+    with pytest.raises(CorpusError, match=r"6 of 78 rows are bad.*max_bad_share=0.01"):
+        prepare_embeddings(config, read_manifest(finished.encoders, "encoders"))
+    assert pq.read_table(str(target / "quarantine")).num_rows == 6

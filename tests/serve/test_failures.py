@@ -1,0 +1,79 @@
+"""What clients see when parts of the application fail."""
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import ray
+from ray import serve
+
+from serve.ingress import Ingress, create_api
+from serve.sampler import ExpertUnavailableError
+
+pytestmark = pytest.mark.serve
+
+IMAGES = "v1/images/generations"
+
+
+def serve_failing(name: str, error: Exception, address: str, bundle: Path) -> httpx.Response:
+    """Answer one request with a Sampler that raises."""
+
+    class FailingSampler:
+        def draw(self, *_: object) -> None:
+            raise error
+
+    sampler = serve.deployment(name="Sampler", ray_actor_options={"num_cpus": 0.1})(FailingSampler)
+    ingress_class = serve.ingress(create_api())(Ingress)
+    ingress = serve.deployment(name="Ingress", ray_actor_options={"num_cpus": 0.1})(ingress_class)
+    serve.run(ingress.bind(str(bundle), sampler.bind(), None), name=name, route_prefix=f"/{name}")
+    response = httpx.post(f"{address}/{name}/{IMAGES}", json={"prompt": "a cat"}, timeout=60)
+    serve.delete(name)
+    return response
+
+
+def test_a_dead_expert_is_named(serve_address: str, tiny_bundle_path: Path) -> None:
+    error = ExpertUnavailableError("Expert 2 stopped")
+    response = serve_failing("unavailable", error, serve_address, tiny_bundle_path)
+    assert response.status_code == 503
+    assert response.json()["error"] == {
+        "message": "Expert 2 stopped. Send the request again",
+        "type": "unavailable_error",
+        "param": None,
+        "code": "unavailable",
+    }
+
+
+def test_a_bug_is_not_shown(serve_address: str, tiny_bundle_path: Path) -> None:
+    response = serve_failing("bug", RuntimeError("secret"), serve_address, tiny_bundle_path)
+    assert response.status_code == 500
+    assert response.json()["error"]["type"] == "server_error"
+    assert "secret" not in response.text
+
+
+def kill_expert(app: str, index: int) -> None:
+    (name,) = [
+        actor["name"]
+        for actor in ray.util.list_named_actors(all_namespaces=True)
+        if f"{app}#Expert-{index}#" in actor["name"]
+    ]
+    ray.kill(ray.get_actor(name, namespace="serve"))
+
+
+def test_killed_expert_fails_its_requests_and_comes_back(start_app: Callable[..., str]) -> None:
+    url = start_app("mortal")
+    body: dict[str, Any] = {"prompt": "a cat", "seed": 1, "routing": "full"}
+
+    def draw(steps: int) -> httpx.Response:
+        return httpx.post(f"{url}/{IMAGES}", json=body | {"num_inference_steps": steps}, timeout=90)
+
+    before = draw(3).json()
+    with ThreadPoolExecutor(4) as pool:
+        answers = [pool.submit(draw, 100) for _ in range(4)]
+        kill_expert("mortal", 0)
+        statuses = [answer.result().status_code for answer in answers]
+    print(statuses)
+    assert set(statuses) <= {200, 503}  # 200 where no call was under way
+    assert draw(3).json()["data"] == before["data"]

@@ -1,0 +1,160 @@
+"""Artefacts: what exists to readers, what is refused, and what is verified."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from paris_ray.artifacts import (
+    MANIFEST,
+    PROGRESS,
+    RESOLVED_CONFIG,
+    TIMINGS,
+    Folder,
+    Manifest,
+    VerifiedFolder,
+    find_finished,
+    open_finished,
+    publish,
+    read_manifest,
+)
+from paris_ray.errors import ArtifactError
+
+IDENTITY: dict[str, Any] = {"config_digest": "c", "parents": {"corpus": "p"}}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Folder:
+    folder = Folder(tmp_path / "artefact")
+    folder.write("data.bin", b"payload")
+    folder.write("deep/er/more.bin", b"more")
+    return folder
+
+
+def publish_things(folder: Folder, **changes: Any) -> Manifest:
+    return publish(folder, "things", **IDENTITY | {"facts": {"rows": 2}} | changes)
+
+
+def test_a_folder_without_manifest_does_not_exist(folder: Folder) -> None:
+    assert find_finished(folder, "things", **IDENTITY) is None
+    with pytest.raises(ArtifactError, match=f"no finished things at .* no {MANIFEST}"):
+        read_manifest(folder, "things")
+    manifest = publish_things(folder)
+    assert find_finished(folder, "things", **IDENTITY) == manifest
+    assert set(manifest.files) == {"data.bin", "deep/er/more.bin"}
+
+
+@pytest.mark.parametrize(
+    ("identity", "fragment"),
+    [
+        (IDENTITY | {"config_digest": "other"}, "another configuration"),
+        (IDENTITY | {"parents": {"corpus": "other"}}, "another corpus"),
+        (IDENTITY | {"parents": {}}, "another corpus"),
+        (IDENTITY | {"parents": {"corpus": "p", "encoders": "e"}}, "another encoders"),
+    ],
+)
+def test_another_identity_is_refused(
+    folder: Folder, identity: dict[str, Any], fragment: str
+) -> None:
+    publish_things(folder)
+    with pytest.raises(ArtifactError, match=fragment):
+        find_finished(folder, "things", **identity)
+
+
+def test_the_digest_is_of_the_result_not_of_the_run(folder: Folder) -> None:
+    first = publish_things(folder)
+    for name in (TIMINGS, RESOLVED_CONFIG, f"deep/{TIMINGS}"):
+        folder.write(name, b"differs from run to run")
+    assert publish_things(folder, facts={"rows": 3}).digest == first.digest
+    folder.write("data.bin", b"Payload")
+    assert publish_things(folder).digest != first.digest
+
+
+def test_publishing_ends_progress(folder: Folder) -> None:
+    folder.write_json(PROGRESS, {"step": 3})
+    publish_things(folder)
+    assert not folder.exists(PROGRESS)
+
+
+def test_temporary_files_are_never_listed(folder: Folder, tmp_path: Path) -> None:
+    (tmp_path / "artefact" / "data.bin.tmp-123").write_bytes(b"half")
+    (tmp_path / "artefact" / "deep" / "late.bin.tmp-9").write_bytes(b"half")
+    assert folder.files() == ["data.bin", "deep/er/more.bin"]
+    assert set(publish_things(folder).files) == {"data.bin", "deep/er/more.bin"}
+
+
+def test_writing_leaves_no_temporary_file(folder: Folder, tmp_path: Path) -> None:
+    folder.write("data.bin", b"new")
+    assert folder.read("data.bin") == b"new"
+    assert [path.name for path in (tmp_path / "artefact").glob("*.tmp*")] == []
+
+
+def test_an_absent_folder_has_no_files(tmp_path: Path) -> None:
+    folder = Folder(tmp_path / "nowhere")
+    assert folder.files() == [] and not folder.exists()
+    with pytest.raises(ArtifactError, match="nowhere/x does not exist"):
+        folder.read("x")
+
+
+@pytest.mark.parametrize("name", ["data.bin", "deep/er/more.bin"])
+def test_flipped_bytes_are_refused(folder: Folder, name: str) -> None:
+    publish_things(folder)
+    source = open_finished(folder, "things")
+    intact = source.read(name)
+    folder.write(name, bytes([intact[0] ^ 1]) + intact[1:])
+    with pytest.raises(ArtifactError, match=f"{name} does not have the digest"):
+        source.read(name)
+
+
+def test_parts_are_verified_too(folder: Folder) -> None:
+    publish_things(folder)
+    part = open_finished(folder, "things").part("deep")
+    assert part.read("er/more.bin") == b"more"
+    folder.write("deep/er/more.bin", b"less")
+    with pytest.raises(ArtifactError, match="digest"):
+        part.local_path(["er/more.bin"])
+
+
+def test_files_that_nobody_published_are_refused(folder: Folder) -> None:
+    publish_things(folder)
+    folder.write("late.bin", b"late")
+    with pytest.raises(ArtifactError, match="digest"):
+        open_finished(folder, "things").read("late.bin")
+    assert VerifiedFolder(folder, None).read("late.bin") == b"late"
+
+
+@pytest.mark.parametrize("name", ["plain", "with space"])
+def test_a_file_uri_works_like_a_path(tmp_path: Path, name: str) -> None:
+    by_uri, by_path = Folder((tmp_path / name).as_uri()), Folder(tmp_path / name)
+    by_uri.write("a/b.bin", b"payload")
+    assert by_uri.is_local
+    assert by_path.read("a/b.bin") == (by_uri / "a").read("b.bin") == b"payload"
+    assert by_uri.files() == by_path.files() == ["a/b.bin"]
+    publish_things(by_uri)
+    source = open_finished(by_uri, "things")
+    assert (source.local_path(["a/b.bin"]) / "a" / "b.bin").read_bytes() == b"payload"
+
+
+@pytest.mark.parametrize(
+    ("changes", "fragment"),
+    [
+        ({"kind": "others"}, "holds 'others', expected 'things'"),
+        ({"schema_version": 99}, "schema_version 99"),
+        ({"surprise": 1}, "is not a manifest"),
+        ({"files": None}, "is not a manifest"),
+    ],
+)
+def test_other_manifests_are_refused(
+    folder: Folder, changes: dict[str, Any], fragment: str
+) -> None:
+    publish_things(folder)
+    folder.write_json(MANIFEST, folder.read_json(MANIFEST) | changes)
+    with pytest.raises(ArtifactError, match=fragment):
+        read_manifest(folder, "things")
+
+
+@pytest.mark.parametrize("payload", [b"{", b"[]", b"{}", b"\xff\xfe"])
+def test_damaged_manifests_are_refused(folder: Folder, payload: bytes) -> None:
+    folder.write(MANIFEST, payload)
+    with pytest.raises(ArtifactError, match=MANIFEST):
+        read_manifest(folder, "things")

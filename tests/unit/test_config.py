@@ -1,0 +1,191 @@
+"""Configuration: what is refused and in which words, and what a digest depends on."""
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+import pytest
+
+from paris_ray.config import (
+    RESOURCE_KEYS,
+    Config,
+    ExpertConfig,
+    RouterConfig,
+    SamplingConfig,
+    digest,
+    from_dict,
+    load,
+    packaged_configs,
+    to_dict,
+    to_yaml,
+)
+from paris_ray.errors import ConfigError
+
+KeyPath = tuple[str, ...]
+
+
+def refusal(*overrides: str, config: str = "quickstart") -> str:
+    with pytest.raises(ConfigError) as caught:
+        load(config, overrides)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("name", packaged_configs())
+def test_every_packaged_config_loads(name: str) -> None:
+    assert load(name).run_dir
+
+
+def test_overrides_and_interpolations() -> None:
+    config = load("quickstart", ["training.steps=50", "cluster.num_clusters=4", "seed=7"])
+    assert (config.training.steps, config.seed) == (50, 7)
+    assert config.router.num_experts == 4  # follows cluster.num_clusters
+
+
+def test_yaml_round_trip(tmp_path: Path) -> None:
+    config = load("quickstart", ["corpus.limit=5", "training.betas=[0.8,0.9]"])
+    (tmp_path / "saved.yaml").write_text(to_yaml(config))
+    assert load(str(tmp_path / "saved.yaml")) == config
+    assert "${" not in to_yaml(config)
+
+
+@pytest.mark.parametrize(
+    ("override", "fragments"),
+    [
+        ("training.stepz=5", ["'training.stepz'", "allowed", "steps, batch_size"]),
+        ("trainings.steps=5", ["'trainings'", "allowed", "router_training"]),
+        ("features.pool.actors=2", ["'features.pool.actors'", "num_actors"]),
+        ("training.steps=many", ["training.steps", "many"]),
+        ("training.steps=1.5", ["training.steps", "1.5"]),
+        ("training.steps=null", ["training.steps"]),
+        ("corpus.kind=tar", ["corpus.kind", "tar"]),
+        ("training=5", ["training"]),
+        ("training.steps", ["'training.steps'", "key=value"]),
+    ],
+)
+def test_unknown_keys_and_wrong_types_are_refused(override: str, fragments: list[str]) -> None:
+    message = refusal(override)
+    assert all(fragment in message for fragment in fragments), message
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("corpus.path", "null"),
+        ("corpus.caption_templates", "[nothing]"),
+        ("corpus.caption_templates", "[]"),
+        ("corpus.image_size", "4"),
+        ("corpus.max_bad_share", "2"),
+        ("codec.patch_size", "5"),
+        ("codec.num_components", "193"),
+        ("cluster.num_clusters", "0"),
+        ("cluster.num_fine", "4"),
+        ("cluster.max_imbalance", "0.9"),
+        ("training.steps", "0"),
+        ("training.text_dropout", "1.5"),
+        ("training.learning_rate", "0"),
+        ("training.learning_rate", ".nan"),
+        ("router_training.batch_size", "0"),
+        ("features.steps", "0"),
+        ("expert.input_size", "8"),
+        ("expert.in_channels", "4"),
+        ("expert.hidden_size", "1000000000"),
+        ("expert.hidden_size", "129"),
+        ("expert.hidden_size", "18"),
+        ("expert.text_embed_dim", "-1"),
+        ("expert.mlp_ratio", "0"),
+        ("router.num_layers", "257"),
+        ("router.num_experts", "3"),
+    ],
+)
+def test_values_that_do_not_fit_are_refused(field: str, value: str) -> None:
+    extra = ["corpus.kind=parquet"] if field == "corpus.path" else []
+    assert refusal(f"{field}={value}", *extra).startswith(f"{field}=")
+
+
+@pytest.mark.parametrize("text", ["corpus: [", "- a\n- b\n", "nonsense: 1\n"])
+def test_bad_files_are_refused(text: str, tmp_path: Path) -> None:
+    (tmp_path / "bad.yaml").write_text(text)
+    assert refusal(config=str(tmp_path / "bad.yaml"))
+
+
+def test_an_absent_file_is_answered_with_the_packaged_names() -> None:
+    assert "quickstart" in refusal(config="no such file")
+
+
+def leaves(section: Any, path: KeyPath = ()) -> Iterator[KeyPath]:
+    """Every key of a configuration, as its path."""
+    for field in fields(section):
+        value = getattr(section, field.name)
+        if is_dataclass(value):
+            yield from leaves(value, (*path, field.name))
+        else:
+            yield (*path, field.name)
+
+
+def changed(section: Any, path: Sequence[str]) -> Any:
+    """The section with another value at a path; the same section if only one value is allowed."""
+    name, *rest = path
+    value = getattr(section, name)
+    hint = next(field.type for field in fields(section) if field.name == name)
+    return replace(section, **{name: changed(value, rest) if rest else another(value, hint)})
+
+
+def another(value: Any, hint: Any) -> Any:
+    if get_origin(hint) is Literal:
+        return next((choice for choice in get_args(hint) if choice != value), value)
+    if value is None:
+        return 1 if int in get_args(hint) else "x"
+    if isinstance(value, str):
+        return value + "x"
+    if isinstance(value, list):
+        return [*value, "a {}"]
+    if isinstance(value, tuple):
+        return (0.5, 0.5)
+    return value + 1
+
+
+@pytest.mark.parametrize("path", list(leaves(Config())), ids=".".join)
+def test_the_digest_ignores_resources_and_nothing_else(path: KeyPath) -> None:
+    config = Config()
+    other = changed(config, path)
+    if other == config:
+        pytest.skip("only one value is allowed")
+    everything = [field.name for field in fields(config)]
+    same = digest(config, *everything) == digest(other, *everything)
+    assert same == any(part in RESOURCE_KEYS for part in path)
+
+
+def test_the_digest_depends_on_the_named_sections_only() -> None:
+    config = Config()
+    other = replace(config, seed=1)
+    assert digest(config, "expert") == digest(other, "expert") != digest(config, "router")
+
+
+def test_from_dict_reads_what_to_dict_writes() -> None:
+    config = ExpertConfig(hidden_size=96, text_injection="spatial")
+    assert from_dict(ExpertConfig, to_dict(config), "config.json") == config
+
+
+@pytest.mark.parametrize(
+    ("section", "values", "fragment"),
+    [
+        (ExpertConfig, [], "mapping"),
+        (ExpertConfig, {"hidden": 3}, "'hidden'; allowed here: input_size"),
+        (ExpertConfig, {"hidden_size": "wide"}, "hidden_size"),
+        (ExpertConfig, {"hidden_size": None}, "hidden_size"),
+        (ExpertConfig, {"hidden_size": {"a": 1}}, "hidden_size"),
+        (ExpertConfig, {"hidden_size": "???"}, "hidden_size"),
+        (ExpertConfig, {"prediction": "x0"}, "prediction"),
+        (RouterConfig, {"num_experts": 2.5}, "num_experts"),
+        (SamplingConfig, {"routing": "${oc.env:HOME}"}, "interpolation"),
+        (SamplingConfig, {"routing": ["${oc.env:HOME}"]}, "interpolation"),
+    ],
+)
+def test_from_dict_refuses(section: type, values: object, fragment: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        from_dict(section, values, "there/config.json")
+    message = str(caught.value)
+    assert "there/config.json" in message and fragment in message
+    assert os.environ["HOME"] not in message

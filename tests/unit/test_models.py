@@ -1,0 +1,152 @@
+"""Experts and router: sizes, the released parameter names, and what they accept."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from paris_ray.models import Expert, ExpertConfig, Router, RouterConfig, TextConditioning
+from paris_ray.models.layers import Attention
+
+Randomise = Callable[[nn.Module, int], nn.Module]
+
+SMALL = {"input_size": 4, "hidden_size": 16, "num_layers": 2, "num_heads": 2, "text_embed_dim": 8}
+ATTENTION = ["in_proj_weight", "in_proj_bias", "out_proj.weight", "out_proj.bias"]
+MLP = ["mlp.0.weight", "mlp.0.bias", "mlp.2.weight", "mlp.2.bias"]
+EMBEDDINGS = [
+    "pos_embed",
+    *(f"patch_embed.{part}" for part in ("weight", "bias")),
+    *(f"time_embed.{part}" for part in MLP),
+]
+
+
+def count_parameters(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("hidden_size", "num_layers", "num_heads", "expected"),
+    [
+        pytest.param(384, 12, 6, 29_939_728, id="S/2"),
+        pytest.param(768, 12, 12, 118_566_928, id="B/2"),
+        pytest.param(1024, 24, 16, 411_815_952, id="L/2"),
+        pytest.param(1152, 28, 16, 605_970_448, id="XL/2"),
+    ],
+)
+def test_expert_sizes_are_the_published_ones(
+    hidden_size: int, num_layers: int, num_heads: int, expected: int
+) -> None:
+    config = ExpertConfig(hidden_size=hidden_size, num_layers=num_layers, num_heads=num_heads)
+    with torch.device("meta"):
+        assert count_parameters(Expert(config)) == expected
+
+
+def test_router_size_is_the_published_one() -> None:
+    with torch.device("meta"):
+        assert count_parameters(Router(RouterConfig())) == 129_136_904
+
+
+def test_expert_has_the_released_names() -> None:
+    expected = set(EMBEDDINGS)
+    expected |= {f"{name}.{p}" for name in ("text_proj", "t_block.1") for p in ("weight", "bias")}
+    for i in range(2):
+        expected |= {f"layers.{i}.{attn}.{p}" for attn in ("attn", "cross_attn") for p in ATTENTION}
+        expected |= {f"layers.{i}.{name}" for name in (*MLP, "scale_shift_table")}
+    expected |= {f"final_layer.{p}" for p in ("linear.weight", "linear.bias", "scale_shift_table")}
+    assert set(Expert(ExpertConfig(**SMALL)).state_dict()) == expected
+
+
+def test_router_has_the_released_names() -> None:
+    expected = {*EMBEDDINGS, "cls_token"}
+    expected |= {f"head.{i}.{part}" for i in (0, 2, 4) for part in ("weight", "bias")}
+    for i in range(2):
+        expected |= {f"layers.{i}.attn.{part}" for part in ATTENTION}
+        expected |= {f"layers.{i}.adaLN_modulation.1.{part}" for part in ("weight", "bias")}
+        expected |= {f"layers.{i}.{part}" for part in MLP}
+    config = RouterConfig(**{**SMALL, "text_embed_dim": 0})
+    assert set(Router(config).state_dict()) == expected
+
+
+def inputs(length: int = 3) -> tuple[Tensor, Tensor, TextConditioning]:
+    generator = torch.Generator().manual_seed(5)
+    text = torch.randn(2, length, 8, generator=generator)
+    latents = torch.randn(2, 4, 4, 4, generator=generator)
+    return latents, torch.tensor([100.0, 900.0]), TextConditioning(text, text[:, 0])
+
+
+@pytest.mark.parametrize("injection", ["cross_attention", "spatial"])
+def test_state_dicts_load_strictly_and_mean_the_same(injection: str, randomised: Randomise) -> None:
+    config = ExpertConfig(text_injection=injection, **SMALL)
+    expert, other = randomised(Expert(config), 0), randomised(Expert(config), 1)
+    latents, timesteps, text = inputs(length=1)
+    assert not torch.allclose(expert(latents, timesteps, text), other(latents, timesteps, text))
+    other.load_state_dict(expert.state_dict(), strict=True)
+    assert torch.equal(expert(latents, timesteps, text), other(latents, timesteps, text))
+
+
+@pytest.mark.parametrize(("injection", "length"), [("cross_attention", 3), ("spatial", 1)])
+def test_text_is_accepted_in_three_forms(
+    injection: str, length: int, randomised: Randomise
+) -> None:
+    expert = randomised(Expert(ExpertConfig(text_injection=injection, **SMALL)), 0)
+    latents, timesteps, text = inputs(length)
+    output = expert(latents, timesteps, text)
+    assert output.shape == latents.shape
+    assert torch.equal(expert(latents, timesteps, expert.encode_text(text)), output)
+    assert torch.equal(expert(latents, timesteps, text.text_embeddings), output)
+    assert not torch.allclose(expert(latents, timesteps, -text.text_embeddings), output)
+    assert not torch.allclose(expert(latents, timesteps + 50, text), output)
+
+
+def test_spatial_injection_needs_one_vector_a_caption() -> None:
+    expert = Expert(ExpertConfig(text_injection="spatial", **SMALL))
+    latents, timesteps, text = inputs(length=3)
+    with pytest.raises(ValueError, match=r"spatial.*\(2, 3, 8\)"):
+        expert(latents, timesteps, text)
+
+
+def test_patches_keep_their_place(randomised: Randomise) -> None:
+    """With nothing but the patch path open, a patch of latents only reaches its own output."""
+    expert = randomised(Expert(ExpertConfig(text_injection="spatial", **SMALL)), 0)
+    for block in expert.layers:
+        nn.init.zeros_(block.attn.out_proj.weight)
+    latents, timesteps, text = inputs(length=1)
+    moved = latents.clone()
+    moved[:, :, 2:, :2] += 1  # patch (1, 0)
+    reached = (expert(moved, timesteps, text) - expert(latents, timesteps, text)).abs() > 1e-6
+    inside = torch.zeros_like(reached)
+    inside[:, :, 2:, :2] = True
+    assert torch.equal(reached, inside)
+
+
+def test_a_new_expert_is_silent_and_a_new_router_undecided() -> None:
+    latents, timesteps, text = inputs()
+    expert = Expert(ExpertConfig(**SMALL))
+    assert not expert(latents, timesteps, text).any()
+    router = Router(RouterConfig(num_experts=3, **SMALL))
+    assert not router(latents, timesteps, text.pooled_text).any()
+
+
+def test_router_needs_text_exactly_if_built_with_it(randomised: Randomise) -> None:
+    latents, timesteps, text = inputs()
+    router = randomised(Router(RouterConfig(num_experts=3, **SMALL)), 0)
+    with pytest.raises(ValueError, match="pooled_text is missing"):
+        router(latents, timesteps)
+    logits = router(latents, timesteps, text.pooled_text)
+    assert logits.shape == (2, 3)
+    assert not torch.allclose(router(latents, timesteps, -text.pooled_text), logits)
+    without = randomised(Router(RouterConfig(**{**SMALL, "text_embed_dim": 0})), 0)
+    assert without(latents, timesteps).shape == (2, 8)
+
+
+@pytest.mark.parametrize("length", [None, 3])
+def test_attention_equals_torch(length: int | None, randomised: Randomise) -> None:
+    reference = randomised(nn.MultiheadAttention(16, 4, batch_first=True), 0)
+    attention = Attention(16, 4)
+    attention.load_state_dict(reference.state_dict(), strict=True)
+    x = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(0))
+    context = None if length is None else 2 * x[:, :length].flip(1)
+    source = x if context is None else context
+    expected, _ = reference(x, source, source)
+    torch.testing.assert_close(attention(x, context), expected, rtol=1e-5, atol=1e-5)

@@ -1,0 +1,170 @@
+"""The HTTP side without HTTP: request rules, error shapes, access, builder arguments."""
+
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from fastapi import FastAPI, Request
+from fastapi.testclient import TestClient
+from pydantic import ValidationError
+from ray.serve.schema import ServeDeploySchema
+
+from paris_ray.errors import BundleError, ConfigError
+from serve.access import check_key, check_local, is_loopback, read_api_key
+from serve.app import AppArgs, DeploymentOptions, build
+from serve.errors import ApiError, describe_violation, install_error_handlers
+from serve.schemas import MAX_PICTURES, MAX_SEED, ImagesRequest
+
+CONFIG = Path(__file__).parents[2] / "serve" / "config.yaml"
+
+
+def request(client: str | None = "127.0.0.1", **headers: str) -> Request:
+    pairs = [(name.encode(), value.encode("latin-1")) for name, value in headers.items()]
+    address = None if client is None else (client, 1234)
+    return Request({"type": "http", "headers": pairs, "client": address})
+
+
+def violation(body: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the first violation as FastAPI reports it, with `body` before the field."""
+    with pytest.raises(ValidationError) as caught:
+        ImagesRequest.model_validate(body)
+    first = dict(caught.value.errors()[0])
+    return first | {"loc": ("body", *first["loc"])}
+
+
+def test_request_defaults() -> None:
+    body = ImagesRequest(prompt="a cat")
+    assert (body.n, body.size, body.response_format) == (1, "auto", "b64_json")
+    assert body.seed is body.num_inference_steps is body.guidance_scale is body.routing is None
+
+
+def test_seeds_of_all_pictures_are_63_bit_numbers() -> None:
+    assert MAX_SEED + MAX_PICTURES - 1 < 2**63
+    assert ImagesRequest(prompt="a", seed=MAX_SEED, guidance_scale=20).guidance_scale == 20.0
+    assert violation({"prompt": "a", "seed": MAX_SEED + 1})["loc"] == ("body", "seed")
+
+
+def test_violations_name_field_value_and_allowed() -> None:
+    detail = describe_violation(violation({"prompt": "a", "n": 11}))
+    assert detail.message == "n=11 is not allowed: Input should be less than or equal to 10"
+    detail = describe_violation(violation({"prompt": "a", "user": "me"}))
+    assert detail.message.startswith("Unknown parameter 'user'; allowed: prompt, model, n, size")
+    detail = describe_violation(violation({}))
+    assert (detail.param, detail.code) == ("prompt", "missing_required_parameter")
+
+
+def test_violations_repeat_only_the_start_of_a_long_value() -> None:
+    assert len(describe_violation(violation({"prompt": "a" * 10_000})).message) < 200
+
+
+def test_a_bug_is_answered_without_its_message() -> None:
+    api = FastAPI()
+    install_error_handlers(api)
+
+    @api.get("/")
+    def broken() -> None:
+        raise KeyError("secret")
+
+    response = TestClient(api, raise_server_exceptions=False).get("/")
+    assert response.status_code == 500
+    assert response.json()["error"]["type"] == "server_error"
+    assert "secret" not in response.text
+
+
+@pytest.mark.parametrize("host", ["localhost", "127.0.0.1", "127.8.9.1", "::1"])
+def test_loopback_hosts(host: str) -> None:
+    assert is_loopback(host)
+
+
+@pytest.mark.parametrize("host", ["", "0.0.0.0", "192.0.2.1", "localhost.evil.example", "::2", "1"])
+def test_other_hosts(host: str) -> None:
+    assert not is_loopback(host)
+
+
+@pytest.mark.parametrize("host", ["localhost", "localhost:8000", "127.0.0.1:1", "[::1]:8000"])
+def test_this_machine_is_served(host: str) -> None:
+    check_local(request(host=host))
+
+
+@pytest.mark.parametrize(
+    ("client", "host"),
+    [
+        ("192.0.2.1", "localhost"),
+        ("192.0.2.1", "192.0.2.2"),
+        ("127.0.0.1", "evil.example"),
+        ("127.0.0.1", ""),
+        ("127.0.0.1", "[::1"),
+        (None, "localhost"),
+    ],
+)
+def test_other_machines_and_rebound_names_are_refused(client: str | None, host: str) -> None:
+    with pytest.raises(ApiError) as caught:
+        check_local(request(client, host=host))
+    assert caught.value.status == 403
+
+
+def test_key_is_compared_whole() -> None:
+    check_key(request(authorization="bearer k"), "k")
+    for header in ("", "k", "Bearer ", "Bearer kk", "Bearer K", "Basic k", "Bearer \xff"):
+        with pytest.raises(ApiError) as caught:
+            check_key(request(authorization=header), "k")
+        assert caught.value.status == 401
+
+
+def test_key_file(tmp_path: Path) -> None:
+    path = tmp_path / "key"
+    with pytest.raises(ConfigError, match="cannot be read"):
+        read_api_key(str(path))
+    path.write_text(" \n")
+    with pytest.raises(ConfigError, match="is empty"):
+        read_api_key(str(path))
+    path.write_text("k\n")
+    assert read_api_key(str(path)) == "k"
+
+
+def test_config_file_holds_the_defaults_and_stays_on_loopback() -> None:
+    document = yaml.safe_load(CONFIG.read_text())
+    schema = ServeDeploySchema.model_validate(document)
+    assert schema.http_options.host == "127.0.0.1"
+    (application,) = schema.applications
+    assert application.import_path == "serve.app:build"
+    assert AppArgs.model_validate(application.args) == AppArgs()
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        {"bundel": "x"},
+        {"threads": 0},
+        {"expert": {"replicas": 2}},
+        {"expert": {"num_replicas": 0}},
+        {"experts": {"first": {}}},
+    ],
+)
+def test_builder_refuses_unknown_arguments(args: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError):
+        AppArgs.model_validate(args)
+
+
+def test_builder_refuses_what_the_bundle_does_not_have(tiny_bundle_path: Path) -> None:
+    with pytest.raises(BundleError, match="no model folder"):
+        build(AppArgs(bundle="no/such/bundle"))
+    with pytest.raises(ConfigError, match="experts: 3 is not allowed: the bundle has 3"):
+        build(AppArgs(bundle=str(tiny_bundle_path), experts={3: DeploymentOptions()}))
+
+
+def test_single_experts_override_only_what_they_name() -> None:
+    args = AppArgs.model_validate(
+        {"expert": {"num_cpus": 2, "num_gpus": 1}, "experts": {"1": {"num_replicas": 3}}}
+    )
+    assert args.expert_options(0) == DeploymentOptions(num_cpus=2, num_gpus=1)
+    assert args.expert_options(1) == DeploymentOptions(num_replicas=3, num_cpus=2, num_gpus=1)
+
+
+def test_expert_replicas_do_not_import_the_text_encoder() -> None:
+    code = "import sys, serve.expert; sys.exit('transformers' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -27,7 +27,7 @@ lint: $(VENV)/test
 	$(VENV)/bin/lint-imports
 
 bench: $(VENV)/test
-	$(PY) -m jobs.bench
+	$(PY) tests/benchmarks/bench.py
 
 clean:
 	rm -rf $(VENV)

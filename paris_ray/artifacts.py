@@ -77,6 +77,12 @@ class Folder:
         """Whether files can be opened by path on this machine."""
         return isinstance(self._filesystem, fs.LocalFileSystem)
 
+    @property
+    def local_path(self) -> Path:
+        """Path on this machine; only for a local folder."""
+        assert self.is_local
+        return Path(self._path)
+
     def _full(self, name: str) -> str:
         return f"{self._path}/{name}" if name else self._path
 
@@ -197,6 +203,8 @@ def read_manifest(folder: Folder, kind: str) -> Manifest:
         manifest = Manifest(**document)
     except TypeError as error:
         raise ArtifactError(f"{folder.uri}/{MANIFEST} is not a manifest: {error}") from None
+    if not isinstance(manifest.files, dict) or not isinstance(manifest.parents, dict):
+        raise ArtifactError(f"{folder.uri}/{MANIFEST} is not a manifest: files or parents")
     if manifest.schema_version != SCHEMA_VERSION:
         raise ArtifactError(
             f"{folder.uri}/{MANIFEST} has schema_version {manifest.schema_version}, "
@@ -226,7 +234,8 @@ def find_finished(
             f"(compare its {RESOLVED_CONFIG}); {remedy}"
         )
     if dict(manifest.parents) != dict(parents):
-        changed = sorted(n for n in parents if manifest.parents.get(n) != parents[n])
+        names = parents.keys() | manifest.parents.keys()
+        changed = sorted(n for n in names if manifest.parents.get(n) != parents.get(n))
         raise ArtifactError(f"{folder.uri} was made from another {', '.join(changed)}; {remedy}")
     return manifest
 
@@ -274,7 +283,7 @@ class VerifiedFolder:
         """Return a local folder with these files, verified; copied to a temporary one if remote."""
         payloads = {name: self.read(name) for name in names}
         if self.folder.is_local:
-            return Path(self.folder.uri.removeprefix("file://"))
+            return self.folder.local_path
         target = Path(tempfile.mkdtemp(prefix="paris_ray-"))
         atexit.register(shutil.rmtree, target, ignore_errors=True)
         for name, payload in payloads.items():

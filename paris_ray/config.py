@@ -10,6 +10,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
@@ -34,6 +35,7 @@ MODEL_LIMITS = {
     "num_layers": 256,
     "num_heads": 256,
 }
+MAX_TEXT_WIDTH = 65_536
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -275,6 +277,16 @@ def check_model(name: str, model: ExpertConfig | RouterConfig) -> None:
         value = getattr(model, key)
         _require(1 <= value <= most, f"{name}.{key}", value, f"between 1 and {most}")
     _require(0 < model.mlp_ratio <= 16, f"{name}.mlp_ratio", model.mlp_ratio, "0 < x <= 16")
+    widths = {"text_embed_dim": 0}
+    if isinstance(model, ExpertConfig):
+        widths = {"text_embed_dim": 1, "text_hidden_size": 1}
+    else:
+        _require(model.num_experts >= 1, f"{name}.num_experts", model.num_experts, ">= 1")
+    for key, least in widths.items():
+        value, allowed = getattr(model, key), f"between {least} and {MAX_TEXT_WIDTH}"
+        _require(least <= value <= MAX_TEXT_WIDTH, f"{name}.{key}", value, allowed)
+    quarters = model.hidden_size % 4 == 0  # sine and cosine of row and column
+    _require(quarters, f"{name}.hidden_size", model.hidden_size, "a multiple of 4")
     divisible = model.hidden_size % model.num_heads == 0
     allowed = f"a multiple of num_heads={model.num_heads}"
     _require(divisible, f"{name}.hidden_size", model.hidden_size, allowed)
@@ -338,6 +350,9 @@ def check(config: Config) -> None:
         f"at least cluster.num_clusters={cluster.num_clusters}",
     )
     _require(cluster.max_imbalance >= 1, "cluster.max_imbalance", cluster.max_imbalance, ">= 1")
+    for key in ("steps", "batch_size", "max_images"):
+        value = getattr(config.features, key)
+        _require(value >= 1, f"features.{key}", value, "at least 1")
     _check_training("training", config.training)
     _check_training("router_training", config.router_training)
     _check_shapes(config)
@@ -365,6 +380,9 @@ def load(name_or_path: str, overrides: Sequence[str] = ()) -> Config:
         config = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
         raise _explain(error) from None
+    except yaml.YAMLError as error:
+        where = f"config={name_or_path!r} or an override"
+        raise ConfigError(f"{where} is not YAML: {' '.join(str(error).split())}") from None
     assert isinstance(config, Config)
     check(config)
     return config

@@ -60,7 +60,8 @@ def test_yaml_round_trip(tmp_path: Path) -> None:
         ("training.steps=1.5", ["training.steps", "1.5"]),
         ("training.steps=null", ["training.steps"]),
         ("corpus.kind=tar", ["corpus.kind", "tar"]),
-        ("training=5", ["training"]),
+        ("training=5", ["TrainingConfig", "5"]),
+        ("training=[1", ["is not YAML"]),
         ("training.steps", ["'training.steps'", "key=value"]),
     ],
 )
@@ -176,7 +177,6 @@ def test_from_dict_reads_what_to_dict_writes() -> None:
         (ExpertConfig, {"hidden_size": "wide"}, "hidden_size"),
         (ExpertConfig, {"hidden_size": None}, "hidden_size"),
         (ExpertConfig, {"hidden_size": {"a": 1}}, "hidden_size"),
-        (ExpertConfig, {"hidden_size": "???"}, "hidden_size"),
         (ExpertConfig, {"prediction": "x0"}, "prediction"),
         (RouterConfig, {"num_experts": 2.5}, "num_experts"),
         (SamplingConfig, {"routing": "${oc.env:HOME}"}, "interpolation"),

@@ -91,7 +91,9 @@ def ray_session(address: str | None) -> Iterator[None]:
         address = "local"
     import ray
 
-    ray.init(address=address, include_dashboard=False if address == "local" else None)
+    own = {"include_dashboard": False, "_node_ip_address": "127.0.0.1"}
+    # Tasks keep their own logs, one an expert, in the dashboard; the terminal shows the driver's.
+    ray.init(address=address, log_to_driver=False, **(own if address == "local" else {}))
     try:
         yield
     finally:

@@ -111,11 +111,16 @@ def load_codec(source: VerifiedFolder) -> Codec:
         ArtifactError: if files are missing or not the published ones.
     """
     where = source.folder.uri
-    kind = source.read_json(CONFIG).get("kind")
+    document = source.read_json(CONFIG)
+    kind = document.get("kind") if isinstance(document, dict) else None
     if kind != "patch_pca":
         raise BundleError(f"{where}/{CONFIG}: kind={kind!r}, expected 'patch_pca'")
     try:
         tensors = safetensors.torch.load(source.read(WEIGHTS))
-        return PatchPCA(tensors["mean"], tensors["components"], tensors["scale"])
+        mean, components, scale = (tensors[name] for name in ("mean", "components", "scale"))
     except (SafetensorError, KeyError) as error:
         raise BundleError(f"{where}/{WEIGHTS} is not a patch_pca codec: {error}") from None
+    if mean.dim() != 2 or components.shape[1:] != mean.shape[1:] or scale.dim() != 0:
+        shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        raise BundleError(f"{where}/{WEIGHTS} is not a patch_pca codec: shapes {shapes}")
+    return PatchPCA(mean, components, scale)

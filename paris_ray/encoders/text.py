@@ -1,15 +1,15 @@
 """Text encoders: captions in, `TextConditioning` out."""
 
-import json
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Protocol
 
 import torch
+from safetensors import SafetensorError
 from torch.nn import functional
 
-from paris_ray.artifacts import Folder
+from paris_ray.artifacts import Folder, parse_json
 from paris_ray.config import TextConfig
 from paris_ray.errors import BundleError, ConfigError
 from paris_ray.models import TextConditioning
@@ -52,14 +52,29 @@ class MiniLM:
         from transformers.utils import logging
 
         logging.disable_progress_bar()
-        model_type = json.loads((folder / "config.json").read_text()).get("model_type")
+        document = parse_json((folder / "config.json").read_bytes(), f"{folder}/config.json")
+        model_type = document.get("model_type") if isinstance(document, dict) else None
         if model_type != "bert":
             raise BundleError(f"{folder}/config.json: model_type={model_type!r}, expected 'bert'")
         config = BertConfig.from_pretrained(folder, local_files_only=True)
-        self.model = BertModel.from_pretrained(
-            folder, config=config, local_files_only=True, use_safetensors=True
-        ).eval()
-        self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        try:
+            model, report = BertModel.from_pretrained(
+                folder,
+                config=config,
+                local_files_only=True,
+                use_safetensors=True,
+                output_loading_info=True,
+            )
+        except (SafetensorError, OSError, RuntimeError) as error:
+            raise BundleError(f"{folder}/model.safetensors does not fit: {error}") from None
+        missing = sorted(name for name in report["missing_keys"] if not name.startswith("pooler."))
+        if missing:  # transformers would fill them at random
+            raise BundleError(f"{folder}/model.safetensors lacks {', '.join(missing)}")
+        self.model = model.eval()
+        try:
+            self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        except Exception as error:  # tokenizers raises no narrower one
+            raise BundleError(f"{folder}/tokenizer.json is damaged: {error}") from None
         self.tokenizer.enable_truncation(MAX_TOKENS)
         self.tokenizer.enable_padding()
 

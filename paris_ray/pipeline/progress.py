@@ -25,7 +25,7 @@ PRINT_INTERVAL_S = 5.0
 
 
 class ProgressFile:
-    """Receives a training loop's progress: writes it to a file now and then, and to Ray metrics.
+    """Receives a training loop's progress, for people: the task's log, a file, Ray metrics.
 
     Args:
         folder: The task's own folder.
@@ -37,11 +37,19 @@ class ProgressFile:
         self._gauges = {} if name is None else _gauges(name)
 
     def __call__(self, progress: Progress) -> None:
+        print(_line(progress), flush=True)
         for field, gauge in self._gauges.items():
             gauge.set(getattr(progress, field))
         if time.monotonic() - self._written_at > WRITE_INTERVAL_S:
             self.folder.write_json(PROGRESS, asdict(progress))
             self._written_at = time.monotonic()
+
+
+def _line(progress: Progress) -> str:
+    return (
+        f"{progress.step}/{progress.num_steps} loss {progress.loss:.3f} "
+        f"{progress.samples_per_second:.0f} samples/s ETA {progress.eta_s:.0f} s"
+    )
 
 
 def _gauges(name: str) -> dict[str, metrics.Gauge]:
@@ -98,10 +106,7 @@ def _print_progress(running: list[tuple[str, Folder]], total: int) -> None:
     for name, folder in running:
         progress = _read_progress(folder)
         if progress is not None:
-            parts.append(
-                f"{name}: {progress.step}/{progress.num_steps} loss {progress.loss:.3f} "
-                f"{progress.samples_per_second:.0f} samples/s ETA {progress.eta_s:.0f} s"
-            )
+            parts.append(f"{name}: {_line(progress)}")
     if parts:
         logger.info("%d/%d done | %s", total - len(running), total, " | ".join(parts))
 

@@ -10,6 +10,7 @@ from paris_ray.errors import RoutingError
 
 ALLOWED = "'top-1', 'top-2' ... 'top-K', 'full' or 'threshold:x' with 0 < x < 1"
 NEGLIGIBLE_WEIGHT = 1e-6
+MAX_DIGITS = 9  # int() of thousands of digits is slow or refused
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +46,7 @@ def parse_routing(text: str, num_experts: int) -> Routing:
             return Routing("threshold", threshold=threshold)
     count = text.removeprefix("top-")
     if text.startswith("top-") and count.isascii() and count.isdigit():
-        if 1 <= int(count) <= num_experts:
+        if len(count) <= MAX_DIGITS and 1 <= int(count) <= num_experts:
             return Routing("top-k", top_k=int(count))
         raise RoutingError(f"routing={text!r} is not allowed: there are {num_experts} experts")
     raise RoutingError(f"routing={text!r} is not allowed: use {ALLOWED}")

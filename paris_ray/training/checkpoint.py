@@ -69,9 +69,9 @@ def restore(folder: Folder, state: TrainingState, *, identity: str) -> dict[str,
     try:
         tensors = safetensors.torch.load(payload)
         header = _header(payload)
-    except (SafetensorError, ValueError) as error:
+    except (SafetensorError, ValueError, KeyError) as error:
         raise ArtifactError(f"{folder.uri}/{CHECKPOINT} is damaged: {error}") from None
-    if header["identity"] != identity:
+    if header.get("identity") != identity:
         raise ArtifactError(
             f"{folder.uri}/{CHECKPOINT} belongs to another configuration or shard; "
             "choose another run_dir or delete that folder"
@@ -82,7 +82,7 @@ def restore(folder: Folder, state: TrainingState, *, identity: str) -> dict[str,
         moments = _under(f"optimizer/{name}/", tensors)
         if moments:
             state.optimizer.state[parameter] = {
-                moment: value if moment == "step" else value.to(parameter.device)
+                moment: value.to(parameter.device)  # "step" too: a fused optimizer reads it there
                 for moment, value in moments.items()
             }
     progress: dict[str, Any] = json.loads(header["progress"])

@@ -189,4 +189,4 @@ class TrainingLoop:
 
 
 def _json_lines(rows: list[dict[str, Any]]) -> bytes:
-    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+    return "".join(json.dumps(row, sort_keys=True) + "\n" for row in rows).encode()

@@ -58,12 +58,12 @@ def shapes_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def tiny_overrides(run_dir: Path, corpus: Path) -> list[str]:
-    """Return the overrides of a run that takes seconds."""
+@pytest.fixture(scope="session")
+def tiny_overrides(shapes_corpus: Path) -> list[str]:
+    """The overrides, all but run_dir, of a run that takes seconds."""
     return [
-        f"run_dir={run_dir}",
         "corpus.kind=image_folder",
-        f"corpus.path={corpus}",
+        f"corpus.path={shapes_corpus}",
         "corpus.rows_per_shard=16",
         "features.steps=4",
         "features.batch_size=16",
@@ -89,10 +89,12 @@ def tiny_overrides(run_dir: Path, corpus: Path) -> list[str]:
 
 
 @pytest.fixture(scope="session")
-def tiny_config(tmp_path_factory: pytest.TempPathFactory, shapes_corpus: Path) -> Config:
+def tiny_config(
+    tmp_path_factory: pytest.TempPathFactory, tiny_overrides: list[str]
+) -> Config:
     """The configuration of the one finished run that the tests share."""
     run_dir = tmp_path_factory.mktemp("run") / "shapes"
-    return load("quickstart", tiny_overrides(run_dir, shapes_corpus))
+    return load("quickstart", [f"run_dir={run_dir}", *tiny_overrides])
 
 
 @pytest.fixture(scope="session")

@@ -147,12 +147,13 @@ def another(value: Any, hint: Any) -> Any:
     return value + 1
 
 
-@pytest.mark.parametrize("path", list(leaves(Config())), ids=".".join)
+ALTERABLE = [path for path in leaves(Config()) if changed(Config(), path) != Config()]
+
+
+@pytest.mark.parametrize("path", ALTERABLE, ids=".".join)
 def test_the_digest_ignores_resources_and_nothing_else(path: KeyPath) -> None:
     config = Config()
     other = changed(config, path)
-    if other == config:
-        pytest.skip("only one value is allowed")
     everything = [field.name for field in fields(config)]
     same = digest(config, *everything) == digest(other, *everything)
     assert same == any(part in RESOURCE_KEYS for part in path)

@@ -1,0 +1,108 @@
+"""Properties of routing, of the solver and of the initial noise."""
+
+from itertools import pairwise
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from paris_ray.diffusion import sampling_times
+from paris_ray.errors import RoutingError
+from paris_ray.sampling.routing import Routing, expert_weights, parse_routing
+from paris_ray.sampling.sampler import initial_noise
+from paris_ray.sampling.solvers import euler_step
+
+LOGITS = st.integers(1, 8).flatmap(
+    lambda count: st.lists(
+        st.lists(st.floats(-30, 30, width=32), min_size=count, max_size=count),
+        min_size=1,
+        max_size=4,
+    )
+)
+
+
+@given(LOGITS, st.data())
+@settings(deadline=None)
+def test_weights_are_a_distribution_over_the_chosen_experts(
+    logits: list[list[float]], data: st.DataObject
+) -> None:
+    count = len(logits[0])
+    text = data.draw(
+        st.one_of(
+            st.just("full"),
+            st.integers(1, count).map(lambda k: f"top-{k}"),
+            st.floats(0.01, 0.99).map(lambda x: f"threshold:{x}"),
+        )
+    )
+    routing = parse_routing(text, count)
+    weights = expert_weights(torch.tensor(logits), routing)
+    assert weights.shape == (len(logits), count) and (weights >= 0).all()
+    torch.testing.assert_close(weights.sum(dim=1), torch.ones(len(logits)), rtol=0, atol=1e-5)
+    asked = (weights > 0).sum(dim=1)
+    assert (asked >= 1).all()
+    if routing.kind == "top-k":
+        assert (asked <= routing.top_k).all()
+
+
+@given(LOGITS)
+@settings(deadline=None)
+def test_all_experts_of_top_k_are_the_full_ensemble(logits: list[list[float]]) -> None:
+    values = torch.tensor(logits)
+    everyone = expert_weights(values, Routing("top-k", top_k=values.shape[1]))
+    torch.testing.assert_close(everyone, expert_weights(values, Routing("full")), rtol=0, atol=1e-5)
+
+
+@given(LOGITS, st.floats(0.01, 0.99))
+@settings(deadline=None)
+def test_threshold_keeps_those_above_it_and_the_most_likely(
+    logits: list[list[float]], threshold: float
+) -> None:
+    probabilities = torch.tensor(logits).softmax(dim=1)
+    asked = expert_weights(torch.tensor(logits), Routing("threshold", threshold=threshold)) > 0
+    for row, chosen in zip(probabilities.tolist(), asked.tolist(), strict=True):
+        expected = [p >= threshold or p == max(row) for p in row]
+        close = [abs(p - threshold) < 1e-6 for p in row]
+        assert all(a == b or c for a, b, c in zip(chosen, expected, close, strict=True))
+
+
+@given(LOGITS, st.integers(1, 8))
+@settings(deadline=None)
+def test_no_expert_left_out_is_likelier_than_one_that_is_asked(
+    logits: list[list[float]], top_k: int
+) -> None:
+    values = torch.tensor(logits)
+    top_k = min(top_k, values.shape[1])
+    asked = expert_weights(values, Routing("top-k", top_k=top_k)) > 0
+    worst_asked = values.masked_fill(~asked, torch.inf).amin(dim=1)
+    best_left_out = values.masked_fill(asked, -torch.inf).amax(dim=1)
+    assert (worst_asked >= best_left_out).all()
+
+
+@given(st.text(max_size=12), st.integers(1, 8))
+def test_any_text_is_parsed_or_refused(text: str, num_experts: int) -> None:
+    try:
+        routing = parse_routing(text, num_experts)
+    except RoutingError as error:
+        assert repr(text) in str(error)
+    else:
+        assert text.startswith(("top-", "full", "threshold:"))
+        assert routing.top_k <= num_experts and 0 <= routing.threshold < 1
+
+
+@given(st.integers(1, 60), st.integers(0, 2**32))
+@settings(deadline=None)
+def test_euler_is_exact_on_a_constant_field(steps: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    noise, velocity = torch.randn(2, 2, 3, 4, 4, generator=generator, dtype=torch.float64)
+    x = noise
+    for t, t_next in pairwise(sampling_times(steps).tolist()):
+        x = euler_step(x, velocity, t, t_next)
+    torch.testing.assert_close(x, noise - velocity)
+
+
+@given(st.lists(st.integers(0, 2**32), min_size=1, max_size=5))
+@settings(deadline=None)
+def test_a_seed_means_the_same_noise_in_any_batch(seeds: list[int]) -> None:
+    batch = initial_noise((2, 3, 3), seeds)
+    for noise, seed in zip(batch, seeds, strict=True):
+        assert torch.equal(noise, initial_noise((2, 3, 3), [seed])[0])

@@ -1,0 +1,79 @@
+"""The main job in small: a Ray of its own, `ray job submit`, `serve deploy`, HTTP, stop by pid."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+import yaml
+
+from jobs.local_cluster import LocalCluster
+
+pytestmark = [pytest.mark.ray, pytest.mark.serve]
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def test_quickstart_draws_over_http_and_stops_what_it_started(
+    tmp_path: Path, shapes_corpus: Path, tiny_overrides: list[str]
+) -> None:
+    run_dir, port = tmp_path / "quick", free_port()
+    cluster = LocalCluster(run_dir)
+    # The tests' own Ray has another token, which the quickstart must not pick up.
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+    command = [sys.executable, "-m", "jobs.quickstart", f"--port={port}", *tiny_overrides]
+    try:
+        result = subprocess.run(
+            [*command, f"run_dir={run_dir}"],
+            cwd=REPOSITORY,
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
+        for printed in ("samples.png", "report.html", "Ray dashboard", "caption accuracy", "stop"):
+            assert printed in result.stdout
+        assert (run_dir / "samples.png").read_bytes().startswith(b"\x89PNG")
+        served = yaml.safe_load((run_dir / "serve.yaml").read_text())
+        assert served["applications"][0]["args"]["colocated"] is False
+        _check_http(port, cluster)
+        head = cluster._process()
+        assert head is not None
+        family = [head, *head.children(recursive=True)]
+    finally:
+        stopped = subprocess.run(
+            [sys.executable, "-m", "jobs.stop", str(run_dir)],
+            cwd=REPOSITORY,
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    assert stopped.stdout == "stopped\n"
+    assert not [process for process in family if _is_alive(process)]
+
+
+def _check_http(port: int, cluster: LocalCluster) -> None:
+    body = {"prompt": "a red circle number 1", "seed": 3, "n": 2}
+    response = httpx.post(
+        f"http://127.0.0.1:{port}/v1/images/generations", json=body, timeout=60
+    )
+    assert response.status_code == 200
+    assert len(response.json()["data"]) == 2
+    # The Ray behind it refuses whoever has no token.
+    assert httpx.get(f"{cluster.dashboard_url}/api/jobs/").status_code == 401
+
+
+def _is_alive(process: psutil.Process) -> bool:
+    return process.is_running() and process.status() != psutil.STATUS_ZOMBIE

@@ -1,0 +1,87 @@
+"""Clustering: deterministic, roughly balanced, and right where there is a right answer."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from paris_ray.artifacts import Folder
+from paris_ray.clustering import Clustering, fit_clustering
+from paris_ray.config import ClusterConfig
+from paris_ray.errors import ConfigError
+
+CONFIG = ClusterConfig(num_clusters=4, num_fine=32, iterations=20, max_imbalance=1.25)
+
+
+def unit_vectors(rows: np.ndarray) -> np.ndarray:
+    return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
+
+
+def blobs(sizes: list[int], spread: float, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Unit vectors around orthogonal centres, shuffled, and the blob of each."""
+    generator = np.random.default_rng(seed)
+    labels = generator.permutation(np.repeat(np.arange(len(sizes)), sizes))
+    rows = np.eye(8)[labels] + spread * generator.standard_normal((len(labels), 8))
+    return unit_vectors(rows), labels
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_well_separated_blobs_are_recovered(seed: int) -> None:
+    features, labels = blobs([50, 50, 50, 50], spread=0.05, seed=seed)
+    clusters = fit_clustering(features, CONFIG, seed).assign(features)
+    assert len(set(zip(clusters.tolist(), labels.tolist(), strict=True))) == 4
+    assert set(clusters) == {0, 1, 2, 3}
+
+
+def test_the_same_arguments_give_the_same_clusters() -> None:
+    features, _ = blobs([60, 50, 40, 30], spread=0.4)
+    first, again = (fit_clustering(features, CONFIG, seed=3) for _ in range(2))
+    assert np.array_equal(first.fine_centroids, again.fine_centroids)
+    assert np.array_equal(first.coarse_of_fine, again.coarse_of_fine)
+    other = fit_clustering(features, CONFIG, seed=4)
+    assert not np.array_equal(first.fine_centroids, other.fine_centroids)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_clusters_are_balanced_up_to_one_fine_cluster(seed: int) -> None:
+    """Fine clusters are moved whole: one that fits nowhere joins the emptiest coarse cluster.
+
+    So the largest coarse cluster has at most max_imbalance times the mean, or at most the mean
+    and one fine cluster.
+    """
+    features, _ = blobs([400, 40, 30, 30], spread=0.3, seed=seed)
+    clustering = fit_clustering(features, CONFIG, seed)
+    sizes = np.bincount(clustering.assign(features), minlength=4)
+    nearest_fine = (features @ clustering.fine_centroids.T).argmax(axis=1)
+    mean, largest_fine = len(features) / 4, np.bincount(nearest_fine).max()
+    assert sizes.sum() == len(features) and sizes.min() > 0
+    assert sizes.max() <= max(CONFIG.max_imbalance * mean, mean + largest_fine)
+
+
+def test_a_loose_limit_follows_the_data() -> None:
+    features, labels = blobs([300, 40, 30, 30], spread=0.05)
+    loose = replace(CONFIG, max_imbalance=4.0)
+    sizes = np.bincount(fit_clustering(features, loose, 0).assign(features))
+    assert sorted(sizes.tolist()) == sorted(np.bincount(labels).tolist())
+
+
+def test_every_cluster_gets_rows_even_of_as_many_rows_as_clusters() -> None:
+    features, _ = blobs([1, 1, 1, 1], spread=0.05)
+    clusters = fit_clustering(features, CONFIG, 0).assign(features)
+    assert sorted(clusters.tolist()) == [0, 1, 2, 3]
+
+
+def test_too_few_rows_are_refused() -> None:
+    features, _ = blobs([1, 1, 1], spread=0.05)
+    with pytest.raises(ConfigError, match=r"cluster.num_clusters=4 .* only 3 usable rows"):
+        fit_clustering(features, CONFIG, 0)
+
+
+def test_centres_are_saved_and_loaded(tmp_path: Path) -> None:
+    features, _ = blobs([50, 50, 50, 50], spread=0.4)
+    clustering = fit_clustering(features, CONFIG, 0)
+    clustering.save(Folder(tmp_path))
+    loaded = Clustering.load(Folder(tmp_path))
+    assert np.array_equal(loaded.assign(features), clustering.assign(features))
+    assert loaded.fine_centroids.dtype == np.float32

@@ -1,0 +1,239 @@
+"""Codec, text encoder and image encoder, each small and real."""
+
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+
+from paris_ray.artifacts import Folder, VerifiedFolder
+from paris_ray.config import CodecConfig, FeaturesConfig, TextConfig
+from paris_ray.encoders.codec import PatchPCA, load_codec
+from paris_ray.encoders.images import CONFIG, WEIGHTS, load_features
+from paris_ray.encoders.text import MiniLM, copy_text_encoder, text_encoder_folder
+from paris_ray.errors import BundleError, ConfigError
+from paris_ray.training.contrastive import train_open_clip
+from paris_ray.training.loop import Progress
+
+PATCH = 4
+EVERYTHING = CodecConfig(patch_size=PATCH, num_components=3 * PATCH**2)
+
+
+def random_pictures(count: int, size: int = 16, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (count, size, size, 3), dtype=np.uint8)
+
+
+def test_a_full_codec_is_exactly_invertible() -> None:
+    pictures, unseen = random_pictures(40), random_pictures(5, seed=1)
+    codec = PatchPCA.fit(pictures, EVERYTHING)
+    for images in (pictures, unseen):
+        assert np.array_equal(codec.decode(codec.encode(images)), images)
+
+
+def test_a_codec_is_exact_on_its_span() -> None:
+    """Pictures of one free grey value a patch need one component only."""
+    values = np.random.default_rng(0).integers(0, 256, (30, 4, 4, 1), dtype=np.uint8)
+    pictures = np.broadcast_to(values, (30, 4, 4, 3)).repeat(PATCH, 1).repeat(PATCH, 2)
+    codec = PatchPCA.fit(pictures, CodecConfig(patch_size=PATCH, num_components=1))
+    latents = codec.encode(pictures)
+    assert latents.shape == (30, 1, 4, 4)
+    assert np.array_equal(codec.decode(latents), pictures)
+
+
+def test_latents_have_unit_variance_and_keep_their_place() -> None:
+    pictures = random_pictures(200)
+    codec = PatchPCA.fit(pictures, CodecConfig(patch_size=PATCH, num_components=8))
+    latents = codec.encode(pictures)
+    assert latents.shape == (200, 8, 4, 4) and latents.dtype == torch.float32
+    assert latents.std().item() == pytest.approx(1, abs=1e-3)
+    assert latents.mean(dim=0).abs().max() < 1e-4
+    pictures[:, :PATCH, -PATCH:] = 0  # the upper right patch
+    changed = (codec.encode(pictures) != latents).any(dim=1).any(dim=0)
+    assert changed.nonzero().tolist() == [[0, 3]]
+
+
+def test_refitting_gives_the_same_codec() -> None:
+    config = CodecConfig(patch_size=PATCH, num_components=8)
+    first, second = (PatchPCA.fit(random_pictures(40), config) for _ in range(2))
+    assert torch.equal(first.components, second.components)
+    assert torch.equal(first.scale, second.scale)
+    identity = first.components @ first.components.T
+    torch.testing.assert_close(identity, torch.eye(8), rtol=0, atol=1e-5)
+
+
+def test_wild_latents_are_clipped() -> None:
+    codec = PatchPCA.fit(random_pictures(40), EVERYTHING)
+    wild = 1e4 * torch.randn(2, 48, 4, 4, generator=torch.Generator().manual_seed(0))
+    decoded = codec.decode(wild)
+    assert set(np.unique(decoded)) >= {0, 255} and decoded.dtype == np.uint8
+
+
+def test_a_codec_is_saved_and_loaded(tmp_path: Path) -> None:
+    codec = PatchPCA.fit(random_pictures(40), CodecConfig(patch_size=PATCH, num_components=8))
+    codec.save(Folder(tmp_path))
+    loaded = load_codec(VerifiedFolder(Folder(tmp_path), None))
+    pictures = random_pictures(3, seed=2)
+    assert torch.equal(loaded.encode(pictures), codec.encode(pictures))
+    assert np.array_equal(
+        loaded.decode(codec.encode(pictures)), codec.decode(codec.encode(pictures))
+    )
+
+
+@pytest.fixture(scope="module")
+def text_encoder(tiny_parts: Path) -> MiniLM:
+    return MiniLM(tiny_parts / "text_encoder")
+
+
+CAPTIONS = ["a red cat", "", "dog", "a green circle a blue square", "nothing known " * 99]
+
+
+def test_captions_mean_the_same_in_a_batch_and_alone(text_encoder: MiniLM) -> None:
+    together = text_encoder.encode(CAPTIONS)
+    assert together.text_embeddings.shape == (5, 1, 16)
+    for i, caption in enumerate(CAPTIONS):
+        alone = text_encoder.encode([caption]).pooled_text[0]
+        torch.testing.assert_close(alone, together.pooled_text[i], rtol=1e-5, atol=1e-5)
+
+
+def test_text_vectors_have_unit_variance_and_differ(text_encoder: MiniLM) -> None:
+    pooled = text_encoder.encode(CAPTIONS).pooled_text
+    torch.testing.assert_close(pooled.norm(dim=1), torch.full((5,), 4.0))  # sqrt(16)
+    assert torch.cdist(pooled, pooled).add(torch.eye(5)).min() > 1e-2
+
+
+def test_the_null_text_is_the_empty_caption(text_encoder: MiniLM) -> None:
+    assert text_encoder.embed_dim == 16
+    null_text = text_encoder.encode([""]).pooled_text
+    assert null_text.isfinite().all()
+    torch.testing.assert_close(text_encoder.encode(["", "cat"]).pooled_text[:1], null_text)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json"])
+def test_incomplete_text_encoders_are_refused(tiny_parts: Path, tmp_path: Path, name: str) -> None:
+    copy_text_encoder(tiny_parts / "text_encoder", Folder(tmp_path / "copy"))
+    assert MiniLM(tmp_path / "copy").embed_dim == 16
+    (tmp_path / "copy" / name).unlink()
+    with pytest.raises(BundleError, match=f"lacks {name}"):
+        MiniLM(tmp_path / "copy")
+    with pytest.raises(BundleError, match=f"lacks {name}"):
+        copy_text_encoder(tmp_path / "copy", Folder(tmp_path / "other"))
+
+
+@pytest.mark.parametrize("change", ["missing", "other shape"])
+def test_text_weights_that_do_not_fit_are_refused(
+    tiny_parts: Path, tmp_path: Path, change: str
+) -> None:
+    copy_text_encoder(tiny_parts / "text_encoder", Folder(tmp_path))
+    state = safetensors.torch.load_file(tmp_path / "model.safetensors")
+    weight = state.pop("encoder.layer.0.attention.self.query.weight")
+    if change == "other shape":
+        state["encoder.layer.0.attention.self.query.weight"] = weight[:, :8].contiguous()
+    safetensors.torch.save_file(state, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(BundleError, match=r"model.safetensors .*"):
+        MiniLM(tmp_path)
+
+
+def test_another_kind_of_text_model_is_refused(tiny_parts: Path, tmp_path: Path) -> None:
+    copy_text_encoder(tiny_parts / "text_encoder", Folder(tmp_path))
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    with pytest.raises(BundleError, match="model_type='gpt2', expected 'bert'"):
+        MiniLM(tmp_path)
+
+
+def test_a_configured_text_encoder_wins() -> None:
+    assert text_encoder_folder(TextConfig(path="/some/where")) == Path("/some/where")
+
+
+FEATURES = FeaturesConfig(steps=3, batch_size=8, learning_rate=1e-3)
+
+
+def train_features(folder: Path, seed: int = 0) -> tuple[float, list[int]]:
+    steps: list[int] = []
+
+    def on_progress(progress: Progress) -> None:
+        steps.append(progress.step)
+
+    captions = [f"picture number {i}" for i in range(12)]
+    loss = train_open_clip(
+        FEATURES,
+        random_pictures(12, size=32),
+        captions,
+        seed=seed,
+        output=Folder(folder),
+        on_progress=on_progress,
+    )
+    return loss, steps
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("open_clip")
+    loss, steps = train_features(folder)
+    assert np.isfinite(loss) and steps == [3]
+    return folder
+
+
+def test_trained_features_are_unit_vectors_that_differ(trained: Path) -> None:
+    encoder = load_features(FEATURES, trained)
+    features = encoder.encode(random_pictures(6, size=32))
+    assert features.shape == (6, 128) and features.dtype == np.float32
+    np.testing.assert_allclose(np.linalg.norm(features, axis=1), 1, atol=1e-5)
+    assert (features @ features.T - np.eye(6)).max() < 1 - 1e-4
+    alone = encoder.encode(random_pictures(6, size=32)[2:3])
+    np.testing.assert_allclose(alone[0], features[2], atol=1e-5)
+
+
+def test_pictures_of_another_size_are_resized(trained: Path) -> None:
+    assert load_features(FEATURES, trained).encode(random_pictures(2, size=40)).shape == (2, 128)
+
+
+def test_training_is_deterministic_whatever_the_global_state(trained: Path, tmp_path: Path) -> None:
+    torch.manual_seed(99)
+    before = torch.get_rng_state()
+    train_features(tmp_path / "again")
+    assert torch.equal(torch.get_rng_state(), before)
+    weights = (trained / WEIGHTS).read_bytes()
+    assert (tmp_path / "again" / WEIGHTS).read_bytes() == weights
+    train_features(tmp_path / "other", seed=1)
+    assert (tmp_path / "other" / WEIGHTS).read_bytes() != weights
+
+
+def test_an_unknown_architecture_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"features.model='ViT-nothing'"):
+        train_open_clip(
+            FeaturesConfig(model="ViT-nothing"),
+            random_pictures(2),
+            ["a", "b"],
+            seed=0,
+            output=Folder(tmp_path),
+            on_progress=lambda progress: None,
+        )
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "fragment"),
+    [
+        (None, "features.checkpoint is null"),
+        ("absent.safetensors", "absent.safetensors' does not exist"),
+        ("pickled.pt", "neither a folder, a .safetensors file"),
+        ("some-tag", "nor a tag of 'paris-tiny'"),
+        ("empty", f"lacks {CONFIG} or {WEIGHTS}"),
+    ],
+)
+def test_checkpoints_that_cannot_be_read_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, checkpoint: str | None, fragment: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "pickled.pt").write_bytes(pickle.dumps({"weight": 1}))
+    with pytest.raises(ConfigError, match=fragment):
+        load_features(FeaturesConfig(checkpoint=checkpoint))
+
+
+def test_a_folder_of_pickles_is_refused(trained: Path, tmp_path: Path) -> None:
+    (tmp_path / CONFIG).write_bytes((trained / CONFIG).read_bytes())
+    (tmp_path / "open_clip_pytorch_model.bin").write_bytes(pickle.dumps({"weight": 1}))
+    with pytest.raises(ConfigError, match=f"lacks {CONFIG} or {WEIGHTS}"):
+        load_features(FeaturesConfig(checkpoint=str(tmp_path)))

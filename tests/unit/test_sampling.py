@@ -1,0 +1,186 @@
+"""Sampling: seeds, guidance, routing, and a second implementation in plain loops."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from paris_ray.bundle import Bundle
+from paris_ray.errors import ParisError, RoutingError
+from paris_ray.models import TextConditioning
+from paris_ray.sampling import generate
+from paris_ray.sampling.routing import Routing, parse_routing
+from paris_ray.sampling.sampler import (
+    Samples,
+    guided_velocity,
+    initial_noise,
+    sample,
+    sample_one_expert,
+    sampling_options,
+)
+
+PROMPTS = ["a red cat", "blue dog", "a green square"]
+SEEDS = [3, 14, 15]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("top-1", Routing("top-k", top_k=1)),
+        ("top-3", Routing("top-k", top_k=3)),
+        ("full", Routing("full")),
+        ("threshold:0.25", Routing("threshold", threshold=0.25)),
+    ],
+)
+def test_routing_is_parsed(text: str, expected: Routing) -> None:
+    assert parse_routing(text, num_experts=3) == expected
+
+
+@pytest.mark.parametrize(
+    "text",
+    "top-0 top-4 top--1 top-1.5 top-x top- top2 top-² TOP-1 full-ensemble full:1 threshold "
+    "threshold: threshold:0 threshold:1 threshold:-1 threshold:nan threshold:x nothing".split()
+    + ["", " full", "top-" + "9" * 5000],
+)
+def test_other_routing_is_refused(text: str) -> None:
+    with pytest.raises(RoutingError, match="is not allowed"):
+        parse_routing(text, num_experts=3)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("num_inference_steps", 0),
+        ("guidance_scale", -1.0),
+        ("guidance_scale", 101.0),
+        ("guidance_scale", math.nan),
+        ("routing", "top-9"),
+    ],
+)
+def test_bad_options_are_refused(tiny_bundle: Bundle, option: str, value: object) -> None:
+    with pytest.raises(ParisError, match=option):
+        generate(tiny_bundle, PROMPTS, **{option: value})
+
+
+def test_options_default_to_those_of_the_bundle(tiny_bundle: Bundle) -> None:
+    options = sampling_options(tiny_bundle)
+    assert (options.num_inference_steps, options.guidance_scale) == (3, 1.0)
+    assert options.routing == Routing("top-k", top_k=2)
+    assert sampling_options(tiny_bundle, guidance_scale=0.0).guidance_scale == 0.0
+
+
+def draw(bundle: Bundle, prompts: list[str], seeds: list[int], **options: object) -> Samples:
+    return sample(bundle, bundle.encode_text(prompts), seeds, sampling_options(bundle, **options))
+
+
+def test_pictures_are_deterministic_whatever_the_global_state(tiny_bundle: Bundle) -> None:
+    torch.manual_seed(1)
+    first = generate(tiny_bundle, PROMPTS, seed=5)
+    torch.manual_seed(2)
+    second = generate(tiny_bundle, PROMPTS, seed=5)
+    assert [image.tobytes() for image in first] == [image.tobytes() for image in second]
+    assert all(image.size == (32, 32) for image in first)
+    other = generate(tiny_bundle, PROMPTS, seed=6)
+    assert first[0].tobytes() != other[0].tobytes()
+
+
+def test_picture_i_has_seed_plus_i_in_any_batch(tiny_bundle: Bundle) -> None:
+    together = generate(tiny_bundle, PROMPTS, seed=5)
+    for i, prompt in enumerate(PROMPTS):
+        (alone,) = generate(tiny_bundle, [prompt], seed=5 + i)
+        difference = np.asarray(alone).astype(int) - np.asarray(together[i])
+        assert abs(difference).max() <= 1  # rounding to 8 bits
+    latents = draw(tiny_bundle, PROMPTS, SEEDS).latents
+    for i in range(3):
+        alone = draw(tiny_bundle, PROMPTS[i : i + 1], SEEDS[i : i + 1]).latents[0]
+        torch.testing.assert_close(alone, latents[i], rtol=1e-5, atol=1e-5)
+
+
+def test_more_prompts_than_a_batch_keep_their_seeds(
+    tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = generate(tiny_bundle, PROMPTS, seed=5)
+    monkeypatch.setattr("paris_ray.sampling.sampler.MAX_BATCH", 2)
+    parts = generate(tiny_bundle, PROMPTS, seed=5)
+    for one, other in zip(whole, parts, strict=True):
+        assert abs(np.asarray(one).astype(int) - np.asarray(other)).max() <= 1
+
+
+def test_no_prompts_give_no_pictures(tiny_bundle: Bundle) -> None:
+    assert generate(tiny_bundle, []) == []
+
+
+def test_guidance_interpolates_between_the_two_velocities(tiny_bundle: Bundle) -> None:
+    expert, null_text = tiny_bundle.expert(0), tiny_bundle.null_text
+    text = tiny_bundle.encode_text(PROMPTS)
+    latents = initial_noise(tiny_bundle.latent_shape, SEEDS)
+
+    def velocity(text: TextConditioning, scale: float) -> Tensor:
+        return guided_velocity(expert, latents, 0.7, text, null_text, scale)
+
+    conditional = velocity(text, 1.0)
+    unconditional = velocity(null_text.rows(torch.zeros(3).long()), 1.0)
+    assert not torch.allclose(conditional, unconditional, atol=1e-3)
+    for scale, expected in (
+        (0.0, unconditional),
+        (1.0 + 1e-7, conditional),  # the same by the other way
+        (3.0, unconditional + 3 * (conditional - unconditional)),
+    ):
+        torch.testing.assert_close(velocity(text, scale), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 2.0])
+@pytest.mark.parametrize("routing", ["top-1", "top-2", "full", "threshold:0.3"])
+def test_equal_experts_equal_one_expert(
+    tiny_bundle: Bundle, routing: str, guidance_scale: float
+) -> None:
+    part = tiny_bundle.parts["expert_0"]
+    parts = dict(tiny_bundle.parts) | {f"expert_{k}": part for k in range(3)}
+    bundle = Bundle(parts, tiny_bundle.facts)
+    options = {"num_inference_steps": 4, "guidance_scale": guidance_scale}
+    ensemble = draw(bundle, PROMPTS, SEEDS, routing=routing, **options)
+    text = bundle.encode_text(PROMPTS)
+    one = sample_one_expert(bundle.expert(0), text, bundle.null_text, seeds=SEEDS, **options)
+    torch.testing.assert_close(ensemble.latents, one, rtol=1e-4, atol=1e-4)
+
+
+def test_usage_counts_what_was_asked(tiny_bundle: Bundle) -> None:
+    usage = draw(tiny_bundle, PROMPTS, SEEDS, routing="top-1", num_inference_steps=4).expert_usage
+    torch.testing.assert_close(usage.sum(dim=1), torch.ones(3))
+    assert torch.equal(4 * usage, (4 * usage).round())
+
+
+def loop_in_plain_python(
+    bundle: Bundle, prompt: str, seed: int, *, steps: int, top_k: int, guidance_scale: float
+) -> Tensor:
+    """One picture, written a second time from the definitions."""
+    text, null = bundle.encode_text([prompt]), bundle.encode_text([""])
+    x = initial_noise(bundle.latent_shape, [seed])
+    for step in range(steps):
+        time = torch.tensor([1000 * (1 - step / steps)])
+        logits = bundle.router(x, time, text.pooled_text)[0].tolist()
+        odds = [math.exp(logit) for logit in logits]
+        chosen = sorted(range(len(odds)), key=lambda k: -odds[k])[:top_k]
+        total = sum(odds[k] for k in chosen)
+        velocity = torch.zeros_like(x)
+        for k in chosen:
+            expert = bundle.expert(k)
+            with_text = expert(x, time, text.text_embeddings)
+            without = expert(x, time, null.text_embeddings)
+            guided = guidance_scale * with_text + (1 - guidance_scale) * without
+            velocity += odds[k] / total * guided
+        x = x - velocity / steps
+    return x[0]
+
+
+@torch.no_grad()
+def test_the_sampler_agrees_with_plain_loops(tiny_bundle: Bundle) -> None:
+    options = {"guidance_scale": 2.0, "num_inference_steps": 5}
+    latents = draw(tiny_bundle, PROMPTS, SEEDS, routing="top-2", **options).latents
+    for i, (prompt, seed) in enumerate(zip(PROMPTS, SEEDS, strict=True)):
+        expected = loop_in_plain_python(
+            tiny_bundle, prompt, seed, steps=5, top_k=2, guidance_scale=2.0
+        )
+        torch.testing.assert_close(latents[i], expected, rtol=1e-5, atol=1e-5)

@@ -1,0 +1,311 @@
+"""Training to the bit: seeds, resuming, isolation from global state, and clear refusals."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+
+from paris_ray.artifacts import Folder, VerifiedFolder
+from paris_ray.bundle import load_expert
+from paris_ray.config import ExpertConfig, RouterConfig, TrainingConfig
+from paris_ray.embeddings import to_table, write_null_text, write_part
+from paris_ray.errors import ArtifactError, TrainingError
+from paris_ray.training.checkpoint import CHECKPOINT
+from paris_ray.training.data import BatchOrder, load_dataset
+from paris_ray.training.expert import CONFIG, WEIGHTS, train_expert
+from paris_ray.training.loop import METRICS, Progress, learning_rate
+from paris_ray.training.router import train_router
+
+GEOMETRY = {"input_size": 2, "patch_size": 1, "in_channels": 3}
+WIDTH = {"hidden_size": 16, "num_layers": 1, "num_heads": 2, "text_embed_dim": 4}
+EXPERT = ExpertConfig(
+    text_injection="spatial",
+    text_hidden_size=8,
+    prediction="preconditioned",
+    **GEOMETRY,
+    **WIDTH,
+)
+TRAINING = TrainingConfig(
+    steps=12,
+    batch_size=4,
+    warmup_steps=2,
+    log_every=2,
+    checkpoint_every=4,
+    precision="float32",
+    device="cpu",
+)
+
+
+class Stop(Exception):
+    """Stands for a killed process."""
+
+
+def stop_at(step: int) -> Callable[[Progress], None]:
+    def on_progress(progress: Progress) -> None:
+        if progress.step == step:
+            raise Stop
+
+    return on_progress
+
+
+def carry_on(progress: Progress) -> None:
+    pass
+
+
+def write_shard(
+    folder: Folder, num_rows: int, *, mean: float = 0.0, spread: float = 1.0, seed: int = 0
+) -> Folder:
+    """A shard in two files, of random latents and two caption variants a row."""
+    generator = np.random.default_rng(seed)
+    latents = mean + spread * generator.standard_normal((num_rows, 3, 2, 2))
+    text = generator.standard_normal((num_rows, 2, 4))
+    half = num_rows // 2
+    for i, rows in enumerate((slice(half), slice(half, None))):
+        columns = {
+            "latents": latents[rows].astype(np.float32),
+            "text_embedding": text[rows].astype(np.float16),
+        }
+        write_part(folder, f"part-{i}.parquet", to_table(columns))
+    write_null_text(folder, np.ones(4, np.float32))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def shard(tmp_path_factory: pytest.TempPathFactory) -> Folder:
+    return write_shard(Folder(tmp_path_factory.mktemp("shard")), 10)
+
+
+def train(
+    shard: Folder,
+    output: Folder,
+    *,
+    expert: ExpertConfig = EXPERT,
+    config: TrainingConfig = TRAINING,
+    digest: str = "shard",
+    seed: int = 0,
+    on_progress: Callable[[Progress], None] = carry_on,
+) -> tuple[bytes, bytes]:
+    """Train and return the bytes of weights and metrics."""
+    train_expert(
+        expert,
+        config,
+        shard=shard,
+        shard_digest=digest,
+        seed=seed,
+        output=output,
+        on_progress=on_progress,
+    )
+    return output.read(WEIGHTS), output.read(METRICS)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(shard: Folder, tmp_path_factory: pytest.TempPathFactory) -> tuple[bytes, bytes]:
+    return train(shard, Folder(tmp_path_factory.mktemp("uninterrupted")))
+
+
+@pytest.fixture
+def half_done(shard: Folder, tmp_path: Path) -> Folder:
+    """A run that was killed at step 6, with a checkpoint of step 4."""
+    output = Folder(tmp_path / "half done")
+    with pytest.raises(Stop):
+        train(shard, output, on_progress=stop_at(6))
+    assert output.exists(CHECKPOINT) and not output.exists(WEIGHTS)
+    return output
+
+
+def test_the_dataset_is_what_was_written(shard: Folder, tmp_path: Path) -> None:
+    other = write_shard(Folder(tmp_path), 4, seed=1)
+    dataset = load_dataset([shard, other])
+    assert (len(dataset), dataset.latents.dtype) == (14, torch.float32)
+    assert dataset.latents.shape == (14, 3, 2, 2) and dataset.text_embedding.shape == (14, 2, 4)
+    assert dataset.clusters.tolist() == [0] * 10 + [1] * 4
+    expected = np.random.default_rng(0).standard_normal((10, 3, 2, 2)).astype(np.float32)
+    assert np.array_equal(dataset.latents[:10].numpy(), expected)
+
+
+def test_text_is_dropped_to_the_null_text(shard: Folder) -> None:
+    dataset, index = load_dataset([shard]), torch.arange(10).repeat(20)
+
+    def draw(dropout: float) -> torch.Tensor:
+        config = replace(TRAINING, text_dropout=dropout)
+        return dataset.draw_text(index, config, torch.Generator().manual_seed(0)).pooled_text
+
+    assert (draw(1.0) == 1).all()
+    dropped = (draw(0.3) == 1).all(dim=1).float().mean()
+    assert 0.15 < dropped < 0.45
+    kept = draw(0.0)
+    is_variant = (kept[:, None] == dataset.text_embedding[index]).all(dim=2)
+    assert is_variant.any(dim=1).all() and is_variant.any(dim=0).all()
+
+
+@pytest.mark.parametrize("killed_at", [[2], [6], [6, 10]])
+def test_resumed_equals_uninterrupted_to_the_bit(
+    shard: Folder, tmp_path: Path, uninterrupted: tuple[bytes, bytes], killed_at: list[int]
+) -> None:
+    output = Folder(tmp_path)
+    for step in killed_at:
+        with pytest.raises(Stop):
+            train(shard, output, on_progress=stop_at(step))
+    assert train(shard, output) == uninterrupted
+
+
+def test_resuming_does_not_repeat_finished_steps(shard: Folder, half_done: Folder) -> None:
+    steps: list[int] = []
+    train(shard, half_done, on_progress=lambda progress: steps.append(progress.step))
+    assert steps == [6, 8, 10, 12]
+
+
+def test_a_finished_run_trains_no_more(shard: Folder, tmp_path: Path) -> None:
+    first = train(shard, Folder(tmp_path))
+    assert train(shard, Folder(tmp_path), on_progress=stop_at(12)) == first
+
+
+def test_metrics_hold_samples_loss_and_rate(uninterrupted: tuple[bytes, bytes]) -> None:
+    rows = [json.loads(line) for line in uninterrupted[1].splitlines()]
+    assert [row["samples_seen"] for row in rows] == [8, 16, 24, 32, 40, 48]
+    assert [row["learning_rate"] for row in rows] == [
+        learning_rate(step, TRAINING) for step in (1, 3, 5, 7, 9, 11)
+    ]
+
+
+def test_the_learning_rate_rises_stays_and_falls() -> None:
+    config = TrainingConfig(
+        steps=100,
+        learning_rate=1.0,
+        warmup_steps=10,
+        decay_share=0.5,
+        final_learning_rate_share=0.1,
+    )
+    rates = [learning_rate(step, config) for step in range(100)]
+    assert rates[:10] == pytest.approx([0.1 * (i + 1) for i in range(10)])
+    assert rates[10:51] == [1.0] * 41
+    assert all(a > b for a, b in zip(rates[50:], rates[51:], strict=False))
+    assert 0.1 < rates[-1] < 0.13
+
+
+def test_another_seed_gives_other_weights(
+    shard: Folder, tmp_path: Path, uninterrupted: tuple[bytes, bytes]
+) -> None:
+    weights, metrics = train(shard, Folder(tmp_path), seed=1)
+    assert weights != uninterrupted[0] and metrics != uninterrupted[1]
+
+
+def test_global_random_state_is_untouched_and_irrelevant(
+    shard: Folder, tmp_path: Path, uninterrupted: tuple[bytes, bytes]
+) -> None:
+    torch.manual_seed(123)
+    np.random.seed(123)  # noqa: NPY002
+    before = torch.get_rng_state(), np.random.get_state()[1].tolist()  # noqa: NPY002
+    assert train(shard, Folder(tmp_path)) == uninterrupted
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert np.random.get_state()[1].tolist() == before[1]  # noqa: NPY002
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"config": replace(TRAINING, learning_rate=1e-3)},
+        {"expert": replace(EXPERT, layer_norm_eps=1e-5)},
+        {"digest": "another shard"},
+        {"seed": 1},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_a_checkpoint_of_another_run_is_refused(
+    shard: Folder, half_done: Folder, changes: dict[str, object]
+) -> None:
+    with pytest.raises(ArtifactError, match=f"{CHECKPOINT} belongs to another configuration"):
+        train(shard, half_done, **changes)
+
+
+def test_a_run_may_continue_with_other_resources(
+    shard: Folder, half_done: Folder, uninterrupted: tuple[bytes, bytes]
+) -> None:
+    config = replace(TRAINING, checkpoint_every=3, num_cpus=2.0, max_retries=0)
+    assert train(shard, half_done, config=config) == uninterrupted
+
+
+@pytest.mark.parametrize("kept", [0, 5, 100, 0.5, -1])
+def test_truncated_checkpoints_are_refused(shard: Folder, half_done: Folder, kept: float) -> None:
+    payload = half_done.read(CHECKPOINT)
+    length = int(kept * len(payload)) if 0 < kept < 1 else int(kept)
+    half_done.write(CHECKPOINT, payload[:length])
+    with pytest.raises(ArtifactError, match=f"{CHECKPOINT} is damaged"):
+        train(shard, half_done)
+
+
+def test_a_checkpoint_of_another_program_is_refused(shard: Folder, tmp_path: Path) -> None:
+    output = Folder(tmp_path)
+    output.write(CHECKPOINT, safetensors.torch.save({"weight": torch.ones(2)}))
+    with pytest.raises(ArtifactError, match=CHECKPOINT):
+        train(shard, output)
+
+
+def test_the_loss_falls(tmp_path: Path) -> None:
+    shard = write_shard(Folder(tmp_path / "shard"), 2)
+    config = replace(TRAINING, steps=200, batch_size=16, log_every=20, learning_rate=5e-3)
+    _, metrics = train(shard, Folder(tmp_path / "out"), config=config)
+    losses = [json.loads(line)["loss"] for line in metrics.splitlines()]
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_an_empty_shard_is_refused(tmp_path: Path) -> None:
+    shard = Folder(tmp_path / "shard")
+    columns = {"latents": np.zeros((1, 3, 2, 2)), "text_embedding": np.zeros((1, 2, 4))}
+    write_part(shard, "part-0.parquet", to_table(columns).slice(0, 0))
+    with pytest.raises(TrainingError, match="shard.* is empty"):
+        train(shard, Folder(tmp_path / "out"))
+
+
+def test_a_shard_without_files_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match="no Parquet files"):
+        train(Folder(tmp_path / "shard"), Folder(tmp_path / "out"))
+
+
+def test_a_loss_that_is_not_finite_stops_training(tmp_path: Path) -> None:
+    shard = write_shard(Folder(tmp_path / "shard"), 4, mean=float("nan"))
+    output = Folder(tmp_path / "out")
+    with pytest.raises(TrainingError, match="loss is nan at step 2.*learning_rate"):
+        train(shard, output)
+    assert not output.exists(WEIGHTS)
+
+
+def test_the_weights_are_the_average_in_the_released_layout(shard: Folder, tmp_path: Path) -> None:
+    output = Folder(tmp_path)
+    train(shard, output)
+    assert output.read_json(CONFIG)["prediction"] == "preconditioned"
+    expert = load_expert(VerifiedFolder(output, None))
+    assert expert.config == EXPERT
+    assert expert.final_layer.linear.weight.any()  # no longer as initialised
+
+
+def test_batches_are_a_pure_function_of_the_step() -> None:
+    order = BatchOrder(num_rows=7, batch_size=3, seed=1)
+    forward = [order.batch(step).tolist() for step in range(20)]
+    fresh = BatchOrder(num_rows=7, batch_size=3, seed=1)
+    assert [fresh.batch(step).tolist() for step in reversed(range(20))] == forward[::-1]
+    assert [BatchOrder(7, 3, seed=2).batch(step).tolist() for step in range(20)] != forward
+
+
+def test_the_router_learns_separable_clusters(tmp_path: Path) -> None:
+    means = (-1.5, 0.0, 1.5)
+    shards = [
+        write_shard(Folder(tmp_path / f"shard {i}"), 12, mean=mean, spread=0.2, seed=i)
+        for i, mean in enumerate(means)
+    ]
+    accuracy = train_router(
+        RouterConfig(num_experts=3, **GEOMETRY, **WIDTH),
+        replace(TRAINING, steps=80, batch_size=32, log_every=80, learning_rate=5e-3),
+        shards=shards,
+        shards_digest="shards",
+        seed=0,
+        output=Folder(tmp_path / "router"),
+        on_progress=carry_on,
+    )
+    assert list(accuracy) == ["0.1", "0.3", "0.5", "0.7", "0.9", "1"]
+    assert accuracy["0.1"] > 0.95 and accuracy["0.1"] >= accuracy["0.9"]

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from paris_ray.config import Config, load, local_paths, packaged_configs, with_absolute_paths
 from paris_ray.errors import ConfigError, ParisError
@@ -91,7 +92,7 @@ def ray_session(address: str | None) -> Iterator[None]:
         address = "local"
     import ray
 
-    own = {"include_dashboard": False, "_node_ip_address": "127.0.0.1"}
+    own: dict[str, Any] = {"include_dashboard": False, "_node_ip_address": "127.0.0.1"}
     # Tasks keep their own logs, one an expert, in the dashboard; the terminal shows the driver's.
     ray.init(address=address, log_to_driver=False, **(own if address == "local" else {}))
     try:

@@ -1,7 +1,7 @@
-"""All stages in order: prepare, train_experts, train_router, evaluate, export.
+r"""All stages in order: prepare, train_experts, train_router, evaluate, export.
 
     python -m jobs.pipeline --config quickstart run_dir=runs/mine
-    python -m jobs.pipeline --config quickstart corpus.kind=image_folder corpus.path=/data/mine \\
+    python -m jobs.pipeline --config quickstart corpus.kind=image_folder corpus.path=/data/mine \
         run_dir=runs/mine
 
 On a cluster (paths must be absolute there):

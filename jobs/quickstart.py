@@ -143,9 +143,7 @@ def _request_image(url: str, prompt: str) -> np.ndarray:
 
 
 def _report(run: Run, prompts: list[str], images: list[np.ndarray]) -> bytes:
-    figures = [
-        reports.figure(Image.fromarray(i), p) for p, i in zip(prompts, images, strict=True)
-    ]
+    figures = [reports.figure(Image.fromarray(i), p) for p, i in zip(prompts, images, strict=True)]
     sections = [
         reports.section("Captions of the corpus", *figures[:NUM_CAPTIONS]),
         reports.section("Free prompts", *figures[NUM_CAPTIONS:]),

@@ -1,6 +1,6 @@
 """Stop the Ray head that quickstart started, with all its processes, and nothing else.
 
-    make stop        or        python -m jobs.stop [RUN_DIR]
+make stop        or        python -m jobs.stop [RUN_DIR]
 """
 
 import sys

@@ -5,6 +5,7 @@ the data of another. Source: the two-level scheme of DDM and MetaCLIP (Paris, se
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import faiss
 import numpy as np
@@ -40,7 +41,10 @@ class Clustering:
 
     def save(self, folder: Folder) -> None:
         """Write the centres."""
-        tensors = {"fine_centroids": self.fine_centroids, "coarse_of_fine": self.coarse_of_fine}
+        tensors: dict[str, NDArray[Any]] = {
+            "fine_centroids": self.fine_centroids,
+            "coarse_of_fine": self.coarse_of_fine,
+        }
         folder.write(WEIGHTS, safetensors.numpy.save(tensors))
 
     @classmethod
@@ -77,7 +81,7 @@ def fit_clustering(features: Features, config: ClusterConfig, seed: int) -> Clus
         min_points_per_centroid=1,
     )
     kmeans.train(np.ascontiguousarray(features, dtype=np.float32))
-    fine: Features = kmeans.centroids
+    fine = np.asarray(kmeans.centroids, dtype=np.float32)
     sizes = np.bincount(_nearest(features, fine), minlength=num_fine)
     return Clustering(fine, _group_balanced(fine, sizes, config))
 

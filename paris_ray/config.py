@@ -22,7 +22,17 @@ Section = TypeVar("Section")
 
 # Keys that say where and how fast a stage runs, not what it makes.
 RESOURCE_KEYS = frozenset(
-    "pool num_cpus num_gpus num_tasks threads device max_retries log_every checkpoint_every".split()
+    {
+        "pool",
+        "num_cpus",
+        "num_gpus",
+        "num_tasks",
+        "threads",
+        "device",
+        "max_retries",
+        "log_every",
+        "checkpoint_every",
+    }
 )
 
 
@@ -407,7 +417,7 @@ def from_dict(section: type[Section], values: object, source: str) -> Section:
         merged = OmegaConf.merge(OmegaConf.structured(section), values)
         typed = OmegaConf.to_object(merged)
     except ConfigKeyError as error:
-        allowed = ", ".join(f.name for f in fields(section))
+        allowed = ", ".join(to_dict(section))
         raise ConfigError(
             f"{source}: unknown key {error.full_key!r}; allowed here: {allowed}"
         ) from None

@@ -1,4 +1,4 @@
-"""The exceptions a user of paris_ray can meet; each message names the field, the value and what is allowed."""
+"""The exceptions that users can meet; messages name the field, the value and what is allowed."""
 
 
 class ParisError(ValueError):

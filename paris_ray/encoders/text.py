@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError
@@ -58,7 +58,7 @@ class MiniLM:
             raise BundleError(f"{folder}/config.json: model_type={model_type!r}, expected 'bert'")
         config = BertConfig.from_pretrained(folder, local_files_only=True)
         try:
-            model, report = BertModel.from_pretrained(
+            loaded: Any = BertModel.from_pretrained(
                 folder,
                 config=config,
                 local_files_only=True,
@@ -67,10 +67,11 @@ class MiniLM:
             )
         except (SafetensorError, OSError, RuntimeError) as error:
             raise BundleError(f"{folder}/model.safetensors does not fit: {error}") from None
+        self.model, report = loaded
         missing = sorted(name for name in report["missing_keys"] if not name.startswith("pooler."))
         if missing:  # transformers would fill them at random
             raise BundleError(f"{folder}/model.safetensors lacks {', '.join(missing)}")
-        self.model = model.eval()
+        self.model.eval()
         try:
             self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         except Exception as error:  # tokenizers raises no narrower one

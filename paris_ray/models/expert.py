@@ -5,6 +5,7 @@ cross-attention are PixArt-alpha's (arXiv 2310.00426).
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -50,6 +51,12 @@ class ExpertBlock(nn.Module):
             self.cross_attn = Attention(d, config.num_heads)
         self.mlp = feed_forward(d, config.mlp_ratio)
 
+    def initialise(self) -> None:
+        """A random table, and silent text."""
+        nn.init.normal_(self.scale_shift_table, std=self.scale_shift_table.shape[1] ** -0.5)
+        if self.cross_attn is not None:
+            nn.init.zeros_(self.cross_attn.out_proj.weight)
+
     def forward(self, x: Tensor, modulation: Tensor, context: Tensor | None) -> Tensor:
         """`x (B, N, d)`, `modulation (B, 6, d)`, `context (B, L, d)` -> `(B, N, d)`."""
         parts = (self.scale_shift_table + modulation).chunk(6, dim=1)
@@ -70,7 +77,13 @@ class ExpertFinalLayer(nn.Module):
         self.scale_shift_table = nn.Parameter(torch.zeros(2, d))
         self.linear = nn.Linear(d, config.patch_size**2 * config.in_channels)
 
+    def initialise(self) -> None:
+        """A random table, and an output of zero."""
+        nn.init.normal_(self.scale_shift_table, std=self.scale_shift_table.shape[1] ** -0.5)
+        nn.init.zeros_(self.linear.weight)
+
     def forward(self, x: Tensor, time_embedding: Tensor) -> Tensor:
+        """`x (B, N, d)`, `time_embedding (B, d)` -> `(B, N, patch * patch * C)`."""
         shift, scale = (self.scale_shift_table + time_embedding[:, None]).chunk(2, dim=1)
         return self.linear(modulate(self.norm(x), shift, scale))
 
@@ -100,22 +113,18 @@ class Expert(nn.Module):
                 nn.SiLU(),
                 nn.Linear(config.text_hidden_size, self.grid**2 * d),
             )
-        self.layers = nn.ModuleList(ExpertBlock(config) for _ in range(config.num_layers))
+        self.layers: Any = nn.ModuleList(ExpertBlock(config) for _ in range(config.num_layers))
         self.final_layer = ExpertFinalLayer(config)
         self.initialise()
 
     def initialise(self) -> None:
         """Start as PixArt-alpha does: small shared modulation, silent text and output paths."""
         self.apply(initialise_linear)
-        d = self.config.hidden_size
-        for linear in (self.time_embed.mlp[0], self.time_embed.mlp[2], self.t_block[1]):
-            nn.init.normal_(linear.weight, std=0.02)
+        self.time_embed.initialise()
+        nn.init.normal_(self.t_block[1].weight, std=0.02)  # type: ignore[arg-type]
         for block in self.layers:
-            nn.init.normal_(block.scale_shift_table, std=d**-0.5)
-            if block.cross_attn is not None:
-                nn.init.zeros_(block.cross_attn.out_proj.weight)
-        nn.init.normal_(self.final_layer.scale_shift_table, std=d**-0.5)
-        nn.init.zeros_(self.final_layer.linear.weight)
+            block.initialise()
+        self.final_layer.initialise()
 
     def encode_text(self, text: TextConditioning | Tensor) -> EncodedText:
         """Return what does not depend on the noisy latents, to be computed once per image.

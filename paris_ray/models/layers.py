@@ -55,6 +55,7 @@ class PatchEmbed(nn.Conv2d):
         super().__init__(in_channels, hidden_size, kernel_size=patch_size, stride=patch_size)
 
     def forward(self, latents: Tensor) -> Tensor:
+        """`(B, C, H, W) -> (B, N, d)`."""
         return super().forward(latents).flatten(2).transpose(1, 2)
 
 
@@ -67,8 +68,14 @@ class TimestepEmbed(nn.Module):
             nn.Linear(FREQUENCY_DIM, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size)
         )
 
+    def initialise(self) -> None:
+        """Small weights, as DiT."""
+        for linear in (self.mlp[0], self.mlp[2]):
+            nn.init.normal_(linear.weight, std=0.02)  # type: ignore[arg-type]
+
     def forward(self, timesteps: Tensor) -> Tensor:
-        return self.mlp(sinusoid(timesteps, FREQUENCY_DIM).to(self.mlp[0].weight.dtype))
+        """`(B,) -> (B, d)`."""
+        return self.mlp(sinusoid(timesteps, FREQUENCY_DIM).to(next(self.parameters()).dtype))
 
 
 class Attention(nn.Module):
@@ -87,6 +94,7 @@ class Attention(nn.Module):
         self.register_load_state_dict_pre_hook(_from_released_names)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """`x (B, N, d)`, `context (B, L, d)` or None -> `(B, N, d)`."""
         if context is None:
             query, key, value = self.in_proj(x).chunk(3, dim=-1)
         else:

@@ -4,6 +4,8 @@ It estimates the posterior p_t(cluster | x_t) that weighs the experts' velocitie
 Source: Paris (arXiv 2510.03434); DDM (arXiv 2501.05450); AdaLN-Zero from DiT (arXiv 2212.09748).
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -29,6 +31,10 @@ class RouterBlock(nn.Module):
         self.attn = Attention(d, config.num_heads)
         self.mlp = feed_forward(d, config.mlp_ratio)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(d, 6 * d))
+
+    def initialise(self) -> None:
+        """Start as the identity."""
+        nn.init.zeros_(self.adaLN_modulation[1].weight)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
         """`x (B, N, d)`, `condition (B, d)` -> `(B, N, d)`."""
@@ -57,7 +63,7 @@ class Router(nn.Module):
         self.cls_token = nn.Parameter(torch.zeros(1, 1, d))
         self.time_embed = TimestepEmbed(d)
         self.text_proj = nn.Linear(config.text_embed_dim, d) if config.text_embed_dim else None
-        self.layers = nn.ModuleList(RouterBlock(config) for _ in range(config.num_layers))
+        self.layers: Any = nn.ModuleList(RouterBlock(config) for _ in range(config.num_layers))
         self.head = nn.Sequential(
             nn.Linear(d, d),
             nn.GELU(),
@@ -71,11 +77,10 @@ class Router(nn.Module):
         """Start every block as the identity (AdaLN-Zero) and every expert equally likely."""
         self.apply(initialise_linear)
         nn.init.normal_(self.cls_token, std=0.02)
-        for linear in (self.time_embed.mlp[0], self.time_embed.mlp[2]):
-            nn.init.normal_(linear.weight, std=0.02)
+        self.time_embed.initialise()
         for block in self.layers:
-            nn.init.zeros_(block.adaLN_modulation[1].weight)
-        nn.init.zeros_(self.head[4].weight)
+            block.initialise()
+        nn.init.zeros_(self.head[4].weight)  # type: ignore[arg-type]
 
     def forward(
         self, latents: Tensor, timesteps: Tensor, pooled_text: Tensor | None = None

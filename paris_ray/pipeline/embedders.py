@@ -27,6 +27,7 @@ class TextEmbedder:
         self.encoder = MiniLM(folder.local_path(MODEL_FILES))
 
     def __call__(self, batch: Batch) -> Batch:
+        """Return the batch with the column."""
         captions = [t.format(c) for c in batch["caption"] for t in self.templates]
         # Captions of like length together: padding is most of the work otherwise.
         order = sorted(range(len(captions)), key=lambda i: len(captions[i]))
@@ -53,6 +54,7 @@ class FeatureEmbedder:
         self.batch_size = config.features.pool.batch_size
 
     def __call__(self, batch: Batch) -> Batch:
+        """Return the batch with the column."""
         parts = [self.encoder.encode(images) for images in _split(batch["image"], self.batch_size)]
         return batch | {"features": np.concatenate(parts)}
 
@@ -66,6 +68,7 @@ class LatentEmbedder:
         self.batch_size = config.codec.pool.batch_size
 
     def __call__(self, batch: Batch) -> Batch:
+        """Return the batch with the column."""
         parts = [self.codec.encode(images) for images in _split(batch["image"], self.batch_size)]
         return batch | {"latents": torch.cat(parts).numpy().astype(np.float16)}
 

@@ -33,7 +33,8 @@ def prepare_encoders(config: Config) -> Manifest:
         num_cpus=config.features.num_cpus, num_gpus=config.features.num_gpus
     ).remote(config, run.encoders.uri)
     watch({"image encoder": (task, run.encoders)})
-    return stage.publish(ray.get(task))
+    facts: dict[str, Any] = ray.get(task)
+    return stage.publish(facts)
 
 
 @ray.remote

@@ -57,7 +57,8 @@ def train_experts(config: Config, only: Sequence[int] | None = None) -> None:
     failed = watch(tasks)
     for k in todo:
         if f"expert {k}" not in failed:
-            stages[k].publish(ray.get(tasks[f"expert {k}"][0]))
+            facts: dict[str, Any] = ray.get(tasks[f"expert {k}"][0])
+            stages[k].publish(facts)
     if failed:
         reasons = "; ".join(f"{name}: {error}" for name, error in failed.items())
         raise TrainingError(f"{len(failed)} of {len(chosen)} experts failed: {reasons}")
@@ -81,17 +82,17 @@ def _submit(run: Run, expert: int) -> "ray.ObjectRef[dict[str, Any]]":
     )
     return task.remote(
         run.config,
-        shard_uri=run.shard(expert).uri,
-        expert=expert,
-        seed=derive_seed(run.config.seed, "expert", expert),
-        output_uri=run.expert(expert).uri,
-        codec_uri=(run.encoders / "codec").uri,
+        run.shard(expert).uri,
+        expert,
+        derive_seed(run.config.seed, "expert", expert),
+        run.expert(expert).uri,
+        (run.encoders / "codec").uri,
     )
 
 
 @ray.remote
 def train_one_expert(
-    config: Config, *, shard_uri: str, expert: int, seed: int, output_uri: str, codec_uri: str
+    config: Config, shard_uri: str, expert: int, seed: int, output_uri: str, codec_uri: str
 ) -> dict[str, Any]:
     """Train one expert on its shard and draw a sample grid; return a small report."""
     shard, output = Folder(shard_uri), Folder(output_uri)

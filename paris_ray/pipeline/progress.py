@@ -37,6 +37,7 @@ class ProgressFile:
         self._gauges = {} if name is None else _gauges(name)
 
     def __call__(self, progress: Progress) -> None:
+        """Tell how far training is."""
         print(_line(progress), flush=True)
         for field, gauge in self._gauges.items():
             gauge.set(getattr(progress, field))

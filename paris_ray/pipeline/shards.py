@@ -49,6 +49,7 @@ class ShardReader:
         self.config = config
 
     def __call__(self, batch: Batch) -> Batch:
+        """Return the good rows of the one shard that `batch` describes."""
         fields = {name: batch[name][0] for name in ("index", "source", "start", "stop")}
         shard = Shard(
             int(fields["index"]), str(fields["source"]), int(fields["start"]), int(fields["stop"])
@@ -89,6 +90,7 @@ class ShardWriter:
         self.folder = Run(config).embeddings
 
     def __call__(self, batch: Batch) -> Batch:
+        """Write the rows of one shard."""
         shards = np.unique(batch["shard"])
         assert len(shards) <= 1, f"a block holds rows of several shards: {shards}"
         if len(shards):

@@ -32,11 +32,10 @@ class TrainingState:
 
 def _optimizer_tensors(state: TrainingState) -> dict[str, Tensor]:
     """Name the optimizer's moments after the parameters they belong to."""
-    names = {parameter: name for name, parameter in state.model.named_parameters()}
     return {
-        f"optimizer/{names[parameter]}/{moment}": value
-        for parameter, moments in state.optimizer.state.items()
-        for moment, value in moments.items()
+        f"optimizer/{name}/{moment}": value
+        for name, parameter in state.model.named_parameters()
+        for moment, value in state.optimizer.state[parameter].items()
     }
 
 

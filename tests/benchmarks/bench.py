@@ -174,7 +174,9 @@ def _steady_rate(folder: Path) -> tuple[float, float]:
     """Return when the first file was written, and rows a second from then to the last."""
     import pyarrow.parquet as pq
 
-    written = sorted((f.stat().st_mtime, pq.read_metadata(f).num_rows) for f in folder.glob("*.pa*"))
+    written = sorted(
+        (f.stat().st_mtime, pq.read_metadata(f).num_rows) for f in folder.glob("*.pa*")
+    )
     first_at, last_at = written[0][0], written[-1][0]
     return first_at, sum(rows for _, rows in written[1:]) / (last_at - first_at)
 

@@ -29,6 +29,7 @@ pytestmark = pytest.mark.browser
 
 REPOSITORY = Path(__file__).parents[2]
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+SERVE = [sys.executable, "-c", "from ray.serve.scripts import cli; cli()"]  # the `serve` command
 FLAGS = [
     "--disable-gpu",
     "--no-first-run",
@@ -67,8 +68,7 @@ def url(tiny_bundle_path: Path, tmp_path: Path) -> Iterator[str]:
     ray_folder = tempfile.mkdtemp(prefix="pr-", dir="/tmp")  # socket paths must stay short
     path = os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])
     server = subprocess.Popen(
-        [sys.executable, "-c", "from ray.serve.scripts import cli; cli()", "run"]
-        + ["--address", "local", str(tmp_path / "config.yaml")],
+        [*SERVE, "run", "--address", "local", str(tmp_path / "config.yaml")],
         env=os.environ
         | {"RAY_AUTH_MODE": "disabled", "RAY_TMPDIR": ray_folder, "PYTHONPATH": path},
         stdout=(tmp_path / "serve.log").open("wb"),
@@ -123,7 +123,9 @@ def test_page_draws_and_explains(page: "sync_api.Page", url: str, tiny_bundle_pa
 
     figure = page.get_by_role("figure").first
     assert "Seed 7, drawn by" in figure.inner_text()
-    shares = [int(text.removesuffix(" %")) for text in figure.locator("dd > span").all_inner_texts()]
+    shares = [
+        int(text.removesuffix(" %")) for text in figure.locator("dd > span").all_inner_texts()
+    ]
     assert len(shares) == 3
     assert abs(sum(shares) - 100) <= 2
     assert page.get_by_text("All pictures by nobody.").is_visible()

@@ -52,14 +52,17 @@ def test_training_times_start_with_their_share_of_pure_noise(
     config = TrainingConfig(t_distribution=distribution, t_one_share=share, t_logit_mean=mean)
     t = sample_times(count, config, torch_generator(seed, "times"))
     pure = round(share * count)
-    assert t.shape == (count,) and ((t >= 0) & (t <= 1)).all()
-    assert (t[:pure] == 1).all() and (t[pure:] < 1).all()
+    assert t.shape == (count,)
+    assert ((t >= 0) & (t <= 1)).all()
+    assert (t[:pure] == 1).all()
+    assert (t[pure:] < 1).all()
 
 
 @given(st.integers(1, 1000))
 def test_sampling_times_fall_from_1_to_0(steps: int) -> None:
     times = sampling_times(steps)
-    assert (times[0], times[-1]) == (1, 0) and (times.diff() < 0).all()
+    assert (times[0], times[-1]) == (1, 0)
+    assert (times.diff() < 0).all()
 
 
 @given(SEEDS, st.text("ab/", max_size=3), st.lists(st.integers(0, 99), max_size=2), SEEDS)
@@ -67,7 +70,8 @@ def test_seeds_depend_on_every_argument(
     seed: int, purpose: str, indices: list[int], other: int
 ) -> None:
     derived = derive_seed(seed, purpose, *indices)
-    assert derived == derive_seed(seed, purpose, *indices) and 0 <= derived < 2**63
+    assert derived == derive_seed(seed, purpose, *indices)
+    assert 0 <= derived < 2**63
     assert derived != derive_seed(seed, purpose + "x", *indices)
     assert derived != derive_seed(seed, purpose, *indices, 0)
     assert (derived == derive_seed(other, purpose, *indices)) == (other == seed)

@@ -36,7 +36,8 @@ def test_weights_are_a_distribution_over_the_chosen_experts(
     )
     routing = parse_routing(text, count)
     weights = expert_weights(torch.tensor(logits), routing)
-    assert weights.shape == (len(logits), count) and (weights >= 0).all()
+    assert weights.shape == (len(logits), count)
+    assert (weights >= 0).all()
     torch.testing.assert_close(weights.sum(dim=1), torch.ones(len(logits)), rtol=0, atol=1e-5)
     asked = (weights > 0).sum(dim=1)
     assert (asked >= 1).all()
@@ -75,18 +76,23 @@ def test_no_expert_left_out_is_likelier_than_one_that_is_asked(
     asked = expert_weights(values, Routing("top-k", top_k=top_k)) > 0
     worst_asked = values.masked_fill(~asked, torch.inf).amin(dim=1)
     best_left_out = values.masked_fill(asked, -torch.inf).amax(dim=1)
-    assert (worst_asked >= best_left_out).all()
+    assert (worst_asked >= best_left_out - 1e-5).all()  # ties, up to the rounding of the softmax
 
 
-@given(st.text(max_size=12), st.integers(1, 8))
+@given(st.from_regex(r"(top-|threshold:|full|)[^\n]{0,6}", fullmatch=True), st.integers(1, 8))
 def test_any_text_is_parsed_or_refused(text: str, num_experts: int) -> None:
     try:
         routing = parse_routing(text, num_experts)
-    except RoutingError as error:
-        assert repr(text) in str(error)
+    except RoutingError:
+        return
+    if routing.kind == "top-k":
+        assert 1 <= routing.top_k <= num_experts
+        assert int(text.removeprefix("top-")) == routing.top_k
+    elif routing.kind == "threshold":
+        assert 0 < routing.threshold < 1
+        assert float(text.removeprefix("threshold:")) == routing.threshold
     else:
-        assert text.startswith(("top-", "full", "threshold:"))
-        assert routing.top_k <= num_experts and 0 <= routing.threshold < 1
+        assert text == "full"
 
 
 @given(st.integers(1, 60), st.integers(0, 2**32))

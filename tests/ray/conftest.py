@@ -89,9 +89,7 @@ def tiny_overrides(shapes_corpus: Path) -> list[str]:
 
 
 @pytest.fixture(scope="session")
-def tiny_config(
-    tmp_path_factory: pytest.TempPathFactory, tiny_overrides: list[str]
-) -> Config:
+def tiny_config(tmp_path_factory: pytest.TempPathFactory, tiny_overrides: list[str]) -> Config:
     """The configuration of the one finished run that the tests share."""
     run_dir = tmp_path_factory.mktemp("run") / "shapes"
     return load("quickstart", [f"run_dir={run_dir}", *tiny_overrides])

@@ -89,9 +89,7 @@ def test_the_bundle_draws_and_its_card_shows_measured_numbers(finished: Run) -> 
     assert f"{accuracy:.4f}" in finished.bundle.read("README.md").decode()
 
 
-def test_running_again_keeps_everything(
-    finished: Run, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_running_again_keeps_everything(finished: Run, caplog: pytest.LogCaptureFixture) -> None:
     from paris_ray.pipeline.stages import run
 
     before = {name: finished.folder.read(name) for name in finished.folder.files()}

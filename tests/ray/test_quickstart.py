@@ -66,9 +66,7 @@ def test_quickstart_draws_over_http_and_stops_what_it_started(
 
 def _check_http(port: int, cluster: LocalCluster) -> None:
     body = {"prompt": "a red circle number 1", "seed": 3, "n": 2}
-    response = httpx.post(
-        f"http://127.0.0.1:{port}/v1/images/generations", json=body, timeout=60
-    )
+    response = httpx.post(f"http://127.0.0.1:{port}/v1/images/generations", json=body, timeout=60)
     assert response.status_code == 200
     assert len(response.json()["data"]) == 2
     # The Ray behind it refuses whoever has no token.

@@ -91,7 +91,8 @@ def test_writing_leaves_no_temporary_file(folder: Folder, tmp_path: Path) -> Non
 
 def test_an_absent_folder_has_no_files(tmp_path: Path) -> None:
     folder = Folder(tmp_path / "nowhere")
-    assert folder.files() == [] and not folder.exists()
+    assert folder.files() == []
+    assert not folder.exists()
     with pytest.raises(ArtifactError, match="nowhere/x does not exist"):
         folder.read("x")
 

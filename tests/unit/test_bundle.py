@@ -3,7 +3,6 @@
 import json
 import resource
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +35,9 @@ def load_everything(path: Path) -> Bundle:
     bundle = load_bundle(str(path))
     for k in range(bundle.num_experts):
         bundle.expert(k)
-    assert bundle.router and bundle.codec and bundle.text_encoder
+    assert bundle.router
+    assert bundle.codec
+    assert bundle.text_encoder
     return bundle
 
 
@@ -81,7 +82,8 @@ def test_it_has_the_layout_of_the_public_release(tiny_bundle_path: Path) -> None
     config = json.loads((tiny_bundle_path / "config.json").read_text())
     assert (config["num_experts"], config["image_size"], config["num_channels"]) == (3, 4, 8)
     index = json.loads((tiny_bundle_path / "model_index.json").read_text())
-    assert index["num_experts"] == 3 and {"router", "text_encoder"} <= index.keys()
+    assert index["num_experts"] == 3
+    assert {"router", "text_encoder"} <= index.keys()
     for name in (f"expert_0/{EXPERT_WEIGHTS}", f"router/{ROUTER_WEIGHTS}", "README.md"):
         assert (tiny_bundle_path / name).is_file()
 
@@ -126,7 +128,8 @@ class TestAnyFile:
     def test_a_flipped_bit_is_named(self, copy: Path, name: str) -> None:
         flip_bit(copy / name)
         message = refusal(copy, ArtifactError)
-        assert name in message and "digest" in message
+        assert name in message
+        assert "digest" in message
 
     def test_truncated_without_manifest_is_named(self, unsigned: Path, name: str) -> None:
         truncate(unsigned / name)
@@ -167,7 +170,8 @@ def test_a_router_for_other_experts_is_refused(unsigned: Path) -> None:
 def test_bad_facts_are_named(unsigned: Path, changes: dict[str, Any], fragment: str) -> None:
     edit(unsigned / "config.json", **changes)
     message = refusal(unsigned, BundleError)
-    assert "bundle/config.json" in message and fragment in message
+    assert "bundle/config.json" in message
+    assert fragment in message
 
 
 @pytest.mark.parametrize(
@@ -195,7 +199,8 @@ def test_a_bad_expert_config_is_named(
 ) -> None:
     edit(unsigned / "expert_1" / "config.json", **changes)
     message = refusal(unsigned, BundleError)
-    assert "expert_1" in message and fragment in message
+    assert "expert_1" in message
+    assert fragment in message
 
 
 @pytest.mark.parametrize(
@@ -212,7 +217,8 @@ def test_a_bad_router_config_is_named(
 ) -> None:
     edit(unsigned / "router" / "config.json", **changes)
     message = refusal(unsigned, BundleError)
-    assert "router" in message and fragment in message
+    assert "router" in message
+    assert fragment in message
 
 
 def test_other_codecs_are_refused(unsigned: Path) -> None:

@@ -55,7 +55,8 @@ def test_clusters_are_balanced_up_to_one_fine_cluster(seed: int) -> None:
     sizes = np.bincount(clustering.assign(features), minlength=4)
     nearest_fine = (features @ clustering.fine_centroids.T).argmax(axis=1)
     mean, largest_fine = len(features) / 4, np.bincount(nearest_fine).max()
-    assert sizes.sum() == len(features) and sizes.min() > 0
+    assert sizes.sum() == len(features)
+    assert sizes.min() > 0
     assert sizes.max() <= max(CONFIG.max_imbalance * mean, mean + largest_fine)
 
 

@@ -188,5 +188,6 @@ def test_from_dict_refuses(section: type, values: object, fragment: str) -> None
     with pytest.raises(ConfigError) as caught:
         from_dict(section, values, "there/config.json")
     message = str(caught.value)
-    assert "there/config.json" in message and fragment in message
+    assert "there/config.json" in message
+    assert fragment in message
     assert os.environ["HOME"] not in message

@@ -71,7 +71,8 @@ def test_a_preconditioned_expert_is_right_at_both_ends_before_training() -> None
     """Its output is zero then: v = -x at t = 0 and v = x at t = 1, the best linear guess."""
     expert = Expert(ExpertConfig(prediction="preconditioned", **SMALL))
     velocity = predict_velocity(expert, LATENTS, TIMES, TEXT)
-    assert torch.equal(velocity[0], -LATENTS[0]) and torch.equal(velocity[-1], LATENTS[-1])
+    assert torch.equal(velocity[0], -LATENTS[0])
+    assert torch.equal(velocity[-1], LATENTS[-1])
 
 
 def test_the_network_of_a_preconditioned_expert_learns_a_unit_variance_target(

@@ -46,7 +46,8 @@ def test_latents_have_unit_variance_and_keep_their_place() -> None:
     pictures = random_pictures(200)
     codec = PatchPCA.fit(pictures, CodecConfig(patch_size=PATCH, num_components=8))
     latents = codec.encode(pictures)
-    assert latents.shape == (200, 8, 4, 4) and latents.dtype == torch.float32
+    assert latents.shape == (200, 8, 4, 4)
+    assert latents.dtype == torch.float32
     assert latents.std().item() == pytest.approx(1, abs=1e-3)
     assert latents.mean(dim=0).abs().max() < 1e-4
     pictures[:, :PATCH, -PATCH:] = 0  # the upper right patch
@@ -67,7 +68,8 @@ def test_wild_latents_are_clipped() -> None:
     codec = PatchPCA.fit(random_pictures(40), EVERYTHING)
     wild = 1e4 * torch.randn(2, 48, 4, 4, generator=torch.Generator().manual_seed(0))
     decoded = codec.decode(wild)
-    assert set(np.unique(decoded)) >= {0, 255} and decoded.dtype == np.uint8
+    assert set(np.unique(decoded)) >= {0, 255}
+    assert decoded.dtype == np.uint8
 
 
 def test_a_codec_is_saved_and_loaded(tmp_path: Path) -> None:
@@ -171,14 +173,16 @@ def train_features(folder: Path, seed: int = 0) -> tuple[float, list[int]]:
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("open_clip")
     loss, steps = train_features(folder)
-    assert np.isfinite(loss) and steps == [3]
+    assert np.isfinite(loss)
+    assert steps == [3]
     return folder
 
 
 def test_trained_features_are_unit_vectors_that_differ(trained: Path) -> None:
     encoder = load_features(FEATURES, trained)
     features = encoder.encode(random_pictures(6, size=32))
-    assert features.shape == (6, 128) and features.dtype == np.float32
+    assert features.shape == (6, 128)
+    assert features.dtype == np.float32
     np.testing.assert_allclose(np.linalg.norm(features, axis=1), 1, atol=1e-5)
     assert (features @ features.T - np.eye(6)).max() < 1 - 1e-4
     alone = encoder.encode(random_pictures(6, size=32)[2:3])

@@ -16,7 +16,8 @@ GALLERY = plain(0, 100, 200)
 
 def test_the_corpus_itself_is_all_hits() -> None:
     result = nearest_pictures(GALLERY, np.arange(3), GALLERY, CAPTIONS)
-    assert result.nearest.tolist() == [0, 1, 2] and result.hit.all()
+    assert result.nearest.tolist() == [0, 1, 2]
+    assert result.hit.all()
     assert not result.squared_error.any()
 
 

@@ -40,9 +40,30 @@ def test_routing_is_parsed(text: str, expected: Routing) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    "top-0 top-4 top--1 top-1.5 top-x top- top2 top-² TOP-1 full-ensemble full:1 threshold "
-    "threshold: threshold:0 threshold:1 threshold:-1 threshold:nan threshold:x nothing".split()
-    + ["", " full", "top-" + "9" * 5000],
+    [
+        "top-0",
+        "top-4",
+        "top--1",
+        "top-1.5",
+        "top-x",
+        "top-",
+        "top2",
+        "top-²",
+        "TOP-1",
+        "full-ensemble",
+        "full:1",
+        "threshold",
+        "threshold:",
+        "threshold:0",
+        "threshold:1",
+        "threshold:-1",
+        "threshold:nan",
+        "threshold:x",
+        "nothing",
+        "",
+        " full",
+        "top-" + "9" * 5000,
+    ],
 )
 def test_other_routing_is_refused(text: str) -> None:
     with pytest.raises(RoutingError, match="is not allowed"):

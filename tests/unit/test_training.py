@@ -1,5 +1,6 @@
 """Training to the bit: seeds, resuming, isolation from global state, and clear refusals."""
 
+import itertools
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -114,7 +115,8 @@ def half_done(shard: Folder, tmp_path: Path) -> Folder:
     output = Folder(tmp_path / "half done")
     with pytest.raises(Stop):
         train(shard, output, on_progress=stop_at(6))
-    assert output.exists(CHECKPOINT) and not output.exists(WEIGHTS)
+    assert output.exists(CHECKPOINT)
+    assert not output.exists(WEIGHTS)
     return output
 
 
@@ -122,7 +124,8 @@ def test_the_dataset_is_what_was_written(shard: Folder, tmp_path: Path) -> None:
     other = write_shard(Folder(tmp_path), 4, seed=1)
     dataset = load_dataset([shard, other])
     assert (len(dataset), dataset.latents.dtype) == (14, torch.float32)
-    assert dataset.latents.shape == (14, 3, 2, 2) and dataset.text_embedding.shape == (14, 2, 4)
+    assert dataset.latents.shape == (14, 3, 2, 2)
+    assert dataset.text_embedding.shape == (14, 2, 4)
     assert dataset.clusters.tolist() == [0] * 10 + [1] * 4
     expected = np.random.default_rng(0).standard_normal((10, 3, 2, 2)).astype(np.float32)
     assert np.array_equal(dataset.latents[:10].numpy(), expected)
@@ -140,7 +143,8 @@ def test_text_is_dropped_to_the_null_text(shard: Folder) -> None:
     assert 0.15 < dropped < 0.45
     kept = draw(0.0)
     is_variant = (kept[:, None] == dataset.text_embedding[index]).all(dim=2)
-    assert is_variant.any(dim=1).all() and is_variant.any(dim=0).all()
+    assert is_variant.any(dim=1).all()
+    assert is_variant.any(dim=0).all()
 
 
 @pytest.mark.parametrize("killed_at", [[2], [6], [6, 10]])
@@ -184,7 +188,7 @@ def test_the_learning_rate_rises_stays_and_falls() -> None:
     rates = [learning_rate(step, config) for step in range(100)]
     assert rates[:10] == pytest.approx([0.1 * (i + 1) for i in range(10)])
     assert rates[10:51] == [1.0] * 41
-    assert all(a > b for a, b in zip(rates[50:], rates[51:], strict=False))
+    assert all(a > b for a, b in itertools.pairwise(rates[50:]))
     assert 0.1 < rates[-1] < 0.13
 
 
@@ -192,7 +196,8 @@ def test_another_seed_gives_other_weights(
     shard: Folder, tmp_path: Path, uninterrupted: tuple[bytes, bytes]
 ) -> None:
     weights, metrics = train(shard, Folder(tmp_path), seed=1)
-    assert weights != uninterrupted[0] and metrics != uninterrupted[1]
+    assert weights != uninterrupted[0]
+    assert metrics != uninterrupted[1]
 
 
 def test_global_random_state_is_untouched_and_irrelevant(
@@ -258,7 +263,7 @@ def test_an_empty_shard_is_refused(tmp_path: Path) -> None:
     shard = Folder(tmp_path / "shard")
     columns = {"latents": np.zeros((1, 3, 2, 2)), "text_embedding": np.zeros((1, 2, 4))}
     write_part(shard, "part-0.parquet", to_table(columns).slice(0, 0))
-    with pytest.raises(TrainingError, match="shard.* is empty"):
+    with pytest.raises(TrainingError, match=r"shard.* is empty"):
         train(shard, Folder(tmp_path / "out"))
 
 
@@ -270,7 +275,7 @@ def test_a_shard_without_files_is_refused(tmp_path: Path) -> None:
 def test_a_loss_that_is_not_finite_stops_training(tmp_path: Path) -> None:
     shard = write_shard(Folder(tmp_path / "shard"), 4, mean=float("nan"))
     output = Folder(tmp_path / "out")
-    with pytest.raises(TrainingError, match="loss is nan at step 2.*learning_rate"):
+    with pytest.raises(TrainingError, match=r"loss is nan at step 2.*learning_rate"):
         train(shard, output)
     assert not output.exists(WEIGHTS)
 
@@ -308,4 +313,5 @@ def test_the_router_learns_separable_clusters(tmp_path: Path) -> None:
         on_progress=carry_on,
     )
     assert list(accuracy) == ["0.1", "0.3", "0.5", "0.7", "0.9", "1"]
-    assert accuracy["0.1"] > 0.95 and accuracy["0.1"] >= accuracy["0.9"]
+    assert accuracy["0.1"] > 0.95
+    assert accuracy["0.1"] >= accuracy["0.9"]

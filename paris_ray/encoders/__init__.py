@@ -1,0 +1,1 @@
+"""Encoders: pictures to latents and features, captions to text conditioning."""

@@ -40,6 +40,7 @@ ROUTER_WEIGHTS = "pytorch_model.safetensors"
 MAX_EXPERTS = 1024
 
 Model = TypeVar("Model", Expert, Router)
+Section = TypeVar("Section", ExpertConfig, RouterConfig)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,7 +81,15 @@ class Bundle:
         Raises:
             BundleError: if its configuration or weights do not fit.
         """
-        return load_expert(self.parts[f"expert_{index}"])
+        expert = load_expert(self.parts[f"expert_{index}"])
+        config = expert.config
+        shape = (config.in_channels, config.input_size, config.input_size)
+        if shape != self.latent_shape:
+            raise BundleError(
+                f"expert_{index}/{CONFIG}: latents of shape {shape}, "
+                f"but the router reads {self.latent_shape}"
+            )
+        return expert
 
     @cached_property
     def router(self) -> Router:
@@ -95,8 +104,14 @@ class Bundle:
 
     @cached_property
     def codec(self) -> Codec:
-        """The codec between pictures and latents."""
-        return load_codec(self.parts["codec"])
+        """The codec between pictures and latents; raises BundleError if it does not fit."""
+        codec = load_codec(self.parts["codec"])
+        if codec.latent_shape != self.latent_shape:
+            raise BundleError(
+                f"codec/: latents of shape {codec.latent_shape}, "
+                f"but the router reads {self.latent_shape}"
+            )
+        return codec
 
     @cached_property
     def text_encoder(self) -> TextEncoder:
@@ -108,15 +123,20 @@ class Bundle:
         """The encoded empty string, a batch of one: what guidance subtracts."""
         return self.encode_text([""])
 
-    @property
+    @cached_property
     def latent_shape(self) -> tuple[int, int, int]:
         """Shape `(C, H, W)` of one picture's latents."""
-        config = self.router.config
+        config = _read_config(RouterConfig, self.parts["router"])
         return config.in_channels, config.input_size, config.input_size
 
     def encode_text(self, prompts: Sequence[str]) -> TextConditioning:
-        """Return the conditioning of some prompts."""
-        return self.text_encoder.encode(prompts)
+        """Return the conditioning of some prompts.
+
+        Each is encoded alone: beside others it would be padded, which changes the last bits of
+        its vector, and a seed must mean the same picture in any batch.
+        """
+        encoded = {prompt: self.text_encoder.encode([prompt]) for prompt in dict.fromkeys(prompts)}
+        return TextConditioning.concatenate([encoded[prompt] for prompt in prompts])
 
 
 def load_expert(part: VerifiedFolder) -> Expert:
@@ -128,12 +148,7 @@ def _load_model(
     model_class: type[Model], config_class: type[Any], part: VerifiedFolder, weights: str
 ) -> Model:
     """Build a model on the meta device, then give it the stored tensors."""
-    where = f"{part.folder.uri}/{CONFIG}"
-    try:
-        config = from_dict(config_class, part.read_json(CONFIG), where)
-        check_model(where, config)
-    except ConfigError as error:
-        raise BundleError(str(error)) from None
+    config = _read_config(config_class, part)
     with torch.device("meta"):
         model = model_class(config)
     try:
@@ -143,6 +158,17 @@ def _load_model(
     _check_state(model, state, f"{part.folder.uri}/{weights}")
     model.load_state_dict(state, assign=True)
     return model.eval().requires_grad_(False)
+
+
+def _read_config(config_class: type[Section], part: VerifiedFolder) -> Section:
+    """Return a model's configuration, checked before anything is allocated for it."""
+    where = f"{part.folder.uri}/{CONFIG}"
+    try:
+        config = from_dict(config_class, part.read_json(CONFIG), where)
+        check_model(where, config)
+    except ConfigError as error:
+        raise BundleError(str(error)) from None
+    return config
 
 
 def _check_state(model: nn.Module, state: Mapping[str, torch.Tensor], where: str) -> None:
@@ -211,5 +237,5 @@ def _read_facts(document: Mapping[str, Any], where: str) -> BundleFacts:
         )
     except KeyError as error:
         raise BundleError(f"{where}: the field {error} is missing") from None
-    except (ConfigError, TypeError, ValueError) as error:
+    except (ConfigError, TypeError, ValueError, OverflowError) as error:
         raise BundleError(f"{where}: {error}") from None

@@ -324,13 +324,7 @@ def _check_shapes(config: Config) -> None:
     _require(fits, "router.num_experts", config.router.num_experts, allowed)
 
 
-def check(config: Config) -> None:
-    """Check what types cannot express.
-
-    Raises:
-        ConfigError: naming the field, its value and what is allowed.
-    """
-    corpus, codec, cluster = config.corpus, config.codec, config.cluster
+def _check_corpus(corpus: CorpusConfig) -> None:
     if corpus.kind != "openmoji":
         _require(corpus.path is not None, "corpus.path", None, f"a path for kind={corpus.kind}")
     templates = corpus.caption_templates
@@ -338,34 +332,45 @@ def check(config: Config) -> None:
     _require(well_formed, "corpus.caption_templates", templates, "one or more texts with one {}")
     _require(corpus.image_size >= 8, "corpus.image_size", corpus.image_size, "at least 8 pixels")
     _require(corpus.rows_per_shard >= 1, "corpus.rows_per_shard", corpus.rows_per_shard, ">= 1")
+    _require(corpus.limit is None or corpus.limit >= 1, "corpus.limit", corpus.limit, ">= 1, null")
     _require(0 <= corpus.max_bad_share <= 1, "corpus.max_bad_share", corpus.max_bad_share, "0..1")
-    _require(
-        corpus.image_size % codec.patch_size == 0,
-        "codec.patch_size",
-        codec.patch_size,
-        f"a divisor of corpus.image_size={corpus.image_size}",
-    )
-    most = 3 * codec.patch_size**2
-    _require(
-        1 <= codec.num_components <= most,
-        "codec.num_components",
-        codec.num_components,
-        f"between 1 and {most}, the values of one patch",
-    )
-    _require(cluster.num_clusters >= 1, "cluster.num_clusters", cluster.num_clusters, ">= 1")
-    _require(
-        cluster.num_fine >= cluster.num_clusters,
-        "cluster.num_fine",
-        cluster.num_fine,
-        f"at least cluster.num_clusters={cluster.num_clusters}",
-    )
+
+
+def _check_codec(codec: CodecConfig, image_size: int) -> None:
+    size, count = codec.patch_size, codec.num_components
+    divides = size >= 1 and image_size % size == 0
+    allowed = f"a divisor of corpus.image_size={image_size}"
+    _require(divides, "codec.patch_size", size, allowed)
+    most = 3 * size**2
+    allowed = f"between 1 and {most}, the values of one patch"
+    _require(1 <= count <= most, "codec.num_components", count, allowed)
+
+
+def _check_cluster(cluster: ClusterConfig) -> None:
+    count = cluster.num_clusters
+    _require(count >= 1, "cluster.num_clusters", count, "at least 1")
+    allowed = f"at least cluster.num_clusters={count}"
+    _require(cluster.num_fine >= count, "cluster.num_fine", cluster.num_fine, allowed)
     _require(cluster.max_imbalance >= 1, "cluster.max_imbalance", cluster.max_imbalance, ">= 1")
+
+
+def check(config: Config) -> None:
+    """Check what types cannot express.
+
+    Raises:
+        ConfigError: naming the field, its value and what is allowed.
+    """
+    _check_corpus(config.corpus)
+    _check_codec(config.codec, config.corpus.image_size)
+    _check_cluster(config.cluster)
     for key in ("steps", "batch_size", "max_images"):
         value = getattr(config.features, key)
         _require(value >= 1, f"features.{key}", value, "at least 1")
     _check_training("training", config.training)
     _check_training("router_training", config.router_training)
     _check_shapes(config)
+    steps = config.sampling.num_inference_steps
+    _require(steps >= 1, "sampling.num_inference_steps", steps, "at least 1")
 
 
 def load(name_or_path: str, overrides: Sequence[str] = ()) -> Config:

@@ -39,6 +39,7 @@ from serve.schemas import (
 PAGE = Path(__file__).parent / "web" / "index.html"
 RANDOM_SEEDS = 2**32  # seeds we draw: short for people, and exact as JavaScript numbers
 LATENCY_BUCKETS_S = [0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100]
+HEALTH_TIMEOUT_S = 5
 TRANSIENT = (ExpertUnavailableError, RayActorError, BackPressureError)
 
 
@@ -66,6 +67,17 @@ class Ingress:
         self._seconds = Histogram(
             "paris_request_seconds", "Time to draw one request.", boundaries=LATENCY_BUCKETS_S
         )
+
+    async def check_sampler(self) -> None:
+        """Return when the Sampler answers.
+
+        Raises:
+            ApiError: 503, if it does not within HEALTH_TIMEOUT_S.
+        """
+        try:
+            await asyncio.wait_for(self._sampler.check_health.remote(), HEALTH_TIMEOUT_S)
+        except (TimeoutError, *TRANSIENT) as error:
+            raise unavailable("The model is not loaded. Ask again") from error
 
     def models(self) -> ModelList:
         """Return the one model that is served."""
@@ -198,8 +210,9 @@ open_routes = APIRouter()
 
 
 @open_routes.get("/healthz")
-async def healthz() -> dict[str, str]:
-    """Say that the ingress answers."""
+async def healthz(ingress: Current) -> dict[str, str]:
+    """Say that requests are answered; 503 while the model is loading."""
+    await ingress.check_sampler()
     return {"status": "ok"}
 
 

@@ -74,6 +74,9 @@ class Sampler:
             for k in range(self._bundle.num_experts):
                 self._bundle.expert(k).to(resolve_device("auto"))
 
+    def check_health(self) -> None:
+        """Return; a Sampler that answers has loaded all it needs."""
+
     async def draw(self, prompt: str, seeds: Sequence[int], options: SamplingOptions) -> Drawing:
         """Draw one picture of the prompt for each seed.
 

@@ -1,7 +1,11 @@
 """Fixtures of all tests: tiny real models, never mocks."""
 
 import json
-from collections.abc import Callable
+import os
+import secrets
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +28,9 @@ from paris_ray.config import CodecConfig, ExpertConfig, RouterConfig, SamplingCo
 from paris_ray.encoders.codec import PatchPCA
 from paris_ray.export import write_bundle
 from paris_ray.models import Expert, Router
+
+# Ray reads these when it is imported; unset, a local Ray would write a token to the home folder.
+os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
 
 NUM_EXPERTS = 3
 WORDS = [
@@ -126,3 +133,22 @@ def tiny_bundle(tiny_bundle_path: Path) -> Bundle:
 def randomised() -> Callable[[torch.nn.Module, int], torch.nn.Module]:
     """`randomise`, for tests that build models of their own."""
     return randomise
+
+
+@pytest.fixture(scope="session")
+def ray_session() -> Iterator[None]:
+    """The one Ray of the test run; its CPUs are logical, so that small tasks run side by side."""
+    import ray
+
+    folder = tempfile.mkdtemp(prefix="pr-", dir="/tmp")  # socket paths must stay short
+    ray.init(
+        address="local",
+        num_cpus=4,
+        include_dashboard=False,
+        log_to_driver=False,
+        _node_ip_address="127.0.0.1",
+        _temp_dir=folder,
+    )
+    yield
+    ray.shutdown()
+    shutil.rmtree(folder, ignore_errors=True)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from paris_ray.artifacts import Folder, VerifiedFolder
 from paris_ray.config import CodecConfig
-from paris_ray.errors import BundleError
+from paris_ray.errors import BundleError, CorpusError
 
 WEIGHTS = "codec.safetensors"
 CONFIG = "config.json"
@@ -20,6 +20,11 @@ CONFIG = "config.json"
 
 class Codec(Protocol):
     """Whatever turns pictures `(B, S, S, 3)` uint8 into latents `(B, C, H, W)` and back."""
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """Shape `(C, H, W)` of one picture's latents."""
+        ...
 
     def encode(self, images: NDArray[np.uint8]) -> Tensor:
         """Return latents `(B, C, H, W)`, float32, standard deviation about 1."""
@@ -59,9 +64,14 @@ class PatchPCA:
         self.patch_size = int((mean.shape[1] // 3) ** 0.5)
         self.grid = int(mean.shape[0] ** 0.5)
 
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """Shape `(C, H, W)` of one picture's latents."""
+        return self.components.shape[0], self.grid, self.grid
+
     @classmethod
     def fit(cls, images: NDArray[np.uint8], config: CodecConfig) -> "PatchPCA":
-        """Fit to pictures `(N, S, S, 3)` uint8."""
+        """Fit to pictures `(N, S, S, 3)` uint8; raises CorpusError if all are equal."""
         patches = _to_patches(to_unit_range(images), config.patch_size).double()
         mean = patches.mean(dim=0)
         centred = (patches - mean).flatten(0, 1)
@@ -71,6 +81,8 @@ class PatchPCA:
         largest = components.abs().argmax(dim=1, keepdim=True)
         components = components * components.gather(1, largest).sign()
         scale = (centred @ components.T).std()
+        if scale == 0:
+            raise CorpusError("all pictures of the corpus are equal: there is nothing to encode")
         return cls(mean.float(), components.float().contiguous(), scale.float())
 
     def encode(self, images: NDArray[np.uint8]) -> Tensor:

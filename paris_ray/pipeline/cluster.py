@@ -19,6 +19,7 @@ from paris_ray.embeddings import (
     tensor_column,
     write_part,
 )
+from paris_ray.errors import ConfigError
 from paris_ray.pipeline.stage import Stage
 from paris_ray.reports import (
     decode_thumbnails,
@@ -56,6 +57,11 @@ def prepare_clusters(config: Config, embeddings: Manifest) -> Manifest:
     ray.get([split.remote(config, i, list(map(str, g))) for i, g in enumerate(groups) if len(g)])
     sizes = [_publish_shard(run, stage.config_digest, k) for k in range(run.num_experts)]
     logger.info("cluster: sizes %s", sizes)
+    if not all(sizes):
+        raise ConfigError(
+            f"cluster.num_clusters={run.num_experts} leaves empty clusters (sizes {sizes}): "
+            "choose fewer"
+        )
     attribution = embeddings.facts["attribution"]
     ray.get(write_report.options(num_cpus=num_cpus).remote(config, sizes, attribution))
     return stage.publish({"sizes": sizes})

@@ -97,7 +97,8 @@ def draw(
     for start in range(0, len(captions), size):
         batch = slice(start, start + size)
         seeds = [derive_seed(seed, "picture", i) for i in indices[batch]]
-        samples = sample(bundle, bundle.encode_text(captions[batch]), seeds, options)
+        text = bundle.text_encoder.encode(captions[batch])
+        samples = sample(bundle, text, seeds, options)
         pictures += [thumbnail(image) for image in bundle.codec.decode(samples.latents)]
         usages.append(samples.expert_usage.numpy())
     return np.stack(pictures), np.concatenate(usages)

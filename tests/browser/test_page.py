@@ -5,7 +5,6 @@ import io
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -20,6 +19,7 @@ import torch
 import yaml
 from PIL import Image
 
+from jobs.local_cluster import free_port
 from paris_ray.bundle import load_bundle
 from paris_ray.sampling import generate
 
@@ -37,12 +37,6 @@ FLAGS = [
     "--disable-component-update",
     "--disable-sync",
 ]
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
 
 
 def wait_until_served(url: str, server: "subprocess.Popen[bytes]", timeout_s: float = 120) -> None:

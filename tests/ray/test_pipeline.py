@@ -12,6 +12,7 @@ import pytest
 from paris_ray.artifacts import read_manifest
 from paris_ray.bundle import load_bundle
 from paris_ray.config import Config
+from paris_ray.embeddings import read_table
 from paris_ray.errors import ArtifactError, CorpusError, TrainingError
 from paris_ray.run import CLUSTERS, EMBEDDINGS, EVALUATION, EXPERT, ROUTER, SHARD, Run
 from paris_ray.sampling import generate
@@ -56,9 +57,7 @@ def test_every_row_is_embedded_or_quarantined_with_its_reason(
 
 def test_shards_are_disjoint_and_complete(finished: Run, num_good_rows: int) -> None:
     keys = [
-        key
-        for k in range(3)
-        for key in pq.read_table(finished.shard(k).uri, columns=["key"])["key"].to_pylist()
+        key for k in range(3) for key in read_table(finished.shard(k), ["key"])["key"].to_pylist()
     ]
     assert len(keys) == len(set(keys)) == num_good_rows
     assert read_manifest(finished.clusters, CLUSTERS).facts["sizes"] == [

@@ -1,7 +1,6 @@
 """The main job in small: a Ray of its own, `ray job submit`, `serve deploy`, HTTP, stop by pid."""
 
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -11,17 +10,11 @@ import psutil
 import pytest
 import yaml
 
-from jobs.local_cluster import LocalCluster
+from jobs.local_cluster import LocalCluster, free_port
 
 pytestmark = [pytest.mark.ray, pytest.mark.serve]
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
 
 
 def test_quickstart_draws_over_http_and_stops_what_it_started(

@@ -1,45 +1,27 @@
-"""One real local Ray with Serve on a free port, shared by the tests that need HTTP."""
+"""Serve on a free port of the tests' Ray, shared by the tests that need HTTP."""
 
-import os
-
-# Ray reads it when it is imported; unset, a local Ray makes a token in the home folder.
-os.environ["RAY_AUTH_MODE"] = "disabled"
-
-import shutil
-import socket
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import httpx
 import pytest
-import ray
 import torch
 from ray import serve
 
+from jobs.local_cluster import free_port
 from paris_ray.bundle import Bundle, load_bundle
 from serve.app import AppArgs, build
 
 Start = Callable[..., str]
 
 
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
-
-
 @pytest.fixture(scope="session")
-def serve_address() -> Iterator[str]:
+def serve_address(ray_session: None) -> Iterator[str]:
     """The address of a running Serve without applications."""
-    folder = tempfile.mkdtemp(prefix="pr-", dir="/tmp")  # socket paths must stay short
     port = free_port()
-    ray.init(num_cpus=4, include_dashboard=False, _temp_dir=folder, log_to_driver=False)
     serve.start(http_options={"host": "127.0.0.1", "port": port})
     yield f"http://127.0.0.1:{port}"
     serve.shutdown()
-    ray.shutdown()
-    shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

@@ -295,6 +295,9 @@ def test_batches_are_a_pure_function_of_the_step() -> None:
     fresh = BatchOrder(num_rows=7, batch_size=3, seed=1)
     assert [fresh.batch(step).tolist() for step in reversed(range(20))] == forward[::-1]
     assert [BatchOrder(7, 3, seed=2).batch(step).tolist() for step in range(20)] != forward
+    rows = list(itertools.chain.from_iterable(forward))
+    epochs = {tuple(rows[start : start + 7]) for start in range(0, 56, 7)}
+    assert len(epochs) > 1  # every epoch has an order of its own
 
 
 def test_the_router_learns_separable_clusters(tmp_path: Path) -> None:

@@ -8,8 +8,8 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
+from jobs.local_cluster import LOOPBACK_ONLY
 from paris_ray.config import Config, load, local_paths, packaged_configs, with_absolute_paths
 from paris_ray.errors import ConfigError, ParisError
 
@@ -87,14 +87,14 @@ def ray_session(address: str | None) -> Iterator[None]:
     """Connect to the given cluster, or to RAY_ADDRESS, or start and stop a Ray of our own."""
     if address is None and "RAY_ADDRESS" not in os.environ:
         # Whoever reaches a Ray cluster can run code on it, so even a private one gets a token.
-        os.environ["RAY_AUTH_MODE"] = "token"
-        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+        token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+        os.environ |= token | LOOPBACK_ONLY
         address = "local"
     import ray
 
-    own: dict[str, Any] = {"include_dashboard": False, "_node_ip_address": "127.0.0.1"}
     # Tasks keep their own logs, one an expert, in the dashboard; the terminal shows the driver's.
-    ray.init(address=address, log_to_driver=False, **(own if address == "local" else {}))
+    dashboard = False if address == "local" else None
+    ray.init(address=address, log_to_driver=False, include_dashboard=dashboard)
     try:
         yield
     finally:

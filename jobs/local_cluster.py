@@ -19,6 +19,10 @@ import requests
 from paris_ray.errors import ParisError
 
 LOOPBACK = "127.0.0.1"
+# Ray swaps a loopback --node-ip-address for the machine's own address, and opens its ports on that
+# or on all interfaces. Despite its name this switch works on Linux too: every port, Prometheus
+# included, then listens on loopback only. Ray reads it when it is imported.
+LOOPBACK_ONLY = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 DASHBOARD_PORT = 8265
 START_TIMEOUT_S = 60
 STOP_TIMEOUT_S = 30
@@ -44,11 +48,15 @@ class LocalCluster:
 
     def environment(self) -> dict[str, str]:
         """Return the environment of a process that may talk to this cluster."""
-        return os.environ | {
-            "RAY_AUTH_MODE": "token",
-            "RAY_AUTH_TOKEN_PATH": str(self.token_file),
-            "RAY_ADDRESS": self.dashboard_url,
-        }
+        return (
+            os.environ
+            | LOOPBACK_ONLY
+            | {
+                "RAY_AUTH_MODE": "token",
+                "RAY_AUTH_TOKEN_PATH": str(self.token_file),
+                "RAY_ADDRESS": self.dashboard_url,
+            }
+        )
 
     def is_running(self) -> bool:
         """Return whether the head that was started for this folder is still alive."""

@@ -5,9 +5,12 @@ a checkpoint needs no generator state: `samples_seen` says which generator comes
 """
 
 import hashlib
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
+
+if TYPE_CHECKING:
+    import torch
 
 
 def derive_seed(seed: int, purpose: str, *indices: int) -> int:
@@ -16,8 +19,10 @@ def derive_seed(seed: int, purpose: str, *indices: int) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 
-def torch_generator(seed: int, purpose: str, *indices: int) -> torch.Generator:
+def torch_generator(seed: int, purpose: str, *indices: int) -> "torch.Generator":
     """Return a CPU generator; noise is drawn on the CPU so that every device sees the same."""
+    import torch  # here, so that tasks without torch need not spend seconds on importing it
+
     return torch.Generator().manual_seed(derive_seed(seed, purpose, *indices))
 
 

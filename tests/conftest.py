@@ -15,6 +15,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import BertConfig, BertModel
 
+from jobs.local_cluster import LOOPBACK_ONLY
 from paris_ray.artifacts import Folder, VerifiedFolder, publish
 from paris_ray.bundle import (
     EXPERT_WEIGHTS,
@@ -30,7 +31,7 @@ from paris_ray.export import write_bundle
 from paris_ray.models import Expert, Router
 
 # Ray reads these when it is imported; unset, a local Ray would write a token to the home folder.
-os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)} | LOOPBACK_ONLY
 
 NUM_EXPERTS = 3
 WORDS = [
@@ -146,7 +147,6 @@ def ray_session() -> Iterator[None]:
         num_cpus=4,
         include_dashboard=False,
         log_to_driver=False,
-        _node_ip_address="127.0.0.1",
         _temp_dir=folder,
     )
     yield

@@ -10,7 +10,6 @@ from paris_ray.artifacts import VerifiedFolder
 from paris_ray.config import Config, PoolConfig
 from paris_ray.devices import resolve_device
 from paris_ray.encoders.codec import load_codec
-from paris_ray.encoders.images import OPEN_CLIP_FILES, load_features
 from paris_ray.encoders.text import MODEL_FILES, MiniLM
 from paris_ray.pipeline.shards import Batch
 from paris_ray.run import Run
@@ -44,6 +43,9 @@ class FeatureEmbedder:
     """Adds `features (B, D)`: unit-length image features."""
 
     def __init__(self, config: Config) -> None:
+        # Imported here: the other encoders' actors need no open_clip, whose import takes seconds.
+        from paris_ray.encoders.images import OPEN_CLIP_FILES, load_features
+
         _use_threads_of(config.features.pool)
         trained = None
         if config.features.checkpoint is None:

@@ -44,6 +44,7 @@ def test_quickstart_draws_over_http_and_stops_what_it_started(
         head = cluster._process()
         assert head is not None
         family = [head, *head.children(recursive=True)]
+        assert _listening_on(family) <= {"127.0.0.1", "::ffff:127.0.0.1", "::1"}
     finally:
         stopped = subprocess.run(
             [sys.executable, "-m", "jobs.stop", str(run_dir)],
@@ -64,6 +65,17 @@ def _check_http(port: int, cluster: LocalCluster) -> None:
     assert len(response.json()["data"]) == 2
     # The Ray behind it refuses whoever has no token.
     assert httpx.get(f"{cluster.dashboard_url}/api/jobs/").status_code == 401
+
+
+def _listening_on(family: list[psutil.Process]) -> set[str]:
+    """Return the addresses that are listened on.
+
+    Serve's replicas stand apart: Ray opens their internal port on all interfaces, and asks for the
+    token there.
+    """
+    others = [process for process in family if "ServeReplica" not in "".join(process.cmdline())]
+    connections = [c for process in others for c in process.net_connections("tcp")]
+    return {c.laddr.ip for c in connections if c.status == psutil.CONN_LISTEN}
 
 
 def _is_alive(process: psutil.Process) -> bool:

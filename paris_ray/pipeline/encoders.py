@@ -14,7 +14,7 @@ from paris_ray.embeddings import write_null_text
 from paris_ray.encoders.codec import PatchPCA
 from paris_ray.encoders.text import MiniLM, copy_text_encoder, text_encoder_folder
 from paris_ray.errors import CorpusError
-from paris_ray.pipeline.progress import ProgressFile, watch
+from paris_ray.pipeline.progress import ProgressFile, follow
 from paris_ray.pipeline.stage import Stage
 from paris_ray.run import ENCODERS, Run
 from paris_ray.seeding import derive_seed
@@ -32,9 +32,7 @@ def prepare_encoders(config: Config) -> Manifest:
     task = fit_encoders.options(
         num_cpus=config.features.num_cpus, num_gpus=config.features.num_gpus
     ).remote(config, run.encoders.uri)
-    watch({"image encoder": (task, run.encoders)})
-    facts: dict[str, Any] = ray.get(task)
-    return stage.publish(facts)
+    return stage.publish(follow("image encoder", task, run.encoders))
 
 
 @ray.remote

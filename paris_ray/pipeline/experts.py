@@ -54,13 +54,16 @@ def train_experts(config: Config, only: Sequence[int] | None = None) -> None:
     stages = {k: _expert_stage(run, k) for k in chosen}
     todo = [k for k, stage in stages.items() if stage.finished() is None]
     tasks = {f"expert {k}": (_submit(run, k), run.expert(k)) for k in todo}
-    failed = watch(tasks)
-    for k in todo:
-        if f"expert {k}" not in failed:
-            facts: dict[str, Any] = ray.get(tasks[f"expert {k}"][0])
-            stages[k].publish(facts)
+    failed = []
+    for name, error in watch(tasks):
+        task, _ = tasks[name]
+        if error is None:
+            report = ray.get(task)
+            stages[report["expert"]].publish(report)
+        else:
+            failed.append(f"{name}: {error}")
     if failed:
-        reasons = "; ".join(f"{name}: {error}" for name, error in failed.items())
+        reasons = "; ".join(failed)
         raise TrainingError(f"{len(failed)} of {len(chosen)} experts failed: {reasons}")
 
 
@@ -108,7 +111,7 @@ def train_one_expert(
     assert not torch.distributed.is_initialized(), "experts must train without any collective"
     _draw_samples(config.sampling, shard, output, Folder(codec_uri), seed)
     last_metrics = json.loads(output.read(METRICS).splitlines()[-1])
-    return {"rows": read_manifest(shard, SHARD).facts["rows"], **last_metrics}
+    return {"expert": expert, "rows": read_manifest(shard, SHARD).facts["rows"], **last_metrics}
 
 
 def _draw_samples(

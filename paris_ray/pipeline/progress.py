@@ -6,7 +6,7 @@ any storage, needs no actor, and leaves experts nothing to share.
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -71,32 +71,39 @@ def _gauges(name: str) -> dict[str, metrics.Gauge]:
 Tasks = Mapping[str, tuple["ray.ObjectRef[Any]", Folder]]
 
 
-def watch(tasks: Tasks) -> dict[str, BaseException]:
-    """Wait for training tasks, printing their progress; return the errors of those that failed.
+def watch(tasks: Tasks) -> Iterator[tuple[str, Exception | None]]:
+    """Yield the tasks as they finish, with their errors, and print the others' progress meanwhile.
 
     Args:
         tasks: By name, a task's result and the folder that it writes to.
     """
     names = {task: name for name, (task, _) in tasks.items()}
-    pending, failed, printed_at = list(names), {}, time.monotonic()
+    pending, printed_at = list(names), time.monotonic()
     while pending:
         finished, pending = ray.wait(pending, timeout=POLL_INTERVAL_S)
         for task in finished:
             error = _error_of(task)
-            if error is not None:
-                failed[names[task]] = error
             logger.info("%s: %s", names[task], "done" if error is None else f"FAILED: {error}")
+            yield names[task], error
         if pending and time.monotonic() - printed_at > PRINT_INTERVAL_S:
             printed_at = time.monotonic()
             running = [(names[task], tasks[names[task]][1]) for task in pending]
             _print_progress(running, len(names))
-    return failed
 
 
-def _error_of(task: "ray.ObjectRef[Any]") -> BaseException | None:
+def follow(name: str, task: "ray.ObjectRef[Any]", folder: Folder) -> Any:
+    """Print one task's progress and return its result, or raise what it raised."""
+    for _, error in watch({name: (task, folder)}):
+        if error is not None:
+            raise error
+    return ray.get(task)
+
+
+def _error_of(task: "ray.ObjectRef[Any]") -> Exception | None:
     try:
         ray.get(task)
     except ray.exceptions.RayError as error:
+        # What the task raised says more to a user than Ray's wrapping of it.
         return error.cause if isinstance(error, ray.exceptions.RayTaskError) else error
     return None
 

@@ -7,7 +7,7 @@ import ray
 
 from paris_ray.artifacts import Folder, read_manifest
 from paris_ray.config import Config
-from paris_ray.pipeline.progress import ProgressFile, watch
+from paris_ray.pipeline.progress import ProgressFile, follow
 from paris_ray.pipeline.stage import Stage
 from paris_ray.run import CLUSTERS, ROUTER, Run
 from paris_ray.seeding import derive_seed
@@ -36,8 +36,7 @@ def train_router(config: Config) -> None:
         num_gpus=training.num_gpus,
         max_retries=training.max_retries,
     ).remote(config)
-    watch({"router": (task, run.router)})
-    facts = ray.get(task)
+    facts = follow("router", task, run.router)
     levels = ", ".join(f"{share:.3f} at t={t}" for t, share in facts["right_cluster"].items())
     logger.info("router: share of rows sent to their own cluster: %s", levels)
     stage.publish(facts)

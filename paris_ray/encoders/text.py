@@ -89,9 +89,9 @@ class MiniLM:
         """Return `text_embeddings (B, 1, D)` and `pooled_text (B, D)`."""
         encodings = self.tokenizer.encode_batch(list(captions))
         mask = torch.tensor([encoding.attention_mask for encoding in encodings])
-        states = self.model(
-            input_ids=torch.tensor([encoding.ids for encoding in encodings]), attention_mask=mask
-        ).last_hidden_state  # (B, L, D)
+        mask = mask.to(self.model.device)
+        ids = torch.tensor([encoding.ids for encoding in encodings], device=mask.device)
+        states = self.model(input_ids=ids, attention_mask=mask).last_hidden_state  # (B, L, D)
         weights = mask[..., None].to(states.dtype)
         mean = (states * weights).sum(dim=1) / weights.sum(dim=1)
         return TextConditioning.from_pooled(

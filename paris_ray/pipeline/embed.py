@@ -1,7 +1,7 @@
 """Prepare, part two: encode the corpus with Ray Data.
 
 Read tasks decode pictures and set bad rows aside; three actor pools add text, features and
-latents; write tasks store one Parquet file a corpus shard. A shard stays one block throughout, so
+latents; write tasks store a block as one Parquet file. No block holds rows of two corpus shards, so
 that an interrupted run continues with the shards that are not complete yet.
 """
 
@@ -21,7 +21,7 @@ from paris_ray.corpora import Shard, find_duplicates, open_corpus
 from paris_ray.embeddings import part_names, read_table
 from paris_ray.errors import CorpusError
 from paris_ray.pipeline.embedders import FeatureEmbedder, LatentEmbedder, TextEmbedder
-from paris_ray.pipeline.shards import ShardReader, ShardWriter, is_complete, num_rows
+from paris_ray.pipeline.shards import ShardReader, ShardWriter, num_rows, shard_of
 from paris_ray.pipeline.stage import Stage
 from paris_ray.run import EMBEDDINGS, Run
 
@@ -50,17 +50,42 @@ def prepare_embeddings(config: Config, encoders: Manifest) -> Manifest:
     shards = corpus.shards()
     keys = {shard.index: corpus.keys(shard) for shard in shards}
     duplicates = find_duplicates(keys)
-    pending = [shard for shard in shards if not is_complete(run, shard, len(keys[shard.index]))]
+    pending = _pending(run, shards, keys)
     if pending:
-        _embed(config, pending, duplicates)
+        num_pending = sum(len(keys[shard.index]) for shard in pending)
+        _follow(_embedding(config, pending, duplicates), num_pending)
     counts = _count(run, sum(map(len, keys.values())))
     _refuse_bad_corpus(config, counts)
     return stage.publish(counts | {"attribution": corpus.attribution})
 
 
-def _embed(
+def _pending(run: Run, shards: Sequence[Shard], keys: Mapping[int, Sequence[str]]) -> list[Shard]:
+    """Return the shards that an earlier, interrupted run did not account for row by row.
+
+    What it left of them is deleted: the next run may cut them into files elsewhere.
+    """
+    found: Counter[int] = Counter()
+    for folder in (run.embeddings, run.quarantine):
+        for name in part_names(folder):
+            found[shard_of(name)] += num_rows(folder, name)
+    read_to_the_end = {shard_of(name) for name in part_names(run.quarantine)}
+    pending = [
+        shard
+        for shard in shards
+        if shard.index not in read_to_the_end or found[shard.index] != len(keys[shard.index])
+    ]
+    indices = {shard.index for shard in pending}
+    for folder in (run.embeddings, run.quarantine):
+        for name in part_names(folder):
+            if shard_of(name) in indices:
+                folder.delete(name)
+    return pending
+
+
+def _embedding(
     config: Config, shards: Sequence[Shard], duplicates: Mapping[int, frozenset[int]]
-) -> None:
+) -> ray.data.Dataset:
+    """Return the Ray Data pipeline over some shards; it runs when it is iterated."""
     items = [asdict(s) | {"duplicates": sorted(duplicates.get(s.index, ()))} for s in shards]
     _quiet_ray_data()
     dataset = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
@@ -79,8 +104,7 @@ def _embed(
             num_cpus=pool.num_cpus,
             num_gpus=pool.num_gpus,
         )
-    dataset = dataset.map_batches(ShardWriter(config), batch_size=None, num_cpus=TASK_CPUS)
-    _follow(dataset, len(items))
+    return dataset.map_batches(ShardWriter(config), batch_size=None, num_cpus=TASK_CPUS)
 
 
 def _quiet_ray_data() -> None:
@@ -91,18 +115,17 @@ def _quiet_ray_data() -> None:
     logging.getLogger("ray.data").setLevel(logging.WARNING)
 
 
-def _follow(dataset: ray.data.Dataset, num_shards: int) -> None:
+def _follow(dataset: ray.data.Dataset, num_keys: int) -> None:
     """Run the pipeline and print how far it is."""
     started = printed_at = time.monotonic()
-    rows = 0
-    for done, written in enumerate(dataset.iter_rows(), start=1):
-        rows += written["rows"]
+    done = 0
+    for written in dataset.iter_rows():
+        done += written["rows"]
         now = time.monotonic()
-        if now - printed_at > PRINT_INTERVAL_S:
-            printed_at, seconds = now, now - started
-            eta = seconds / done * (num_shards - done)
-            rate = rows / seconds
-            logger.info("embed: %d/%d shards, %.0f rows/s, ETA %.0f s", done, num_shards, rate, eta)
+        if done and now - printed_at > PRINT_INTERVAL_S:
+            printed_at, rate = now, done / (now - started)
+            eta = (num_keys - done) / rate
+            logger.info("embed: %d/%d rows, %.0f rows/s, ETA %.0f s", done, num_keys, rate, eta)
 
 
 def _count(run: Run, num_keys: int) -> dict[str, Any]:
@@ -111,7 +134,11 @@ def _count(run: Run, num_keys: int) -> dict[str, Any]:
     if part_names(run.quarantine):
         reasons.update(read_table(run.quarantine, ["reason"])["reason"].to_pylist())
     good = sum(num_rows(run.embeddings, name) for name in part_names(run.embeddings))
-    assert good + reasons.total() == num_keys, "rows were lost"
+    if good + reasons.total() != num_keys:
+        raise CorpusError(
+            f"{num_keys} rows were listed but {good + reasons.total()} were read: the corpus "
+            "changed meanwhile; run again"
+        )
     for reason, count in sorted(reasons.items()):
         logger.warning("quarantined: %d rows, %s", count, reason)
     logger.info("embed: %d rows good, %d quarantined", good, reasons.total())

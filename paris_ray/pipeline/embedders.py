@@ -24,6 +24,7 @@ class TextEmbedder:
         _use_threads_of(config.text.pool)
         folder = VerifiedFolder(Run(config).encoders / "text_encoder", None)
         self.encoder = MiniLM(folder.local_path(MODEL_FILES))
+        self.encoder.model.to(resolve_device("auto" if config.text.pool.num_gpus else "cpu"))
 
     def __call__(self, batch: Batch) -> Batch:
         """Return the batch with the column."""
@@ -34,7 +35,7 @@ class TextEmbedder:
         for start in range(0, len(order), self.batch_size):
             index = order[start : start + self.batch_size]
             text = self.encoder.encode([captions[i] for i in index])
-            embedded[index] = text.pooled_text.numpy().astype(np.float16)
+            embedded[index] = text.pooled_text.cpu().numpy().astype(np.float16)
         shape = (len(batch["caption"]), len(self.templates), self.encoder.embed_dim)
         return batch | {"text_embedding": embedded.reshape(shape)}
 

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from paris_ray.artifacts import Manifest, read_manifest
 from paris_ray.config import Config
+from paris_ray.devices import resolve_device
 from paris_ray.embeddings import read_table, write_part
 from paris_ray.evaluation.nearest import NearestResult, nearest_pictures
 from paris_ray.export import open_trained_parts
@@ -91,6 +92,9 @@ def draw(
     """Draw captions; return thumbnails `(N, 32, 32, 3)` and expert usage `(N, K)`."""
     torch.set_num_threads(config.evaluation.threads)
     bundle = open_trained_parts(Run(config))
+    device = resolve_device("auto" if config.evaluation.num_gpus else "cpu")
+    for k in range(bundle.num_experts):
+        bundle.expert(k).to(device)
     options = sampling_options(bundle)
     seed, size = derive_seed(config.seed, "evaluation"), config.evaluation.batch_size
     pictures, usages = [], []

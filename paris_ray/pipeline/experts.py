@@ -17,6 +17,7 @@ import torch
 from paris_ray.artifacts import Folder, VerifiedFolder, read_manifest
 from paris_ray.bundle import load_expert
 from paris_ray.config import Config, SamplingConfig
+from paris_ray.devices import resolve_device
 from paris_ray.embeddings import read_null_text, read_table, tensor_column
 from paris_ray.encoders.codec import load_codec
 from paris_ray.errors import TrainingError
@@ -109,20 +110,26 @@ def train_one_expert(
         on_progress=ProgressFile(output, f"expert-{expert}"),
     )
     assert not torch.distributed.is_initialized(), "experts must train without any collective"
-    _draw_samples(config.sampling, shard, output, Folder(codec_uri), seed)
+    device = resolve_device(config.training.device)
+    _draw_samples(config.sampling, shard, output, Folder(codec_uri), seed, device)
     last_metrics = json.loads(output.read(METRICS).splitlines()[-1])
     return {"expert": expert, "rows": read_manifest(shard, SHARD).facts["rows"], **last_metrics}
 
 
 def _draw_samples(
-    sampling: SamplingConfig, shard: Folder, output: Folder, codec: Folder, seed: int
+    sampling: SamplingConfig,
+    shard: Folder,
+    output: Folder,
+    codec: Folder,
+    seed: int,
+    device: torch.device,
 ) -> None:
     """Write `samples.png`: what this expert, asked alone, draws for captions of its own shard."""
     table = read_table(shard, ["text_embedding"]).slice(0, SAMPLES_PER_EXPERT)
     embedding = tensor_column(table, "text_embedding")[:, 0].astype(np.float32)
     null_text = read_null_text(shard)[None]
     latents = sample_one_expert(
-        load_expert(VerifiedFolder(output, None)),
+        load_expert(VerifiedFolder(output, None)).to(device),
         TextConditioning.from_pooled(torch.from_numpy(embedding)),
         TextConditioning.from_pooled(torch.from_numpy(null_text)),
         seeds=range(seed, seed + len(embedding)),

@@ -4,6 +4,7 @@ This module imports nothing heavy: its classes run in plain tasks, whose workers
 an import of torch would take longer than their work.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -22,24 +23,22 @@ from paris_ray.run import Run
 Batch = dict[str, NDArray[Any]]
 
 
-def part_name(shard: int) -> str:
-    """Return the name of a corpus shard's file, in `embeddings/` and in `quarantine/`."""
-    return f"part-{shard:06d}.parquet"
+def part_name(shard: int, first_row: int) -> str:
+    """Return the name of a file with rows of a corpus shard, good or quarantined ones.
+
+    Names sort in corpus order.
+    """
+    return f"part-{shard:06d}-{first_row:08d}.parquet"
+
+
+def shard_of(name: str) -> int:
+    """Return the corpus shard whose rows a file holds."""
+    return int(name.split("-")[1])
 
 
 def num_rows(folder: Folder, name: str) -> int:
-    """Return a file's number of rows; a shard without good rows has no file."""
-    if not folder.exists(name):
-        return 0
+    """Return a file's number of rows."""
     return int(pq.read_metadata(pa.BufferReader(folder.read(name))).num_rows)
-
-
-def is_complete(run: Run, shard: Shard, num_keys: int) -> bool:
-    """Return whether an earlier, interrupted run accounted for every row of a shard."""
-    name = part_name(shard.index)
-    if not run.quarantine.exists(name):
-        return False
-    return num_rows(run.embeddings, name) + num_rows(run.quarantine, name) == num_keys
 
 
 class ShardReader:
@@ -48,54 +47,73 @@ class ShardReader:
     def __init__(self, config: Config) -> None:
         self.config = config
 
-    def __call__(self, batch: Batch) -> Batch:
-        """Return the good rows of the one shard that `batch` describes."""
-        fields = {name: batch[name][0] for name in ("index", "source", "start", "stop")}
-        shard = Shard(
-            int(fields["index"]), str(fields["source"]), int(fields["start"]), int(fields["stop"])
-        )
-        rows = self._decode(shard, set(np.asarray(batch["duplicates"][0]).tolist()))
-        bad = [row for row in rows if isinstance(row, QuarantinedRow)]
-        good = [row for row in rows if isinstance(row, DecodedRow)]
-        _write_quarantine(Run(self.config).quarantine, shard, bad)
-        side = self.config.corpus.image_size
-        images = [row.image for row in good]
-        return {
-            "shard": np.full(len(good), shard.index),
-            "key": np.array([row.key for row in good], dtype=object),
-            "caption": np.array([row.caption for row in good], dtype=object),
-            "image": np.stack(images) if good else np.empty((0, side, side, 3), np.uint8),
-        }
+    def __call__(self, batch: Batch) -> Iterator[Batch]:
+        """Yield the good rows of the one shard that `batch` describes, some at a time.
 
-    def _decode(self, shard: Shard, duplicates: set[int]) -> list[DecodedRow | QuarantinedRow]:
-        rows: list[DecodedRow | QuarantinedRow] = []
+        The quarantine file comes last, also when there is nothing to put into it: a shard with one
+        has been read to its end.
+        """
+        shard = Shard(
+            index=int(batch["index"][0]),
+            source=str(batch["source"][0]),
+            start=int(batch["start"][0]),
+            stop=int(batch["stop"][0]),
+        )
+        duplicates = set(np.asarray(batch["duplicates"][0]).tolist())
+        good: list[DecodedRow] = []
+        bad: list[QuarantinedRow] = []
+        first = 0
+        for row in self._decode(shard, duplicates):
+            if isinstance(row, QuarantinedRow):
+                bad.append(row)
+            else:
+                good.append(row)
+            if len(good) == self.config.corpus.rows_per_shard:
+                yield self._columns(shard, first, good)
+                first, good = first + len(good), []
+        yield self._columns(shard, first, good)
+        _write_quarantine(Run(self.config).quarantine, shard, bad)
+
+    def _decode(self, shard: Shard, duplicates: set[int]) -> Iterator[DecodedRow | QuarantinedRow]:
         for i, raw in enumerate(open_corpus(self.config.corpus).read(shard)):
             if i in duplicates:
-                rows.append(QuarantinedRow(raw.key, "duplicate_key", "kept its first occurrence"))
+                yield QuarantinedRow(raw.key, "duplicate_key", "kept its first occurrence")
             else:
-                rows.append(decode_row(raw, self.config.corpus))
-        return rows
+                yield decode_row(raw, self.config.corpus)
+
+    def _columns(self, shard: Shard, first: int, rows: list[DecodedRow]) -> Batch:
+        side = self.config.corpus.image_size
+        images = [row.image for row in rows]
+        return {
+            "shard": np.full(len(rows), shard.index),
+            "row": np.arange(first, first + len(rows)),
+            "key": np.array([row.key for row in rows], dtype=object),
+            "caption": np.array([row.caption for row in rows], dtype=object),
+            "image": np.stack(images) if rows else np.empty((0, side, side, 3), np.uint8),
+        }
 
 
 def _write_quarantine(folder: Folder, shard: Shard, rows: list[QuarantinedRow]) -> None:
     names = ("key", "reason", "detail")
     columns = {name: pa.array([getattr(r, name) for r in rows], pa.string()) for name in names}
-    write_part(folder, part_name(shard.index), pa.table(columns))
+    write_part(folder, part_name(shard.index, 0), pa.table(columns))
 
 
 class ShardWriter:
-    """Writes one shard's rows as one file of `embeddings/`; returns how many."""
+    """Writes rows as one file of `embeddings/`; returns how many."""
 
     def __init__(self, config: Config) -> None:
         self.folder = Run(config).embeddings
 
     def __call__(self, batch: Batch) -> Batch:
-        """Write the rows of one shard."""
-        shards = np.unique(batch["shard"])
-        assert len(shards) <= 1, f"a block holds rows of several shards: {shards}"
-        if len(shards):
-            write_part(self.folder, part_name(int(shards[0])), _embeddings_table(batch))
-        return {"rows": np.array([len(batch["shard"])])}
+        """Write rows that follow each other in one shard: Ray Data may have cut it into blocks."""
+        count = len(batch["row"])
+        if count:
+            shard, first = int(batch["shard"][0]), int(batch["row"][0])
+            assert (batch["shard"] == shard).all(), "a block holds rows of several shards"
+            assert (batch["row"] == np.arange(first, first + count)).all(), "rows lost their order"
+            write_part(self.folder, part_name(shard, first), _embeddings_table(batch))
+        return {"rows": np.array([count])}
 
 
 def _embeddings_table(batch: Batch) -> pa.Table:

@@ -190,19 +190,19 @@ def embed_in_a_loop(config: Config) -> dict[str, float]:
 
     with _scratch_run(config) as scratch:
         started = time.monotonic()
-        steps = [step(scratch) for step in (ShardReader, TextEmbedder, FeatureEmbedder)]
-        steps += [LatentEmbedder(scratch), ShardWriter(scratch)]
+        reader = ShardReader(scratch)
+        encoders = (TextEmbedder, FeatureEmbedder, LatentEmbedder)
+        steps = [*(encoder(scratch) for encoder in encoders), ShardWriter(scratch)]
         torch.set_num_threads(os.cpu_count() or 1)  # as many cores as Ray Data has
         shards = open_corpus(scratch.corpus).shards()
         rows, first_at = 0, 0.0
         for shard in shards:
-            batch: Any = {k: np.array([v]) for k, v in asdict(shard).items()}
-            batch["duplicates"] = np.empty((1, 0))
-            for step in steps:
-                batch = step(batch)
-            if first_at:
-                rows += int(batch["rows"][0])
-            first_at = first_at or time.monotonic()
+            description: Any = {k: np.array([v]) for k, v in asdict(shard).items()}
+            for batch in reader(description | {"duplicates": np.empty((1, 0))}):
+                for step in steps:
+                    batch = step(batch)
+                rows += int(batch["rows"][0]) if first_at else 0
+                first_at = first_at or time.monotonic()
         return {
             "start_up_s": first_at - started,
             "rows_per_second": rows / (time.monotonic() - first_at),

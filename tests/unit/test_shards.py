@@ -1,0 +1,84 @@
+"""Reading a corpus shard in pieces and writing them, without Ray."""
+
+import io
+import tarfile
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from paris_ray.config import Config, load
+from paris_ray.corpora import open_corpus
+from paris_ray.pipeline.shards import Batch, ShardReader, ShardWriter
+from paris_ray.run import Run
+
+NUM_GOOD = 40
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Config:
+    """A corpus of one tar: 40 pictures, one that is none, one whose key stands there twice."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8), "red").save(buffer, format="PNG")
+    names = [f"{i:03d}" for i in range(NUM_GOOD)]
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for name in [*names, "broken", "007"]:
+            for suffix, payload in (("png", buffer.getvalue()), ("txt", b"a square")):
+                member = tarfile.TarInfo(f"{name}.{suffix}")
+                content = b"no picture" if name == "broken" and suffix == "png" else payload
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+    overrides = [
+        f"run_dir={tmp_path / 'run'}",
+        "corpus.kind=webdataset",
+        f"corpus.path={tmp_path}",
+        "corpus.rows_per_shard=16",
+    ]
+    return load("quickstart", overrides)
+
+
+def read(config: Config) -> list[Batch]:
+    (shard,) = open_corpus(config.corpus).shards()
+    description: Batch = {name: np.array([value]) for name, value in asdict(shard).items()}
+    duplicates = np.empty(1, dtype=object)
+    duplicates[0] = [NUM_GOOD + 1]
+    return list(ShardReader(config)(description | {"duplicates": duplicates}))
+
+
+def encoded(batch: Batch) -> Batch:
+    """Return the batch with columns as the encoders add them."""
+    count = len(batch["row"])
+    columns = {"latents": (2, 4, 4), "features": (3,), "text_embedding": (1, 5)}
+    return batch | {name: np.ones((count, *shape), np.float16) for name, shape in columns.items()}
+
+
+def test_a_large_shard_is_read_in_pieces_that_follow_each_other(config: Config) -> None:
+    batches = read(config)
+    assert [len(batch["row"]) for batch in batches] == [16, 16, 8]
+    assert np.concatenate([batch["row"] for batch in batches]).tolist() == list(range(NUM_GOOD))
+    quarantined = pq.read_table(Run(config).quarantine.uri).to_pylist()
+    reasons = [(row["key"], row["reason"]) for row in quarantined]
+    assert reasons == [("broken", "not_an_image"), ("007", "duplicate_key")]
+
+
+def test_pieces_of_a_shard_are_written_side_by_side(config: Config) -> None:
+    writer = ShardWriter(config)
+    for batch in read(config):
+        writer(encoded(batch))
+    assert Run(config).embeddings.files() == [
+        "part-000000-00000000.parquet",
+        "part-000000-00000016.parquet",
+        "part-000000-00000032.parquet",
+    ]
+    keys = pq.read_table(Run(config).embeddings.uri)["key"].to_pylist()
+    assert keys == [f"{i:03d}" for i in range(NUM_GOOD)]
+
+
+def test_rows_of_two_shards_in_one_block_are_an_error(config: Config) -> None:
+    batch = encoded(read(config)[0])
+    batch["shard"] = np.arange(16)
+    with pytest.raises(AssertionError, match="several shards"):
+        ShardWriter(config)(batch)

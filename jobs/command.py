@@ -37,7 +37,8 @@ def run_job(description: str, verb: str) -> None:
 
             run(config, verb)
     except ParisError as error:
-        sys.exit(fail(error))
+        # Ray hands an error of a task over together with its traceback; the cause says enough.
+        sys.exit(fail(getattr(error, "cause", error)))
 
 
 def parser(description: str) -> argparse.ArgumentParser:

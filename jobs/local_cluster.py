@@ -6,6 +6,7 @@
 import json
 import os
 import secrets
+import shutil
 import socket
 import subprocess
 import sys
@@ -48,15 +49,18 @@ class LocalCluster:
 
     def environment(self) -> dict[str, str]:
         """Return the environment of a process that may talk to this cluster."""
-        return (
-            os.environ
-            | LOOPBACK_ONLY
-            | {
-                "RAY_AUTH_MODE": "token",
-                "RAY_AUTH_TOKEN_PATH": str(self.token_file),
-                "RAY_ADDRESS": self.dashboard_url,
-            }
-        )
+        # What a user set for another cluster, above all its token, must not reach this one.
+        others = {name: v for name, v in os.environ.items() if not name.startswith("RAY_")}
+        ours = {
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN_PATH": str(self.token_file),
+            "RAY_ADDRESS": self.dashboard_url,
+        }
+        return others | LOOPBACK_ONLY | ours
+
+    def headers(self) -> dict[str, str]:
+        """Return the HTTP headers that the dashboard's APIs ask for."""
+        return {"Authorization": f"Bearer {self.token_file.read_text()}"}
 
     def is_running(self) -> bool:
         """Return whether the head that was started for this folder is still alive."""
@@ -91,25 +95,27 @@ class LocalCluster:
 
     def stop(self) -> bool:
         """Stop the head and every process that it started; return whether there was one."""
-        head = self._process()
-        if head is None:
+        if not self.state_file.exists():
             return False
-        family = [head, *head.children(recursive=True)]
-        head.terminate()
-        _, alive = psutil.wait_procs(family, timeout=STOP_TIMEOUT_S)
+        head, temp_dir = self._process(), str(self._state()["temp_dir"])
+        family = _processes_of(temp_dir)
+        if head is not None:
+            family += [head, *head.children(recursive=True)]
+            head.terminate()
+        _, alive = psutil.wait_procs(family, timeout=STOP_TIMEOUT_S if head else 0)
         for process in alive:
             process.kill()
         psutil.wait_procs(alive, timeout=STOP_TIMEOUT_S)
+        shutil.rmtree(temp_dir, ignore_errors=True)
         self.state_file.unlink()
-        return True
+        return bool(family)
 
     def _wait_until_up(self, process: "subprocess.Popen[bytes]") -> None:
         deadline = time.monotonic() + START_TIMEOUT_S
-        headers = {"Authorization": f"Bearer {self.token_file.read_text()}"}
         while time.monotonic() < deadline and process.poll() is None:
             try:
                 url = f"{self.dashboard_url}/api/jobs/"
-                if requests.get(url, headers=headers, timeout=2).ok:
+                if requests.get(url, headers=self.headers(), timeout=2).ok:
                     return
             except requests.RequestException:
                 pass
@@ -134,6 +140,15 @@ class LocalCluster:
             return None
         same = process.create_time() == self._state()["created"]
         return process if same and process.status() != psutil.STATUS_ZOMBIE else None
+
+
+def _processes_of(temp_dir: str) -> list[psutil.Process]:
+    """Return the Ray processes that were told this temporary folder, whoever is their parent."""
+    found = []
+    for process in psutil.process_iter(["cmdline"]):
+        if any(temp_dir in argument for argument in process.info["cmdline"] or ()):
+            found.append(process)
+    return found
 
 
 def _head_command(dashboard_port: int, temp_dir: str) -> list[str]:
@@ -165,5 +180,4 @@ def free_port() -> int:
 def port_is_free(port: int) -> bool:
     """Return whether a port can be listened on."""
     with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         return probe.connect_ex((LOOPBACK, port)) != 0

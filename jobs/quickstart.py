@@ -25,10 +25,10 @@ from jobs.command import fail
 from jobs.local_cluster import LOOPBACK, LocalCluster, port_is_free
 from paris_ray import reports
 from paris_ray.artifacts import read_manifest
-from paris_ray.config import load, to_yaml, with_absolute_paths
+from paris_ray.config import load, run_folder, to_yaml, with_absolute_paths
 from paris_ray.embeddings import read_table
 from paris_ray.errors import ParisError
-from paris_ray.run import EMBEDDINGS, EVALUATION, Run
+from paris_ray.run import BUNDLE, EMBEDDINGS, EVALUATION, Run
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 NUM_CAPTIONS = 24
@@ -83,20 +83,33 @@ def _submit_pipeline(cluster: LocalCluster, run: Run) -> None:
     """Submit the pipeline as a Ray job, with absolute paths, and follow its log."""
     config_file = Path(run.folder.uri) / "quickstart.yaml"
     config_file.write_text(to_yaml(run.config))
-    command = [
-        str(Path(sys.executable).parent / "ray"),
-        *("job", "submit", "--working-dir", str(REPOSITORY), "--"),
-        *(sys.executable, "-m", "jobs.pipeline", "--config", str(config_file)),
-    ]
+    entrypoint = [sys.executable, "-m", "jobs.pipeline", "--config", str(config_file)]
+    command = [str(Path(sys.executable).parent / "ray"), "job"]
+    running = _running_job(cluster, str(config_file))
+    if running is None:
+        command += ["submit", "--working-dir", str(REPOSITORY), "--", *entrypoint]
+    else:  # whoever submitted it was interrupted; two at once would write to the same folders
+        print(f"following {running}, which runs already", flush=True)
+        command += ["logs", "--follow", running]
     if subprocess.run(command, env=cluster.environment(), check=False).returncode:
         raise ParisError("the pipeline job failed: its log is above and in the Ray dashboard")
+
+
+def _running_job(cluster: LocalCluster, config_file: str) -> str | None:
+    """Return the submission id of a job that works on this very run, if there is one."""
+    url = f"{cluster.dashboard_url}/api/jobs/"
+    for job in requests.get(url, headers=cluster.headers(), timeout=10).json():
+        if config_file in job["entrypoint"] and job["status"] in ("PENDING", "RUNNING"):
+            return str(job["submission_id"])
+    return None
 
 
 def _deploy(cluster: LocalCluster, run: Run, port: int) -> None:
     """Deploy the Serve application on the new bundle and wait until it answers."""
     document = yaml.safe_load((REPOSITORY / "serve" / "config.yaml").read_text())
     document["http_options"]["port"] = port
-    document["applications"][0]["args"]["bundle"] = run.bundle.uri
+    digest = read_manifest(run.bundle, BUNDLE).digest
+    document["applications"][0]["args"] |= {"bundle": run.bundle.uri, "bundle_digest": digest}
     config_file = Path(run.folder.uri) / "serve.yaml"
     config_file.write_text(yaml.safe_dump(document, sort_keys=False))
     print("deploying the Serve application ...", flush=True)
@@ -169,11 +182,16 @@ done in {seconds:.0f} s{installed}
   report             {run.folder.uri}/report.html
   page and API       http://{LOOPBACK}:{port}/   (POST /v1/images/generations)
   Ray dashboard      {cluster.dashboard_url}   (token: {cluster.token_file})
-  stop               make stop
+  stop               {_stop_command(run)}
 
 {read_manifest(run.embeddings, EMBEDDINGS).facts["attribution"]}""",
         flush=True,
     )
+
+
+def _stop_command(run: Run) -> str:
+    usual = run_folder(with_absolute_paths(load("quickstart")))
+    return "make stop" if run.folder.uri == usual else f"python -m jobs.stop {run.folder.uri}"
 
 
 if __name__ == "__main__":

@@ -25,8 +25,13 @@ MANIFEST = "manifest.json"
 RESOLVED_CONFIG = "resolved_config.yaml"
 TIMINGS = "timings.jsonl"
 PROGRESS = "progress.json"
-# These describe the run (where, how fast), not the result: an artefact's digest ignores them.
-UNHASHED = frozenset({MANIFEST, RESOLVED_CONFIG, TIMINGS, PROGRESS})
+# These describe the run (where, how fast, how often logged), not the result: digests ignore them.
+CHECKPOINT = "checkpoint.safetensors"
+METRICS = "metrics.jsonl"
+IN_PROGRESS = "in_progress.json"
+UNHASHED = frozenset(
+    {MANIFEST, RESOLVED_CONFIG, TIMINGS, PROGRESS, CHECKPOINT, METRICS, IN_PROGRESS}
+)
 
 
 def canonical_json(value: Any) -> bytes:
@@ -134,6 +139,11 @@ class Folder:
         if self.exists(name):
             self._filesystem.delete_file(self._full(name))
 
+    def clear(self) -> None:
+        """Delete everything in the folder."""
+        if self.exists():
+            self._filesystem.delete_dir_contents(self._path)
+
     def files(self) -> list[str]:
         """Return the relative names of all finished files below the folder, sorted."""
         if not self.exists():
@@ -181,6 +191,7 @@ def publish(
 ) -> Manifest:
     """Hash every file of a folder and write its manifest: from now on the artefact exists."""
     folder.delete(PROGRESS)
+    folder.delete(IN_PROGRESS)
     names = [name for name in folder.files() if os.path.basename(name) not in UNHASHED]  # noqa: PTH119
     files = {name: sha256_hex(folder.read(name)) for name in names}
     manifest = Manifest(

@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from paris_ray.artifacts import MANIFEST, Folder, VerifiedFolder, open_finished
+from paris_ray.artifacts import MANIFEST, Folder, VerifiedFolder, open_finished, read_manifest
 from paris_ray.config import (
     ExpertConfig,
     RouterConfig,
@@ -182,11 +182,12 @@ def _check_state(model: nn.Module, state: Mapping[str, torch.Tensor], where: str
             )
 
 
-def load_bundle(path: str) -> Bundle:
+def load_bundle(path: str, digest: str | None = None) -> Bundle:
     """Open a model folder.
 
     Args:
         path: A path or a pyarrow.fs URI of a folder in the layout of the Paris release.
+        digest: Digest of the manifest of the only bundle that is wanted; None takes any.
 
     Raises:
         BundleError: if a part is missing, or a value is not allowed.
@@ -195,6 +196,8 @@ def load_bundle(path: str) -> Bundle:
     folder = Folder(path)
     if not folder.exists(CONFIG):
         raise BundleError(f"no model folder at {folder.uri}: it has no {CONFIG}")
+    if digest is not None and read_manifest(folder, KIND).digest != digest:
+        raise BundleError(f"{folder.uri} is another bundle than the one of digest {digest}")
     if folder.exists(MANIFEST):
         source = open_finished(folder, KIND)
     else:
@@ -232,7 +235,7 @@ def _read_facts(document: Mapping[str, Any], where: str) -> BundleFacts:
             model_name=str(document["model_name"]),
             sampling=from_dict(SamplingConfig, ours["sampling"], f"{where}: paris_ray.sampling"),
             picture_size=int(ours["picture_size"]),
-            attribution=ours["attribution"],
+            attribution=None if ours["attribution"] is None else str(ours["attribution"]),
             example_prompts=tuple(map(str, ours["example_prompts"])),
         )
     except KeyError as error:

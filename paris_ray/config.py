@@ -5,7 +5,7 @@ typed tree. Unknown keys and wrong types are refused with the allowed ones.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -20,10 +20,11 @@ from paris_ray.errors import ConfigError
 Precision = Literal["auto", "float32", "bfloat16"]
 Section = TypeVar("Section")
 
-# Keys that say where and how fast a stage runs, not what it makes.
+# Keys that say where, how fast and how leniently a stage runs, not what it makes.
 RESOURCE_KEYS = frozenset(
     {
         "pool",
+        "max_bad_share",
         "num_cpus",
         "num_gpus",
         "num_tasks",
@@ -328,8 +329,9 @@ def _check_corpus(corpus: CorpusConfig) -> None:
     if corpus.kind != "openmoji":
         _require(corpus.path is not None, "corpus.path", None, f"a path for kind={corpus.kind}")
     templates = corpus.caption_templates
-    well_formed = bool(templates) and all(t.count("{}") == 1 for t in templates)
-    _require(well_formed, "corpus.caption_templates", templates, "one or more texts with one {}")
+    well_formed = templates[:1] == ["{}"] and all(t.count("{}") == 1 for t in templates)
+    allowed = "texts with one {} each, the first of them '{}', the caption itself"
+    _require(well_formed, "corpus.caption_templates", templates, allowed)
     _require(corpus.image_size >= 8, "corpus.image_size", corpus.image_size, "at least 8 pixels")
     _require(corpus.rows_per_shard >= 1, "corpus.rows_per_shard", corpus.rows_per_shard, ">= 1")
     _require(corpus.limit is None or corpus.limit >= 1, "corpus.limit", corpus.limit, ">= 1, null")
@@ -369,6 +371,9 @@ def check(config: Config) -> None:
     _check_training("training", config.training)
     _check_training("router_training", config.router_training)
     _check_shapes(config)
+    for key in ("batch_size", "num_tasks", "threads"):
+        value = getattr(config.evaluation, key)
+        _require(value >= 1, f"evaluation.{key}", value, "at least 1")
     steps = config.sampling.num_inference_steps
     _require(steps >= 1, "sampling.num_inference_steps", steps, "at least 1")
 
@@ -481,11 +486,13 @@ def local_paths(config: Config) -> dict[str, str]:
 
 def with_absolute_paths(config: Config) -> Config:
     """Return the configuration with paths that mean the same in every process."""
-    overrides = [f"{key}={absolute_uri(path)}" for key, path in local_paths(config).items()]
-    merged = OmegaConf.merge(OmegaConf.structured(config), OmegaConf.from_dotlist(overrides))
-    absolute = OmegaConf.to_object(merged)
-    assert isinstance(absolute, Config)
-    return absolute
+    for key, path in local_paths(config).items():
+        section, _, name = key.rpartition(".")
+        absolute: dict[str, Any] = {name: absolute_uri(path)}
+        if section:
+            absolute = {section: replace(getattr(config, section), **absolute)}
+        config = replace(config, **absolute)
+    return config
 
 
 def run_folder(config: Config) -> str:

@@ -84,7 +84,7 @@ def _public_config(bundle: Bundle) -> dict[str, Any]:
         "router_architecture": "dit",
         "use_latents": True,
         "vae_name": bundle.parts["codec"].read_json(codec.CONFIG)["kind"],
-        "text_encoder_name": "all-MiniLM-L6-v2",
+        "text_encoder_name": "MiniLM",
         "paris_ray": facts_to_json(bundle.facts),
     }
 

@@ -2,6 +2,7 @@
 
 from paris_ray.artifacts import Folder, read_manifest
 from paris_ray.config import Config, run_folder
+from paris_ray.errors import ArtifactError
 
 EMBEDDINGS, ENCODERS, CLUSTERS, SHARD = "embeddings", "encoders", "clusters", "shard"
 EXPERT, ROUTER, EVALUATION, BUNDLE = "expert", "router", "evaluation", "bundle"
@@ -42,8 +43,15 @@ class Run:
         """Return the digests of all parts of the model.
 
         Raises:
-            ArtifactError: naming the part that is not finished.
+            ArtifactError: naming the part that is not finished, or was made of other data.
         """
+        for k in range(self.num_experts):
+            shard = read_manifest(self.shard(k), SHARD).digest
+            if read_manifest(self.expert(k), EXPERT).parents.get("shard") != shard:
+                raise ArtifactError(f"{self.expert(k).uri} was trained on another shard")
+        clusters = read_manifest(self.clusters, CLUSTERS).digest
+        if read_manifest(self.router, ROUTER).parents.get("clusters") != clusters:
+            raise ArtifactError(f"{self.router.uri} was trained on other clusters")
         parts = {f"expert_{k}": (self.expert(k), EXPERT) for k in range(self.num_experts)}
         parts |= {"router": (self.router, ROUTER), "encoders": (self.encoders, ENCODERS)}
         return {name: read_manifest(*where).digest for name, where in parts.items()}

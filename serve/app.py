@@ -15,11 +15,11 @@ from ray import serve
 from ray.serve import Application
 
 from paris_ray.artifacts import absolute_uri
-from paris_ray.bundle import load_bundle
 from paris_ray.errors import ConfigError
 from serve.expert import ExpertServer
 from serve.ingress import Ingress, create_api
 from serve.sampler import Sampler
+from serve.source import BundleSource
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -36,7 +36,7 @@ class DeploymentOptions(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     num_replicas: int = Field(default=1, ge=1)
-    num_cpus: float = Field(default=0.1, ge=0)
+    num_cpus: float = Field(default=0.05, ge=0)
     num_gpus: float = Field(default=0, ge=0)
 
 
@@ -46,6 +46,8 @@ class AppArgs(BaseModel):
     Attributes:
         bundle: A path or a pyarrow.fs URI. A relative path starts at the repository root, since
             nobody knows the working directory of a replica.
+        bundle_digest: Digest of the only bundle that may be served; null serves what is there.
+            Change it when a new bundle has the old path, so that Serve loads it.
         colocated: Keep the experts inside the Sampler process: same pictures, no hop between
             processes, one set of resources (`sampler`). For a laptop or a single GPU.
         threads: Torch threads of each Sampler and expert replica.
@@ -60,6 +62,7 @@ class AppArgs(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     bundle: str = "runs/quickstart/bundle"
+    bundle_digest: str | None = None
     colocated: bool = False
     threads: int = Field(default=1, ge=1)
     api_key_file: str | None = None
@@ -84,27 +87,25 @@ def build(args: AppArgs) -> Application:
         BundleError: if there is no bundle.
         ConfigError: if `experts` names one that the bundle does not have.
     """
-    bundle_uri = _from_repository(args.bundle)
-    num_experts = load_bundle(bundle_uri).num_experts
+    source = BundleSource(_from_repository(args.bundle), args.bundle_digest)
+    num_experts = source.open().num_experts
     for index in args.experts:
         if not 0 <= index < num_experts:
             raise ConfigError(f"experts: {index} is not allowed: the bundle has {num_experts}")
-    experts = None if args.colocated else _bind_experts(args, bundle_uri, num_experts)
-    sampler = _deploy(Sampler, "Sampler", args.sampler).bind(
-        bundle_uri, experts, threads=args.threads
-    )
+    experts = None if args.colocated else _bind_experts(args, source, num_experts)
+    sampler = _deploy(Sampler, "Sampler", args.sampler).bind(source, experts, threads=args.threads)
     key_file = None if args.api_key_file is None else _from_repository(args.api_key_file)
     ingress_class = serve.ingress(create_api())(Ingress)
     application: Application = _deploy(ingress_class, "Ingress", args.ingress).bind(
-        bundle_uri, sampler, key_file
+        source, sampler, key_file
     )
     return application
 
 
-def _bind_experts(args: AppArgs, bundle_uri: str, num_experts: int) -> list[Application]:
+def _bind_experts(args: AppArgs, source: BundleSource, num_experts: int) -> list[Application]:
     return [
         _deploy(ExpertServer, f"Expert-{k}", args.expert_options(k)).bind(
-            bundle_uri, k, threads=args.threads
+            source, k, threads=args.threads
         )
         for k in range(num_experts)
     ]

@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from paris_ray.bundle import load_bundle
 from paris_ray.devices import resolve_device
 from paris_ray.models import TextConditioning
 from paris_ray.sampling.sampler import guided_velocity
+from serve.source import BundleSource
 
 Floats = NDArray[np.float32]
 
@@ -43,14 +43,14 @@ class ExpertServer:
     """A deployment that holds one expert; any replica can answer any call.
 
     Args:
-        bundle_uri: Where the bundle is; only this expert's folder is read.
+        source: Where the bundle is; only this expert's folder is read.
         index: Which expert.
         threads: Torch threads of this process.
     """
 
-    def __init__(self, bundle_uri: str, index: int, *, threads: int) -> None:
+    def __init__(self, source: BundleSource, index: int, *, threads: int) -> None:
         torch.set_num_threads(threads)
-        self._expert = load_bundle(bundle_uri).expert(index).to(resolve_device("auto"))
+        self._expert = source.open().expert(index).to(resolve_device("auto"))
 
     @torch.inference_mode()
     def velocity(

@@ -18,7 +18,6 @@ from ray.serve.exceptions import BackPressureError
 from ray.serve.handle import DeploymentHandle
 from ray.util.metrics import Counter, Histogram
 
-from paris_ray.bundle import load_bundle
 from paris_ray.reports import png_bytes
 from paris_ray.sampling.sampler import SamplingOptions, sampling_options
 from serve.access import check_key, check_local, read_api_key
@@ -35,6 +34,7 @@ from serve.schemas import (
     Provenance,
     SamplingDefaults,
 )
+from serve.source import BundleSource
 
 PAGE = Path(__file__).parent / "web" / "index.html"
 RANDOM_SEEDS = 2**32  # seeds we draw: short for people, and exact as JavaScript numbers
@@ -47,7 +47,7 @@ class Ingress:
     """The deployment that HTTP requests reach; it holds no weights.
 
     Args:
-        bundle_uri: Where the bundle is; only its description is read.
+        source: Where the bundle is; only its description is read.
         sampler: Handle of the Sampler.
         api_key_file: A file with the key that `/v1` asks for; None serves this machine alone.
 
@@ -56,12 +56,13 @@ class Ingress:
     """
 
     def __init__(
-        self, bundle_uri: str, sampler: DeploymentHandle[Any], api_key_file: str | None
+        self, source: BundleSource, sampler: DeploymentHandle[Any], api_key_file: str | None
     ) -> None:
-        self._bundle = load_bundle(bundle_uri)
+        self._bundle = source.open()
         self._sampler = sampler
         self.api_key = None if api_key_file is None else read_api_key(api_key_file)
         self.page = PAGE.read_text()
+        self._loaded = False
         self._began = int(time.time())
         self._images = Counter("paris_images", "Pictures drawn.")
         self._seconds = Histogram(
@@ -69,15 +70,18 @@ class Ingress:
         )
 
     async def check_sampler(self) -> None:
-        """Return when the Sampler answers.
+        """Return when the Sampler has answered once, and so has loaded its parts.
 
         Raises:
             ApiError: 503, if it does not within HEALTH_TIMEOUT_S.
         """
+        if self._loaded:  # a busy Sampler would answer late; a dead one Serve replaces
+            return
         try:
             await asyncio.wait_for(self._sampler.check_health.remote(), HEALTH_TIMEOUT_S)
         except (TimeoutError, *TRANSIENT) as error:
             raise unavailable("The model is not loaded. Ask again") from error
+        self._loaded = True
 
     def models(self) -> ModelList:
         """Return the one model that is served."""

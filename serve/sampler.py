@@ -17,7 +17,6 @@ from ray.serve.handle import DeploymentHandle
 from ray.util.metrics import Counter
 from torch import Tensor
 
-from paris_ray.bundle import load_bundle
 from paris_ray.devices import resolve_device
 from paris_ray.sampling.sampler import (
     Denoising,
@@ -29,6 +28,7 @@ from paris_ray.sampling.sampler import (
     start_denoising,
 )
 from serve.expert import TextArrays, to_array
+from serve.source import BundleSource
 
 
 class ExpertUnavailableError(RuntimeError):
@@ -52,16 +52,20 @@ class Sampler:
     """A deployment that draws pictures.
 
     Args:
-        bundle_uri: Where the bundle is.
+        source: Where the bundle is.
         experts: Handles of the experts, in order; None keeps the experts in this process.
         threads: Torch threads of one computation.
     """
 
     def __init__(
-        self, bundle_uri: str, experts: Sequence[DeploymentHandle[Any]] | None, *, threads: int
+        self,
+        source: BundleSource,
+        experts: Sequence[DeploymentHandle[Any]] | None,
+        *,
+        threads: int,
     ) -> None:
         torch.set_num_threads(threads)
-        self._bundle = load_bundle(bundle_uri)
+        self._bundle = source.open()
         self._experts = experts
         self._null_text = TextArrays.pack(self._bundle.null_text)
         self._calls = Counter("paris_expert_calls", "Calls of an expert.", tag_keys=("expert",))

@@ -16,6 +16,15 @@ from paris_ray.models import TextConditioning
 
 MODEL_FILES = ("config.json", "model.safetensors", "tokenizer.json")
 MAX_TOKENS = 128
+# Far above any sentence encoder; a bundle from a stranger must not make us allocate terabytes.
+CONFIG_LIMITS = {
+    "vocab_size": 1_000_000,
+    "hidden_size": 4096,
+    "num_hidden_layers": 64,
+    "num_attention_heads": 64,
+    "intermediate_size": 16_384,
+    "max_position_embeddings": 8192,
+}
 
 
 class TextEncoder(Protocol):
@@ -56,6 +65,10 @@ class MiniLM:
         model_type = document.get("model_type") if isinstance(document, dict) else None
         if model_type != "bert":
             raise BundleError(f"{folder}/config.json: model_type={model_type!r}, expected 'bert'")
+        for key, most in CONFIG_LIMITS.items():
+            value = document.get(key)
+            if not isinstance(value, int) or not 1 <= value <= most:
+                raise BundleError(f"{folder}/config.json: {key}={value!r}, allowed: 1 to {most}")
         config = BertConfig.from_pretrained(folder, local_files_only=True)
         try:
             loaded: Any = BertModel.from_pretrained(

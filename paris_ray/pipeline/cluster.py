@@ -50,6 +50,7 @@ def prepare_clusters(config: Config, embeddings: Manifest) -> Manifest:
     manifest = stage.finished()
     if manifest is not None:
         return manifest
+    stage.begin()
     num_cpus = config.cluster.num_cpus
     ray.get(fit_clusters.options(num_cpus=num_cpus).remote(config))
     groups = np.array_split(part_names(run.embeddings), MAX_SPLIT_TASKS)

@@ -46,6 +46,7 @@ def prepare_embeddings(config: Config, encoders: Manifest) -> Manifest:
     manifest = stage.finished()
     if manifest is not None:
         return manifest
+    stage.begin(run.quarantine)
     corpus = open_corpus(config.corpus)
     shards = corpus.shards()
     keys = {shard.index: corpus.keys(shard) for shard in shards}

@@ -28,7 +28,7 @@ class TextEmbedder:
 
     def __call__(self, batch: Batch) -> Batch:
         """Return the batch with the column."""
-        captions = [t.format(c) for c in batch["caption"] for t in self.templates]
+        captions = [t.replace("{}", c) for c in batch["caption"] for t in self.templates]
         # Captions of like length together: padding is most of the work otherwise.
         order = sorted(range(len(captions)), key=lambda i: len(captions[i]))
         embedded = np.empty((len(captions), self.encoder.embed_dim), np.float16)

@@ -13,7 +13,7 @@ from paris_ray.corpora import DecodedRow, decode_row, open_corpus
 from paris_ray.embeddings import write_null_text
 from paris_ray.encoders.codec import PatchPCA
 from paris_ray.encoders.text import MiniLM, copy_text_encoder, text_encoder_folder
-from paris_ray.errors import CorpusError
+from paris_ray.errors import ConfigError, CorpusError
 from paris_ray.pipeline.progress import ProgressFile, follow
 from paris_ray.pipeline.stage import Stage
 from paris_ray.run import ENCODERS, Run
@@ -29,6 +29,7 @@ def prepare_encoders(config: Config) -> Manifest:
     manifest = stage.finished()
     if manifest is not None:
         return manifest
+    stage.begin()
     task = fit_encoders.options(
         num_cpus=config.features.num_cpus, num_gpus=config.features.num_gpus
     ).remote(config, run.encoders.uri)
@@ -48,7 +49,14 @@ def fit_encoders(config: Config, output_uri: str) -> dict[str, Any]:
     PatchPCA.fit(images, config.codec).save(output / "codec")
     text_encoder = text_encoder_folder(config.text)
     copy_text_encoder(text_encoder, output / "text_encoder")
-    write_null_text(output, MiniLM(text_encoder).encode([""]).pooled_text[0].numpy())
+    encoder = MiniLM(text_encoder)
+    for name, model in (("expert", config.expert), ("router", config.router)):
+        if model.text_embed_dim not in (0, encoder.embed_dim):
+            raise ConfigError(
+                f"{name}.text_embed_dim={model.text_embed_dim} is not allowed: "
+                f"the text encoder has {encoder.embed_dim}"
+            )
+    write_null_text(output, encoder.encode([""]).pooled_text[0].numpy())
     facts: dict[str, Any] = {"rows_fitted_to": len(rows)}
     if config.features.checkpoint is None:
         facts["contrastive_loss"] = train_open_clip(

@@ -55,9 +55,9 @@ def evaluate(config: Config) -> Manifest:
 
 def _evaluate(run: Run) -> dict[str, Any]:
     settings = run.config.evaluation
-    table = _chosen_rows(run)
+    table = read_table(run.embeddings, ["key", "caption", "thumbnail"])
     captions = table["caption"].to_pylist()
-    rows = np.arange(len(captions))
+    rows = _chosen_rows(run, len(captions))
     task = draw.options(num_cpus=settings.num_cpus, num_gpus=settings.num_gpus)
     parts = [
         task.remote(run.config, part.tolist(), [captions[i] for i in part])
@@ -66,23 +66,22 @@ def _evaluate(run: Run) -> dict[str, Any]:
     drawn, usage = map(np.concatenate, zip(*ray.get(parts), strict=True))
     gallery = decode_thumbnails(table["thumbnail"].to_pylist())
     result = nearest_pictures(drawn, rows, gallery, captions)
-    _write(run, table, result, drawn, gallery)
+    _write(run, table, rows, result, drawn, gallery)
     return {
         "accuracy": float(result.hit.mean()),
-        "captions": len(captions),
+        "captions": len(rows),
         "squared_error": float(result.squared_error.mean()),
         "expert_usage": usage.mean(axis=0).tolist(),
     }
 
 
-def _chosen_rows(run: Run) -> pa.Table:
-    """Return key, caption and thumbnail of the rows to draw, which are also the gallery."""
-    table = read_table(run.embeddings, ["key", "caption", "thumbnail"])
+def _chosen_rows(run: Run, num_rows: int) -> NDArray[np.int64]:
+    """Return the rows whose captions are drawn; the gallery is always the whole corpus."""
     limit = run.config.evaluation.max_captions
-    if limit is None or limit >= table.num_rows:
-        return table
+    if limit is None or limit >= num_rows:
+        return np.arange(num_rows)
     generator = numpy_generator(run.config.seed, "evaluation")
-    return table.take(np.sort(generator.choice(table.num_rows, limit, replace=False)))
+    return np.sort(generator.choice(num_rows, limit, replace=False))
 
 
 @ray.remote
@@ -111,13 +110,14 @@ def draw(
 def _write(
     run: Run,
     table: pa.Table,
+    rows: NDArray[np.int64],
     result: NearestResult,
     drawn: NDArray[np.uint8],
     gallery: NDArray[np.uint8],
 ) -> None:
     columns = {
-        "key": table["key"],
-        "caption": table["caption"],
+        "key": table["key"].take(rows),
+        "caption": table["caption"].take(rows),
         "nearest_key": table["key"].take(result.nearest),
         "hit": pa.array(result.hit),
         "squared_error": pa.array(result.squared_error),
@@ -125,7 +125,7 @@ def _write(
     write_part(run.evaluation, "results.parquet", pa.table(columns))
     order = np.argsort(result.squared_error, kind="stable")
     spread = order[np.linspace(0, len(order) - 1, min(PICTURES_IN_REPORT, len(order))).astype(int)]
-    pairs = np.stack([gallery[spread], drawn[spread]], axis=1).reshape(-1, *gallery.shape[1:])
+    pairs = np.stack([gallery[rows[spread]], drawn[spread]], axis=1).reshape(-1, *gallery.shape[1:])
     grid = picture_grid(pairs, columns=16, scale=2)
     attribution = read_manifest(run.embeddings, EMBEDDINGS).facts["attribution"]
     text = "Pairs of corpus picture and drawn picture, from the best to the worst caption."

@@ -14,7 +14,7 @@ import numpy as np
 import ray
 import torch
 
-from paris_ray.artifacts import Folder, VerifiedFolder, read_manifest
+from paris_ray.artifacts import METRICS, Folder, VerifiedFolder, read_manifest
 from paris_ray.bundle import load_expert
 from paris_ray.config import Config, SamplingConfig
 from paris_ray.devices import resolve_device
@@ -29,7 +29,6 @@ from paris_ray.run import EXPERT, SHARD, Run
 from paris_ray.sampling.sampler import sample_one_expert
 from paris_ray.seeding import derive_seed
 from paris_ray.training.expert import train_expert
-from paris_ray.training.loop import METRICS
 
 logger = logging.getLogger("paris_ray")
 

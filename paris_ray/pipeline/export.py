@@ -1,8 +1,11 @@
 """Export: the trained parts as one model folder, with a card of measured numbers only."""
 
+from collections.abc import Mapping
+
 from paris_ray.artifacts import MANIFEST, Manifest, read_manifest
 from paris_ray.bundle import KIND, Bundle
 from paris_ray.config import Config
+from paris_ray.errors import ArtifactError
 from paris_ray.export import open_trained_parts, write_bundle
 from paris_ray.model_card import model_card
 from paris_ray.pipeline.stage import Stage
@@ -19,7 +22,7 @@ def export(config: Config) -> None:
     """
     run = Run(config)
     parents = run.parents()
-    evaluation = _evaluation(run)
+    evaluation = _evaluation(run, parents)
     if evaluation is not None:
         parents["evaluation"] = evaluation.digest
     stage = Stage(KIND, run.bundle, config, sections=SECTIONS, parents=parents)
@@ -30,10 +33,14 @@ def export(config: Config) -> None:
     stage.publish({} if evaluation is None else dict(evaluation.facts))
 
 
-def _evaluation(run: Run) -> Manifest | None:
+def _evaluation(run: Run, parents: Mapping[str, str]) -> Manifest | None:
+    """Return the evaluation of these very parts, or None if none was made."""
     if not run.evaluation.exists(MANIFEST):
         return None
-    return read_manifest(run.evaluation, EVALUATION)
+    evaluation = read_manifest(run.evaluation, EVALUATION)
+    if any(evaluation.parents.get(name) != digest for name, digest in parents.items()):
+        raise ArtifactError(f"{run.evaluation.uri} is of other experts: delete it, evaluate again")
+    return evaluation
 
 
 def _card(run: Run, bundle: Bundle, evaluation: Manifest | None) -> str:

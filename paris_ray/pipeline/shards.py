@@ -77,7 +77,7 @@ class ShardReader:
     def _decode(self, shard: Shard, duplicates: set[int]) -> Iterator[DecodedRow | QuarantinedRow]:
         for i, raw in enumerate(open_corpus(self.config.corpus).read(shard)):
             if i in duplicates:
-                yield QuarantinedRow(raw.key, "duplicate_key", "kept its first occurrence")
+                yield QuarantinedRow(raw.key, "duplicate_key", "an earlier row has this key")
             else:
                 yield decode_row(raw, self.config.corpus)
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from paris_ray.artifacts import (
+    IN_PROGRESS,
     RESOLVED_CONFIG,
     TIMINGS,
     Folder,
@@ -54,6 +55,22 @@ class Stage:
         if manifest is not None:
             logger.info("%s: already finished, kept (%s)", self.kind, self.folder.uri)
         return manifest
+
+    def begin(self, *more: Folder) -> None:
+        """Make the folder ready: keep what an interrupted run of this very identity left in it.
+
+        Anything else there, left by another configuration, is unfinished and deleted, so that the
+        two are never mixed.
+
+        Args:
+            more: Further folders that belong to the artefact.
+        """
+        identity = {"config_digest": self.config_digest, "parents": dict(self.parents)}
+        known = self.folder.exists(IN_PROGRESS)
+        if not known or self.folder.read_json(IN_PROGRESS) != identity:
+            for folder in (self.folder, *more):
+                folder.clear()
+            self.folder.write_json(IN_PROGRESS, identity)
 
     def publish(self, facts: Mapping[str, Any]) -> Manifest:
         """Write the resolved configuration and the manifest, and say what was made."""

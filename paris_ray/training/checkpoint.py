@@ -13,11 +13,10 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from paris_ray.artifacts import Folder, canonical_json, sha256_hex
+from paris_ray.artifacts import CHECKPOINT, Folder, canonical_json, sha256_hex
 from paris_ray.errors import ArtifactError
 from paris_ray.training.ema import ExponentialMovingAverage
 
-CHECKPOINT = "checkpoint.safetensors"
 HEADER_LENGTH_BYTES = 8
 
 

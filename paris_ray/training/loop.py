@@ -10,15 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from paris_ray.artifacts import TIMINGS, Folder
+from paris_ray.artifacts import METRICS, TIMINGS, Folder
 from paris_ray.config import TrainingConfig
 from paris_ray.devices import autocast, resolve_device, resolve_precision
 from paris_ray.errors import TrainingError
 from paris_ray.training import checkpoint
 from paris_ray.training.checkpoint import TrainingState
 from paris_ray.training.ema import ExponentialMovingAverage
-
-METRICS = "metrics.jsonl"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -175,17 +173,19 @@ class TrainingLoop:
         self.timings.append(seen | {"samples_per_second": progress.samples_per_second})
 
     def _save(self, done: int) -> None:
-        progress = {"step": done, "metrics": self.metrics, "timings": self.timings}
-        checkpoint.save(self.folder, self.state, identity=self.identity, progress=progress)
+        """Write metrics first: a checkpoint then never says more than they show."""
         self.folder.write(METRICS, _json_lines(self.metrics))
         self.folder.write(TIMINGS, _json_lines(self.timings))
+        samples_seen = done * self.config.batch_size
+        progress = {"samples_seen": samples_seen, "metrics": self.metrics, "timings": self.timings}
+        checkpoint.save(self.folder, self.state, identity=self.identity, progress=progress)
 
     def _resume(self) -> int:
         progress = checkpoint.restore(self.folder, self.state, identity=self.identity)
         if progress is None:
             return 0
         self.metrics, self.timings = progress["metrics"], progress["timings"]
-        return int(progress["step"])
+        return int(progress["samples_seen"]) // self.config.batch_size
 
 
 def _json_lines(rows: list[dict[str, Any]]) -> bytes:

@@ -236,6 +236,7 @@ def main() -> None:
         print(json.dumps(PLAIN[arguments.plain](short)))
         return
     shutil.rmtree(run_dir, ignore_errors=True)
+    run_dir.parent.mkdir(parents=True, exist_ok=True)
     print(f"# {platform.processor() or platform.machine()}, {os.cpu_count()} CPUs")
     bench_stages(run_dir)
     with ray_session(None):

@@ -116,10 +116,11 @@ def test_an_expert_alone_is_identical_to_one_beside_the_others(
 
     alone = copy_of("experts")
     train_experts(alone.config, only=[1])
-    beside = read_manifest(finished.expert(1), EXPERT).files[WEIGHTS]
-    assert read_manifest(alone.expert(1), EXPERT).files[WEIGHTS] == beside
+    beside = read_manifest(finished.expert(1), EXPERT)
+    assert read_manifest(alone.expert(1), EXPERT).files[WEIGHTS] == beside.files[WEIGHTS]
+    assert read_manifest(alone.expert(1), EXPERT).digest == beside.digest
     assert not alone.expert(0).exists()
-    assert read_manifest(finished.expert(0), EXPERT).files[WEIGHTS] != beside
+    assert read_manifest(finished.expert(0), EXPERT).files[WEIGHTS] != beside.files[WEIGHTS]
 
 
 def test_a_failed_expert_is_named_and_the_others_finish(copy_of: Callable[..., Run]) -> None:
@@ -144,13 +145,16 @@ def test_a_failed_expert_is_named_and_the_others_finish(copy_of: Callable[..., R
 
 
 def test_embedding_resumes_with_the_missing_shards(
-    finished: Run, copy_of: Callable[..., Run], num_good_rows: int
+    copy_of: Callable[..., Run], num_good_rows: int
 ) -> None:
     from paris_ray.pipeline.embed import prepare_embeddings
 
     run = copy_of("experts", "clusters")
     folder = Path(run.embeddings.uri)
+    before = read_manifest(run.embeddings, EMBEDDINGS)
     (folder / "manifest.json").unlink()
+    identity = {"config_digest": before.config_digest, "parents": dict(before.parents)}
+    run.embeddings.write_json("in_progress.json", identity)
     lost, kept = sorted(folder.glob("*.parquet"))[:2]
     lost.unlink()
     kept_at = kept.stat().st_mtime_ns
@@ -158,7 +162,34 @@ def test_embedding_resumes_with_the_missing_shards(
     manifest = prepare_embeddings(run.config, encoders)
     assert manifest.facts["rows"] == num_good_rows
     assert kept.stat().st_mtime_ns == kept_at
-    assert manifest.digest == read_manifest(finished.embeddings, EMBEDDINGS).digest
+    assert manifest.digest == before.digest
+
+
+def test_what_another_configuration_left_unfinished_is_not_mixed_in(
+    copy_of: Callable[..., Run], num_good_rows: int
+) -> None:
+    from paris_ray.pipeline.cluster import prepare_clusters
+
+    run = copy_of("experts")
+    (Path(run.clusters.uri) / "manifest.json").unlink()  # interrupted with three clusters
+    cluster = replace(run.config.cluster, num_clusters=2)
+    fewer = Run(replace(run.config, cluster=cluster))
+    manifest = prepare_clusters(fewer.config, read_manifest(run.embeddings, EMBEDDINGS))
+    assert sum(manifest.facts["sizes"]) == num_good_rows
+    assert not fewer.shard(2).exists()
+
+
+def test_an_evaluation_of_other_experts_stays_out_of_the_model_card(
+    copy_of: Callable[..., Run],
+) -> None:
+    from paris_ray.pipeline.export import export
+
+    run = copy_of("bundle")
+    manifest = run.expert(0).read_json("manifest.json")
+    manifest["config_digest"] = "0" * 64
+    run.expert(0).write_json("manifest.json", manifest)
+    with pytest.raises(ArtifactError, match="is of other experts"):
+        export(run.config)
 
 
 def test_a_mostly_bad_corpus_is_refused(ray_session: None, finished: Run, tmp_path: Path) -> None:

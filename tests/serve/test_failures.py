@@ -17,6 +17,7 @@ from paris_ray.bundle import Bundle
 from paris_ray.sampling.sampler import sampling_options
 from serve.ingress import Ingress, create_api
 from serve.sampler import ExpertUnavailableError, Sampler
+from serve.source import BundleSource
 
 pytestmark = pytest.mark.serve
 
@@ -63,7 +64,9 @@ class DeadExpert:
 
 
 def test_the_sampler_tells_which_expert_died(bundle: Bundle, tiny_bundle_path: Path) -> None:
-    sampler = Sampler(str(tiny_bundle_path), [DeadExpert()] * bundle.num_experts, threads=1)
+    sampler = Sampler(
+        BundleSource(str(tiny_bundle_path)), [DeadExpert()] * bundle.num_experts, threads=1
+    )
     options = sampling_options(bundle, routing="full")
     with pytest.raises(ExpertUnavailableError, match=r"Expert \d stopped"):
         asyncio.run(sampler.draw("a cat", [0], options))

@@ -32,11 +32,9 @@ from paris_ray.encoders.codec import Codec, load_codec
 from paris_ray.encoders.text import MODEL_FILES, MiniLM, TextEncoder
 from paris_ray.errors import BundleError, ConfigError
 from paris_ray.models import Expert, Router, TextConditioning
+from paris_ray.run import BUNDLE, EXPERT_WEIGHTS, MODEL_CONFIG, ROUTER_WEIGHTS
 
-KIND = "bundle"
 CONFIG = "config.json"
-EXPERT_WEIGHTS = "diffusion_pytorch_model.safetensors"
-ROUTER_WEIGHTS = "pytorch_model.safetensors"
 MAX_EXPERTS = 1024
 
 Model = TypeVar("Model", Expert, Router)
@@ -86,7 +84,7 @@ class Bundle:
         shape = (config.in_channels, config.input_size, config.input_size)
         if shape != self.latent_shape:
             raise BundleError(
-                f"expert_{index}/{CONFIG}: latents of shape {shape}, "
+                f"expert_{index}/{MODEL_CONFIG}: latents of shape {shape}, "
                 f"but the router reads {self.latent_shape}"
             )
         return expert
@@ -97,7 +95,7 @@ class Bundle:
         router = _load_model(Router, RouterConfig, self.parts["router"], ROUTER_WEIGHTS)
         if router.config.num_experts != self.num_experts:
             raise BundleError(
-                f"router/{CONFIG}: num_experts={router.config.num_experts}, "
+                f"router/{MODEL_CONFIG}: num_experts={router.config.num_experts}, "
                 f"but the bundle has {self.num_experts} experts"
             )
         return router
@@ -162,9 +160,9 @@ def _load_model(
 
 def _read_config(config_class: type[Section], part: VerifiedFolder) -> Section:
     """Return a model's configuration, checked before anything is allocated for it."""
-    where = f"{part.folder.uri}/{CONFIG}"
+    where = f"{part.folder.uri}/{MODEL_CONFIG}"
     try:
-        config = from_dict(config_class, part.read_json(CONFIG), where)
+        config = from_dict(config_class, part.read_json(MODEL_CONFIG), where)
         check_model(where, config)
     except ConfigError as error:
         raise BundleError(str(error)) from None
@@ -178,7 +176,7 @@ def _check_state(model: nn.Module, state: Mapping[str, torch.Tensor], where: str
         if expected.get(name) != found.get(name):
             raise BundleError(
                 f"{where}: tensor {name!r} has shape {found.get(name, 'missing')}, "
-                f"its {CONFIG} means {expected.get(name, 'none')}"
+                f"its {MODEL_CONFIG} means {expected.get(name, 'none')}"
             )
 
 
@@ -196,10 +194,10 @@ def load_bundle(path: str, digest: str | None = None) -> Bundle:
     folder = Folder(path)
     if not folder.exists(CONFIG):
         raise BundleError(f"no model folder at {folder.uri}: it has no {CONFIG}")
-    if digest is not None and read_manifest(folder, KIND).digest != digest:
+    if digest is not None and read_manifest(folder, BUNDLE).digest != digest:
         raise BundleError(f"{folder.uri} is another bundle than the one of digest {digest}")
     if folder.exists(MANIFEST):
-        source = open_finished(folder, KIND)
+        source = open_finished(folder, BUNDLE)
     else:
         source = VerifiedFolder(folder, None)
     document = source.read_json(CONFIG)

@@ -5,8 +5,6 @@ from typing import Any
 from paris_ray.artifacts import Folder, open_finished, read_manifest
 from paris_ray.bundle import (
     CONFIG,
-    EXPERT_WEIGHTS,
-    ROUTER_WEIGHTS,
     Bundle,
     BundleFacts,
     facts_to_json,
@@ -14,7 +12,16 @@ from paris_ray.bundle import (
 from paris_ray.embeddings import read_table
 from paris_ray.encoders import codec
 from paris_ray.encoders.text import MODEL_FILES
-from paris_ray.run import EMBEDDINGS, ENCODERS, EXPERT, ROUTER, Run
+from paris_ray.run import (
+    EMBEDDINGS,
+    ENCODERS,
+    EXPERT,
+    EXPERT_WEIGHTS,
+    MODEL_CONFIG,
+    ROUTER,
+    ROUTER_WEIGHTS,
+    Run,
+)
 
 MODEL_INDEX = "model_index.json"
 MODEL_CARD = "README.md"
@@ -64,9 +71,9 @@ def write_bundle(bundle: Bundle, target: Folder, *, model_card: str) -> None:
 
 def _files_of(part: str) -> tuple[str, ...]:
     if part.startswith("expert_"):
-        return CONFIG, EXPERT_WEIGHTS
+        return MODEL_CONFIG, EXPERT_WEIGHTS
     return {
-        "router": (CONFIG, ROUTER_WEIGHTS),
+        "router": (MODEL_CONFIG, ROUTER_WEIGHTS),
         "codec": (codec.CONFIG, codec.WEIGHTS),
         "text_encoder": MODEL_FILES,
     }[part]

@@ -7,6 +7,11 @@ from paris_ray.errors import ArtifactError
 EMBEDDINGS, ENCODERS, CLUSTERS, SHARD = "embeddings", "encoders", "clusters", "shard"
 EXPERT, ROUTER, EVALUATION, BUNDLE = "expert", "router", "evaluation", "bundle"
 
+# Files of a trained model, named as in the public Paris release.
+MODEL_CONFIG = "config.json"
+EXPERT_WEIGHTS = "diffusion_pytorch_model.safetensors"
+ROUTER_WEIGHTS = "pytorch_model.safetensors"
+
 
 class Run:
     """The folders of one run.

@@ -18,9 +18,6 @@ from transformers import BertConfig, BertModel
 from jobs.local_cluster import LOOPBACK_ONLY
 from paris_ray.artifacts import Folder, VerifiedFolder, publish
 from paris_ray.bundle import (
-    EXPERT_WEIGHTS,
-    KIND,
-    ROUTER_WEIGHTS,
     Bundle,
     BundleFacts,
     load_bundle,
@@ -29,6 +26,7 @@ from paris_ray.config import CodecConfig, ExpertConfig, RouterConfig, SamplingCo
 from paris_ray.encoders.codec import PatchPCA
 from paris_ray.export import write_bundle
 from paris_ray.models import Expert, Router
+from paris_ray.run import BUNDLE, EXPERT_WEIGHTS, ROUTER_WEIGHTS
 
 # Ray reads these when it is imported; unset, a local Ray would write a token to the home folder.
 os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)} | LOOPBACK_ONLY
@@ -119,7 +117,7 @@ def tiny_bundle_path(tiny_parts: Path, tmp_path_factory: pytest.TempPathFactory)
     """The path of an exported tiny bundle; tests must not change it."""
     path = tmp_path_factory.mktemp("bundle") / "bundle"
     write_bundle(open_parts(tiny_parts), Folder(path), model_card="# tiny\n")
-    publish(Folder(path), KIND, config_digest="", parents={}, facts={})
+    publish(Folder(path), BUNDLE, config_digest="", parents={}, facts={})
     assert json.loads((path / "model_index.json").read_text())["_class_name"] == "Bundle"
     return path
 

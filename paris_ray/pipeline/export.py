@@ -3,13 +3,13 @@
 from collections.abc import Mapping
 
 from paris_ray.artifacts import MANIFEST, Manifest, read_manifest
-from paris_ray.bundle import KIND, Bundle
+from paris_ray.bundle import Bundle
 from paris_ray.config import Config
 from paris_ray.errors import ArtifactError
 from paris_ray.export import open_trained_parts, write_bundle
 from paris_ray.model_card import model_card
 from paris_ray.pipeline.stage import Stage
-from paris_ray.run import CLUSTERS, EMBEDDINGS, EVALUATION, EXPERT, ROUTER, Run
+from paris_ray.run import BUNDLE, CLUSTERS, EMBEDDINGS, EVALUATION, EXPERT, ROUTER, Run
 
 SECTIONS = ("sampling",)
 
@@ -25,7 +25,7 @@ def export(config: Config) -> None:
     evaluation = _evaluation(run, parents)
     if evaluation is not None:
         parents["evaluation"] = evaluation.digest
-    stage = Stage(KIND, run.bundle, config, sections=SECTIONS, parents=parents)
+    stage = Stage(BUNDLE, run.bundle, config, sections=SECTIONS, parents=parents)
     if stage.finished() is not None:
         return
     bundle = open_trained_parts(run)

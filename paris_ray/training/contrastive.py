@@ -19,9 +19,9 @@ from paris_ray.artifacts import Folder
 from paris_ray.config import FeaturesConfig
 from paris_ray.encoders.images import preprocess, register_packaged_models, save_open_clip
 from paris_ray.errors import ConfigError
-from paris_ray.seeding import derive_seed, torch_generator
+from paris_ray.seeding import torch_generator
 from paris_ray.training.data import BatchOrder
-from paris_ray.training.loop import OnProgress, ProgressClock
+from paris_ray.training.loop import OnProgress, ProgressClock, build_seeded
 
 MAX_ROTATION = 0.2  # radians
 MAX_SCALE = 0.15  # share
@@ -48,9 +48,9 @@ def train_open_clip(
     register_packaged_models()
     if config.model not in open_clip.list_models():
         raise ConfigError(f"features.model={config.model!r} is not an open_clip architecture")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive_seed(seed, "initialise"))
-        model: Any = open_clip.create_model(config.model, load_weights=False).train()
+    model: Any = build_seeded(
+        lambda: open_clip.create_model(config.model, load_weights=False), seed
+    ).train()
     tokens = open_clip.get_tokenizer(config.model)(list(captions))
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, fused=True)
     order = BatchOrder(len(images), config.batch_size, seed)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from paris_ray.artifacts import Folder
 from paris_ray.config import TrainingConfig
+from paris_ray.diffusion import PathSample, sample_path, sample_times
 from paris_ray.embeddings import read_null_text, read_table, tensor_column
 from paris_ray.errors import TrainingError
 from paris_ray.models import TextConditioning
@@ -35,6 +36,20 @@ class LatentDataset:
 
     def __len__(self) -> int:
         return len(self.latents)
+
+    def draw(
+        self,
+        index: Tensor,
+        config: TrainingConfig,
+        generator: torch.Generator,
+        device: torch.device,
+    ) -> tuple[PathSample, TextConditioning]:
+        """Draw times, noise and text for rows `index (B,)` and place them on the path."""
+        latents = self.latents[index]
+        t = sample_times(len(index), config, generator)
+        noise = torch.randn(latents.shape, generator=generator)
+        text = self.draw_text(index, config, generator).to(device)
+        return sample_path(latents.to(device), noise.to(device), t.to(device)), text
 
     def draw_text(
         self, index: Tensor, config: TrainingConfig, generator: torch.Generator

@@ -7,22 +7,13 @@ from torch import Tensor
 from paris_ray.artifacts import Folder
 from paris_ray.config import ExpertConfig, TrainingConfig, identity, to_dict
 from paris_ray.devices import resolve_device
-from paris_ray.diffusion import sample_path, sample_times, velocity_loss
+from paris_ray.diffusion import velocity_loss
 from paris_ray.models import Expert
-from paris_ray.seeding import derive_seed, torch_generator
+from paris_ray.run import EXPERT_WEIGHTS, MODEL_CONFIG
+from paris_ray.seeding import torch_generator
 from paris_ray.training.checkpoint import identity_digest
 from paris_ray.training.data import BatchOrder, LatentDataset, load_dataset
-from paris_ray.training.loop import OnProgress, TrainingLoop
-
-WEIGHTS = "diffusion_pytorch_model.safetensors"
-CONFIG = "config.json"
-
-
-def build_expert(config: ExpertConfig, seed: int) -> Expert:
-    """Return an expert with the initial weights of a seed."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive_seed(seed, "initialise"))
-        return Expert(config)
+from paris_ray.training.loop import OnProgress, TrainingLoop, build_seeded
 
 
 def train_expert(
@@ -51,7 +42,7 @@ def train_expert(
     """
     torch.set_num_threads(config.threads)
     dataset = load_dataset([shard])
-    expert = build_expert(expert_config, seed).to(resolve_device(config.device))
+    expert = build_seeded(lambda: Expert(expert_config), seed).to(resolve_device(config.device))
     order = BatchOrder(len(dataset), config.batch_size, seed)
 
     def loss_of_step(step: int) -> Tensor:
@@ -64,8 +55,8 @@ def train_expert(
         expert, loss_of_step, config, output, identity=run_identity, on_progress=on_progress
     )
     weights = {name: value.cpu().contiguous() for name, value in loop.run().items()}
-    output.write_json(CONFIG, to_dict(expert_config))
-    output.write(WEIGHTS, safetensors.torch.save(weights))
+    output.write_json(MODEL_CONFIG, to_dict(expert_config))
+    output.write(EXPERT_WEIGHTS, safetensors.torch.save(weights))
 
 
 def expert_loss(
@@ -78,10 +69,5 @@ def expert_loss(
 ) -> Tensor:
     """Draw times, noise and text for rows `index (B,)`, place them on the path, compare."""
     generator = torch_generator(seed, "batch", step)
-    device = next(expert.parameters()).device
-    latents = dataset.latents[index]
-    t = sample_times(len(index), config, generator)
-    noise = torch.randn(latents.shape, generator=generator)
-    text = dataset.draw_text(index, config, generator).to(device)
-    path = sample_path(latents.to(device), noise.to(device), t.to(device))
+    path, text = dataset.draw(index, config, generator, next(expert.parameters()).device)
     return velocity_loss(expert, path, text)

@@ -5,7 +5,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from paris_ray.artifacts import METRICS, TIMINGS, Folder
 from paris_ray.config import TrainingConfig
 from paris_ray.devices import autocast, resolve_device, resolve_precision
 from paris_ray.errors import TrainingError
+from paris_ray.seeding import derive_seed
 from paris_ray.training import checkpoint
 from paris_ray.training.checkpoint import TrainingState
 from paris_ray.training.ema import ExponentialMovingAverage
@@ -42,6 +43,16 @@ def learning_rate(step: int, config: TrainingConfig) -> float:
     decay_start = config.steps * (1 - config.decay_share)
     past = max(0.0, step - decay_start) / max(1.0, config.steps - decay_start)
     return config.learning_rate * warmup * (1 - past * (1 - config.final_learning_rate_share))
+
+
+Model = TypeVar("Model")
+
+
+def build_seeded(build: Callable[[], Model], seed: int) -> Model:
+    """Return a model with the initial weights of a seed; the global generator is left alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed(seed, "initialise"))
+        return build()
 
 
 class ProgressClock:

@@ -10,24 +10,16 @@ from torch.nn import functional
 from paris_ray.artifacts import Folder
 from paris_ray.config import RouterConfig, TrainingConfig, identity, to_dict
 from paris_ray.devices import resolve_device
-from paris_ray.diffusion import router_logits, sample_path, sample_times
+from paris_ray.diffusion import router_logits, sample_path
 from paris_ray.models import Router, TextConditioning
-from paris_ray.seeding import derive_seed, torch_generator
+from paris_ray.run import MODEL_CONFIG, ROUTER_WEIGHTS
+from paris_ray.seeding import torch_generator
 from paris_ray.training.checkpoint import identity_digest
 from paris_ray.training.data import BatchOrder, LatentDataset, load_dataset
-from paris_ray.training.loop import OnProgress, TrainingLoop
+from paris_ray.training.loop import OnProgress, TrainingLoop, build_seeded
 
-WEIGHTS = "pytorch_model.safetensors"
-CONFIG = "config.json"
 NOISE_LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9, 1.0)
 EVALUATION_BATCH_SIZE = 256
-
-
-def build_router(config: RouterConfig, seed: int) -> Router:
-    """Return a router with the initial weights of a seed."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive_seed(seed, "initialise"))
-        return Router(config)
 
 
 def train_router(
@@ -59,7 +51,7 @@ def train_router(
     """
     torch.set_num_threads(config.threads)
     dataset = load_dataset(shards)
-    router = build_router(router_config, seed).to(resolve_device(config.device))
+    router = build_seeded(lambda: Router(router_config), seed).to(resolve_device(config.device))
     order = BatchOrder(len(dataset), config.batch_size, seed)
 
     def loss_of_step(step: int) -> Tensor:
@@ -74,8 +66,8 @@ def train_router(
     averaged = loop.run()
     router.load_state_dict(averaged)
     weights = {name: value.cpu().contiguous() for name, value in averaged.items()}
-    output.write_json(CONFIG, to_dict(router_config))
-    output.write(WEIGHTS, safetensors.torch.save(weights))
+    output.write_json(MODEL_CONFIG, to_dict(router_config))
+    output.write(ROUTER_WEIGHTS, safetensors.torch.save(weights))
     return router_accuracy(router, dataset, seed)
 
 
@@ -89,14 +81,9 @@ def router_loss(
 ) -> Tensor:
     """Return the cross-entropy of the clusters of rows `index (B,)` at random times."""
     generator = torch_generator(seed, "router batch", step)
-    device = next(router.parameters()).device
-    latents = dataset.latents[index]
-    t = sample_times(len(index), config, generator)
-    noise = torch.randn(latents.shape, generator=generator)
-    text = dataset.draw_text(index, config, generator).to(device)
-    path = sample_path(latents.to(device), noise.to(device), t.to(device))
+    path, text = dataset.draw(index, config, generator, next(router.parameters()).device)
     logits = router_logits(router, path.x_t, path.t, text)
-    return functional.cross_entropy(logits, dataset.clusters[index].to(device))
+    return functional.cross_entropy(logits, dataset.clusters[index].to(logits.device))
 
 
 @torch.no_grad()

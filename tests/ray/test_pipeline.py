@@ -14,12 +14,19 @@ from paris_ray.bundle import load_bundle
 from paris_ray.config import Config
 from paris_ray.embeddings import read_table
 from paris_ray.errors import ArtifactError, CorpusError, TrainingError
-from paris_ray.run import CLUSTERS, EMBEDDINGS, EVALUATION, EXPERT, ROUTER, SHARD, Run
+from paris_ray.run import (
+    CLUSTERS,
+    EMBEDDINGS,
+    EVALUATION,
+    EXPERT,
+    EXPERT_WEIGHTS,
+    ROUTER,
+    SHARD,
+    Run,
+)
 from paris_ray.sampling import generate
 
 pytestmark = pytest.mark.ray
-
-WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
 @pytest.fixture(scope="module")
@@ -116,11 +123,13 @@ def test_an_expert_alone_is_identical_to_one_beside_the_others(
 
     alone = copy_of("experts")
     train_experts(alone.config, only=[1])
+    apart = read_manifest(alone.expert(1), EXPERT)
     beside = read_manifest(finished.expert(1), EXPERT)
-    assert read_manifest(alone.expert(1), EXPERT).files[WEIGHTS] == beside.files[WEIGHTS]
-    assert read_manifest(alone.expert(1), EXPERT).digest == beside.digest
+    assert apart.files[EXPERT_WEIGHTS] == beside.files[EXPERT_WEIGHTS]
+    assert apart.digest == beside.digest
     assert not alone.expert(0).exists()
-    assert read_manifest(finished.expert(0), EXPERT).files[WEIGHTS] != beside.files[WEIGHTS]
+    other = read_manifest(finished.expert(0), EXPERT)
+    assert other.files[EXPERT_WEIGHTS] != beside.files[EXPERT_WEIGHTS]
 
 
 def test_a_failed_expert_is_named_and_the_others_finish(copy_of: Callable[..., Run]) -> None:

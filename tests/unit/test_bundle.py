@@ -11,9 +11,10 @@ import safetensors.torch
 import torch
 
 from paris_ray.artifacts import MANIFEST
-from paris_ray.bundle import EXPERT_WEIGHTS, ROUTER_WEIGHTS, Bundle, load_bundle, load_expert
+from paris_ray.bundle import Bundle, load_bundle, load_expert
 from paris_ray.encoders.codec import WEIGHTS as CODEC_WEIGHTS
 from paris_ray.errors import ArtifactError, BundleError, ParisError
+from paris_ray.run import EXPERT_WEIGHTS, ROUTER_WEIGHTS
 
 NUM_EXPERTS = 3
 

@@ -16,9 +16,10 @@ from paris_ray.bundle import load_expert
 from paris_ray.config import ExpertConfig, RouterConfig, TrainingConfig
 from paris_ray.embeddings import to_table, write_null_text, write_part
 from paris_ray.errors import ArtifactError, TrainingError
+from paris_ray.run import EXPERT_WEIGHTS, MODEL_CONFIG
 from paris_ray.training.checkpoint import CHECKPOINT
 from paris_ray.training.data import BatchOrder, load_dataset
-from paris_ray.training.expert import CONFIG, WEIGHTS, train_expert
+from paris_ray.training.expert import train_expert
 from paris_ray.training.loop import METRICS, Progress, learning_rate
 from paris_ray.training.router import train_router
 
@@ -101,7 +102,7 @@ def train(
         output=output,
         on_progress=on_progress,
     )
-    return output.read(WEIGHTS), output.read(METRICS)
+    return output.read(EXPERT_WEIGHTS), output.read(METRICS)
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +117,7 @@ def half_done(shard: Folder, tmp_path: Path) -> Folder:
     with pytest.raises(Stop):
         train(shard, output, on_progress=stop_at(6))
     assert output.exists(CHECKPOINT)
-    assert not output.exists(WEIGHTS)
+    assert not output.exists(EXPERT_WEIGHTS)
     return output
 
 
@@ -277,13 +278,13 @@ def test_a_loss_that_is_not_finite_stops_training(tmp_path: Path) -> None:
     output = Folder(tmp_path / "out")
     with pytest.raises(TrainingError, match=r"loss is nan at step 2.*learning_rate"):
         train(shard, output)
-    assert not output.exists(WEIGHTS)
+    assert not output.exists(EXPERT_WEIGHTS)
 
 
 def test_the_weights_are_the_average_in_the_released_layout(shard: Folder, tmp_path: Path) -> None:
     output = Folder(tmp_path)
     train(shard, output)
-    assert output.read_json(CONFIG)["prediction"] == "preconditioned"
+    assert output.read_json(MODEL_CONFIG)["prediction"] == "preconditioned"
     expert = load_expert(VerifiedFolder(output, None))
     assert expert.config == EXPERT
     assert expert.final_layer.linear.weight.any()  # no longer as initialised

@@ -1,0 +1,30 @@
+"""The house: imports point down, and the floors below the pipeline need no Ray."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from importlinter.cli import EXIT_STATUS_SUCCESS, lint_imports
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+CORE = ("config", "corpora", "models", "training.expert", "sampling", "bundle", "export")
+
+
+def test_imports_point_down() -> None:
+    contracts = str(REPOSITORY / "pyproject.toml")
+    assert lint_imports(config_filename=contracts, cache_dir=None) == EXIT_STATUS_SUCCESS
+
+
+def test_the_core_imports_without_ray() -> None:
+    imports = "; ".join(f"import paris_ray.{name}" for name in CORE)
+    check = "import sys; assert 'ray' not in sys.modules, 'ray was imported'"
+    subprocess.run([sys.executable, "-c", f"{imports}; {check}"], check=True, cwd=REPOSITORY)
+
+
+@pytest.mark.parametrize("target", ["quickstart", "stop", "test", "bench"])
+def test_the_readmes_commands_exist(target: str) -> None:
+    makefile = (REPOSITORY / "Makefile").read_text()
+    assert f"\n{target}:" in makefile
+    documents = [REPOSITORY / "README.md", *(REPOSITORY / "docs").glob("*.md")]
+    assert any(f"make {target}" in document.read_text() for document in documents)

@@ -77,7 +77,7 @@ class LatentEmbedder:
 
 
 def _split(images: NDArray[Any], size: int) -> list[NDArray[Any]]:
-    return [images[start : start + size] for start in range(0, max(1, len(images)), size)]
+    return [images[start : start + size] for start in range(0, len(images), size)]
 
 
 def _use_threads_of(pool: PoolConfig) -> None:

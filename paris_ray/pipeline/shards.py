@@ -71,7 +71,8 @@ class ShardReader:
             if len(good) == self.config.corpus.rows_per_shard:
                 yield self._columns(shard, first, good)
                 first, good = first + len(good), []
-        yield self._columns(shard, first, good)
+        if good:
+            yield self._columns(shard, first, good)
         _write_quarantine(Run(self.config).quarantine, shard, bad)
 
     def _decode(self, shard: Shard, duplicates: set[int]) -> Iterator[DecodedRow | QuarantinedRow]:
@@ -82,14 +83,12 @@ class ShardReader:
                 yield decode_row(raw, self.config.corpus)
 
     def _columns(self, shard: Shard, first: int, rows: list[DecodedRow]) -> Batch:
-        side = self.config.corpus.image_size
-        images = [row.image for row in rows]
         return {
             "shard": np.full(len(rows), shard.index),
             "row": np.arange(first, first + len(rows)),
             "key": np.array([row.key for row in rows], dtype=object),
             "caption": np.array([row.caption for row in rows], dtype=object),
-            "image": np.stack(images) if rows else np.empty((0, side, side, 3), np.uint8),
+            "image": np.stack([row.image for row in rows]),
         }
 
 

@@ -218,7 +218,7 @@ PLAIN: dict[str, Callable[[Config], dict[str, float]]] = {
 def _in_plain_process(what: str, config: Config) -> dict[str, float]:
     """Run a function of `PLAIN` in a process without Ray; return its report."""
     command = [sys.executable, __file__, "--run-dir", config.run_dir, "--plain", what]
-    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
     report: dict[str, float] = json.loads(output.splitlines()[-1])
     return report
 

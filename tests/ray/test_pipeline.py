@@ -2,14 +2,17 @@
 
 import logging
 import shutil
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pyarrow.parquet as pq
 import pytest
 
-from paris_ray.artifacts import read_manifest
+from paris_ray.artifacts import Folder, read_manifest
 from paris_ray.bundle import load_bundle
 from paris_ray.config import Config
 from paris_ray.embeddings import read_table
@@ -153,6 +156,35 @@ def test_a_failed_expert_is_named_and_the_others_finish(copy_of: Callable[..., R
     assert read_manifest(run.expert(1), EXPERT)
 
 
+def test_a_killed_expert_is_retried_and_ends_as_if_nothing_had_happened(
+    copy_of: Callable[..., Run],
+) -> None:
+    from paris_ray.pipeline.experts import train_experts
+
+    run = copy_of("experts")
+    longer = replace(run.config.training, steps=600, checkpoint_every=20)
+    config = replace(run.config, training=longer)
+    with ThreadPoolExecutor() as pool:
+        kills = pool.submit(_kill_after_first_checkpoint, run.expert(0))
+        train_experts(config, only=[0])
+    assert kills.result() == 1
+    killed = read_manifest(run.expert(0), EXPERT)
+    shutil.rmtree(run.expert(0).uri)
+    train_experts(config, only=[0])
+    assert read_manifest(run.expert(0), EXPERT).digest == killed.digest
+
+
+def _kill_after_first_checkpoint(folder: Folder) -> int:
+    """Kill the process that trains expert 0; return how many there were."""
+    while not folder.exists("checkpoint.safetensors"):
+        time.sleep(0.01)
+    processes = psutil.process_iter(["cmdline"])
+    workers = [p for p in processes if (p.info["cmdline"] or [""])[0] == "ray::expert-0"]
+    for worker in workers:
+        worker.kill()
+    return len(workers)
+
+
 def test_embedding_resumes_with_the_missing_shards(
     copy_of: Callable[..., Run], num_good_rows: int
 ) -> None:
@@ -204,7 +236,8 @@ def test_an_evaluation_of_other_experts_stays_out_of_the_model_card(
 def test_a_mostly_bad_corpus_is_refused(ray_session: None, finished: Run, tmp_path: Path) -> None:
     from paris_ray.pipeline.embed import prepare_embeddings
 
-    corpus = replace(finished.config.corpus, max_bad_share=0.01)
+    # Six rows a shard: the last one then holds bad rows only.
+    corpus = replace(finished.config.corpus, max_bad_share=0.01, rows_per_shard=6)
     target = tmp_path / "refused"
     shutil.copytree(finished.encoders.uri, target / "encoders")
     config = replace(finished.config, run_dir=str(target), corpus=corpus)

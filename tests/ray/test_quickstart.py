@@ -43,7 +43,7 @@ def test_quickstart_draws_over_http_and_stops_what_it_started(
         served = yaml.safe_load((run_dir / "serve.yaml").read_text())
         assert served["applications"][0]["args"]["colocated"] is False
         _check_http(port, cluster)
-        wanted = {"ray_paris_images_total", "ray_paris_training_loss"}
+        wanted = {"ray_paris_images_total", "ray_paris_expert_calls_total"}
         assert _metrics(cluster, wanted) >= wanted
         head = cluster._process()
         assert head is not None

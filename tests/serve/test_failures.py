@@ -34,7 +34,8 @@ def serve_failing(name: str, error: Exception, address: str, bundle: Path) -> ht
     sampler = serve.deployment(name="Sampler", ray_actor_options={"num_cpus": 0.1})(FailingSampler)
     ingress_class = serve.ingress(create_api())(Ingress)
     ingress = serve.deployment(name="Ingress", ray_actor_options={"num_cpus": 0.1})(ingress_class)
-    serve.run(ingress.bind(str(bundle), sampler.bind(), None), name=name, route_prefix=f"/{name}")
+    app = ingress.bind(BundleSource(str(bundle)), sampler.bind(), None)
+    serve.run(app, name=name, route_prefix=f"/{name}")
     response = httpx.post(f"{address}/{name}/{IMAGES}", json={"prompt": "a cat"}, timeout=60)
     serve.delete(name)
     return response

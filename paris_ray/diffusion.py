@@ -3,15 +3,22 @@
 t = 0 is data, t = 1 is noise: `x_t = (1 - t) x_0 + t eps`, `velocity = eps - x_0`, and sampling
 integrates from 1 to 0. Networks are fed `1000 t`.
 
-Source: flow matching, Lipman et al. 2022 (arXiv:2210.02747), whose time is 1 - t.
+An expert with `prediction="epsilon"` is a DDPM of the variance-preserving path with the cosine
+schedule, `x_s = a(s) x_0 + sqrt(1 - a(s)^2) eps`. Both paths hold the same points up to scale:
+x_t / sqrt((1 - t)^2 + t^2) is x_s for the s of equal signal-to-noise ratio, so such an expert
+trains on, and predicts the velocity of, the very path of the others.
+
+Source: flow matching, Lipman et al. 2022 (arXiv:2210.02747), whose time is 1 - t; unlike experts,
+HDDM (arXiv:2603.06741); the cosine schedule, Nichol and Dhariwal 2021 (arXiv:2102.09672).
 """
 
+import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from paris_ray.config import TrainingConfig
+from paris_ray.config import ExpertConfig, TrainingConfig
 from paris_ray.models import EncodedText, Expert, Router, TextConditioning
 
 TIME_SCALE = 1000.0
@@ -46,17 +53,30 @@ def sample_path(latents: Tensor, noise: Tensor, t: Tensor) -> PathSample:
     return PathSample(t, (1 - time) * latents + time * noise, noise - latents)
 
 
-def sample_times(count: int, config: TrainingConfig, generator: torch.Generator) -> Tensor:
+def sample_times(
+    count: int,
+    config: TrainingConfig,
+    generator: torch.Generator,
+    expert: ExpertConfig | None = None,
+) -> Tensor:
     """Draw `(count,)` training times; the first `t_one_share` of them are exactly 1.
 
     Pure noise is where every picture starts, and where only text can help: a share of its own
     keeps it from being a set of measure zero.
+
+    Args:
+        count: How many.
+        config: The distribution.
+        generator: Source of randomness.
+        expert: An expert that predicts epsilon has the distribution in its own time s.
     """
     if config.t_distribution == "uniform":
         t = torch.rand(count, generator=generator)
     else:
         normal = torch.randn(count, generator=generator)
         t = torch.sigmoid(config.t_logit_mean + config.t_logit_std * normal)
+    if expert is not None and expert.prediction == "epsilon":
+        t = _from_cosine_time(t, expert.cosine_offset)
     t[: round(config.t_one_share * count)] = 1.0
     return t
 
@@ -69,6 +89,28 @@ def sampling_times(num_inference_steps: int) -> Tensor:
 def _path_variance(t: Tensor) -> Tensor:
     """Variance of x_t for unit-variance data."""
     return (1 - t) ** 2 + t**2
+
+
+def _cosine_time(t: Tensor, offset: float) -> Tensor:
+    """Return the time s of the cosine schedule with the signal-to-noise ratio of t.
+
+    With alpha = (1 - t) / sqrt((1 - t)^2 + t^2) it solves cos(pi/2 (s + o) / (1 + o)) =
+    alpha cos(pi/2 o / (1 + o)); for offset o = 0 this is tan(pi s / 2) = t / (1 - t).
+    """
+    start = math.cos(math.pi / 2 * offset / (1 + offset))
+    if offset == 0:
+        angle = torch.atan2(t, 1 - t)  # exact at both ends, where arccos loses digits
+    else:
+        angle = torch.acos(start * (1 - t) / _path_variance(t).sqrt())
+    return ((1 + offset) * 2 / math.pi * angle - offset).clamp(0, 1)
+
+
+def _from_cosine_time(s: Tensor, offset: float) -> Tensor:
+    """Return the time t of the straight path with the signal-to-noise ratio of s."""
+    start = math.cos(math.pi / 2 * offset / (1 + offset))
+    alpha = (torch.cos(math.pi / 2 * (s + offset) / (1 + offset)) / start).clamp(0, 1)
+    sigma = (1 - alpha**2).sqrt()
+    return sigma / (alpha + sigma)
 
 
 def predict_velocity(
@@ -86,24 +128,58 @@ def predict_velocity(
         t: `(B,)` in [0, 1].
         text: Conditioning of the same batch, or what `Expert.encode_text` made of it.
     """
-    timesteps = TIME_SCALE * t
-    if expert.config.prediction == "velocity":
-        return expert(latents, timesteps, text).float()
     time = _per_sample(t, latents)
+    if expert.config.prediction == "epsilon":
+        noise = _predict_noise(expert, latents, t, text)
+        return velocity_of_noise(noise, latents, time, expert.config)
+    if expert.config.prediction == "velocity":
+        return expert(latents, TIME_SCALE * t, text).to(latents.dtype)
     variance = _path_variance(time)
-    output = expert(latents / variance.sqrt(), timesteps, text).float()
+    output = expert(latents / variance.sqrt(), TIME_SCALE * t, text).to(latents.dtype)
     return (2 * time - 1) / variance * latents - output / variance.sqrt()
 
 
-def velocity_loss(expert: Expert, path: PathSample, text: TextConditioning) -> Tensor:
-    """Return the flow-matching loss, a scalar: mean squared error of the velocity.
+def _predict_noise(
+    expert: Expert, latents: Tensor, t: Tensor, text: TextConditioning | EncodedText
+) -> Tensor:
+    """Return what a DDPM expert takes for the noise in x_t, `(B, C, H, W)`."""
+    scaled = latents / _path_variance(_per_sample(t, latents)).sqrt()
+    timesteps = TIME_SCALE * _cosine_time(t, expert.config.cosine_offset)
+    return expert(scaled, timesteps, text).to(latents.dtype)
 
-    A preconditioned expert's error is weighted by D = (1 - t)^2 + t^2, which makes its network
-    output a unit-variance target at every t.
+
+def velocity_of_noise(noise: Tensor, latents: Tensor, t: Tensor, config: ExpertConfig) -> Tensor:
+    """Return the velocity `noise - x_0`, where x_0 = (x_t - t noise) / (1 - t).
+
+    Two guards hold where the division makes much of a small error, near t = 1: `min_alpha` bounds
+    the divisor from below, `x0_clamp` bounds x_0. Without them this is (noise - x_t) / (1 - t).
+
+    Args:
+        noise: `(B, C, H, W)` estimate of the noise in x_t.
+        latents: `(B, C, H, W)` noisy latents x_t.
+        t: Broadcastable to them, in [0, 1].
+        config: The guards.
     """
+    clean = (latents - t * noise) / (1 - t).clamp(min=config.min_alpha)
+    if config.x0_clamp is not None:
+        clean = clean.clamp(-config.x0_clamp, config.x0_clamp)
+    return noise - clean
+
+
+def denoising_loss(expert: Expert, path: PathSample, text: TextConditioning) -> Tensor:
+    """Return the expert's training loss, a scalar: mean squared error of what it predicts.
+
+    A preconditioned expert's velocity error is weighted by D = (1 - t)^2 + t^2, which makes its
+    network output a unit-variance target at every t. A DDPM expert is compared in its noise.
+    """
+    time = _per_sample(path.t, path.x_t)
+    if expert.config.prediction == "epsilon":
+        noise = path.x_t + (1 - time) * path.velocity
+        error = (_predict_noise(expert, path.x_t, path.t, text) - noise) ** 2
+        return error.mean()
     error = (predict_velocity(expert, path.x_t, path.t, text) - path.velocity) ** 2
     if expert.config.prediction == "preconditioned":
-        error = error * _path_variance(_per_sample(path.t, error))
+        error = error * _path_variance(time)
     return error.mean()
 
 

@@ -13,10 +13,12 @@ class TextConditioning:
     Attributes:
         text_embeddings: `(B, L, D)` token states, for cross-attention.
         pooled_text: `(B, D)` one vector a caption, for the router.
+        text_mask: `(B, L)` boolean, False at padding; None where there is none.
     """
 
     text_embeddings: Tensor
     pooled_text: Tensor
+    text_mask: Tensor | None = None
 
     @classmethod
     def from_pooled(cls, pooled_text: Tensor) -> "TextConditioning":
@@ -28,16 +30,20 @@ class TextConditioning:
 
     def rows(self, index: Tensor | slice) -> "TextConditioning":
         """Return some of the captions, chosen by an index tensor or a slice."""
-        return TextConditioning(self.text_embeddings[index], self.pooled_text[index])
+        mask = None if self.text_mask is None else self.text_mask[index]
+        return TextConditioning(self.text_embeddings[index], self.pooled_text[index], mask)
 
     def to(self, device: torch.device | str) -> "TextConditioning":
         """Return the conditioning on a device."""
-        return TextConditioning(self.text_embeddings.to(device), self.pooled_text.to(device))
+        mask = None if self.text_mask is None else self.text_mask.to(device)
+        return TextConditioning(self.text_embeddings.to(device), self.pooled_text.to(device), mask)
 
     @staticmethod
     def concatenate(parts: "list[TextConditioning]") -> "TextConditioning":
-        """Join batches along the first axis."""
+        """Join batches of one text encoder along the first axis."""
+        masks = [part.text_mask for part in parts if part.text_mask is not None]
         return TextConditioning(
             torch.cat([part.text_embeddings for part in parts]),
             torch.cat([part.pooled_text for part in parts]),
+            torch.cat(masks) if masks else None,
         )

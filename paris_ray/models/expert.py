@@ -14,12 +14,14 @@ from paris_ray.config import ExpertConfig
 from paris_ray.models.conditioning import TextConditioning
 from paris_ray.models.layers import (
     Attention,
+    CrossAttention,
     PatchEmbed,
     TimestepEmbed,
     feed_forward,
     initialise_linear,
     modulate,
     position_table,
+    run_block,
     unpatchify,
 )
 
@@ -29,12 +31,29 @@ class EncodedText:
     """What an expert computes once per image from a caption.
 
     Attributes:
-        context: `(B, L, d)` projected tokens for cross-attention, or None.
+        keys_values: For cross-attention, `(B, 2, heads, L, c)` of each layer.
+        mask: `(B, L)`, False at padding that cross-attention skips; None if it skips none.
         spatial: `(B, N, d)` addition to the patch tokens, or None.
     """
 
-    context: Tensor | None
+    keys_values: tuple[Tensor, ...]
+    mask: Tensor | None
     spatial: Tensor | None
+
+    @staticmethod
+    def concatenate(parts: "list[EncodedText]") -> "EncodedText":
+        """Join batches of one expert along the first axis."""
+        layers = zip(*(part.keys_values for part in parts), strict=True)
+        return EncodedText(
+            tuple(torch.cat(layer) for layer in layers),
+            _concatenate([part.mask for part in parts]),
+            _concatenate([part.spatial for part in parts]),
+        )
+
+
+def _concatenate(parts: list[Tensor | None]) -> Tensor | None:
+    present = [part for part in parts if part is not None]
+    return torch.cat(present) if present else None
 
 
 class ExpertBlock(nn.Module):
@@ -46,9 +65,9 @@ class ExpertBlock(nn.Module):
         self.norm = nn.LayerNorm(d, eps=config.layer_norm_eps, elementwise_affine=False)
         self.scale_shift_table = nn.Parameter(torch.zeros(6, d))
         self.attn = Attention(d, config.num_heads)
-        self.cross_attn: Attention | None = None
+        self.cross_attn: CrossAttention | None = None
         if config.text_injection == "cross_attention":
-            self.cross_attn = Attention(d, config.num_heads)
+            self.cross_attn = CrossAttention(d, config.num_heads)
         self.mlp = feed_forward(d, config.mlp_ratio)
 
     def initialise(self) -> None:
@@ -57,13 +76,15 @@ class ExpertBlock(nn.Module):
         if self.cross_attn is not None:
             nn.init.zeros_(self.cross_attn.out_proj.weight)
 
-    def forward(self, x: Tensor, modulation: Tensor, context: Tensor | None) -> Tensor:
-        """`x (B, N, d)`, `modulation (B, 6, d)`, `context (B, L, d)` -> `(B, N, d)`."""
+    def forward(
+        self, x: Tensor, modulation: Tensor, keys_values: Tensor | None, mask: Tensor | None
+    ) -> Tensor:
+        """`x (B, N, d)`, `modulation (B, 6, d)`, text as in `EncodedText` -> `(B, N, d)`."""
         parts = (self.scale_shift_table + modulation).chunk(6, dim=1)
         shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = parts
         x = x + gate_attn * self.attn(modulate(self.norm(x), shift_attn, scale_attn))
-        if self.cross_attn is not None and context is not None:
-            x = x + self.cross_attn(x, context)
+        if self.cross_attn is not None:
+            x = x + self.cross_attn(x, keys_values, mask)
         return x + gate_mlp * self.mlp(modulate(self.norm(x), shift_mlp, scale_mlp))
 
 
@@ -92,8 +113,12 @@ class Expert(nn.Module):
     """One expert of the ensemble.
 
     Args:
-        config: Its architecture. `Expert(ExpertConfig(hidden_size=1152, num_layers=28,
-            num_heads=16))` is Paris XL/2 with 605,970,448 parameters.
+        config: Its architecture. `Expert(ExpertConfig.preset("XL/2"))` is the published expert
+            with 605,970,448 parameters.
+
+    Attributes:
+        gradient_checkpointing: Whether blocks are run again in the backward pass, which saves
+            most of the memory of training for a third more computation.
     """
 
     def __init__(self, config: ExpertConfig) -> None:
@@ -115,6 +140,7 @@ class Expert(nn.Module):
             )
         self.layers: Any = nn.ModuleList(ExpertBlock(config) for _ in range(config.num_layers))
         self.final_layer = ExpertFinalLayer(config)
+        self.gradient_checkpointing = False
         self.initialise()
 
     def initialise(self) -> None:
@@ -135,16 +161,22 @@ class Expert(nn.Module):
         Raises:
             ValueError: if spatial injection is given more than one text vector a caption.
         """
-        embeddings = text.text_embeddings if isinstance(text, TextConditioning) else text
+        if isinstance(text, Tensor):
+            embeddings, mask = text, None
+        else:
+            embeddings, mask = text.text_embeddings, text.text_mask
+        embeddings = embeddings.to(self.pos_embed.dtype)
         if self.config.text_injection == "cross_attention":
-            return EncodedText(self.text_proj(embeddings), None)
+            context = self.text_proj(embeddings)
+            keys_values = tuple(block.cross_attn.keys_values(context) for block in self.layers)
+            return EncodedText(keys_values, mask if self.config.text_padding_mask else None, None)
         if embeddings.shape[1] != 1:
             raise ValueError(
                 f"text_injection='spatial' needs one text vector a caption, "
                 f"got text_embeddings of shape {tuple(embeddings.shape)}"
             )
         projected = self.text_proj(embeddings[:, 0])
-        return EncodedText(None, projected.view(len(embeddings), self.grid**2, -1))
+        return EncodedText((), None, projected.view(len(embeddings), self.grid**2, -1))
 
     def forward(
         self, latents: Tensor, timesteps: Tensor, text: TextConditioning | Tensor | EncodedText
@@ -158,15 +190,23 @@ class Expert(nn.Module):
 
         Returns:
             `(B, C, H, W)`. With `prediction="preconditioned"` latents must already have unit
-            variance; `paris_ray.diffusion.predict_velocity` takes care of both cases.
+            variance; `paris_ray.diffusion.predict_velocity` takes care of all cases.
         """
         encoded = text if isinstance(text, EncodedText) else self.encode_text(text)
-        x = self.patch_embed(latents) + self.pos_embed  # (B, N, d)
+        x = self.patch_embed(latents.to(self.pos_embed.dtype)) + self.pos_embed  # (B, N, d)
         if encoded.spatial is not None:
             x = x + encoded.spatial
         time_embedding = self.time_embed(timesteps)  # (B, d)
         modulation = self.t_block(time_embedding).unflatten(1, (6, -1))  # (B, 6, d)
-        for block in self.layers:
-            x = block(x, modulation, encoded.context)
+        keys_values = encoded.keys_values or (None,) * len(self.layers)
+        for block, text_of_layer in zip(self.layers, keys_values, strict=True):
+            x = run_block(
+                block,
+                x,
+                modulation,
+                text_of_layer,
+                encoded.mask,
+                recompute=self.gradient_checkpointing,
+            )
         x = self.final_layer(x, time_embedding)  # (B, N, p * p * C)
         return unpatchify(x, self.grid, self.config.patch_size)

@@ -7,6 +7,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 FREQUENCY_DIM = 256
 MAX_PERIOD = 10_000.0
@@ -78,47 +79,72 @@ class TimestepEmbed(nn.Module):
         return self.mlp(sinusoid(timesteps, FREQUENCY_DIM).to(next(self.parameters()).dtype))
 
 
-class Attention(nn.Module):
-    """Multi-head attention with one fused projection; with `context`, keys and values are its.
+class FusedLinear(nn.Linear):
+    """A linear layer whose outputs can also be computed in part."""
 
-    `in_proj` is a plain `nn.Linear` (order query, key, value), so that a LoRA can target it; in
-    state dicts it has the names of `nn.MultiheadAttention`, as in the released weights.
+    def rows(self, x: Tensor, start: int, stop: int | None) -> Tensor:
+        """Return output features `start` to `stop`: `(..., in) -> (..., stop - start)`."""
+        return functional.linear(x, self.weight[start:stop], self.bias[start:stop])
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with one fused projection.
+
+    `in_proj` is one linear layer (order query, key, value), so that a LoRA can target it; in state
+    dicts it has the names of `nn.MultiheadAttention`, as in the released weights.
     """
 
     def __init__(self, hidden_size: int, num_heads: int) -> None:
         super().__init__()
-        self.num_heads = num_heads
-        self.in_proj = nn.Linear(hidden_size, 3 * hidden_size)
+        self.hidden_size, self.num_heads = hidden_size, num_heads
+        self.in_proj: Any = FusedLinear(hidden_size, 3 * hidden_size)
         self.out_proj = nn.Linear(hidden_size, hidden_size)
         self.register_state_dict_post_hook(_to_released_names)
         self.register_load_state_dict_pre_hook(_from_released_names)
 
-    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        """`x (B, N, d)`, `context (B, L, d)` or None -> `(B, N, d)`."""
-        if context is None:
-            query, key, value = self.in_proj(x).chunk(3, dim=-1)
-        else:
-            d = x.shape[-1]
-            weight, bias = self.in_proj.weight, self.in_proj.bias
-            query = functional.linear(x, weight[:d], bias[:d])
-            key, value = functional.linear(context, weight[d:], bias[d:]).chunk(2, dim=-1)
-        mixed = _attend(*(self._split(part) for part in (query, key, value)))
+    def forward(self, x: Tensor) -> Tensor:
+        """`(B, N, d) -> (B, N, d)`."""
+        query, key, value = self._split(self.in_proj(x), 3).unbind(dim=1)
+        return self._merge(_attend(query, key, value))
+
+    def _split(self, x: Tensor, parts: int) -> Tensor:
+        """`(B, N, parts * d) -> (B, parts, heads, N, c)`."""
+        return rearrange(x, "b n (p h c) -> b p h n c", p=parts, h=self.num_heads)
+
+    def _merge(self, mixed: Tensor) -> Tensor:
+        """`(B, heads, N, c) -> (B, N, d)`."""
         return self.out_proj(rearrange(mixed, "b h n c -> b n (h c)"))
 
-    def _split(self, x: Tensor) -> Tensor:
-        return rearrange(x, "b n (h c) -> b h n c", h=self.num_heads)
+
+class CrossAttention(Attention):
+    """Attention of image tokens to text; keys and values are computed apart, once per image."""
+
+    def keys_values(self, context: Tensor) -> Tensor:
+        """`(B, L, d) -> (B, 2, heads, L, c)`."""
+        return self._split(self.in_proj.rows(context, self.hidden_size, None), 2)
+
+    def forward(  # type: ignore[override]
+        self, x: Tensor, keys_values: Tensor, mask: Tensor | None = None
+    ) -> Tensor:
+        """`x (B, N, d)`, what `keys_values` returned, `mask (B, L)` or None -> `(B, N, d)`."""
+        query = self._split(self.in_proj.rows(x, 0, self.hidden_size), 1)[:, 0]
+        key, value = keys_values.unbind(dim=1)
+        return self._merge(_attend(query, key, value, mask))
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Scaled dot-product attention of `(B, heads, N, c)`.
+def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Scaled dot-product attention of `(B, heads, N, c)`; `mask (B, L)` is False at padding.
 
     On a CPU it runs in float32 even under autocast: the fused bfloat16 backward pass there takes
     nine times as long as the float32 one, a third of a whole training step of a small expert.
     """
+    mask = None if mask is None else mask[:, None, None]
     if query.device.type != "cpu":
-        return functional.scaled_dot_product_attention(query, key, value)
+        return functional.scaled_dot_product_attention(query, key, value, mask)
     with torch.autocast("cpu", enabled=False):
-        mixed = functional.scaled_dot_product_attention(query.float(), key.float(), value.float())
+        mixed = functional.scaled_dot_product_attention(
+            query.float(), key.float(), value.float(), mask
+        )
     return mixed.to(query.dtype)
 
 
@@ -135,6 +161,17 @@ def _from_released_names(
     for part in ("weight", "bias"):
         if f"{prefix}in_proj_{part}" in state:
             state[f"{prefix}in_proj.{part}"] = state.pop(f"{prefix}in_proj_{part}")
+
+
+def run_block(block: nn.Module, *inputs: Tensor | None, recompute: bool) -> Tensor:
+    """Run a block; `recompute` keeps only its inputs for the backward pass (checkpointing).
+
+    Source: gradient checkpointing, Chen et al. 2016 (arXiv 1604.06174).
+    """
+    if not recompute:
+        return block(*inputs)
+    result: Tensor = checkpoint(block, *inputs, use_reentrant=False)
+    return result
 
 
 def feed_forward(hidden_size: int, mlp_ratio: float) -> nn.Sequential:

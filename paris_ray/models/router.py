@@ -18,6 +18,7 @@ from paris_ray.models.layers import (
     initialise_linear,
     modulate,
     position_table,
+    run_block,
 )
 
 
@@ -68,9 +69,10 @@ class Router(nn.Module):
             nn.Linear(d, d),
             nn.GELU(),
             nn.LayerNorm(d),
-            nn.Identity(),
+            nn.GELU() if config.head_activation == "gelu" else nn.Identity(),
             nn.Linear(d, config.num_experts),
         )
+        self.gradient_checkpointing = False
         self.initialise()
 
     def initialise(self) -> None:
@@ -99,9 +101,9 @@ class Router(nn.Module):
         if self.text_proj is not None:
             if pooled_text is None:
                 raise ValueError("this router reads text: pooled_text is missing")
-            condition = condition + self.text_proj(pooled_text)
-        x = self.patch_embed(latents) + self.pos_embed  # (B, N, d)
+            condition = condition + self.text_proj(pooled_text.to(condition.dtype))
+        x = self.patch_embed(latents.to(self.pos_embed.dtype)) + self.pos_embed  # (B, N, d)
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)  # (B, 1 + N, d)
         for block in self.layers:
-            x = block(x, condition)
+            x = run_block(block, x, condition, recompute=self.gradient_checkpointing)
         return self.head(x[:, 0])

@@ -7,7 +7,7 @@ from torch import Tensor
 from paris_ray.artifacts import Folder
 from paris_ray.config import ExpertConfig, TrainingConfig, identity, to_dict
 from paris_ray.devices import resolve_device
-from paris_ray.diffusion import velocity_loss
+from paris_ray.diffusion import denoising_loss
 from paris_ray.models import Expert
 from paris_ray.run import EXPERT_WEIGHTS, MODEL_CONFIG
 from paris_ray.seeding import torch_generator
@@ -70,4 +70,4 @@ def expert_loss(
     """Draw times, noise and text for rows `index (B,)`, place them on the path, compare."""
     generator = torch_generator(seed, "batch", step)
     path, text = dataset.draw(index, config, generator, next(expert.parameters()).device)
-    return velocity_loss(expert, path, text)
+    return denoising_loss(expert, path, text)

@@ -1,11 +1,13 @@
 """Properties of the path and of the times."""
 
+import math
+
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from paris_ray.config import TrainingConfig
-from paris_ray.diffusion import sample_path, sample_times, sampling_times
+from paris_ray.config import ExpertConfig, TrainingConfig
+from paris_ray.diffusion import predict_velocity, sample_path, sample_times, sampling_times
 from paris_ray.seeding import derive_seed, torch_generator
 
 SEEDS = st.integers(0, 2**32)
@@ -75,3 +77,66 @@ def test_seeds_depend_on_every_argument(
     assert derived != derive_seed(seed, purpose + "x", *indices)
     assert derived != derive_seed(seed, purpose, *indices, 0)
     assert (derived == derive_seed(other, purpose, *indices)) == (other == seed)
+
+
+class GaussianExpert:
+    """The exact network for data N(mean, std^2): a DDPM or flow expert with nothing to learn."""
+
+    def __init__(self, config: ExpertConfig, mean: float, std: float) -> None:
+        self.config, self.mean, self.std = config, mean, std
+
+    def __call__(
+        self, x: torch.Tensor, timesteps: torch.Tensor, text: object = None
+    ) -> torch.Tensor:
+        time = (timesteps / 1000).view(-1, 1, 1, 1)
+        if self.config.prediction == "velocity":
+            signal, noise = 1 - time, time
+        else:
+            offset = self.config.cosine_offset
+            start = math.cos(math.pi / 2 * offset / (1 + offset))
+            signal = torch.cos(math.pi / 2 * (time + offset) / (1 + offset)) / start
+            noise = (1 - signal**2).sqrt()
+        spread = (x - signal * self.mean) / (signal**2 * self.std**2 + noise**2)
+        epsilon = noise * spread
+        clean = self.mean + signal * self.std**2 * spread
+        return epsilon - clean if self.config.prediction == "velocity" else epsilon
+
+
+@given(
+    st.floats(0.01, 0.99), st.floats(-2, 2), st.floats(0.2, 2), SEEDS, st.sampled_from([0, 0.008])
+)
+@settings(deadline=None)
+def test_a_converted_ddpm_expert_equals_the_flow_expert(
+    time: float, mean: float, std: float, seed: int, offset: float
+) -> None:
+    data, noise = ends(seed, 2, [1, 2, 2])
+    t = torch.full((2,), time, dtype=torch.float64)
+    x_t = sample_path(mean + std * data, noise, t).x_t
+    unguarded = {"min_alpha": 0.0, "x0_clamp": None, "cosine_offset": offset}
+    flow = GaussianExpert(ExpertConfig(prediction="velocity"), mean, std)
+    ddpm = GaussianExpert(ExpertConfig(prediction="epsilon", **unguarded), mean, std)
+    converted, exact = (predict_velocity(expert, x_t, t, None) for expert in (ddpm, flow))
+    torch.testing.assert_close(converted, exact, rtol=1e-4, atol=1e-4)
+
+
+@given(st.floats(0, 1), st.floats(-2, 2), SEEDS)
+@settings(deadline=None)
+def test_the_guards_keep_converted_velocities_finite(time: float, mean: float, seed: int) -> None:
+    data, noise = ends(seed, 2, [1, 2, 2])
+    t = torch.full((2,), time, dtype=torch.float64)
+    x_t = sample_path(mean + data, noise, t).x_t
+    config = ExpertConfig(prediction="epsilon", x0_clamp=3.0)
+    # An expert that is wrong by a constant, which the division by 1 - t would blow up.
+    wrong = GaussianExpert(config, mean + 5, 1.0)
+    velocity = predict_velocity(wrong, x_t, t, None)
+    assert velocity.isfinite().all()
+    bound = 3.0 + (x_t.abs() + 7).max()
+    assert velocity.abs().max() <= bound
+
+
+def test_epsilon_experts_are_trained_uniformly_in_their_own_time() -> None:
+    config = TrainingConfig(t_distribution="uniform", t_one_share=0.0)
+    t = sample_times(20_000, config, torch_generator(0, "t"), ExpertConfig(prediction="epsilon"))
+    s = torch.atan2(t, 1 - t) * 2 / math.pi
+    histogram = torch.histc(s, bins=10, min=0, max=1) / len(s)
+    torch.testing.assert_close(histogram, torch.full((10,), 0.1), rtol=0.1, atol=0)

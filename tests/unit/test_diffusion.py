@@ -11,7 +11,7 @@ from paris_ray.diffusion import (
     router_logits,
     sample_path,
     sampling_times,
-    velocity_loss,
+    denoising_loss,
 )
 from paris_ray.models import Expert, ExpertConfig, Router, RouterConfig, TextConditioning
 
@@ -91,7 +91,7 @@ def test_the_network_of_a_preconditioned_expert_learns_a_unit_variance_target(
     target = (t * LATENTS - (1 - t) * NOISE) / scale
     output = expert(path.x_t / scale, 1000 * TIMES, TEXT)
     expected = ((output - target) ** 2).mean()
-    torch.testing.assert_close(velocity_loss(expert, path, TEXT), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(denoising_loss(expert, path, TEXT), expected, rtol=1e-5, atol=1e-6)
     many_latents, many_noise = gaussian(4, 100_000), gaussian(5, 100_000)
     for time in TIMES.tolist():
         size = ((1 - time) ** 2 + time**2) ** 0.5
@@ -103,7 +103,7 @@ def test_the_loss_of_a_velocity_expert_is_plain_mean_squared_error() -> None:
     path = sample_path(LATENTS, NOISE, TIMES)
     silent = Expert(ExpertConfig(**SMALL))  # predicts zero
     expected = ((NOISE - LATENTS) ** 2).mean()
-    torch.testing.assert_close(velocity_loss(silent, path, TEXT), expected)
+    torch.testing.assert_close(denoising_loss(silent, path, TEXT), expected)
 
 
 @pytest.mark.parametrize("steps", [1, 8, 50])

@@ -1,13 +1,21 @@
 """Experts and router: sizes, the released parameter names, and what they accept."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from paris_ray.models import Expert, ExpertConfig, Router, RouterConfig, TextConditioning
-from paris_ray.models.layers import Attention
+from paris_ray.models import (
+    EncodedText,
+    Expert,
+    ExpertConfig,
+    Router,
+    RouterConfig,
+    TextConditioning,
+)
+from paris_ray.models.layers import Attention, CrossAttention
 
 Randomise = Callable[[nn.Module, int], nn.Module]
 
@@ -140,13 +148,74 @@ def test_router_needs_text_exactly_if_built_with_it(randomised: Randomise) -> No
     assert without(latents, timesteps).shape == (2, 8)
 
 
-@pytest.mark.parametrize("length", [None, 3])
-def test_attention_equals_torch(length: int | None, randomised: Randomise) -> None:
+def test_self_attention_equals_torch(randomised: Randomise) -> None:
     reference = randomised(nn.MultiheadAttention(16, 4, batch_first=True), 0)
     attention = Attention(16, 4)
     attention.load_state_dict(reference.state_dict(), strict=True)
     x = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(0))
-    context = None if length is None else 2 * x[:, :length].flip(1)
-    source = x if context is None else context
-    expected, _ = reference(x, source, source)
-    torch.testing.assert_close(attention(x, context), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(attention(x), reference(x, x, x)[0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("padding", [0, 2])
+def test_cross_attention_equals_torch(padding: int, randomised: Randomise) -> None:
+    reference = randomised(nn.MultiheadAttention(16, 4, batch_first=True), 0)
+    attention = CrossAttention(16, 4)
+    attention.load_state_dict(reference.state_dict(), strict=True)
+    x = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(0))
+    context = 2 * x[:, :4].flip(1)
+    mask = torch.arange(4).expand(2, 4) < 4 - padding
+    expected, _ = reference(x, context, context, key_padding_mask=~mask)
+    found = attention(x, attention.keys_values(context), mask)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_padding_counts_unless_it_is_masked(masked: bool, randomised: Randomise) -> None:
+    expert = randomised(Expert(ExpertConfig(text_padding_mask=masked, **SMALL)), 0)
+    latents, timesteps, text = inputs(length=4)
+    mask = torch.tensor([[True, True, False, False]]).expand(2, 4)
+    other = text.text_embeddings.clone()
+    other[:, 2:] += 1
+    first = expert(latents, timesteps, replace(text, text_mask=mask))
+    second = expert(latents, timesteps, TextConditioning(other, text.pooled_text, mask))
+    assert torch.equal(first, second) == masked
+
+
+def test_encoded_texts_join(randomised: Randomise) -> None:
+    for injection, length in (("cross_attention", 3), ("spatial", 1)):
+        expert = randomised(Expert(ExpertConfig(text_injection=injection, **SMALL)), 0)
+        latents, timesteps, text = inputs(length)
+        parts = [expert.encode_text(text.rows(slice(i, i + 1))) for i in range(len(text))]
+        joined = expert(latents, timesteps, EncodedText.concatenate(parts))
+        torch.testing.assert_close(joined, expert(latents, timesteps, text))
+
+
+def test_gradient_checkpointing_changes_no_gradient(randomised: Randomise) -> None:
+    gradients = []
+    for recompute in (False, True):
+        expert = randomised(Expert(ExpertConfig(**SMALL)), 0)
+        expert.gradient_checkpointing = recompute
+        latents, timesteps, text = inputs(length=3)
+        expert(latents, timesteps, text).square().mean().backward()
+        gradients.append([p.grad for p in expert.parameters() if p.grad is not None])
+    assert all(map(torch.equal, *gradients))
+
+
+def test_the_router_head_has_a_choice_of_activation(randomised: Randomise) -> None:
+    latents, timesteps, text = inputs(length=1)
+    logits = [
+        randomised(Router(RouterConfig(head_activation=activation, **SMALL)), 0)(
+            latents, timesteps, text.pooled_text
+        )
+        for activation in ("identity", "gelu")
+    ]
+    assert not torch.allclose(*logits)
+
+
+def test_stored_half_precision_is_computed_in(randomised: Randomise) -> None:
+    latents, timesteps, text = inputs(length=3)
+    expert = randomised(Expert(ExpertConfig(**SMALL)), 0)
+    exact = expert(latents, timesteps, text)
+    rounded = expert.to(torch.bfloat16)(latents, timesteps, text)
+    assert rounded.dtype == torch.bfloat16
+    assert (rounded - exact).norm() / exact.norm() < 0.05

@@ -1,0 +1,79 @@
+"""The configuration of a run: `load("quickstart", ["training.steps=50"])` returns a typed tree.
+
+Unknown keys, wrong types and values that are not allowed are refused with the allowed ones.
+"""
+
+from paris_ray.config.checks import check, check_model
+from paris_ray.config.conversion import (
+    ExpertSetup,
+    digest,
+    expert_setup,
+    from_dict,
+    identity,
+    to_dict,
+    to_yaml,
+)
+from paris_ray.config.loading import (
+    load,
+    local_paths,
+    packaged_configs,
+    run_folder,
+    with_absolute_paths,
+)
+from paris_ray.config.sections import (
+    MAX_TEXT_WIDTH,
+    MODEL_LIMITS,
+    PRESETS,
+    RESOURCE_KEYS,
+    ClusterConfig,
+    CodecConfig,
+    Config,
+    CorpusConfig,
+    EvaluationConfig,
+    ExpertConfig,
+    FeaturesConfig,
+    FleetConfig,
+    GpuConfig,
+    PoolConfig,
+    Precision,
+    RouterConfig,
+    SamplingConfig,
+    TextConfig,
+    TrainingConfig,
+)
+
+__all__ = [
+    "MAX_TEXT_WIDTH",
+    "MODEL_LIMITS",
+    "PRESETS",
+    "RESOURCE_KEYS",
+    "ClusterConfig",
+    "CodecConfig",
+    "Config",
+    "CorpusConfig",
+    "EvaluationConfig",
+    "ExpertConfig",
+    "ExpertSetup",
+    "FeaturesConfig",
+    "FleetConfig",
+    "GpuConfig",
+    "PoolConfig",
+    "Precision",
+    "RouterConfig",
+    "SamplingConfig",
+    "TextConfig",
+    "TrainingConfig",
+    "check",
+    "check_model",
+    "digest",
+    "expert_setup",
+    "from_dict",
+    "identity",
+    "load",
+    "local_paths",
+    "packaged_configs",
+    "run_folder",
+    "to_dict",
+    "to_yaml",
+    "with_absolute_paths",
+]

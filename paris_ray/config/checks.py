@@ -1,0 +1,185 @@
+"""What the types of a configuration cannot express."""
+
+from paris_ray.config.conversion import expert_setup
+from paris_ray.config.sections import (
+    MAX_TEXT_WIDTH,
+    MODEL_LIMITS,
+    ClusterConfig,
+    CodecConfig,
+    Config,
+    CorpusConfig,
+    ExpertConfig,
+    FleetConfig,
+    RouterConfig,
+    TrainingConfig,
+)
+from paris_ray.errors import ConfigError
+
+
+def _require(holds: bool, field_name: str, value: object, allowed: str) -> None:
+    if not holds:
+        raise ConfigError(f"{field_name}={value!r} is not allowed: {allowed}")
+
+
+def _check_training(name: str, training: TrainingConfig) -> None:
+    counts = ("steps", "batch_size", "accumulation_steps", "log_every", "checkpoint_every")
+    for key in (*counts, "threads"):
+        value = getattr(training, key)
+        _require(value >= 1, f"{name}.{key}", value, "at least 1")
+    for key in ("epochs", "sample_every"):
+        value = getattr(training, key)
+        _require(value is None or value > 0, f"{name}.{key}", value, "> 0, or null")
+    _require(training.prefetch >= 0, f"{name}.prefetch", training.prefetch, "at least 0")
+    parts, allowed = training.accumulation_steps, f"a divisor of batch_size={training.batch_size}"
+    _require(training.batch_size % parts == 0, f"{name}.accumulation_steps", parts, allowed)
+    for key in ("text_dropout", "t_one_share", "decay_share", "ema_decay"):
+        value = getattr(training, key)
+        _require(0 <= value <= 1, f"{name}.{key}", value, "between 0 and 1")
+    _require(training.learning_rate > 0, f"{name}.learning_rate", training.learning_rate, "> 0")
+
+
+def check_model(name: str, model: ExpertConfig | RouterConfig) -> None:
+    """Check an architecture on its own, before anything is allocated for it.
+
+    Raises:
+        ConfigError: naming the field, its value and what is allowed.
+    """
+    for key, most in MODEL_LIMITS.items():
+        value = getattr(model, key)
+        _require(1 <= value <= most, f"{name}.{key}", value, f"between 1 and {most}")
+    _require(0 < model.mlp_ratio <= 16, f"{name}.mlp_ratio", model.mlp_ratio, "0 < x <= 16")
+    widths = {"text_embed_dim": 0}
+    if isinstance(model, ExpertConfig):
+        widths = {"text_embed_dim": 1, "text_hidden_size": 1}
+        _check_epsilon(name, model)
+    else:
+        _require(model.num_experts >= 1, f"{name}.num_experts", model.num_experts, ">= 1")
+    for key, least in widths.items():
+        value, allowed = getattr(model, key), f"between {least} and {MAX_TEXT_WIDTH}"
+        _require(least <= value <= MAX_TEXT_WIDTH, f"{name}.{key}", value, allowed)
+    quarters = model.hidden_size % 4 == 0  # sine and cosine of row and column
+    _require(quarters, f"{name}.hidden_size", model.hidden_size, "a multiple of 4")
+    divisible = model.hidden_size % model.num_heads == 0
+    allowed = f"a multiple of num_heads={model.num_heads}"
+    _require(divisible, f"{name}.hidden_size", model.hidden_size, allowed)
+    allowed = f"a multiple of patch_size={model.patch_size}"
+    _require(
+        model.input_size % model.patch_size == 0, f"{name}.input_size", model.input_size, allowed
+    )
+
+
+def _check_epsilon(name: str, model: ExpertConfig) -> None:
+    offset, alpha, clamp = model.cosine_offset, model.min_alpha, model.x0_clamp
+    _require(0 <= offset <= 0.1, f"{name}.cosine_offset", offset, "between 0 and 0.1")
+    _require(0 <= alpha < 1, f"{name}.min_alpha", alpha, "0 <= x < 1")
+    _require(clamp is None or clamp > 0, f"{name}.x0_clamp", clamp, "> 0, or null")
+
+
+def _check_experts(config: Config) -> dict[str, ExpertConfig]:
+    """Check the overrides of single experts; return their architectures by name."""
+    num_clusters = config.cluster.num_clusters
+    models = {}
+    for index in config.experts:
+        exists = index.isascii() and index.isdigit() and int(index) < num_clusters
+        allowed = f"0 to {num_clusters - 1}, as cluster.num_clusters={num_clusters}"
+        _require(exists and index == str(int(index)), "experts", index, allowed)
+        setup = expert_setup(config, int(index))
+        _check_training(f"experts.{index}.training", setup.training)
+        same = setup.expert.text_embed_dim == config.expert.text_embed_dim
+        name, width = f"experts.{index}.expert", config.expert.text_embed_dim
+        allowed = f"{width}, since all experts read one text encoder"
+        _require(same, f"{name}.text_embed_dim", setup.expert.text_embed_dim, allowed)
+        models[name] = setup.expert
+    return models
+
+
+def _check_shapes(config: Config) -> None:
+    """Check that experts and router fit the latents that the codec makes."""
+    input_size = config.corpus.image_size // config.codec.patch_size
+    models: dict[str, ExpertConfig | RouterConfig] = {
+        "expert": config.expert,
+        "router": config.router,
+        **_check_experts(config),
+    }
+    for name, model in models.items():
+        check_model(name, model)
+        source = "corpus.image_size / codec.patch_size"
+        fits = model.input_size == input_size
+        _require(fits, f"{name}.input_size", model.input_size, f"{input_size} = {source}")
+        num_components = config.codec.num_components
+        fits = model.in_channels == num_components
+        allowed = f"{num_components} = codec.num_components"
+        _require(fits, f"{name}.in_channels", model.in_channels, allowed)
+    num_clusters = config.cluster.num_clusters
+    fits = config.router.num_experts == num_clusters
+    allowed = f"{num_clusters} = cluster.num_clusters"
+    _require(fits, "router.num_experts", config.router.num_experts, allowed)
+
+
+def _check_corpus(corpus: CorpusConfig) -> None:
+    if corpus.kind != "openmoji":
+        _require(corpus.path is not None, "corpus.path", None, f"a path for kind={corpus.kind}")
+    templates = corpus.caption_templates
+    well_formed = templates[:1] == ["{}"] and all(t.count("{}") == 1 for t in templates)
+    allowed = "texts with one {} each, the first of them '{}', the caption itself"
+    _require(well_formed, "corpus.caption_templates", templates, allowed)
+    _require(corpus.image_size >= 8, "corpus.image_size", corpus.image_size, "at least 8 pixels")
+    _require(corpus.rows_per_shard >= 1, "corpus.rows_per_shard", corpus.rows_per_shard, ">= 1")
+    _require(corpus.limit is None or corpus.limit >= 1, "corpus.limit", corpus.limit, ">= 1, null")
+    _require(0 <= corpus.max_bad_share <= 1, "corpus.max_bad_share", corpus.max_bad_share, "0..1")
+
+
+def _check_codec(codec: CodecConfig, image_size: int) -> None:
+    size, count = codec.patch_size, codec.num_components
+    if codec.kind == "autoencoder_kl":
+        _require(codec.path is not None, "codec.path", None, "a folder or a hub name for its kind")
+    divides = size >= 1 and image_size % size == 0
+    allowed = f"a divisor of corpus.image_size={image_size}"
+    _require(divides, "codec.patch_size", size, allowed)
+    most = 3 * size**2
+    allowed = f"between 1 and {most}, the values of one patch"
+    _require(1 <= count <= most, "codec.num_components", count, allowed)
+
+
+def _check_cluster(cluster: ClusterConfig) -> None:
+    count = cluster.num_clusters
+    _require(count >= 1, "cluster.num_clusters", count, "at least 1")
+    allowed = f"at least cluster.num_clusters={count}"
+    _require(cluster.num_fine >= count, "cluster.num_fine", cluster.num_fine, allowed)
+    _require(cluster.max_imbalance >= 1, "cluster.max_imbalance", cluster.max_imbalance, ">= 1")
+
+
+def _check_fleet(fleet: FleetConfig) -> None:
+    _require(fleet.num_images >= 1, "fleet.num_images", fleet.num_images, "at least 1")
+    for i, gpu in enumerate(fleet.gpus):
+        for key in ("count", "memory_gb", "peak_tflops"):
+            value = getattr(gpu, key)
+            _require(value > 0, f"fleet.gpus[{i}].{key}", value, "> 0")
+        _require(0 < gpu.mfu <= 1, f"fleet.gpus[{i}].mfu", gpu.mfu, "0 < x <= 1")
+        price = gpu.dollars_per_hour
+        _require(price >= 0, f"fleet.gpus[{i}].dollars_per_hour", price, "at least 0")
+
+
+def check(config: Config) -> None:
+    """Check what types cannot express.
+
+    Raises:
+        ConfigError: naming the field, its value and what is allowed.
+    """
+    _check_corpus(config.corpus)
+    _check_codec(config.codec, config.corpus.image_size)
+    _check_cluster(config.cluster)
+    for key in ("steps", "batch_size", "max_images"):
+        value = getattr(config.features, key)
+        _require(value >= 1, f"features.{key}", value, "at least 1")
+    _check_training("training", config.training)
+    _check_training("router_training", config.router_training)
+    _check_shapes(config)
+    for key in ("batch_size", "num_tasks", "threads"):
+        value = getattr(config.evaluation, key)
+        _require(value >= 1, f"evaluation.{key}", value, "at least 1")
+    steps = config.sampling.num_inference_steps
+    _require(steps >= 1, "sampling.num_inference_steps", steps, "at least 1")
+    temperature = config.sampling.router_temperature
+    _require(temperature > 0, "sampling.router_temperature", temperature, "> 0")
+    _check_fleet(config.fleet)

@@ -1,0 +1,105 @@
+"""Sections from JSON and back, the setup of single experts, and what a result depends on."""
+
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from omegaconf import OmegaConf
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+
+from paris_ray.artifacts import canonical_json, sha256_hex
+from paris_ray.config.sections import RESOURCE_KEYS, Config, ExpertConfig, TrainingConfig
+from paris_ray.errors import ConfigError
+
+Section = TypeVar("Section")
+
+
+def from_dict(section: type[Section], values: object, source: str) -> Section:
+    """Return one configuration section from parsed JSON that may come from a stranger.
+
+    Args:
+        section: The dataclass.
+        values: The parsed document.
+        source: What to call the document in an error.
+
+    Raises:
+        ConfigError: for an unknown key, a wrong type or an interpolation.
+    """
+    if not isinstance(values, dict):
+        raise ConfigError(f"{source} does not hold a mapping")
+    if "${" in str(values):  # OmegaConf would expand it, for example to environment variables
+        raise ConfigError(f"{source} holds an interpolation, which is not allowed here")
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(section), values)
+        typed = OmegaConf.to_object(merged)
+    except ConfigKeyError as error:
+        allowed = ", ".join(to_dict(section))
+        raise ConfigError(
+            f"{source}: unknown key {error.full_key!r}; allowed here: {allowed}"
+        ) from None
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{source}: {error.full_key}: {str(error).splitlines()[0]}") from None
+    assert isinstance(typed, section)
+    return typed
+
+
+def to_yaml(config: Config) -> str:
+    """Return the resolved configuration as YAML that `load` reads back."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def to_dict(section: Any) -> dict[str, Any]:
+    """Return a configuration section as plain JSON values."""
+    container = OmegaConf.to_container(OmegaConf.structured(section))
+    assert isinstance(container, dict)
+    return {str(key): value for key, value in container.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertSetup:
+    """One expert's own architecture and training: the common ones with its overrides."""
+
+    expert: ExpertConfig
+    training: TrainingConfig
+
+
+def expert_setup(config: Config, index: int) -> ExpertSetup:
+    """Return what expert `index` is and how it is trained.
+
+    Raises:
+        ConfigError: if `experts.<index>` has an unknown key or a wrong type.
+    """
+    source = f"experts.{index}"
+    overrides = config.experts.get(str(index)) or {}
+    common = ExpertSetup(config.expert, config.training)
+    merged = {name: to_dict(getattr(common, name)) for name in ("expert", "training")}
+    if not isinstance(overrides, dict) or overrides.keys() - merged.keys():
+        raise ConfigError(f"{source}={overrides!r} is not allowed: a mapping of expert, training")
+    for name, values in overrides.items():
+        if not isinstance(values, dict):
+            raise ConfigError(f"{source}.{name}={values!r} is not allowed: a mapping")
+        merged[name] |= values
+    return ExpertSetup(
+        expert=from_dict(ExpertConfig, merged["expert"], f"{source}.expert"),
+        training=from_dict(TrainingConfig, merged["training"], f"{source}.training"),
+    )
+
+
+def _without_resources(value: Any) -> Any:
+    if not isinstance(value, dict):
+        return value
+    return {k: _without_resources(v) for k, v in value.items() if k not in RESOURCE_KEYS}
+
+
+def identity(section: Any) -> dict[str, Any]:
+    """Return what of a section decides results: all but `RESOURCE_KEYS`.
+
+    Where and how fast a stage runs does not count: a run may be continued on other machines.
+    """
+    values: dict[str, Any] = _without_resources(to_dict(section))
+    return values
+
+
+def digest(config: Config, *sections: str) -> str:
+    """Return the digest of the named top-level sections, which identify a stage's result."""
+    tree = identity(config)
+    return sha256_hex(canonical_json({name: tree[name] for name in sections}))

@@ -1,0 +1,123 @@
+"""A configuration from YAML and `key=value` overrides, and the paths in it."""
+
+from collections.abc import Sequence
+from dataclasses import fields, is_dataclass
+from functools import reduce
+from importlib import resources
+from operator import getitem
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+
+from paris_ray.artifacts import absolute_uri
+from paris_ray.config.checks import check
+from paris_ray.config.conversion import from_dict, to_dict
+from paris_ray.config.sections import Config
+from paris_ray.errors import ConfigError
+
+
+def packaged_configs() -> list[str]:
+    """Return the names that `load` accepts beside paths."""
+    folder = resources.files("paris_ray") / "configs"
+    names = (entry.name for entry in folder.iterdir())
+    return sorted(name.removesuffix(".yaml") for name in names if name.endswith(".yaml"))
+
+
+def _read_yaml(name_or_path: str) -> DictConfig:
+    if name_or_path in packaged_configs():
+        text = (resources.files("paris_ray") / "configs" / f"{name_or_path}.yaml").read_text()
+    elif Path(name_or_path).is_file():
+        text = Path(name_or_path).read_text()
+    else:
+        raise ConfigError(
+            f"config={name_or_path!r} is neither a file nor one of {packaged_configs()}"
+        )
+    loaded = OmegaConf.create(text)
+    if not isinstance(loaded, DictConfig):
+        raise ConfigError(f"config={name_or_path!r} does not hold a mapping")
+    experts = loaded.get("experts")
+    if isinstance(experts, DictConfig):  # YAML reads the number of an expert as an integer
+        loaded["experts"] = {str(key): value for key, value in experts.items()}
+    return loaded
+
+
+def _allowed_keys(full_key: str) -> list[str]:
+    """Return the keys allowed beside a refused one."""
+    section: Any = Config
+    for part in full_key.split(".")[:-1]:
+        section = {f.name: f.type for f in fields(section)}.get(part)
+    return [f.name for f in fields(section)] if is_dataclass(section) else []
+
+
+def _explain(error: OmegaConfBaseException) -> ConfigError:
+    key = error.full_key or ""
+    reason = str(error).splitlines()[0]
+    if isinstance(error, ConfigKeyError):
+        return ConfigError(f"unknown key {key!r}; allowed here: {', '.join(_allowed_keys(key))}")
+    return ConfigError(f"{key}: {reason}" if key else reason)
+
+
+def load(name_or_path: str, overrides: Sequence[str] = ()) -> Config:
+    """Return the typed configuration of a YAML file with `key=value` overrides.
+
+    Args:
+        name_or_path: A packaged name (`quickstart`) or the path of a YAML file.
+        overrides: For example `["training.steps=50", "corpus.kind=image_folder"]`.
+
+    Raises:
+        ConfigError: for an unknown key, a wrong type or a value that is not allowed.
+    """
+    for override in overrides:
+        if "=" not in override:
+            raise ConfigError(f"override {override!r} is not of the form key=value")
+    try:
+        merged = OmegaConf.merge(
+            OmegaConf.structured(Config),
+            _read_yaml(name_or_path),
+            OmegaConf.from_dotlist(list(overrides)),
+        )
+        config = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        raise _explain(error) from None
+    except yaml.YAMLError as error:
+        where = f"config={name_or_path!r} or an override"
+        raise ConfigError(f"{where} is not YAML: {' '.join(str(error).split())}") from None
+    assert isinstance(config, Config)
+    check(config)
+    return config
+
+
+def local_paths(config: Config) -> dict[str, str]:
+    """Return every path that a configuration gives, by its key.
+
+    A model may also be given by a hub name or a tag, which is no path: it counts where it exists.
+    """
+    models = {
+        "text.path": config.text.path,
+        "features.checkpoint": config.features.checkpoint,
+        "codec.path": config.codec.path,
+        "training.init_from": config.training.init_from,
+    }
+    for index, overrides in config.experts.items():
+        key = f"experts.{index}.training.init_from"
+        models[key] = (overrides or {}).get("training", {}).get("init_from")
+    paths = {"run_dir": config.run_dir, "corpus.path": config.corpus.path}
+    paths |= {key: path for key, path in models.items() if Path(path or "").exists()}
+    return {key: path for key, path in paths.items() if path}
+
+
+def with_absolute_paths(config: Config) -> Config:
+    """Return the configuration with paths that mean the same in every process."""
+    values = to_dict(config)
+    for key, path in local_paths(config).items():
+        *sections, name = key.split(".")
+        reduce(getitem, sections, values)[name] = absolute_uri(path)
+    return from_dict(Config, values, "config")
+
+
+def run_folder(config: Config) -> str:
+    """Return `run_dir` in the form that means the same on every node."""
+    return absolute_uri(config.run_dir)

@@ -24,7 +24,6 @@ from paris_ray.config import (
     ExpertConfig,
     RouterConfig,
     SamplingConfig,
-    check_model,
     from_dict,
     to_dict,
 )
@@ -32,6 +31,7 @@ from paris_ray.encoders.codec import Codec, load_codec
 from paris_ray.encoders.text import MODEL_FILES, MiniLM, TextEncoder
 from paris_ray.errors import BundleError, ConfigError
 from paris_ray.models import Expert, Router, TextConditioning
+from paris_ray.models.release import read_document
 from paris_ray.run import BUNDLE, EXPERT_WEIGHTS, MODEL_CONFIG, ROUTER_WEIGHTS
 
 CONFIG = "config.json"
@@ -162,11 +162,9 @@ def _read_config(config_class: type[Section], part: VerifiedFolder) -> Section:
     """Return a model's configuration, checked before anything is allocated for it."""
     where = f"{part.folder.uri}/{MODEL_CONFIG}"
     try:
-        config = from_dict(config_class, part.read_json(MODEL_CONFIG), where)
-        check_model(where, config)
+        return read_document(config_class, part.read_json(MODEL_CONFIG), where)
     except ConfigError as error:
         raise BundleError(str(error)) from None
-    return config
 
 
 def _check_state(model: nn.Module, state: Mapping[str, torch.Tensor], where: str) -> None:

@@ -7,6 +7,9 @@ from paris_ray.errors import ArtifactError
 EMBEDDINGS, ENCODERS, CLUSTERS, SHARD = "embeddings", "encoders", "clusters", "shard"
 EXPERT, ROUTER, EVALUATION, BUNDLE = "expert", "router", "evaluation", "bundle"
 
+# Where a bundle, and the encoders of a run, keep each kind of codec.
+CODEC_FOLDERS = {"patch_pca": "codec", "autoencoder_kl": "vae"}
+
 # Files of a trained model, named as in the public Paris release.
 MODEL_CONFIG = "config.json"
 EXPERT_WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -30,6 +33,11 @@ class Run:
         self.router = self.folder / "router"
         self.evaluation = self.folder / "evaluation"
         self.bundle = self.folder / "bundle"
+
+    @property
+    def codec(self) -> Folder:
+        """The codec of the run, under the name that it has in a bundle."""
+        return self.encoders / CODEC_FOLDERS[self.config.codec.kind]
 
     @property
     def num_experts(self) -> int:

@@ -22,10 +22,11 @@ from paris_ray.bundle import (
     BundleFacts,
     load_bundle,
 )
-from paris_ray.config import CodecConfig, ExpertConfig, RouterConfig, SamplingConfig, to_dict
+from paris_ray.config import CodecConfig, ExpertConfig, RouterConfig, SamplingConfig
 from paris_ray.encoders.codec import PatchPCA
 from paris_ray.export import write_bundle
 from paris_ray.models import Expert, Router
+from paris_ray.models.release import write_document
 from paris_ray.run import BUNDLE, EXPERT_WEIGHTS, ROUTER_WEIGHTS
 
 # Ray reads these when it is imported; unset, a local Ray would write a token to the home folder.
@@ -80,7 +81,7 @@ def write_text_encoder(path: Path) -> None:
 
 
 def write_model(folder: Folder, model: torch.nn.Module, weights: str) -> None:
-    folder.write_json("config.json", to_dict(model.config))
+    folder.write_json("config.json", write_document(model.config))
     folder.write(weights, safetensors.torch.save(model.state_dict()))
 
 

@@ -5,10 +5,11 @@ import torch
 from torch import Tensor
 
 from paris_ray.artifacts import Folder
-from paris_ray.config import ExpertConfig, TrainingConfig, identity, to_dict
+from paris_ray.config import ExpertConfig, TrainingConfig, identity
 from paris_ray.devices import resolve_device
 from paris_ray.diffusion import denoising_loss
 from paris_ray.models import Expert
+from paris_ray.models.release import write_document
 from paris_ray.run import EXPERT_WEIGHTS, MODEL_CONFIG
 from paris_ray.seeding import torch_generator
 from paris_ray.training.checkpoint import identity_digest
@@ -55,7 +56,7 @@ def train_expert(
         expert, loss_of_step, config, output, identity=run_identity, on_progress=on_progress
     )
     weights = {name: value.cpu().contiguous() for name, value in loop.run().items()}
-    output.write_json(MODEL_CONFIG, to_dict(expert_config))
+    output.write_json(MODEL_CONFIG, write_document(expert_config))
     output.write(EXPERT_WEIGHTS, safetensors.torch.save(weights))
 
 

@@ -8,10 +8,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from paris_ray.artifacts import Folder
-from paris_ray.config import RouterConfig, TrainingConfig, identity, to_dict
+from paris_ray.config import RouterConfig, TrainingConfig, identity
 from paris_ray.devices import resolve_device
 from paris_ray.diffusion import router_logits, sample_path
 from paris_ray.models import Router, TextConditioning
+from paris_ray.models.release import write_document
 from paris_ray.run import MODEL_CONFIG, ROUTER_WEIGHTS
 from paris_ray.seeding import torch_generator
 from paris_ray.training.checkpoint import identity_digest
@@ -66,7 +67,7 @@ def train_router(
     averaged = loop.run()
     router.load_state_dict(averaged)
     weights = {name: value.cpu().contiguous() for name, value in averaged.items()}
-    output.write_json(MODEL_CONFIG, to_dict(router_config))
+    output.write_json(MODEL_CONFIG, write_document(router_config))
     output.write(ROUTER_WEIGHTS, safetensors.torch.save(weights))
     return router_accuracy(router, dataset, seed)
 

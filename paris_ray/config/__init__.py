@@ -5,7 +5,6 @@ Unknown keys, wrong types and values that are not allowed are refused with the a
 
 from paris_ray.config.checks import check, check_model
 from paris_ray.config.conversion import (
-    ExpertSetup,
     digest,
     expert_setup,
     from_dict,
@@ -53,7 +52,6 @@ __all__ = [
     "CorpusConfig",
     "EvaluationConfig",
     "ExpertConfig",
-    "ExpertSetup",
     "FeaturesConfig",
     "FleetConfig",
     "GpuConfig",

@@ -1,6 +1,6 @@
 """Sections from JSON and back, the setup of single experts, and what a result depends on."""
 
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from omegaconf import OmegaConf
@@ -54,33 +54,26 @@ def to_dict(section: Any) -> dict[str, Any]:
     return {str(key): value for key, value in container.items()}
 
 
-@dataclass(frozen=True, slots=True)
-class ExpertSetup:
-    """One expert's own architecture and training: the common ones with its overrides."""
-
-    expert: ExpertConfig
-    training: TrainingConfig
-
-
-def expert_setup(config: Config, index: int) -> ExpertSetup:
-    """Return what expert `index` is and how it is trained.
+def expert_setup(config: Config, index: int) -> Config:
+    """Return the configuration of expert `index` alone: its overrides applied, no other's left.
 
     Raises:
         ConfigError: if `experts.<index>` has an unknown key or a wrong type.
     """
     source = f"experts.{index}"
     overrides = config.experts.get(str(index)) or {}
-    common = ExpertSetup(config.expert, config.training)
-    merged = {name: to_dict(getattr(common, name)) for name in ("expert", "training")}
+    merged = {"expert": to_dict(config.expert), "training": to_dict(config.training)}
     if not isinstance(overrides, dict) or overrides.keys() - merged.keys():
         raise ConfigError(f"{source}={overrides!r} is not allowed: a mapping of expert, training")
     for name, values in overrides.items():
         if not isinstance(values, dict):
             raise ConfigError(f"{source}.{name}={values!r} is not allowed: a mapping")
         merged[name] |= values
-    return ExpertSetup(
+    return replace(
+        config,
         expert=from_dict(ExpertConfig, merged["expert"], f"{source}.expert"),
         training=from_dict(TrainingConfig, merged["training"], f"{source}.training"),
+        experts={},
     )
 
 

@@ -75,7 +75,7 @@ def decode_row(row: RawRow, config: CorpusConfig) -> DecodedRow | QuarantinedRow
 
     Args:
         row: What a corpus read.
-        config: `image_size` and `max_pixels` are used. Pillow refuses more than 178,956,970 pixels
+        config: `image_size`, `resize` and `max_pixels` are used. Pillow refuses more than 178,956,970 pixels
             whatever `max_pixels` says.
     """
     try:
@@ -138,7 +138,7 @@ def _decode(encoded: bytes | None, config: CorpusConfig) -> Image.Image:
         if image.width * image.height > config.max_pixels:
             size = f"{image.width} x {image.height} pixels"
             raise _BadRow("too_many_pixels", f"{size}, corpus.max_pixels={config.max_pixels}")
-        return _load(image, config.image_size)
+        return _load(image, config)
 
 
 def _open(encoded: bytes) -> Image.Image:
@@ -154,14 +154,27 @@ def _open(encoded: bytes) -> Image.Image:
         raise _BadRow(reason, begin) from None
 
 
-def _load(image: Image.Image, side: int) -> Image.Image:
+def _load(image: Image.Image, config: CorpusConfig) -> Image.Image:
     """Decode the pixels and return their centre, upright, as RGB."""
+    resample = Image.Resampling.LANCZOS
     try:
         image.load()
-        upright = _to_rgb(_upright(image))
-        return ImageOps.fit(upright, (side, side), Image.Resampling.LANCZOS)
+        picture = _to_rgb(_upright(image))
+        if config.resize == "adm":
+            picture, resample = _halve(picture, config.image_size), Image.Resampling.BICUBIC
+        return ImageOps.fit(picture, (config.image_size, config.image_size), resample)
     except Exception as error:  # as above
         raise _BadRow("truncated_image", f"{type(error).__name__}: {error}") from None
+
+
+def _halve(image: Image.Image, side: int) -> Image.Image:
+    """Halve by averaging while the shorter side stays at least `side`, as ADM and DiT do.
+
+    Source: Dhariwal and Nichol 2021 (arXiv 2105.05233), the preprocessing of their training data.
+    """
+    while min(image.size) >= 2 * side:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    return image
 
 
 def _upright(image: Image.Image) -> Image.Image:

@@ -48,7 +48,7 @@ def parse_json(payload: bytes, source: str) -> Any:
     """Return parsed JSON; raises ArtifactError, naming the source, if it is none."""
     try:
         return json.loads(payload)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise ArtifactError(f"{source} is not JSON: {error}") from None
 
 
@@ -106,6 +106,8 @@ class Folder:
                 return bytes(stream.read())
         except FileNotFoundError:
             raise ArtifactError(f"{self.uri}/{name} does not exist") from None
+        except OSError as error:
+            raise ArtifactError(f"{self.uri}/{name} cannot be read: {error}") from None
 
     def write(self, name: str, payload: bytes) -> None:
         """Write a file so that readers see the old bytes or the new ones, never a part."""

@@ -152,7 +152,8 @@ def _to_released_names(
     module: nn.Module, state: dict[str, Any], prefix: str, local_metadata: dict[str, Any]
 ) -> None:
     for part in ("weight", "bias"):
-        state[f"{prefix}in_proj_{part}"] = state.pop(f"{prefix}in_proj.{part}")
+        if f"{prefix}in_proj.{part}" in state:  # not where a library has wrapped the layer
+            state[f"{prefix}in_proj_{part}"] = state.pop(f"{prefix}in_proj.{part}")
 
 
 def _from_released_names(

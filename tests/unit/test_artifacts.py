@@ -159,3 +159,16 @@ def test_damaged_manifests_are_refused(folder: Folder, payload: bytes) -> None:
     folder.write(MANIFEST, payload)
     with pytest.raises(ArtifactError, match=MANIFEST):
         read_manifest(folder, "things")
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "9" * 5_000, "{", "\ud800"])
+def test_hostile_json_is_an_error_that_names_the_file(text: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_bytes(text.encode(errors="surrogatepass"))
+    with pytest.raises(ArtifactError, match=r"config\.json is not JSON"):
+        Folder(tmp_path).read_json("config.json")
+
+
+def test_a_folder_in_the_place_of_a_file_is_an_error_that_names_it(tmp_path: Path) -> None:
+    (tmp_path / "weights").mkdir()
+    with pytest.raises(ArtifactError, match="weights cannot be read"):
+        Folder(tmp_path).read("weights")

@@ -53,6 +53,7 @@ class EncodedText:
 
 def _concatenate(parts: list[Tensor | None]) -> Tensor | None:
     present = [part for part in parts if part is not None]
+    assert len(present) in (0, len(parts)), "parts of several experts"
     return torch.cat(present) if present else None
 
 

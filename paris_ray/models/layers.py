@@ -135,11 +135,11 @@ class CrossAttention(Attention):
 def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
     """Scaled dot-product attention of `(B, heads, N, c)`; `mask (B, L)` is False at padding.
 
-    On a CPU it runs in float32 even under autocast: the fused bfloat16 backward pass there takes
-    nine times as long as the float32 one, a third of a whole training step of a small expert.
+    Training on a CPU runs it in float32 even under autocast: the fused bfloat16 backward pass there
+    takes nine times as long as the float32 one, a third of a training step of a small expert.
     """
     mask = None if mask is None else mask[:, None, None]
-    if query.device.type != "cpu":
+    if query.device.type != "cpu" or not torch.is_grad_enabled():
         return functional.scaled_dot_product_attention(query, key, value, mask)
     with torch.autocast("cpu", enabled=False):
         mixed = functional.scaled_dot_product_attention(

@@ -68,7 +68,7 @@ class Router(nn.Module):
         self.head = nn.Sequential(
             nn.Linear(d, d),
             nn.GELU(),
-            nn.LayerNorm(d),
+            nn.LayerNorm(d, eps=config.layer_norm_eps),
             nn.GELU() if config.head_activation == "gelu" else nn.Identity(),
             nn.Linear(d, config.num_experts),
         )

@@ -1,0 +1,80 @@
+"""What a model costs: multiply-accumulates of an image, and parameters, without building weights.
+
+Matrix products and convolutions are counted, attention's included; element-wise work is not. Two
+floating-point operations make one multiply-accumulate (MAC).
+"""
+
+import torch
+
+from paris_ray.config import ExpertConfig, RouterConfig
+from paris_ray.models.expert import Expert
+from paris_ray.models.layers import FREQUENCY_DIM
+from paris_ray.models.router import Router
+
+CLIP_TEXT_LENGTH = 77
+# A backward pass is two products where the forward pass is one: by the input and by the weight.
+PASSES_OF_A_TRAINING_STEP = 3
+
+
+def num_tokens(config: ExpertConfig | RouterConfig) -> int:
+    """Return the length of the sequence that the blocks work on."""
+    patches = (config.input_size // config.patch_size) ** 2
+    return patches + isinstance(config, RouterConfig)  # the router's class token
+
+
+def forward_macs(config: ExpertConfig | RouterConfig, text_length: int = CLIP_TEXT_LENGTH) -> int:
+    """Return the MACs of one forward pass of one image.
+
+    Args:
+        config: The model. The expert's text projection, keys and values are included.
+        text_length: Text tokens a caption; only cross-attention reads more than one.
+    """
+    if isinstance(config, RouterConfig):
+        return _trunk_macs(config) + _router_macs(config)
+    return _trunk_macs(config) + _expert_macs(config, text_length)
+
+
+def training_flops_per_image(
+    config: ExpertConfig | RouterConfig, text_length: int = CLIP_TEXT_LENGTH
+) -> int:
+    """Return the FLOPs of a forward and backward pass of one image: 6 for each MAC.
+
+    What gradient checkpointing computes a second time does not count, as is usual for MFU.
+    """
+    return 2 * PASSES_OF_A_TRAINING_STEP * forward_macs(config, text_length)
+
+
+def parameter_count(config: ExpertConfig | RouterConfig) -> int:
+    """Return the number of parameters, position table included; nothing is allocated."""
+    with torch.device("meta"):
+        model = Router(config) if isinstance(config, RouterConfig) else Expert(config)
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _trunk_macs(config: ExpertConfig | RouterConfig) -> int:
+    """Patch embedding, time embedding, and self-attention and MLP of all blocks."""
+    d, tokens = config.hidden_size, num_tokens(config)
+    patch_values = config.patch_size**2 * config.in_channels
+    patches = (config.input_size // config.patch_size) ** 2
+    attention = 4 * tokens * d * d + 2 * tokens * tokens * d
+    mlp = 2 * tokens * d * int(d * config.mlp_ratio)
+    embeddings = patches * patch_values * d + FREQUENCY_DIM * d + d * d
+    return embeddings + config.num_layers * (attention + mlp)
+
+
+def _expert_macs(config: ExpertConfig, text_length: int) -> int:
+    """Shared modulation, text and output."""
+    d, tokens = config.hidden_size, num_tokens(config)
+    shared = 6 * d * d + tokens * d * config.patch_size**2 * config.in_channels
+    if config.text_injection == "spatial":
+        inner = config.text_hidden_size
+        return shared + inner * (config.text_embed_dim + tokens * d)
+    products = 2 * tokens * d * d + 2 * text_length * d * d + 2 * tokens * text_length * d
+    return shared + text_length * config.text_embed_dim * d + config.num_layers * products
+
+
+def _router_macs(config: RouterConfig) -> int:
+    """Modulation of each block, text and head."""
+    d = config.hidden_size
+    head = d * d + d * config.num_experts
+    return config.num_layers * 6 * d * d + config.text_embed_dim * d + head

@@ -1,5 +1,6 @@
 """Codecs between pictures and latents."""
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
@@ -12,6 +13,8 @@ from torch import Tensor
 
 from paris_ray.artifacts import Folder, VerifiedFolder
 from paris_ray.config import CodecConfig
+from paris_ray.encoders.autoencoder import AutoencoderKLCodec
+from paris_ray.encoders.pixels import to_uint8, to_unit_range
 from paris_ray.errors import BundleError, CorpusError
 
 WEIGHTS = "codec.safetensors"
@@ -26,25 +29,25 @@ class Codec(Protocol):
         """Shape `(C, H, W)` of one picture's latents."""
         ...
 
-    def encode(self, images: NDArray[np.uint8]) -> Tensor:
-        """Return latents `(B, C, H, W)`, float32, standard deviation about 1."""
+    def encode(
+        self, images: NDArray[np.uint8], generators: Sequence[torch.Generator] | None = None
+    ) -> Tensor:
+        """Return latents `(B, C, H, W)`, float32, on the CPU, standard deviation about 1.
+
+        Args:
+            images: Pictures `(B, S, S, 3)`.
+            generators: One a picture, to draw its latents from a codec's posterior; None takes
+                the posterior's mode. A codec without a posterior has nothing to draw.
+        """
         ...
 
     def decode(self, latents: Tensor) -> NDArray[np.uint8]:
         """Return pictures `(B, S, S, 3)`, rounded and clipped to 0..255."""
         ...
 
-
-def to_unit_range(images: NDArray[np.uint8]) -> Tensor:
-    """Map uint8 `(B, S, S, 3)` to float32 in [-1, 1]."""
-    return torch.from_numpy(np.array(images)).float() / 127.5 - 1
-
-
-def to_uint8(pixels: Tensor) -> NDArray[np.uint8]:
-    """Map floats in [-1, 1] to uint8."""
-    scaled = ((pixels + 1) * 127.5).round().clamp(0, 255)
-    array: NDArray[np.uint8] = scaled.to(torch.uint8).cpu().numpy()
-    return array
+    def to(self, device: torch.device) -> "Codec":
+        """Move the codec to a device."""
+        ...
 
 
 class PatchPCA:
@@ -85,15 +88,18 @@ class PatchPCA:
             raise CorpusError("all pictures of the corpus are equal: there is nothing to encode")
         return cls(mean.float(), components.float().contiguous(), scale.float())
 
-    def encode(self, images: NDArray[np.uint8]) -> Tensor:
-        """Return latents `(B, C, H, W)` of uint8 pictures `(B, S, S, 3)`."""
-        centred = _to_patches(to_unit_range(images), self.patch_size) - self.mean
-        coefficients = centred @ self.components.T / self.scale
-        return rearrange(coefficients, "b (h w) c -> b c h w", h=self.grid).contiguous()
+    def encode(
+        self, images: NDArray[np.uint8], generators: Sequence[torch.Generator] | None = None
+    ) -> Tensor:
+        """Return latents `(B, C, H, W)` of uint8 pictures `(B, S, S, 3)`; there is no posterior."""
+        pixels = to_unit_range(images).to(self.mean.device)
+        coefficients = (_to_patches(pixels, self.patch_size) - self.mean) @ self.components.T
+        latents = rearrange(coefficients / self.scale, "b (h w) c -> b c h w", h=self.grid)
+        return latents.contiguous().cpu()
 
     def decode(self, latents: Tensor) -> NDArray[np.uint8]:
         """Return uint8 pictures `(B, S, S, 3)` of latents `(B, C, H, W)`."""
-        coefficients = rearrange(latents.float().cpu(), "b c h w -> b (h w) c")
+        coefficients = rearrange(latents.float().to(self.mean.device), "b c h w -> b (h w) c")
         patches = coefficients * self.scale @ self.components + self.mean
         pixels = rearrange(
             patches,
@@ -103,6 +109,12 @@ class PatchPCA:
             q=self.patch_size,
         )
         return to_uint8(pixels)
+
+    def to(self, device: torch.device) -> "PatchPCA":
+        """Move the codec to a device."""
+        self.mean, self.components = self.mean.to(device), self.components.to(device)
+        self.scale = self.scale.to(device)
+        return self
 
     def save(self, folder: Folder) -> None:
         """Write weights and configuration."""
@@ -115,8 +127,13 @@ def _to_patches(pixels: Tensor, patch_size: int) -> Tensor:
     return rearrange(pixels, "b (h p) (w q) c -> b (h w) (p q c)", p=patch_size, q=patch_size)
 
 
-def load_codec(source: VerifiedFolder) -> Codec:
-    """Return the codec saved in a folder.
+def load_codec(source: VerifiedFolder, image_size: int | None = None) -> Codec:
+    """Return the codec in a folder: one of our own, or a `vae/` of diffusers.
+
+    Args:
+        source: The folder.
+        image_size: Height and width of the pictures, which an AutoencoderKL is not bound to; None
+            takes the size that it was published for.
 
     Raises:
         BundleError: if its kind is unknown or tensors are missing.
@@ -124,15 +141,24 @@ def load_codec(source: VerifiedFolder) -> Codec:
     """
     where = source.folder.uri
     document = source.read_json(CONFIG)
-    kind = document.get("kind") if isinstance(document, dict) else None
+    fields = document if isinstance(document, dict) else {}
+    kind = fields.get("kind", fields.get("_class_name"))
+    if kind == "AutoencoderKL":
+        return AutoencoderKLCodec.load(source, image_size)
     if kind != "patch_pca":
-        raise BundleError(f"{where}/{CONFIG}: kind={kind!r}, expected 'patch_pca'")
+        allowed = "expected 'patch_pca' or 'AutoencoderKL'"
+        raise BundleError(f"{where}/{CONFIG}: kind={kind!r}, {allowed}")
+    return _load_patch_pca(source)
+
+
+def _load_patch_pca(source: VerifiedFolder) -> PatchPCA:
+    where = f"{source.folder.uri}/{WEIGHTS}"
     try:
         tensors = safetensors.torch.load(source.read(WEIGHTS))
         mean, components, scale = (tensors[name] for name in ("mean", "components", "scale"))
     except (SafetensorError, KeyError) as error:
-        raise BundleError(f"{where}/{WEIGHTS} is not a patch_pca codec: {error}") from None
+        raise BundleError(f"{where} is not a patch_pca codec: {error}") from None
     if mean.dim() != 2 or components.shape[1:] != mean.shape[1:] or scale.dim() != 0:
         shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-        raise BundleError(f"{where}/{WEIGHTS} is not a patch_pca codec: shapes {shapes}")
+        raise BundleError(f"{where} is not a patch_pca codec: shapes {shapes}")
     return PatchPCA(mean, components, scale)

@@ -3,28 +3,30 @@
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
-from safetensors import SafetensorError
 from torch.nn import functional
 
-from paris_ray.artifacts import Folder, parse_json
+from paris_ray.artifacts import Folder, VerifiedFolder, parse_json
 from paris_ray.config import TextConfig
+from paris_ray.encoders.clip import (
+    CONFIG,
+    MODEL_TYPES,
+    TEXT_ENCODER,
+    TEXT_ENCODER_FILES,
+    TOKENIZER_FILES,
+    ClipText,
+    copy_clip,
+    tokenizer_files,
+)
+from paris_ray.encoders.hub import model_folder
+from paris_ray.encoders.pretrained import load_transformer, read_weights
 from paris_ray.errors import BundleError, ConfigError
 from paris_ray.models import TextConditioning
 
 MODEL_FILES = ("config.json", "model.safetensors", "tokenizer.json")
 MAX_TOKENS = 128
-# Far above any sentence encoder; a bundle from a stranger must not make us allocate terabytes.
-CONFIG_LIMITS = {
-    "vocab_size": 1_000_000,
-    "hidden_size": 4096,
-    "num_hidden_layers": 64,
-    "num_attention_heads": 64,
-    "intermediate_size": 16_384,
-    "max_position_embeddings": 8192,
-}
 
 
 class TextEncoder(Protocol):
@@ -37,6 +39,10 @@ class TextEncoder(Protocol):
 
     def encode(self, captions: Sequence[str]) -> TextConditioning:
         """Return the conditioning of a batch of captions; the empty string is the null text."""
+        ...
+
+    def to(self, device: torch.device) -> "TextEncoder":
+        """Move the encoder to a device."""
         ...
 
 
@@ -57,34 +63,21 @@ class MiniLM:
         check_model_files(folder)
         # Imported here: experts and the core never need transformers, and its import is slow.
         from tokenizers import Tokenizer
-        from transformers import BertConfig, BertModel
-        from transformers.utils import logging
+        from transformers import BertModel
 
-        logging.disable_progress_bar()
         document = parse_json((folder / "config.json").read_bytes(), f"{folder}/config.json")
         model_type = document.get("model_type") if isinstance(document, dict) else None
         if model_type != "bert":
             raise BundleError(f"{folder}/config.json: model_type={model_type!r}, expected 'bert'")
-        for key, most in CONFIG_LIMITS.items():
-            value = document.get(key)
-            if not isinstance(value, int) or not 1 <= value <= most:
-                raise BundleError(f"{folder}/config.json: {key}={value!r}, allowed: 1 to {most}")
-        config = BertConfig.from_pretrained(folder, local_files_only=True)
-        try:
-            loaded: Any = BertModel.from_pretrained(
-                folder,
-                config=config,
-                local_files_only=True,
-                use_safetensors=True,
-                output_loading_info=True,
-            )
-        except (SafetensorError, OSError, RuntimeError) as error:
-            raise BundleError(f"{folder}/model.safetensors does not fit: {error}") from None
-        self.model, report = loaded
-        missing = sorted(name for name in report["missing_keys"] if not name.startswith("pooler."))
-        if missing:  # transformers would fill them at random
-            raise BundleError(f"{folder}/model.safetensors lacks {', '.join(missing)}")
-        self.model.eval()
+        state = read_weights(folder / "model.safetensors")
+        self.model = load_transformer(
+            BertModel,
+            document,
+            {name: value for name, value in state.items() if not name.startswith("pooler.")},
+            where=folder,
+            dtype=torch.float32,
+            add_pooling_layer=False,
+        )
         try:
             self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         except Exception as error:  # tokenizers raises no narrower one
@@ -111,6 +104,11 @@ class MiniLM:
             functional.normalize(mean, dim=-1) * self.embed_dim**0.5
         )
 
+    def to(self, device: torch.device) -> "MiniLM":
+        """Move the model to a device."""
+        self.model.to(device)
+        return self
+
 
 def check_model_files(folder: Path) -> None:
     """Raise BundleError, naming what is missing, unless the folder holds all of MODEL_FILES."""
@@ -123,7 +121,7 @@ def check_model_files(folder: Path) -> None:
 
 
 def text_encoder_folder(config: TextConfig) -> Path:
-    """Return the local folder of the configured text encoder.
+    """Return the local folder of the configured MiniLM.
 
     Raises:
         ConfigError: if none is configured and the packaged one is not installed.
@@ -144,3 +142,61 @@ def copy_text_encoder(source: Path, target: Folder) -> None:
     check_model_files(source)
     for name in MODEL_FILES:
         target.write(name, (source / name).read_bytes())
+
+
+def write_text_encoder(config: TextConfig, target: Folder) -> None:
+    """Write the configured encoder's `text_encoder/` and, for CLIP, `tokenizer/` into a folder.
+
+    Raises:
+        ConfigError: if `text.path` is needed and null, or the model cannot be had.
+        BundleError: if a file is missing or is not a model of the configured kind.
+    """
+    if config.kind == "minilm":
+        copy_text_encoder(text_encoder_folder(config), target / TEXT_ENCODER)
+        return
+    if config.path is None:
+        examples = {"clip": "openai/clip-vit-large-patch14", "open_clip": "openai"}
+        raise ConfigError(
+            f"text.path is null, text.kind={config.kind} needs one, "
+            f"for example {examples[config.kind]}"
+        )
+    if config.kind == "open_clip":
+        # Imported here: open_clip takes seconds.
+        from paris_ray.encoders.open_clip_text import write_clip_from_open_clip
+
+        write_clip_from_open_clip(config.model, config.path, target)
+    else:
+        copy_clip(_clip_folder(config.path), target)
+
+
+def _clip_folder(name_or_path: str) -> Path:
+    path = Path(name_or_path).expanduser()
+    if (path / TEXT_ENCODER).is_dir():
+        return path
+    return model_folder(
+        name_or_path, TEXT_ENCODER_FILES, field="text.path", optional=TOKENIZER_FILES
+    )
+
+
+def load_text_encoder(text_encoder: VerifiedFolder, tokenizer: VerifiedFolder) -> TextEncoder:
+    """Return the text encoder of a run or a bundle, whichever `config.json` says it is.
+
+    Args:
+        text_encoder: The folder `text_encoder/`.
+        tokenizer: The folder `tokenizer/`, which only CLIP has.
+
+    Raises:
+        BundleError: if it is of an unknown kind, or its files do not fit.
+        ArtifactError: if a file is missing or is not the published one.
+    """
+    document = text_encoder.read_json(CONFIG)
+    model_type = document.get("model_type") if isinstance(document, dict) else None
+    if model_type == "bert":
+        return MiniLM(text_encoder.local_path(MODEL_FILES))
+    if model_type in MODEL_TYPES:
+        names = tokenizer_files(tokenizer.folder)
+        return ClipText(text_encoder.local_path(TEXT_ENCODER_FILES), tokenizer.local_path(names))
+    allowed = ", ".join(("bert", *MODEL_TYPES))
+    raise BundleError(
+        f"{text_encoder.folder.uri}/{CONFIG}: model_type={model_type!r}, allowed: {allowed}"
+    )

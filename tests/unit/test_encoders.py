@@ -83,6 +83,16 @@ def test_a_codec_is_saved_and_loaded(tmp_path: Path) -> None:
     )
 
 
+def test_a_codec_moves_and_has_no_posterior_to_draw_from() -> None:
+    codec = PatchPCA.fit(random_pictures(40), EVERYTHING)
+    pictures = random_pictures(2)
+    drawn = codec.encode(pictures, [torch.Generator(), torch.Generator()])
+    assert torch.equal(drawn, codec.encode(pictures))
+    assert codec.to(torch.device("meta")) is codec
+    tensors = (codec.mean, codec.components, codec.scale)
+    assert {tensor.device.type for tensor in tensors} == {"meta"}
+
+
 @pytest.fixture(scope="module")
 def text_encoder(tiny_parts: Path) -> MiniLM:
     return MiniLM(tiny_parts / "text_encoder")
@@ -223,7 +233,7 @@ def test_an_unknown_architecture_is_refused(tmp_path: Path) -> None:
         ("absent.safetensors", "absent.safetensors' does not exist"),
         ("pickled.pt", "neither a folder, a .safetensors file"),
         ("some-tag", "nor a tag of 'paris-tiny'"),
-        ("empty", f"lacks {CONFIG} or {WEIGHTS}"),
+        ("empty", f"lacks {CONFIG}, {WEIGHTS}"),
     ],
 )
 def test_checkpoints_that_cannot_be_read_are_refused(
@@ -239,5 +249,5 @@ def test_checkpoints_that_cannot_be_read_are_refused(
 def test_a_folder_of_pickles_is_refused(trained: Path, tmp_path: Path) -> None:
     (tmp_path / CONFIG).write_bytes((trained / CONFIG).read_bytes())
     (tmp_path / "open_clip_pytorch_model.bin").write_bytes(pickle.dumps({"weight": 1}))
-    with pytest.raises(ConfigError, match=f"lacks {CONFIG} or {WEIGHTS}"):
+    with pytest.raises(ConfigError, match=f"' lacks {WEIGHTS}"):
         load_features(FeaturesConfig(checkpoint=str(tmp_path)))

@@ -29,32 +29,6 @@ EMBEDDINGS = [
 ]
 
 
-def count_parameters(model: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
-@pytest.mark.parametrize(
-    ("hidden_size", "num_layers", "num_heads", "expected"),
-    [
-        pytest.param(384, 12, 6, 29_939_728, id="S/2"),
-        pytest.param(768, 12, 12, 118_566_928, id="B/2"),
-        pytest.param(1024, 24, 16, 411_815_952, id="L/2"),
-        pytest.param(1152, 28, 16, 605_970_448, id="XL/2"),
-    ],
-)
-def test_expert_sizes_are_the_published_ones(
-    hidden_size: int, num_layers: int, num_heads: int, expected: int
-) -> None:
-    config = ExpertConfig(hidden_size=hidden_size, num_layers=num_layers, num_heads=num_heads)
-    with torch.device("meta"):
-        assert count_parameters(Expert(config)) == expected
-
-
-def test_router_size_is_the_published_one() -> None:
-    with torch.device("meta"):
-        assert count_parameters(Router(RouterConfig())) == 129_136_904
-
-
 def test_expert_has_the_released_names() -> None:
     expected = set(EMBEDDINGS)
     expected |= {f"{name}.{p}" for name in ("text_proj", "t_block.1") for p in ("weight", "bias")}

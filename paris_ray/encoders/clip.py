@@ -1,0 +1,205 @@
+"""CLIP's text tower in the layout of the public Paris release.
+
+    text_encoder/  config.json  model.safetensors
+    tokenizer/     tokenizer.json, or vocab.json and merges.txt; tokenizer_config.json ...
+
+A hub folder (openai/clip-vit-large-patch14) and an open_clip model are rewritten to it, so that a
+run folder and a bundle hold one layout whatever they were made from.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.torch
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from paris_ray.artifacts import Folder, parse_json
+from paris_ray.encoders.pretrained import load_transformer, read_weights
+from paris_ray.errors import BundleError
+from paris_ray.models import TextConditioning
+
+TEXT_ENCODER, TOKENIZER = "text_encoder", "tokenizer"
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+TEXT_ENCODER_FILES = (CONFIG, WEIGHTS)
+VOCABULARY_FILES = ("vocab.json", "merges.txt")
+# What a tokenizer may consist of; tokenizer.json or both vocabulary files must be there.
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    *VOCABULARY_FILES,
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+)
+MAX_VOCAB_SIZE = 2**16  # token ids are kept in 16 bits
+PREFIX = "text_model."
+MODEL_TYPES = ("clip_text_model", "clip")
+
+
+class ClipText:
+    """CLIP's text tower: a state a token, for cross-attention (Paris: 77 x 768).
+
+    Every caption is padded to the same length, so a batch has one shape whatever is in it.
+
+    Args:
+        text_encoder: Folder with `config.json` and `model.safetensors` of a CLIPTextModel, or of
+            a whole CLIPModel.
+        tokenizer: Folder with the tokenizer's files.
+        dtype: Data type of the weights and of what is returned; None keeps the stored one.
+
+    Raises:
+        BundleError: if a file is missing, is not CLIP's, or does not fit the others.
+    """
+
+    def __init__(
+        self, text_encoder: Path, tokenizer: Path, dtype: torch.dtype | None = torch.float32
+    ) -> None:
+        architecture, state = read_text_tower(text_encoder)
+        # Imported here: the core never needs transformers, and its import is slow.
+        from transformers import CLIPTextModel
+
+        stored = next(iter(state.values())).dtype
+        self.model = load_transformer(
+            CLIPTextModel, architecture, state, where=text_encoder, dtype=dtype or stored
+        )
+        self.tokenizer = _read_tokenizer(tokenizer)
+        num_ids = 1 + max(self.tokenizer.get_vocab().values())
+        vocab_size = self.model.config.vocab_size
+        if num_ids > min(vocab_size, MAX_VOCAB_SIZE):
+            raise BundleError(
+                f"the tokenizer in {tokenizer} has ids up to {num_ids - 1}, "
+                f"{text_encoder}/{CONFIG} has vocab_size={vocab_size}, at most {MAX_VOCAB_SIZE}"
+            )
+
+    @property
+    def embed_dim(self) -> int:
+        """Width D of the token states (768 in Paris)."""
+        return int(self.model.config.hidden_size)
+
+    @property
+    def max_length(self) -> int:
+        """Number of tokens L that every caption is cut or padded to (77)."""
+        return int(self.model.config.max_position_embeddings)
+
+    def tokenize(self, captions: Sequence[str]) -> NDArray[np.uint16]:
+        """Return token ids `(B, L)`, padded with the tokenizer's own padding token.
+
+        These are what is worth keeping of a corpus: 154 bytes a caption, its states are 118 kB.
+        """
+        encoded = self.tokenizer(
+            list(captions), padding="max_length", truncation=True, max_length=self.max_length
+        )
+        return np.array(encoded["input_ids"], dtype=np.uint16)
+
+    @torch.no_grad()  # not inference_mode: experts are trained on what this returns
+    def encode_tokens(self, token_ids: NDArray[np.uint16] | Tensor) -> TextConditioning:
+        """Return the conditioning of token ids `(B, L)`.
+
+        `text_embeddings` is the last hidden state after the final LayerNorm, padding included;
+        `pooled_text` its row at the end of the text, without CLIP's projection; `text_mask` is
+        True up to and including that row.
+        """
+        ids = torch.as_tensor(token_ids).long().to(self.model.device)
+        states = self.model(input_ids=ids).last_hidden_state
+        is_end = ids == self.tokenizer.eos_token_id
+        text_mask = is_end.cumsum(dim=1) - is_end.long() == 0
+        last = text_mask.sum(dim=1) - 1
+        rows = torch.arange(len(ids), device=ids.device)
+        return TextConditioning(states, states[rows, last], text_mask)
+
+    def encode(self, captions: Sequence[str]) -> TextConditioning:
+        """Return the conditioning of some captions; see `encode_tokens`."""
+        return self.encode_tokens(self.tokenize(captions))
+
+    def to(self, device: torch.device) -> "ClipText":
+        """Move the model to a device."""
+        self.model.to(device)
+        return self
+
+
+def read_text_tower(folder: Path) -> tuple[Mapping[str, Any], dict[str, Tensor]]:
+    """Return architecture and weights of a CLIPTextModel, or those of a CLIPModel's text tower.
+
+    Weights have the released names, `text_model.*`; transformers 5 writes them without the prefix.
+
+    Raises:
+        BundleError: if the folder holds something else.
+    """
+    where = f"{folder}/{CONFIG}"
+    for name in TEXT_ENCODER_FILES:
+        if not (folder / name).is_file():
+            raise BundleError(f"text encoder folder {folder} lacks {name}")
+    document = parse_json((folder / CONFIG).read_bytes(), where)
+    model_type = document.get("model_type") if isinstance(document, dict) else None
+    if model_type not in MODEL_TYPES:
+        raise BundleError(
+            f"{where}: model_type={model_type!r}, expected {' or '.join(MODEL_TYPES)}"
+        )
+    architecture = document if model_type == "clip_text_model" else document.get("text_config")
+    if not isinstance(architecture, dict):
+        raise BundleError(f"{where}: text_config={architecture!r} is no mapping")
+    state = read_weights(folder / WEIGHTS)
+    if not any(name.startswith(PREFIX) for name in state):
+        state = {f"{PREFIX}{name}": value for name, value in state.items()}
+    tower = {name: value for name, value in state.items() if _is_text_weight(name)}
+    if not tower:
+        raise BundleError(f"{folder}/{WEIGHTS} holds no text tower")
+    return architecture, tower
+
+
+def _is_text_weight(name: str) -> bool:
+    # Old releases of transformers stored the positions 0..76 beside the weights.
+    return name.startswith(PREFIX) and not name.endswith(".position_ids")
+
+
+def _read_tokenizer(folder: Path) -> Any:
+    from transformers import CLIPTokenizer
+
+    tokenizer_files(Folder(folder))
+    try:
+        tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # tokenizers raises no narrower one
+        raise BundleError(f"the tokenizer in {folder} is damaged: {error}") from None
+    if tokenizer.pad_token_id is None or tokenizer.eos_token_id is None:
+        raise BundleError(f"the tokenizer in {folder} has no padding or no end-of-text token")
+    return tokenizer
+
+
+def tokenizer_files(folder: Folder) -> list[str]:
+    """Return which of TOKENIZER_FILES a folder has; raises BundleError if they do not suffice."""
+    names = [name for name in TOKENIZER_FILES if folder.exists(name)]
+    if "tokenizer.json" not in names and not set(VOCABULARY_FILES) <= set(names):
+        vocabulary = " and ".join(VOCABULARY_FILES)
+        raise BundleError(f"tokenizer folder {folder.uri} lacks tokenizer.json, or {vocabulary}")
+    return names
+
+
+def copy_clip(source: Path, target: Folder) -> None:
+    """Write `text_encoder/` and `tokenizer/` of a CLIP text tower.
+
+    Args:
+        source: A folder that holds these two, or a flat one as on the hub: a CLIPModel, of which
+            the text tower is taken, beside its tokenizer.
+        target: Where the two folders are written.
+
+    Raises:
+        BundleError: if a file is missing or is not CLIP's.
+    """
+    nested = (source / TEXT_ENCODER).is_dir()
+    tokenizer = Folder(source / TOKENIZER if nested else source)
+    names = tokenizer_files(tokenizer)
+    write_text_tower(target, *read_text_tower(source / TEXT_ENCODER if nested else source))
+    for name in names:
+        (target / TOKENIZER).write(name, tokenizer.read(name))
+
+
+def write_text_tower(
+    target: Folder, architecture: Mapping[str, Any], state: Mapping[str, Tensor]
+) -> None:
+    """Write `text_encoder/`: the configuration of a CLIPTextModel, and its released weights."""
+    config = {**architecture, "architectures": ["CLIPTextModel"], "model_type": "clip_text_model"}
+    (target / TEXT_ENCODER).write_json(CONFIG, config)
+    payload = safetensors.torch.save(dict(state), metadata={"format": "pt"})
+    (target / TEXT_ENCODER).write(WEIGHTS, payload)

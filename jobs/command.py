@@ -5,7 +5,7 @@ import logging
 import os
 import secrets
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,17 +19,20 @@ SUBMITTED_JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 
 
 def run_job(description: str, verb: str) -> None:
-    """Parse the command line, connect to Ray, run a verb of the pipeline.
+    """Parse the command line, connect to Ray, run a verb of the pipeline; or only show the plan.
 
     Args:
         description: The job's docstring, shown by `--help`.
         verb: What to do, a name that `paris_ray.pipeline.stages.run` knows.
     """
-    arguments = parser(description).parse_args()
+    arguments = parser(description).parse_intermixed_args()
     log_to_stdout()
     try:
         config = load(arguments.config, arguments.overrides)
-        _refuse_relative_paths(config)
+        refuse_relative_paths(local_paths(config))
+        if arguments.dry_run:
+            _print_plan(config)
+            return
         config = with_absolute_paths(config)
         with ray_session(arguments.address):
             # Imported only now: ray reads RAY_AUTH_MODE when it is imported, and --help is quick.
@@ -51,6 +54,11 @@ def parser(description: str) -> argparse.ArgumentParser:
     result.add_argument(
         "--address", help="Ray cluster; default: RAY_ADDRESS, else a Ray of its own"
     )
+    result.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print what the whole run will take (memory, disk, steps, days, dollars) and stop",
+    )
     result.add_argument("overrides", nargs="*", metavar="key=value", help="such as seed=1")
     return result
 
@@ -67,15 +75,23 @@ def fail(error: ParisError) -> int:
     return EXIT_USER_ERROR
 
 
-def _refuse_relative_paths(config: Config) -> None:
-    """A submitted job runs in a copy of the working folder: a relative path would vanish with it.
+def _print_plan(config: Config) -> None:
+    # Imported only now: they import torch, and --help is quick.
+    from paris_ray.planning import plan, render
+    from paris_ray.sampling.routing import parse_routing
 
-    Raises:
-        ConfigError: naming the path.
+    parse_routing(config.sampling.routing, config.cluster.num_clusters)
+    print(render(plan(config)))
+
+
+def refuse_relative_paths(paths: Mapping[str, str]) -> None:
+    """Raise ConfigError if this is a submitted job and a path, given by its option, is relative.
+
+    Such a job runs in a copy of the working folder: what it writes there would vanish with it.
     """
     if SUBMITTED_JOB_VARIABLE not in os.environ:
         return
-    for field, path in local_paths(config).items():
+    for field, path in paths.items():
         if "://" not in path and not Path(path).is_absolute():
             raise ConfigError(
                 f"{field}={path!r} is relative, but a submitted job runs in a copy of the working "

@@ -8,7 +8,12 @@ On a cluster (paths must be absolute there):
 
     ray job submit --working-dir . -- python -m jobs.pipeline run_dir=$PWD/runs/mine
 
+What it will take (memory, disk, steps, days and dollars), without starting anything:
+
+    python -m jobs.pipeline --config paris_xl2 --dry-run
+
 Finished stages are kept and said to be; an interrupted one continues where it was.
+docs/training.md leads from no data to a trained XL/2.
 """
 
 from jobs.command import run_job

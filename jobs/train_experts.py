@@ -3,6 +3,9 @@
 Writes experts/expert_k/. Interrupted experts continue from their last checkpoint.
 
     python -m jobs.train_experts --config quickstart run_dir=runs/mine
+    python -m jobs.train_experts --config paris_xl2 --dry-run
+
+The second shows what training will take, and on which GPUs each expert fits; it starts nothing.
 """
 
 from jobs.command import run_job

@@ -1,6 +1,6 @@
 """Train the router on the shards of all clusters.
 
-Writes router/.
+Writes router/. It needs clusters/ alone, so it may run at the same time as train_experts.
 
     python -m jobs.train_router --config quickstart run_dir=runs/mine
 """

@@ -4,6 +4,8 @@ Matrix products and convolutions are counted, attention's included; element-wise
 floating-point operations make one multiply-accumulate (MAC).
 """
 
+from functools import cache
+
 import torch
 
 from paris_ray.config import ExpertConfig, RouterConfig
@@ -44,6 +46,7 @@ def training_flops_per_image(
     return 2 * PASSES_OF_A_TRAINING_STEP * forward_macs(config, text_length)
 
 
+@cache
 def parameter_count(config: ExpertConfig | RouterConfig) -> int:
     """Return the number of parameters, position table included; nothing is allocated."""
     with torch.device("meta"):

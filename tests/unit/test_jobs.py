@@ -1,19 +1,34 @@
 """The command line of the jobs, as a user types it; nothing here starts Ray."""
 
+import importlib.util
 import os
+import re
+import shlex
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
+
+from jobs.command import parser
+from paris_ray.artifacts import Folder
+from paris_ray.config import load
+from paris_ray.encoders.autoencoder import VAE_FILES
+from paris_ray.encoders.clip import TEXT_ENCODER_FILES, tokenizer_files
+from paris_ray.encoders.images import TIMM_FILES
+from paris_ray.planning import plan, render
 
 REPOSITORY = Path(__file__).resolve().parents[2]
+GUIDE = REPOSITORY / "docs" / "training.md"
 VERBS = ("prepare", "train_experts", "train_router", "evaluate", "export", "pipeline")
 
 
-def run_job(verb: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def run(command: Sequence[str], **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", f"jobs.{verb}", *arguments],
+        command,
         cwd=REPOSITORY,
         env=os.environ | environment,
         capture_output=True,
@@ -22,11 +37,53 @@ def run_job(verb: str, *arguments: str, **environment: str) -> subprocess.Comple
     )
 
 
+def run_job(verb: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return run([sys.executable, "-m", f"jobs.{verb}", *arguments], **environment)
+
+
 @pytest.mark.parametrize("verb", [*VERBS, "quickstart"])
 def test_help_shows_the_command(verb: str) -> None:
     result = run_job(verb, "--help")
     assert result.returncode == 0
     assert f"python -m jobs.{verb}" in result.stdout
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_offers_a_dry_run(verb: str) -> None:
+    assert "--dry-run" in run_job(verb, "--help").stdout
+
+
+def test_a_dry_run_prints_the_plan_and_starts_nothing(tmp_path: Path) -> None:
+    check = (
+        "import resource, sys; from jobs.command import run_job;"
+        "run_job('', 'pipeline');"
+        "assert 'ray' not in sys.modules, 'ray was imported';"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    )
+    run_dir = tmp_path / "run"
+    arguments = ["--config", "paris_xl2", "seed=1", "--dry-run", f"run_dir={run_dir}"]
+    result = run([sys.executable, "-c", check, *arguments])
+    assert result.returncode == 0, result.stderr
+    assert re.search(r"^expert 0-7 +605,970,448 ", result.stdout, re.MULTILINE)
+    assert re.search(r"^8 x A40, 48 GB\n  expert 0-7: fits$", result.stdout, re.MULTILINE)
+    assert not run_dir.exists()
+    peak_bytes = 1024 * int(result.stdout.splitlines()[-1])
+    assert peak_bytes < 4 * 605_970_448, "one XL/2 expert in float32 would take as much"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("training.accumulation_steps=7", "error: training.accumulation_steps=7 is not allowed"),
+        ("sampling.routing=top-9", "error: routing='top-9'"),
+        ("experts.8.training.steps=1", "error: experts='8' is not allowed"),
+    ],
+)
+def test_a_dry_run_refuses_what_a_run_would_refuse(override: str, message: str) -> None:
+    result = run_job("train_experts", "--config", "paris_b2", "--dry-run", override)
+    assert result.returncode == 2
+    assert result.stderr.startswith(message)
+    assert result.stdout == ""
 
 
 def test_an_unknown_key_is_refused_with_the_allowed_ones() -> None:
@@ -41,9 +98,104 @@ def test_an_unknown_config_is_refused_with_the_packaged_names() -> None:
     assert "quickstart" in result.stderr
 
 
-def test_a_submitted_job_refuses_a_relative_path() -> None:
+@pytest.mark.parametrize("dry", [[], ["--dry-run"]])
+def test_a_submitted_job_refuses_a_relative_path(dry: list[str]) -> None:
     submitted = {"RAY_JOB_CONFIG_JSON_ENV_VAR": "{}"}
-    result = run_job("pipeline", "run_dir=runs/mine", **submitted)
+    result = run_job("pipeline", "run_dir=runs/mine", *dry, **submitted)
     assert result.returncode == 2
     assert "run_dir='runs/mine' is relative" in result.stderr
     assert "run_dir=$PWD/runs/mine" in result.stderr
+
+
+# --- docs/training.md ---------------------------------------------------------------------------
+
+
+def code_lines(kind: str) -> list[str]:
+    """Return the lines of all code blocks of a kind, continued ones joined."""
+    blocks = re.findall(rf"^```{kind}\n(.*?)^```", GUIDE.read_text(), re.DOTALL | re.MULTILINE)
+    return [line for block in blocks for line in re.sub(r"\\\n\s*", "", block).splitlines()]
+
+
+def spans() -> list[str]:
+    """Return what stands between single backticks."""
+    prose = re.sub(r"^```.*?^```", "", GUIDE.read_text(), flags=re.DOTALL | re.MULTILINE)
+    return re.findall(r"`([^`]+)`", prose)
+
+
+def job_commands() -> list[list[str]]:
+    """Return module and arguments of every `python -m jobs...` of the guide."""
+    found = [line.partition("python -m ")[2] for line in code_lines("sh") + spans()]
+    return [shlex.split(command) for command in found if command]
+
+
+def test_every_job_of_the_guide_exists() -> None:
+    commands = job_commands()
+    assert {f"jobs.{verb}" for verb in VERBS} <= {module for module, *_ in commands}
+    for module, *_ in commands:
+        assert importlib.util.find_spec(module), f"docs/training.md: there is no {module}"
+
+
+def test_every_command_of_the_guide_would_run() -> None:
+    for module, *arguments in job_commands():
+        if module.removeprefix("jobs.") in VERBS and arguments:
+            parsed = parser("").parse_intermixed_args(arguments)
+            load(parsed.config, parsed.overrides)
+
+
+def test_every_override_of_the_guide_is_allowed() -> None:
+    tokens = [token for text in code_lines("sh") + spans() for token in text_tokens(text)]
+    overrides = [token for token in tokens if re.match(r"[a-z_]+(\.\w+)+=", token)]
+    assert len(overrides) > 20
+    for override in overrides:
+        load("paris_xl2", [override])
+
+
+def text_tokens(text: str) -> list[str]:
+    return shlex.split(text) if text.count("'") % 2 == 0 else []
+
+
+def test_the_guide_quotes_the_dry_run() -> None:
+    printed = render(plan(load("paris_xl2"))).splitlines()
+    quoted = code_lines("text")
+    assert quoted
+    assert set(quoted) <= set(printed)
+
+
+def test_the_guide_fetches_the_files_that_are_read(tmp_path: Path) -> None:
+    words = [shlex.split(line) for line in code_lines("sh") if line.startswith("hf download")]
+    fetched = {name: set(files) for _, _, name, *files, _, _ in words}
+    config = load("paris_xl2")
+    assert fetched[str(config.codec.path)] == set(VAE_FILES)
+    assert fetched[str(config.features.checkpoint)] == set(TIMM_FILES)
+    assert fetched[str(config.text.path)] >= set(TEXT_ENCODER_FILES)
+    for name in fetched[str(config.text.path)]:
+        (tmp_path / name).touch()
+    assert tokenizer_files(Folder(tmp_path))  # raises if they do not suffice
+
+
+def options() -> list[tuple[str, str, str]]:
+    """Return option, value of the paper's configurations and of the quickstart, as tabulated."""
+    rows = [line.split("|") for line in GUIDE.read_text().splitlines() if line.startswith("|")]
+    cells = [[cell.strip() for cell in row] for row in rows if len(row) == 7]
+    return [(c[2].strip("`"), c[3], c[4]) for c in cells if re.fullmatch(r"`[a-z_]+\.\w+`", c[2])]
+
+
+def value_of(name: str, option: str) -> Any:
+    section, key = option.split(".")
+    value = getattr(getattr(load(name), section), key)
+    return list(value) if isinstance(value, tuple) else value
+
+
+def tabulated(text: str) -> Any:
+    """Return a value as YAML reads it; 1e-4 too, which YAML takes for text."""
+    value = yaml.safe_load(text)
+    return float(value) if re.fullmatch(r"\d+e-\d+", text) else value
+
+
+def test_the_table_of_options_says_what_the_configurations_say() -> None:
+    assert len(options()) > 30
+    for option, paper, quickstart in options():
+        assert tabulated(quickstart) == value_of("quickstart", option), option
+        xl2, _, b2 = paper.removesuffix(")").partition(" (B/2: ")
+        assert tabulated(xl2) == value_of("paris_xl2", option), option
+        assert tabulated(b2 or xl2) == value_of("paris_b2", option), option

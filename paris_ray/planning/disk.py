@@ -1,0 +1,64 @@
+"""Bytes on disk: of a row of the corpus, and of a whole run."""
+
+from paris_ray.config import Config
+from paris_ray.models.flops import CLIP_TEXT_LENGTH
+from paris_ray.planning.memory import FLOAT16, FLOAT32
+
+TOKEN_ID_BYTES = 2
+# Estimates: a photograph of 32 x 32 pixels as PNG; a short caption and a file name.
+THUMBNAIL_BYTES, CAPTION_BYTES = 2_400, 120
+# Widths of image features, by the beginning of features.model.
+FEATURE_WIDTHS = {
+    "paris-tiny": 128,
+    "ViT-B-": 768,
+    "ViT-L-": 1024,
+    "ViT-H-": 1280,
+    "vit_small_": 384,
+    "vit_base_": 768,
+    "vit_large_": 1024,
+}
+
+
+def row_bytes(config: Config) -> dict[str, int | None]:
+    """Return the bytes of a row of `embeddings/` by what they hold; None is unknown."""
+    return {
+        **trained_row_bytes(config),
+        "features": _feature_bytes(config.features.model),
+        "thumbnail (estimate)": THUMBNAIL_BYTES,
+        "key and caption (estimate)": CAPTION_BYTES,
+    }
+
+
+def trained_row_bytes(config: Config) -> dict[str, int]:
+    """Return the bytes of what training reads of a row; it keeps a copy in the temporary folder."""
+    expert, corpus = config.expert, config.corpus
+    latents = FLOAT16 * expert.in_channels * expert.input_size**2
+    mirrored = {"latents of the mirror image": latents} if corpus.horizontal_flip else {}
+    name, width = "token ids", TOKEN_ID_BYTES * CLIP_TEXT_LENGTH
+    if config.text.kind == "minilm":
+        name, width = "text embedding", FLOAT16 * expert.text_embed_dim
+    return {"latents": latents, **mirrored, name: width * len(corpus.caption_templates)}
+
+
+def _feature_bytes(model: str) -> int | None:
+    widths = (width for prefix, width in FEATURE_WIDTHS.items() if model.startswith(prefix))
+    return next((FLOAT32 * width for width in widths), None)
+
+
+def run_bytes(config: Config, num_rows: int, num_parameters: int) -> dict[str, int]:
+    """Return the bytes of a finished run; what is unknown of a row is not in them.
+
+    Args:
+        config: The run.
+        num_rows: Rows of the corpus.
+        num_parameters: Of all experts and the router.
+    """
+    table = num_rows * sum(size or 0 for size in row_bytes(config).values())
+    weights = FLOAT32 * num_parameters
+    return {
+        "embeddings": table,
+        "the same rows in shards": table,
+        "checkpoints": 4 * weights,  # weights, their average, Adam's two moments
+        "weights": weights,
+        "the same weights in the bundle": weights,
+    }

@@ -1,0 +1,143 @@
+"""A plan as text."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import fields, replace
+
+from paris_ray.planning.memory import Memory
+from paris_ray.planning.run import Plan
+from paris_ray.planning.schedule import Schedule
+from paris_ray.planning.training import TrainingPlan
+
+PREFIXES = {"E": 10**18, "P": 10**15, "T": 10**12, "G": 10**9, "M": 10**6, "k": 10**3}
+COLUMN_GAP = "  "
+NOT_PLANNED = """\
+Shards are taken to be equal, each training to have a GPU of its own. Not planned: the time of
+prepare (encoding and clustering), of sample grids and of evaluation."""
+
+
+def render(plan: Plan) -> str:
+    """Return a plan as aligned tables."""
+    groups = _groups(plan.trainings)
+    sections = [
+        "Plan of the run; nothing was started or allocated.",
+        _trainings(plan, groups),
+        _memory(groups),
+        _gpus(plan, groups),
+        _disk(plan, groups),
+        _fleet(plan.schedule),
+        NOT_PLANNED,
+    ]
+    return "\n\n".join(section for section in sections if section)
+
+
+def _groups(trainings: Sequence[TrainingPlan]) -> list[tuple[str, TrainingPlan]]:
+    """Return the trainings that differ, each with the names of all that equal it."""
+    numbers: dict[TrainingPlan, list[int]] = {}
+    *experts, router = trainings
+    for training in experts:
+        assert training.expert is not None
+        numbers.setdefault(replace(training, expert=0), []).append(training.expert)
+    groups = [(f"expert {_ranges(members)}", training) for training, members in numbers.items()]
+    return [*groups, (router.name, router)]
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """Return ascending numbers as `0-2, 4`."""
+    parts: list[list[int]] = []
+    for number in numbers:
+        if parts and number == parts[-1][-1] + 1:
+            parts[-1].append(number)
+        else:
+            parts.append([number])
+    return ", ".join(f"{p[0]}-{p[-1]}" if len(p) > 1 else str(p[0]) for p in parts)
+
+
+def _trainings(plan: Plan, groups: Iterable[tuple[str, TrainingPlan]]) -> str:
+    head = ["Training", "parameters", "rows", "batch", "steps", "steps/epoch", "epochs"]
+    rows = [[*head, "samples seen", "an image", "in all"]]
+    for name, training in groups:
+        per_epoch = training.num_rows / training.batch_size
+        counts = (training.num_parameters, training.num_rows, training.batch_size)
+        cells = [f"{count:,}" for count in (*counts, training.num_steps)]
+        cells += [f"{per_epoch:,.1f}", f"{training.num_steps / per_epoch:,.1f}"]
+        cells.append(f"{training.samples_seen:,}")
+        flops = (training.flops_per_image, training.flops)
+        rows.append([name, *cells, *(_scaled(count, "FLOP") for count in flops)])
+    total = _scaled(sum(training.flops for training in plan.trainings), "FLOP")
+    blanks = [""] * 7
+    rows.append(["in all", f"{plan.num_parameters:,}", *blanks, total])
+    return _table(rows)
+
+
+def _memory(groups: Iterable[tuple[str, TrainingPlan]]) -> str:
+    names = [field.name.replace("_", " ") for field in fields(Memory)]
+    rows = [["Memory of a GPU", "images at once", *names, "in all"]]
+    for name, training in groups:
+        sizes = [getattr(training.memory, field.name) for field in fields(Memory)]
+        cells = [_scaled(size, "B") for size in (*sizes, training.memory.total)]
+        at_once = training.batch_size // training.accumulation_steps
+        rows.append([name, f"{at_once:,}", *cells])
+    return _table(rows)
+
+
+def _gpus(plan: Plan, groups: Iterable[tuple[str, TrainingPlan]]) -> str:
+    """Say what fits where; a tenth of a GPU's memory is kept free."""
+    lines = []
+    for i, gpu in enumerate(plan.gpus):
+        lines.append(f"{gpu.count} x {gpu.name}, {gpu.memory_gb:g} GB")
+        for name, training in groups:
+            fit = training.fits[i]
+            verdict = "fits" if fit.fits else f"does not fit; would with {fit.advice}"
+            lines.append(f"  {name}: {verdict}")
+    return "\n".join(lines)
+
+
+def _disk(plan: Plan, groups: Iterable[tuple[str, TrainingPlan]]) -> str:
+    row = [["A row on disk", "bytes"]]
+    row += [[name, _number(size)] for name, size in plan.row_bytes.items()]
+    row.append(["in all", f"{sum(size or 0 for size in plan.row_bytes.values()):,}"])
+    run = [[f"Disk for {plan.num_rows:,} rows", ""]]
+    run += [[name, _scaled(size, "B")] for name, size in plan.run_bytes.items()]
+    run.append(["in all", _scaled(sum(plan.run_bytes.values()), "B")])
+    for name, training in groups:
+        size = _scaled(training.temporary_bytes, "B")
+        run.append([f"while it trains, in TMPDIR of its node: {name}", size])
+    return f"{_table(row)}\n\n{_table(run)}"
+
+
+def _fleet(schedule: Schedule | None) -> str:
+    if schedule is None:
+        return "Days: unknown, dollars: unknown (fleet.gpus names no GPU)"
+    rows = [["Fleet", "GPU", "from day", "to day", "days", "dollars"]]
+    for job in schedule.assignments:
+        times = [f"{value:,.2f}" for value in (job.start, job.end, job.days)]
+        rows.append([job.name, job.gpu, *times, f"{job.dollars:,.0f}"])
+    rows += [[name, "none fits"] for name in schedule.unplaced]
+    total = [_number(schedule.days, 2), _number(schedule.gpu_days, 2), _number(schedule.dollars)]
+    rows.append(["in all", "", "", *total])
+    return _table(rows)
+
+
+def _number(value: float | None, digits: int = 0) -> str:
+    return "unknown" if value is None else f"{value:,.{digits}f}"
+
+
+def _scaled(value: float, unit: str) -> str:
+    """Return a value with the decimal prefix that suits it: `17.6 GB`."""
+    for prefix, size in PREFIXES.items():
+        if value >= size:
+            return f"{value / size:.1f} {prefix}{unit}"
+    return f"{value:.0f} {unit}"
+
+
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    """Return rows as lines; the first column is aligned left, the others right."""
+    width = max(map(len, rows))
+    padded = [[*row, *[""] * (width - len(row))] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*padded, strict=True)]
+    lines = []
+    for first, *others in padded:
+        cells = [first.ljust(widths[0])]
+        cells += [cell.rjust(size) for cell, size in zip(others, widths[1:], strict=True)]
+        lines.append(COLUMN_GAP.join(cells).rstrip())
+    return "\n".join(lines)

@@ -1,0 +1,60 @@
+"""The plan of a whole run."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from paris_ray.config import Config, GpuConfig, expert_setup
+from paris_ray.planning.disk import row_bytes, run_bytes
+from paris_ray.planning.schedule import Schedule, schedule
+from paris_ray.planning.training import TrainingPlan, plan_training
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """What a run will take.
+
+    Attributes:
+        num_rows: Rows of the corpus.
+        num_parameters: Of all experts and the router.
+        row_bytes: Bytes of a row of `embeddings/` by what they hold; None is unknown.
+        run_bytes: Bytes of a finished run by what they hold; an unknown part is not in them.
+        trainings: The experts and, last, the router.
+        gpus: The fleet.
+        schedule: None without a fleet.
+    """
+
+    num_rows: int
+    num_parameters: int
+    row_bytes: Mapping[str, int | None]
+    run_bytes: Mapping[str, int]
+    trainings: Sequence[TrainingPlan]
+    gpus: Sequence[GpuConfig]
+    schedule: Schedule | None
+
+
+def plan(config: Config) -> Plan:
+    """Return what a run of this configuration will take."""
+    num_rows = min(config.fleet.num_images, config.corpus.limit or config.fleet.num_images)
+    trainings = [
+        *_plan_experts(config, num_rows),
+        plan_training(config, None, config.router, config.router_training, num_rows),
+    ]
+    num_parameters = sum(training.num_parameters for training in trainings)
+    gpus = config.fleet.gpus
+    return Plan(
+        num_rows=num_rows,
+        num_parameters=num_parameters,
+        row_bytes=row_bytes(config),
+        run_bytes=run_bytes(config, num_rows, num_parameters),
+        trainings=trainings,
+        gpus=gpus,
+        schedule=schedule(trainings, gpus) if gpus else None,
+    )
+
+
+def _plan_experts(config: Config, num_rows: int) -> list[TrainingPlan]:
+    num_experts = config.cluster.num_clusters
+    rows = math.ceil(num_rows / num_experts)
+    setups = [expert_setup(config, k) for k in range(num_experts)]
+    return [plan_training(config, k, s.expert, s.training, rows) for k, s in enumerate(setups)]

@@ -1,0 +1,419 @@
+"""The plan of a run, against measurements of small models and against the configurations' words."""
+
+import re
+import weakref
+from collections.abc import Iterable
+from dataclasses import replace
+from importlib import resources
+
+import open_clip
+import pytest
+import timm
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from paris_ray.config import Config, ExpertConfig, GpuConfig, RouterConfig, TrainingConfig, load
+from paris_ray.encoders.images import register_packaged_models
+from paris_ray.models import Expert, Router
+from paris_ray.models.flops import parameter_count
+from paris_ray.planning import (
+    Fit,
+    Memory,
+    TrainingPlan,
+    activation_bytes,
+    plan,
+    render,
+    training_memory,
+)
+from paris_ray.planning.disk import FEATURE_WIDTHS, row_bytes
+from paris_ray.planning.memory import text_tower_parameters
+from paris_ray.planning.schedule import schedule
+from paris_ray.training.schedule import with_steps
+
+BATCH_SIZE, TEXT_LENGTH = 8, 20
+EXPERT = ExpertConfig(hidden_size=64, num_layers=4, num_heads=4, text_embed_dim=16)
+SMALL_MODELS = {
+    "expert": EXPERT,
+    "expert of spatial text": replace(EXPERT, text_injection="spatial", text_hidden_size=4),
+    "expert with a wide MLP": replace(EXPERT, mlp_ratio=6.0, num_layers=2),
+    "router": RouterConfig(hidden_size=64, num_layers=4, num_heads=4),
+}
+models = pytest.mark.parametrize("config", SMALL_MODELS.values(), ids=SMALL_MODELS.keys())
+PAPERS = ("paris_b2", "paris_xl2")
+
+
+# --- Memory, measured ---------------------------------------------------------------------------
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of all tensors that come to be and have not gone, and their highest sum."""
+
+    def __init__(self, known: Iterable[Tensor]) -> None:
+        super().__init__()
+        self.now = self.highest = 0
+        self._sizes = {id(tensor.untyped_storage()): 0 for tensor in known}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        output = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(output):
+            if isinstance(leaf, Tensor):
+                self._see(leaf.untyped_storage())
+        return output
+
+    def _see(self, storage: torch.UntypedStorage) -> None:
+        number = id(storage)
+        if number not in self._sizes:
+            self._sizes[number] = storage.nbytes()
+            self.now += storage.nbytes()
+            self.highest = max(self.highest, self.now)
+            weakref.finalize(storage, self._forget, number)
+
+    def _forget(self, number: int) -> None:
+        self.now -= self._sizes.pop(number)
+
+
+def build(config: ExpertConfig | RouterConfig) -> tuple[Expert | Router, tuple[Tensor, ...]]:
+    """Return a model and one batch of inputs."""
+    model = Router(config) if isinstance(config, RouterConfig) else Expert(config)
+    latents = torch.zeros(BATCH_SIZE, config.in_channels, config.input_size, config.input_size)
+    text = torch.zeros(BATCH_SIZE, text_length(config), config.text_embed_dim)
+    return model, (latents, torch.zeros(BATCH_SIZE), text)
+
+
+def text_length(config: ExpertConfig | RouterConfig) -> int:
+    is_spatial = isinstance(config, ExpertConfig) and config.text_injection == "spatial"
+    return 1 if is_spatial else TEXT_LENGTH
+
+
+def planned(config: ExpertConfig | RouterConfig, width: int, *, recompute: bool) -> int:
+    length = text_length(config)
+    return BATCH_SIZE * activation_bytes(config, width, recompute=recompute, text_length=length)
+
+
+@models
+def test_activations_are_what_a_forward_pass_leaves(config: ExpertConfig | RouterConfig) -> None:
+    model, inputs = build(config)
+    with LiveBytes([*model.parameters(), *inputs]) as memory:
+        output = model(*inputs)
+        left = memory.now
+    assert output.requires_grad
+    assert left == pytest.approx(planned(config, 4, recompute=False), rel=0.1)
+
+
+@models
+def test_checkpointing_leaves_the_blocks_inputs_and_one_block(
+    config: ExpertConfig | RouterConfig,
+) -> None:
+    model, inputs = build(config)
+    model.gradient_checkpointing = True
+    with LiveBytes([*model.parameters(), *inputs]) as memory:
+        output = model(*inputs)
+        left = memory.now
+        output.sum().backward()
+    whole = planned(config, 4, recompute=True)
+    gradients = 4 * parameter_count(config)
+    assert left < whole / 2
+    assert memory.highest - gradients == pytest.approx(whole, rel=0.25)
+
+
+def test_autocast_keeps_bfloat16_activations_and_copies_of_the_weights() -> None:
+    model, inputs = build(EXPERT)
+    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept: dict[int, Tensor] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with (
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+        torch.autocast("cpu", torch.bfloat16),
+    ):
+        model(*inputs)
+    tensors = [tensor for address, tensor in kept.items() if address not in own]
+    # Attention (batch, head, token, channel) runs in float32 on a CPU, and in bfloat16 on a GPU.
+    measured = sum(
+        tensor.untyped_storage().nbytes() // (2 if is_attention(tensor) else 1)
+        for tensor in tensors
+    )
+    copies = 2 * parameter_count(EXPERT)
+    assert measured - copies == pytest.approx(planned(EXPERT, 2, recompute=False), rel=0.25)
+
+
+def is_attention(tensor: Tensor) -> bool:
+    return tensor.dim() == 4 and tensor.dtype == torch.float32
+
+
+def test_memory_is_the_sum_of_what_the_options_ask_for() -> None:
+    training = TrainingConfig(batch_size=64, accumulation_steps=4)
+    count = parameter_count(EXPERT)
+    memory = training_memory(EXPERT, training, text_encoder_parameters=1000)
+    assert memory.total == (4 + 4 + 8 + 4 + 2) * count + 4000 + memory.activations
+    assert memory.activations == 16 * activation_bytes(EXPERT, 2, recompute=False, text_length=77)
+    assert training_memory(EXPERT, replace(training, ema_device="cpu")).ema == 0
+    in_float32 = training_memory(EXPERT, replace(training, precision="float32"))
+    assert in_float32.autocast == 0
+    assert in_float32.activations > memory.activations
+    recomputed = training_memory(EXPERT, replace(training, gradient_checkpointing=True))
+    assert recomputed.activations < memory.activations
+
+
+@pytest.mark.parametrize(
+    ("width", "layers", "heads"), [(512, 12, 8), (768, 12, 12), (1280, 32, 20)]
+)
+def test_text_towers_have_their_size(width: int, layers: int, heads: int) -> None:
+    config = CLIPTextConfig(
+        hidden_size=width,
+        intermediate_size=4 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+    )
+    with torch.device("meta"):
+        tower = CLIPTextModel(config)
+    assert text_tower_parameters(width) == sum(p.numel() for p in tower.parameters())
+
+
+# --- Disk ---------------------------------------------------------------------------------------
+
+
+def test_feature_widths_are_those_of_the_libraries() -> None:
+    register_packaged_models()
+    open_clip_names = {"paris-tiny": "paris-tiny", "ViT-B-": "ViT-B-32", "ViT-H-": "ViT-H-14"}
+    for prefix, name in ({"ViT-L-": "ViT-L-14"} | open_clip_names).items():
+        assert FEATURE_WIDTHS[prefix] == open_clip.get_model_config(name)["vision_cfg"]["width"]
+    for prefix in ("vit_small_", "vit_base_", "vit_large_"):
+        with torch.device("meta"):
+            model = timm.create_model(f"{prefix}patch14_dinov2.lvd142m", num_classes=0)
+        assert FEATURE_WIDTHS[prefix] == model.num_features
+
+
+def test_rows_of_the_paper_and_of_the_quickstart() -> None:
+    paper = row_bytes(load("paris_xl2"))
+    assert paper["latents"] == paper["latents of the mirror image"] == 8192
+    assert paper["token ids"] == 154
+    assert paper["features"] == 4096
+    unflipped = row_bytes(load("paris_xl2", ["corpus.horizontal_flip=false"]))
+    assert "latents of the mirror image" not in unflipped
+    quickstart = row_bytes(load("quickstart"))
+    assert quickstart["latents"] == 96 * 4 * 4 * 2
+    assert quickstart["text embedding"] == 3 * 384 * 2  # three caption templates
+
+
+def test_features_of_an_unknown_model_are_said_to_be_unknown() -> None:
+    config = load("quickstart", ["features.model=convnext_base", "features.checkpoint=/features"])
+    assert re.search(r"features +unknown\n", render(plan(config)))
+
+
+# --- Steps --------------------------------------------------------------------------------------
+
+
+def test_epochs_are_turned_into_the_steps_that_training_takes() -> None:
+    config = load("quickstart", ["training.epochs=2.5", "fleet.num_images=8000"])
+    expert, router = plan(config).trainings[0], plan(config).trainings[-1]
+    assert expert.num_rows == 1000
+    assert expert.num_steps == with_steps(config.training, 1000).steps == 40
+    assert router.num_rows == 8000
+    assert router.num_steps == config.router_training.steps
+
+
+def test_a_limited_corpus_has_fewer_rows() -> None:
+    config = load("quickstart", ["corpus.limit=80", "fleet.num_images=1000"])
+    assert plan(config).num_rows == 80
+
+
+def test_experts_are_planned_with_their_own_overrides() -> None:
+    changes = ["experts.2.expert.num_layers=8", "experts.5.training.steps=10"]
+    common, *_ = plan(load("quickstart")).trainings
+    trainings = plan(load("quickstart", changes)).trainings
+    assert trainings[2].num_parameters > common.num_parameters
+    assert trainings[5].num_steps == 10
+    assert replace(trainings[7], expert=0) == common
+    assert "\nexpert 0-1, 3-4, 6-7 " in render(plan(load("quickstart", changes)))
+
+
+# --- Fleet --------------------------------------------------------------------------------------
+
+NOTHING = Memory(weights=0, gradients=0, adam=0, ema=0, autocast=0, text_encoder=0, activations=0)
+STEPS_OF_A_DAY = 86_400  # of one image of 1 TFLOP, on a GPU that reaches 1 TFLOP/s
+
+
+def training(expert: int | None, days: float, fits: tuple[bool, ...]) -> TrainingPlan:
+    return TrainingPlan(
+        expert=expert,
+        num_parameters=1,
+        num_rows=1,
+        batch_size=1,
+        accumulation_steps=1,
+        num_steps=round(days * STEPS_OF_A_DAY),
+        flops_per_image=10**12,
+        memory=NOTHING,
+        temporary_bytes=0,
+        fits=tuple(Fit(answer) for answer in fits),
+    )
+
+
+def gpu(name: str, tflops: float, count: int = 1) -> GpuConfig:
+    return GpuConfig(name=name, count=count, peak_tflops=2 * tflops, mfu=0.5, dollars_per_hour=0.5)
+
+
+def test_experts_go_where_they_end_first_and_the_router_waits_for_all() -> None:
+    experts = [training(k, 1.0, (True, True)) for k in range(3)]
+    fleet = [gpu("fast", 1.0), gpu("slow", 0.75)]
+    result = schedule([*experts, training(None, 0.5, (True, True))], fleet)
+    places = [(a.name, a.gpu, a.start) for a in result.assignments]
+    assert places == [
+        ("expert 0", "fast 1", 0.0),
+        ("expert 1", "slow 1", 0.0),
+        ("expert 2", "fast 1", 1.0),
+        ("router", "fast 1", 2.0),
+    ]
+    assert result.days == pytest.approx(2.5)
+    assert result.gpu_days == pytest.approx(3 + 4 / 3 - 0.5)
+    assert result.dollars == pytest.approx(12 * (3 + 4 / 3 - 0.5))
+
+
+def test_the_longest_expert_starts_first() -> None:
+    lengths = [1.0, 2.0, 3.0]
+    experts = [training(k, days, (True,)) for k, days in enumerate(lengths)]
+    result = schedule([*experts, training(None, 0.25, (True,))], [gpu("equal", 1.0, count=2)])
+    assert [a.name for a in result.assignments] == ["expert 2", "expert 1", "expert 0", "router"]
+    assert result.assignments[2].gpu == "equal 2"
+    assert result.days == pytest.approx(3.25)
+
+
+def test_nothing_is_placed_where_it_does_not_fit() -> None:
+    experts = [training(0, 1.0, (False, True)), training(1, 1.0, (False, False))]
+    fleet = [gpu("small", 9.0), gpu("large", 1.0)]
+    result = schedule([*experts, training(None, 0.5, (True, True))], fleet)
+    assert [(a.name, a.gpu) for a in result.assignments] == [
+        ("expert 0", "large 1"),
+        ("router", "small 1"),
+    ]
+    assert result.unplaced == ("expert 1",)
+    assert result.days is result.gpu_days is result.dollars is None
+
+
+def test_without_a_fleet_days_and_dollars_are_unknown() -> None:
+    config = load("quickstart")
+    assert plan(config).schedule is None
+    assert "Days: unknown, dollars: unknown" in render(plan(config))
+
+
+def fleet_of(memory_gb: float) -> str:
+    return f"fleet.gpus=[{{name: GPU, count: 8, memory_gb: {memory_gb}}}]"
+
+
+@pytest.mark.parametrize("memory_gb", [16, 24, 32])
+def test_following_the_advice_makes_an_expert_fit(memory_gb: float) -> None:
+    overrides = [fleet_of(memory_gb), "training.gradient_checkpointing=false"]
+    (fit,) = plan(load("paris_xl2", overrides)).trainings[0].fits
+    assert not fit.fits
+    overrides += [f"training.{option}" for option in fit.advice.split()]
+    config = load("paris_xl2", overrides)
+    assert plan(config).trainings[0].fits == (Fit(True),)
+    # Fewer images at once would leave a GPU idle.
+    assert config.training.batch_size // config.training.accumulation_steps >= 8
+
+
+def test_an_expert_that_nothing_makes_fit_needs_to_be_smaller() -> None:
+    result = plan(load("paris_xl2", [fleet_of(12)]))
+    assert result.trainings[0].fits == (Fit(False, "a smaller model"),)
+    assert result.schedule is not None
+    assert result.schedule.unplaced == tuple(f"expert {k}" for k in range(8))
+    assert "expert 0-7: does not fit; would with a smaller model" in render(result)
+
+
+# --- The configurations of the paper ------------------------------------------------------------
+
+
+@pytest.fixture(params=PAPERS)
+def paper(request: pytest.FixtureRequest) -> str:
+    name: str = request.param
+    return name
+
+
+def header(name: str) -> str:
+    """Return the comment that a packaged configuration opens with, as one line."""
+    text = (resources.files("paris_ray") / "configs" / f"{name}.yaml").read_text()
+    comment = text.partition("\n\n")[0].splitlines()
+    return " ".join(line.removeprefix("#").strip() for line in comment)
+
+
+def test_the_header_says_what_the_dry_run_says(paper: str) -> None:
+    result = plan(load(paper))
+    assert result.schedule is not None
+    *experts, router = result.schedule.assignments
+    memory = max(training.memory.total for training in result.trainings)
+    expected = (
+        f"GPU memory {memory / 1e9:.1f} GB, disk {sum(result.run_bytes.values()) / 1e9:.0f} GB, "
+        f"experts {max(a.end for a in experts):.1f} days, router {router.days:.1f} days, "
+        f"{result.schedule.dollars:,.0f} dollars"
+    )
+    assert expected in header(paper)
+
+
+def test_the_headers_commands_name_the_configuration(paper: str) -> None:
+    config = load(paper)
+    assert f"python -m jobs.pipeline --config {paper} corpus.path={config.corpus.path}" in header(
+        paper
+    )
+    assert f"--config {paper} corpus.path={config.corpus.path} --dry-run" in header(paper)
+
+
+def test_everything_fits_the_fleet_it_is_planned_for(paper: str) -> None:
+    config = load(paper)
+    for training in plan(config).trainings:
+        assert all(fit.fits for fit in training.fits)
+    assert config.cluster.num_clusters == sum(gpu.count for gpu in config.fleet.gpus) == 8
+
+
+def test_sizes_are_the_published_ones() -> None:
+    assert load("paris_xl2").expert == ExpertConfig.preset("XL/2")
+    assert load("paris_b2").expert == ExpertConfig.preset("B/2")
+    for name in PAPERS:
+        assert load(name).router == RouterConfig()
+
+
+def test_xl2_is_trained_for_the_published_120_a40_days() -> None:
+    schedule = plan(load("paris_xl2")).schedule
+    assert schedule is not None
+    *experts, _ = schedule.assignments
+    assert sum(a.days for a in experts) == pytest.approx(120, rel=0.02)
+
+
+def test_xl2_also_trains_on_24_gb_and_without_checkpointing_on_48() -> None:
+    small = plan(load("paris_xl2", [fleet_of(24)]))
+    assert small.trainings[0].fits == (Fit(True),)
+    changes = ["training.gradient_checkpointing=false", "training.accumulation_steps=8"]
+    assert plan(load("paris_xl2", changes)).trainings[0].fits == (Fit(True),)
+
+
+def test_the_two_configurations_differ_in_scale_alone() -> None:
+    b2, xl2 = load("paris_b2"), load("paris_xl2")
+    for section in ("text", "features", "codec", "cluster", "router", "sampling", "evaluation"):
+        assert getattr(b2, section) == getattr(xl2, section), section
+    scale = {
+        "steps": b2.training.steps,
+        "checkpoint_every": b2.training.checkpoint_every,
+        "sample_every": b2.training.sample_every,
+        "gradient_checkpointing": b2.training.gradient_checkpointing,
+    }
+    assert replace(xl2.training, **scale) == b2.training
+    assert xl2.router_training == b2.router_training
+
+
+def test_a_plan_is_the_same_every_time(paper: str) -> None:
+    config: Config = load(paper)
+    assert render(plan(config)) == render(plan(config))
+
+
+def test_tables_are_aligned_and_name_their_units(paper: str) -> None:
+    text = render(plan(load(paper)))
+    first, *_ = text.split("Training", 1)[1].split("\n\n")
+    widths = {len(line) for line in f"Training{first}".splitlines()}
+    assert len(widths) == 1
+    for unit in ("GFLOP", "EFLOP", "GB", "bytes", "days", "dollars"):
+        assert unit in text

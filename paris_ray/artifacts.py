@@ -11,12 +11,13 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pyarrow import fs
+from pyarrow import NativeFile, fs
 
 from paris_ray.errors import ArtifactError
 
@@ -28,9 +29,21 @@ PROGRESS = "progress.json"
 # These describe the run (where, how fast, how often logged), not the result: digests ignore them.
 CHECKPOINT = "checkpoint.safetensors"
 METRICS = "metrics.jsonl"
+EVENTS = "events.out.tfevents"  # a name that TensorBoard looks for
+SAMPLES = "samples"  # a folder of pictures drawn on the way
 IN_PROGRESS = "in_progress.json"
 UNHASHED = frozenset(
-    {MANIFEST, RESOLVED_CONFIG, TIMINGS, PROGRESS, CHECKPOINT, METRICS, IN_PROGRESS}
+    {
+        MANIFEST,
+        RESOLVED_CONFIG,
+        TIMINGS,
+        PROGRESS,
+        CHECKPOINT,
+        METRICS,
+        EVENTS,
+        SAMPLES,
+        IN_PROGRESS,
+    }
 )
 
 
@@ -95,34 +108,69 @@ class Folder:
         """Return whether the folder, or the file or folder `name` in it, exists."""
         return bool(self._filesystem.get_file_info(self._full(name)).type != fs.FileType.NotFound)
 
+    def open(self, name: str) -> NativeFile:
+        """Return a file for reading at any position, opened; the caller closes it.
+
+        Raises:
+            ArtifactError: if the file does not exist.
+        """
+        try:
+            return self._filesystem.open_input_file(self._full(name))
+        except FileNotFoundError:
+            raise ArtifactError(f"{self.uri}/{name} does not exist") from None
+        except OSError as error:
+            raise ArtifactError(f"{self.uri}/{name} cannot be read: {error}") from None
+
     def read(self, name: str) -> bytes:
         """Return a file's bytes.
 
         Raises:
             ArtifactError: if the file does not exist.
         """
-        try:
-            with self._filesystem.open_input_stream(self._full(name)) as stream:
-                return bytes(stream.read())
-        except FileNotFoundError:
-            raise ArtifactError(f"{self.uri}/{name} does not exist") from None
-        except OSError as error:
-            raise ArtifactError(f"{self.uri}/{name} cannot be read: {error}") from None
+        with self.open(name) as stream:
+            return bytes(stream.read())
 
     def write(self, name: str, payload: bytes) -> None:
         """Write a file so that readers see the old bytes or the new ones, never a part."""
+        with self.writing(name) as path:
+            path.write_bytes(payload)
+
+    @contextmanager
+    def reading(self, name: str) -> Iterator[Path]:
+        """Give a path on this machine to a reader that wants one: a copy, if the file is remote.
+
+        Raises:
+            ArtifactError: if the file does not exist.
+        """
+        if self.is_local:
+            yield Path(self._full(name))
+            return
+        with tempfile.NamedTemporaryFile(prefix="paris_ray-") as copy:
+            with self.open(name) as source:
+                shutil.copyfileobj(source, copy)
+            copy.flush()
+            yield Path(copy.name)
+
+    @contextmanager
+    def writing(self, name: str) -> Iterator[Path]:
+        """Give a path on this machine to a writer; its file appears as `name` when it is done.
+
+        Readers see the old file or the new one, never a part.
+        """
         target = self._full(name)
         self._filesystem.create_dir(os.path.dirname(target), recursive=True)  # noqa: PTH120
-        if not self.is_local:  # an object appears when its upload is complete
-            with self._filesystem.open_output_stream(target) as stream:
-                stream.write(payload)
+        if self.is_local:
+            temporary = Path(f"{target}.tmp-{os.getpid()}")
+            yield temporary
+            with temporary.open("rb") as written:
+                os.fsync(written.fileno())
+            temporary.replace(target)
             return
-        temporary = Path(f"{target}.tmp-{os.getpid()}")
-        with temporary.open("wb") as stream:
-            stream.write(payload)
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(target)
+        with tempfile.NamedTemporaryFile(prefix="paris_ray-") as file:
+            yield Path(file.name)
+            upload = self._filesystem.open_output_stream(target)  # appears when it is complete
+            with Path(file.name).open("rb") as written, upload:
+                shutil.copyfileobj(written, upload)
 
     def read_json(self, name: str) -> Any:
         """Return a parsed JSON file.
@@ -194,7 +242,7 @@ def publish(
     """Hash every file of a folder and write its manifest: from now on the artefact exists."""
     folder.delete(PROGRESS)
     folder.delete(IN_PROGRESS)
-    names = [name for name in folder.files() if os.path.basename(name) not in UNHASHED]  # noqa: PTH119
+    names = [name for name in folder.files() if UNHASHED.isdisjoint(name.split("/"))]
     files = {name: sha256_hex(folder.read(name)) for name in names}
     manifest = Manifest(
         kind=kind, config_digest=config_digest, parents=parents, files=files, facts=facts
@@ -273,9 +321,7 @@ class VerifiedFolder:
         """
         payload = self.folder.read(name)
         if self.digests is not None and self.digests.get(name) != sha256_hex(payload):
-            raise ArtifactError(
-                f"{self.folder.uri}/{name} does not have the digest of its {MANIFEST}"
-            )
+            raise self._damaged(name)
         return payload
 
     def read_json(self, name: str) -> Any:
@@ -292,16 +338,43 @@ class VerifiedFolder:
         }
         return VerifiedFolder(self.folder / name, inside)
 
+    def verified_file(self, name: str) -> Path:
+        """Return the local path of a file that need not fit into memory; see `local_path`."""
+        return self.local_path([name]) / name
+
     def local_path(self, names: Sequence[str]) -> Path:
-        """Return a local folder with these files, verified; copied to a temporary one if remote."""
-        payloads = {name: self.read(name) for name in names}
-        if self.folder.is_local:
-            return self.folder.local_path
-        target = Path(tempfile.mkdtemp(prefix="paris_ray-"))
-        atexit.register(shutil.rmtree, target, ignore_errors=True)
-        for name, payload in payloads.items():
-            (target / name).write_bytes(payload)
-        return target
+        """Return a local folder with these files, copied to a temporary one if they are remote.
+
+        Raises:
+            ArtifactError: if a file is missing or its bytes are not the published ones.
+        """
+        root = self.folder.local_path if self.folder.is_local else self._download(names)
+        for name in names:
+            self._check_digest(name, root / name)
+        return root
+
+    def _download(self, names: Sequence[str]) -> Path:
+        root = Path(tempfile.mkdtemp(prefix="paris_ray-"))
+        atexit.register(shutil.rmtree, root, ignore_errors=True)
+        for name in names:
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
+            with self.folder.open(name) as source, (root / name).open("wb") as copy:
+                shutil.copyfileobj(source, copy)
+        return root
+
+    def _check_digest(self, name: str, path: Path) -> None:
+        """Compare a file with its digest, in pieces."""
+        if not path.is_file():
+            raise ArtifactError(f"{self.folder.uri}/{name} does not exist")
+        if self.digests is None:
+            return
+        with path.open("rb") as stream:
+            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        if self.digests.get(name) != digest:
+            raise self._damaged(name)
+
+    def _damaged(self, name: str) -> ArtifactError:
+        return ArtifactError(f"{self.folder.uri}/{name} does not have the digest of its {MANIFEST}")
 
 
 def open_finished(folder: Folder, kind: str) -> VerifiedFolder:

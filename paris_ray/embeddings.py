@@ -1,11 +1,20 @@
 """The table that passes from prepare to training: Parquet files of encoded, captioned images.
 
-Columns: `key`, `caption`, `thumbnail` (PNG bytes), `latents (C, H, W)`, `features (D,)` and
-`text_embedding (V, D)`, one row of it for each caption template, the caption itself first. Tensor
-columns use Arrow's canonical fixed-shape tensor type, which any Arrow implementation reads.
+Columns, one row an image:
+
+    key, caption        strings
+    thumbnail           PNG bytes
+    latents             (C, H, W) float16
+    latents_flipped     (C, H, W) float16, of the mirror image; only with corpus.horizontal_flip
+    features            (D,)
+    text_embedding      (V, D) float16, one row of it for each caption template, or
+    token_ids           (V, L) uint16, if text is a sequence of states: those are too large to keep
+
+The first of V variants is the caption itself. Tensor columns use Arrow's canonical fixed-shape
+tensor type, which any Arrow implementation reads.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -17,7 +26,11 @@ from paris_ray.artifacts import Folder
 from paris_ray.errors import ArtifactError
 
 Column = NDArray[np.generic] | Sequence[str] | Sequence[bytes]
+LATENTS, LATENTS_FLIPPED = "latents", "latents_flipped"
+TEXT_EMBEDDING, TOKEN_IDS = "text_embedding", "token_ids"
 NULL_TEXT = "null_text.safetensors"
+ROWS_PER_GROUP = 1024  # of a file that is written
+ROWS_PER_READ = 256
 
 
 def to_table(columns: Mapping[str, Column]) -> pa.Table:
@@ -33,9 +46,8 @@ def _to_arrow(values: Column) -> pa.Array:
 
 def write_part(folder: Folder, name: str, table: pa.Table) -> None:
     """Write one Parquet file of a table artefact."""
-    sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression="zstd")
-    folder.write(name, sink.getvalue().to_pybytes())
+    with folder.writing(name) as path:
+        pq.write_table(table, path, compression="zstd", row_group_size=ROWS_PER_GROUP)
 
 
 def part_names(folder: Folder) -> list[str]:
@@ -49,15 +61,59 @@ def read_parts(folder: Folder, names: Sequence[str], columns: Sequence[str]) -> 
     Raises:
         ArtifactError: if there is nothing to read.
     """
+    _require_parts(folder, names)
+    return pa.concat_tables([_read_part(folder, name, columns) for name in names])
+
+
+def _require_parts(folder: Folder, names: Sequence[str]) -> None:
     if not names:
         raise ArtifactError(f"{folder.uri} holds no Parquet files")
-    buffers = (pa.BufferReader(folder.read(name)) for name in names)
-    return pa.concat_tables([pq.read_table(buffer, columns=list(columns)) for buffer in buffers])
+
+
+def _read_part(folder: Folder, name: str, columns: Sequence[str]) -> pa.Table:
+    with folder.open(name) as file:
+        return pq.read_table(file, columns=list(columns))
 
 
 def read_table(folder: Folder, columns: Sequence[str]) -> pa.Table:
     """Return some columns of all of a folder's Parquet files, in order."""
     return read_parts(folder, part_names(folder), columns)
+
+
+def num_rows(folder: Folder, name: str) -> int:
+    """Return the number of rows of one Parquet file; only its footer is read."""
+    with folder.open(name) as file:
+        return int(pq.read_metadata(file).num_rows)
+
+
+def column_names(folder: Folder) -> list[str]:
+    """Return the names of the columns, as the first Parquet file has them.
+
+    Raises:
+        ArtifactError: if there is no file.
+    """
+    names = part_names(folder)
+    _require_parts(folder, names)
+    with folder.open(names[0]) as file:
+        return list(pq.read_schema(file).names)
+
+
+def stream_column(folder: Folder, column: str) -> Iterator[NDArray[np.generic]]:
+    """Yield a tensor column `(N, ...)` of all files in order, at most ROWS_PER_READ rows at once.
+
+    A group of rows, as it is stored, is all that is in memory.
+
+    Raises:
+        ArtifactError: if a file has no such column.
+    """
+    for name in part_names(folder):
+        with folder.open(name) as file:
+            parquet = pq.ParquetFile(file)
+            if column not in parquet.schema_arrow.names:
+                raise ArtifactError(f"{folder.uri}/{name} has no column {column}")
+            for group in range(parquet.num_row_groups):  # one reader of all would keep them all
+                for batch in parquet.iter_batches(ROWS_PER_READ, [group], [column]):
+                    yield batch.column(column).to_numpy_ndarray()
 
 
 def tensor_column(table: pa.Table, name: str) -> NDArray[np.generic]:
@@ -69,12 +125,16 @@ def tensor_column(table: pa.Table, name: str) -> NDArray[np.generic]:
     return array
 
 
-def write_null_text(folder: Folder, null_text: NDArray[np.float32]) -> None:
-    """Store the encoded empty string, `(D,)`, which stands for "no text"."""
-    folder.write(NULL_TEXT, safetensors.numpy.save({"pooled_text": null_text}))
+def write_null_text(folder: Folder, null_text: NDArray[np.generic]) -> None:
+    """Store the empty string, which stands for "no text": encoded `(D,)`, or token ids `(L,)`."""
+    if np.issubdtype(null_text.dtype, np.integer):
+        stored = {TOKEN_IDS: null_text.astype(np.int32)}
+    else:
+        stored = {"pooled_text": null_text.astype(np.float32)}
+    folder.write(NULL_TEXT, safetensors.numpy.save(stored))
 
 
-def read_null_text(folder: Folder) -> NDArray[np.float32]:
-    """Return the encoded empty string, `(D,)`."""
-    null_text: NDArray[np.float32] = safetensors.numpy.load(folder.read(NULL_TEXT))["pooled_text"]
+def read_null_text(folder: Folder) -> NDArray[np.generic]:
+    """Return the empty string: encoded, `(D,)` float32, or as token ids, `(L,)` int32."""
+    (null_text,) = safetensors.numpy.load(folder.read(NULL_TEXT)).values()
     return null_text

@@ -1,16 +1,16 @@
 """From the trained parts of a run to a model folder in the layout of the public Paris release."""
 
+from pathlib import Path
 from typing import Any
 
-from paris_ray.artifacts import Folder, open_finished, read_manifest
-from paris_ray.bundle import (
-    CONFIG,
-    Bundle,
-    BundleFacts,
-    facts_to_json,
-)
+from paris_ray.artifacts import Folder, VerifiedFolder, open_finished, read_manifest
+from paris_ray.bundle import CONFIG, MODEL_INDEX, Bundle, BundleFacts, facts_to_json
+from paris_ray.config import CodecConfig, TextConfig
 from paris_ray.embeddings import read_table
 from paris_ray.encoders import codec
+from paris_ray.encoders.autoencoder import VAE_FILES
+from paris_ray.encoders.clip import TEXT_ENCODER, TEXT_ENCODER_FILES, TOKENIZER, tokenizer_files
+from paris_ray.encoders.hub import HUB_NAME
 from paris_ray.encoders.text import MODEL_FILES
 from paris_ray.run import (
     EMBEDDINGS,
@@ -23,34 +23,70 @@ from paris_ray.run import (
     Run,
 )
 
-MODEL_INDEX = "model_index.json"
 MODEL_CARD = "README.md"
+MINILM = "sentence-transformers/all-MiniLM-L6-v2"
+# What reads a part, as model_index.json has it. The release names its pipeline's class, which was
+# never published, and the version of diffusers that it was made with.
+CLASSES = {
+    "vae": ["diffusers", "AutoencoderKL"],
+    "codec": ["paris_ray.encoders.codec", "PatchPCA"],
+    TOKENIZER: ["transformers", "CLIPTokenizer"],
+    "router": ["paris_ray.models", "Router"],
+}
+PUBLIC_PIPELINE = {"_class_name": "DDMPipeline", "_diffusers_version": "0.21.0"}
+OWN_PIPELINE = {"_class_name": "Bundle", "_library": "paris_ray.bundle"}
 
 
-def open_trained_parts(run: Run) -> Bundle:
+def open_trained_parts(run: Run, *, device: str = "cpu") -> Bundle:
     """Return the parts of a run as a bundle, before they are exported.
+
+    Args:
+        run: The run.
+        device: Where the parts run: `cpu`, `cuda` or `auto`.
 
     Raises:
         ArtifactError: naming the part that is not finished.
     """
-    encoders = open_finished(run.encoders, ENCODERS)
+    config, encoders = run.config, open_finished(run.encoders, ENCODERS)
     experts = range(run.num_experts)
     parts = {f"expert_{k}": open_finished(run.expert(k), EXPERT) for k in experts}
     parts["router"] = open_finished(run.router, ROUTER)
-    parts |= {name: encoders.part(name) for name in ("codec", "text_encoder")}
+    codec_folder = run.codec.uri.rsplit("/", 1)[-1]
+    shared = (codec_folder, TEXT_ENCODER, TOKENIZER)
+    parts |= {name: encoders.part(name) for name in shared if run.encoders.exists(name)}
     facts = BundleFacts(
         model_name=run.folder.uri.rstrip("/").rsplit("/", 1)[-1],
-        sampling=run.config.sampling,
-        picture_size=run.config.corpus.image_size,
+        sampling=config.sampling,
+        picture_size=config.corpus.image_size,
         attribution=read_manifest(run.embeddings, EMBEDDINGS).facts["attribution"],
         example_prompts=tuple(_middle_caption(run.shard(k)) for k in experts),
+        vae_name=codec_name(config.codec),
+        text_encoder_name=text_encoder_name(config.text),
     )
-    return Bundle(parts, facts)
+    return Bundle(parts, facts, device=device)
 
 
 def _middle_caption(shard: Folder) -> str:
     captions = read_table(shard, ["caption"])["caption"]
     return str(captions[len(captions) // 2])
+
+
+def codec_name(config: CodecConfig) -> str:
+    """Return what a bundle says that its codec is, without a path of this machine."""
+    return config.kind if config.path is None else _public_name(config.path)
+
+
+def text_encoder_name(config: TextConfig) -> str:
+    """Return what a bundle says that its text encoder is, without a path of this machine."""
+    if config.kind == "minilm":
+        return MINILM
+    name = _public_name(config.path or "")
+    return f"open_clip {config.model} {name}" if config.kind == "open_clip" else name
+
+
+def _public_name(name_or_path: str) -> str:
+    """Return a hub name as it is, and of a path, which is nobody's business, the end."""
+    return name_or_path if HUB_NAME.fullmatch(name_or_path) else Path(name_or_path).name
 
 
 def write_bundle(bundle: Bundle, target: Folder, *, model_card: str) -> None:
@@ -62,21 +98,29 @@ def write_bundle(bundle: Bundle, target: Folder, *, model_card: str) -> None:
         model_card: Text of its `README.md`.
     """
     for name, part in bundle.parts.items():
-        for file_name in _files_of(name):
+        for file_name in _files_of(name, part):
             (target / name).write(file_name, part.read(file_name))
     target.write_json(CONFIG, _public_config(bundle))
     target.write_json(MODEL_INDEX, _model_index(bundle))
     target.write(MODEL_CARD, model_card.encode())
 
 
-def _files_of(part: str) -> tuple[str, ...]:
-    if part.startswith("expert_"):
+def _files_of(name: str, part: VerifiedFolder) -> tuple[str, ...]:
+    if name.startswith("expert_"):
         return MODEL_CONFIG, EXPERT_WEIGHTS
+    if name == TOKENIZER:
+        return tuple(tokenizer_files(part.folder))
+    if name == TEXT_ENCODER:
+        return MODEL_FILES if _is_minilm(part) else TEXT_ENCODER_FILES
     return {
         "router": (MODEL_CONFIG, ROUTER_WEIGHTS),
         "codec": (codec.CONFIG, codec.WEIGHTS),
-        "text_encoder": MODEL_FILES,
-    }[part]
+        "vae": VAE_FILES,
+    }[name]
+
+
+def _is_minilm(text_encoder: VerifiedFolder) -> bool:
+    return bool(text_encoder.read_json(MODEL_CONFIG)["model_type"] == "bert")
 
 
 def _public_config(bundle: Bundle) -> dict[str, Any]:
@@ -90,21 +134,24 @@ def _public_config(bundle: Bundle) -> dict[str, Any]:
         "expert_architecture": "dit",
         "router_architecture": "dit",
         "use_latents": True,
-        "vae_name": bundle.parts["codec"].read_json(codec.CONFIG)["kind"],
-        "text_encoder_name": "MiniLM",
+        "vae_name": bundle.facts.vae_name,
+        "text_encoder_name": bundle.facts.text_encoder_name,
         "paris_ray": facts_to_json(bundle.facts),
     }
 
 
 def _model_index(bundle: Bundle) -> dict[str, Any]:
-    """Return which class reads which part; the loader is `paris_ray.bundle.Bundle`."""
+    """Return which class reads which part; `paris_ray.bundle.load_bundle` reads them all."""
+    minilm = _is_minilm(bundle.parts[TEXT_ENCODER])
+    text_class = (
+        ["paris_ray.encoders.text", "MiniLM"] if minilm else ["transformers", "CLIPTextModel"]
+    )
+    public = "vae" in bundle.parts and not minilm
     experts = {f"expert_{k}": ["paris_ray.models", "Expert"] for k in range(bundle.num_experts)}
     return {
-        "_class_name": "Bundle",
-        "_library": "paris_ray.bundle",
+        **(PUBLIC_PIPELINE if public else OWN_PIPELINE),
         "num_experts": bundle.num_experts,
-        "router": ["paris_ray.models", "Router"],
-        "codec": ["paris_ray.encoders.codec", "PatchPCA"],
-        "text_encoder": ["paris_ray.encoders.text", "MiniLM"],
+        TEXT_ENCODER: text_class,
+        **{name: CLASSES[name] for name in bundle.parts if name in CLASSES},
         **experts,
     }

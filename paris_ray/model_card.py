@@ -1,17 +1,18 @@
 """The model card of a bundle: what it is made of and what was measured on it, nothing else."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from paris_ray.bundle import Bundle
+from paris_ray.config import PRESETS, ExpertConfig
 
 TEMPLATE = """\
 # {name}
 
-A Paris-style ensemble of {num_experts} diffusion experts ({parameters:,} parameters each), trained
+A Paris-style ensemble of {num_experts} diffusion experts ({parameters} parameters each), trained
 apart on one cluster of the data each, and a router ({router_parameters:,} parameters) that chooses
 among them at every denoising step. Made with paris_ray.
-
+{unlike_experts}
 ## Use
 
 ```python
@@ -62,12 +63,15 @@ def model_card(
         evaluation: Facts of the evaluation, or None if there was none.
     """
     defaults = bundle.facts.sampling
+    parameters, router_parameters = bundle.num_parameters()
+    least, most = min(parameters), max(parameters)
     attribution = embeddings["attribution"]
     return TEMPLATE.format(
         name=bundle.facts.model_name,
         num_experts=bundle.num_experts,
-        parameters=_count(bundle.expert(0)),
-        router_parameters=_count(bundle.router),
+        parameters=f"{least:,}" if least == most else f"{least:,} to {most:,}",
+        router_parameters=router_parameters,
+        unlike_experts=_unlike_experts(bundle.expert_configs, parameters),
         prompt=bundle.facts.example_prompts[0].replace('"', "'"),
         steps=defaults.num_inference_steps,
         guidance=defaults.guidance_scale,
@@ -95,5 +99,18 @@ def _measurements(
     return rows
 
 
-def _count(model: Any) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
+def _unlike_experts(configs: Sequence[ExpertConfig], parameters: Sequence[int]) -> str:
+    """Return a table of the experts, or nothing if all are alike."""
+    if len(set(configs)) == 1:
+        return ""
+    rows = ["", "| expert | size | prediction | parameters |", "|---|---|---|---|"]
+    for k, (config, count) in enumerate(zip(configs, parameters, strict=True)):
+        rows.append(f"| {k} | {_size(config)} | {config.prediction} | {count:,} |")
+    return "\n".join([*rows, ""])
+
+
+def _size(config: ExpertConfig) -> str:
+    """Return the published name of a size or, for another, its width and depth."""
+    numbers = (config.hidden_size, config.num_layers, config.num_heads)
+    names = {sizes: name for name, sizes in PRESETS.items() if config.patch_size == 2}
+    return names.get(numbers, f"{config.hidden_size} wide, {config.num_layers} layers")

@@ -10,11 +10,12 @@ resources.
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from ray import serve
 from ray.serve import Application
 
 from paris_ray.artifacts import absolute_uri
+from paris_ray.bundle import Dtype
 from paris_ray.errors import ConfigError
 from serve.expert import ExpertServer
 from serve.ingress import Ingress, create_api
@@ -50,6 +51,11 @@ class AppArgs(BaseModel):
             Change it when a new bundle has the old path, so that Serve loads it.
         colocated: Keep the experts inside the Sampler process: same pictures, no hop between
             processes, one set of resources (`sampler`). For a laptop or a single GPU.
+        dtype: Data type of experts and router: `float32`, `bfloat16` or `float16`; null keeps the
+            stored one.
+        device: Where each replica computes: `cpu`, `cuda`, or `auto` for a GPU where it has one.
+        offload: Keep at most two experts on the device, the ones used last; for a single GPU that
+            has no room for all. Only with `colocated`.
         threads: Torch threads of each Sampler and expert replica.
         api_key_file: A file with the key that clients must send; relative like `bundle`. Null
             serves requests from this machine alone.
@@ -64,12 +70,21 @@ class AppArgs(BaseModel):
     bundle: str = "runs/quickstart/bundle"
     bundle_digest: str | None = None
     colocated: bool = False
+    dtype: Dtype | None = None
+    device: str = "auto"
+    offload: bool = False
     threads: int = Field(default=1, ge=1)
     api_key_file: str | None = None
     ingress: DeploymentOptions = DeploymentOptions()
     sampler: DeploymentOptions = DeploymentOptions()
     expert: DeploymentOptions = DeploymentOptions()
     experts: dict[int, DeploymentOptions] = {}
+
+    @model_validator(mode="after")
+    def _check_offload(self) -> "AppArgs":
+        if self.offload and not self.colocated:
+            raise ValueError("offload=true is not allowed without colocated=true")
+        return self
 
     def expert_options(self, index: int) -> DeploymentOptions:
         """Return the size of one expert."""
@@ -87,7 +102,9 @@ def build(args: AppArgs) -> Application:
         BundleError: if there is no bundle.
         ConfigError: if `experts` names one that the bundle does not have.
     """
-    source = BundleSource(_from_repository(args.bundle), args.bundle_digest)
+    source = BundleSource(
+        _from_repository(args.bundle), args.bundle_digest, args.dtype, args.device, args.offload
+    )
     num_experts = source.open().num_experts
     for index in args.experts:
         if not 0 <= index < num_experts:

@@ -9,28 +9,34 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from paris_ray.devices import resolve_device
 from paris_ray.models import TextConditioning
-from paris_ray.sampling.sampler import guided_velocity
+from paris_ray.sampling.guidance import KeyedText, TextCache, guided_velocity
 from serve.source import BundleSource
 
 Floats = NDArray[np.float32]
 
 
 class TextArrays(NamedTuple):
-    """A `TextConditioning` on its way between processes."""
+    """A `KeyedText` on its way between processes."""
 
     text_embeddings: Floats
     pooled_text: Floats
+    text_mask: NDArray[np.bool_] | None
+    keys: tuple[bytes, ...]
 
     @classmethod
-    def pack(cls, text: TextConditioning) -> "TextArrays":
-        """Return the arrays of a conditioning."""
-        return cls(to_array(text.text_embeddings), to_array(text.pooled_text))
+    def pack(cls, keyed: KeyedText) -> "TextArrays":
+        """Return the arrays of a conditioning, and its keys."""
+        text = keyed.text
+        mask = None if text.text_mask is None else text.text_mask.numpy()
+        embeddings, pooled = to_array(text.text_embeddings), to_array(text.pooled_text)
+        return cls(embeddings, pooled, mask, keyed.keys)
 
-    def unpack(self) -> TextConditioning:
-        """Return the conditioning of the arrays."""
-        return TextConditioning(torch.tensor(self.text_embeddings), torch.tensor(self.pooled_text))
+    def unpack(self) -> KeyedText:
+        """Return the conditioning of the arrays, under the same keys."""
+        mask = None if self.text_mask is None else torch.tensor(self.text_mask)
+        embeddings, pooled = torch.tensor(self.text_embeddings), torch.tensor(self.pooled_text)
+        return KeyedText(TextConditioning(embeddings, pooled, mask), self.keys)
 
 
 def to_array(tensor: torch.Tensor) -> Floats:
@@ -50,7 +56,8 @@ class ExpertServer:
 
     def __init__(self, source: BundleSource, index: int, *, threads: int) -> None:
         torch.set_num_threads(threads)
-        self._expert = source.open().expert(index).to(resolve_device("auto"))
+        self._expert = source.open().expert(index)
+        self._texts = TextCache()
 
     @torch.inference_mode()
     def velocity(
@@ -61,13 +68,16 @@ class ExpertServer:
         null_text: TextArrays,
         guidance_scale: float,
     ) -> Floats:
-        """Return the guided velocity `(B, C, H, W)`; arguments as in `guided_velocity`."""
+        """Return the guided velocity `(B, C, H, W)`; arguments as in `guided_velocity`.
+
+        Captions are encoded when they come for the first time, and so once per image.
+        """
         velocity = guided_velocity(
             self._expert,
             torch.tensor(latents),
             t,
-            text.unpack(),
-            null_text.unpack(),
+            self._texts.encode(self._expert, text.unpack()),
+            self._texts.encode(self._expert, null_text.unpack()),
             guidance_scale,
         )
         return to_array(velocity)

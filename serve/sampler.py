@@ -17,14 +17,14 @@ from ray.serve.handle import DeploymentHandle
 from ray.util.metrics import Counter
 from torch import Tensor
 
-from paris_ray.devices import resolve_device
+from paris_ray.sampling.guidance import KeyedText
 from paris_ray.sampling.sampler import (
     Denoising,
     ExpertCall,
+    LocalExperts,
     Samples,
     SamplingOptions,
     advance,
-    answer,
     start_denoising,
 )
 from serve.expert import TextArrays, to_array
@@ -67,7 +67,8 @@ class Sampler:
         torch.set_num_threads(threads)
         self._bundle = source.open()
         self._experts = experts
-        self._null_text = TextArrays.pack(self._bundle.null_text)
+        self._null_text = TextArrays.pack(KeyedText.of(self._bundle.null_text))
+        self._local_experts = LocalExperts(self._bundle)
         self._calls = Counter("paris_expert_calls", "Calls of an expert.", tag_keys=("expert",))
         self._load()
 
@@ -76,7 +77,7 @@ class Sampler:
         _ = self._bundle.router, self._bundle.codec
         if self._experts is None:
             for k in range(self._bundle.num_experts):
-                self._bundle.expert(k).to(resolve_device("auto"))
+                self._bundle.expert(k)
 
     def check_health(self) -> None:
         """Return; a Sampler that answers has loaded all it needs."""
@@ -103,7 +104,7 @@ class Sampler:
     async def _ask(self, call: ExpertCall) -> Tensor:
         self._calls.inc(tags={"expert": str(call.expert)})
         if self._experts is None:
-            return await asyncio.to_thread(answer, self._bundle, call)
+            return await asyncio.to_thread(self._local_experts.answer, call)
         try:
             velocity = await self._experts[call.expert].velocity.remote(
                 to_array(call.latents),

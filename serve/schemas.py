@@ -19,11 +19,11 @@ class ImagesRequest(BaseModel):
         prompt: What to draw.
         model: The served model's name; None means that one.
         n: How many pictures; picture i uses `seed + i`.
-        size: `auto` or the model's only size, for example `32x32`.
+        size: `auto` or the model's only size, for example `256x256`.
         seed: Seed of the first picture; None draws one, which the response tells.
         num_inference_steps: Euler steps; None takes the model's default, like the next two.
         guidance_scale: Classifier-free guidance; 1 switches it off.
-        routing: `top-1`, `top-2`, ..., `full` or `threshold:x`.
+        routing: `top-1`, `top-2`, ..., `full` (or `full-ensemble`) or `threshold:x`.
         response_format: Only `b64_json`; nothing is stored, so there is no `url` to give.
     """
 

@@ -13,7 +13,7 @@ import pytest
 import safetensors.torch
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import BertConfig, BertModel
+from transformers import BertConfig, BertModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from jobs.local_cluster import LOOPBACK_ONLY
 from paris_ray.artifacts import Folder, VerifiedFolder, publish
@@ -127,6 +127,125 @@ def tiny_bundle_path(tiny_parts: Path, tmp_path_factory: pytest.TempPathFactory)
 def tiny_bundle(tiny_bundle_path: Path) -> Bundle:
     """The tiny bundle, opened."""
     return load_bundle(str(tiny_bundle_path))
+
+
+# The fields of the public release, and none of ours; sizes are small.
+RELEASE_GEOMETRY = {"patch_size": 2, "in_channels": 4}
+RELEASE_WIDTH = {"hidden_size": 16, "num_layers": 2, "num_heads": 2, "mlp_ratio": 4.0}
+RELEASE_CONFIG = {
+    "model_name": "paris-small",
+    "num_experts": NUM_EXPERTS,
+    "experiment_name": "small",
+    "dataset_name": "noise",
+    "image_size": 4,
+    "num_channels": 4,
+    "expert_architecture": "dit",
+    "router_architecture": "dit",
+    "use_latents": True,
+    "vae_name": "stabilityai/sd-vae-ft-mse",
+    "text_encoder_name": "openai/clip-vit-large-patch14",
+}
+RELEASE_EXPERT = {
+    "model_type": "dit_expert",
+    "architecture": "dit",
+    "out_channels": 4,
+    "use_text_conditioning": True,
+    "use_class_conditioning": False,
+    "num_classes": 1000,
+    "text_embed_dim": 16,
+    "use_dit_time_embed": True,
+    "use_adaln_single": True,
+    "cfg_dropout_prob": 0.1,
+    **RELEASE_GEOMETRY,
+    **RELEASE_WIDTH,
+}
+RELEASE_ROUTER = {
+    "architecture": "dit",
+    "num_experts": NUM_EXPERTS,
+    "use_adaln_single": False,
+    **RELEASE_GEOMETRY,
+    **RELEASE_WIDTH,
+}
+RELEASE_INDEX = {
+    "_class_name": "DDMPipeline",
+    "_diffusers_version": "0.21.0",
+    "num_experts": NUM_EXPERTS,
+    "vae": ["diffusers", "AutoencoderKL"],
+    "text_encoder": ["transformers", "CLIPTextModel"],
+    "tokenizer": ["transformers", "CLIPTokenizer"],
+}
+
+
+def write_clip(root: Path) -> None:
+    """Write `tokenizer/` and `text_encoder/` of a small random CLIP with a vocabulary of bytes."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    ends = [f"{letter}</w>" for letter in letters]
+    tokens = [*letters, *ends, "ca", "cat</w>", "<|startoftext|>", "<|endoftext|>"]
+    tokenizer = CLIPTokenizer(
+        vocab={token: i for i, token in enumerate(tokens)},
+        merges=[("c", "a"), ("ca", "t</w>")],
+        model_max_length=77,
+    )
+    tokenizer.save_pretrained(root / "tokenizer")
+    torch.manual_seed(0)
+    config = CLIPTextConfig(
+        vocab_size=len(tokens),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=77,
+        bos_token_id=len(tokens) - 2,
+        eos_token_id=len(tokens) - 1,
+    )
+    randomise(CLIPTextModel(config), 1).save_pretrained(root / "text_encoder")
+
+
+def write_autoencoder(path: Path) -> None:
+    """Write a small random autoencoder that halves pictures three times, as Stable Diffusion's."""
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(0)
+    AutoencoderKL(
+        block_out_channels=(8,) * 4,
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        layers_per_block=1,
+        norm_num_groups=4,
+        latent_channels=4,
+        sample_size=64,
+    ).save_pretrained(path)
+
+
+@pytest.fixture(scope="session")
+def release_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small folder as the public release has it, written by the libraries that it names."""
+    root = tmp_path_factory.mktemp("release") / "paris-small"
+    folder = Folder(root)
+    for k in range(NUM_EXPERTS):
+        expert = ExpertConfig(input_size=4, text_embed_dim=16, **RELEASE_GEOMETRY, **RELEASE_WIDTH)
+        weights = randomise(Expert(expert), k).state_dict()
+        folder.write(f"expert_{k}/{EXPERT_WEIGHTS}", safetensors.torch.save(weights))
+        folder.write_json(f"expert_{k}/config.json", RELEASE_EXPERT)
+        folder.write_json(f"expert_{k}/model_index.json", {"_class_name": "DiTExpert"})
+    config = RouterConfig(
+        input_size=4, num_experts=NUM_EXPERTS, **RELEASE_GEOMETRY, **RELEASE_WIDTH
+    )
+    weights = randomise(Router(config), 99).state_dict()
+    folder.write(f"router/{ROUTER_WEIGHTS}", safetensors.torch.save(weights))
+    folder.write_json("router/config.json", RELEASE_ROUTER)
+    folder.write_json("config.json", RELEASE_CONFIG)
+    folder.write_json("model_index.json", RELEASE_INDEX)
+    write_autoencoder(root / "vae")
+    write_clip(root)
+    assert not any(b"paris_ray" in path.read_bytes() for path in root.rglob("*.json"))
+    return root
+
+
+@pytest.fixture(scope="session")
+def release_bundle(release_path: Path) -> Bundle:
+    """The release, opened."""
+    return load_bundle(str(release_path))
 
 
 @pytest.fixture(scope="session")

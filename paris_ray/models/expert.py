@@ -142,7 +142,8 @@ class Expert(nn.Module):
         self.layers: Any = nn.ModuleList(ExpertBlock(config) for _ in range(config.num_layers))
         self.final_layer = ExpertFinalLayer(config)
         self.gradient_checkpointing = False
-        self.initialise()
+        if not self.pos_embed.is_meta:
+            self.initialise()
 
     def initialise(self) -> None:
         """Start as PixArt-alpha does: small shared modulation, silent text and output paths."""

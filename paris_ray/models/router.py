@@ -73,7 +73,8 @@ class Router(nn.Module):
             nn.Linear(d, config.num_experts),
         )
         self.gradient_checkpointing = False
-        self.initialise()
+        if not self.pos_embed.is_meta:
+            self.initialise()
 
     def initialise(self) -> None:
         """Start every block as the identity (AdaLN-Zero) and every expert equally likely."""

@@ -9,6 +9,7 @@ from torch import Tensor
 from paris_ray.errors import RoutingError
 
 ALLOWED = "'top-1', 'top-2' ... 'top-K', 'full' or 'threshold:x' with 0 < x < 1"
+FULL = ("full", "full-ensemble")  # ours, and that of the model card of the release
 NEGLIGIBLE_WEIGHT = 1e-6
 MAX_DIGITS = 9  # int() of thousands of digits is slow or refused
 
@@ -35,7 +36,7 @@ def parse_routing(text: str, num_experts: int) -> Routing:
         RoutingError: if there is no such strategy or too few experts for it.
     """
     name, _, argument = text.partition(":")
-    if text == "full":
+    if text in FULL:
         return Routing("full")
     if name == "threshold":
         try:

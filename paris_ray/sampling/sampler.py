@@ -6,17 +6,21 @@ application answers them through replicas.
 """
 
 from collections.abc import Generator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
+from threading import Lock
+from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 
 from paris_ray.bundle import Bundle
-from paris_ray.diffusion import predict_velocity, router_logits, sampling_times
+from paris_ray.diffusion import router_logits, sampling_times
 from paris_ray.errors import ParisError
 from paris_ray.models import Expert, Router, TextConditioning
+from paris_ray.sampling.guidance import KeyedText, TextCache, guided_velocity
 from paris_ray.sampling.routing import Routing, expert_weights, parse_routing
 from paris_ray.sampling.solvers import euler_step
 from paris_ray.seeding import torch_generator
@@ -41,7 +45,7 @@ class ExpertCall:
     rows: Tensor
     latents: Tensor
     t: float
-    text: TextConditioning
+    text: KeyedText
     guidance_scale: float
 
 
@@ -65,6 +69,7 @@ class SamplingOptions:
     num_inference_steps: int
     guidance_scale: float
     routing: Routing
+    router_temperature: float
 
 
 Denoising = Generator[list[ExpertCall], list[Tensor], Samples]
@@ -93,6 +98,7 @@ def sampling_options(
         num_inference_steps=steps,
         guidance_scale=scale,
         routing=parse_routing(routing or defaults.routing, bundle.num_experts),
+        router_temperature=defaults.router_temperature,
     )
 
 
@@ -112,16 +118,18 @@ def denoise(
     the guidance. Send the generator one velocity `(b, C, H, W)` a call, in order.
 
     Args:
-        noise: `(B, C, H, W)` latents at t = 1.
+        noise: `(B, C, H, W)` latents at t = 1; the picture stays on their device.
         text: Conditioning of the B prompts.
-        router: Chooses and weighs the experts.
+        router: Chooses and weighs the experts, on any device.
         options: Steps, guidance and routing.
     """
-    latents = noise
-    usage = torch.zeros(len(noise), router.config.num_experts)
+    latents, keyed_text = noise, KeyedText.of(text)
+    text = text.to(router.pos_embed.device)
+    usage = torch.zeros(len(noise), router.config.num_experts, device=noise.device)
     for t, t_next in pairwise(sampling_times(options.num_inference_steps).tolist()):
-        weights = expert_weights(_ask_router(router, latents, t, text), options.routing)
-        calls = _expert_calls(weights, latents, t, text, options.guidance_scale)
+        logits = _ask_router(router, latents, t, text) / options.router_temperature
+        weights = expert_weights(logits, options.routing)
+        calls = _expert_calls(weights, latents, t, keyed_text, options.guidance_scale)
         velocity = torch.zeros_like(latents)
         for call, answer in zip(calls, (yield calls), strict=True):
             velocity[call.rows] += weights[call.rows, call.expert, None, None, None] * answer
@@ -131,11 +139,13 @@ def denoise(
 
 
 def _ask_router(router: Router, latents: Tensor, t: float, text: TextConditioning) -> Tensor:
-    return router_logits(router, latents, torch.full((len(latents),), t), text)
+    device = router.pos_embed.device
+    times = torch.full((len(latents),), t, device=device)
+    return router_logits(router, latents.to(device), times, text).to(latents.device)
 
 
 def _expert_calls(
-    weights: Tensor, latents: Tensor, t: float, text: TextConditioning, guidance_scale: float
+    weights: Tensor, latents: Tensor, t: float, text: KeyedText, guidance_scale: float
 ) -> list[ExpertCall]:
     calls = []
     for expert in range(weights.shape[1]):
@@ -152,32 +162,6 @@ def _expert_calls(
                 )
             )
     return calls
-
-
-def guided_velocity(
-    expert: Expert,
-    latents: Tensor,
-    t: float,
-    text: TextConditioning,
-    null_text: TextConditioning,
-    guidance_scale: float,
-) -> Tensor:
-    """Return uncond + guidance_scale * (cond - uncond), `(B, C, H, W)`, in one forward pass.
-
-    The inputs move to the expert's device, and the answer back to that of `latents`.
-
-    Source: classifier-free guidance, Ho and Salimans 2022 (arXiv:2207.12598).
-    """
-    count, home, device = len(latents), latents.device, expert.pos_embed.device
-    latents, times = latents.to(device), torch.full((count,), t, device=device)
-    if guidance_scale == 1.0:
-        return predict_velocity(expert, latents, times, text.to(device)).to(home)
-    both = TextConditioning.concatenate([text, null_text.rows(torch.zeros(count).long())])
-    velocity = predict_velocity(
-        expert, latents.repeat(2, 1, 1, 1), times.repeat(2), both.to(device)
-    )
-    conditional, unconditional = velocity.chunk(2)
-    return (unconditional + guidance_scale * (conditional - unconditional)).to(home)
 
 
 def start_denoising(
@@ -201,17 +185,32 @@ def advance(
         return samples
 
 
-@torch.inference_mode()
-def answer(bundle: Bundle, call: ExpertCall) -> Tensor:
-    """Answer a call with the bundle's expert in this process."""
-    return guided_velocity(
-        bundle.expert(call.expert),
-        call.latents,
-        call.t,
-        call.text,
-        bundle.null_text,
-        call.guidance_scale,
-    )
+class LocalExperts:
+    """Answers calls with a bundle's experts in this process, from any thread.
+
+    Args:
+        bundle: Its experts load when they are first asked.
+    """
+
+    def __init__(self, bundle: Bundle) -> None:
+        self._bundle, self._texts = bundle, TextCache()
+        self._null_text = KeyedText.of(bundle.null_text)
+        # An expert in use cannot leave the device: only one at a time, if there is little room.
+        self._turn: AbstractContextManager[Any] = Lock() if bundle.offload else nullcontext()
+
+    @torch.inference_mode()
+    def answer(self, call: ExpertCall) -> Tensor:
+        """Return the velocities `(b, C, H, W)` that a call asks for."""
+        with self._turn:
+            expert = self._bundle.expert(call.expert)
+            return guided_velocity(
+                expert,
+                call.latents,
+                call.t,
+                self._texts.encode(expert, call.text, owner=call.expert),
+                self._texts.encode(expert, self._null_text, owner=call.expert),
+                call.guidance_scale,
+            )
 
 
 def sample(
@@ -221,10 +220,11 @@ def sample(
     options: SamplingOptions,
 ) -> Samples:
     """Run `denoise` with the bundle's experts in this process."""
+    experts = LocalExperts(bundle)
     denoising = start_denoising(bundle, text, seeds, options)
     step = advance(denoising)
     while not isinstance(step, Samples):
-        answers = [answer(bundle, call) for call in step]
+        answers = [experts.answer(call) for call in step]
         step = advance(denoising, answers)
     return step
 
@@ -239,11 +239,21 @@ def sample_one_expert(
     num_inference_steps: int,
     guidance_scale: float,
 ) -> Tensor:
-    """Return latents `(B, C, H, W)` that one expert draws without a router."""
-    config = expert.config
+    """Return latents `(B, C, H, W)`, on the CPU, that one expert draws without a router.
+
+    Args:
+        expert: On any device.
+        text: Conditioning of the B captions.
+        null_text: Conditioning of the empty string, a batch of one.
+        seeds: One a picture.
+        num_inference_steps: Euler steps.
+        guidance_scale: 1 switches guidance off.
+    """
+    config, device = expert.config, expert.pos_embed.device
     latents = initial_noise((config.in_channels, config.input_size, config.input_size), seeds)
+    encoded, null = (expert.encode_text(part.to(device)) for part in (text, null_text))
     for t, t_next in pairwise(sampling_times(num_inference_steps).tolist()):
-        velocity = guided_velocity(expert, latents, t, text, null_text, guidance_scale)
+        velocity = guided_velocity(expert, latents, t, encoded, null, guidance_scale)
         latents = euler_step(latents, velocity, t, t_next)
     return latents
 
@@ -265,7 +275,7 @@ def generate(
         seed: Seed of the first picture.
         num_inference_steps: Euler steps; None takes the bundle's default, like the others.
         guidance_scale: Classifier-free guidance; 1 switches it off.
-        routing: `top-1`, `top-2`, ..., `full` or `threshold:x`.
+        routing: `top-1`, `top-2`, ..., `full` (or `full-ensemble`) or `threshold:x`.
 
     Raises:
         ParisError: if an option is not allowed.

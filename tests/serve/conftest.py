@@ -26,10 +26,10 @@ def serve_address(ray_session: None) -> Iterator[str]:
 
 @pytest.fixture(scope="session")
 def start_app(serve_address: str, tiny_bundle_path: Path) -> Start:
-    """A function that serves the tiny bundle under a name and returns its URL."""
+    """A function that serves the tiny bundle, or another, under a name and returns its URL."""
 
     def start(name: str, **args: object) -> str:
-        app = build(AppArgs(bundle=str(tiny_bundle_path), **args))
+        app = build(AppArgs(**{"bundle": str(tiny_bundle_path)} | args))
         serve.run(app, name=name, route_prefix=f"/{name}")
         return f"{serve_address}/{name}"
 

@@ -172,3 +172,28 @@ def test_a_folder_in_the_place_of_a_file_is_an_error_that_names_it(tmp_path: Pat
     (tmp_path / "weights").mkdir()
     with pytest.raises(ArtifactError, match="weights cannot be read"):
         Folder(tmp_path).read("weights")
+
+
+@pytest.mark.parametrize("remote", [False, True])
+def test_a_file_is_verified_in_pieces_wherever_it_is(
+    folder: Folder, monkeypatch: pytest.MonkeyPatch, remote: bool
+) -> None:
+    payload = bytes(range(256)) * 20_000
+    folder.write("deep/large.bin", payload)
+    publish_things(folder)
+    part = open_finished(folder, "things").part("deep")
+    if remote:
+        monkeypatch.setattr(Folder, "is_local", False)
+    path = part.verified_file("large.bin")
+    assert path.read_bytes() == payload
+    assert path.is_relative_to(folder.uri) is not remote
+    monkeypatch.undo()
+    folder.write("deep/large.bin", payload[:-1] + b"x")
+    if remote:
+        monkeypatch.setattr(Folder, "is_local", False)
+    with pytest.raises(ArtifactError, match=r"deep/large.bin does not have the digest"):
+        part.verified_file("large.bin")
+    with pytest.raises(ArtifactError, match=r"deep/absent.bin does not exist"):
+        part.verified_file("absent.bin")
+    with pytest.raises(ArtifactError, match="digest"):
+        part.local_path(["er/more.bin", "large.bin"])

@@ -38,7 +38,7 @@ def load_everything(path: Path) -> Bundle:
         bundle.expert(k)
     assert bundle.router
     assert bundle.codec
-    assert bundle.text_encoder
+    assert len(bundle.null_text) == 1
     return bundle
 
 
@@ -46,6 +46,14 @@ def edit(path: Path, **changes: Any) -> None:
     """Change fields of a JSON file; None removes one."""
     document = json.loads(path.read_text()) | changes
     path.write_text(json.dumps({k: v for k, v in document.items() if v is not None}))
+
+
+def edit_model(path: Path, **changes: Any) -> None:
+    """Change fields of a model's `config.json`, where each of them stands."""
+    document = json.loads(path.read_text())
+    public = {key: value for key, value in changes.items() if key in document}
+    ours = {key: value for key, value in changes.items() if key not in document}
+    edit(path, **public, paris_ray=document["paris_ray"] | ours)
 
 
 def truncate(path: Path) -> None:
@@ -152,6 +160,7 @@ def test_an_absurd_number_of_experts_is_refused(unsigned: Path, value: object) -
 def test_a_router_for_other_experts_is_refused(unsigned: Path) -> None:
     shutil.rmtree(unsigned / "expert_2")
     edit(unsigned / "config.json", num_experts=2)
+    edit(unsigned / "model_index.json", num_experts=2)
     assert "router/config.json: num_experts=3, but the bundle has 2" in refusal(
         unsigned, BundleError
     )
@@ -163,7 +172,12 @@ def test_a_router_for_other_experts_is_refused(unsigned: Path) -> None:
         ({"paris_ray": None}, "the field paris_ray is missing"),
         ({"paris_ray": 3}, "the field paris_ray is missing"),
         ({"model_name": None}, "'model_name' is missing"),
-        ({"paris_ray": {"sampling": {}}}, "'picture_size' is missing"),
+        ({"paris_ray": {"picture_size": 32, "attribution": None}}, "'sampling' is missing"),
+        ({"paris_ray": {"sampling": {}}}, "paris_ray: picture_size=None, allowed: 1 to"),
+        ({"num_channels": 4}, "num_channels=4, but the router reads 8"),
+        ({"image_size": None}, "image_size=None, allowed: 1 to"),
+        ({"image_size": 8}, "image_size=8, but the router reads 4"),
+        ({"use_latents": False}, "use_latents=False, expected True"),
         ({"paris_ray": {"sampling": {"steps": 3}}}, "paris_ray.sampling: unknown key 'steps'"),
         ({"paris_ray": {"sampling": {"routing": "${oc.env:HOME}"}}}, "interpolation"),
     ],
@@ -198,7 +212,7 @@ def test_bad_facts_are_named(unsigned: Path, changes: dict[str, Any], fragment: 
 def test_a_bad_expert_config_is_named(
     unsigned: Path, changes: dict[str, Any], fragment: str
 ) -> None:
-    edit(unsigned / "expert_1" / "config.json", **changes)
+    edit_model(unsigned / "expert_1" / "config.json", **changes)
     message = refusal(unsigned, BundleError)
     assert "expert_1" in message
     assert fragment in message
@@ -208,7 +222,10 @@ def test_a_bad_expert_config_is_named(
     ("changes", "fragment"),
     [
         ({"num_experts": -1}, "num_experts=-1"),
-        ({"num_experts": 10**9}, "head.4"),
+        ({"num_experts": 10**9}, "num_experts=1000000000, but the bundle has 3 experts"),
+        ({"text_embed_dim": 24}, "text_proj"),
+        ({"patch_size": 4}, "patch_embed"),
+        ({"in_channels": 4}, "num_channels=8, but the router reads 4"),
         ({"text_embed_dim": 0}, "text_proj"),
     ],
     ids=str,
@@ -216,7 +233,7 @@ def test_a_bad_expert_config_is_named(
 def test_a_bad_router_config_is_named(
     unsigned: Path, changes: dict[str, Any], fragment: str
 ) -> None:
-    edit(unsigned / "router" / "config.json", **changes)
+    edit_model(unsigned / "router" / "config.json", **changes)
     message = refusal(unsigned, BundleError)
     assert "router" in message
     assert fragment in message
@@ -243,7 +260,7 @@ def test_json_of_another_form_is_refused(unsigned: Path, name: str, payload: str
 
 def test_a_lying_config_allocates_nothing(unsigned: Path) -> None:
     """A width within the limits would be an expert of 4 GB; it is compared before it is made."""
-    edit(unsigned / "expert_0" / "config.json", hidden_size=8192)
+    edit_model(unsigned / "expert_0" / "config.json", hidden_size=8192)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     assert "has shape" in refusal(unsigned, BundleError)
     growth_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before

@@ -1,6 +1,9 @@
 """Sampling: seeds, guidance, routing, and a second implementation in plain loops."""
 
 import math
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,12 +12,12 @@ from torch import Tensor
 
 from paris_ray.bundle import Bundle
 from paris_ray.errors import ParisError, RoutingError
-from paris_ray.models import TextConditioning
+from paris_ray.models import EncodedText, Expert, TextConditioning
 from paris_ray.sampling import generate
+from paris_ray.sampling.guidance import KeyedText, TextCache, guided_velocity
 from paris_ray.sampling.routing import Routing, parse_routing
 from paris_ray.sampling.sampler import (
     Samples,
-    guided_velocity,
     initial_noise,
     sample,
     sample_one_expert,
@@ -31,6 +34,7 @@ SEEDS = [3, 14, 15]
         ("top-1", Routing("top-k", top_k=1)),
         ("top-3", Routing("top-k", top_k=3)),
         ("full", Routing("full")),
+        ("full-ensemble", Routing("full")),
         ("threshold:0.25", Routing("threshold", threshold=0.25)),
     ],
 )
@@ -50,7 +54,8 @@ def test_routing_is_parsed(text: str, expected: Routing) -> None:
         "top2",
         "top-²",
         "TOP-1",
-        "full-ensemble",
+        "full-",
+        "full-ensemble:1",
         "full:1",
         "threshold",
         "threshold:",
@@ -139,7 +144,8 @@ def test_guidance_interpolates_between_the_two_velocities(tiny_bundle: Bundle) -
     latents = initial_noise(tiny_bundle.latent_shape, SEEDS)
 
     def velocity(text: TextConditioning, scale: float) -> Tensor:
-        return guided_velocity(expert, latents, 0.7, text, null_text, scale)
+        encoded, null = expert.encode_text(text), expert.encode_text(null_text)
+        return guided_velocity(expert, latents, 0.7, encoded, null, scale)
 
     conditional = velocity(text, 1.0)
     unconditional = velocity(null_text.rows(torch.zeros(3).long()), 1.0)
@@ -205,3 +211,98 @@ def test_the_sampler_agrees_with_plain_loops(tiny_bundle: Bundle) -> None:
             tiny_bundle, prompt, seed, steps=5, top_k=2, guidance_scale=2.0
         )
         torch.testing.assert_close(latents[i], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_temperature_divides_the_routers_logits(tiny_bundle: Bundle) -> None:
+    options = sampling_options(tiny_bundle, routing="full", num_inference_steps=1)
+    text, noise = tiny_bundle.encode_text(PROMPTS), initial_noise(tiny_bundle.latent_shape, SEEDS)
+    with torch.no_grad():
+        logits = tiny_bundle.router(noise, torch.full((3,), 1000.0), text.pooled_text)
+    for temperature in (0.5, 1.0, 4.0):
+        warm = replace(options, router_temperature=temperature)
+        usage = sample(tiny_bundle, text, SEEDS, warm).expert_usage
+        torch.testing.assert_close(usage, (logits / temperature).softmax(dim=1))
+
+
+@pytest.fixture
+def encoded_rows(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[int]]:
+    """Counts the rows of text that each expert encodes, by the expert's identity."""
+    counts: Counter[int] = Counter()
+    encode_text = Expert.encode_text
+
+    def counted(self: Expert, text: TextConditioning) -> EncodedText:
+        counts[id(self)] += len(text)
+        return encode_text(self, text)
+
+    monkeypatch.setattr(Expert, "encode_text", counted)
+    return counts
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 2.0])
+def test_text_is_encoded_once_per_image(
+    release_bundle: Bundle, encoded_rows: Counter[int], guidance_scale: float
+) -> None:
+    options = {"routing": "full", "guidance_scale": guidance_scale}
+    draw(release_bundle, PROMPTS, SEEDS, num_inference_steps=6, **options)
+    experts = [release_bundle.expert(k) for k in range(3)]
+    assert encoded_rows == {id(expert): len(PROMPTS) + 1 for expert in experts}  # and the null text
+
+
+def test_pictures_of_one_prompt_share_what_is_encoded(
+    release_bundle: Bundle, encoded_rows: Counter[int]
+) -> None:
+    draw(release_bundle, ["a red cat"] * 3, SEEDS, num_inference_steps=2, routing="full")
+    assert set(encoded_rows.values()) == {2}
+
+
+@pytest.mark.parametrize("bundle_name", ["tiny_bundle", "release_bundle"])
+def test_remembered_text_changes_no_bit(
+    request: pytest.FixtureRequest, bundle_name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = request.getfixturevalue(bundle_name)
+    options = {"guidance_scale": 2.0, "num_inference_steps": 4, "routing": "full"}
+    remembered = draw(bundle, PROMPTS, SEEDS, **options).latents
+    monkeypatch.setattr("paris_ray.sampling.sampler.TextCache", lambda: TextCache(max_bytes=0))
+    assert torch.equal(draw(bundle, PROMPTS, SEEDS, **options).latents, remembered)
+
+
+@torch.no_grad()
+def test_the_cache_returns_what_the_expert_computes(release_bundle: Bundle) -> None:
+    expert, text = release_bundle.expert(0), release_bundle.encode_text(PROMPTS)
+    cache, keyed = TextCache(), KeyedText.of(text)
+    for index in ([0, 1, 2], [2, 0], [1, 1]):
+        rows = torch.tensor(index)
+        found = cache.encode(expert, keyed.rows(rows))
+        expected = expert.encode_text(text.rows(rows))
+        assert len(found.keys_values) == len(expected.keys_values) == 2
+        for one, other in zip(found.keys_values, expected.keys_values, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+def test_experts_do_not_share_what_they_encode(release_bundle: Bundle) -> None:
+    cache, text = TextCache(), KeyedText.of(release_bundle.null_text)
+    one, other = (cache.encode(release_bundle.expert(k), text, owner=k) for k in (0, 1))
+    assert not torch.equal(one.keys_values[0], other.keys_values[0])
+
+
+def test_the_least_recently_used_text_is_forgotten(
+    release_bundle: Bundle, encoded_rows: Counter[int]
+) -> None:
+    expert = release_bundle.expert(0)
+    text = KeyedText.of(release_bundle.encode_text(PROMPTS))
+    a, b, c = (text.rows(torch.tensor([i])) for i in range(3))
+    row = TextCache().encode(expert, a)
+    cache = TextCache(max_bytes=2 * sum(layer.nbytes for layer in row.keys_values))
+    encoded_rows.clear()
+    for keyed, expected in ((a, 1), (b, 2), (a, 2), (c, 3), (a, 3), (b, 4), (c, 5)):
+        cache.encode(expert, keyed)
+        assert encoded_rows[id(expert)] == expected
+
+
+def test_keys_tell_texts_and_masks_apart(release_bundle: Bundle) -> None:
+    text = release_bundle.encode_text(["a red cat", "blue dog", "a red cat"])
+    keys = KeyedText.of(text).keys
+    assert keys[0] == keys[2] != keys[1]
+    assert text.text_mask is not None
+    for mask in (None, torch.ones_like(text.text_mask)):
+        assert KeyedText.of(replace(text, text_mask=mask)).keys[0] != keys[0]

@@ -143,6 +143,8 @@ def test_config_file_holds_the_defaults_and_stays_on_loopback() -> None:
         {"expert": {"replicas": 2}},
         {"expert": {"num_replicas": 0}},
         {"experts": {"first": {}}},
+        {"dtype": "int8"},
+        {"offload": True},
     ],
 )
 def test_builder_refuses_unknown_arguments(args: dict[str, Any]) -> None:

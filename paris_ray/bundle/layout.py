@@ -1,0 +1,150 @@
+"""From a folder to a bundle: what must be there, what must not, and what must agree."""
+
+import re
+from collections.abc import Mapping, Sequence, Set
+from typing import Any
+
+from paris_ray.artifacts import MANIFEST, Folder, VerifiedFolder, open_finished, read_manifest
+from paris_ray.bundle.facts import CONFIG, MODEL_INDEX, read_facts, read_integer
+from paris_ray.bundle.parts import Bundle
+from paris_ray.bundle.weights import Dtype
+from paris_ray.config import MODEL_LIMITS
+from paris_ray.encoders import codec
+from paris_ray.encoders.autoencoder import VAE_FILES
+from paris_ray.encoders.clip import TEXT_ENCODER, TEXT_ENCODER_FILES, TOKENIZER
+from paris_ray.errors import BundleError
+from paris_ray.run import BUNDLE, EXPERT_WEIGHTS, MODEL_CONFIG, ROUTER_WEIGHTS
+
+MAX_EXPERTS = 1024
+CODECS = {"vae": VAE_FILES, "codec": (codec.CONFIG, codec.WEIGHTS)}
+
+
+def load_bundle(
+    path: str,
+    digest: str | None = None,
+    *,
+    dtype: Dtype | None = None,
+    device: str = "cpu",
+    offload: bool = False,
+) -> Bundle:
+    """Open a model folder in the layout of the public Paris release; no weights are read yet.
+
+    Args:
+        path: A path or a pyarrow.fs URI. Links that leave a local folder are refused, which the
+            cache of the Hugging Face hub consists of: copy it with `cp -rL`.
+        digest: Digest of the manifest of the only bundle that is wanted; None takes any.
+        dtype: Data type of experts and router: `float32`, `bfloat16` or `float16`; None keeps the
+            stored one.
+        device: Where all parts run: `cpu`, `cuda` or `auto`.
+        offload: Keep at most two experts on the device, the ones used last.
+
+    Raises:
+        BundleError: if a file is missing or left over, or a value is not allowed.
+        ArtifactError: if a file does not have the digest that the folder's manifest gives.
+        ConfigError: if `dtype` is not allowed.
+    """
+    folder = Folder(path)
+    if not folder.exists(CONFIG):
+        raise BundleError(f"no model folder at {folder.uri}: it has no {CONFIG}")
+    if folder.is_local:
+        _check_links(folder)
+    source = _open(folder, digest)
+    document = _read_mapping(source, CONFIG)
+    where = f"{folder.uri}/{CONFIG}"
+    names = _check_files(folder, read_integer(document, "num_experts", MAX_EXPERTS, where))
+    _check_index(source, document["num_experts"])
+    parts = {name: source.part(name) for name in names}
+    bundle = Bundle(
+        parts,
+        read_facts(document, parts.get("vae"), where),
+        input_size=read_integer(document, "image_size", MODEL_LIMITS["input_size"], where),
+        dtype=dtype,
+        device=device,
+        offload=offload,
+    )
+    _check_models(bundle, document, where)
+    if folder.is_local and source.digests is None:
+        bundle.check_headers()
+    return bundle
+
+
+def _open(folder: Folder, digest: str | None) -> VerifiedFolder:
+    if digest is not None and read_manifest(folder, BUNDLE).digest != digest:
+        raise BundleError(f"{folder.uri} is another bundle than the one of digest {digest}")
+    if folder.exists(MANIFEST):
+        return open_finished(folder, BUNDLE)
+    return VerifiedFolder(folder, None)
+
+
+def _check_links(folder: Folder) -> None:
+    """Refuse what a hostile archive may hold: links to other files of this machine, pipes."""
+    root = folder.local_path.resolve()
+    for path in root.rglob("*"):
+        if not path.is_file() and not path.is_dir():
+            raise BundleError(f"{path} is neither a file nor a folder")
+        if not path.resolve().is_relative_to(root):
+            raise BundleError(
+                f"{path} is a link that leaves the model folder: copy the folder with cp -rL, "
+                "or download it with local_dir=..."
+            )
+
+
+def _read_mapping(source: VerifiedFolder, name: str) -> Mapping[str, Any]:
+    document = source.read_json(name)
+    if not isinstance(document, dict):
+        raise BundleError(f"{source.folder.uri}/{name} does not hold a mapping")
+    return document
+
+
+def _check_files(folder: Folder, num_experts: int) -> list[str]:
+    """Return the names of the parts; raises BundleError for a missing file or an extra expert."""
+    found = folder.files()
+    folders = {name.split("/")[0] for name in found if "/" in name}
+    parts = _parts(folder, folders, num_experts)
+    for name in sorted(folders - parts.keys()):
+        if re.fullmatch(r"expert_\d+", name):
+            where = f"{folder.uri}/{CONFIG}"
+            raise BundleError(f"{where}: num_experts={num_experts}, but {name}/ exists")
+    for name, files in parts.items():
+        if name not in folders:
+            raise BundleError(f"{folder.uri} lacks {name}/, which {CONFIG} calls for")
+        for file in files:
+            if f"{name}/{file}" not in found:
+                raise BundleError(f"{folder.uri} lacks {name}/{file}")
+    return list(parts)
+
+
+def _parts(folder: Folder, folders: Set[str], num_experts: int) -> dict[str, Sequence[str]]:
+    """Return the folders that must be there, and the files that must be in them."""
+    codecs = sorted(folders & CODECS.keys())
+    if len(codecs) != 1:
+        problem = f"has both {' and '.join(codecs)}" if codecs else f"lacks {' or '.join(CODECS)}"
+        raise BundleError(f"{folder.uri} {problem}: it must have one codec")
+    parts: dict[str, Sequence[str]] = {
+        **{f"expert_{k}": (MODEL_CONFIG, EXPERT_WEIGHTS) for k in range(num_experts)},
+        "router": (MODEL_CONFIG, ROUTER_WEIGHTS),
+        codecs[0]: CODECS[codecs[0]],
+        TEXT_ENCODER: TEXT_ENCODER_FILES,
+    }
+    if TOKENIZER in folders:  # which files it needs, its reader knows
+        parts[TOKENIZER] = ()
+    return parts
+
+
+def _check_index(source: VerifiedFolder, num_experts: int) -> None:
+    stated = _read_mapping(source, MODEL_INDEX).get("num_experts", num_experts)
+    if stated != num_experts:
+        where = f"{source.folder.uri}/{MODEL_INDEX}"
+        raise BundleError(f"{where}: num_experts={stated!r}, but {CONFIG} has {num_experts}")
+
+
+def _check_models(bundle: Bundle, document: Mapping[str, Any], where: str) -> None:
+    """Compare the fields that describe all models with the models' own."""
+    if document.get("use_latents", True) is not True:
+        raise BundleError(f"{where}: use_latents={document['use_latents']!r}, expected True")
+    num_channels, size, _ = bundle.latent_shape
+    for field, value in (("num_channels", num_channels), ("image_size", size)):
+        if document.get(field) != value:
+            found = document.get(field)
+            raise BundleError(f"{where}: {field}={found!r}, but the router reads {value}")
+    _ = bundle.expert_configs

@@ -1,0 +1,216 @@
+"""The parts of a bundle: each loads on first use, and all must fit together."""
+
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+from threading import Lock
+
+import torch
+
+from paris_ray.artifacts import VerifiedFolder
+from paris_ray.bundle.facts import BundleFacts
+from paris_ray.bundle.weights import DTYPES, Dtype, StoredModel
+from paris_ray.config import ExpertConfig, RouterConfig
+from paris_ray.devices import resolve_device
+from paris_ray.encoders.codec import Codec, load_codec
+from paris_ray.encoders.text import TextEncoder, load_text_encoder
+from paris_ray.errors import BundleError, ConfigError
+from paris_ray.models import Expert, Router, TextConditioning
+from paris_ray.run import MODEL_CONFIG
+
+MAX_RESIDENT = 2  # experts on the device with offload=True: those of top-2, the default
+
+
+class Bundle:
+    """Experts, router, codec and text encoder that belong together; each loads on first use.
+
+    Args:
+        parts: By folder name: `expert_0` ... `expert_K-1`, `router`, `vae` or `codec`,
+            `text_encoder` and, for CLIP, `tokenizer`.
+        facts: What the bundle says of itself.
+        input_size: Height and width of the latents, where the models' `config.json` do not tell.
+        dtype: Data type of experts and router; None keeps the stored one.
+        device: Where all parts run: `cpu`, `cuda` or `auto`. It is looked for when the first part
+            loads, so that a machine without it can read the facts.
+        offload: Keep at most two experts on the device, the ones used last. An expert that
+            returns is read again from the page cache, or the disk.
+
+    Raises:
+        ConfigError: if `dtype` is not allowed.
+    """
+
+    def __init__(
+        self,
+        parts: Mapping[str, VerifiedFolder],
+        facts: BundleFacts,
+        *,
+        input_size: int | None = None,
+        dtype: Dtype | None = None,
+        device: str = "cpu",
+        offload: bool = False,
+    ) -> None:
+        if dtype not in (None, *DTYPES):
+            raise ConfigError(f"dtype={dtype!r} is not allowed: {', '.join(DTYPES)} or None")
+        self.parts, self.facts, self.offload = parts, facts, offload
+        self.num_experts = sum(name.startswith("expert_") for name in parts)
+        self._device_name = device
+        self._dtype = None if dtype is None else DTYPES[dtype]
+        self._experts = [
+            StoredModel(Expert, parts[f"expert_{k}"], input_size=input_size)
+            for k in range(self.num_experts)
+        ]
+        self._router = StoredModel(Router, parts["router"], input_size=input_size)
+        most = MAX_RESIDENT if offload else self.num_experts
+        self._resident = _Resident(self._load_expert, most)
+
+    def expert(self, index: int) -> Expert:
+        """Return expert `index`.
+
+        Raises:
+            BundleError: if its configuration or weights do not fit.
+        """
+        return self._resident.get(index)
+
+    def _load_expert(self, index: int) -> Expert:
+        _ = self.expert_configs
+        return self._experts[index].load(self.device, self._dtype)
+
+    @cached_property
+    def device(self) -> torch.device:
+        """Where the parts run; raises ConfigError if this machine does not have it."""
+        return resolve_device(self._device_name)
+
+    @cached_property
+    def router(self) -> Router:
+        """The router; raises BundleError if it does not fit the experts."""
+        _ = self.router_config
+        return self._router.load(self.device, self._dtype)
+
+    @cached_property
+    def codec(self) -> Codec:
+        """The codec between pictures and latents; raises BundleError if it does not fit."""
+        name = "vae" if "vae" in self.parts else "codec"
+        codec = load_codec(self.parts[name], self.facts.picture_size)
+        if codec.latent_shape != self.latent_shape:
+            raise BundleError(
+                f"{name}/: latents of shape {codec.latent_shape}, "
+                f"but the router reads {self.latent_shape}"
+            )
+        return codec.to(self.device)
+
+    @cached_property
+    def text_encoder(self) -> TextEncoder:
+        """The text encoder; raises BundleError if it is damaged."""
+        text_encoder = self.parts["text_encoder"]
+        # Only CLIP's tokenizer has a folder of its own.
+        tokenizer = self.parts.get("tokenizer", text_encoder)
+        return load_text_encoder(text_encoder, tokenizer).to(self.device)
+
+    @cached_property
+    def null_text(self) -> TextConditioning:
+        """The encoded empty string, a batch of one: what guidance subtracts.
+
+        Raises:
+            BundleError: if the experts or the router cannot read what the text encoder writes.
+        """
+        text = self.encode_text([""])
+        _, num_tokens, width = text.text_embeddings.shape
+        for k, config in enumerate(self.expert_configs):
+            where = f"expert_{k}/{MODEL_CONFIG}"
+            if config.text_embed_dim != width:
+                raise BundleError(
+                    f"{where}: text_embed_dim={config.text_embed_dim}, "
+                    f"but the text encoder has {width}"
+                )
+            if config.text_injection == "spatial" and num_tokens > 1:
+                raise BundleError(
+                    f"{where}: text_injection='spatial' needs one vector a caption, "
+                    f"but the text encoder gives {num_tokens}"
+                )
+        router_width = self.router_config.text_embed_dim
+        if router_width not in (0, text.pooled_text.shape[1]):
+            raise BundleError(
+                f"router/{MODEL_CONFIG}: text_embed_dim={router_width}, "
+                f"but the text encoder has {text.pooled_text.shape[1]}"
+            )
+        return text
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """Shape `(C, H, W)` of one picture's latents."""
+        return _latent_shape(self.router_config)
+
+    @cached_property
+    def expert_configs(self) -> tuple[ExpertConfig, ...]:
+        """The architectures; raises BundleError if one reads other latents than the router."""
+        configs = tuple(expert.config for expert in self._experts)
+        for k, config in enumerate(configs):
+            shape = _latent_shape(config)
+            if shape != self.latent_shape:
+                raise BundleError(
+                    f"expert_{k}/{MODEL_CONFIG}: latents of shape {shape}, "
+                    f"but the router reads {self.latent_shape}"
+                )
+        return configs
+
+    @cached_property
+    def router_config(self) -> RouterConfig:
+        """The router's architecture; raises BundleError if it is for another number of experts."""
+        config: RouterConfig = self._router.config
+        if config.num_experts != self.num_experts:
+            raise BundleError(
+                f"router/{MODEL_CONFIG}: num_experts={config.num_experts}, "
+                f"but the bundle has {self.num_experts} experts"
+            )
+        return config
+
+    def num_parameters(self) -> tuple[tuple[int, ...], int]:
+        """Return the number of parameters of every expert, and of the router."""
+        experts = tuple(expert.num_parameters() for expert in self._experts)
+        return experts, self._router.num_parameters()
+
+    def check_headers(self) -> None:
+        """Compare every model of a local bundle with its weights' header; no tensor is read.
+
+        Raises:
+            BundleError: naming the file, and the tensor that does not fit.
+        """
+        for expert in self._experts:
+            expert.check_header(self._dtype)
+        self._router.check_header(self._dtype)
+
+    def encode_text(self, prompts: Sequence[str]) -> TextConditioning:
+        """Return the conditioning of some prompts, on the CPU.
+
+        Each is encoded alone: beside others it would be padded, which changes the last bits of
+        its vector, and a seed must mean the same picture in any batch.
+        """
+        encoded = {prompt: self.text_encoder.encode([prompt]) for prompt in dict.fromkeys(prompts)}
+        return TextConditioning.concatenate([encoded[prompt] for prompt in prompts]).to("cpu")
+
+
+class _Resident:
+    """The loaded experts; the least recently used is dropped before one too many loads."""
+
+    def __init__(self, load: Callable[[int], Expert], most: int) -> None:
+        self._load, self._most = load, most
+        self._experts: OrderedDict[int, Expert] = OrderedDict()
+        self._lock = Lock()
+
+    def get(self, index: int) -> Expert:
+        with self._lock:
+            if index not in self._experts:
+                while len(self._experts) >= self._most:
+                    self._experts.popitem(last=False)
+                self._experts[index] = self._load(index)
+            self._experts.move_to_end(index)
+            return self._experts[index]
+
+
+def load_expert(part: VerifiedFolder) -> Expert:
+    """Return the expert in a folder; raises BundleError if its weights do not fit its config."""
+    return StoredModel(Expert, part).load(torch.device("cpu"))
+
+
+def _latent_shape(config: ExpertConfig | RouterConfig) -> tuple[int, int, int]:
+    return config.in_channels, config.input_size, config.input_size

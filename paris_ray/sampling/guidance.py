@@ -1,0 +1,138 @@
+"""Classifier-free guidance, with every caption encoded once per image and expert."""
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Hashable
+from dataclasses import dataclass
+from threading import Lock
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from paris_ray.diffusion import predict_velocity
+from paris_ray.models import EncodedText, Expert, TextConditioning
+
+# Keys and values of 100 captions of 77 tokens in an XL/2 expert, in float32.
+MAX_CACHE_BYTES = 2 * 2**30
+
+
+@dataclass(frozen=True, slots=True)
+class KeyedText:
+    """A conditioning on the CPU, with a digest of each row that names it in a `TextCache`.
+
+    Attributes:
+        text: The conditioning.
+        keys: One digest a row.
+    """
+
+    text: TextConditioning
+    keys: tuple[bytes, ...]
+
+    @classmethod
+    def of(cls, text: TextConditioning) -> "KeyedText":
+        """Return a conditioning with its digests."""
+        text = text.to("cpu")
+        return cls(text, tuple(_digest(text.rows(slice(i, i + 1))) for i in range(len(text))))
+
+    def rows(self, index: Tensor) -> "KeyedText":
+        """Return some of the rows, chosen by an index tensor."""
+        index = index.cpu()
+        return KeyedText(self.text.rows(index), tuple(self.keys[i] for i in index.tolist()))
+
+
+def _digest(row: TextConditioning) -> bytes:
+    """Return a digest of what an expert reads of a caption."""
+    digest = hashlib.sha256(_bytes(row.text_embeddings))
+    if row.text_mask is not None:
+        digest.update(_bytes(row.text_mask))
+    return digest.digest()
+
+
+def _bytes(tensor: Tensor) -> Any:
+    return tensor.contiguous().view(torch.uint8).numpy()
+
+
+class TextCache:
+    """What experts have computed of captions; the least recently used is forgotten first.
+
+    An expert's cross-attention keys and values do not change from step to step. Each row is
+    encoded alone, so that the batch that it comes in does not change its last bits.
+
+    Args:
+        max_bytes: Memory of all rows, on the device of the experts.
+    """
+
+    def __init__(self, max_bytes: int = MAX_CACHE_BYTES) -> None:
+        self._max_bytes, self._num_bytes = max_bytes, 0
+        self._rows: OrderedDict[Hashable, EncodedText] = OrderedDict()
+        self._lock = Lock()
+
+    def encode(self, expert: Expert, text: KeyedText, *, owner: int = 0) -> EncodedText:
+        """Return what `Expert.encode_text` makes of a conditioning.
+
+        Args:
+            expert: Computes the rows that are not known.
+            text: The conditioning.
+            owner: Number of the expert, where several share the cache.
+        """
+        rows = []
+        with self._lock:
+            for i, key in enumerate(text.keys):
+                name = (owner, key)
+                if name not in self._rows:
+                    self._remember(name, _encode_row(expert, text.text, i))
+                self._rows.move_to_end(name)
+                rows.append(self._rows[name])
+                self._forget()
+        return EncodedText.concatenate(rows)
+
+    def _remember(self, name: Hashable, row: EncodedText) -> None:
+        self._rows[name] = row
+        self._num_bytes += _num_bytes(row)
+
+    def _forget(self) -> None:
+        while self._num_bytes > self._max_bytes:
+            _, row = self._rows.popitem(last=False)
+            self._num_bytes -= _num_bytes(row)
+
+
+def _encode_row(expert: Expert, text: TextConditioning, row: int) -> EncodedText:
+    return expert.encode_text(text.rows(slice(row, row + 1)).to(expert.pos_embed.device))
+
+
+def _num_bytes(row: EncodedText) -> int:
+    tensors = [*row.keys_values, *(part for part in (row.mask, row.spatial) if part is not None)]
+    return sum(tensor.nbytes for tensor in tensors)
+
+
+def guided_velocity(
+    expert: Expert,
+    latents: Tensor,
+    t: float,
+    text: EncodedText,
+    null_text: EncodedText,
+    guidance_scale: float,
+) -> Tensor:
+    """Return uncond + guidance_scale * (cond - uncond), `(B, C, H, W)`, in one forward pass.
+
+    Latents move to the expert's device, and the answer back to theirs; it has their data type.
+
+    Args:
+        expert: The network.
+        latents: `(B, C, H, W)` noisy latents.
+        t: The time, in [0, 1].
+        text: Its encoding of the B captions.
+        null_text: Its encoding of the null text, a batch of one.
+        guidance_scale: 1 asks for the conditional velocity alone.
+
+    Source: classifier-free guidance, Ho and Salimans 2022 (arXiv:2207.12598).
+    """
+    count, home, device = len(latents), latents.device, expert.pos_embed.device
+    latents, times = latents.to(device), torch.full((count,), t, device=device)
+    if guidance_scale == 1.0:
+        return predict_velocity(expert, latents, times, text).to(home)
+    both = EncodedText.concatenate([text, *[null_text] * count])
+    velocity = predict_velocity(expert, latents.repeat(2, 1, 1, 1), times.repeat(2), both)
+    conditional, unconditional = velocity.chunk(2)
+    return (unconditional + guidance_scale * (conditional - unconditional)).to(home)

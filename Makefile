@@ -27,6 +27,8 @@ lint: $(VENV)/test
 	$(VENV)/bin/lint-imports
 
 bench: $(VENV)/test
+	$(PY) tests/benchmarks/bench_models.py
+	$(PY) tests/benchmarks/bench_memory.py
 	$(PY) tests/benchmarks/bench.py
 
 clean:

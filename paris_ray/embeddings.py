@@ -80,6 +80,25 @@ def read_table(folder: Folder, columns: Sequence[str]) -> pa.Table:
     return read_parts(folder, part_names(folder), columns)
 
 
+def read_rows(folder: Folder, rows: NDArray[np.int64], columns: Sequence[str]) -> pa.Table:
+    """Return some columns of some rows, whose numbers ascend and count over all files.
+
+    One file is in memory at a time.
+
+    Raises:
+        ArtifactError: if there is nothing to read.
+    """
+    names = part_names(folder)
+    _require_parts(folder, names)
+    ends = np.cumsum([num_rows(folder, name) for name in names])
+    parts, start = [], 0
+    for name, end in zip(names, ends, strict=True):
+        inside = rows[(rows >= start) & (rows < end)] - start
+        parts.append(_read_part(folder, name, columns).take(inside))
+        start = end
+    return pa.concat_tables(parts)
+
+
 def num_rows(folder: Folder, name: str) -> int:
     """Return the number of rows of one Parquet file; only its footer is read."""
     with folder.open(name) as file:

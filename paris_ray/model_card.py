@@ -92,8 +92,9 @@ def _measurements(
     for t, share in router["right_cluster"].items():
         rows.append(f"| training rows routed to their own cluster at t = {t} | {share:.4f} |")
     if evaluation is not None:
-        count = evaluation["captions"]
-        rows.append(f"| caption accuracy over {count:,} captions | {evaluation['accuracy']:.4f} |")
+        count, gallery = evaluation["captions"], evaluation["gallery"]
+        among = f"{count:,} captions, among {gallery:,} pictures"
+        rows.append(f"| caption accuracy over {among} | {evaluation['accuracy']:.4f} |")
         usage = ", ".join(f"{share:.1%}" for share in evaluation["expert_usage"])
         rows.append(f"| expert usage over those pictures | {usage} |")
     return rows

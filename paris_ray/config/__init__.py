@@ -14,11 +14,13 @@ from paris_ray.config.conversion import (
 )
 from paris_ray.config.loading import (
     load,
+    load_lora,
     local_paths,
     packaged_configs,
     run_folder,
     with_absolute_paths,
 )
+from paris_ray.config.lora import LoRAConfig, LoRARun
 from paris_ray.config.sections import (
     MAX_TEXT_WIDTH,
     MODEL_LIMITS,
@@ -55,6 +57,8 @@ __all__ = [
     "FeaturesConfig",
     "FleetConfig",
     "GpuConfig",
+    "LoRAConfig",
+    "LoRARun",
     "PoolConfig",
     "Precision",
     "RouterConfig",
@@ -68,6 +72,7 @@ __all__ = [
     "from_dict",
     "identity",
     "load",
+    "load_lora",
     "local_paths",
     "packaged_configs",
     "run_folder",

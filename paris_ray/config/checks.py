@@ -1,6 +1,7 @@
 """What the types of a configuration cannot express."""
 
 from paris_ray.config.conversion import expert_setup
+from paris_ray.config.lora import LoRARun
 from paris_ray.config.sections import (
     MAX_TEXT_WIDTH,
     MODEL_LIMITS,
@@ -96,11 +97,13 @@ def _check_experts(config: Config) -> dict[str, ExpertConfig]:
 def _check_shapes(config: Config) -> None:
     """Check that experts and router fit the latents that the codec makes."""
     input_size = config.corpus.image_size // config.codec.patch_size
-    models: dict[str, ExpertConfig | RouterConfig] = {
-        "expert": config.expert,
-        "router": config.router,
-        **_check_experts(config),
-    }
+    experts = {"expert": config.expert, **_check_experts(config)}
+    if config.text.kind != "minilm":
+        for name, expert in experts.items():
+            injection, allowed = expert.text_injection, f"for text.kind={config.text.kind}"
+            fits = injection == "cross_attention"
+            _require(fits, f"{name}.text_injection", injection, f"cross_attention {allowed}")
+    models: dict[str, ExpertConfig | RouterConfig] = {**experts, "router": config.router}
     for name, model in models.items():
         check_model(name, model)
         source = "corpus.image_size / codec.patch_size"
@@ -117,8 +120,6 @@ def _check_shapes(config: Config) -> None:
 
 
 def _check_corpus(corpus: CorpusConfig) -> None:
-    if corpus.kind != "openmoji":
-        _require(corpus.path is not None, "corpus.path", None, f"a path for kind={corpus.kind}")
     templates = corpus.caption_templates
     well_formed = templates[:1] == ["{}"] and all(t.count("{}") == 1 for t in templates)
     allowed = "texts with one {} each, the first of them '{}', the caption itself"
@@ -166,9 +167,15 @@ def check(config: Config) -> None:
     Raises:
         ConfigError: naming the field, its value and what is allowed.
     """
+    if config.corpus.kind != "openmoji":
+        allowed = f"a path for kind={config.corpus.kind}"
+        _require(config.corpus.path is not None, "corpus.path", None, allowed)
     _check_corpus(config.corpus)
     _check_codec(config.codec, config.corpus.image_size)
     _check_cluster(config.cluster)
+    if config.features.kind == "timm":
+        allowed = "a hub name or a local path, as only open_clip models are trained here"
+        _require(config.features.checkpoint is not None, "features.checkpoint", None, allowed)
     for key in ("steps", "batch_size", "max_images"):
         value = getattr(config.features, key)
         _require(value >= 1, f"features.{key}", value, "at least 1")
@@ -178,8 +185,28 @@ def check(config: Config) -> None:
     for key in ("batch_size", "num_tasks", "threads"):
         value = getattr(config.evaluation, key)
         _require(value >= 1, f"evaluation.{key}", value, "at least 1")
+    for key in ("max_captions", "max_gallery"):
+        value = getattr(config.evaluation, key)
+        _require(value is None or value >= 1, f"evaluation.{key}", value, "at least 1, or null")
     steps = config.sampling.num_inference_steps
     _require(steps >= 1, "sampling.num_inference_steps", steps, "at least 1")
     temperature = config.sampling.router_temperature
     _require(temperature > 0, "sampling.router_temperature", temperature, "> 0")
     _check_fleet(config.fleet)
+
+
+def check_lora_run(run: LoRARun) -> None:
+    """Check what types cannot express, and that nothing is given that is not this run's to say.
+
+    Raises:
+        ConfigError: naming the field, its value and what is allowed.
+    """
+    _check_corpus(run.corpus)
+    _check_training("training", run.training)
+    given, default = run.corpus, CorpusConfig()
+    _require(given.path is None, "corpus.path", given.path, "leave it out and give --data")
+    allowed = "leave it out, the bundle decides"
+    size = given.image_size
+    _require(size == default.image_size, "corpus.image_size", size, allowed)
+    start = run.training.init_from
+    _require(start is None, "training.init_from", start, "null, a LoRA starts from the expert")

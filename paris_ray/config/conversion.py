@@ -7,6 +7,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from paris_ray.artifacts import canonical_json, sha256_hex
+from paris_ray.config.lora import LoRARun
 from paris_ray.config.sections import RESOURCE_KEYS, Config, ExpertConfig, TrainingConfig
 from paris_ray.errors import ConfigError
 
@@ -42,7 +43,7 @@ def from_dict(section: type[Section], values: object, source: str) -> Section:
     return typed
 
 
-def to_yaml(config: Config) -> str:
+def to_yaml(config: Config | LoRARun) -> str:
     """Return the resolved configuration as YAML that `load` reads back."""
     return OmegaConf.to_yaml(OmegaConf.structured(config))
 
@@ -92,7 +93,7 @@ def identity(section: Any) -> dict[str, Any]:
     return values
 
 
-def digest(config: Config, *sections: str) -> str:
+def digest(config: Config | LoRARun, *sections: str) -> str:
     """Return the digest of the named top-level sections, which identify a stage's result."""
     tree = identity(config)
     return sha256_hex(canonical_json({name: tree[name] for name in sections}))

@@ -6,35 +6,38 @@ from functools import reduce
 from importlib import resources
 from operator import getitem
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from paris_ray.artifacts import absolute_uri
-from paris_ray.config.checks import check
+from paris_ray.config.checks import check, check_lora_run
 from paris_ray.config.conversion import from_dict, to_dict
+from paris_ray.config.lora import LoRARun
 from paris_ray.config.sections import Config
 from paris_ray.errors import ConfigError
+
+LORA = "lora"  # the one packaged configuration that is a LoRARun
+
+Root = TypeVar("Root", Config, LoRARun)
 
 
 def packaged_configs() -> list[str]:
     """Return the names that `load` accepts beside paths."""
     folder = resources.files("paris_ray") / "configs"
-    names = (entry.name for entry in folder.iterdir())
+    names = {entry.name for entry in folder.iterdir()} - {f"{LORA}.yaml"}
     return sorted(name.removesuffix(".yaml") for name in names if name.endswith(".yaml"))
 
 
-def _read_yaml(name_or_path: str) -> DictConfig:
-    if name_or_path in packaged_configs():
+def _read_yaml(name_or_path: str, packaged: Sequence[str]) -> DictConfig:
+    if name_or_path in packaged:
         text = (resources.files("paris_ray") / "configs" / f"{name_or_path}.yaml").read_text()
     elif Path(name_or_path).is_file():
         text = Path(name_or_path).read_text()
     else:
-        raise ConfigError(
-            f"config={name_or_path!r} is neither a file nor one of {packaged_configs()}"
-        )
+        raise ConfigError(f"config={name_or_path!r} is neither a file nor one of {packaged}")
     loaded = OmegaConf.create(text)
     if not isinstance(loaded, DictConfig):
         raise ConfigError(f"config={name_or_path!r} does not hold a mapping")
@@ -44,19 +47,20 @@ def _read_yaml(name_or_path: str) -> DictConfig:
     return loaded
 
 
-def _allowed_keys(full_key: str) -> list[str]:
+def _allowed_keys(root: type[Any], full_key: str) -> list[str]:
     """Return the keys allowed beside a refused one."""
-    section: Any = Config
+    section: Any = root
     for part in full_key.split(".")[:-1]:
         section = {f.name: f.type for f in fields(section)}.get(part)
     return [f.name for f in fields(section)] if is_dataclass(section) else []
 
 
-def _explain(error: OmegaConfBaseException) -> ConfigError:
+def _explain(root: type[Any], error: OmegaConfBaseException) -> ConfigError:
     key = error.full_key or ""
     reason = str(error).splitlines()[0]
     if isinstance(error, ConfigKeyError):
-        return ConfigError(f"unknown key {key!r}; allowed here: {', '.join(_allowed_keys(key))}")
+        allowed = ", ".join(_allowed_keys(root, key))
+        return ConfigError(f"unknown key {key!r}; allowed here: {allowed}")
     return ConfigError(f"{key}: {reason}" if key else reason)
 
 
@@ -70,23 +74,41 @@ def load(name_or_path: str, overrides: Sequence[str] = ()) -> Config:
     Raises:
         ConfigError: for an unknown key, a wrong type or a value that is not allowed.
     """
+    config = _load(Config, name_or_path, packaged_configs(), overrides)
+    check(config)
+    return config
+
+
+def load_lora(name_or_path: str = LORA, overrides: Sequence[str] = ()) -> LoRARun:
+    """Return the configuration of `jobs.train_lora`: the packaged `lora`, or a YAML file.
+
+    Raises:
+        ConfigError: for an unknown key, a wrong type or a value that is not allowed.
+    """
+    run = _load(LoRARun, name_or_path, [LORA], overrides)
+    check_lora_run(run)
+    return run
+
+
+def _load(
+    root: type[Root], name_or_path: str, packaged: Sequence[str], overrides: Sequence[str]
+) -> Root:
     for override in overrides:
         if "=" not in override:
             raise ConfigError(f"override {override!r} is not of the form key=value")
     try:
         merged = OmegaConf.merge(
-            OmegaConf.structured(Config),
-            _read_yaml(name_or_path),
+            OmegaConf.structured(root),
+            _read_yaml(name_or_path, packaged),
             OmegaConf.from_dotlist(list(overrides)),
         )
         config = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
-        raise _explain(error) from None
+        raise _explain(root, error) from None
     except yaml.YAMLError as error:
         where = f"config={name_or_path!r} or an override"
         raise ConfigError(f"{where} is not YAML: {' '.join(str(error).split())}") from None
-    assert isinstance(config, Config)
-    check(config)
+    assert isinstance(config, root)
     return config
 
 
@@ -100,6 +122,7 @@ def local_paths(config: Config) -> dict[str, str]:
         "features.checkpoint": config.features.checkpoint,
         "codec.path": config.codec.path,
         "training.init_from": config.training.init_from,
+        "router_training.init_from": config.router_training.init_from,
     }
     for index, overrides in config.experts.items():
         key = f"experts.{index}.training.init_from"

@@ -249,7 +249,8 @@ class SamplingConfig:
 class EvaluationConfig:
     """Caption accuracy over the training captions."""
 
-    max_captions: int | None = None  # null: all
+    max_captions: int | None = None  # captions to draw; null: all
+    max_gallery: int | None = None  # corpus pictures to compare with; null: all
     batch_size: int = 64
     num_tasks: int = 2
     num_cpus: float = 1.0

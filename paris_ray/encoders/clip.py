@@ -38,6 +38,34 @@ PREFIX = "text_model."
 MODEL_TYPES = ("clip_text_model", "clip")
 
 
+class ClipTokenizer:
+    """CLIP's tokenizer: token ids, as many for every caption.
+
+    Args:
+        folder: Holds the tokenizer's files.
+        max_length: Number of tokens L that every caption is cut or padded to (77).
+
+    Raises:
+        BundleError: if a file is missing or damaged.
+    """
+
+    def __init__(self, folder: Path, max_length: int) -> None:
+        self.max_length = max_length
+        self.tokenizer = _read_tokenizer(folder)
+        self.end_of_text = int(self.tokenizer.eos_token_id)
+        self.num_ids = 1 + max(self.tokenizer.get_vocab().values())
+
+    def __call__(self, captions: Sequence[str]) -> NDArray[np.uint16]:
+        """Return token ids `(B, L)`, padded with the tokenizer's own padding token.
+
+        These are what is worth keeping of a corpus: 154 bytes a caption, its states are 118 kB.
+        """
+        encoded = self.tokenizer(
+            list(captions), padding="max_length", truncation=True, max_length=self.max_length
+        )
+        return np.array(encoded["input_ids"], dtype=np.uint16)
+
+
 class ClipText:
     """CLIP's text tower: a state a token, for cross-attention (Paris: 77 x 768).
 
@@ -64,12 +92,11 @@ class ClipText:
         self.model = load_transformer(
             CLIPTextModel, architecture, state, where=text_encoder, dtype=dtype or stored
         )
-        self.tokenizer = _read_tokenizer(tokenizer)
-        num_ids = 1 + max(self.tokenizer.get_vocab().values())
+        self.tokenizer = ClipTokenizer(tokenizer, int(self.model.config.max_position_embeddings))
         vocab_size = self.model.config.vocab_size
-        if num_ids > min(vocab_size, MAX_VOCAB_SIZE):
+        if self.tokenizer.num_ids > min(vocab_size, MAX_VOCAB_SIZE):
             raise BundleError(
-                f"the tokenizer in {tokenizer} has ids up to {num_ids - 1}, "
+                f"the tokenizer in {tokenizer} has ids up to {self.tokenizer.num_ids - 1}, "
                 f"{text_encoder}/{CONFIG} has vocab_size={vocab_size}, at most {MAX_VOCAB_SIZE}"
             )
 
@@ -81,17 +108,11 @@ class ClipText:
     @property
     def max_length(self) -> int:
         """Number of tokens L that every caption is cut or padded to (77)."""
-        return int(self.model.config.max_position_embeddings)
+        return self.tokenizer.max_length
 
     def tokenize(self, captions: Sequence[str]) -> NDArray[np.uint16]:
-        """Return token ids `(B, L)`, padded with the tokenizer's own padding token.
-
-        These are what is worth keeping of a corpus: 154 bytes a caption, its states are 118 kB.
-        """
-        encoded = self.tokenizer(
-            list(captions), padding="max_length", truncation=True, max_length=self.max_length
-        )
-        return np.array(encoded["input_ids"], dtype=np.uint16)
+        """Return token ids `(B, L)`; see `ClipTokenizer`."""
+        return self.tokenizer(captions)
 
     @torch.no_grad()  # not inference_mode: experts are trained on what this returns
     def encode_tokens(self, token_ids: NDArray[np.uint16] | Tensor) -> TextConditioning:
@@ -103,7 +124,7 @@ class ClipText:
         """
         ids = torch.as_tensor(token_ids).long().to(self.model.device)
         states = self.model(input_ids=ids).last_hidden_state
-        is_end = ids == self.tokenizer.eos_token_id
+        is_end = ids == self.tokenizer.end_of_text
         text_mask = is_end.cumsum(dim=1) - is_end.long() == 0
         last = text_mask.sum(dim=1) - 1
         rows = torch.arange(len(ids), device=ids.device)

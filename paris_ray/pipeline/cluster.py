@@ -2,20 +2,23 @@
 
 import logging
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import ray
+from numpy.typing import NDArray
 
 from paris_ray.artifacts import Folder, Manifest, publish
 from paris_ray.clustering import Clustering, fit_clustering
 from paris_ray.config import Config
 from paris_ray.embeddings import (
     NULL_TEXT,
+    column_names,
+    num_rows,
     part_names,
     read_parts,
     read_table,
+    stream_column,
     tensor_column,
     write_part,
 )
@@ -37,7 +40,8 @@ logger = logging.getLogger("paris_ray")
 
 SECTIONS = ("seed", "cluster")
 MAX_FIT_ROWS = 200_000
-MAX_SPLIT_TASKS = 64  # also the number of files of a shard
+MIN_SPLIT_TASKS = 64  # as many as there are files, if there are fewer; a shard has a file of each
+SPLIT_TASK_ROWS = 20_000  # about so many does one task hold in memory
 PICTURES_PER_CLUSTER = 60
 WORDS_PER_CLUSTER = 12
 
@@ -53,7 +57,8 @@ def prepare_clusters(config: Config, embeddings: Manifest) -> Manifest:
     stage.begin()
     num_cpus = config.cluster.num_cpus
     ray.get(fit_clusters.options(num_cpus=num_cpus).remote(config))
-    groups = np.array_split(part_names(run.embeddings), MAX_SPLIT_TASKS)
+    num_tasks = max(MIN_SPLIT_TASKS, embeddings.facts["rows"] // SPLIT_TASK_ROWS)
+    groups = np.array_split(part_names(run.embeddings), num_tasks)
     split = split_parts.options(num_cpus=num_cpus)
     ray.get([split.remote(config, i, list(map(str, g))) for i, g in enumerate(groups) if len(g)])
     sizes = [_publish_shard(run, stage.config_digest, k) for k in range(run.num_experts)]
@@ -72,20 +77,29 @@ def prepare_clusters(config: Config, embeddings: Manifest) -> Manifest:
 def fit_clusters(config: Config) -> None:
     """Fit the centres to a sample of the features."""
     run = Run(config)
-    features = tensor_column(read_table(run.embeddings, ["features"]), "features")
-    if len(features) > MAX_FIT_ROWS:
-        generator = numpy_generator(config.seed, "cluster sample")
-        features = features[generator.choice(len(features), MAX_FIT_ROWS, replace=False)]
     seed = derive_seed(config.seed, "cluster")
-    fit_clustering(features.astype(np.float32), config.cluster, seed).save(run.clusters)
+    fit_clustering(_sample_features(run), config.cluster, seed).save(run.clusters)
+
+
+def _sample_features(run: Run) -> NDArray[np.float32]:
+    """Return the features of MAX_FIT_ROWS random rows, or of all, in corpus order."""
+    count = sum(num_rows(run.embeddings, name) for name in part_names(run.embeddings))
+    wanted = np.ones(count, bool)
+    if count > MAX_FIT_ROWS:
+        order = numpy_generator(run.config.seed, "cluster sample").permutation(count)
+        wanted[order[MAX_FIT_ROWS:]] = False
+    chunks, start = [], 0
+    for chunk in stream_column(run.embeddings, "features"):
+        chunks.append(chunk[wanted[start : start + len(chunk)]].astype(np.float32))
+        start += len(chunk)
+    return np.concatenate(chunks)
 
 
 @ray.remote
 def split_parts(config: Config, index: int, names: Sequence[str]) -> None:
     """Send the rows of some embedding files to the shards of their clusters."""
     run = Run(config)
-    columns = ["key", "caption", "thumbnail", "latents", "features", "text_embedding"]
-    table = read_parts(run.embeddings, names, columns)
+    table = read_parts(run.embeddings, names, column_names(run.embeddings))
     features = tensor_column(table, "features").astype(np.float32)
     clusters = Clustering.load(run.clusters).assign(features)
     for k in range(run.num_experts):
@@ -98,7 +112,7 @@ def _publish_shard(run: Run, config_digest: str, cluster: int) -> int:
     """Make a shard an artefact of its own, so that an expert needs to read nothing else."""
     shard = run.shard(cluster)
     shard.write(NULL_TEXT, run.encoders.read(NULL_TEXT))
-    rows = read_table(shard, ["key"]).num_rows if part_names(shard) else 0
+    rows = sum(num_rows(shard, name) for name in part_names(shard))
     publish(shard, SHARD, config_digest=config_digest, parents={}, facts={"rows": rows})
     return rows
 
@@ -116,10 +130,19 @@ def _cluster_section(shard: Folder, cluster: int, sizes: Sequence[int]) -> str:
     title = f"Cluster {cluster}: {sizes[cluster]} pictures, {sizes[cluster] / sum(sizes):.1%}"
     if not sizes[cluster]:
         return section(title, paragraph("empty"))
-    table = read_table(shard, ["caption", "thumbnail"])
-    words = frequent_words(table["caption"].to_pylist(), WORDS_PER_CLUSTER)
-    step = max(1, table.num_rows // PICTURES_PER_CLUSTER)
-    encoded: list[Any] = table["thumbnail"].to_pylist()[::step][:PICTURES_PER_CLUSTER]
-    grid = picture_grid(decode_thumbnails(encoded), columns=20)
+    words = frequent_words(read_table(shard, ["caption"])["caption"].to_pylist(), WORDS_PER_CLUSTER)
+    grid = picture_grid(decode_thumbnails(_spread_thumbnails(shard, sizes[cluster])), columns=20)
     text = ", ".join(f"{word} ({count})" for word, count in words)
     return section(title, paragraph(text), inline_image(grid, title, width=960))
+
+
+def _spread_thumbnails(shard: Folder, num_pictures: int) -> list[bytes]:
+    """Return evenly spread thumbnails of a shard, read a file at a time."""
+    step = max(1, num_pictures // PICTURES_PER_CLUSTER)
+    chosen: list[bytes] = []
+    start = 0
+    for name in part_names(shard):
+        column = read_parts(shard, [name], ["thumbnail"])["thumbnail"]
+        chosen += column.to_pylist()[-start % step :: step]
+        start += len(column)
+    return chosen[:PICTURES_PER_CLUSTER]

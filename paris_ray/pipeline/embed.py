@@ -18,10 +18,10 @@ from ray.data import ActorPoolStrategy, DataContext
 from paris_ray.artifacts import Manifest
 from paris_ray.config import Config
 from paris_ray.corpora import Shard, find_duplicates, open_corpus
-from paris_ray.embeddings import part_names, read_table
+from paris_ray.embeddings import num_rows, part_names, read_table
 from paris_ray.errors import CorpusError
 from paris_ray.pipeline.embedders import FeatureEmbedder, LatentEmbedder, TextEmbedder
-from paris_ray.pipeline.shards import ShardReader, ShardWriter, num_rows, shard_of
+from paris_ray.pipeline.shards import ShardReader, ShardWriter, shard_of
 from paris_ray.pipeline.stage import Stage
 from paris_ray.run import EMBEDDINGS, Run
 
@@ -55,8 +55,8 @@ def prepare_embeddings(config: Config, encoders: Manifest) -> Manifest:
     if pending:
         num_pending = sum(len(keys[shard.index]) for shard in pending)
         _follow(_embedding(config, pending, duplicates), num_pending)
-    counts = _count(run, sum(map(len, keys.values())))
-    _refuse_bad_corpus(config, counts)
+    counts = count_rows(run, sum(map(len, keys.values())))
+    refuse_bad_corpus(config, counts)
     return stage.publish(counts | {"attribution": corpus.attribution})
 
 
@@ -129,8 +129,12 @@ def _follow(dataset: ray.data.Dataset, num_keys: int) -> None:
             logger.info("embed: %d/%d rows, %.0f rows/s, ETA %.0f s", done, num_keys, rate, eta)
 
 
-def _count(run: Run, num_keys: int) -> dict[str, Any]:
-    """Count what became of every row; raises CorpusError if one is unaccounted for."""
+def count_rows(run: Run, num_keys: int) -> dict[str, Any]:
+    """Count what became of every row, good ones and bad ones by reason.
+
+    Raises:
+        CorpusError: if one is unaccounted for.
+    """
     reasons: Counter[str] = Counter()
     if part_names(run.quarantine):
         reasons.update(read_table(run.quarantine, ["reason"])["reason"].to_pylist())
@@ -146,9 +150,10 @@ def _count(run: Run, num_keys: int) -> dict[str, Any]:
     return {"rows": good, "quarantined": dict(sorted(reasons.items()))}
 
 
-def _refuse_bad_corpus(config: Config, counts: Mapping[str, Any]) -> None:
+def refuse_bad_corpus(config: Config, counts: Mapping[str, Any]) -> None:
+    """Raise CorpusError if a larger share of the rows is bad than `corpus.max_bad_share`."""
     good, bad = counts["rows"], sum(counts["quarantined"].values())
-    share = bad / (good + bad)
+    share = bad / max(1, good + bad)
     if share > config.corpus.max_bad_share or good == 0:
         raise CorpusError(
             f"{bad} of {good + bad} rows are bad ({share:.1%}, "

@@ -1,5 +1,7 @@
-"""The encoders as Ray Data actors: each adds one column to a batch of decoded pictures."""
+"""The encoders as Ray Data actors: each adds its columns to a batch of decoded pictures."""
 
+from collections.abc import Sequence
+from hashlib import sha256
 from typing import Any
 
 import numpy as np
@@ -9,26 +11,53 @@ from numpy.typing import NDArray
 from paris_ray.artifacts import VerifiedFolder
 from paris_ray.config import Config, PoolConfig
 from paris_ray.devices import resolve_device
+from paris_ray.embeddings import (
+    LATENTS,
+    LATENTS_FLIPPED,
+    TEXT_EMBEDDING,
+    TOKEN_IDS,
+    read_null_text,
+)
+from paris_ray.encoders.clip import TEXT_ENCODER, TOKENIZER, ClipTokenizer, tokenizer_files
 from paris_ray.encoders.codec import load_codec
 from paris_ray.encoders.text import MODEL_FILES, MiniLM
 from paris_ray.pipeline.shards import Batch
 from paris_ray.run import Run
+from paris_ray.seeding import torch_generator
 
 
 class TextEmbedder:
-    """Adds `text_embedding (B, V, D)`: every caption in every template."""
+    """Adds the text of every caption in every template.
+
+    Either `text_embedding (B, V, D)` or, for CLIP, whose states are too large to keep,
+    `token_ids (B, V, L)`.
+    """
 
     def __init__(self, config: Config) -> None:
         self.templates = config.corpus.caption_templates
-        self.batch_size = config.text.pool.batch_size
         _use_threads_of(config.text.pool)
-        folder = VerifiedFolder(Run(config).encoders / "text_encoder", None)
-        self.encoder = MiniLM(folder.local_path(MODEL_FILES))
-        self.encoder.model.to(resolve_device("auto" if config.text.pool.num_gpus else "cpu"))
+        sentences = config.text.kind == "minilm"
+        self.column = TEXT_EMBEDDING if sentences else TOKEN_IDS
+        self.encode = _SentenceEncoder(config) if sentences else _tokenizer(config)
 
     def __call__(self, batch: Batch) -> Batch:
         """Return the batch with the column."""
         captions = [t.replace("{}", c) for c in batch["caption"] for t in self.templates]
+        encoded = self.encode(captions)
+        shape = (len(batch["caption"]), len(self.templates), encoded.shape[1])
+        return batch | {self.column: encoded.reshape(shape)}
+
+
+class _SentenceEncoder:
+    """Returns sentence vectors `(N, D)` float16."""
+
+    def __init__(self, config: Config) -> None:
+        folder = VerifiedFolder(Run(config).encoders / TEXT_ENCODER, None)
+        device = resolve_device("auto" if config.text.pool.num_gpus else "cpu")
+        self.encoder = MiniLM(folder.local_path(MODEL_FILES)).to(device)
+        self.batch_size = config.text.pool.batch_size
+
+    def __call__(self, captions: Sequence[str]) -> NDArray[np.generic]:
         # Captions of like length together: padding is most of the work otherwise.
         order = sorted(range(len(captions)), key=lambda i: len(captions[i]))
         embedded = np.empty((len(captions), self.encoder.embed_dim), np.float16)
@@ -36,8 +65,15 @@ class TextEmbedder:
             index = order[start : start + self.batch_size]
             text = self.encoder.encode([captions[i] for i in index])
             embedded[index] = text.pooled_text.cpu().numpy().astype(np.float16)
-        shape = (len(batch["caption"]), len(self.templates), self.encoder.embed_dim)
-        return batch | {"text_embedding": embedded.reshape(shape)}
+        return embedded
+
+
+def _tokenizer(config: Config) -> ClipTokenizer:
+    """Return CLIP's tokenizer; the model itself is not needed before training."""
+    encoders = Run(config).encoders
+    folder = encoders / TOKENIZER
+    path = VerifiedFolder(folder, None).local_path(tokenizer_files(folder))
+    return ClipTokenizer(path, max_length=len(read_null_text(encoders)))
 
 
 class FeatureEmbedder:
@@ -63,17 +99,44 @@ class FeatureEmbedder:
 
 
 class LatentEmbedder:
-    """Adds `latents (B, C, H, W)`."""
+    """Adds `latents (B, C, H, W)` and, if training mirrors pictures, `latents_flipped`."""
 
     def __init__(self, config: Config) -> None:
         _use_threads_of(config.codec.pool)
-        self.codec = load_codec(VerifiedFolder(Run(config).encoders / "codec", None))
+        device = resolve_device("auto" if config.codec.pool.num_gpus else "cpu")
+        folder = VerifiedFolder(Run(config).codec, None)
+        self.codec = load_codec(folder, config.corpus.image_size).to(device)
         self.batch_size = config.codec.pool.batch_size
+        self.flip = config.corpus.horizontal_flip
+        self.seed = config.seed if config.codec.posterior == "sample" else None
 
     def __call__(self, batch: Batch) -> Batch:
-        """Return the batch with the column."""
-        parts = [self.codec.encode(images) for images in _split(batch["image"], self.batch_size)]
-        return batch | {"latents": torch.cat(parts).numpy().astype(np.float16)}
+        """Return the batch with the columns."""
+        images, keys = batch["image"], batch["key"]
+        columns = {LATENTS: self._encode(images, keys, "vae sample")}
+        if self.flip:
+            mirrored = images[:, :, ::-1]
+            columns[LATENTS_FLIPPED] = self._encode(mirrored, keys, "vae sample, flipped")
+        return batch | columns
+
+    def _encode(
+        self, images: NDArray[Any], keys: NDArray[Any], purpose: str
+    ) -> NDArray[np.float16]:
+        parts = []
+        for start in range(0, len(images), self.batch_size):
+            rows = slice(start, start + self.batch_size)
+            parts.append(self.codec.encode(images[rows], self._generators(keys[rows], purpose)))
+        return torch.cat(parts).numpy().astype(np.float16)
+
+    def _generators(self, keys: NDArray[Any], purpose: str) -> list[torch.Generator] | None:
+        """Return a generator a row, which depends on its key alone: batches may be cut anyhow."""
+        if self.seed is None:
+            return None
+        return [torch_generator(self.seed, purpose, _hash(str(key))) for key in keys]
+
+
+def _hash(key: str) -> int:
+    return int.from_bytes(sha256(key.encode()).digest()[:8], "big")
 
 
 def _split(images: NDArray[Any], size: int) -> list[NDArray[Any]]:

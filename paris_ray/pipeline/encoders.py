@@ -6,15 +6,18 @@ from typing import Any
 
 import numpy as np
 import ray
+from numpy.typing import NDArray
 
-from paris_ray.artifacts import Folder, Manifest
+from paris_ray.artifacts import Manifest, VerifiedFolder
 from paris_ray.config import Config
 from paris_ray.corpora import DecodedRow, decode_row, open_corpus
 from paris_ray.embeddings import write_null_text
-from paris_ray.encoders.codec import PatchPCA
-from paris_ray.encoders.text import MiniLM, copy_text_encoder, text_encoder_folder
+from paris_ray.encoders.autoencoder import copy_autoencoder_kl
+from paris_ray.encoders.clip import TEXT_ENCODER, TOKENIZER, ClipText
+from paris_ray.encoders.codec import PatchPCA, load_codec
+from paris_ray.encoders.text import TextEncoder, load_text_encoder, write_text_encoder
 from paris_ray.errors import ConfigError, CorpusError
-from paris_ray.pipeline.progress import ProgressFile, follow
+from paris_ray.pipeline.progress import ProgressFile, Task, follow
 from paris_ray.pipeline.stage import Stage
 from paris_ray.run import ENCODERS, Run
 from paris_ray.seeding import derive_seed
@@ -23,51 +26,98 @@ SECTIONS = ("seed", "corpus", "text", "features", "codec")
 
 
 def prepare_encoders(config: Config) -> Manifest:
-    """Publish `encoders/`: the codec fitted, the image model trained if none was given."""
+    """Publish `encoders/`: given ones copied and checked, the others fitted to the corpus."""
     run = Run(config)
     stage = Stage(ENCODERS, run.encoders, config, sections=SECTIONS, parents={})
     manifest = stage.finished()
     if manifest is not None:
         return manifest
     stage.begin()
-    task = fit_encoders.options(
+    task = make_encoders.options(
         num_cpus=config.features.num_cpus, num_gpus=config.features.num_gpus
-    ).remote(config, run.encoders.uri)
-    return stage.publish(follow("image encoder", task, run.encoders))
+    ).remote(config)
+    return stage.publish(follow("encoders", Task(task, run.encoders)))
 
 
 @ray.remote
-def fit_encoders(config: Config, output_uri: str) -> dict[str, Any]:
-    """Fit the codec and, if there is no checkpoint, train the image encoder."""
-    from paris_ray.training.contrastive import train_open_clip
+def make_encoders(config: Config) -> dict[str, Any]:
+    """Write text encoder, null text, codec and, if there is no checkpoint, the image encoder."""
+    _write_text(config)
+    needs_fitting = config.codec.kind == "patch_pca" or config.features.checkpoint is None
+    rows = _first_valid_rows(config) if needs_fitting else []
+    _write_codec(config, rows)
+    facts: dict[str, Any] = {"rows_fitted_to": len(rows)}
+    if config.features.checkpoint is None:
+        facts["contrastive_loss"] = _train_features(config, rows)
+    return facts
 
-    output = Folder(output_uri)
-    rows = list(islice(_valid_rows(config), config.features.max_images))
-    if not rows:
-        raise CorpusError(f"corpus.path={config.corpus.path!r} has no usable row")
-    images = np.stack([row.image for row in rows])
-    PatchPCA.fit(images, config.codec).save(output / "codec")
-    text_encoder = text_encoder_folder(config.text)
-    copy_text_encoder(text_encoder, output / "text_encoder")
-    encoder = MiniLM(text_encoder)
+
+def _write_text(config: Config) -> None:
+    """Write the text encoder and the empty string as it reads it."""
+    output = Run(config).encoders
+    write_text_encoder(config.text, output)
+    encoder = load_text_encoder(
+        VerifiedFolder(output / TEXT_ENCODER, None), VerifiedFolder(output / TOKENIZER, None)
+    )
+    _check_width(config, encoder)
+    if isinstance(encoder, ClipText):
+        write_null_text(output, encoder.tokenize([""])[0])
+    else:
+        write_null_text(output, encoder.encode([""]).pooled_text[0].numpy())
+
+
+def _check_width(config: Config, encoder: TextEncoder) -> None:
     for name, model in (("expert", config.expert), ("router", config.router)):
         if model.text_embed_dim not in (0, encoder.embed_dim):
             raise ConfigError(
                 f"{name}.text_embed_dim={model.text_embed_dim} is not allowed: "
                 f"the text encoder has {encoder.embed_dim}"
             )
-    write_null_text(output, encoder.encode([""]).pooled_text[0].numpy())
-    facts: dict[str, Any] = {"rows_fitted_to": len(rows)}
-    if config.features.checkpoint is None:
-        facts["contrastive_loss"] = train_open_clip(
-            config.features,
-            images,
-            [row.caption for row in rows],
-            seed=derive_seed(config.seed, "features"),
-            output=output / "features",
-            on_progress=ProgressFile(output),
+
+
+def _write_codec(config: Config, rows: list[DecodedRow]) -> None:
+    """Fit the codec, or copy it and check that it makes the latents that the experts read."""
+    output = Run(config).codec
+    if config.codec.kind == "patch_pca":
+        PatchPCA.fit(_images(rows), config.codec).save(output)
+        return
+    assert config.codec.path is not None, "the configuration has been checked"
+    copy_autoencoder_kl(config.codec.path, output)
+    image_size, size = config.corpus.image_size, config.expert.input_size
+    expected = (config.codec.num_components, size, size)
+    found = load_codec(VerifiedFolder(output, None), image_size).latent_shape
+    if found != expected:
+        raise ConfigError(
+            f"codec.path={config.codec.path!r} makes latents of shape {found} of pictures of "
+            f"{image_size} pixels; codec.num_components and corpus.image_size / codec.patch_size "
+            f"say {expected}"
         )
-    return facts
+
+
+def _train_features(config: Config, rows: list[DecodedRow]) -> float:
+    from paris_ray.training.contrastive import train_open_clip  # open_clip takes seconds
+
+    output = Run(config).encoders
+    return train_open_clip(
+        config.features,
+        _images(rows),
+        [row.caption for row in rows],
+        seed=derive_seed(config.seed, "features"),
+        output=output / "features",
+        on_progress=ProgressFile(output),
+    )
+
+
+def _images(rows: list[DecodedRow]) -> NDArray[np.uint8]:
+    return np.stack([row.image for row in rows])
+
+
+def _first_valid_rows(config: Config) -> list[DecodedRow]:
+    """Return the pictures that something is fitted to; raises CorpusError if there is none."""
+    rows = list(islice(_valid_rows(config), config.features.max_images))
+    if not rows:
+        raise CorpusError(f"corpus.path={config.corpus.path!r} has no usable row")
+    return rows
 
 
 def _valid_rows(config: Config) -> Iterator[DecodedRow]:

@@ -11,8 +11,7 @@ from numpy.typing import NDArray
 
 from paris_ray.artifacts import Manifest, read_manifest
 from paris_ray.config import Config
-from paris_ray.devices import resolve_device
-from paris_ray.embeddings import read_table, write_part
+from paris_ray.embeddings import num_rows, part_names, read_rows, write_part
 from paris_ray.evaluation.nearest import NearestResult, nearest_pictures
 from paris_ray.export import open_trained_parts
 from paris_ray.pipeline.stage import Stage
@@ -55,33 +54,45 @@ def evaluate(config: Config) -> Manifest:
 
 def _evaluate(run: Run) -> dict[str, Any]:
     settings = run.config.evaluation
-    table = read_table(run.embeddings, ["key", "caption", "thumbnail"])
-    captions = table["caption"].to_pylist()
-    rows = _chosen_rows(run, len(captions))
-    task = draw.options(num_cpus=settings.num_cpus, num_gpus=settings.num_gpus)
-    parts = [
-        task.remote(run.config, part.tolist(), [captions[i] for i in part])
-        for part in np.array_split(rows, min(settings.num_tasks, len(rows)))
-    ]
-    drawn, usage = map(np.concatenate, zip(*ray.get(parts), strict=True))
+    total = sum(num_rows(run.embeddings, name) for name in part_names(run.embeddings))
+    drawn_rows = _sample_rows(run, total, settings.max_captions, "evaluation")
+    others = _sample_rows(run, total, settings.max_gallery, "gallery")
+    gallery_rows = np.union1d(drawn_rows, others)
+    table = read_rows(run.embeddings, gallery_rows, ["key", "caption", "thumbnail"])
+    own = np.searchsorted(gallery_rows, drawn_rows)
+    drawn, usage = _draw_all(run, drawn_rows, table["caption"].take(own).to_pylist())
     gallery = decode_thumbnails(table["thumbnail"].to_pylist())
-    result = nearest_pictures(drawn, rows, gallery, captions)
-    _write(run, table, rows, result, drawn, gallery)
+    result = nearest_pictures(drawn, own, gallery, table["caption"].to_pylist())
+    _write(run, table, own, result, drawn, gallery)
     return {
         "accuracy": float(result.hit.mean()),
-        "captions": len(rows),
+        "captions": len(own),
+        "gallery": len(gallery),
         "squared_error": float(result.squared_error.mean()),
         "expert_usage": usage.mean(axis=0).tolist(),
     }
 
 
-def _chosen_rows(run: Run, num_rows: int) -> NDArray[np.int64]:
-    """Return the rows whose captions are drawn; the gallery is always the whole corpus."""
-    limit = run.config.evaluation.max_captions
-    if limit is None or limit >= num_rows:
-        return np.arange(num_rows)
-    generator = numpy_generator(run.config.seed, "evaluation")
-    return np.sort(generator.choice(num_rows, limit, replace=False))
+def _sample_rows(run: Run, total: int, limit: int | None, purpose: str) -> NDArray[np.int64]:
+    """Return at most `limit` rows of the corpus, in order."""
+    if limit is None or limit >= total:
+        return np.arange(total)
+    generator = numpy_generator(run.config.seed, purpose)
+    return np.sort(generator.choice(total, limit, replace=False))
+
+
+def _draw_all(
+    run: Run, rows: NDArray[np.int64], captions: list[str]
+) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
+    """Draw captions in parallel; return thumbnails `(N, 32, 32, 3)` and expert usage `(N, K)`."""
+    settings = run.config.evaluation
+    task = draw.options(num_cpus=settings.num_cpus, num_gpus=settings.num_gpus)
+    parts = [
+        task.remote(run.config, rows[part].tolist(), [captions[i] for i in part])
+        for part in np.array_split(np.arange(len(rows)), min(settings.num_tasks, len(rows)))
+    ]
+    drawn, usage = map(np.concatenate, zip(*ray.get(parts), strict=True))
+    return drawn, usage
 
 
 @ray.remote
@@ -90,17 +101,15 @@ def draw(
 ) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
     """Draw captions; return thumbnails `(N, 32, 32, 3)` and expert usage `(N, K)`."""
     torch.set_num_threads(config.evaluation.threads)
-    bundle = open_trained_parts(Run(config))
-    device = resolve_device("auto" if config.evaluation.num_gpus else "cpu")
-    for k in range(bundle.num_experts):
-        bundle.expert(k).to(device)
+    device = "auto" if config.evaluation.num_gpus else "cpu"
+    bundle = open_trained_parts(Run(config), device=device)
     options = sampling_options(bundle)
     seed, size = derive_seed(config.seed, "evaluation"), config.evaluation.batch_size
     pictures, usages = [], []
     for start in range(0, len(captions), size):
         batch = slice(start, start + size)
         seeds = [derive_seed(seed, "picture", i) for i in indices[batch]]
-        text = bundle.text_encoder.encode(captions[batch])
+        text = bundle.text_encoder.encode(captions[batch]).to("cpu")
         samples = sample(bundle, text, seeds, options)
         pictures += [thumbnail(image) for image in bundle.codec.decode(samples.latents)]
         usages.append(samples.expert_usage.numpy())

@@ -8,37 +8,35 @@ equal to the bit (same machine kind and thread count).
 import json
 import logging
 from collections.abc import Sequence
+from functools import cache, partial
 from typing import Any
 
-import numpy as np
 import ray
 import torch
 
-from paris_ray.artifacts import METRICS, Folder, VerifiedFolder, read_manifest
+from paris_ray.artifacts import METRICS, SAMPLES, Folder, VerifiedFolder, read_manifest
 from paris_ray.bundle import load_expert
-from paris_ray.config import Config, SamplingConfig
+from paris_ray.config import Config, expert_setup
 from paris_ray.devices import resolve_device
-from paris_ray.embeddings import read_null_text, read_table, tensor_column
-from paris_ray.encoders.codec import load_codec
 from paris_ray.errors import TrainingError
-from paris_ray.models import TextConditioning
-from paris_ray.pipeline.progress import ProgressFile, watch
-from paris_ray.pipeline.stage import Stage
-from paris_ray.reports import picture_grid, png_bytes
-from paris_ray.run import EXPERT, SHARD, Run
-from paris_ray.sampling.sampler import sample_one_expert
+from paris_ray.models import Expert
+from paris_ray.pipeline.placement import placed
+from paris_ray.pipeline.progress import ProgressFile, Task, watch
+from paris_ray.pipeline.samples import SampleGrid
+from paris_ray.pipeline.stage import Stage, start_parent
+from paris_ray.run import EXPERT, EXPERT_WEIGHTS, SHARD, Run
 from paris_ray.seeding import derive_seed
 from paris_ray.training.expert import train_expert
 
 logger = logging.getLogger("paris_ray")
 
 SECTIONS = ("seed", "expert", "training")
-SAMPLES_PER_EXPERT = 16
 
 
 def train_experts(config: Config, only: Sequence[int] | None = None) -> None:
     """Train all experts, or only some, as many at a time as the cluster has room for.
 
+    Each has its own setup (`config.experts`), which alone decides whether it is finished already.
     One that fails does not stop the others.
 
     Args:
@@ -48,17 +46,19 @@ def train_experts(config: Config, only: Sequence[int] | None = None) -> None:
     Raises:
         TrainingError: naming the experts that failed, after all others are done.
         ArtifactError: if prepare has not finished.
+        ConfigError: if an expert's setup or place is not allowed.
     """
     run = Run(config)
     chosen = range(run.num_experts) if only is None else only
-    stages = {k: _expert_stage(run, k) for k in chosen}
+    setups = {k: _setup(run, k) for k in chosen}
+    stages = {k: _expert_stage(run, k, setup) for k, setup in setups.items()}
     todo = [k for k, stage in stages.items() if stage.finished() is None]
-    tasks = {f"expert {k}": (_submit(run, k), run.expert(k)) for k in todo}
+    places = {k: placed(train_one_expert, f"expert-{k}", setups[k].training) for k in todo}
+    tasks = {f"expert {k}": _submit(run, k, setups[k], places[k]) for k in todo}
     failed = []
     for name, error in watch(tasks):
-        task, _ = tasks[name]
         if error is None:
-            report = ray.get(task)
+            report = ray.get(tasks[name].result)
             stages[report["expert"]].publish(report)
         else:
             failed.append(f"{name}: {error}")
@@ -67,73 +67,55 @@ def train_experts(config: Config, only: Sequence[int] | None = None) -> None:
         raise TrainingError(f"{len(failed)} of {len(chosen)} experts failed: {reasons}")
 
 
-def _expert_stage(run: Run, expert: int) -> Stage:
+def _setup(run: Run, expert: int) -> Config:
     if not 0 <= expert < run.num_experts:
         raise TrainingError(f"expert {expert} does not exist: allowed 0..{run.num_experts - 1}")
+    return expert_setup(run.config, expert)
+
+
+def _expert_stage(run: Run, expert: int, setup: Config) -> Stage:
     parents = {"shard": read_manifest(run.shard(expert), SHARD).digest}
-    return Stage(EXPERT, run.expert(expert), run.config, sections=SECTIONS, parents=parents)
+    parents |= start_parent(setup.training, EXPERT_WEIGHTS)
+    return Stage(EXPERT, run.expert(expert), setup, sections=SECTIONS, parents=parents)
 
 
-def _submit(run: Run, expert: int) -> "ray.ObjectRef[dict[str, Any]]":
-    training = run.config.training
-    task = train_one_expert.options(
-        name=f"expert-{expert}",
-        num_cpus=training.num_cpus,
-        num_gpus=training.num_gpus,
-        scheduling_strategy="SPREAD",
-        max_retries=training.max_retries,
-    )
-    return task.remote(
-        run.config,
+def _submit(run: Run, expert: int, setup: Config, place: Any) -> Task:
+    result = place.remote(
+        setup,
         run.shard(expert).uri,
         expert,
-        derive_seed(run.config.seed, "expert", expert),
+        derive_seed(setup.seed, "expert", expert),
         run.expert(expert).uri,
-        (run.encoders / "codec").uri,
+        run.encoders.uri,
     )
+    return Task(result, run.expert(expert), setup.training)
 
 
 @ray.remote
 def train_one_expert(
-    config: Config, shard_uri: str, expert: int, seed: int, output_uri: str, codec_uri: str
+    setup: Config, shard_uri: str, expert: int, seed: int, output_uri: str, encoders_uri: str
 ) -> dict[str, Any]:
-    """Train one expert on its shard and draw a sample grid; return a small report."""
-    shard, output = Folder(shard_uri), Folder(output_uri)
+    """Train one expert on its shard and draw sample grids; return a small report."""
+    shard, output, encoders = Folder(shard_uri), Folder(output_uri), Folder(encoders_uri)
+    manifest = read_manifest(shard, SHARD)
+    grid = cache(partial(SampleGrid, setup, shard, encoders, seed))  # when the shard was checked
+
+    def draw_samples(average: Expert, step: int) -> None:
+        output.write(f"{SAMPLES}/step-{step:06d}.png", grid().draw(average))
+
     train_expert(
-        config.expert,
-        config.training,
+        setup.expert,
+        setup.training,
         shard=shard,
-        shard_digest=read_manifest(shard, SHARD).digest,
+        shard_digest=manifest.digest,
         seed=seed,
         output=output,
         on_progress=ProgressFile(output, f"expert-{expert}"),
+        text_encoder=encoders,
+        draw_samples=draw_samples,
     )
     assert not torch.distributed.is_initialized(), "experts must train without any collective"
-    device = resolve_device(config.training.device)
-    _draw_samples(config.sampling, shard, output, Folder(codec_uri), seed, device)
+    trained = load_expert(VerifiedFolder(output, None)).to(resolve_device(setup.training.device))
+    output.write("samples.png", grid().draw(trained))
     last_metrics = json.loads(output.read(METRICS).splitlines()[-1])
-    return {"expert": expert, "rows": read_manifest(shard, SHARD).facts["rows"], **last_metrics}
-
-
-def _draw_samples(
-    sampling: SamplingConfig,
-    shard: Folder,
-    output: Folder,
-    codec: Folder,
-    seed: int,
-    device: torch.device,
-) -> None:
-    """Write `samples.png`: what this expert, asked alone, draws for captions of its own shard."""
-    table = read_table(shard, ["text_embedding"]).slice(0, SAMPLES_PER_EXPERT)
-    embedding = tensor_column(table, "text_embedding")[:, 0].astype(np.float32)
-    null_text = read_null_text(shard)[None]
-    latents = sample_one_expert(
-        load_expert(VerifiedFolder(output, None)).to(device),
-        TextConditioning.from_pooled(torch.from_numpy(embedding)),
-        TextConditioning.from_pooled(torch.from_numpy(null_text)),
-        seeds=range(seed, seed + len(embedding)),
-        num_inference_steps=sampling.num_inference_steps,
-        guidance_scale=sampling.guidance_scale,
-    )
-    pictures = load_codec(VerifiedFolder(codec, None)).decode(latents)
-    output.write("samples.png", png_bytes(picture_grid(pictures, columns=8, scale=4)))
+    return {"expert": expert, "rows": manifest.facts["rows"], **last_metrics}

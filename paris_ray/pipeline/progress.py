@@ -8,13 +8,15 @@ import logging
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
-from typing import Any
+from typing import Any, NamedTuple
 
 import ray
 from ray.util import metrics
 
 from paris_ray.artifacts import PROGRESS, Folder
+from paris_ray.config import TrainingConfig
 from paris_ray.errors import ArtifactError
+from paris_ray.pipeline.placement import why_waiting
 from paris_ray.training.loop import Progress
 
 logger = logging.getLogger("paris_ray")
@@ -40,16 +42,19 @@ class ProgressFile:
         """Tell how far training is."""
         print(_line(progress), flush=True)
         for field, gauge in self._gauges.items():
-            gauge.set(getattr(progress, field))
+            value = getattr(progress, field)
+            if value is not None:
+                gauge.set(value)
         if time.monotonic() - self._written_at > WRITE_INTERVAL_S:
             self.folder.write_json(PROGRESS, asdict(progress))
             self._written_at = time.monotonic()
 
 
 def _line(progress: Progress) -> str:
+    mfu = "" if progress.mfu is None else f"MFU {progress.mfu:.2f} "
     return (
         f"{progress.step}/{progress.num_steps} loss {progress.loss:.3f} "
-        f"{progress.samples_per_second:.0f} samples/s ETA {progress.eta_s:.0f} s"
+        f"{progress.samples_per_second:.0f} samples/s {mfu}ETA {progress.eta_s:.0f} s"
     )
 
 
@@ -59,6 +64,7 @@ def _gauges(name: str) -> dict[str, metrics.Gauge]:
         "samples_seen": "Samples seen by this training run",
         "samples_per_second": "Training throughput",
         "eta_s": "Seconds left of this training run",
+        "mfu": "Share of the device's peak FLOP/s that training takes; absent if not known",
     }
     gauges = {}
     for field, description in descriptions.items():
@@ -68,51 +74,71 @@ def _gauges(name: str) -> dict[str, metrics.Gauge]:
     return gauges
 
 
-Tasks = Mapping[str, tuple["ray.ObjectRef[Any]", Folder]]
+class Task(NamedTuple):
+    """A submitted task: its result, the folder that it writes to, and where it may run."""
+
+    result: "ray.ObjectRef[Any]"
+    folder: Folder
+    training: TrainingConfig | None = None
 
 
-def watch(tasks: Tasks) -> Iterator[tuple[str, Exception | None]]:
+def watch(tasks: Mapping[str, Task]) -> Iterator[tuple[str, Exception | None]]:
     """Yield the tasks as they finish, with their errors, and print the others' progress meanwhile.
 
+    A warning tells which tasks wait for a node that the cluster does not have.
+
     Args:
-        tasks: By name, a task's result and the folder that it writes to.
+        tasks: By name.
     """
-    names = {task: name for name, (task, _) in tasks.items()}
+    names = {task.result: name for name, task in tasks.items()}
     pending, printed_at = list(names), time.monotonic()
+    warned: set[str] = set()
     while pending:
         finished, pending = ray.wait(pending, timeout=POLL_INTERVAL_S)
-        for task in finished:
-            error = _error_of(task)
-            logger.info("%s: %s", names[task], "done" if error is None else f"FAILED: {error}")
-            yield names[task], error
+        for result in finished:
+            error = _error_of(result)
+            logger.info("%s: %s", names[result], "done" if error is None else f"FAILED: {error}")
+            yield names[result], error
         if pending and time.monotonic() - printed_at > PRINT_INTERVAL_S:
             printed_at = time.monotonic()
-            running = [(names[task], tasks[names[task]][1]) for task in pending]
+            running = {names[result]: tasks[names[result]] for result in pending}
             _print_progress(running, len(names))
+            warned |= _warn_of_waiting({n: t for n, t in running.items() if n not in warned})
 
 
-def follow(name: str, task: "ray.ObjectRef[Any]", folder: Folder) -> Any:
+def follow(name: str, task: Task) -> Any:
     """Print one task's progress and return its result, or raise what it raised."""
-    for _, error in watch({name: (task, folder)}):
+    for _, error in watch({name: task}):
         if error is not None:
             raise error
-    return ray.get(task)
+    return ray.get(task.result)
 
 
-def _error_of(task: "ray.ObjectRef[Any]") -> Exception | None:
+def _warn_of_waiting(tasks: Mapping[str, Task]) -> set[str]:
+    """Warn of tasks that no node suits; return their names."""
+    waiting = set()
+    for name, task in tasks.items():
+        reason = None if task.training is None else why_waiting(task.training)
+        if reason is not None:
+            logger.warning("%s: %s", name, reason)
+            waiting.add(name)
+    return waiting
+
+
+def _error_of(result: "ray.ObjectRef[Any]") -> Exception | None:
     try:
-        ray.get(task)
+        ray.get(result)
     except ray.exceptions.RayError as error:
         # What the task raised says more to a user than Ray's wrapping of it.
         return error.cause if isinstance(error, ray.exceptions.RayTaskError) else error
     return None
 
 
-def _print_progress(running: list[tuple[str, Folder]], total: int) -> None:
+def _print_progress(running: Mapping[str, Task], total: int) -> None:
     """Print one line: how many are done, and each running task's step, loss, rate and rest."""
     parts = []
-    for name, folder in running:
-        progress = _read_progress(folder)
+    for name, task in running.items():
+        progress = _read_progress(task.folder)
         if progress is not None:
             parts.append(f"{name}: {_line(progress)}")
     if parts:

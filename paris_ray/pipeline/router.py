@@ -7,9 +7,10 @@ import ray
 
 from paris_ray.artifacts import Folder, read_manifest
 from paris_ray.config import Config
-from paris_ray.pipeline.progress import ProgressFile, follow
-from paris_ray.pipeline.stage import Stage
-from paris_ray.run import CLUSTERS, ROUTER, Run
+from paris_ray.pipeline.placement import placed
+from paris_ray.pipeline.progress import ProgressFile, Task, follow
+from paris_ray.pipeline.stage import Stage, start_parent
+from paris_ray.run import CLUSTERS, ROUTER, ROUTER_WEIGHTS, Run
 from paris_ray.seeding import derive_seed
 from paris_ray.training.router import train_router as train
 
@@ -23,20 +24,17 @@ def train_router(config: Config) -> None:
 
     Raises:
         ArtifactError: if prepare has not finished.
+        ConfigError: if the place that it asks for is not allowed.
     """
     run = Run(config)
+    training = config.router_training
     parents = {"clusters": read_manifest(run.clusters, CLUSTERS).digest}
+    parents |= start_parent(training, ROUTER_WEIGHTS)
     stage = Stage(ROUTER, run.router, config, sections=SECTIONS, parents=parents)
     if stage.finished() is not None:
         return
-    training = config.router_training
-    task = train_the_router.options(
-        name="router",
-        num_cpus=training.num_cpus,
-        num_gpus=training.num_gpus,
-        max_retries=training.max_retries,
-    ).remote(config)
-    facts = follow("router", task, run.router)
+    result = placed(train_the_router, "router", training).remote(config)
+    facts = follow("router", Task(result, run.router, training))
     levels = ", ".join(f"{share:.3f} at t={t}" for t, share in facts["right_cluster"].items())
     logger.info("router: share of rows sent to their own cluster: %s", levels)
     stage.publish(facts)
@@ -56,5 +54,6 @@ def train_the_router(config: Config) -> dict[str, Any]:
         seed=derive_seed(config.seed, "router"),
         output=run.router,
         on_progress=ProgressFile(run.router, "router"),
+        text_encoder=run.encoders,
     )
     return {"right_cluster": right_cluster}

@@ -9,18 +9,27 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from PIL import Image
 
 from paris_ray.artifacts import Folder
 from paris_ray.config import Config
 from paris_ray.corpora import DecodedRow, QuarantinedRow, Shard, decode_row, open_corpus
-from paris_ray.embeddings import to_table, write_part
+from paris_ray.embeddings import (
+    LATENTS,
+    LATENTS_FLIPPED,
+    TEXT_EMBEDDING,
+    TOKEN_IDS,
+    to_table,
+    write_part,
+)
 from paris_ray.reports import png_bytes, thumbnail
 from paris_ray.run import Run
 
 Batch = dict[str, NDArray[Any]]
+
+# Of text a batch has one of the two; mirrored latents only if training wants them.
+TENSORS = (LATENTS, LATENTS_FLIPPED, "features", TEXT_EMBEDDING, TOKEN_IDS)
 
 
 def part_name(shard: int, first_row: int) -> str:
@@ -34,11 +43,6 @@ def part_name(shard: int, first_row: int) -> str:
 def shard_of(name: str) -> int:
     """Return the corpus shard whose rows a file holds."""
     return int(name.split("-")[1])
-
-
-def num_rows(folder: Folder, name: str) -> int:
-    """Return a file's number of rows."""
-    return int(pq.read_metadata(pa.BufferReader(folder.read(name))).num_rows)
 
 
 class ShardReader:
@@ -117,12 +121,11 @@ class ShardWriter:
 
 def _embeddings_table(batch: Batch) -> pa.Table:
     thumbnails = [png_bytes(Image.fromarray(thumbnail(image))) for image in batch["image"]]
-    columns = {name: batch[name] for name in ("latents", "features", "text_embedding")}
     return to_table(
         {
             "key": [str(key) for key in batch["key"]],
             "caption": [str(caption) for caption in batch["caption"]],
             "thumbnail": thumbnails,
-            **columns,
+            **{name: batch[name] for name in TENSORS if name in batch},
         }
     )

@@ -1,5 +1,6 @@
 """What every stage does around its work: skip if finished, say so, publish, keep the time."""
 
+import hashlib
 import json
 import logging
 import time
@@ -15,7 +16,7 @@ from paris_ray.artifacts import (
     find_finished,
     publish,
 )
-from paris_ray.config import Config, digest, run_folder, to_yaml
+from paris_ray.config import Config, LoRARun, TrainingConfig, digest, run_folder, to_yaml
 
 logger = logging.getLogger("paris_ray")
 
@@ -35,7 +36,7 @@ class Stage:
         self,
         kind: str,
         folder: Folder,
-        config: Config,
+        config: Config | LoRARun,
         *,
         sections: tuple[str, ...],
         parents: Mapping[str, str],
@@ -56,6 +57,15 @@ class Stage:
             logger.info("%s: already finished, kept (%s)", self.kind, self.folder.uri)
         return manifest
 
+    @property
+    def _identity(self) -> dict[str, Any]:
+        return {"config_digest": self.config_digest, "parents": dict(self.parents)}
+
+    def begun(self) -> bool:
+        """Return whether an interrupted run of this very identity left something in the folder."""
+        known = self.folder.exists(IN_PROGRESS)
+        return known and bool(self.folder.read_json(IN_PROGRESS) == self._identity)
+
     def begin(self, *more: Folder) -> None:
         """Make the folder ready: keep what an interrupted run of this very identity left in it.
 
@@ -65,12 +75,10 @@ class Stage:
         Args:
             more: Further folders that belong to the artefact.
         """
-        identity = {"config_digest": self.config_digest, "parents": dict(self.parents)}
-        known = self.folder.exists(IN_PROGRESS)
-        if not known or self.folder.read_json(IN_PROGRESS) != identity:
+        if not self.begun():
             for folder in (self.folder, *more):
                 folder.clear()
-            self.folder.write_json(IN_PROGRESS, identity)
+            self.folder.write_json(IN_PROGRESS, self._identity)
 
     def publish(self, facts: Mapping[str, Any]) -> Manifest:
         """Write the resolved configuration and the manifest, and say what was made."""
@@ -84,6 +92,22 @@ class Stage:
         )
         logger.info("%s: finished (%s)", self.kind, self.folder.uri)
         return manifest
+
+
+def start_parent(training: TrainingConfig, weights: str) -> dict[str, str]:
+    """Return the digest of the weights that a training starts from, as the parent `init`.
+
+    Args:
+        training: Its `init_from` is a folder of a model, or null.
+        weights: Name of the weights file in it.
+
+    Raises:
+        ArtifactError: if there is no such file.
+    """
+    if training.init_from is None:
+        return {}
+    with Folder(training.init_from).open(weights) as file:
+        return {"init": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
 class StageTimer:

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pyarrow.parquet as pq
 import pytest
@@ -15,7 +16,7 @@ import pytest
 from paris_ray.artifacts import Folder, read_manifest
 from paris_ray.bundle import load_bundle
 from paris_ray.config import Config
-from paris_ray.embeddings import read_table
+from paris_ray.embeddings import read_table, tensor_column
 from paris_ray.errors import ArtifactError, CorpusError, TrainingError
 from paris_ray.run import (
     CLUSTERS,
@@ -73,6 +74,19 @@ def test_shards_are_disjoint_and_complete(finished: Run, num_good_rows: int) -> 
     assert read_manifest(finished.clusters, CLUSTERS).facts["sizes"] == [
         read_manifest(finished.shard(k), SHARD).facts["rows"] for k in range(3)
     ]
+
+
+def test_centres_are_fitted_to_some_of_very_many_rows(
+    finished: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from paris_ray.pipeline import cluster
+
+    every = tensor_column(read_table(finished.embeddings, ["features"]), "features")
+    monkeypatch.setattr(cluster, "MAX_FIT_ROWS", 10)
+    sample = cluster._sample_features(finished)
+    assert len(sample) == 10 < len(every)
+    rows = [int(np.flatnonzero((every == features).all(axis=1))[0]) for features in sample]
+    assert rows == sorted(set(rows))
 
 
 def test_reports_and_sample_grids_are_there(finished: Run) -> None:

@@ -107,11 +107,18 @@ def test_unknown_keys_and_wrong_types_are_refused(override: str, fragments: list
         ("training.epochs", "0"),
         ("sampling.router_temperature", "0"),
         ("fleet.num_images", "0"),
+        ("features.checkpoint", "null"),
+        ("expert.text_injection", "spatial"),
     ],
 )
 def test_values_that_do_not_fit_are_refused(field: str, value: str) -> None:
-    extra = ["corpus.kind=parquet"] if field == "corpus.path" else []
-    assert refusal(f"{field}={value}", *extra).startswith(f"{field}=")
+    extra = {
+        "corpus.path": "corpus.kind=parquet",
+        "features.checkpoint": "features.kind=timm",
+        "expert.text_injection": "text.kind=clip",
+    }
+    others = [extra[field]] if field in extra else []
+    assert refusal(f"{field}={value}", *others).startswith(f"{field}=")
 
 
 @pytest.mark.parametrize(

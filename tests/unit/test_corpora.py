@@ -118,6 +118,42 @@ class TestBadPictures:
         assert row == QuarantinedRow("k", "unreadable_shard", "why")
 
 
+class TestResizing:
+    """A picture of noise, which every filter changes in another way, at 5.5 times the size."""
+
+    ADM = CorpusConfig(image_size=8, max_pixels=10_000, resize="adm")
+
+    @pytest.fixture
+    def noise(self) -> Image.Image:
+        pixels = np.random.default_rng(1).integers(0, 256, (44, 60, 3), dtype=np.uint8)
+        return Image.fromarray(pixels)
+
+    def test_adm_halves_by_averaging_and_then_resizes_by_cubics(self, noise: Image.Image) -> None:
+        # 44 -> 22 -> 11 with a box; 11 is less than twice 8, so cubics do the rest, on the centre.
+        halved = noise.resize((30, 22), Image.Resampling.BOX).resize((15, 11), Image.Resampling.BOX)
+        centre = (2, 0, 13, 11)
+        expected = halved.resize((8, 8), Image.Resampling.BICUBIC, box=centre)
+        np.testing.assert_array_equal(decode(encode(noise), self.ADM), np.asarray(expected))
+
+    def test_one_halving_is_the_average_of_four_pixels(self) -> None:
+        pixels = np.random.default_rng(2).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+        average = pixels.reshape(8, 2, 8, 2, 3).mean(axis=(1, 3))
+        found = decode(encode(Image.fromarray(pixels)), self.ADM)
+        assert np.abs(found - average).max() <= 1  # rounded once an axis
+
+    def test_adm_leaves_a_picture_of_the_right_size_alone(self) -> None:
+        pixels = np.random.default_rng(3).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+        found = decode(encode(Image.fromarray(pixels)), self.ADM)
+        np.testing.assert_array_equal(found, pixels)
+
+    def test_lanczos_resizes_at_once(self, noise: Image.Image) -> None:
+        box = (8, 0, 52, 44)
+        expected = noise.resize((8, 8), Image.Resampling.LANCZOS, box=box)
+        np.testing.assert_array_equal(decode(encode(noise)), np.asarray(expected))
+        assert CONFIG.resize == "lanczos"
+        assert (decode(encode(noise)) != decode(encode(noise), self.ADM)).any()
+
+
 class TestCaptions:
     @pytest.mark.parametrize(
         ("caption", "expected"),

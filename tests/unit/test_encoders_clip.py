@@ -241,7 +241,7 @@ def test_weights_as_transformers_5_names_them_are_read(release: Path, copy: Path
 
 
 def test_a_tokenizer_json_is_enough(release: Path, copy: Path, clip: ClipText) -> None:
-    clip.tokenizer.backend_tokenizer.save(str(copy / "tokenizer" / "tokenizer.json"))
+    clip.tokenizer.tokenizer.backend_tokenizer.save(str(copy / "tokenizer" / "tokenizer.json"))
     for name in ("vocab.json", "merges.txt"):
         (copy / "tokenizer" / name).unlink()
     assert np.array_equal(load(copy).tokenize(CAPTIONS), clip.tokenize(CAPTIONS))

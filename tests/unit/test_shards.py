@@ -12,6 +12,7 @@ from PIL import Image
 
 from paris_ray.config import Config, load
 from paris_ray.corpora import open_corpus
+from paris_ray.embeddings import column_names, stream_column
 from paris_ray.pipeline.shards import Batch, ShardReader, ShardWriter
 from paris_ray.run import Run
 
@@ -75,6 +76,23 @@ def test_pieces_of_a_shard_are_written_side_by_side(config: Config) -> None:
     ]
     keys = pq.read_table(Run(config).embeddings.uri)["key"].to_pylist()
     assert keys == [f"{i:03d}" for i in range(NUM_GOOD)]
+
+
+def test_mirrored_latents_and_token_ids_are_kept_as_they_are(config: Config) -> None:
+    batch = read(config)[0]
+    tensors = {
+        "latents": np.full((16, 2, 4, 4), 1, np.float16),
+        "latents_flipped": np.full((16, 2, 4, 4), 2, np.float16),
+        "features": np.zeros((16, 3), np.float32),
+        "token_ids": np.full((16, 1, 77), 65_535, np.uint16),
+    }
+    ShardWriter(config)(batch | tensors)
+    folder = Run(config).embeddings
+    assert column_names(folder) == ["key", "caption", "thumbnail", *tensors]
+    for name, expected in tensors.items():
+        (stored,) = stream_column(folder, name)
+        assert stored.dtype == expected.dtype
+        np.testing.assert_array_equal(stored, expected)
 
 
 def test_rows_of_two_shards_in_one_block_are_an_error(config: Config) -> None:

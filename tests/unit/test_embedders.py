@@ -1,0 +1,112 @@
+"""What the encoders' actors add to a batch, without Ray."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from paris_ray.artifacts import Folder, VerifiedFolder
+from paris_ray.config import CodecConfig, Config, load
+from paris_ray.embeddings import write_null_text
+from paris_ray.encoders.autoencoder import copy_autoencoder_kl
+from paris_ray.encoders.clip import ClipText, copy_clip
+from paris_ray.encoders.codec import PatchPCA, load_codec
+from paris_ray.pipeline.embedders import LatentEmbedder, TextEmbedder
+from paris_ray.pipeline.shards import Batch
+from paris_ray.run import Run
+
+CAPTIONS = ["a cat", "a very long caption " * 20, ""]
+
+
+@pytest.fixture
+def config(tmp_path: Path, release_path: Path) -> Config:
+    """A run with the encoders of a small release."""
+    overrides = [
+        f"run_dir={tmp_path / 'run'}",
+        "codec.kind=autoencoder_kl",
+        f"codec.path={release_path / 'vae'}",
+        "codec.num_components=4",
+        "text.kind=clip",
+        f"text.path={release_path}",
+        "expert.text_embed_dim=16",
+        "corpus.caption_templates=['{}','a picture of {}']",
+    ]
+    config = load("quickstart", overrides)
+    run = Run(config)
+    copy_autoencoder_kl(str(release_path / "vae"), run.codec)
+    copy_clip(release_path, run.encoders)
+    clip = ClipText(release_path / "text_encoder", release_path / "tokenizer")
+    write_null_text(run.encoders, clip.tokenize([""])[0])
+    return config
+
+
+@pytest.fixture
+def pictures() -> Batch:
+    images = np.random.default_rng(0).integers(0, 256, (5, 32, 32, 3), dtype=np.uint8)
+    return {"image": images, "key": np.array(list("abcde"), dtype=object)}
+
+
+def with_posterior(config: Config, posterior: str, **corpus: object) -> Config:
+    codec = replace(config.codec, posterior=posterior)
+    return replace(config, codec=codec, corpus=replace(config.corpus, **corpus))
+
+
+def test_clip_text_is_kept_as_token_ids_of_every_template(
+    config: Config, release_path: Path
+) -> None:
+    batch = TextEmbedder(config)({"caption": np.array(CAPTIONS, dtype=object)})
+    assert set(batch) == {"caption", "token_ids"}
+    clip = ClipText(release_path / "text_encoder", release_path / "tokenizer")
+    expected = [clip.tokenize([c, f"a picture of {c}"]) for c in CAPTIONS]
+    assert batch["token_ids"].dtype == np.uint16
+    np.testing.assert_array_equal(batch["token_ids"], np.stack(expected))
+
+
+def test_the_mirror_image_is_encoded_beside_the_picture(config: Config, pictures: Batch) -> None:
+    batch = LatentEmbedder(with_posterior(config, "mode", horizontal_flip=True))(pictures)
+    codec = load_codec(VerifiedFolder(Run(config).codec, None), 32)
+    mirrored = codec.encode(np.flip(pictures["image"], axis=2)).numpy().astype(np.float16)
+    np.testing.assert_array_equal(batch["latents_flipped"], mirrored)
+    assert (batch["latents"] != batch["latents_flipped"]).any()
+    without = LatentEmbedder(with_posterior(config, "mode"))(pictures)
+    assert "latents_flipped" not in without
+    np.testing.assert_array_equal(without["latents"], batch["latents"])
+
+
+def test_a_draw_from_the_posterior_depends_on_the_key_and_not_on_the_batch(
+    config: Config, pictures: Batch
+) -> None:
+    config = with_posterior(config, "sample", horizontal_flip=True)
+    whole = LatentEmbedder(config)(pictures)
+    order = [4, 2, 0]
+    part = LatentEmbedder(config)({name: column[order] for name, column in pictures.items()})
+    for name in ("latents", "latents_flipped"):
+        np.testing.assert_allclose(
+            part[name].astype(np.float32), whole[name][order].astype(np.float32), atol=2e-3
+        )
+
+
+def test_draws_differ_between_keys_seeds_and_the_mirror_image(
+    config: Config, pictures: Batch
+) -> None:
+    symmetric = np.repeat(pictures["image"][:1], 2, axis=0)
+    symmetric = np.maximum(symmetric, symmetric[:, :, ::-1])
+    batch = {"image": symmetric, "key": np.array(["one", "two"], dtype=object)}
+    config = with_posterior(config, "sample", horizontal_flip=True)
+    drawn = LatentEmbedder(config)(batch)
+    assert np.abs(drawn["latents"][0] - drawn["latents"][1]).max() > 0.01
+    assert np.abs(drawn["latents"] - drawn["latents_flipped"]).max() > 0.01
+    other = LatentEmbedder(replace(config, seed=1))(batch)
+    assert np.abs(drawn["latents"] - other["latents"]).max() > 0.01
+    mode = LatentEmbedder(with_posterior(config, "mode"))(batch)
+    np.testing.assert_array_equal(mode["latents"][0], mode["latents"][1])
+
+
+def test_a_codec_without_posterior_has_nothing_to_draw(tmp_path: Path, pictures: Batch) -> None:
+    config = load("quickstart", [f"run_dir={tmp_path}", "codec.posterior=sample"])
+    folder = Folder(tmp_path / "encoders" / "codec")
+    PatchPCA.fit(pictures["image"], CodecConfig(num_components=96)).save(folder)
+    drawn = LatentEmbedder(config)(pictures)
+    mode = LatentEmbedder(with_posterior(config, "mode"))(pictures)
+    np.testing.assert_array_equal(drawn["latents"], mode["latents"])

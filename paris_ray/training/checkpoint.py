@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import safetensors.torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -17,12 +17,14 @@ from paris_ray.artifacts import CHECKPOINT, Folder, canonical_json, sha256_hex
 from paris_ray.errors import ArtifactError
 from paris_ray.training.ema import ExponentialMovingAverage
 
-HEADER_LENGTH_BYTES = 8
-
 
 @dataclass(frozen=True, slots=True)
 class TrainingState:
-    """Everything that changes while training."""
+    """Everything that changes while training.
+
+    `model` holds what is trained, which may be a part of what is run: of an expert with an adapter,
+    the adapter.
+    """
 
     model: nn.Module
     ema: ExponentialMovingAverage
@@ -52,7 +54,8 @@ def save(folder: Folder, state: TrainingState, *, identity: str, progress: dict[
     tensors |= _optimizer_tensors(state)
     contiguous = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
     header = {"identity": identity, "progress": canonical_json(progress).decode()}
-    folder.write(CHECKPOINT, safetensors.torch.save(contiguous, metadata=header))
+    with folder.writing(CHECKPOINT) as path:
+        safetensors.torch.save_file(contiguous, path, metadata=header)
 
 
 def restore(folder: Folder, state: TrainingState, *, identity: str) -> dict[str, Any] | None:
@@ -63,12 +66,7 @@ def restore(folder: Folder, state: TrainingState, *, identity: str) -> dict[str,
     """
     if not folder.exists(CHECKPOINT):
         return None
-    payload = folder.read(CHECKPOINT)
-    try:
-        tensors = safetensors.torch.load(payload)
-        header = _header(payload)
-    except (SafetensorError, ValueError, KeyError) as error:
-        raise ArtifactError(f"{folder.uri}/{CHECKPOINT} is damaged: {error}") from None
+    header, tensors = _read(folder)
     if header.get("identity") != identity:
         raise ArtifactError(
             f"{folder.uri}/{CHECKPOINT} belongs to another configuration or shard; "
@@ -80,22 +78,25 @@ def restore(folder: Folder, state: TrainingState, *, identity: str) -> dict[str,
         moments = _under(f"optimizer/{name}/", tensors)
         if moments:
             state.optimizer.state[parameter] = {
-                moment: value.to(parameter.device)  # "step" too: a fused optimizer reads it there
+                # A copy, since these are mapped; "step" too: a fused optimizer reads it there.
+                moment: value.to(parameter.device, copy=True)
                 for moment, value in moments.items()
             }
     progress: dict[str, Any] = json.loads(header["progress"])
     return progress
 
 
+def _read(folder: Folder) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Return the header and the tensors, mapped, of a checkpoint."""
+    try:
+        with folder.reading(CHECKPOINT) as path, safe_open(path, framework="pt") as file:
+            return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, ValueError, OSError) as error:
+        raise ArtifactError(f"{folder.uri}/{CHECKPOINT} is damaged: {error}") from None
+
+
 def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-
-
-def _header(payload: bytes) -> dict[str, str]:
-    length = int.from_bytes(payload[:HEADER_LENGTH_BYTES], "little")
-    document = json.loads(payload[HEADER_LENGTH_BYTES : HEADER_LENGTH_BYTES + length])
-    metadata: dict[str, str] = document["__metadata__"]
-    return metadata
 
 
 def identity_digest(**parts: Any) -> str:

@@ -1,8 +1,14 @@
-"""Training data in a deterministic order: batch i depends on (seed, i) and on nothing else."""
+"""Training data in a deterministic order: batch i depends on (seed, i) and on nothing else.
 
-from collections.abc import Sequence
+Latents and text are read from mapped memory (`paris_ray.training.columns`), never a whole shard at
+once. That takes room in the temporary folder: for pictures of 256 pixels 8 KiB a row, twice that
+with mirror images, and for CLIP 154 bytes a caption variant.
+"""
+
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -10,81 +16,155 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from paris_ray.artifacts import Folder
-from paris_ray.config import TrainingConfig
-from paris_ray.diffusion import PathSample, sample_path, sample_times
-from paris_ray.embeddings import read_null_text, read_table, tensor_column
-from paris_ray.errors import TrainingError
-from paris_ray.models import TextConditioning
-from paris_ray.seeding import numpy_generator
+from paris_ray.config import ExpertConfig, TrainingConfig
+from paris_ray.diffusion import sample_times
+from paris_ray.embeddings import (
+    LATENTS,
+    LATENTS_FLIPPED,
+    TEXT_EMBEDDING,
+    TOKEN_IDS,
+    column_names,
+    num_rows,
+    part_names,
+    read_null_text,
+)
+from paris_ray.errors import ConfigError, TrainingError
+from paris_ray.seeding import numpy_generator, torch_generator
+from paris_ray.training.columns import map_column
+
+
+class Batch(NamedTuple):
+    """What one step trains on.
+
+    `latents` and `noise` are `(B, C, H, W)`, `t (B,)` in [0, 1], `clusters (B,)`; `text` is
+    `(B, D)` sentence vectors or `(B, L)` token ids.
+    """
+
+    latents: Tensor
+    noise: Tensor
+    t: Tensor
+    text: Tensor
+    clusters: Tensor
+
+    def to(self, device: torch.device) -> "Batch":
+        """Return the batch on a device; the copy of pinned memory is not waited for."""
+        return Batch(*(part.to(device, non_blocking=True) for part in self))
+
+    def pin(self) -> "Batch":
+        """Return the batch in memory that a GPU can copy from while it computes."""
+        return Batch(*(part.pin_memory() for part in self))
+
+    def split(self, count: int) -> "list[Batch]":
+        """Return `count` equal parts of the batch."""
+        return [Batch(*parts) for parts in zip(*(p.chunk(count) for p in self), strict=True)]
 
 
 @dataclass(frozen=True, slots=True)
 class LatentDataset:
-    """Latents and text of one or more shards.
+    """Latents and text of one or more shards, in mapped memory.
 
     Attributes:
-        latents: `(N, C, H, W)` float32.
-        text_embedding: `(N, V, D)` float32, one of V caption variants is drawn a sample.
-        null_text: `(D,)` the encoded empty string.
+        latents: `(N, C, H, W)`, floats.
+        latents_flipped: Those of the mirror images, or None.
+        text: `(N, V, D)` sentence vectors or `(N, V, L)` token ids of V caption variants.
+        null_text: `(D,)` or `(L,)`, the same of the empty string.
         clusters: `(N,)` int64, the cluster that each row is of.
     """
 
-    latents: Tensor
-    text_embedding: Tensor
+    latents: NDArray[np.generic]
+    latents_flipped: NDArray[np.generic] | None
+    text: NDArray[np.generic]
     null_text: Tensor
     clusters: Tensor
 
     def __len__(self) -> int:
         return len(self.latents)
 
-    def draw(
+    @property
+    def has_token_ids(self) -> bool:
+        """Whether text is token ids, which a text encoder has yet to read."""
+        return not self.null_text.is_floating_point()
+
+    @property
+    def text_length(self) -> int:
+        """Text tokens a caption, as cross-attention sees them."""
+        return len(self.null_text) if self.has_token_ids else 1
+
+    def read_latents(self, index: Tensor) -> Tensor:
+        """Return the latents of rows `index (B,)`: `(B, C, H, W)` float32."""
+        return torch.from_numpy(self.latents[index.numpy()].astype(np.float32))
+
+    def read_text(self, index: Tensor, variant: Tensor | int) -> Tensor:
+        """Return the text of rows `index (B,)`: `(B, D)` float32 or `(B, L)` int32."""
+        text = self.text[index.numpy(), np.asarray(variant)]
+        return torch.from_numpy(text.astype(np.int32 if self.has_token_ids else np.float32))
+
+    def draw_batch(
         self,
         index: Tensor,
         config: TrainingConfig,
         generator: torch.Generator,
-        device: torch.device,
-    ) -> tuple[PathSample, TextConditioning]:
-        """Draw times, noise and text for rows `index (B,)` and place them on the path."""
-        latents = self.latents[index]
-        t = sample_times(len(index), config, generator)
-        noise = torch.randn(latents.shape, generator=generator)
-        text = self.draw_text(index, config, generator).to(device)
-        return sample_path(latents.to(device), noise.to(device), t.to(device)), text
+        expert: ExpertConfig | None = None,
+    ) -> Batch:
+        """Draw times, noise and text for rows `index (B,)`, and which of them are mirrored.
+
+        Args:
+            index: Which rows.
+            config: The distributions.
+            generator: Source of all randomness.
+            expert: Times of an expert that predicts epsilon are drawn as it counts them.
+        """
+        t = sample_times(len(index), config, generator, expert)
+        noise = torch.randn(len(index), *self.latents.shape[1:], generator=generator)
+        text = self.draw_text(index, config, generator)
+        latents = self.read_latents(index)
+        if self.latents_flipped is not None:
+            mirrored = torch.rand(len(index), generator=generator) < 0.5
+            flipped = self.latents_flipped[index[mirrored].numpy()].astype(np.float32)
+            latents[mirrored] = torch.from_numpy(flipped)
+        return Batch(latents, noise, t, text, self.clusters[index])
 
     def draw_text(
         self, index: Tensor, config: TrainingConfig, generator: torch.Generator
-    ) -> TextConditioning:
+    ) -> Tensor:
         """Return the text of rows `index (B,)`: a random variant, noised, sometimes dropped."""
         count = len(index)
-        num_variants, dim = self.text_embedding.shape[1:]
-        variant = torch.randint(num_variants, (count,), generator=generator)
-        noise = torch.randn(count, dim, generator=generator)
+        variant = torch.randint(self.text.shape[1], (count,), generator=generator)
+        text = self.read_text(index, variant)
+        if not self.has_token_ids:
+            text += config.text_noise * torch.randn(text.shape, generator=generator)
         keep = torch.rand(count, 1, generator=generator) >= config.text_dropout
-        pooled_text = self.text_embedding[index, variant] + config.text_noise * noise
-        return TextConditioning.from_pooled(torch.where(keep, pooled_text, self.null_text))
+        return torch.where(keep, text, self.null_text)
 
 
 def load_dataset(shards: Sequence[Folder]) -> LatentDataset:
-    """Read shards into memory; the position of a shard in the sequence is its cluster.
+    """Open shards; the position of a shard in the sequence is its cluster.
 
     Raises:
-        TrainingError: if a shard is empty.
+        TrainingError: if a shard is empty or unlike the first, has no text, or does not fit into
+            the temporary folder.
+        ArtifactError: if a shard has no files.
     """
-    tables = [read_table(shard, ["latents", "text_embedding"]) for shard in shards]
-    for shard, table in zip(shards, tables, strict=True):
-        if table.num_rows == 0:
-            raise TrainingError(f"shard {shard.uri} is empty: there is nothing to train on")
-    clusters = np.repeat(np.arange(len(tables)), [table.num_rows for table in tables])
+    columns = column_names(shards[0])
+    text = next((name for name in (TEXT_EMBEDDING, TOKEN_IDS) if name in columns), None)
+    if text is None:
+        raise TrainingError(f"shard {shards[0].uri} has neither {TEXT_EMBEDDING} nor {TOKEN_IDS}")
+    counts = [_count_rows(shard) for shard in shards]
+    flipped = map_column(shards, LATENTS_FLIPPED) if LATENTS_FLIPPED in columns else None
     return LatentDataset(
-        latents=_float_tensor([tensor_column(table, "latents") for table in tables]),
-        text_embedding=_float_tensor([tensor_column(table, "text_embedding") for table in tables]),
+        latents=map_column(shards, LATENTS),
+        latents_flipped=flipped,
+        text=map_column(shards, text),
         null_text=torch.from_numpy(read_null_text(shards[0])),
-        clusters=torch.from_numpy(clusters),
+        clusters=torch.from_numpy(np.repeat(np.arange(len(shards)), counts)),
     )
 
 
-def _float_tensor(arrays: list[NDArray[np.generic]]) -> Tensor:
-    return torch.from_numpy(np.concatenate(arrays).astype(np.float32))
+def _count_rows(shard: Folder) -> int:
+    count = sum(num_rows(shard, name) for name in part_names(shard))
+    if count == 0:
+        raise TrainingError(f"shard {shard.uri} is empty: there is nothing to train on")
+    return count
 
 
 class BatchOrder:
@@ -111,3 +191,34 @@ class BatchOrder:
             self._permutation(int(epoch))[offsets[epochs == epoch]] for epoch in np.unique(epochs)
         ]
         return torch.from_numpy(np.concatenate(rows))
+
+
+def batches(
+    dataset: LatentDataset,
+    config: TrainingConfig,
+    *,
+    seed: int,
+    purpose: str,
+    expert: ExpertConfig | None = None,
+) -> Callable[[int], Batch]:
+    """Return the function that draws the batch of a step, always the same one for a step.
+
+    Args:
+        dataset: The rows.
+        config: Size of a batch and distributions.
+        seed: Decides the order of rows and, with the purpose, all that is drawn.
+        purpose: Keeps the draws of trainings of one seed apart.
+        expert: The expert to train; None draws times of the straight path.
+
+    Raises:
+        ConfigError: if `text_noise` is set for text that is token ids.
+    """
+    if dataset.has_token_ids and config.text_noise:
+        raise ConfigError(f"text_noise={config.text_noise} is not allowed: 0 for token ids")
+    order = BatchOrder(len(dataset), config.batch_size, seed)
+
+    def draw(step: int) -> Batch:
+        generator = torch_generator(seed, purpose, step)
+        return dataset.draw_batch(order.batch(step), config, generator, expert)
+
+    return draw

@@ -13,12 +13,15 @@ class ExponentialMovingAverage:
     Args:
         model: The model to follow; its current state is the first average.
         decay: Share of the old average kept in each update, once warmed up.
+        device: Where the average is kept; None: where the model is. On the CPU it takes no memory
+            of a GPU, and each update copies the whole model there.
     """
 
-    def __init__(self, model: nn.Module, decay: float) -> None:
+    def __init__(self, model: nn.Module, decay: float, device: torch.device | None = None) -> None:
         self.decay = decay
         self.state: dict[str, Tensor] = {
-            name: value.detach().clone() for name, value in model.state_dict().items()
+            name: value.detach().to(device or value.device, copy=True)
+            for name, value in model.state_dict().items()
         }
 
     @torch.no_grad()

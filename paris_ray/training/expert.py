@@ -1,20 +1,17 @@
 """Training one expert on one shard, alone: nothing here knows that other experts exist."""
 
-import safetensors.torch
-import torch
 from torch import Tensor
 
 from paris_ray.artifacts import Folder
-from paris_ray.config import ExpertConfig, TrainingConfig, identity
+from paris_ray.config import ExpertConfig, TrainingConfig
 from paris_ray.devices import resolve_device
-from paris_ray.diffusion import denoising_loss
+from paris_ray.diffusion import denoising_loss, sample_path
 from paris_ray.models import Expert
-from paris_ray.models.release import write_document
-from paris_ray.run import EXPERT_WEIGHTS, MODEL_CONFIG
-from paris_ray.seeding import torch_generator
-from paris_ray.training.checkpoint import identity_digest
-from paris_ray.training.data import BatchOrder, LatentDataset, load_dataset
-from paris_ray.training.loop import OnProgress, TrainingLoop, build_seeded
+from paris_ray.training.data import Batch, batches, load_dataset
+from paris_ray.training.loop import OnProgress, build_seeded
+from paris_ray.training.schedule import with_steps
+from paris_ray.training.text import text_reader
+from paris_ray.training.trainer import DrawSamples, train_model
 
 
 def train_expert(
@@ -26,6 +23,8 @@ def train_expert(
     seed: int,
     output: Folder,
     on_progress: OnProgress,
+    text_encoder: Folder | None = None,
+    draw_samples: DrawSamples[Expert] | None = None,
 ) -> None:
     """Train an expert on a shard and write its averaged weights, in the released layout.
 
@@ -37,38 +36,31 @@ def train_expert(
         seed: Decides the initial weights, the order of data, times and noise.
         output: The expert's own folder; the loop continues from a checkpoint in it.
         on_progress: Called with the progress from time to time.
+        text_encoder: Folder with the run's encoders; needed if the shard holds token ids.
+        draw_samples: Called every `config.sample_every` steps but the last, with the averaged
+            expert in evaluation mode, which is good only during the call, and the steps done.
 
     Raises:
         TrainingError: if the shard is empty or the loss stops being finite.
+        ConfigError: if the configuration does not fit the shard or what it starts from.
     """
-    torch.set_num_threads(config.threads)
     dataset = load_dataset([shard])
-    expert = build_seeded(lambda: Expert(expert_config), seed).to(resolve_device(config.device))
-    order = BatchOrder(len(dataset), config.batch_size, seed)
+    config = with_steps(config, len(dataset))
+    expert = build_seeded(lambda: Expert(expert_config), seed)
+    encode = text_reader(dataset, text_encoder, resolve_device(config.device))
 
-    def loss_of_step(step: int) -> Tensor:
-        return expert_loss(expert, dataset, order.batch(step), config, seed, step)
+    def loss(batch: Batch) -> Tensor:
+        path = sample_path(batch.latents, batch.noise, batch.t)
+        return denoising_loss(expert, path, encode(batch.text))
 
-    run_identity = identity_digest(
-        expert=identity(expert_config), training=identity(config), shard=shard_digest, seed=seed
+    train_model(
+        expert,
+        batches(dataset, config, seed=seed, purpose="batch", expert=expert_config),
+        loss,
+        config,
+        inputs={"shard": shard_digest, "seed": seed},
+        text_length=dataset.text_length,
+        output=output,
+        on_progress=on_progress,
+        draw_samples=draw_samples,
     )
-    loop = TrainingLoop(
-        expert, loss_of_step, config, output, identity=run_identity, on_progress=on_progress
-    )
-    weights = {name: value.cpu().contiguous() for name, value in loop.run().items()}
-    output.write_json(MODEL_CONFIG, write_document(expert_config))
-    output.write(EXPERT_WEIGHTS, safetensors.torch.save(weights))
-
-
-def expert_loss(
-    expert: Expert,
-    dataset: LatentDataset,
-    index: Tensor,
-    config: TrainingConfig,
-    seed: int,
-    step: int,
-) -> Tensor:
-    """Draw times, noise and text for rows `index (B,)`, place them on the path, compare."""
-    generator = torch_generator(seed, "batch", step)
-    path, text = dataset.draw(index, config, generator, next(expert.parameters()).device)
-    return denoising_loss(expert, path, text)

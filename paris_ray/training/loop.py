@@ -1,28 +1,43 @@
-"""The training loop that experts and router share: step, average, log, checkpoint, resume."""
+"""The training loop: step, average, log, checkpoint, resume.
+
+What is trained need not be what is run: a loop optimises, averages and checkpoints one module, and
+the loss, a function of the batch, may run another one around it.
+"""
 
 import json
 import math
 import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from paris_ray.artifacts import METRICS, TIMINGS, Folder
+from paris_ray.artifacts import EVENTS, METRICS, TIMINGS, Folder
 from paris_ray.config import TrainingConfig
-from paris_ray.devices import autocast, resolve_device, resolve_precision
+from paris_ray.devices import autocast, peak_flops, resolve_device, resolve_precision
 from paris_ray.errors import TrainingError
 from paris_ray.seeding import derive_seed
 from paris_ray.training import checkpoint
 from paris_ray.training.checkpoint import TrainingState
+from paris_ray.training.data import Batch
 from paris_ray.training.ema import ExponentialMovingAverage
+from paris_ray.training.prefetch import draw_ahead
+from paris_ray.training.schedule import learning_rate
+from paris_ray.training.tensorboard import event_file, require_tensorboard
+
+TENSORBOARD = f"tensorboard/{EVENTS}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Progress:
-    """How far a training run is."""
+    """How far a training run is.
+
+    `mfu` is the share of the device's dense bfloat16 peak that the model's own operations take;
+    None where the peak is not known.
+    """
 
     step: int
     num_steps: int
@@ -30,19 +45,14 @@ class Progress:
     loss: float
     samples_per_second: float
     eta_s: float
+    mfu: float | None = None
 
 
 OnProgress = Callable[[Progress], None]
-# Given the step, draw that step's batch and return its loss; the same step always draws the same.
-LossOfStep = Callable[[int], Tensor]
-
-
-def learning_rate(step: int, config: TrainingConfig) -> float:
-    """Return the rate of optimiser step `step`: linear warm-up, constant, linear decay."""
-    warmup = min(1.0, (step + 1) / max(1, config.warmup_steps))
-    decay_start = config.steps * (1 - config.decay_share)
-    past = max(0.0, step - decay_start) / max(1.0, config.steps - decay_start)
-    return config.learning_rate * warmup * (1 - past * (1 - config.final_learning_rate_share))
+Draw = Callable[[int], Batch]
+Loss = Callable[[Batch], Tensor]
+# Receives the averaged state so far and the number of steps done.
+OnAverage = Callable[[dict[str, Tensor], int], None]
 
 
 Model = TypeVar("Model")
@@ -64,6 +74,7 @@ class ProgressClock:
         on_progress: Receives the reports.
         first_step: Steps done before this process, when resuming.
         log_every: Steps between reports.
+        peak_samples_per_second: The rate that counts as an MFU of 1, if it is known.
     """
 
     def __init__(
@@ -74,9 +85,10 @@ class ProgressClock:
         *,
         first_step: int = 0,
         log_every: int = 25,
+        peak_samples_per_second: float | None = None,
     ) -> None:
         self.num_steps, self.batch_size, self.log_every = num_steps, batch_size, log_every
-        self.on_progress = on_progress
+        self.on_progress, self.peak_samples_per_second = on_progress, peak_samples_per_second
         self._since, self._at = first_step, time.perf_counter()
 
     def tick(self, done: int, loss: Tensor) -> Progress | None:
@@ -93,52 +105,73 @@ class ProgressClock:
         now = time.perf_counter()
         seconds_per_step = (now - self._at) / (done - self._since)
         self._since, self._at = done, now
+        rate, peak = self.batch_size / seconds_per_step, self.peak_samples_per_second
         progress = Progress(
             step=done,
             num_steps=self.num_steps,
             samples_seen=done * self.batch_size,
             loss=value,
-            samples_per_second=self.batch_size / seconds_per_step,
+            samples_per_second=rate,
             eta_s=(self.num_steps - done) * seconds_per_step,
+            mfu=None if peak is None else rate / peak,
         )
         self.on_progress(progress)
         return progress
 
 
 class TrainingLoop:
-    """Trains one model into one folder, and continues there if it was interrupted.
+    """Trains one module into one folder, and continues there if it was interrupted.
 
     Args:
-        model: The model, on its device.
-        loss_of_step: Draws the batch of a step and returns its loss.
-        config: Hyper-parameters.
+        model: What is optimised, averaged and checkpointed, on its device: all of an expert, or
+            only an adapter of one.
+        draw: Returns the batch of a step, on the CPU; the same step always draws the same. With
+            `config.prefetch` it is called in a thread of its own.
+        loss: Returns the loss of a batch on the device, the mean over its rows. It may run other
+            modules than the model.
+        config: Hyper-parameters, `epochs` resolved (`with_steps`).
         folder: Receives the checkpoint, metrics and timings.
         identity: Digest of what decides the result; a checkpoint of another is refused.
         on_progress: Called every `config.log_every` steps.
+        flops_per_image: Of a training step, for the MFU; None if it is not to be told.
+        on_average: Called every `config.sample_every` steps but the last, after the checkpoint.
+
+    Raises:
+        ConfigError: if `config.tensorboard` is set and that package is missing.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        loss_of_step: LossOfStep,
+        draw: Draw,
+        loss: Loss,
         config: TrainingConfig,
         folder: Folder,
         *,
         identity: str,
         on_progress: OnProgress,
+        flops_per_image: float | None = None,
+        on_average: OnAverage | None = None,
     ) -> None:
-        self.config, self.folder, self.identity = config, folder, identity
-        self.loss_of_step, self.on_progress = loss_of_step, on_progress
+        self.draw, self.loss, self.config = draw, loss, config
+        self.folder, self.identity = folder, identity
+        self.on_progress, self.on_average = on_progress, on_average
         self.device = resolve_device(config.device)
         self.dtype = resolve_precision(config.precision, self.device)
+        peak = peak_flops(self.device)
+        self.peak_rate = peak / flops_per_image if peak and flops_per_image else None
+        if config.tensorboard:
+            require_tensorboard()
         optimizer = torch.optim.AdamW(
             [p for p in model.parameters() if p.requires_grad],
             lr=config.learning_rate,
             betas=config.betas,
+            eps=config.adam_eps,
             weight_decay=config.weight_decay,
             fused=True,
         )
-        ema = ExponentialMovingAverage(model, config.ema_decay)
+        ema_device = torch.device("cpu") if config.ema_device == "cpu" else None
+        ema = ExponentialMovingAverage(model, config.ema_decay, ema_device)
         self.state = TrainingState(model, ema, optimizer)
         self.metrics: list[dict[str, Any]] = []
         self.timings: list[dict[str, Any]] = []
@@ -156,37 +189,65 @@ class TrainingLoop:
             self.on_progress,
             first_step=first_step,
             log_every=config.log_every,
+            peak_samples_per_second=self.peak_rate,
         )
-        for done in range(first_step + 1, config.steps + 1):
-            progress = clock.tick(done, self._step(done - 1))
-            if progress is not None:
-                self._record(progress)
-            if done == config.steps or done % config.checkpoint_every == 0:
-                self._save(done)
+        steps = range(first_step, config.steps)
+        with closing(draw_ahead(self._draw, steps, config.prefetch)) as batches:
+            for step, batch in zip(steps, batches, strict=True):
+                progress = clock.tick(step + 1, self._step(step, batch))
+                if progress is not None:
+                    self._record(progress)
+                self._keep(step + 1)
         return self.state.ema.state
 
-    def _step(self, step: int) -> Tensor:
+    def _draw(self, step: int) -> Batch:
+        batch = self.draw(step)
+        return batch.pin() if self.device.type == "cuda" else batch
+
+    def _step(self, step: int, batch: Batch) -> Tensor:
+        """Do one optimiser step; return the loss, the mean over the parts of the batch."""
         for group in self.state.optimizer.param_groups:
             group["lr"] = learning_rate(step, self.config)
-        with autocast(self.device, self.dtype):
-            loss = self.loss_of_step(step)
         self.state.optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        num_parts = self.config.accumulation_steps
+        losses = [
+            self._backward(part, num_parts) for part in batch.to(self.device).split(num_parts)
+        ]
         nn.utils.clip_grad_norm_(self.state.model.parameters(), self.config.max_grad_norm)
         self.state.optimizer.step()
         self.state.ema.update(self.state.model, step)
+        return torch.stack(losses).sum()
+
+    def _backward(self, part: Batch, num_parts: int) -> Tensor:
+        """Add a part's share to the gradients; return its share of the loss."""
+        with autocast(self.device, self.dtype):
+            loss = self.loss(part) / num_parts
+        loss.backward()  # type: ignore[no-untyped-call]
         return loss.detach()
 
     def _record(self, progress: Progress) -> None:
         rate = learning_rate(progress.step - 1, self.config)
         seen = {"samples_seen": progress.samples_seen}
         self.metrics.append(seen | {"loss": progress.loss, "learning_rate": rate})
-        self.timings.append(seen | {"samples_per_second": progress.samples_per_second})
+        measured = {"samples_per_second": progress.samples_per_second, "mfu": progress.mfu}
+        self.timings.append(seen | {"unix_time": time.time()} | measured)
+
+    def _keep(self, done: int) -> None:
+        """Checkpoint and pass on the average, if it is time to."""
+        config, at_end = self.config, done == self.config.steps
+        if at_end or done % config.checkpoint_every == 0:
+            self._save(done)
+        samples_due = config.sample_every is not None and done % config.sample_every == 0
+        if self.on_average is not None and samples_due and not at_end:
+            self.on_average(self.state.ema.state, done)
 
     def _save(self, done: int) -> None:
         """Write metrics first: a checkpoint then never says more than they show."""
         self.folder.write(METRICS, _json_lines(self.metrics))
         self.folder.write(TIMINGS, _json_lines(self.timings))
+        if self.config.tensorboard:
+            rows = (m | t for m, t in zip(self.metrics, self.timings, strict=True))
+            self.folder.write(TENSORBOARD, event_file(rows))
         samples_seen = done * self.config.batch_size
         progress = {"samples_seen": samples_seen, "metrics": self.metrics, "timings": self.timings}
         checkpoint.save(self.folder, self.state, identity=self.identity, progress=progress)

@@ -1,12 +1,17 @@
 """Properties of the moving average and of the order of the data."""
 
+import itertools
+from typing import Any
+
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from paris_ray.config import TrainingConfig
 from paris_ray.training.data import BatchOrder
 from paris_ray.training.ema import ExponentialMovingAverage
+from paris_ray.training.schedule import learning_rate
 
 VALUES = st.lists(st.floats(-1e3, 1e3, width=32), min_size=2, max_size=2)
 
@@ -55,3 +60,30 @@ def test_every_row_comes_once_an_epoch(
     assert len(rows) == steps * batch_size
     for epoch in rows[: epochs * num_rows].view(epochs, num_rows):
         assert epoch.sort().values.tolist() == list(range(num_rows))
+
+
+@given(
+    st.sampled_from(["constant", "linear", "cosine"]),
+    st.integers(1, 60),
+    st.integers(0, 80),
+    st.floats(0, 1),
+    st.floats(0, 1),
+)
+@settings(deadline=None)
+def test_the_learning_rate_rises_once_and_then_never_again(
+    schedule: Any, steps: int, warmup_steps: int, decay_share: float, final_share: float
+) -> None:
+    config = TrainingConfig(
+        steps=steps,
+        learning_rate=3.0,
+        schedule=schedule,
+        warmup_steps=warmup_steps,
+        decay_share=decay_share,
+        final_learning_rate_share=final_share,
+    )
+    rates = [learning_rate(step, config) for step in range(steps)]
+    rising, falling = rates[:warmup_steps], rates[max(0, warmup_steps - 1) :]
+    assert all(a < b for a, b in itertools.pairwise(rising))
+    assert all(a >= b for a, b in itertools.pairwise(falling))
+    assert all(rate >= 3.0 * final_share * (1 - 1e-9) for rate in falling)
+    assert all(0 < rate <= 3.0 for rate in rates)

@@ -10,37 +10,20 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from pyarrow import fs
+from training_shards import EXPERT, GEOMETRY, TRAINING, WIDTH, carry_on, train, write_shard
 
-from paris_ray.artifacts import Folder, VerifiedFolder
+from paris_ray.artifacts import CHECKPOINT, Folder, VerifiedFolder
 from paris_ray.bundle import load_expert
-from paris_ray.config import ExpertConfig, RouterConfig, TrainingConfig
-from paris_ray.embeddings import to_table, write_null_text, write_part
+from paris_ray.config import ExpertConfig, RouterConfig
+from paris_ray.embeddings import to_table, write_part
 from paris_ray.errors import ArtifactError, TrainingError
+from paris_ray.models.release import read_document
 from paris_ray.run import EXPERT_WEIGHTS, MODEL_CONFIG
-from paris_ray.training.checkpoint import CHECKPOINT
-from paris_ray.training.data import BatchOrder, load_dataset
-from paris_ray.training.expert import train_expert
-from paris_ray.training.loop import METRICS, Progress, learning_rate
+from paris_ray.training.data import BatchOrder
+from paris_ray.training.loop import Progress
 from paris_ray.training.router import train_router
-
-GEOMETRY = {"input_size": 2, "patch_size": 1, "in_channels": 3}
-WIDTH = {"hidden_size": 16, "num_layers": 1, "num_heads": 2, "text_embed_dim": 4}
-EXPERT = ExpertConfig(
-    text_injection="spatial",
-    text_hidden_size=8,
-    prediction="preconditioned",
-    **GEOMETRY,
-    **WIDTH,
-)
-TRAINING = TrainingConfig(
-    steps=12,
-    batch_size=4,
-    warmup_steps=2,
-    log_every=2,
-    checkpoint_every=4,
-    precision="float32",
-    device="cpu",
-)
+from paris_ray.training.schedule import learning_rate
 
 
 class Stop(Exception):
@@ -55,54 +38,9 @@ def stop_at(step: int) -> Callable[[Progress], None]:
     return on_progress
 
 
-def carry_on(progress: Progress) -> None:
-    pass
-
-
-def write_shard(
-    folder: Folder, num_rows: int, *, mean: float = 0.0, spread: float = 1.0, seed: int = 0
-) -> Folder:
-    """A shard in two files, of random latents and two caption variants a row."""
-    generator = np.random.default_rng(seed)
-    latents = mean + spread * generator.standard_normal((num_rows, 3, 2, 2))
-    text = generator.standard_normal((num_rows, 2, 4))
-    half = num_rows // 2
-    for i, rows in enumerate((slice(half), slice(half, None))):
-        columns = {
-            "latents": latents[rows].astype(np.float32),
-            "text_embedding": text[rows].astype(np.float16),
-        }
-        write_part(folder, f"part-{i}.parquet", to_table(columns))
-    write_null_text(folder, np.ones(4, np.float32))
-    return folder
-
-
 @pytest.fixture(scope="module")
 def shard(tmp_path_factory: pytest.TempPathFactory) -> Folder:
     return write_shard(Folder(tmp_path_factory.mktemp("shard")), 10)
-
-
-def train(
-    shard: Folder,
-    output: Folder,
-    *,
-    expert: ExpertConfig = EXPERT,
-    config: TrainingConfig = TRAINING,
-    digest: str = "shard",
-    seed: int = 0,
-    on_progress: Callable[[Progress], None] = carry_on,
-) -> tuple[bytes, bytes]:
-    """Train and return the bytes of weights and metrics."""
-    train_expert(
-        expert,
-        config,
-        shard=shard,
-        shard_digest=digest,
-        seed=seed,
-        output=output,
-        on_progress=on_progress,
-    )
-    return output.read(EXPERT_WEIGHTS), output.read(METRICS)
 
 
 @pytest.fixture(scope="module")
@@ -119,33 +57,6 @@ def half_done(shard: Folder, tmp_path: Path) -> Folder:
     assert output.exists(CHECKPOINT)
     assert not output.exists(EXPERT_WEIGHTS)
     return output
-
-
-def test_the_dataset_is_what_was_written(shard: Folder, tmp_path: Path) -> None:
-    other = write_shard(Folder(tmp_path), 4, seed=1)
-    dataset = load_dataset([shard, other])
-    assert (len(dataset), dataset.latents.dtype) == (14, torch.float32)
-    assert dataset.latents.shape == (14, 3, 2, 2)
-    assert dataset.text_embedding.shape == (14, 2, 4)
-    assert dataset.clusters.tolist() == [0] * 10 + [1] * 4
-    expected = np.random.default_rng(0).standard_normal((10, 3, 2, 2)).astype(np.float32)
-    assert np.array_equal(dataset.latents[:10].numpy(), expected)
-
-
-def test_text_is_dropped_to_the_null_text(shard: Folder) -> None:
-    dataset, index = load_dataset([shard]), torch.arange(10).repeat(20)
-
-    def draw(dropout: float) -> torch.Tensor:
-        config = replace(TRAINING, text_dropout=dropout)
-        return dataset.draw_text(index, config, torch.Generator().manual_seed(0)).pooled_text
-
-    assert (draw(1.0) == 1).all()
-    dropped = (draw(0.3) == 1).all(dim=1).float().mean()
-    assert 0.15 < dropped < 0.45
-    kept = draw(0.0)
-    is_variant = (kept[:, None] == dataset.text_embedding[index]).all(dim=2)
-    assert is_variant.any(dim=1).all()
-    assert is_variant.any(dim=0).all()
 
 
 @pytest.mark.parametrize("killed_at", [[2], [6], [6, 10]])
@@ -176,21 +87,6 @@ def test_metrics_hold_samples_loss_and_rate(uninterrupted: tuple[bytes, bytes]) 
     assert [row["learning_rate"] for row in rows] == [
         learning_rate(step, TRAINING) for step in (1, 3, 5, 7, 9, 11)
     ]
-
-
-def test_the_learning_rate_rises_stays_and_falls() -> None:
-    config = TrainingConfig(
-        steps=100,
-        learning_rate=1.0,
-        warmup_steps=10,
-        decay_share=0.5,
-        final_learning_rate_share=0.1,
-    )
-    rates = [learning_rate(step, config) for step in range(100)]
-    assert rates[:10] == pytest.approx([0.1 * (i + 1) for i in range(10)])
-    assert rates[10:51] == [1.0] * 41
-    assert all(a > b for a, b in itertools.pairwise(rates[50:]))
-    assert 0.1 < rates[-1] < 0.13
 
 
 def test_another_seed_gives_other_weights(
@@ -232,8 +128,27 @@ def test_a_checkpoint_of_another_run_is_refused(
 def test_a_run_may_continue_with_other_resources(
     shard: Folder, half_done: Folder, uninterrupted: tuple[bytes, bytes]
 ) -> None:
-    config = replace(TRAINING, checkpoint_every=3, num_cpus=2.0, max_retries=0)
+    config = replace(
+        TRAINING,
+        checkpoint_every=3,
+        num_cpus=2.0,
+        max_retries=0,
+        prefetch=0,
+        gradient_checkpointing=True,
+        ema_device="cpu",
+    )
     assert train(shard, half_done, config=config) == uninterrupted
+
+
+def test_training_into_an_object_store_is_the_same(
+    shard: Folder, tmp_path: Path, uninterrupted: tuple[bytes, bytes]
+) -> None:
+    output = Folder(tmp_path)
+    output._filesystem = fs.SubTreeFileSystem("/", fs.LocalFileSystem())
+    assert not output.is_local
+    with pytest.raises(Stop):
+        train(shard, output, on_progress=stop_at(6))
+    assert train(shard, output) == uninterrupted
 
 
 @pytest.mark.parametrize("kept", [0, 5, 100, 0.5, -1])
@@ -284,7 +199,8 @@ def test_a_loss_that_is_not_finite_stops_training(tmp_path: Path) -> None:
 def test_the_weights_are_the_average_in_the_released_layout(shard: Folder, tmp_path: Path) -> None:
     output = Folder(tmp_path)
     train(shard, output)
-    assert output.read_json(MODEL_CONFIG)["prediction"] == "preconditioned"
+    document = output.read_json(MODEL_CONFIG)
+    assert read_document(ExpertConfig, document, MODEL_CONFIG) == EXPERT
     expert = load_expert(VerifiedFolder(output, None))
     assert expert.config == EXPERT
     assert expert.final_layer.linear.weight.any()  # no longer as initialised

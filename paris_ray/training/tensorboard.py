@@ -1,0 +1,48 @@
+"""Metrics as a TensorBoard event file.
+
+The file is made anew of all rows so far, each time: a resumed run repeats nothing in it, and it can
+be stored like any other file.
+"""
+
+import io
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from paris_ray.errors import ConfigError
+
+AXIS, CLOCK = "samples_seen", "unix_time"
+
+
+def require_tensorboard() -> None:
+    """Raise ConfigError, saying what to install, unless the package `tensorboard` is there."""
+    try:
+        import tensorboard  # noqa: F401
+    except ModuleNotFoundError:
+        raise ConfigError(
+            "tensorboard=true needs the package tensorboard: pip install 'paris_ray[paris]'"
+        ) from None
+
+
+def event_file(rows: Iterable[Mapping[str, Any]]) -> bytes:
+    """Return an event file with a scalar for each number of each row.
+
+    Args:
+        rows: `samples_seen`, which is the horizontal axis, `unix_time` and numbers by name; None
+            where there is none.
+    """
+    from tensorboard.compat.proto.event_pb2 import Event
+    from tensorboard.compat.proto.summary_pb2 import Summary
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
+    buffer = io.BytesIO()
+    writer = RecordWriter(buffer)
+    writer.write(Event(file_version="brain.Event:2").SerializeToString())
+    for row in rows:
+        values = [
+            Summary.Value(tag=name, simple_value=value)
+            for name, value in row.items()
+            if name not in (AXIS, CLOCK) and value is not None
+        ]
+        event = Event(wall_time=row[CLOCK], step=row[AXIS], summary=Summary(value=values))
+        writer.write(event.SerializeToString())
+    return buffer.getvalue()

@@ -1,0 +1,145 @@
+"""What training an expert and training the router share: where to start, and what is written."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import fields, replace
+from typing import Any, TypeVar
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from paris_ray.artifacts import Folder, sha256_hex
+from paris_ray.config import TrainingConfig, identity
+from paris_ray.devices import resolve_device
+from paris_ray.encoders.pretrained import load_strictly
+from paris_ray.errors import BundleError, ConfigError
+from paris_ray.models import Expert, Router
+from paris_ray.models.flops import training_flops_per_image
+from paris_ray.models.release import read_document, write_document
+from paris_ray.run import EXPERT_WEIGHTS, MODEL_CONFIG, ROUTER_WEIGHTS
+from paris_ray.training.checkpoint import identity_digest
+from paris_ray.training.loop import Draw, Loss, OnProgress, TrainingLoop
+
+Model = TypeVar("Model", Expert, Router)
+DrawSamples = Callable[[Model, int], None]
+
+WEIGHTS: Mapping[type, str] = {Expert: EXPERT_WEIGHTS, Router: ROUTER_WEIGHTS}
+# Fields that two models may differ in while their tensors fit.
+FREE_FIELDS = frozenset(
+    {
+        "prediction",
+        "cosine_offset",
+        "min_alpha",
+        "x0_clamp",
+        "layer_norm_eps",
+        "text_padding_mask",
+        "text_hidden_size",  # only spatial text has it, and does not load with another one
+        "head_activation",
+    }
+)
+
+
+def train_model(
+    model: Model,
+    draw: Draw,
+    loss: Loss,
+    config: TrainingConfig,
+    *,
+    inputs: Mapping[str, Any],
+    text_length: int,
+    output: Folder,
+    on_progress: OnProgress,
+    draw_samples: DrawSamples[Model] | None = None,
+) -> Model:
+    """Train a model, write its averaged weights in the released layout, and return that average.
+
+    Args:
+        model: The model with its first weights; it is trained in place.
+        draw: Returns the batch of a step.
+        loss: Returns the loss of a batch, by way of the model.
+        config: Hyper-parameters, `epochs` resolved.
+        inputs: What else decides the result: digests of the data, the seed.
+        text_length: Text tokens a caption, which the MFU depends on.
+        output: The model's own folder; training continues from a checkpoint in it.
+        on_progress: Called with the progress from time to time.
+        draw_samples: Called every `config.sample_every` steps but the last, with the average so far
+            in evaluation mode, which is good only during the call, and the number of steps done.
+
+    Raises:
+        TrainingError: if the loss stops being finite.
+        ConfigError: if `config.init_from` holds a model of another architecture.
+        BundleError: if its weights are damaged or do not fit.
+        ArtifactError: if it has none.
+    """
+    torch.set_num_threads(config.threads)
+    started_from = None if config.init_from is None else _start_from(config.init_from, model)
+    device = resolve_device(config.device)
+    set_block_options(model.to(device), config)
+
+    def pass_on(average: Mapping[str, Tensor], done: int) -> None:
+        if draw_samples is not None:
+            draw_samples(_with_weights(model, average, device), done)
+
+    loop = TrainingLoop(
+        model,
+        draw,
+        loss,
+        config,
+        output,
+        identity=identity_digest(
+            model=identity(model.config),
+            training=identity(replace(config, init_from=started_from)),
+            **inputs,
+        ),
+        on_progress=on_progress,
+        flops_per_image=training_flops_per_image(model.config, text_length),
+        on_average=pass_on,
+    )
+    average = loop.run()
+    weights = {name: value.cpu().contiguous() for name, value in average.items()}
+    output.write_json(MODEL_CONFIG, write_document(model.config))
+    with output.writing(WEIGHTS[type(model)]) as path:
+        safetensors.torch.save_file(weights, path)
+    return _with_weights(model, average, device)
+
+
+def set_block_options(model: Expert | Router, config: TrainingConfig) -> None:
+    """Set how the blocks are run: a second time in the backward pass, each compiled by itself."""
+    model.gradient_checkpointing = config.gradient_checkpointing
+    if config.compile:
+        for block in model.layers:
+            block.compile()
+
+
+def _with_weights(model: Model, state: Mapping[str, Tensor], device: torch.device) -> Model:
+    """Return a model like this one around other weights, which it shares if they are there."""
+    with torch.device("meta"):
+        other = type(model)(model.config)
+    other.load_state_dict({name: v.to(device) for name, v in state.items()}, assign=True)
+    return other.eval().requires_grad_(False)
+
+
+def _start_from(location: str, model: Model) -> str:
+    """Give a model the weights in a folder of the released layout; return their digest."""
+    folder, name = Folder(location), WEIGHTS[type(model)]
+    theirs = read_document(
+        type(model.config),
+        folder.read_json(MODEL_CONFIG),
+        f"{folder.uri}/{MODEL_CONFIG}",
+        input_size=model.config.input_size,
+    )
+    for field in fields(theirs):
+        found, wanted = getattr(theirs, field.name), getattr(model.config, field.name)
+        if field.name not in FREE_FIELDS and found != wanted:
+            raise ConfigError(
+                f"init_from={location!r} is not allowed: its {field.name} is {found!r}, "
+                f"of the model to train {wanted!r}"
+            )
+    payload = folder.read(name)
+    try:
+        state = safetensors.torch.load(payload)
+    except (SafetensorError, KeyError) as error:  # KeyError: a dtype that torch does not have
+        raise BundleError(f"{folder.uri}/{name} is damaged: {error}") from None
+    load_strictly(model, {k: v.float() for k, v in state.items()}, f"{folder.uri}/{name}")
+    return sha256_hex(payload)

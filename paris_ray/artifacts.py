@@ -288,7 +288,7 @@ def find_finished(
     if not folder.exists(MANIFEST):
         return None
     manifest = read_manifest(folder, kind)
-    remedy = "choose another run_dir or delete that folder"
+    remedy = "choose another folder or delete that one"
     if manifest.config_digest != config_digest:
         raise ArtifactError(
             f"{folder.uri} was made with another configuration "

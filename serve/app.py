@@ -20,7 +20,7 @@ from paris_ray.errors import ConfigError
 from serve.expert import ExpertServer
 from serve.ingress import Ingress, create_api
 from serve.sampler import Sampler
-from serve.source import BundleSource
+from serve.source import BundleSource, LoRASource
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -41,6 +41,23 @@ class DeploymentOptions(BaseModel):
     num_gpus: float = Field(default=0, ge=0)
 
 
+class LoRAOptions(BaseModel):
+    """One adapter.
+
+    Attributes:
+        path: A folder that `jobs.train_lora` made, or any in PEFT's layout; relative like `bundle`.
+        expert: Number of its expert; null takes the one that the folder's manifest names.
+        merge: Compute the expert's weights with the adapter once: no slower than without it, but
+            the targeted weights are in memory twice.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    path: str
+    expert: int | None = Field(default=None, ge=0)
+    merge: bool = False
+
+
 class AppArgs(BaseModel):
     """The `args:` of `serve/config.yaml`.
 
@@ -57,6 +74,8 @@ class AppArgs(BaseModel):
         offload: Keep at most two experts on the device, the ones used last; for a single GPU that
             has no room for all. Only with `colocated`.
         threads: Torch threads of each Sampler and expert replica.
+        loras: Adapters by the name that requests give. Serve loads one anew when its name or its
+            path changes.
         api_key_file: A file with the key that clients must send; relative like `bundle`. Null
             serves requests from this machine alone.
         ingress: Size of the HTTP side.
@@ -74,6 +93,7 @@ class AppArgs(BaseModel):
     device: str = "auto"
     offload: bool = False
     threads: int = Field(default=1, ge=1)
+    loras: dict[str, LoRAOptions] = {}
     api_key_file: str | None = None
     ingress: DeploymentOptions = DeploymentOptions()
     sampler: DeploymentOptions = DeploymentOptions()
@@ -99,13 +119,15 @@ def build(args: AppArgs) -> Application:
         args: What `args:` in the Serve config holds; Serve checks and converts it.
 
     Raises:
-        BundleError: if there is no bundle.
+        BundleError: if there is no bundle, or an adapter does not fit it.
         ConfigError: if `experts` names one that the bundle does not have.
     """
-    source = BundleSource(
-        _from_repository(args.bundle), args.bundle_digest, args.dtype, args.device, args.offload
-    )
-    num_experts = source.open().num_experts
+    source = _source(args)
+    bundle = source.open()
+    num_experts = bundle.num_experts
+    # From here on each adapter tells its expert, so that an expert reads only its own.
+    loras = [lora._replace(expert=bundle.loras[lora.name]) for lora in source.loras]
+    source = source._replace(loras=tuple(loras))
     for index in args.experts:
         if not 0 <= index < num_experts:
             raise ConfigError(f"experts: {index} is not allowed: the bundle has {num_experts}")
@@ -119,10 +141,25 @@ def build(args: AppArgs) -> Application:
     return application
 
 
+def _source(args: AppArgs) -> BundleSource:
+    loras = [
+        LoRASource(name, _from_repository(lora.path), lora.expert, lora.merge)
+        for name, lora in args.loras.items()
+    ]
+    return BundleSource(
+        _from_repository(args.bundle),
+        args.bundle_digest,
+        args.dtype,
+        args.device,
+        args.offload,
+        tuple(loras),
+    )
+
+
 def _bind_experts(args: AppArgs, source: BundleSource, num_experts: int) -> list[Application]:
     return [
         _deploy(ExpertServer, f"Expert-{k}", args.expert_options(k)).bind(
-            source, k, threads=args.threads
+            source.of_expert(k), k, threads=args.threads
         )
         for k in range(num_experts)
     ]

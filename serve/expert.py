@@ -49,14 +49,16 @@ class ExpertServer:
     """A deployment that holds one expert; any replica can answer any call.
 
     Args:
-        source: Where the bundle is; only this expert's folder is read.
+        source: Where the bundle is; only this expert and its adapters are read.
         index: Which expert.
         threads: Torch threads of this process.
     """
 
     def __init__(self, source: BundleSource, index: int, *, threads: int) -> None:
         torch.set_num_threads(threads)
-        self._expert = source.open().expert(index)
+        bundle = source.open()
+        names = (None, *(name for name, expert in bundle.loras.items() if expert == index))
+        self._experts = {name: bundle.expert(index, name) for name in names}
         self._texts = TextCache()
 
     @torch.inference_mode()
@@ -67,21 +69,24 @@ class ExpertServer:
         text: TextArrays,
         null_text: TextArrays,
         guidance_scale: float,
+        lora: str | None = None,
     ) -> Floats:
         """Return the guided velocity `(B, C, H, W)`; arguments as in `guided_velocity`.
 
-        Captions are encoded when they come for the first time, and so once per image.
+        Captions are encoded when they come for the first time, and so once per image. `lora` names
+        an adapter of this expert.
         """
+        expert = self._experts[lora]
         velocity = guided_velocity(
-            self._expert,
+            expert,
             torch.tensor(latents),
             t,
-            self._texts.encode(self._expert, text.unpack()),
-            self._texts.encode(self._expert, null_text.unpack()),
+            self._texts.encode(expert, text.unpack(), owner=lora),
+            self._texts.encode(expert, null_text.unpack(), owner=lora),
             guidance_scale,
         )
         return to_array(velocity)
 
     def check_health(self) -> None:
         """Raise if the device has failed: CUDA errors stick, so the process must be replaced."""
-        torch.ones((), device=self._expert.pos_embed.device).item()
+        torch.ones((), device=self._experts[None].pos_embed.device).item()

@@ -18,6 +18,7 @@ from ray.serve.exceptions import BackPressureError
 from ray.serve.handle import DeploymentHandle
 from ray.util.metrics import Counter, Histogram
 
+from paris_ray.errors import ParisError
 from paris_ray.reports import png_bytes
 from paris_ray.sampling.sampler import SamplingOptions, sampling_options
 from serve.access import check_key, check_local, read_api_key
@@ -96,6 +97,7 @@ class Ingress:
             picture_size=facts.picture_size,
             defaults=defaults,
             example_prompts=list(facts.example_prompts),
+            loras=self._bundle.loras,
             attribution=facts.attribution,
         )
         return ModelList(data=[Model(id=facts.model_name, created=self._began, paris=paris)])
@@ -124,6 +126,7 @@ class Ingress:
                 num_inference_steps=options.num_inference_steps,
                 guidance_scale=options.guidance_scale,
                 routing=request.routing or facts.sampling.routing,
+                lora=request.lora,
                 experts=drawing.expert_usage,
                 attribution=facts.attribution,
             ),
@@ -149,11 +152,16 @@ class Ingress:
                 param="size",
                 code="invalid_value",
             )
+        try:
+            self._bundle.check_lora(request.lora)
+        except ParisError as error:
+            raise invalid(str(error), param="lora", code="invalid_value") from None
         return sampling_options(
             self._bundle,
             num_inference_steps=request.num_inference_steps,
             guidance_scale=request.guidance_scale,
             routing=request.routing,
+            lora=request.lora,
         )
 
     async def _ask_sampler(

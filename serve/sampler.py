@@ -78,6 +78,8 @@ class Sampler:
         if self._experts is None:
             for k in range(self._bundle.num_experts):
                 self._bundle.expert(k)
+            for name, k in self._bundle.loras.items():
+                self._bundle.expert(k, name)
 
     def check_health(self) -> None:
         """Return; a Sampler that answers has loaded all it needs."""
@@ -112,6 +114,7 @@ class Sampler:
                 TextArrays.pack(call.text),
                 self._null_text,
                 call.guidance_scale,
+                call.lora,
             )
         except RayActorError:
             raise ExpertUnavailableError(

@@ -24,6 +24,7 @@ class ImagesRequest(BaseModel):
         num_inference_steps: Euler steps; None takes the model's default, like the next two.
         guidance_scale: Classifier-free guidance; 1 switches it off.
         routing: `top-1`, `top-2`, ..., `full` (or `full-ensemble`) or `threshold:x`.
+        lora: Name of an adapter that one expert draws with; None: all draw as they are.
         response_format: Only `b64_json`; nothing is stored, so there is no `url` to give.
     """
 
@@ -37,6 +38,7 @@ class ImagesRequest(BaseModel):
     num_inference_steps: int | None = Field(default=None, ge=1, le=100)
     guidance_scale: float | None = Field(default=None, ge=0, le=20)
     routing: str | None = None
+    lora: str | None = None
     response_format: Literal["b64_json"] = "b64_json"
 
 
@@ -58,6 +60,7 @@ class Provenance(BaseModel):
         num_inference_steps: Euler steps.
         guidance_scale: Classifier-free guidance.
         routing: How experts were chosen.
+        lora: Name of the adapter, or None.
         experts: For each picture, the mean weight of every expert over the steps; sums to 1.
         attribution: Licence line to show beside the pictures, or None.
     """
@@ -66,6 +69,7 @@ class Provenance(BaseModel):
     num_inference_steps: int
     guidance_scale: float
     routing: str
+    lora: str | None
     experts: list[list[float]]
     attribution: str | None
 
@@ -104,6 +108,7 @@ class ModelFacts(BaseModel):
         picture_size: Height and width of its pictures, in pixels.
         defaults: Its sampling defaults.
         example_prompts: A few captions of its corpus.
+        loras: Number of the expert of each adapter that a request may name.
         attribution: Licence line to show beside the pictures, or None.
     """
 
@@ -111,6 +116,7 @@ class ModelFacts(BaseModel):
     picture_size: int
     defaults: SamplingDefaults
     example_prompts: list[str]
+    loras: dict[str, int]
     attribution: str | None
 
 

@@ -5,6 +5,22 @@ from typing import NamedTuple
 from paris_ray.bundle import Bundle, Dtype, load_bundle
 
 
+class LoRASource(NamedTuple):
+    """An adapter of one expert.
+
+    Attributes:
+        name: What requests call it.
+        uri: Where it is.
+        expert: Number of its expert; None: the one that its manifest names.
+        merge: Whether its expert's weights are computed once.
+    """
+
+    name: str
+    uri: str
+    expert: int | None
+    merge: bool
+
+
 class BundleSource(NamedTuple):
     """A constructor argument of every deployment.
 
@@ -15,6 +31,7 @@ class BundleSource(NamedTuple):
         dtype: Data type of experts and router; None keeps the stored one.
         device: Where each replica computes.
         offload: Keep at most two experts of a process on its device.
+        loras: Adapters of its experts.
     """
 
     uri: str
@@ -22,9 +39,21 @@ class BundleSource(NamedTuple):
     dtype: Dtype | None = None
     device: str = "auto"
     offload: bool = False
+    loras: tuple[LoRASource, ...] = ()
+
+    def of_expert(self, index: int) -> "BundleSource":
+        """Return the source with the adapters of one expert alone."""
+        return self._replace(loras=tuple(lora for lora in self.loras if lora.expert == index))
 
     def open(self) -> Bundle:
-        """Return the bundle; raises BundleError if there is none, or another one."""
-        return load_bundle(
+        """Return the bundle with its adapters.
+
+        Raises:
+            BundleError: if there is none, or another one, or an adapter does not fit it.
+        """
+        bundle = load_bundle(
             self.uri, self.digest, dtype=self.dtype, device=self.device, offload=self.offload
         )
+        for lora in self.loras:
+            bundle.add_lora(lora.name, lora.uri, expert=lora.expert, merge=lora.merge)
+        return bundle

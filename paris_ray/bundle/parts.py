@@ -8,13 +8,14 @@ from threading import Lock
 import torch
 
 from paris_ray.artifacts import VerifiedFolder
+from paris_ray.bundle.adapters import LoRA, read_lora
 from paris_ray.bundle.facts import BundleFacts
 from paris_ray.bundle.weights import DTYPES, Dtype, StoredModel
 from paris_ray.config import ExpertConfig, RouterConfig
 from paris_ray.devices import resolve_device
 from paris_ray.encoders.codec import Codec, load_codec
 from paris_ray.encoders.text import TextEncoder, load_text_encoder
-from paris_ray.errors import BundleError, ConfigError
+from paris_ray.errors import BundleError, ConfigError, ParisError
 from paris_ray.models import Expert, Router, TextConditioning
 from paris_ray.run import MODEL_CONFIG
 
@@ -61,15 +62,49 @@ class Bundle:
         ]
         self._router = StoredModel(Router, parts["router"], input_size=input_size)
         most = MAX_RESIDENT if offload else self.num_experts
-        self._resident = _Resident(self._load_expert, most)
+        self._loras: dict[str, LoRA] = {}
+        self._resident = _Resident(self._load_expert, self._loras, most)
 
-    def expert(self, index: int) -> Expert:
-        """Return expert `index`.
+    def expert(self, index: int, lora: str | None = None) -> Expert:
+        """Return expert `index`, with one of its adapters or as it is.
 
         Raises:
             BundleError: if its configuration or weights do not fit.
         """
-        return self._resident.get(index)
+        assert lora is None or self._loras[lora].expert == index, (index, lora)
+        return self._resident.get(index, lora)
+
+    def add_lora(
+        self, name: str, path: str, *, expert: int | None = None, merge: bool = False
+    ) -> None:
+        """Make an adapter known under a name that requests can give; the bundle's files stay.
+
+        Args:
+            name: The name.
+            path: Path or URI of what `jobs.train_lora` made, or of any folder in PEFT's layout.
+            expert: Which expert it is for; None: the one that the folder's manifest names.
+            merge: Compute the adapted weights once, rather than both products at each step: as
+                fast as without an adapter, but the targeted weights are in memory twice.
+
+        Raises:
+            ConfigError: if there is one of that name.
+            BundleError: if no expert is given or known, or the adapter does not fit that expert.
+            ArtifactError: if a file is missing, damaged, or not the published one.
+        """
+        if name in self._loras:
+            raise ConfigError(f"lora={name!r} is not allowed: there is one of that name already")
+        self._loras[name] = read_lora(path, self.expert_configs, expert=expert, merged=merge)
+
+    @property
+    def loras(self) -> dict[str, int]:
+        """Number of the expert of each adapter, by its name."""
+        return {name: lora.expert for name, lora in self._loras.items()}
+
+    def check_lora(self, name: str | None) -> None:
+        """Raise ParisError, with the names that there are, unless an adapter has this one."""
+        if name is not None and name not in self._loras:
+            allowed = ", ".join(map(repr, self._loras)) or "the bundle has none"
+            raise ParisError(f"lora={name!r} is not allowed: {allowed}")
 
     def _load_expert(self, index: int) -> Expert:
         _ = self.expert_configs
@@ -190,21 +225,27 @@ class Bundle:
 
 
 class _Resident:
-    """The loaded experts; the least recently used is dropped before one too many loads."""
+    """The loaded experts; the least recently used is dropped before one too many loads.
 
-    def __init__(self, load: Callable[[int], Expert], most: int) -> None:
-        self._load, self._most = load, most
-        self._experts: OrderedDict[int, Expert] = OrderedDict()
+    With an expert go its adapted views, which hold its weights too.
+    """
+
+    def __init__(self, load: Callable[[int], Expert], loras: Mapping[str, LoRA], most: int) -> None:
+        self._load, self._loras, self._most = load, loras, most
+        self._experts: OrderedDict[int, dict[str | None, Expert]] = OrderedDict()
         self._lock = Lock()
 
-    def get(self, index: int) -> Expert:
+    def get(self, index: int, lora: str | None) -> Expert:
         with self._lock:
             if index not in self._experts:
                 while len(self._experts) >= self._most:
                     self._experts.popitem(last=False)
-                self._experts[index] = self._load(index)
+                self._experts[index] = {None: self._load(index)}
             self._experts.move_to_end(index)
-            return self._experts[index]
+            views = self._experts[index]
+            if lora is not None and lora not in views:
+                views[lora] = self._loras[lora].adapt(views[None])
+            return views[lora]
 
 
 def load_expert(part: VerifiedFolder) -> Expert:

@@ -68,13 +68,14 @@ class TextCache:
         self._rows: OrderedDict[Hashable, EncodedText] = OrderedDict()
         self._lock = Lock()
 
-    def encode(self, expert: Expert, text: KeyedText, *, owner: int = 0) -> EncodedText:
+    def encode(self, expert: Expert, text: KeyedText, *, owner: Hashable = None) -> EncodedText:
         """Return what `Expert.encode_text` makes of a conditioning.
 
         Args:
             expert: Computes the rows that are not known.
             text: The conditioning.
-            owner: Number of the expert, where several share the cache.
+            owner: What tells the expert from others, and from itself with an adapter, where
+                several share the cache.
         """
         rows = []
         with self._lock:

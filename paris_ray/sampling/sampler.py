@@ -5,9 +5,9 @@ I/O, so one loop serves both drivers: `generate` answers the calls in this proce
 application answers them through replicas.
 """
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from threading import Lock
 from typing import Any
@@ -34,6 +34,7 @@ class ExpertCall:
 
     Attributes:
         expert: Which expert.
+        lora: Name of its adapter, or None.
         rows: `(b,)` the rows of the batch.
         latents: `(b, C, H, W)` their noisy latents.
         t: The time, in [0, 1].
@@ -42,6 +43,7 @@ class ExpertCall:
     """
 
     expert: int
+    lora: str | None
     rows: Tensor
     latents: Tensor
     t: float
@@ -64,12 +66,13 @@ class Samples:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SamplingOptions:
-    """Checked options of one request."""
+    """Checked options of one request; `loras` names the adapter of an expert by its number."""
 
     num_inference_steps: int
     guidance_scale: float
     routing: Routing
     router_temperature: float
+    loras: Mapping[int, str] = field(default_factory=dict)
 
 
 Denoising = Generator[list[ExpertCall], list[Tensor], Samples]
@@ -81,6 +84,7 @@ def sampling_options(
     num_inference_steps: int | None = None,
     guidance_scale: float | None = None,
     routing: str | None = None,
+    lora: str | None = None,
 ) -> SamplingOptions:
     """Fill in the bundle's defaults and check.
 
@@ -94,11 +98,13 @@ def sampling_options(
         raise ParisError(f"num_inference_steps={steps} is not allowed: at least 1")
     if not 0 <= scale <= 100:
         raise ParisError(f"guidance_scale={scale} is not allowed: between 0 and 100")
+    bundle.check_lora(lora)
     return SamplingOptions(
         num_inference_steps=steps,
         guidance_scale=scale,
         routing=parse_routing(routing or defaults.routing, bundle.num_experts),
         router_temperature=defaults.router_temperature,
+        loras={} if lora is None else {bundle.loras[lora]: lora},
     )
 
 
@@ -129,7 +135,7 @@ def denoise(
     for t, t_next in pairwise(sampling_times(options.num_inference_steps).tolist()):
         logits = _ask_router(router, latents, t, text) / options.router_temperature
         weights = expert_weights(logits, options.routing)
-        calls = _expert_calls(weights, latents, t, keyed_text, options.guidance_scale)
+        calls = _expert_calls(weights, latents, t, keyed_text, options)
         velocity = torch.zeros_like(latents)
         for call, answer in zip(calls, (yield calls), strict=True):
             velocity[call.rows] += weights[call.rows, call.expert, None, None, None] * answer
@@ -145,7 +151,7 @@ def _ask_router(router: Router, latents: Tensor, t: float, text: TextConditionin
 
 
 def _expert_calls(
-    weights: Tensor, latents: Tensor, t: float, text: KeyedText, guidance_scale: float
+    weights: Tensor, latents: Tensor, t: float, text: KeyedText, options: SamplingOptions
 ) -> list[ExpertCall]:
     calls = []
     for expert in range(weights.shape[1]):
@@ -154,11 +160,12 @@ def _expert_calls(
             calls.append(
                 ExpertCall(
                     expert=expert,
+                    lora=options.loras.get(expert),
                     rows=rows,
                     latents=latents[rows],
                     t=t,
                     text=text.rows(rows),
-                    guidance_scale=guidance_scale,
+                    guidance_scale=options.guidance_scale,
                 )
             )
     return calls
@@ -202,13 +209,13 @@ class LocalExperts:
     def answer(self, call: ExpertCall) -> Tensor:
         """Return the velocities `(b, C, H, W)` that a call asks for."""
         with self._turn:
-            expert = self._bundle.expert(call.expert)
+            expert, owner = self._bundle.expert(call.expert, call.lora), (call.expert, call.lora)
             return guided_velocity(
                 expert,
                 call.latents,
                 call.t,
-                self._texts.encode(expert, call.text, owner=call.expert),
-                self._texts.encode(expert, self._null_text, owner=call.expert),
+                self._texts.encode(expert, call.text, owner=owner),
+                self._texts.encode(expert, self._null_text, owner=owner),
                 call.guidance_scale,
             )
 
@@ -266,6 +273,7 @@ def generate(
     num_inference_steps: int | None = None,
     guidance_scale: float | None = None,
     routing: str | None = None,
+    lora: str | None = None,
 ) -> list[Image.Image]:
     """Draw one picture a prompt; picture i uses `seed + i`.
 
@@ -276,6 +284,8 @@ def generate(
         num_inference_steps: Euler steps; None takes the bundle's default, like the others.
         guidance_scale: Classifier-free guidance; 1 switches it off.
         routing: `top-1`, `top-2`, ..., `full` (or `full-ensemble`) or `threshold:x`.
+        lora: Name of an adapter (`bundle.add_lora`), which its expert draws with; the others and
+            the router draw as ever.
 
     Raises:
         ParisError: if an option is not allowed.
@@ -285,6 +295,7 @@ def generate(
         num_inference_steps=num_inference_steps,
         guidance_scale=guidance_scale,
         routing=routing,
+        lora=lora,
     )
     images: list[Image.Image] = []
     for start in range(0, len(prompts), MAX_BATCH):

@@ -70,7 +70,7 @@ def restore(folder: Folder, state: TrainingState, *, identity: str) -> dict[str,
     if header.get("identity") != identity:
         raise ArtifactError(
             f"{folder.uri}/{CHECKPOINT} belongs to another configuration or shard; "
-            "choose another run_dir or delete that folder"
+            "choose another folder or delete that one"
         )
     state.model.load_state_dict(_under("model/", tensors))
     state.ema.load(_under("ema/", tensors))

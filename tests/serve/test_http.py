@@ -106,6 +106,7 @@ def test_models(client: httpx.Client) -> None:
         "picture_size": 32,
         "defaults": {"num_inference_steps": 3, "guidance_scale": 1.0, "routing": "top-2"},
         "example_prompts": ["a red cat", "a blue dog"],
+        "loras": {},
         "attribution": "All pictures by nobody.",
     }
 

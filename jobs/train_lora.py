@@ -1,0 +1,59 @@
+r"""Train a LoRA: a small adapter of one expert of a finished bundle, which stays as it is.
+
+Writes adapter_config.json and adapter_model.safetensors, which the peft library loads too, and
+beside them samples, metrics and the encoded pictures. Run it again to continue after an
+interruption. docs/lora.md says how to draw with it.
+
+    python -m jobs.train_lora --bundle runs/quickstart/bundle --expert 3 \
+        --data PICTURES --output loras/mine training.steps=200
+"""
+
+import argparse
+import sys
+
+from jobs.command import fail, log_to_stdout, ray_session, refuse_relative_paths
+from paris_ray.config import load_lora
+from paris_ray.errors import ParisError
+
+
+def main() -> int:
+    """Train an adapter; return the exit code."""
+    arguments = _parser().parse_intermixed_args()
+    log_to_stdout()
+    try:
+        run = load_lora(arguments.config, arguments.overrides)
+        paths = {name: getattr(arguments, name) for name in ("bundle", "data", "output")}
+        refuse_relative_paths({f"--{name}": path for name, path in paths.items()})
+        with ray_session(arguments.address):
+            # Imported only now: ray reads RAY_AUTH_MODE when it is imported, and --help is quick.
+            from paris_ray.pipeline.lora import train_lora
+
+            train_lora(run, expert=arguments.expert, **paths)
+    except ParisError as error:
+        # Ray hands an error of a task over together with its traceback; the cause says enough.
+        return fail(getattr(error, "cause", error))
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    result = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    result.add_argument("--bundle", required=True, help="a model folder: a path or a URI")
+    result.add_argument("--expert", required=True, type=int, help="number of the expert to adapt")
+    result.add_argument(
+        "--data",
+        required=True,
+        help="captioned pictures: a folder with metadata.jsonl, or Parquet or WebDataset files",
+    )
+    result.add_argument("--output", required=True, help="a new folder for the adapter")
+    result.add_argument("--config", default="lora", help="a YAML file; default: the packaged one")
+    result.add_argument(
+        "--address", help="Ray cluster; default: RAY_ADDRESS, else a Ray of its own"
+    )
+    result.add_argument("overrides", nargs="*", metavar="key=value", help="such as lora.r=8")
+    return result
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,181 @@
+"""A LoRA: one Ray task that encodes its own pictures and trains an adapter of one expert.
+
+The output is a folder that the `peft` library loads, and beside that a run folder in the small:
+`embeddings/` and `quarantine/` hold what became of the pictures. The bundle is only read.
+"""
+
+import hashlib
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+
+from paris_ray.artifacts import (
+    METRICS,
+    SAMPLES,
+    Folder,
+    Manifest,
+    VerifiedFolder,
+    absolute_uri,
+    canonical_json,
+    sha256_hex,
+)
+from paris_ray.bundle import Bundle, load_bundle
+from paris_ray.config import CodecConfig, Config, CorpusConfig, LoRARun
+from paris_ray.encoders.clip import TEXT_ENCODER, TOKENIZER
+from paris_ray.errors import ArtifactError, ConfigError
+from paris_ray.models import Expert
+from paris_ray.models.lora import find_targets
+from paris_ray.models.peft_layout import LORA
+from paris_ray.pipeline.lora_data import embed_pictures
+from paris_ray.pipeline.placement import placed
+from paris_ray.pipeline.progress import ProgressFile, Task, follow
+from paris_ray.pipeline.samples import SampleGrid
+from paris_ray.pipeline.stage import Stage
+from paris_ray.run import CODEC_FOLDERS, EMBEDDINGS, Run
+from paris_ray.training.lora import train_lora as train
+
+logger = logging.getLogger("paris_ray")
+
+SECTIONS = ("seed", "corpus", "lora", "training")
+# What a corpus of each kind consists of.
+TRACES = {"image_folder": "metadata.jsonl", "parquet": "*.parquet", "webdataset": "*.tar"}
+
+
+def train_lora(run: LoRARun, *, bundle: str, expert: int, data: str, output: str) -> Manifest:
+    """Train an adapter of one expert of a bundle, and publish it.
+
+    Args:
+        run: The adapter and its training.
+        bundle: Path or URI of a model folder.
+        expert: Number of the expert.
+        data: Path of captioned pictures: a folder with `metadata.jsonl`, or Parquet or tar files.
+        output: The adapter's own folder, new or left by an interruption of this very training.
+
+    Raises:
+        ConfigError: if there is no such expert, or the adapter does not fit it.
+        BundleError: if the bundle is not one.
+        CorpusError: if too large a share of the pictures is bad.
+        ArtifactError: if there is something else in the output folder.
+        TrainingError: if the loss stops being finite.
+    """
+    opened = load_bundle(bundle)
+    _check_fit(run, opened, expert)
+    corpus = replace(_corpus(run.corpus, data), image_size=opened.facts.picture_size)
+    run = replace(run, corpus=corpus)
+    stage = Stage(LORA, Folder(output), run, sections=SECTIONS, parents=_parents(opened, expert))
+    manifest = stage.finished()
+    if manifest is not None:
+        return manifest
+    if stage.folder.files() and not stage.begun():
+        raise ArtifactError(f"{stage.folder.uri} is not empty: choose another folder for a LoRA")
+    stage.begin()
+    task = placed(train_one_lora, "lora", run.training)
+    result = task.remote(run, absolute_uri(bundle), expert, stage.folder.uri, stage.parents)
+    facts = follow("lora", Task(result, stage.folder, run.training))
+    bad = sum(facts["quarantined"].values())
+    logger.info("lora: trained on %d pictures, %d quarantined", facts["rows"], bad)
+    return stage.publish(facts)
+
+
+def _check_fit(run: LoRARun, bundle: Bundle, expert: int) -> None:
+    """Refuse here what would fail in the task, after it has waited for a GPU."""
+    last = bundle.num_experts - 1
+    if not 0 <= expert <= last:
+        raise ConfigError(f"expert={expert} is not allowed: the bundle has 0 to {last}")
+    with torch.device("meta"):
+        find_targets(Expert(bundle.expert_configs[expert]), run.lora)
+
+
+def _corpus(config: CorpusConfig, location: str) -> CorpusConfig:
+    """Return the corpus at a path; its kind is the configured one, or what the path shows."""
+    path = Path(location).expanduser().resolve()
+    if config.kind != "openmoji":
+        return replace(config, path=str(path))
+    kinds: list[Any] = [kind for kind, trace in TRACES.items() if _is_found(path, trace)]
+    if len(kinds) != 1:
+        found = " and ".join(kinds) or "nothing of the kind"
+        raise ConfigError(
+            f"data={location!r} must hold one of {', '.join(TRACES.values())}, there is {found}: "
+            f"say corpus.kind={'|'.join(TRACES)}"
+        )
+    return replace(config, path=str(path), kind=kinds[0])
+
+
+def _is_found(path: Path, pattern: str) -> bool:
+    return path.match(pattern) if path.is_file() else any(path.glob(pattern))
+
+
+def _parents(bundle: Bundle, expert: int) -> dict[str, str]:
+    """Return the digests of all parts that the adapter depends on."""
+    encoders = bundle.parts.keys() & {*CODEC_FOLDERS.values(), TEXT_ENCODER, TOKENIZER}
+    names = [f"expert_{expert}", *sorted(encoders)]
+    return {name: _digest(bundle.parts[name]) for name in names}
+
+
+def _digest(part: VerifiedFolder) -> str:
+    """Return the digest of a part's files, taken now where nobody published any."""
+    digests = part.digests
+    if digests is None:
+        digests = {name: _file_digest(part.folder, name) for name in part.folder.files()}
+    return sha256_hex(canonical_json(dict(digests)))
+
+
+def _file_digest(folder: Folder, name: str) -> str:
+    with folder.open(name) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@ray.remote
+def train_one_lora(
+    run: LoRARun, bundle_uri: str, expert: int, output_uri: str, parents: Mapping[str, str]
+) -> dict[str, Any]:
+    """Encode the pictures, train the adapter, draw with it and without; return a small report."""
+    torch.set_num_threads(run.training.threads)
+    bundle, output = load_bundle(bundle_uri, device=run.training.device), Folder(output_uri)
+    setup = _setup(run, bundle, output)
+    # Opened for this call alone, so that codec and text encoder leave the device before training.
+    embeddings = embed_pictures(setup, load_bundle(bundle_uri, device=run.training.device), parents)
+    frozen, shard = bundle.expert(expert), Run(setup).embeddings
+    if frozen.pos_embed.dtype == torch.float16:
+        frozen.float()  # whose range is too small for gradients
+    grid = SampleGrid(setup, shard, Folder(bundle_uri), run.seed)
+
+    def draw_samples(average: Expert, step: int) -> None:
+        output.write(f"{SAMPLES}/step-{step:06d}.png", grid.draw(average))
+
+    adapted = train(
+        frozen,
+        run.lora,
+        run.training,
+        shard=shard,
+        inputs={**parents, EMBEDDINGS: embeddings.digest},
+        seed=run.seed,
+        output=output,
+        on_progress=ProgressFile(output, f"lora-{expert}"),
+        text_encoder=Folder(bundle_uri),
+        base_model=f"{bundle.facts.model_name}/expert_{expert}",
+        draw_samples=draw_samples,
+    )
+    output.write("samples.png", grid.draw(adapted))
+    output.write("samples_without_lora.png", grid.draw(frozen))
+    last_metrics = json.loads(output.read(METRICS).splitlines()[-1])
+    return {"expert": expert, **embeddings.facts, **last_metrics}
+
+
+def _setup(run: LoRARun, bundle: Bundle, output: Folder) -> Config:
+    """Return what the pipeline's readers, writers and sample grids want to know."""
+    kind = next(kind for kind, name in CODEC_FOLDERS.items() if name in bundle.parts)
+    return Config(
+        run_dir=output.uri,
+        seed=run.seed,
+        corpus=run.corpus,
+        codec=CodecConfig(kind=kind),  # type: ignore[arg-type]
+        sampling=bundle.facts.sampling,
+        training=run.training,
+    )

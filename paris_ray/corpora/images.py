@@ -75,8 +75,8 @@ def decode_row(row: RawRow, config: CorpusConfig) -> DecodedRow | QuarantinedRow
 
     Args:
         row: What a corpus read.
-        config: `image_size`, `resize` and `max_pixels` are used. Pillow refuses more than 178,956,970 pixels
-            whatever `max_pixels` says.
+        config: `image_size`, `resize` and `max_pixels` are used. Pillow refuses more than
+            178,956,970 pixels whatever `max_pixels` says.
     """
     try:
         if row.problem is not None:

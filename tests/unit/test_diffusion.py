@@ -7,11 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from paris_ray.diffusion import (
+    denoising_loss,
     predict_velocity,
     router_logits,
     sample_path,
     sampling_times,
-    denoising_loss,
 )
 from paris_ray.models import Expert, ExpertConfig, Router, RouterConfig, TextConditioning
 

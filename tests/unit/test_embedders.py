@@ -30,6 +30,7 @@ def config(tmp_path: Path, release_path: Path) -> Config:
         "text.kind=clip",
         f"text.path={release_path}",
         "expert.text_embed_dim=16",
+        "expert.text_injection=cross_attention",
         "corpus.caption_templates=['{}','a picture of {}']",
     ]
     config = load("quickstart", overrides)

@@ -108,9 +108,10 @@ def _cosine_time(t: Tensor, offset: float) -> Tensor:
 def _from_cosine_time(s: Tensor, offset: float) -> Tensor:
     """Return the time t of the straight path with the signal-to-noise ratio of s."""
     start = math.cos(math.pi / 2 * offset / (1 + offset))
-    alpha = (torch.cos(math.pi / 2 * (s + offset) / (1 + offset)) / start).clamp(0, 1)
+    angle = math.pi / 2 * (s.double() + offset) / (1 + offset)  # 1 - alpha^2 cancels near s = 0
+    alpha = (torch.cos(angle) / start).clamp(0, 1)
     sigma = (1 - alpha**2).sqrt()
-    return sigma / (alpha + sigma)
+    return (sigma / (alpha + sigma)).to(s.dtype)
 
 
 def predict_velocity(

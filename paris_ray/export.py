@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from paris_ray.artifacts import Folder, VerifiedFolder, open_finished, read_manifest
-from paris_ray.bundle import CONFIG, MODEL_INDEX, Bundle, BundleFacts, facts_to_json
+from paris_ray.bundle import CONFIG, MODEL_INDEX, Bundle, BundleFacts, Dtype, facts_to_json
 from paris_ray.config import CodecConfig, TextConfig
 from paris_ray.embeddings import read_table
 from paris_ray.encoders import codec
@@ -37,12 +37,13 @@ PUBLIC_PIPELINE = {"_class_name": "DDMPipeline", "_diffusers_version": "0.21.0"}
 OWN_PIPELINE = {"_class_name": "Bundle", "_library": "paris_ray.bundle"}
 
 
-def open_trained_parts(run: Run, *, device: str = "cpu") -> Bundle:
+def open_trained_parts(run: Run, *, device: str = "cpu", dtype: Dtype | None = None) -> Bundle:
     """Return the parts of a run as a bundle, before they are exported.
 
     Args:
         run: The run.
         device: Where the parts run: `cpu`, `cuda` or `auto`.
+        dtype: Data type of experts and router; None keeps the stored one.
 
     Raises:
         ArtifactError: naming the part that is not finished.
@@ -63,7 +64,7 @@ def open_trained_parts(run: Run, *, device: str = "cpu") -> Bundle:
         vae_name=codec_name(config.codec),
         text_encoder_name=text_encoder_name(config.text),
     )
-    return Bundle(parts, facts, device=device)
+    return Bundle(parts, facts, device=device, dtype=dtype)
 
 
 def _middle_caption(shard: Folder) -> str:

@@ -1,6 +1,7 @@
 """The model card of a bundle: what it is made of and what was measured on it, nothing else."""
 
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from paris_ray.bundle import Bundle
@@ -12,7 +13,7 @@ TEMPLATE = """\
 A Paris-style ensemble of {num_experts} diffusion experts ({parameters} parameters each), trained
 apart on one cluster of the data each, and a router ({router_parameters:,} parameters) that chooses
 among them at every denoising step. Made with paris_ray.
-{unlike_experts}
+{unlike_experts}{origin}
 ## Use
 
 ```python
@@ -36,10 +37,19 @@ Defaults: {steps} Euler steps, guidance_scale {guidance}, routing {routing}; pic
 | | |
 |---|---|
 {measured}
-
+"""
+ACCURACY = """
 Caption accuracy is the share of training captions whose drawn picture is nearest to that caption's
-own picture (L2, 32x32 RGB). It measures recall of the training set. The model draws what it has
-seen; new combinations of things mostly fail at this size.
+own picture (L2, 32x32 RGB). It measures recall of the training set.
+"""
+# jobs.convert_dit makes such weights; which licence others have, a digest does not tell.
+ORIGIN = """
+## Origin
+
+{parts}
+
+The licence of those weights holds for what was trained from them. Weights converted from
+facebookresearch/DiT are CC BY-NC 4.0.
 """
 
 
@@ -51,6 +61,7 @@ def model_card(
     router: Mapping[str, Any],
     losses: list[float],
     evaluation: Mapping[str, Any] | None,
+    started_from: Mapping[str, str] = MappingProxyType({}),
 ) -> str:
     """Return the card as Markdown.
 
@@ -61,17 +72,19 @@ def model_card(
         router: Facts of the router: `right_cluster`, by noise level.
         losses: Last logged training loss of every expert.
         evaluation: Facts of the evaluation, or None if there was none.
+        started_from: SHA-256 of the weights that parts were started from, by name of the part.
     """
     defaults = bundle.facts.sampling
     parameters, router_parameters = bundle.num_parameters()
     least, most = min(parameters), max(parameters)
     attribution = embeddings["attribution"]
-    return TEMPLATE.format(
+    card = TEMPLATE.format(
         name=bundle.facts.model_name,
         num_experts=bundle.num_experts,
         parameters=f"{least:,}" if least == most else f"{least:,} to {most:,}",
         router_parameters=router_parameters,
         unlike_experts=_unlike_experts(bundle.expert_configs, parameters),
+        origin=_origin(started_from),
         prompt=bundle.facts.example_prompts[0].replace('"', "'"),
         steps=defaults.num_inference_steps,
         guidance=defaults.guidance_scale,
@@ -83,6 +96,7 @@ def model_card(
         attribution=f"\n{attribution}" if attribution else "",
         measured="\n".join(_measurements(router, losses, evaluation)),
     )
+    return card if evaluation is None else card + ACCURACY
 
 
 def _measurements(
@@ -108,6 +122,15 @@ def _unlike_experts(configs: Sequence[ExpertConfig], parameters: Sequence[int]) 
     for k, (config, count) in enumerate(zip(configs, parameters, strict=True)):
         rows.append(f"| {k} | {_size(config)} | {config.prediction} | {count:,} |")
     return "\n".join([*rows, ""])
+
+
+def _origin(started_from: Mapping[str, str]) -> str:
+    """Return a section on the weights that parts were started from, or nothing if none was."""
+    rows = [
+        f"- {part} was started from other weights (SHA-256 `{digest}`)."
+        for part, digest in started_from.items()
+    ]
+    return ORIGIN.format(parts="\n".join(rows)) if rows else ""
 
 
 def _size(config: ExpertConfig) -> str:

@@ -70,7 +70,9 @@ class AppArgs(BaseModel):
             processes, one set of resources (`sampler`). For a laptop or a single GPU.
         dtype: Data type of experts and router: `float32`, `bfloat16` or `float16`; null keeps the
             stored one.
-        device: Where each replica computes: `cpu`, `cuda`, or `auto` for a GPU where it has one.
+        device: Where each replica computes: `cpu`, `cuda`, or `auto` for a GPU where it sees one.
+            `cuda` fails where it sees none; `auto` computes on the CPU there, unnoticed. Only
+            `num_gpus` reserves a GPU: with 0, Ray's version decides whether a replica sees any.
         offload: Keep at most two experts on the device, the ones used last; for a single GPU that
             has no room for all. Only with `colocated`.
         threads: Torch threads of each Sampler and expert replica.

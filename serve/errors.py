@@ -12,7 +12,7 @@ from paris_ray.errors import ParisError, RoutingError
 from serve.schemas import ErrorDetail, ErrorResponse, ImagesRequest
 
 INVALID = "invalid_request_error"
-LONGEST_VALUE = 80  # characters of a refused value that are repeated in the message
+LONGEST_VALUE = 80  # characters of a refused value or field that are repeated in the message
 
 
 class ApiError(Exception):
@@ -86,7 +86,7 @@ async def _on_bug(_: Request, __: Exception) -> JSONResponse:
 
 def describe_violation(violation: Mapping[str, Any]) -> ErrorDetail:
     """Return the error of one pydantic violation of the request body."""
-    field = str(violation["loc"][1]) if len(violation["loc"]) > 1 else None
+    field = str(violation["loc"][1])[:LONGEST_VALUE] if len(violation["loc"]) > 1 else None
     match violation["type"]:
         case "json_invalid":
             return ErrorDetail(

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from paris_ray.models import TextConditioning
+from paris_ray.models import EncodedText, TextConditioning
 from paris_ray.sampling.guidance import KeyedText, TextCache, guided_velocity
 from serve.source import BundleSource
 
@@ -17,26 +17,37 @@ Floats = NDArray[np.float32]
 
 
 class TextArrays(NamedTuple):
-    """A `KeyedText` on its way between processes."""
+    """A `KeyedText` on its way between processes: each distinct caption once.
+
+    Attributes:
+        text_embeddings: `(d, L, D)` of the d distinct captions, like the next three.
+        pooled_text: `(d, D)`.
+        text_mask: `(d, L)`, or None.
+        keys: Their keys.
+        rows: Which of them each row of the batch has.
+    """
 
     text_embeddings: Floats
     pooled_text: Floats
     text_mask: NDArray[np.bool_] | None
     keys: tuple[bytes, ...]
+    rows: tuple[int, ...]
 
     @classmethod
     def pack(cls, keyed: KeyedText) -> "TextArrays":
         """Return the arrays of a conditioning, and its keys."""
-        text = keyed.text
+        keys = tuple(dict.fromkeys(keyed.keys))
+        text = keyed.rows(torch.tensor([keyed.keys.index(key) for key in keys])).text
         mask = None if text.text_mask is None else text.text_mask.numpy()
         embeddings, pooled = to_array(text.text_embeddings), to_array(text.pooled_text)
-        return cls(embeddings, pooled, mask, keyed.keys)
+        return cls(embeddings, pooled, mask, keys, tuple(map(keys.index, keyed.keys)))
 
     def unpack(self) -> KeyedText:
         """Return the conditioning of the arrays, under the same keys."""
         mask = None if self.text_mask is None else torch.tensor(self.text_mask)
         embeddings, pooled = torch.tensor(self.text_embeddings), torch.tensor(self.pooled_text)
-        return KeyedText(TextConditioning(embeddings, pooled, mask), self.keys)
+        distinct = KeyedText(TextConditioning(embeddings, pooled, mask), self.keys)
+        return distinct.rows(torch.tensor(self.rows))
 
 
 def to_array(tensor: torch.Tensor) -> Floats:
@@ -67,7 +78,7 @@ class ExpertServer:
         latents: Floats,
         t: float,
         text: TextArrays,
-        null_text: TextArrays,
+        null_text: TextArrays | None,
         guidance_scale: float,
         lora: str | None = None,
     ) -> Floats:
@@ -76,13 +87,12 @@ class ExpertServer:
         Captions are encoded when they come for the first time, and so once per image. `lora` names
         an adapter of this expert.
         """
-        expert = self._experts[lora]
         velocity = guided_velocity(
-            expert,
+            self._experts[lora],
             torch.tensor(latents),
             t,
-            self._texts.encode(expert, text.unpack(), owner=lora),
-            self._texts.encode(expert, null_text.unpack(), owner=lora),
+            self._encode(text, lora),
+            None if null_text is None else self._encode(null_text, lora),
             guidance_scale,
         )
         return to_array(velocity)
@@ -90,3 +100,6 @@ class ExpertServer:
     def check_health(self) -> None:
         """Raise if the device has failed: CUDA errors stick, so the process must be replaced."""
         torch.ones((), device=self._experts[None].pos_embed.device).item()
+
+    def _encode(self, text: TextArrays, lora: str | None) -> EncodedText:
+        return self._texts.encode(self._experts[lora], text.unpack(), owner=lora)

@@ -53,6 +53,7 @@ class Ingress:
         api_key_file: A file with the key that `/v1` asks for; None serves this machine alone.
 
     Raises:
+        RoutingError: if the routing that the bundle has as its default is not allowed.
         ConfigError: if the key cannot be read.
     """
 
@@ -60,6 +61,8 @@ class Ingress:
         self, source: BundleSource, sampler: DeploymentHandle[Any], api_key_file: str | None
     ) -> None:
         self._bundle = source.open()
+        # Defaults that are not allowed must fail the deployment, not every request without its own.
+        sampling_options(self._bundle)
         self._sampler = sampler
         self.api_key = None if api_key_file is None else read_api_key(api_key_file)
         self.page = PAGE.read_text()

@@ -82,7 +82,8 @@ class Sampler:
                 self._bundle.expert(k, name)
 
     def check_health(self) -> None:
-        """Return; a Sampler that answers has loaded all it needs."""
+        """Raise if the device has failed: CUDA errors stick, so the process must be replaced."""
+        torch.ones((), device=self._bundle.device).item()
 
     async def draw(self, prompt: str, seeds: Sequence[int], options: SamplingOptions) -> Drawing:
         """Draw one picture of the prompt for each seed.
@@ -107,12 +108,13 @@ class Sampler:
         self._calls.inc(tags={"expert": str(call.expert)})
         if self._experts is None:
             return await asyncio.to_thread(self._local_experts.answer, call)
+        null_text = None if call.guidance_scale == 1.0 else self._null_text
         try:
             velocity = await self._experts[call.expert].velocity.remote(
                 to_array(call.latents),
                 call.t,
                 TextArrays.pack(call.text),
-                self._null_text,
+                null_text,
                 call.guidance_scale,
                 call.lora,
             )

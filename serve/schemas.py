@@ -4,11 +4,12 @@ Requests are strict: an unknown field or a wrong type is refused, never ignored 
 Whatever OpenAI does not define stands under `paris` in a response.
 """
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 MAX_PICTURES = 10
+Name = Annotated[str, Field(max_length=200)]  # refusals repeat it, and must stay short
 MAX_SEED = 2**63 - 1 - MAX_PICTURES  # picture i uses seed + i, which must stay a 63-bit number
 
 
@@ -31,14 +32,14 @@ class ImagesRequest(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
     prompt: str = Field(min_length=1, max_length=1000)
-    model: str | None = None
+    model: Name | None = None
     n: int = Field(default=1, ge=1, le=MAX_PICTURES)
-    size: str = "auto"
+    size: Name = "auto"
     seed: int | None = Field(default=None, ge=0, le=MAX_SEED)
     num_inference_steps: int | None = Field(default=None, ge=1, le=100)
     guidance_scale: float | None = Field(default=None, ge=0, le=20)
-    routing: str | None = None
-    lora: str | None = None
+    routing: Name | None = None
+    lora: Name | None = None
     response_format: Literal["b64_json"] = "b64_json"
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from paris_ray.artifacts import VerifiedFolder
 from paris_ray.config import MODEL_LIMITS, SamplingConfig, from_dict, to_dict
-from paris_ray.encoders.autoencoder import MAX_BLOCKS
+from paris_ray.encoders.autoencoder import MAX_BLOCKS, downsampling
 from paris_ray.errors import BundleError, ConfigError
 
 CONFIG, MODEL_INDEX = "config.json", "model_index.json"
@@ -73,17 +73,19 @@ def read_facts(document: Mapping[str, Any], vae: VerifiedFolder | None, where: s
     try:
         ours = _own_fields(document, vae, where)
         facts = BundleFacts(
-            model_name=str(document["model_name"]),
+            model_name=_text(document["model_name"], "model_name"),
             sampling=from_dict(SamplingConfig, ours["sampling"], f"{where}: {OURS}.sampling"),
             picture_size=read_integer(ours, "picture_size", MAX_PICTURE_SIZE, f"{where}: {OURS}"),
-            attribution=_optional_text(ours["attribution"]),
-            example_prompts=tuple(map(str, ours["example_prompts"])),
-            vae_name=_optional_text(document.get("vae_name")),
-            text_encoder_name=_optional_text(document.get("text_encoder_name")),
+            attribution=_optional_text(ours["attribution"], f"{OURS}.attribution"),
+            example_prompts=_texts(ours["example_prompts"], f"{OURS}.example_prompts"),
+            vae_name=_optional_text(document.get("vae_name"), "vae_name"),
+            text_encoder_name=_optional_text(
+                document.get("text_encoder_name"), "text_encoder_name"
+            ),
         )
     except KeyError as error:
         raise BundleError(f"{where}: the field {error} is missing") from None
-    except (ConfigError, TypeError) as error:
+    except ConfigError as error:
         raise BundleError(f"{where}: {error}") from None
     _check_sampling(facts.sampling, f"{where}: {OURS}.sampling")
     return facts
@@ -102,23 +104,35 @@ def _own_fields(
         "sampling": to_dict(RELEASE_SAMPLING),
         "picture_size": size * _pixels_a_latent_pixel(vae),
         "attribution": None,
-        "example_prompts": (),
+        "example_prompts": [],
     }
 
 
 def _pixels_a_latent_pixel(vae: VerifiedFolder) -> int:
-    """Every block of an AutoencoderKL but the last halves the picture (8 in Stable Diffusion)."""
+    """Return how many pixels a latent pixel spans (8 in Stable Diffusion)."""
     document = vae.read_json(CONFIG)
     channels = document.get("block_out_channels") if isinstance(document, dict) else None
     if not isinstance(channels, list) or not 1 <= len(channels) <= MAX_BLOCKS:
         where = f"{vae.folder.uri}/{CONFIG}"
         allowed = f"allowed: 1 to {MAX_BLOCKS} numbers"
         raise BundleError(f"{where}: block_out_channels={channels!r}, {allowed}")
-    return int(2 ** (len(channels) - 1))
+    return downsampling(channels)
 
 
-def _optional_text(value: object) -> str | None:
-    return None if value is None else str(value)
+def _text(value: object, field: str) -> str:
+    if not isinstance(value, str):
+        raise ConfigError(f"{field}={value!r}, allowed: a text")
+    return value
+
+
+def _optional_text(value: object, field: str) -> str | None:
+    return None if value is None else _text(value, field)
+
+
+def _texts(value: object, field: str) -> tuple[str, ...]:
+    if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
+        raise ConfigError(f"{field}={value!r}, allowed: a list of texts")
+    return tuple(value)
 
 
 def _check_sampling(sampling: SamplingConfig, where: str) -> None:

@@ -7,16 +7,20 @@ from typing import Any
 from paris_ray.artifacts import MANIFEST, Folder, VerifiedFolder, open_finished, read_manifest
 from paris_ray.bundle.facts import CONFIG, MODEL_INDEX, read_facts, read_integer
 from paris_ray.bundle.parts import Bundle
-from paris_ray.bundle.weights import Dtype
-from paris_ray.config import MODEL_LIMITS
-from paris_ray.encoders import codec
+from paris_ray.bundle.weights import Dtype, read_header
+from paris_ray.config import MAX_EXPERTS, MODEL_LIMITS
+from paris_ray.encoders import autoencoder, clip, codec
 from paris_ray.encoders.autoencoder import VAE_FILES
 from paris_ray.encoders.clip import TEXT_ENCODER, TEXT_ENCODER_FILES, TOKENIZER
 from paris_ray.errors import BundleError
 from paris_ray.run import BUNDLE, EXPERT_WEIGHTS, MODEL_CONFIG, ROUTER_WEIGHTS
 
-MAX_EXPERTS = 1024
 CODECS = {"vae": VAE_FILES, "codec": (codec.CONFIG, codec.WEIGHTS)}
+ENCODER_WEIGHTS = {
+    "vae": autoencoder.WEIGHTS,
+    "codec": codec.WEIGHTS,
+    TEXT_ENCODER: clip.WEIGHTS,
+}
 
 
 def load_bundle(
@@ -51,13 +55,15 @@ def load_bundle(
     source = _open(folder, digest)
     document = _read_mapping(source, CONFIG)
     where = f"{folder.uri}/{CONFIG}"
-    names = _check_files(folder, read_integer(document, "num_experts", MAX_EXPERTS, where))
-    _check_index(source, document["num_experts"])
+    defaults = _read_defaults(document, where)
+    names = _check_files(folder, defaults["num_experts"])
+    _check_index(source, defaults["num_experts"])
     parts = {name: source.part(name) for name in names}
+    _check_tokenizer(source, parts)
     bundle = Bundle(
         parts,
         read_facts(document, parts.get("vae"), where),
-        input_size=read_integer(document, "image_size", MODEL_LIMITS["input_size"], where),
+        defaults=defaults,
         dtype=dtype,
         device=device,
         offload=offload,
@@ -65,6 +71,7 @@ def load_bundle(
     _check_models(bundle, document, where)
     if folder.is_local and source.digests is None:
         bundle.check_headers()
+        _check_encoder_headers(parts)
     return bundle
 
 
@@ -94,6 +101,18 @@ def _read_mapping(source: VerifiedFolder, name: str) -> Mapping[str, Any]:
     if not isinstance(document, dict):
         raise BundleError(f"{source.folder.uri}/{name} does not hold a mapping")
     return document
+
+
+def _read_defaults(document: Mapping[str, Any], where: str) -> dict[str, int]:
+    """Return what the bundle tells of its models, whose own documents may leave it out."""
+    limits = {
+        "num_experts": ("num_experts", MAX_EXPERTS),
+        "input_size": ("image_size", MODEL_LIMITS["input_size"]),
+        "in_channels": ("num_channels", MODEL_LIMITS["in_channels"]),
+    }
+    return {
+        field: read_integer(document, name, most, where) for field, (name, most) in limits.items()
+    }
 
 
 def _check_files(folder: Folder, num_experts: int) -> list[str]:
@@ -136,6 +155,24 @@ def _check_index(source: VerifiedFolder, num_experts: int) -> None:
     if stated != num_experts:
         where = f"{source.folder.uri}/{MODEL_INDEX}"
         raise BundleError(f"{where}: num_experts={stated!r}, but {CONFIG} has {num_experts}")
+
+
+def _check_tokenizer(source: VerifiedFolder, parts: Mapping[str, VerifiedFolder]) -> None:
+    """Refuse a CLIP without `tokenizer/`: only MiniLM has its tokenizer beside its weights."""
+    if TOKENIZER in parts:
+        return
+    model_type = _read_mapping(parts[TEXT_ENCODER], MODEL_CONFIG).get("model_type")
+    if model_type != "bert":
+        where = f"{TEXT_ENCODER}/{MODEL_CONFIG} with model_type={model_type!r}"
+        raise BundleError(f"{source.folder.uri} lacks {TOKENIZER}/, which {where} calls for")
+
+
+def _check_encoder_headers(parts: Mapping[str, VerifiedFolder]) -> None:
+    """Refuse damaged weights of codec and text encoder, which load later; no tensor is read."""
+    for name, weights in ENCODER_WEIGHTS.items():
+        if name in parts:
+            folder = parts[name].folder
+            read_header(folder.local_path / weights, f"{folder.uri}/{weights}")
 
 
 def _check_models(bundle: Bundle, document: Mapping[str, Any], where: str) -> None:

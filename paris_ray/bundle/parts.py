@@ -4,6 +4,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from threading import Lock
+from types import MappingProxyType
 
 import torch
 
@@ -29,7 +30,7 @@ class Bundle:
         parts: By folder name: `expert_0` ... `expert_K-1`, `router`, `vae` or `codec`,
             `text_encoder` and, for CLIP, `tokenizer`.
         facts: What the bundle says of itself.
-        input_size: Height and width of the latents, where the models' `config.json` do not tell.
+        defaults: Values of fields that the models' `config.json` do not tell.
         dtype: Data type of experts and router; None keeps the stored one.
         device: Where all parts run: `cpu`, `cuda` or `auto`. It is looked for when the first part
             loads, so that a machine without it can read the facts.
@@ -45,7 +46,7 @@ class Bundle:
         parts: Mapping[str, VerifiedFolder],
         facts: BundleFacts,
         *,
-        input_size: int | None = None,
+        defaults: Mapping[str, int] = MappingProxyType({}),
         dtype: Dtype | None = None,
         device: str = "cpu",
         offload: bool = False,
@@ -57,10 +58,10 @@ class Bundle:
         self._device_name = device
         self._dtype = None if dtype is None else DTYPES[dtype]
         self._experts = [
-            StoredModel(Expert, parts[f"expert_{k}"], input_size=input_size)
+            StoredModel(Expert, parts[f"expert_{k}"], defaults=defaults)
             for k in range(self.num_experts)
         ]
-        self._router = StoredModel(Router, parts["router"], input_size=input_size)
+        self._router = StoredModel(Router, parts["router"], defaults=defaults)
         most = MAX_RESIDENT if offload else self.num_experts
         self._loras: dict[str, LoRA] = {}
         self._resident = _Resident(self._load_expert, self._loras, most)
@@ -106,6 +107,13 @@ class Bundle:
             allowed = ", ".join(map(repr, self._loras)) or "the bundle has none"
             raise ParisError(f"lora={name!r} is not allowed: {allowed}")
 
+    def holds(self, index: int) -> bool:
+        """Return whether expert `index` is loaded."""
+        return index in self._resident
+
+    # Parts load when sampling first asks for them, in inference mode; tensors made in it could
+    # never take part in training, of a LoRA for example.
+    @torch.inference_mode(False)
     def _load_expert(self, index: int) -> Expert:
         _ = self.expert_configs
         return self._experts[index].load(self.device, self._dtype)
@@ -116,12 +124,14 @@ class Bundle:
         return resolve_device(self._device_name)
 
     @cached_property
+    @torch.inference_mode(False)
     def router(self) -> Router:
         """The router; raises BundleError if it does not fit the experts."""
         _ = self.router_config
         return self._router.load(self.device, self._dtype)
 
     @cached_property
+    @torch.inference_mode(False)
     def codec(self) -> Codec:
         """The codec between pictures and latents; raises BundleError if it does not fit."""
         name = "vae" if "vae" in self.parts else "codec"
@@ -134,6 +144,7 @@ class Bundle:
         return codec.to(self.device)
 
     @cached_property
+    @torch.inference_mode(False)
     def text_encoder(self) -> TextEncoder:
         """The text encoder; raises BundleError if it is damaged."""
         text_encoder = self.parts["text_encoder"]
@@ -234,6 +245,9 @@ class _Resident:
         self._load, self._loras, self._most = load, loras, most
         self._experts: OrderedDict[int, dict[str | None, Expert]] = OrderedDict()
         self._lock = Lock()
+
+    def __contains__(self, index: int) -> bool:
+        return index in self._experts
 
     def get(self, index: int, lora: str | None) -> Expert:
         with self._lock:

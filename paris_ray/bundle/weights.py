@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
 import safetensors.torch
@@ -31,7 +32,7 @@ KINDS: Mapping[type, tuple[type[Any], str]] = {
 }
 
 
-class _Stored(NamedTuple):
+class StoredTensor(NamedTuple):
     """A tensor as the header of a file describes it."""
 
     shape: tuple[int, ...]
@@ -44,15 +45,19 @@ class StoredModel(Generic[Model]):
     Args:
         model_class: `Expert` or `Router`.
         part: The folder.
-        input_size: Height and width of the latents, where its `config.json` does not tell.
+        defaults: Values of fields that its `config.json` does not tell.
     """
 
     def __init__(
-        self, model_class: type[Model], part: VerifiedFolder, *, input_size: int | None = None
+        self,
+        model_class: type[Model],
+        part: VerifiedFolder,
+        *,
+        defaults: Mapping[str, int] = MappingProxyType({}),
     ) -> None:
         self._model_class: type[Model] = model_class
         self._config_class, self._weights = KINDS[model_class]
-        self._part, self._input_size = part, input_size
+        self._part, self._defaults = part, defaults
         self._where = f"{part.folder.uri}/{self._weights}"
 
     @cached_property
@@ -65,7 +70,7 @@ class StoredModel(Generic[Model]):
         where = f"{self._part.folder.uri}/{MODEL_CONFIG}"
         document = self._part.read_json(MODEL_CONFIG)
         try:
-            return read_document(self._config_class, document, where, input_size=self._input_size)
+            return read_document(self._config_class, document, where, defaults=self._defaults)
         except ConfigError as error:
             raise BundleError(str(error)) from None
 
@@ -117,7 +122,7 @@ class StoredModel(Generic[Model]):
         return self._part.verified_file(self._weights)
 
     def _check_header(self, file: Path, dtype: torch.dtype | None) -> None:
-        stored, expected = _read_header(file, self._where), self._expected
+        stored, expected = read_header(file, self._where), self._expected
         for name in sorted(expected.keys() | stored.keys()):
             shape = stored[name].shape if name in stored else "missing"
             if shape != expected.get(name):
@@ -127,7 +132,7 @@ class StoredModel(Generic[Model]):
                 )
         self._check_dtypes(stored, dtype)
 
-    def _check_dtypes(self, stored: Mapping[str, _Stored], dtype: torch.dtype | None) -> None:
+    def _check_dtypes(self, stored: Mapping[str, StoredTensor], dtype: torch.dtype | None) -> None:
         first = next(iter(stored))
         for name, (_, found) in stored.items():
             if found not in STORED_DTYPES:
@@ -140,12 +145,17 @@ class StoredModel(Generic[Model]):
                 )
 
 
-def _read_header(file: Path, where: str) -> dict[str, _Stored]:
+def read_header(file: Path, where: str) -> dict[str, StoredTensor]:
+    """Return what a safetensors file says that it holds; no tensor is read.
+
+    Raises:
+        BundleError: naming `where`, if the header is none or the file is not as long as it says.
+    """
     try:
         with safe_open(file, framework="pt") as weights:
             tensors = {name: weights.get_slice(name) for name in weights.keys()}  # noqa: SIM118
             return {
-                name: _Stored(tuple(tensor.get_shape()), tensor.get_dtype())
+                name: StoredTensor(tuple(tensor.get_shape()), tensor.get_dtype())
                 for name, tensor in tensors.items()
             }
     except (SafetensorError, OSError) as error:

@@ -22,6 +22,7 @@ from paris_ray.config.loading import (
 )
 from paris_ray.config.lora import LoRAConfig, LoRARun
 from paris_ray.config.sections import (
+    MAX_EXPERTS,
     MAX_TEXT_WIDTH,
     MODEL_LIMITS,
     PRESETS,
@@ -44,6 +45,7 @@ from paris_ray.config.sections import (
 )
 
 __all__ = [
+    "MAX_EXPERTS",
     "MAX_TEXT_WIDTH",
     "MODEL_LIMITS",
     "PRESETS",

@@ -1,8 +1,11 @@
 """What the types of a configuration cannot express."""
 
+import math
+
 from paris_ray.config.conversion import expert_setup
 from paris_ray.config.lora import LoRARun
 from paris_ray.config.sections import (
+    MAX_EXPERTS,
     MAX_TEXT_WIDTH,
     MODEL_LIMITS,
     ClusterConfig,
@@ -30,13 +33,22 @@ def _check_training(name: str, training: TrainingConfig) -> None:
     for key in ("epochs", "sample_every"):
         value = getattr(training, key)
         _require(value is None or value > 0, f"{name}.{key}", value, "> 0, or null")
-    _require(training.prefetch >= 0, f"{name}.prefetch", training.prefetch, "at least 0")
     parts, allowed = training.accumulation_steps, f"a divisor of batch_size={training.batch_size}"
     _require(training.batch_size % parts == 0, f"{name}.accumulation_steps", parts, allowed)
-    for key in ("text_dropout", "t_one_share", "decay_share", "ema_decay"):
+    shares = ("text_dropout", "t_one_share", "decay_share", "final_learning_rate_share")
+    for key in (*shares, "ema_decay"):
         value = getattr(training, key)
         _require(0 <= value <= 1, f"{name}.{key}", value, "between 0 and 1")
-    _require(training.learning_rate > 0, f"{name}.learning_rate", training.learning_rate, "> 0")
+    for key in ("learning_rate", "adam_eps", "max_grad_norm"):
+        value = getattr(training, key)
+        allowed = "> 0, or null to clip nothing" if key == "max_grad_norm" else "> 0"
+        _require(value is None or 0 < value < math.inf, f"{name}.{key}", value, allowed)
+    least_zero = ("weight_decay", "warmup_steps", "text_noise", "t_logit_std", "prefetch")
+    for key in (*least_zero, "num_cpus", "num_gpus", "max_retries"):
+        value = getattr(training, key)
+        _require(0 <= value < math.inf, f"{name}.{key}", value, "at least 0")
+    betas = training.betas
+    _require(all(0 <= beta < 1 for beta in betas), f"{name}.betas", betas, "0 <= x < 1")
 
 
 def check_model(name: str, model: ExpertConfig | RouterConfig) -> None:
@@ -49,12 +61,15 @@ def check_model(name: str, model: ExpertConfig | RouterConfig) -> None:
         value = getattr(model, key)
         _require(1 <= value <= most, f"{name}.{key}", value, f"between 1 and {most}")
     _require(0 < model.mlp_ratio <= 16, f"{name}.mlp_ratio", model.mlp_ratio, "0 < x <= 16")
+    eps = model.layer_norm_eps
+    _require(0 < eps <= 1, f"{name}.layer_norm_eps", eps, "0 < x <= 1")
     widths = {"text_embed_dim": 0}
     if isinstance(model, ExpertConfig):
         widths = {"text_embed_dim": 1, "text_hidden_size": 1}
         _check_epsilon(name, model)
     else:
-        _require(model.num_experts >= 1, f"{name}.num_experts", model.num_experts, ">= 1")
+        count, allowed = model.num_experts, f"between 1 and {MAX_EXPERTS}"
+        _require(1 <= count <= MAX_EXPERTS, f"{name}.num_experts", count, allowed)
     for key, least in widths.items():
         value, allowed = getattr(model, key), f"between {least} and {MAX_TEXT_WIDTH}"
         _require(least <= value <= MAX_TEXT_WIDTH, f"{name}.{key}", value, allowed)
@@ -72,7 +87,8 @@ def check_model(name: str, model: ExpertConfig | RouterConfig) -> None:
 def _check_epsilon(name: str, model: ExpertConfig) -> None:
     offset, alpha, clamp = model.cosine_offset, model.min_alpha, model.x0_clamp
     _require(0 <= offset <= 0.1, f"{name}.cosine_offset", offset, "between 0 and 0.1")
-    _require(0 <= alpha < 1, f"{name}.min_alpha", alpha, "0 <= x < 1")
+    # Sampling begins at t = 1, where nothing else keeps the divisor from 0.
+    _require(0 < alpha < 1, f"{name}.min_alpha", alpha, "0 < x < 1")
     _require(clamp is None or clamp > 0, f"{name}.x0_clamp", clamp, "> 0, or null")
 
 
@@ -94,15 +110,28 @@ def _check_experts(config: Config) -> dict[str, ExpertConfig]:
     return models
 
 
+def _check_clip(config: Config) -> None:
+    """Check what CLIP's token states ask of the experts, before days of encoding."""
+    if config.text.kind == "minilm":
+        return
+    kind = f"text.kind={config.text.kind}"
+    _require(config.text.path is not None, "text.path", None, f"a path or a name for {kind}")
+    names = [f"experts.{index}." for index in config.experts]
+    setups = [config, *(expert_setup(config, int(index)) for index in config.experts)]
+    for name, setup in zip(["", *names], setups, strict=True):
+        injection, allowed = setup.expert.text_injection, f"cross_attention for {kind}"
+        fits = injection == "cross_attention"
+        _require(fits, f"{name}expert.text_injection", injection, allowed)
+        noise = setup.training.text_noise
+        _require(noise == 0, f"{name}training.text_noise", noise, f"0 for {kind}")
+    noise = config.router_training.text_noise
+    _require(noise == 0, "router_training.text_noise", noise, f"0 for {kind}")
+
+
 def _check_shapes(config: Config) -> None:
     """Check that experts and router fit the latents that the codec makes."""
     input_size = config.corpus.image_size // config.codec.patch_size
     experts = {"expert": config.expert, **_check_experts(config)}
-    if config.text.kind != "minilm":
-        for name, expert in experts.items():
-            injection, allowed = expert.text_injection, f"for text.kind={config.text.kind}"
-            fits = injection == "cross_attention"
-            _require(fits, f"{name}.text_injection", injection, f"cross_attention {allowed}")
     models: dict[str, ExpertConfig | RouterConfig] = {**experts, "router": config.router}
     for name, model in models.items():
         check_model(name, model)
@@ -182,6 +211,7 @@ def check(config: Config) -> None:
     _check_training("training", config.training)
     _check_training("router_training", config.router_training)
     _check_shapes(config)
+    _check_clip(config)
     for key in ("batch_size", "num_tasks", "threads"):
         value = getattr(config.evaluation, key)
         _require(value >= 1, f"evaluation.{key}", value, "at least 1")
@@ -190,6 +220,8 @@ def check(config: Config) -> None:
         _require(value is None or value >= 1, f"evaluation.{key}", value, "at least 1, or null")
     steps = config.sampling.num_inference_steps
     _require(steps >= 1, "sampling.num_inference_steps", steps, "at least 1")
+    scale = config.sampling.guidance_scale
+    _require(0 <= scale <= 100, "sampling.guidance_scale", scale, "between 0 and 100")
     temperature = config.sampling.router_temperature
     _require(temperature > 0, "sampling.router_temperature", temperature, "> 0")
     _check_fleet(config.fleet)

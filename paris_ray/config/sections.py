@@ -51,6 +51,7 @@ MODEL_LIMITS = {
     "num_heads": 256,
 }
 MAX_TEXT_WIDTH = 65_536
+MAX_EXPERTS = 1024
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -153,7 +154,7 @@ class ExpertConfig:
     prediction: Literal["velocity", "preconditioned", "epsilon"] = "velocity"
     # Of an expert with prediction=epsilon (HDDM, arXiv 2603.06741):
     cosine_offset: float = 0.0  # s of the cosine schedule (arXiv 2102.09672); 0: the pure cosine
-    min_alpha: float = 0.01  # least 1 - t to divide by; 0: no guard, and no sampling from t = 1
+    min_alpha: float = 0.01  # least 1 - t to divide by
     x0_clamp: float | None = 20.0  # bound of the estimated clean latents; null: no guard
 
     @classmethod
@@ -208,7 +209,7 @@ class TrainingConfig:
     schedule: Literal["constant", "linear", "cosine"] = "linear"  # after the warm-up
     decay_share: float = 0.5  # last share of the steps, over which the rate falls
     final_learning_rate_share: float = 0.02
-    max_grad_norm: float = 1.0
+    max_grad_norm: float | None = 1.0  # null: gradients are not clipped
     ema_decay: float = 0.995
     ema_device: Literal["model", "cpu"] = "model"
     text_dropout: float = 0.1
@@ -251,6 +252,7 @@ class EvaluationConfig:
 
     max_captions: int | None = None  # captions to draw; null: all
     max_gallery: int | None = None  # corpus pictures to compare with; null: all
+    dtype: Literal["float32", "bfloat16"] | None = None  # of experts and router; null: as stored
     batch_size: int = 64
     num_tasks: int = 2
     num_cpus: float = 1.0

@@ -1,6 +1,5 @@
 """The autoencoder of Stable Diffusion, read from a `vae/` folder as diffusers writes it."""
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,7 +14,7 @@ from torch import Tensor
 from paris_ray.artifacts import Folder, VerifiedFolder
 from paris_ray.encoders.hub import model_folder
 from paris_ray.encoders.pixels import to_uint8, to_unit_range
-from paris_ray.encoders.pretrained import check_sizes, load_strictly
+from paris_ray.encoders.pretrained import check_sizes, load_strictly, require_package
 from paris_ray.errors import BundleError
 
 CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
@@ -26,9 +25,10 @@ LIMITS = {
     "layers_per_block": 8,
     "latent_channels": 64,
     "norm_num_groups": 256,
-    "sample_size": 8192,
 }
-MAX_BLOCKS, MAX_CHANNELS = 8, 2048
+PICTURE_LIMITS = {"sample_size": 8192}
+MAX_BLOCKS, MAX_CHANNELS, MAX_SCALING_FACTOR = 8, 2048, 1000
+DECODE_BATCH = 4  # pictures; 64 of 256 x 256 pixels at once would need over 10 GB
 # What the later autoencoders of other models changed, and this codec does not know.
 EXPECTED = {
     "_class_name": "AutoencoderKL",
@@ -65,7 +65,7 @@ class AutoencoderKLCodec:
     def latent_shape(self) -> tuple[int, int, int]:
         """Shape `(C, H, W)` of one picture's latents."""
         config = self.autoencoder.config
-        size = self.image_size // _downsampling(config.block_out_channels)
+        size = self.image_size // downsampling(config.block_out_channels)
         return config.latent_channels, size, size
 
     @torch.no_grad()
@@ -88,7 +88,10 @@ class AutoencoderKLCodec:
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> NDArray[np.uint8]:
-        """Return uint8 pictures `(B, S, S, 3)` of latents `(B, C, H, W)`."""
+        """Return uint8 pictures `(B, S, S, 3)` of latents `(B, C, H, W)`, a few at a time."""
+        return np.concatenate([self._decode(part) for part in latents.split(DECODE_BATCH)])
+
+    def _decode(self, latents: Tensor) -> NDArray[np.uint8]:
         unscaled = latents.to(self.autoencoder.device, torch.float32) / self.scaling_factor
         pixels = self.autoencoder.decode(unscaled).sample
         return to_uint8(rearrange(pixels, "b c h w -> b h w c"))
@@ -102,22 +105,28 @@ class AutoencoderKLCodec:
     def load(cls, source: VerifiedFolder, image_size: int | None = None) -> "AutoencoderKLCodec":
         """Return the codec in a `vae/` folder, in float32 whatever is stored.
 
+        Weights that are stored so stay mapped on a CPU, like those of experts.
+
         Args:
             source: Holds VAE_FILES.
             image_size: Height and width of the pictures; None takes the model's `sample_size`.
 
         Raises:
-            BundleError: if the files are not an autoencoder of Stable Diffusion.
+            BundleError: if the files are not an autoencoder of Stable Diffusion, or diffusers is
+                not installed.
             ArtifactError: if one is missing or not the published one.
         """
+        where = source.folder.uri
+        require_package("diffusers", where)
         # Imported here: whoever has another codec needs no diffusers, and its import is slow.
         from diffusers import AutoencoderKL
 
-        where = source.folder.uri
         document = source.read_json(CONFIG)
         architecture = _checked(document, f"{where}/{CONFIG}")
+        if image_size is None:
+            check_sizes(document, PICTURE_LIMITS, f"{where}/{CONFIG}")
         size = document["sample_size"] if image_size is None else image_size
-        factor = _downsampling(architecture["block_out_channels"])
+        factor = downsampling(architecture["block_out_channels"])
         if size % factor:
             raise BundleError(
                 f"{where}: pictures of {size} pixels, allowed: a multiple of {factor}"
@@ -128,7 +137,7 @@ class AutoencoderKLCodec:
         return cls(autoencoder, size, document.get("scaling_factor", SCALING_FACTOR))
 
 
-def _downsampling(block_out_channels: Sequence[int]) -> int:
+def downsampling(block_out_channels: Sequence[int]) -> int:
     """Return how many pixels a latent pixel spans: every block but the last halves."""
     return int(2 ** (len(block_out_channels) - 1))
 
@@ -147,8 +156,10 @@ def _checked(document: Any, where: str) -> dict[str, Any]:
         if document.get(key, value) != value:
             raise BundleError(f"{where}: {key}={document[key]!r}, allowed: {value!r}")
     scaling_factor = document.get("scaling_factor", SCALING_FACTOR)
-    if not isinstance(scaling_factor, float) or not 0 < scaling_factor < math.inf:
-        raise BundleError(f"{where}: scaling_factor={scaling_factor!r}, allowed: above 0, finite")
+    is_number = type(scaling_factor) in (int, float)  # a bool is none
+    if not is_number or not 0 < scaling_factor <= MAX_SCALING_FACTOR:
+        allowed = f"above 0, at most {MAX_SCALING_FACTOR}"
+        raise BundleError(f"{where}: scaling_factor={scaling_factor!r}, allowed: {allowed}")
     return {**blocks, "block_out_channels": channels, **{key: document[key] for key in LIMITS}}
 
 
@@ -170,8 +181,8 @@ def _checked_channels(document: Mapping[str, Any], where: str) -> list[int]:
 def _read_weights(source: VerifiedFolder) -> dict[str, Tensor]:
     """Return the tensors in float32, under the names of today's diffusers."""
     try:
-        stored = safetensors.torch.load(source.read(WEIGHTS))
-    except SafetensorError as error:
+        stored = safetensors.torch.load_file(source.verified_file(WEIGHTS))
+    except (SafetensorError, OSError) as error:
         raise BundleError(f"{source.folder.uri}/{WEIGHTS} is damaged: {error}") from None
     return {_renamed(name): value.float() for name, value in stored.items()}
 

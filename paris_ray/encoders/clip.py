@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from paris_ray.artifacts import Folder, parse_json
-from paris_ray.encoders.pretrained import load_transformer, read_weights
+from paris_ray.encoders.pretrained import load_transformer, read_weights, require_package
 from paris_ray.errors import BundleError
 from paris_ray.models import TextConditioning
 
@@ -26,12 +26,16 @@ TEXT_ENCODER, TOKENIZER = "text_encoder", "tokenizer"
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 TEXT_ENCODER_FILES = (CONFIG, WEIGHTS)
 VOCABULARY_FILES = ("vocab.json", "merges.txt")
+TOKENIZER_CONFIG = "tokenizer_config.json"
 # What a tokenizer may consist of; tokenizer.json or both vocabulary files must be there.
 TOKENIZER_FILES = (
     "tokenizer.json",
     *VOCABULARY_FILES,
-    "tokenizer_config.json",
+    TOKENIZER_CONFIG,
     "special_tokens_map.json",
+)
+FILE_KEYS = frozenset(
+    {"vocab", "merges", "vocab_file", "merges_file", "tokenizer_file", "tokenizer_object"}
 )
 MAX_VOCAB_SIZE = 2**16  # token ids are kept in 16 bits
 PREFIX = "text_model."
@@ -85,6 +89,7 @@ class ClipText:
         self, text_encoder: Path, tokenizer: Path, dtype: torch.dtype | None = torch.float32
     ) -> None:
         architecture, state = read_text_tower(text_encoder)
+        require_package("transformers", text_encoder)
         # Imported here: the core never needs transformers, and its import is slow.
         from transformers import CLIPTextModel
 
@@ -176,9 +181,11 @@ def _is_text_weight(name: str) -> bool:
 
 
 def _read_tokenizer(folder: Path) -> Any:
+    tokenizer_files(Folder(folder))
+    _refuse_other_files(folder / TOKENIZER_CONFIG)
+    require_package("transformers", folder)
     from transformers import CLIPTokenizer
 
-    tokenizer_files(Folder(folder))
     try:
         tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # tokenizers raises no narrower one
@@ -186,6 +193,20 @@ def _read_tokenizer(folder: Path) -> Any:
     if tokenizer.pad_token_id is None or tokenizer.eos_token_id is None:
         raise BundleError(f"the tokenizer in {folder} has no padding or no end-of-text token")
     return tokenizer
+
+
+def _refuse_other_files(config: Path) -> None:
+    """Refuse a configuration that names the tokenizer's files: they could be any of this machine.
+
+    transformers hands every key of it to the tokenizer's constructor.
+    """
+    if not config.exists():
+        return
+    document = parse_json(config.read_bytes(), str(config))
+    if not isinstance(document, dict):
+        raise BundleError(f"{config} does not hold a mapping")
+    for key in sorted(document.keys() & FILE_KEYS):
+        raise BundleError(f"{config}: {key} is not allowed: the tokenizer's files have fixed names")
 
 
 def tokenizer_files(folder: Folder) -> list[str]:

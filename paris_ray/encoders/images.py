@@ -175,6 +175,8 @@ def load_open_clip(model: str, checkpoint: str, *, field: str) -> Any:
         )
     published = open_clip.get_pretrained_cfg(model, checkpoint)
     repository, _, _ = published["hf_hub"].rpartition("/")
+    if not repository:
+        raise ConfigError(f"{field}={checkpoint!r} is a tag without safetensors on the hub")
     folder = model_folder(repository, OPEN_CLIP_FILES, field=field)
     quick_gelu = published.get("quick_gelu", False)  # else open_clip only warns of the mismatch
     return _create_open_clip(f"local-dir:{folder}", force_quick_gelu=quick_gelu)

@@ -1,6 +1,7 @@
 """Models made by others: checked before anything is allocated for them, and loaded completely."""
 
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,12 @@ TRANSFORMER_LIMITS = {
     "intermediate_size": 16_384,
     "max_position_embeddings": 8192,
 }
+
+
+def require_package(name: str, where: object) -> None:
+    """Raise BundleError, saying what to install, unless the package that reads `where` is there."""
+    if find_spec(name) is None:
+        raise BundleError(f"{where} needs {name}: pip install 'paris_ray[paris]'")
 
 
 def check_sizes(sizes: Mapping[str, Any], limits: Mapping[str, int], where: str) -> None:

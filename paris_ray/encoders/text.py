@@ -21,7 +21,7 @@ from paris_ray.encoders.clip import (
     tokenizer_files,
 )
 from paris_ray.encoders.hub import model_folder
-from paris_ray.encoders.pretrained import load_transformer, read_weights
+from paris_ray.encoders.pretrained import load_transformer, read_weights, require_package
 from paris_ray.errors import BundleError, ConfigError
 from paris_ray.models import TextConditioning
 
@@ -61,6 +61,7 @@ class MiniLM:
 
     def __init__(self, folder: Path) -> None:
         check_model_files(folder)
+        require_package("transformers", folder)
         # Imported here: experts and the core never need transformers, and its import is slow.
         from tokenizers import Tokenizer
         from transformers import BertModel

@@ -173,7 +173,7 @@ def run_block(block: nn.Module, *inputs: Tensor | None, recompute: bool) -> Tens
     """
     if not recompute:
         return block(*inputs)
-    result: Tensor = checkpoint(block, *inputs, use_reentrant=False)
+    result: Tensor = checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
     return result
 
 

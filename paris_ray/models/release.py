@@ -2,10 +2,13 @@
 
 Fields that the release does not have stand under `paris_ray`. The release was never published with
 code, so the spelling of a few fields is known from secondary sources alone: every spelling seen is
-read, the first one is written.
+read, the first one is written. What the shapes of the tensors prove anyway, when they are compared
+with the configuration, a document may leave out.
 """
 
 from collections.abc import Mapping
+from dataclasses import fields
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 from paris_ray.config import ExpertConfig, RouterConfig, check_model, from_dict, to_dict
@@ -26,7 +29,11 @@ _SPELLINGS: Mapping[type, Mapping[str, tuple[str, ...]]] = {
     ExpertConfig: _COMMON | {"text_embed_dim": ("text_embed_dim",)},
     RouterConfig: _COMMON | {"num_experts": ("num_experts", "num_clusters")},
 }
-# What these architectures are; a document that says otherwise is of another one.
+# No other value has a safe default: heads leave no trace in the tensors, and a model without a
+# width or a depth is not described at all.
+_REQUIRED = ("hidden_size", "num_layers", "num_heads")
+# What these architectures are. An expert's document that says otherwise is of another one; what
+# the release's router calls itself is not known, so there the tensors alone decide.
 _FIXED: Mapping[type, Mapping[str, object]] = {
     ExpertConfig: {
         "model_type": "dit_expert",
@@ -42,16 +49,20 @@ _FIXED: Mapping[type, Mapping[str, object]] = {
 
 def write_document(config: ExpertConfig | RouterConfig) -> dict[str, Any]:
     """Return the `config.json` of a model."""
-    fields = to_dict(config)
+    ours = to_dict(config)
     spellings = _SPELLINGS[type(config)]
-    public = {names[0]: fields.pop(field) for field, names in spellings.items()}
+    public = {names[0]: ours.pop(field) for field, names in spellings.items()}
     if isinstance(config, ExpertConfig):
         public["out_channels"] = config.in_channels
-    return {**_FIXED[type(config)], **public, OURS: fields}
+    return {**_FIXED[type(config)], **public, OURS: ours}
 
 
 def read_document(
-    model: type[ModelConfig], document: object, where: str, *, input_size: int | None = None
+    model: type[ModelConfig],
+    document: object,
+    where: str,
+    *,
+    defaults: Mapping[str, int] = MappingProxyType({}),
 ) -> ModelConfig:
     """Return the configuration that a `config.json` describes, checked.
 
@@ -59,23 +70,24 @@ def read_document(
         model: `ExpertConfig` or `RouterConfig`.
         document: Parsed JSON that may come from a stranger.
         where: What to call it in an error.
-        input_size: Height and width of the latents, where the document does not tell.
+        defaults: Values of fields that the document does not tell, from what surrounds it; those
+            that the model does not have are ignored. Without any, the class's own hold.
 
     Raises:
         ConfigError: naming the field, its value and what is allowed.
     """
     if not isinstance(document, dict):
         raise ConfigError(f"{where} does not hold a mapping")
-    for field, expected in _FIXED[model].items():
-        if document.get(field, expected) != expected:
-            raise ConfigError(f"{where}: {field}={document[field]!r}, expected {expected!r}")
-    values = {} if input_size is None else {"input_size": input_size}
-    for field, names in _SPELLINGS[model].items():
-        values[field] = _read_field(document, names, where)
+    if model is ExpertConfig:
+        _check_architecture(document, where)
     ours = document.get(OURS, {})
     if not isinstance(ours, dict):
         raise ConfigError(f"{where}: {OURS}={ours!r} is not a mapping")
-    config = from_dict(model, values | ours, where)
+    for field in ours.keys() & _SPELLINGS[model].keys():
+        raise ConfigError(f"{where}: {OURS}.{field} is not allowed: it has a public name")
+    known = {field.name for field in fields(model)}
+    values = {name: value for name, value in defaults.items() if name in known}
+    config = from_dict(model, values | _public_values(model, document, where) | ours, where)
     check_model(where, config)
     channels = document.get("out_channels", config.in_channels)
     if channels != config.in_channels:
@@ -83,8 +95,19 @@ def read_document(
     return config
 
 
-def _read_field(document: Mapping[str, Any], names: tuple[str, ...], where: str) -> Any:
-    for name in names:
-        if name in document:
-            return document[name]
-    raise ConfigError(f"{where}: the field {names[0]} is missing")
+def _check_architecture(document: Mapping[str, Any], where: str) -> None:
+    for field, expected in _FIXED[ExpertConfig].items():
+        if document.get(field, expected) != expected:
+            raise ConfigError(f"{where}: {field}={document[field]!r}, expected {expected!r}")
+
+
+def _public_values(model: type, document: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Return the fields of the release that are there, under our names."""
+    values = {}
+    for field, names in _SPELLINGS[model].items():
+        found = [document[name] for name in names if name in document]
+        if found:
+            values[field] = found[0]
+        elif field in _REQUIRED:
+            raise ConfigError(f"{where}: the field {names[0]} is missing")
+    return values

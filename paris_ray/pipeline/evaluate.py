@@ -102,7 +102,7 @@ def draw(
     """Draw captions; return thumbnails `(N, 32, 32, 3)` and expert usage `(N, K)`."""
     torch.set_num_threads(config.evaluation.threads)
     device = "auto" if config.evaluation.num_gpus else "cpu"
-    bundle = open_trained_parts(Run(config), device=device)
+    bundle = open_trained_parts(Run(config), device=device, dtype=config.evaluation.dtype)
     options = sampling_options(bundle)
     seed, size = derive_seed(config.seed, "evaluation"), config.evaluation.batch_size
     pictures, usages = [], []

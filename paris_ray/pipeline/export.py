@@ -51,5 +51,8 @@ def _card(run: Run, bundle: Bundle, evaluation: Manifest | None) -> str:
         cluster_sizes=list(read_manifest(run.clusters, CLUSTERS).facts["sizes"]),
         router=read_manifest(run.router, ROUTER).facts,
         losses=[expert.facts["loss"] for expert in experts],
+        started_from={
+            f"expert_{k}": e.parents["init"] for k, e in enumerate(experts) if "init" in e.parents
+        },
         evaluation=None if evaluation is None else evaluation.facts,
     )

@@ -19,7 +19,6 @@ from paris_ray.sampling.sampler import sample_one_expert
 
 NUM_SAMPLES = 16
 GRID_PIXELS = 128  # smaller pictures are enlarged to this height, to be seen
-DECODE_BATCH = 4  # an autoencoder needs much more memory than the latents
 
 
 class SampleGrid:
@@ -52,9 +51,8 @@ class SampleGrid:
         )
         # Read each time: a codec that stayed on the device would take room from training.
         codec = load_codec(self.codec, self.config.corpus.image_size).to(device)
-        pictures = [codec.decode(part) for part in latents.split(DECODE_BATCH)]
         scale = max(1, GRID_PIXELS // self.config.corpus.image_size)
-        return png_bytes(picture_grid(np.concatenate(pictures), columns=8, scale=scale))
+        return png_bytes(picture_grid(codec.decode(latents), columns=8, scale=scale))
 
 
 def _read_text(

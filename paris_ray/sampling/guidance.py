@@ -112,7 +112,7 @@ def guided_velocity(
     latents: Tensor,
     t: float,
     text: EncodedText,
-    null_text: EncodedText,
+    null_text: EncodedText | None,
     guidance_scale: float,
 ) -> Tensor:
     """Return uncond + guidance_scale * (cond - uncond), `(B, C, H, W)`, in one forward pass.
@@ -124,7 +124,7 @@ def guided_velocity(
         latents: `(B, C, H, W)` noisy latents.
         t: The time, in [0, 1].
         text: Its encoding of the B captions.
-        null_text: Its encoding of the null text, a batch of one.
+        null_text: Its encoding of the null text, a batch of one; may be None at a scale of 1.
         guidance_scale: 1 asks for the conditional velocity alone.
 
     Source: classifier-free guidance, Ho and Salimans 2022 (arXiv:2207.12598).
@@ -133,6 +133,7 @@ def guided_velocity(
     latents, times = latents.to(device), torch.full((count,), t, device=device)
     if guidance_scale == 1.0:
         return predict_velocity(expert, latents, times, text).to(home)
+    assert null_text is not None
     both = EncodedText.concatenate([text, *[null_text] * count])
     velocity = predict_velocity(expert, latents.repeat(2, 1, 1, 1), times.repeat(2), both)
     conditional, unconditional = velocity.chunk(2)

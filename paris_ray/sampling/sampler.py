@@ -25,7 +25,11 @@ from paris_ray.sampling.routing import Routing, expert_weights, parse_routing
 from paris_ray.sampling.solvers import euler_step
 from paris_ray.seeding import torch_generator
 
-MAX_BATCH = 64
+MAX_BATCH = 8  # pictures at once: with more, eight XL/2 experts' texts outgrow `TextCache`
+
+
+class SamplingError(RuntimeError):
+    """The experts gave latents that are no picture."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -128,6 +132,9 @@ def denoise(
         text: Conditioning of the B prompts.
         router: Chooses and weighs the experts, on any device.
         options: Steps, guidance and routing.
+
+    Raises:
+        SamplingError: if the latents are not finite in the end.
     """
     latents, keyed_text = noise, KeyedText.of(text)
     text = text.to(router.pos_embed.device)
@@ -141,6 +148,8 @@ def denoise(
             velocity[call.rows] += weights[call.rows, call.expert, None, None, None] * answer
         latents = euler_step(latents, velocity, t, t_next)
         usage += weights / options.num_inference_steps
+    if not latents.isfinite().all():
+        raise SamplingError("the experts gave latents that are not finite: try dtype=float32")
     return Samples(latents, usage)
 
 
@@ -210,14 +219,18 @@ class LocalExperts:
         """Return the velocities `(b, C, H, W)` that a call asks for."""
         with self._turn:
             expert, owner = self._bundle.expert(call.expert, call.lora), (call.expert, call.lora)
-            return guided_velocity(
-                expert,
-                call.latents,
-                call.t,
-                self._texts.encode(expert, call.text, owner=owner),
-                self._texts.encode(expert, self._null_text, owner=owner),
-                call.guidance_scale,
-            )
+            text = self._texts.encode(expert, call.text, owner=owner)
+            null_text = None
+            if call.guidance_scale != 1.0:
+                null_text = self._texts.encode(expert, self._null_text, owner=owner)
+            scale = call.guidance_scale
+            return guided_velocity(expert, call.latents, call.t, text, null_text, scale)
+
+    def answer_all(self, calls: Sequence[ExpertCall]) -> list[Tensor]:
+        """Answer the calls of a step, the experts first that are loaded: no expert loads twice."""
+        order = sorted(range(len(calls)), key=lambda i: not self._bundle.holds(calls[i].expert))
+        answers = {i: self.answer(calls[i]) for i in order}
+        return [answers[i] for i in range(len(calls))]
 
 
 def sample(
@@ -231,8 +244,7 @@ def sample(
     denoising = start_denoising(bundle, text, seeds, options)
     step = advance(denoising)
     while not isinstance(step, Samples):
-        answers = [experts.answer(call) for call in step]
-        step = advance(denoising, answers)
+        step = advance(denoising, experts.answer_all(step))
     return step
 
 
@@ -289,6 +301,7 @@ def generate(
 
     Raises:
         ParisError: if an option is not allowed.
+        SamplingError: if the latents are not finite in the end.
     """
     options = sampling_options(
         bundle,
@@ -297,10 +310,11 @@ def generate(
         routing=routing,
         lora=lora,
     )
+    codec = bundle.codec  # now: one that is damaged must not cost a whole sampling
     images: list[Image.Image] = []
     for start in range(0, len(prompts), MAX_BATCH):
         batch = prompts[start : start + MAX_BATCH]
         seeds = range(seed + start, seed + start + len(batch))
         samples = sample(bundle, bundle.encode_text(batch), seeds, options)
-        images.extend(map(Image.fromarray, bundle.codec.decode(samples.latents)))
+        images.extend(map(Image.fromarray, codec.decode(samples.latents)))
     return images

@@ -190,9 +190,13 @@ def test_a_killed_expert_is_retried_and_ends_as_if_nothing_had_happened(
 
 def _kill_after_first_checkpoint(folder: Folder) -> int:
     """Kill the process that trains expert 0; return how many there were."""
+    deadline = time.monotonic() + 60
     while not folder.exists("checkpoint.safetensors"):
+        assert time.monotonic() < deadline, "no checkpoint"
         time.sleep(0.01)
-    processes = psutil.process_iter(["cmdline"])
+    # Another Ray on this machine may train its own expert 0: only this one's are our descendants.
+    ours = {child.pid for child in psutil.Process().children(recursive=True)}
+    processes = [p for p in psutil.process_iter(["cmdline"]) if p.pid in ours]
     workers = [p for p in processes if (p.info["cmdline"] or [""])[0] == "ray::expert-0"]
     for worker in workers:
         worker.kill()

@@ -132,10 +132,14 @@ def test_a_task_that_no_node_suits_is_told_and_the_others_go_on(
     }
     with caplog.at_level(logging.INFO, "paris_ray"), ThreadPoolExecutor() as pool:
         finished = pool.submit(lambda: list(watch(tasks)))
-        while not caplog.text.count("waits for a node"):
-            assert not finished.done()
-            time.sleep(0.1)
-        ray.cancel(tasks["expert 0"].result)
+        try:
+            deadline = time.monotonic() + 60
+            while "waits for a node" not in caplog.text:
+                assert not finished.done()
+                assert time.monotonic() < deadline, "nothing was told"
+                time.sleep(0.1)
+        finally:  # the pool waits for `watch`, which waits for the task
+            ray.cancel(tasks["expert 0"].result)
         names, errors = zip(*finished.result(timeout=60), strict=True)
     assert names == ("expert 1", "expert 0")
     assert errors[0] is None

@@ -59,6 +59,7 @@ def test_the_model_is_described(url: str) -> None:
         "picture_size": 32,
         "defaults": {"num_inference_steps": 50, "guidance_scale": 7.5, "routing": "top-2"},
         "example_prompts": [],
+        "loras": {},
         "attribution": None,
     }
 

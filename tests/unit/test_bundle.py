@@ -172,9 +172,12 @@ def test_a_router_for_other_experts_is_refused(unsigned: Path) -> None:
         ({"paris_ray": None}, "the field paris_ray is missing"),
         ({"paris_ray": 3}, "the field paris_ray is missing"),
         ({"model_name": None}, "'model_name' is missing"),
+        ({"model_name": ["tiny"]}, "model_name=['tiny'], allowed: a text"),
+        ({"vae_name": 3}, "vae_name=3, allowed: a text"),
         ({"paris_ray": {"picture_size": 32, "attribution": None}}, "'sampling' is missing"),
         ({"paris_ray": {"sampling": {}}}, "paris_ray: picture_size=None, allowed: 1 to"),
         ({"num_channels": 4}, "num_channels=4, but the router reads 8"),
+        ({"num_channels": None}, "num_channels=None, allowed: 1 to"),
         ({"image_size": None}, "image_size=None, allowed: 1 to"),
         ({"image_size": 8}, "image_size=8, but the router reads 4"),
         ({"use_latents": False}, "use_latents=False, expected True"),
@@ -187,6 +190,22 @@ def test_bad_facts_are_named(unsigned: Path, changes: dict[str, Any], fragment: 
     message = refusal(unsigned, BundleError)
     assert "bundle/config.json" in message
     assert fragment in message
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("example_prompts", "a red cat"),
+        ("example_prompts", ["a red cat", 3]),
+        ("example_prompts", None),
+        ("attribution", ["nobody"]),
+    ],
+    ids=str,
+)
+def test_facts_that_are_no_text_are_named(unsigned: Path, field: str, value: object) -> None:
+    ours = json.loads((unsigned / "config.json").read_text())["paris_ray"]
+    edit(unsigned / "config.json", paris_ray=ours | {field: value})
+    assert f"paris_ray.{field}={value!r}, allowed: a" in refusal(unsigned, BundleError)
 
 
 @pytest.mark.parametrize(
@@ -222,7 +241,8 @@ def test_a_bad_expert_config_is_named(
     ("changes", "fragment"),
     [
         ({"num_experts": -1}, "num_experts=-1"),
-        ({"num_experts": 10**9}, "num_experts=1000000000, but the bundle has 3 experts"),
+        ({"num_experts": 10**9}, "num_experts=1000000000 is not allowed"),
+        ({"num_experts": 4}, "num_experts=4, but the bundle has 3 experts"),
         ({"text_embed_dim": 24}, "text_proj"),
         ({"patch_size": 4}, "patch_embed"),
         ({"in_channels": 4}, "num_channels=8, but the router reads 4"),
@@ -237,6 +257,15 @@ def test_a_bad_router_config_is_named(
     message = refusal(unsigned, BundleError)
     assert "router" in message
     assert fragment in message
+
+
+def test_the_bundle_tells_what_its_models_leave_out(unsigned: Path) -> None:
+    """The classes' own defaults are 4 channels and 8 experts."""
+    edit(unsigned / "expert_1" / "config.json", in_channels=None, out_channels=None)
+    edit(unsigned / "router" / "config.json", in_channels=None, num_experts=None)
+    bundle = load_everything(unsigned)
+    assert bundle.expert(1).config.in_channels == bundle.router.config.in_channels == 8
+    assert bundle.router.config.num_experts == NUM_EXPERTS
 
 
 def test_other_codecs_are_refused(unsigned: Path) -> None:

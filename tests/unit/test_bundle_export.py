@@ -121,15 +121,31 @@ def test_unlike_experts_draw_with_every_routing(unlike: Bundle) -> None:
         assert len({image.tobytes() for image in images}) == 3
 
 
-def card(bundle: Bundle) -> str:
+def card(bundle: Bundle, **facts: Any) -> str:
     return model_card(
         bundle,
         embeddings={"rows": 10, "quarantined": {}, "attribution": None},
         cluster_sizes=[3, 3, 4],
         router={"right_cluster": {"0.5": 0.9}},
         losses=[0.1, 0.2, 0.3],
-        evaluation=None,
+        **{"evaluation": None} | facts,
     )
+
+
+def test_the_model_card_explains_what_was_measured_alone(tiny_bundle: Bundle) -> None:
+    assert "aption accuracy" not in card(tiny_bundle)
+    facts = {"captions": 9, "gallery": 10, "accuracy": 0.5, "expert_usage": [0.2, 0.3, 0.5]}
+    text = card(tiny_bundle, evaluation=facts)
+    assert "| caption accuracy over 9 captions, among 10 pictures | 0.5000 |" in text
+    assert "Caption accuracy is the share" in text
+
+
+def test_the_model_card_tells_of_weights_of_others(tiny_bundle: Bundle) -> None:
+    assert "licence" not in card(tiny_bundle)
+    text = card(tiny_bundle, started_from={"expert_1": "5e" * 32})
+    assert f"- expert_1 was started from other weights (SHA-256 `{'5e' * 32}`)" in text
+    assert "expert_0" not in text
+    assert "facebookresearch/DiT are CC BY-NC 4.0" in text
 
 
 def test_the_model_card_tells_of_unlike_experts(unlike: Bundle, tiny_bundle: Bundle) -> None:

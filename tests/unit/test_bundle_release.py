@@ -3,10 +3,12 @@
 import json
 import os
 import shutil
+import sys
 import time
 import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from paris_ray.artifacts import Folder
 from paris_ray.bundle import Bundle, load_bundle
 from paris_ray.config import SamplingConfig
 from paris_ray.errors import ArtifactError, BundleError, ConfigError
+from paris_ray.models import Expert
 from paris_ray.run import EXPERT_WEIGHTS, ROUTER_WEIGHTS
 from paris_ray.sampling import generate
 from paris_ray.sampling.guidance import guided_velocity
@@ -248,6 +251,10 @@ def reshape(name: str, tensor: str) -> Change:
 
 EXPERT, ROUTER = f"expert_2/{EXPERT_WEIGHTS}", f"router/{ROUTER_WEIGHTS}"
 VAE = "vae/diffusion_pytorch_model.safetensors"
+CLIP = "text_encoder/model.safetensors"
+# What the tensors of each prove.
+EXPERT_PROOFS = ("patch_size", "in_channels", "out_channels", "mlp_ratio")
+ROUTER_PROOFS = ("patch_size", "in_channels", "mlp_ratio", "num_experts")
 
 
 @pytest.mark.parametrize(
@@ -261,6 +268,14 @@ VAE = "vae/diffusion_pytorch_model.safetensors"
         pytest.param(remove("vae"), ["lacks vae or codec"], id="vae"),
         pytest.param(remove(VAE), [f"lacks {VAE}"], id="vae weights"),
         pytest.param(remove("text_encoder"), ["lacks text_encoder/"], id="text encoder"),
+        pytest.param(
+            remove("tokenizer"),
+            ["lacks tokenizer/", "text_encoder/config.json with model_type='clip_text_model'"],
+            id="tokenizer",
+        ),
+        pytest.param(truncate(CLIP), [CLIP, "damaged"], id="truncated text encoder"),
+        pytest.param(truncate(VAE), [VAE, "damaged"], id="truncated autoencoder"),
+        pytest.param(write(VAE, b"\x80\x04pickle"), [VAE, "damaged"], id="pickled autoencoder"),
         pytest.param(
             lambda root: shutil.copytree(root / "expert_0", root / "expert_7"),
             ["config.json: num_experts=3, but expert_7/ exists"],
@@ -366,17 +381,12 @@ def test_damage_is_named_before_any_weights_are_read(
 @pytest.mark.parametrize(
     ("damage", "fragments"),
     [
-        pytest.param(remove("tokenizer"), ["tokenizer", "lacks tokenizer.json"], id="tokenizer"),
         pytest.param(
             remove("tokenizer/tokenizer.json"), ["lacks tokenizer.json"], id="tokenizer file"
         ),
         pytest.param(
-            truncate("text_encoder/model.safetensors"), ["text_encoder/model.safe"], id="CLIP"
-        ),
-        pytest.param(
             edit("text_encoder/config.json", model_type="t5"), ["model_type='t5'"], id="T5"
         ),
-        pytest.param(truncate(VAE), [VAE, "damaged"], id="truncated autoencoder"),
         pytest.param(
             edit("vae/config.json", latent_channels=8), ["diffusion_pytorch"], id="autoencoder"
         ),
@@ -399,6 +409,99 @@ def test_links_inside_the_folder_are_read(copy: Path) -> None:
     shutil.move(copy / EXPERT, copy / "expert_2" / "blob")
     (copy / EXPERT).symlink_to("blob")
     assert load_bundle(str(copy)).expert(2)
+
+
+def leave_out(name: str, *fields: str) -> Change:
+    return edit(name, **dict.fromkeys(fields))
+
+
+def test_what_the_tensors_prove_need_not_be_told(copy: Path, release_bundle: Bundle) -> None:
+    leave_out("expert_1/config.json", *EXPERT_PROOFS)(copy)
+    leave_out("router/config.json", *ROUTER_PROOFS)(copy)
+    bundle = load_bundle(str(copy))
+    assert bundle.expert(1).config == release_bundle.expert(1).config
+    assert bundle.router.config == release_bundle.router.config
+    images, expected = (generate(b, PROMPTS, **FEW) for b in (bundle, release_bundle))
+    assert [image.tobytes() for image in images] == [image.tobytes() for image in expected]
+
+
+@pytest.mark.parametrize(
+    "statement", [{"architecture": "dit_router"}, {"use_adaln_single": True}], ids=str
+)
+def test_the_tensors_of_a_router_decide_what_it_is(copy: Path, statement: dict[str, Any]) -> None:
+    edit("router/config.json", **statement)(copy)
+    assert load_bundle(str(copy)).router
+
+
+def remake(**changes: Any) -> Change:
+    """Return a change of expert 1 to another architecture, of which `config.json` is silent."""
+
+    def change(root: Path) -> None:
+        config = replace(load_bundle(str(root)).expert_configs[1], **changes)
+        state = Expert(config).state_dict()
+        safetensors.torch.save_file(state, root / "expert_1" / EXPERT_WEIGHTS)
+        leave_out("expert_1/config.json", *changes)(root)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("damage", "fragments"),
+    [
+        pytest.param(
+            leave_out("expert_1/config.json", "text_embed_dim"),
+            ["expert_1", "'text_proj.weight' has shape (16, 16)", "means (16, 768)"],
+            id="text_embed_dim",
+        ),
+        pytest.param(remake(mlp_ratio=2.0), ["expert_1", "mlp"], id="mlp_ratio"),
+        pytest.param(remake(patch_size=1), ["expert_1", "has shape"], id="patch_size"),
+        pytest.param(
+            remake(in_channels=8), ["expert_1", "'final_layer.linear.bias'"], id="in_channels"
+        ),
+        pytest.param(
+            lambda root: (
+                leave_out("router/config.json", "num_experts")(root),
+                reshape(ROUTER, "head.4.bias")(root),
+            ),
+            [ROUTER, "'head.4.bias' has shape (2,)", "means (3,)"],
+            id="num_experts",
+        ),
+        *(
+            pytest.param(
+                leave_out(f"{part}/config.json", field),
+                [f"{part}/config.json: the field {field} is missing"],
+                id=f"{field} of {part}",
+            )
+            for part in ("expert_0", "router")
+            for field in ("hidden_size", "num_layers", "num_heads")
+        ),
+    ],
+)
+def test_a_wrong_guess_is_refused(copy: Path, damage: Change, fragments: list[str]) -> None:
+    damage(copy)
+    with pytest.raises(BundleError) as caught:
+        load_bundle(str(copy))
+    assert all(fragment in str(caught.value) for fragment in fragments), caught.value
+
+
+@pytest.mark.parametrize(
+    ("package", "folder", "load"),
+    [
+        ("diffusers", "vae", lambda bundle: bundle.codec),
+        ("transformers", "text_encoder", lambda bundle: bundle.text_encoder),
+    ],
+)
+def test_a_missing_package_is_named(
+    release_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    package: str,
+    folder: str,
+    load: Callable[[Bundle], Any],
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    message = rf"/{folder} needs {package}: pip install 'paris_ray\[paris\]'"
+    with pytest.raises(BundleError, match=message):
+        load(load_bundle(str(release_path)))
 
 
 def narrow_text(root: Path) -> None:

@@ -100,10 +100,23 @@ def test_unknown_keys_and_wrong_types_are_refused(override: str, fragments: list
         ("expert.mlp_ratio", "0"),
         ("router.num_layers", "257"),
         ("router.num_experts", "3"),
+        ("router.num_experts", "1000000000000000000"),
         ("expert.min_alpha", "1"),
+        ("expert.layer_norm_eps", "0"),
+        ("expert.layer_norm_eps", ".nan"),
         ("expert.x0_clamp", "0"),
         ("expert.cosine_offset", "-1"),
         ("training.accumulation_steps", "7"),
+        ("training.max_grad_norm", "0"),
+        ("training.max_grad_norm", "-1"),
+        ("training.betas", "[1.5,0.9]"),
+        ("training.learning_rate", ".inf"),
+        ("training.warmup_steps", "-5"),
+        ("training.t_logit_std", "-1"),
+        ("training.num_gpus", "-1"),
+        ("training.text_noise", "0.25"),
+        ("text.path", "null"),
+        ("sampling.guidance_scale", "-4"),
         ("training.epochs", "0"),
         ("sampling.router_temperature", "0"),
         ("fleet.num_images", "0"),
@@ -112,12 +125,16 @@ def test_unknown_keys_and_wrong_types_are_refused(override: str, fragments: list
     ],
 )
 def test_values_that_do_not_fit_are_refused(field: str, value: str) -> None:
+    clip = ["text.kind=clip", "text.path=openai/clip-vit-large-patch14"]
+    crossed = [*clip, "expert.text_injection=cross_attention"]
     extra = {
-        "corpus.path": "corpus.kind=parquet",
-        "features.checkpoint": "features.kind=timm",
-        "expert.text_injection": "text.kind=clip",
+        "corpus.path": ["corpus.kind=parquet"],
+        "features.checkpoint": ["features.kind=timm"],
+        "expert.text_injection": clip,
+        "text.path": ["text.kind=clip"],
+        "training.text_noise": crossed,
     }
-    others = [extra[field]] if field in extra else []
+    others = extra.get(field, [])
     assert refusal(f"{field}={value}", *others).startswith(f"{field}=")
 
 
@@ -199,8 +216,9 @@ def changed(section: Any, path: Sequence[str]) -> Any:
 
 
 def another(value: Any, hint: Any) -> Any:
-    if get_origin(hint) is Literal:
-        return next((choice for choice in get_args(hint) if choice != value), value)
+    if "Literal" in str(hint):  # or one that may be null
+        literal = hint if get_origin(hint) is Literal else get_args(hint)[0]
+        return next((choice for choice in get_args(literal) if choice != value), value)
     if value is None:
         return 1 if {int, float} & set(get_args(hint)) else "x"
     if isinstance(value, bool):

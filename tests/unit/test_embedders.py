@@ -31,6 +31,8 @@ def config(tmp_path: Path, release_path: Path) -> Config:
         f"text.path={release_path}",
         "expert.text_embed_dim=16",
         "expert.text_injection=cross_attention",
+        "training.text_noise=0",
+        "router_training.text_noise=0",
         "corpus.caption_templates=['{}','a picture of {}']",
     ]
     config = load("quickstart", overrides)

@@ -11,7 +11,13 @@ import torch
 from diffusers import AutoencoderKL
 
 from paris_ray.artifacts import Folder, VerifiedFolder
-from paris_ray.encoders.autoencoder import CONFIG, WEIGHTS, AutoencoderKLCodec, copy_autoencoder_kl
+from paris_ray.encoders.autoencoder import (
+    CONFIG,
+    DECODE_BATCH,
+    WEIGHTS,
+    AutoencoderKLCodec,
+    copy_autoencoder_kl,
+)
 from paris_ray.encoders.codec import load_codec
 from paris_ray.errors import ArtifactError, BundleError, ConfigError
 from paris_ray.seeding import torch_generator
@@ -111,6 +117,8 @@ def test_the_scaling_factor_is_the_published_one(vae: Path) -> None:
     del document["scaling_factor"]  # as in sd-vae-ft-mse
     (vae / CONFIG).write_text(json.dumps(document))
     assert torch.equal(load(vae).encode(PICTURES), ours)
+    change_config(vae, scaling_factor=1)  # JSON has one kind of numbers
+    torch.testing.assert_close(load(vae).encode(PICTURES), ours / 0.18215)
 
 
 def test_the_picture_size_decides_the_shape_of_latents(vae: Path) -> None:
@@ -118,6 +126,34 @@ def test_the_picture_size_decides_the_shape_of_latents(vae: Path) -> None:
     assert load(vae, None).latent_shape == (4, 16, 16)
     with pytest.raises(BundleError, match="pictures of 30 pixels, allowed: a multiple of 4"):
         load(vae, 30)
+    change_config(vae, sample_size=None)
+    assert load(vae, 256).latent_shape == (4, 64, 64)
+    with pytest.raises(BundleError, match="sample_size=None, allowed: 1 to"):
+        load(vae, None)
+
+
+def test_weights_are_mapped(vae: Path) -> None:
+    codec = load(vae)
+    assert str(vae / WEIGHTS) in Path("/proc/self/maps").read_text()
+    assert codec.autoencoder.decoder.conv_in.weight.isfinite().all()
+
+
+def test_many_pictures_are_decoded_a_few_at_a_time(
+    published: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    codec, sizes = load(published), []
+    latents = torch.randn(2 * DECODE_BATCH + 1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    expected = np.concatenate([codec.decode(latents[i : i + 1]) for i in range(len(latents))])
+    decode = codec.autoencoder.decode
+
+    def counted(part: torch.Tensor) -> Any:
+        sizes.append(len(part))
+        return decode(part)
+
+    monkeypatch.setattr(codec.autoencoder, "decode", counted)
+    difference = codec.decode(latents).astype(int) - expected
+    assert sizes == [DECODE_BATCH, DECODE_BATCH, 1]
+    assert np.abs(difference).max() <= 1  # the last bit may round otherwise in a batch
 
 
 def test_attention_under_its_old_names_is_read(published: Path, vae: Path) -> None:
@@ -174,7 +210,8 @@ def test_weights_that_do_not_fit_are_refused(vae: Path, change: str) -> None:
         ({"scaling_factor": 0.0}, "scaling_factor=0.0, allowed: above 0"),
         ({"scaling_factor": float("nan")}, "scaling_factor=nan"),
         ({"scaling_factor": "0.2"}, "scaling_factor='0.2'"),
-        ({"sample_size": None}, "sample_size=None"),
+        ({"scaling_factor": True}, "scaling_factor=True"),
+        ({"scaling_factor": 10**400}, "scaling_factor=1000"),
         ({"_class_name": "AutoencoderTiny"}, "kind='AutoencoderTiny', expected"),
         ({"latent_channels": 8}, "does not fit"),
     ],

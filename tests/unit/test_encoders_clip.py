@@ -321,6 +321,16 @@ def test_a_configuration_cannot_name_code_or_other_files(copy: Path) -> None:
     assert load(copy).model.config._attn_implementation == "sdpa"
 
 
+@pytest.mark.parametrize("key", ["vocab", "merges", "vocab_file", "tokenizer_object"])
+def test_a_tokenizer_cannot_name_other_files(copy: Path, key: str) -> None:
+    """transformers would read them, wherever they are."""
+    config = copy / "tokenizer" / "tokenizer_config.json"
+    document = json.loads(config.read_text()) if config.exists() else {}
+    config.write_text(json.dumps(document | {key: "/etc/passwd"}))
+    with pytest.raises(BundleError, match=rf"tokenizer_config.json: {key} is not allowed"):
+        load(copy)
+
+
 @pytest.mark.parametrize("payload", [b"", b"\x80\x04K\x01.", b"\xff" * 64])
 def test_weights_that_are_not_safetensors_are_refused(copy: Path, payload: bytes) -> None:
     (copy / "text_encoder" / "model.safetensors").write_bytes(payload)

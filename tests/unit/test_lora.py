@@ -218,7 +218,8 @@ def test_threads_attach_to_one_model_side_by_side(
     expected = [run(attach(expert, adapter)) for adapter in adapters]
     with ThreadPoolExecutor(4) as pool:
         outputs = list(pool.map(lambda adapter: run(attach(expert, adapter)), adapters * 4))
-    assert all(torch.equal(output, e) for output, e in zip(outputs, expected * 4, strict=True))
+    for output, own in zip(outputs, expected * 4, strict=True):
+        torch.testing.assert_close(output, own)  # threads may cut the sums in other places
 
 
 @pytest.mark.parametrize("under_autocast", [False, True])

@@ -17,7 +17,13 @@ from paris_ray.config import ExpertConfig, RouterConfig, SamplingConfig
 from paris_ray.models import Expert, Router, TextConditioning
 from paris_ray.models.release import write_document
 from paris_ray.run import EXPERT_WEIGHTS, MODEL_CONFIG, ROUTER_WEIGHTS
-from paris_ray.sampling.sampler import Samples, initial_noise, sample, sampling_options
+from paris_ray.sampling.sampler import (
+    Samples,
+    SamplingError,
+    initial_noise,
+    sample,
+    sampling_options,
+)
 
 TOLERANCE = 1e-4
 NUM_EXPERTS, NUM_TOKENS, TEXT_WIDTH = 3, 77, 32
@@ -256,7 +262,11 @@ def test_full_asks_no_expert_of_less_than_a_millionth(
     ensemble.router.head[4].bias.copy_(torch.tensor([0.6, 0.4 - weight, weight]).log())
     # The third expert spoils what it takes part in.
     nn.init.constant_(ensemble.experts[2].final_layer.linear.bias, torch.nan)
-    latents = draw(ensemble.bundle(), "full", 7.5).latents
     expected = ensemble.plain_latents("full", 7.5)
     assert expected.isnan().all().item() is asked
-    torch.testing.assert_close(latents, expected, rtol=0, atol=TOLERANCE, equal_nan=True)
+    if asked:
+        with pytest.raises(SamplingError, match="not finite"):
+            draw(ensemble.bundle(), "full", 7.5)
+        return
+    latents = draw(ensemble.bundle(), "full", 7.5).latents
+    torch.testing.assert_close(latents, expected, rtol=0, atol=TOLERANCE)

@@ -4,13 +4,14 @@ import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from paris_ray.bundle import Bundle
+from paris_ray.bundle import Bundle, load_bundle
 from paris_ray.errors import ParisError, RoutingError
 from paris_ray.models import EncodedText, Expert, TextConditioning
 from paris_ray.sampling import generate
@@ -18,6 +19,7 @@ from paris_ray.sampling.guidance import KeyedText, TextCache, guided_velocity
 from paris_ray.sampling.routing import Routing, parse_routing
 from paris_ray.sampling.sampler import (
     Samples,
+    SamplingError,
     initial_noise,
     sample,
     sample_one_expert,
@@ -245,13 +247,15 @@ def test_text_is_encoded_once_per_image(
     options = {"routing": "full", "guidance_scale": guidance_scale}
     draw(release_bundle, PROMPTS, SEEDS, num_inference_steps=6, **options)
     experts = [release_bundle.expert(k) for k in range(3)]
-    assert encoded_rows == {id(expert): len(PROMPTS) + 1 for expert in experts}  # and the null text
+    rows = len(PROMPTS) + (guidance_scale != 1.0)  # the null text, if guidance asks for it
+    assert encoded_rows == {id(expert): rows for expert in experts}
 
 
 def test_pictures_of_one_prompt_share_what_is_encoded(
     release_bundle: Bundle, encoded_rows: Counter[int]
 ) -> None:
-    draw(release_bundle, ["a red cat"] * 3, SEEDS, num_inference_steps=2, routing="full")
+    options = {"routing": "full", "guidance_scale": 2.0}
+    draw(release_bundle, ["a red cat"] * 3, SEEDS, num_inference_steps=2, **options)
     assert set(encoded_rows.values()) == {2}
 
 
@@ -306,3 +310,41 @@ def test_keys_tell_texts_and_masks_apart(release_bundle: Bundle) -> None:
     assert text.text_mask is not None
     for mask in (None, torch.ones_like(text.text_mask)):
         assert KeyedText.of(replace(text, text_mask=mask)).keys[0] != keys[0]
+
+
+def test_offloaded_experts_are_asked_before_others_load(
+    tiny_bundle_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With room for two of three experts each step loads one, not all three in turn."""
+    loads: list[int] = []
+    load = Bundle._load_expert
+
+    def counted(self: Bundle, index: int) -> Expert:
+        loads.append(index)
+        return load(self, index)
+
+    monkeypatch.setattr(Bundle, "_load_expert", counted)
+    bundle = load_bundle(str(tiny_bundle_path), offload=True)
+    options = {"routing": "full", "num_inference_steps": 5}
+    offloaded = generate(bundle, PROMPTS, **options)
+    assert len(loads) == 3 + 4
+    whole = generate(load_bundle(str(tiny_bundle_path)), PROMPTS, **options)
+    assert all(np.array_equal(a, b) for a, b in zip(offloaded, whole, strict=True))
+
+
+def test_latents_that_are_not_finite_are_no_picture(tiny_bundle_path: Path) -> None:
+    bundle = load_bundle(str(tiny_bundle_path))
+    for k in range(bundle.num_experts):
+        bundle.expert(k).final_layer.linear.bias.fill_(float("nan"))
+    with pytest.raises(SamplingError, match="not finite"):
+        generate(bundle, PROMPTS)
+
+
+def test_parts_that_sampling_loaded_can_be_trained_with(release_path: Path) -> None:
+    bundle = load_bundle(str(release_path))
+    generate(bundle, ["a red cat"], num_inference_steps=1)
+    assert not any(p.is_inference() for p in bundle.expert(0).parameters())
+    assert not any(p.is_inference() for p in bundle.router.parameters())
+    expert = bundle.expert(0).requires_grad_(True)
+    x = torch.zeros(1, *bundle.latent_shape)
+    expert(x, torch.zeros(1), bundle.text_encoder.encode(["a red cat"])).sum().backward()

@@ -1,23 +1,34 @@
-"""The HTTP side without HTTP: request rules, error shapes, access, builder arguments."""
+"""The application without HTTP: request rules, error shapes, access, builder arguments, calls."""
 
 import subprocess
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from fastapi import FastAPI, Request
 from fastapi.testclient import TestClient
 from pydantic import ValidationError
 from ray.serve.schema import ServeDeploySchema
 
-from paris_ray.errors import BundleError, ConfigError
+from paris_ray.artifacts import Folder, publish
+from paris_ray.bundle import Bundle
+from paris_ray.errors import BundleError, ConfigError, RoutingError
+from paris_ray.export import write_bundle
+from paris_ray.models import TextConditioning
+from paris_ray.run import BUNDLE
+from paris_ray.sampling.guidance import KeyedText
 from serve.access import check_key, check_local, is_loopback, read_api_key
 from serve.app import AppArgs, DeploymentOptions, build
 from serve.errors import ApiError, describe_violation, install_error_handlers
+from serve.expert import TextArrays
+from serve.ingress import Ingress
 from serve.schemas import MAX_PICTURES, MAX_SEED, ImagesRequest
+from serve.source import BundleSource
 
 CONFIG = Path(__file__).parents[2] / "serve" / "config.yaml"
 
@@ -57,8 +68,11 @@ def test_violations_name_field_value_and_allowed() -> None:
     assert (detail.param, detail.code) == ("prompt", "missing_required_parameter")
 
 
-def test_violations_repeat_only_the_start_of_a_long_value() -> None:
-    assert len(describe_violation(violation({"prompt": "a" * 10_000})).message) < 200
+@pytest.mark.parametrize("field", ["prompt", "model", "size", "routing", "lora", "a" * 10_000])
+def test_violations_repeat_only_the_start_of_a_long_value_or_field(field: str) -> None:
+    detail = describe_violation(violation({"prompt": "a", field: "a" * 10_000}))
+    assert detail.param == field[:80]
+    assert len(detail.message) < 300
 
 
 def test_a_bug_is_answered_without_its_message() -> None:
@@ -159,12 +173,38 @@ def test_builder_refuses_what_the_bundle_does_not_have(tiny_bundle_path: Path) -
         build(AppArgs(bundle=str(tiny_bundle_path), experts={3: DeploymentOptions()}))
 
 
+def test_a_bundle_whose_own_defaults_are_not_allowed_is_not_deployed(
+    tiny_bundle: Bundle, tmp_path: Path
+) -> None:
+    facts = tiny_bundle.facts
+    facts = replace(facts, sampling=replace(facts.sampling, routing="nonsense"))
+    write_bundle(Bundle(tiny_bundle.parts, facts), Folder(tmp_path), model_card="")
+    publish(Folder(tmp_path), BUNDLE, config_digest="", parents={}, facts={})
+    with pytest.raises(RoutingError, match="routing='nonsense' is not allowed"):
+        Ingress(BundleSource(str(tmp_path)), None, None)
+
+
 def test_single_experts_override_only_what_they_name() -> None:
     args = AppArgs.model_validate(
         {"expert": {"num_cpus": 2, "num_gpus": 1}, "experts": {"1": {"num_replicas": 3}}}
     )
     assert args.expert_options(0) == DeploymentOptions(num_cpus=2, num_gpus=1)
     assert args.expert_options(1) == DeploymentOptions(num_replicas=3, num_cpus=2, num_gpus=1)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_text_travels_once_for_all_rows_that_have_it(masked: bool) -> None:
+    mask = torch.rand(3, 5) < 0.5 if masked else None
+    distinct = TextConditioning(torch.randn(3, 5, 4), torch.randn(3, 4), mask)
+    keyed = KeyedText.of(distinct.rows(torch.tensor([2, 0, 2, 1, 0, 2])))
+    arrays = TextArrays.pack(keyed)
+    assert [len(part) for part in arrays[:4] if part is not None] == [3] * (4 if masked else 3)
+    back = arrays.unpack()
+    assert back.keys == keyed.keys
+    assert torch.equal(back.text.text_embeddings, keyed.text.text_embeddings)
+    assert torch.equal(back.text.pooled_text, keyed.text.pooled_text)
+    assert (back.text.text_mask is None) == (not masked)
+    assert not masked or torch.equal(back.text.text_mask, keyed.text.text_mask)
 
 
 def test_expert_replicas_do_not_import_the_text_encoder() -> None:

@@ -70,9 +70,8 @@ class AppArgs(BaseModel):
             processes, one set of resources (`sampler`). For a laptop or a single GPU.
         dtype: Data type of experts and router: `float32`, `bfloat16` or `float16`; null keeps the
             stored one.
-        device: Where each replica computes: `cpu`, `cuda`, or `auto` for a GPU where it sees one.
-            `cuda` fails where it sees none; `auto` computes on the CPU there, unnoticed. Only
-            `num_gpus` reserves a GPU: with 0, Ray's version decides whether a replica sees any.
+        device: Where each replica computes: `cpu`, `cuda` (fails where it sees no GPU) or `auto`:
+            a GPU if its `num_gpus` reserves one, else the CPU.
         offload: Keep at most two experts on the device, the ones used last; for a single GPU that
             has no room for all. Only with `colocated`.
         threads: Torch threads of each Sampler and expert replica.
@@ -134,7 +133,9 @@ def build(args: AppArgs) -> Application:
         if not 0 <= index < num_experts:
             raise ConfigError(f"experts: {index} is not allowed: the bundle has {num_experts}")
     experts = None if args.colocated else _bind_experts(args, source, num_experts)
-    sampler = _deploy(Sampler, "Sampler", args.sampler).bind(source, experts, threads=args.threads)
+    sampler = _deploy(Sampler, "Sampler", args.sampler).bind(
+        _on_reserved_device(source, args.sampler), experts, threads=args.threads
+    )
     key_file = None if args.api_key_file is None else _from_repository(args.api_key_file)
     ingress_class = serve.ingress(create_api())(Ingress)
     application: Application = _deploy(ingress_class, "Ingress", args.ingress).bind(
@@ -160,11 +161,18 @@ def _source(args: AppArgs) -> BundleSource:
 
 def _bind_experts(args: AppArgs, source: BundleSource, num_experts: int) -> list[Application]:
     return [
-        _deploy(ExpertServer, f"Expert-{k}", args.expert_options(k)).bind(
-            source.of_expert(k), k, threads=args.threads
+        _deploy(ExpertServer, f"Expert-{k}", options).bind(
+            _on_reserved_device(source.of_expert(k), options), k, threads=args.threads
         )
-        for k in range(num_experts)
+        for k, options in enumerate(map(args.expert_options, range(num_experts)))
     ]
+
+
+def _on_reserved_device(source: BundleSource, options: DeploymentOptions) -> BundleSource:
+    """Let `auto` mean a GPU only for replicas that reserve one: Ray shows all to the others too."""
+    if source.device == "auto" and options.num_gpus == 0:
+        return source._replace(device="cpu")
+    return source
 
 
 def _deploy(deployment_class: type[Any], name: str, options: DeploymentOptions) -> Any:

@@ -95,7 +95,7 @@ class Sampler:
         denoising = await asyncio.to_thread(self._start, prompt, seeds, options)
         step = await asyncio.to_thread(advance, denoising)
         while not isinstance(step, Samples):
-            answers = await asyncio.gather(*map(self._ask, step))
+            answers = await self._ask_all(step)
             step = await asyncio.to_thread(advance, denoising, answers)
         pictures = await asyncio.to_thread(self._bundle.codec.decode, step.latents)
         return Drawing(pictures=pictures, expert_usage=step.expert_usage.tolist())
@@ -104,8 +104,14 @@ class Sampler:
         text = self._bundle.encode_text([prompt] * len(seeds))
         return start_denoising(self._bundle, text, seeds, options)
 
+    async def _ask_all(self, calls: list[ExpertCall]) -> list[Tensor]:
+        for call in calls:
+            self._calls.inc(tags={"expert": str(call.expert)})
+        if self._bundle.offload:  # one after the other, in the order that loads the fewest
+            return await asyncio.to_thread(self._local_experts.answer_all, calls)
+        return await asyncio.gather(*map(self._ask, calls))
+
     async def _ask(self, call: ExpertCall) -> Tensor:
-        self._calls.inc(tags={"expert": str(call.expert)})
         if self._experts is None:
             return await asyncio.to_thread(self._local_experts.answer, call)
         null_text = None if call.guidance_scale == 1.0 else self._null_text

@@ -222,7 +222,7 @@ class TrainingConfig:
     gradient_checkpointing: bool = False
     compile: bool = False  # torch.compile of the blocks
     prefetch: int = 2  # batches made ready ahead; 0: none
-    device: str = "auto"
+    device: str = "auto"  # auto: a GPU if num_gpus reserves one, else the CPU
     threads: int = 1  # torch threads of one training process, never taken from num_cpus
     log_every: int = 25  # steps
     checkpoint_every: int = 200  # steps

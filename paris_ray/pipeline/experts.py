@@ -8,6 +8,7 @@ equal to the bit (same machine kind and thread count).
 import json
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache, partial
 from typing import Any
 
@@ -20,7 +21,7 @@ from paris_ray.config import Config, expert_setup
 from paris_ray.devices import resolve_device
 from paris_ray.errors import TrainingError
 from paris_ray.models import Expert
-from paris_ray.pipeline.placement import placed
+from paris_ray.pipeline.placement import on_reserved_device, placed
 from paris_ray.pipeline.progress import ProgressFile, Task, watch
 from paris_ray.pipeline.samples import SampleGrid
 from paris_ray.pipeline.stage import Stage, start_parent
@@ -70,7 +71,8 @@ def train_experts(config: Config, only: Sequence[int] | None = None) -> None:
 def _setup(run: Run, expert: int) -> Config:
     if not 0 <= expert < run.num_experts:
         raise TrainingError(f"expert {expert} does not exist: allowed 0..{run.num_experts - 1}")
-    return expert_setup(run.config, expert)
+    setup = expert_setup(run.config, expert)
+    return replace(setup, training=on_reserved_device(setup.training))
 
 
 def _expert_stage(run: Run, expert: int, setup: Config) -> Stage:

@@ -33,7 +33,7 @@ from paris_ray.models import Expert
 from paris_ray.models.lora import find_targets
 from paris_ray.models.peft_layout import LORA
 from paris_ray.pipeline.lora_data import embed_pictures
-from paris_ray.pipeline.placement import placed
+from paris_ray.pipeline.placement import on_reserved_device, placed
 from paris_ray.pipeline.progress import ProgressFile, Task, follow
 from paris_ray.pipeline.samples import SampleGrid
 from paris_ray.pipeline.stage import Stage
@@ -67,7 +67,7 @@ def train_lora(run: LoRARun, *, bundle: str, expert: int, data: str, output: str
     opened = load_bundle(bundle)
     _check_fit(run, opened, expert)
     corpus = replace(_corpus(run.corpus, data), image_size=opened.facts.picture_size)
-    run = replace(run, corpus=corpus)
+    run = replace(run, corpus=corpus, training=on_reserved_device(run.training))
     stage = Stage(LORA, Folder(output), run, sections=SECTIONS, parents=_parents(opened, expert))
     manifest = stage.finished()
     if manifest is not None:

@@ -6,6 +6,7 @@ so `why_waiting` does.
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import ray
@@ -55,6 +56,16 @@ def placed(task: Any, name: str, training: TrainingConfig) -> Any:
         raise ConfigError(f"{where} are not allowed: {error}") from None
 
 
+def on_reserved_device(training: TrainingConfig) -> TrainingConfig:
+    """Return a training whose `device=auto` means a GPU only if it reserves one.
+
+    Ray leaves every GPU of a node visible to tasks that reserve none; those must not crowd it.
+    """
+    if training.device == "auto" and training.num_gpus == 0:
+        return replace(training, device="cpu")
+    return training
+
+
 def why_waiting(training: TrainingConfig) -> str | None:
     """Return what a training waits for if no node of the cluster is one it may run on."""
     nodes = [node for node in ray.nodes() if node["Alive"]]
@@ -86,6 +97,6 @@ def _holds(condition: str, value: str | None) -> bool:
 
 
 def _describe(node: Mapping[str, Any]) -> str:
-    labels = {name: value for name, value in node["Labels"].items() if name != NODE_ID}
+    labels = {name: value for name, value in sorted(node["Labels"].items()) if name != NODE_ID}
     accelerators = [name for name in node["Resources"] if name.startswith("accelerator_type:")]
     return ", ".join([str(labels), *accelerators])

@@ -1,13 +1,14 @@
 """The router: one more Ray task, on all shards, after and apart from the experts."""
 
 import logging
+from dataclasses import replace
 from typing import Any
 
 import ray
 
 from paris_ray.artifacts import Folder, read_manifest
 from paris_ray.config import Config
-from paris_ray.pipeline.placement import placed
+from paris_ray.pipeline.placement import on_reserved_device, placed
 from paris_ray.pipeline.progress import ProgressFile, Task, follow
 from paris_ray.pipeline.stage import Stage, start_parent
 from paris_ray.run import CLUSTERS, ROUTER, ROUTER_WEIGHTS, Run
@@ -26,8 +27,9 @@ def train_router(config: Config) -> None:
         ArtifactError: if prepare has not finished.
         ConfigError: if the place that it asks for is not allowed.
     """
+    training = on_reserved_device(config.router_training)
+    config = replace(config, router_training=training)
     run = Run(config)
-    training = config.router_training
     parents = {"clusters": read_manifest(run.clusters, CLUSTERS).digest}
     parents |= start_parent(training, ROUTER_WEIGHTS)
     stage = Stage(ROUTER, run.router, config, sections=SECTIONS, parents=parents)

@@ -14,7 +14,7 @@ from ray.cluster_utils import Cluster
 from paris_ray.artifacts import Folder
 from paris_ray.config import TrainingConfig, expert_setup, load
 from paris_ray.errors import ConfigError
-from paris_ray.pipeline.placement import placed, why_waiting
+from paris_ray.pipeline.placement import on_reserved_device, placed, why_waiting
 from paris_ray.pipeline.progress import Task, watch
 
 pytestmark = pytest.mark.ray
@@ -170,3 +170,14 @@ def test_what_ray_would_refuse_or_ignore_is_refused_with_its_name(
     with pytest.raises(ConfigError) as error:
         placed(node_id, "expert-3", light(**options))
     assert all(word in str(error.value) for word in ["expert-3", *words])
+
+
+@pytest.mark.parametrize(
+    ("device", "num_gpus", "expected"),
+    [("auto", 0, "cpu"), ("auto", 0.5, "auto"), ("cuda", 0, "cuda"), ("cpu", 1, "cpu")],
+)
+def test_auto_means_a_gpu_only_where_one_is_reserved(
+    device: str, num_gpus: float, expected: str
+) -> None:
+    training = TrainingConfig(device=device, num_gpus=num_gpus)
+    assert on_reserved_device(training).device == expected

@@ -6,6 +6,7 @@ stores publish a file when its upload completes.
 """
 
 import atexit
+import glob
 import hashlib
 import json
 import os
@@ -142,29 +143,26 @@ class Folder:
         Raises:
             ArtifactError: if the file does not exist.
         """
-        if self.is_local:
-            yield Path(self._full(name))
-            return
-        with tempfile.NamedTemporaryFile(prefix="paris_ray-") as copy:
-            with self.open(name) as source:
+        with self.open(name) as source:
+            if self.is_local:
+                yield Path(self._full(name))
+                return
+            with tempfile.NamedTemporaryFile(prefix="paris_ray-") as copy:
                 shutil.copyfileobj(source, copy)
-            copy.flush()
-            yield Path(copy.name)
+                copy.flush()
+                yield Path(copy.name)
 
     @contextmanager
     def writing(self, name: str) -> Iterator[Path]:
         """Give a path on this machine to a writer; its file appears as `name` when it is done.
 
-        Readers see the old file or the new one, never a part.
+        Readers see the old file or the new one, never a part. A name has one writer at a time.
         """
         target = self._full(name)
         self._filesystem.create_dir(os.path.dirname(target), recursive=True)  # noqa: PTH120
         if self.is_local:
-            temporary = Path(f"{target}.tmp-{os.getpid()}")
-            yield temporary
-            with temporary.open("rb") as written:
-                os.fsync(written.fileno())
-            temporary.replace(target)
+            with _replacing(Path(target)) as temporary:
+                yield temporary
             return
         with tempfile.NamedTemporaryFile(prefix="paris_ray-") as file:
             yield Path(file.name)
@@ -202,6 +200,21 @@ class Folder:
         infos = self._filesystem.get_file_info(selector)
         names = [os.path.relpath(i.path, self._path) for i in infos if i.type == fs.FileType.File]
         return sorted(name for name in names if ".tmp-" not in name)
+
+
+@contextmanager
+def _replacing(target: Path) -> Iterator[Path]:
+    """Give a path beside a local file to a writer; when it is done, rename that to the file."""
+    for stale in target.parent.glob(f"{glob.escape(target.name)}.tmp-*"):
+        stale.unlink(missing_ok=True)  # of a writer that was killed
+    temporary = target.with_name(f"{target.name}.tmp-{os.getpid()}")
+    try:
+        yield temporary
+        with temporary.open("rb") as written:
+            os.fsync(written.fileno())
+        temporary.replace(target)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -30,6 +30,7 @@ RESOURCE_KEYS = frozenset(
         "labels",
         "fallback_labels",
         "accelerator_type",
+        "init_from",  # a place; the digest of the weights there counts
     }
 )
 

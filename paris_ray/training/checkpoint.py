@@ -4,7 +4,6 @@ A single file is complete or absent, so a killed run never resumes from half a c
 is pickled, and no generator state is needed: generators derive from the step (`paris_ray.seeding`).
 """
 
-import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,26 +39,27 @@ def _optimizer_tensors(state: TrainingState) -> dict[str, Tensor]:
     }
 
 
-def save(folder: Folder, state: TrainingState, *, identity: str, progress: dict[str, Any]) -> None:
+def save(folder: Folder, state: TrainingState, *, identity: str, samples_seen: int) -> None:
     """Write the checkpoint, replacing the one before.
 
     Args:
         folder: The artefact's folder.
         state: What to save.
         identity: Digest of everything that decides the result; checked on resume.
-        progress: JSON values that tell how far training is (step, metrics so far).
+        samples_seen: How far training is.
     """
     tensors = {f"model/{name}": value for name, value in state.model.state_dict().items()}
     tensors |= {f"ema/{name}": value for name, value in state.ema.state.items()}
     tensors |= _optimizer_tensors(state)
     contiguous = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-    header = {"identity": identity, "progress": canonical_json(progress).decode()}
+    # Nothing that grows: a header of more than 100 MB is refused.
+    header = {"identity": identity, "samples_seen": str(samples_seen)}
     with folder.writing(CHECKPOINT) as path:
         safetensors.torch.save_file(contiguous, path, metadata=header)
 
 
-def restore(folder: Folder, state: TrainingState, *, identity: str) -> dict[str, Any] | None:
-    """Load the newest checkpoint into `state` and return its progress, or None if there is none.
+def restore(folder: Folder, state: TrainingState, *, identity: str) -> int | None:
+    """Load the newest checkpoint into `state`; return its samples seen, or None if there is none.
 
     Raises:
         ArtifactError: if the checkpoint is damaged or belongs to another configuration.
@@ -69,8 +69,9 @@ def restore(folder: Folder, state: TrainingState, *, identity: str) -> dict[str,
     header, tensors = _read(folder)
     if header.get("identity") != identity:
         raise ArtifactError(
-            f"{folder.uri}/{CHECKPOINT} belongs to another configuration or shard; "
-            "choose another folder or delete that one"
+            f"{folder.uri}/{CHECKPOINT} belongs to another configuration, shard or precision "
+            "(of precision=auto the device decides: set the one that it was begun with, float32 "
+            "or bfloat16); else choose another folder or delete that one"
         )
     state.model.load_state_dict(_under("model/", tensors))
     state.ema.load(_under("ema/", tensors))
@@ -82,8 +83,7 @@ def restore(folder: Folder, state: TrainingState, *, identity: str) -> dict[str,
                 moment: value.to(parameter.device, copy=True)
                 for moment, value in moments.items()
             }
-    progress: dict[str, Any] = json.loads(header["progress"])
-    return progress
+    return int(header["samples_seen"])
 
 
 def _read(folder: Folder) -> tuple[dict[str, str], dict[str, Tensor]]:

@@ -1,8 +1,11 @@
 """Columns of shards in mapped memory, so that a shard may be larger than what a machine has.
 
 A column is copied once, a few rows at a time, from Parquet into a plain array in an unnamed file of
-the temporary folder (`TMPDIR`), from where single rows are read. Such a file is gone when the
-process ends, in whatever way it ends.
+the temporary folder, from where single rows are read. Such a file is gone when the process ends, in
+whatever way it ends.
+
+The temporary folder must be on a disk: in a tmpfs, as /tmp is on some systems, the copy would be in
+memory after all. In a Ray worker `TMPDIR` is the one that `ray start` had on its node.
 """
 
 import errno

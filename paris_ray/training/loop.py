@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from paris_ray.artifacts import EVENTS, METRICS, TIMINGS, Folder
+from paris_ray.artifacts import EVENTS, METRICS, TIMINGS, Folder, parse_json
 from paris_ray.config import TrainingConfig
 from paris_ray.devices import autocast, peak_flops, resolve_device, resolve_precision
 from paris_ray.errors import TrainingError
@@ -99,9 +99,7 @@ class ProgressClock:
         """
         if done % self.log_every and done != self.num_steps:
             return None
-        value = loss.item()
-        if not math.isfinite(value):
-            raise TrainingError(f"the loss is {value} at step {done}: lower the learning_rate")
+        value = _finite("loss", loss, done)
         now = time.perf_counter()
         seconds_per_step = (now - self._at) / (done - self._since)
         self._since, self._at = done, now
@@ -180,7 +178,9 @@ class TrainingLoop:
         """Train to the last step and return the averaged weights.
 
         Raises:
-            TrainingError: if the loss stops being a finite number.
+            TrainingError: if the loss, a gradient or a weight stops being a finite number; the
+                checkpoint before stays.
+            ArtifactError: if the checkpoint or its metrics are damaged or of another identity.
         """
         config, first_step = self.config, self._resume()
         clock = ProgressClock(
@@ -194,10 +194,11 @@ class TrainingLoop:
         steps = range(first_step, config.steps)
         with closing(draw_ahead(self._draw, steps, config.prefetch)) as batches:
             for step, batch in zip(steps, batches, strict=True):
-                progress = clock.tick(step + 1, self._step(step, batch))
+                loss = self._step(step, batch)
+                progress = clock.tick(step + 1, loss)
                 if progress is not None:
                     self._record(progress)
-                self._keep(step + 1)
+                self._keep(step + 1, loss)
         return self.state.ema.state
 
     def _draw(self, step: int) -> Batch:
@@ -213,7 +214,8 @@ class TrainingLoop:
         losses = [
             self._backward(part, num_parts) for part in batch.to(self.device).split(num_parts)
         ]
-        nn.utils.clip_grad_norm_(self.state.model.parameters(), self.config.max_grad_norm)
+        if self.config.max_grad_norm is not None:
+            nn.utils.clip_grad_norm_(self.state.model.parameters(), self.config.max_grad_norm)
         self.state.optimizer.step()
         self.state.ema.update(self.state.model, step)
         return torch.stack(losses).sum()
@@ -232,14 +234,27 @@ class TrainingLoop:
         measured = {"samples_per_second": progress.samples_per_second, "mfu": progress.mfu}
         self.timings.append(seen | {"unix_time": time.time()} | measured)
 
-    def _keep(self, done: int) -> None:
+    def _keep(self, done: int, loss: Tensor) -> None:
         """Checkpoint and pass on the average, if it is time to."""
         config, at_end = self.config, done == self.config.steps
         if at_end or done % config.checkpoint_every == 0:
+            self._check_finite(done, loss)
             self._save(done)
         samples_due = config.sample_every is not None and done % config.sample_every == 0
         if self.on_average is not None and samples_due and not at_end:
             self.on_average(self.state.ema.state, done)
+
+    @torch.no_grad()
+    def _check_finite(self, done: int, loss: Tensor) -> None:
+        """Refuse a state that would replace the last good checkpoint and never recover.
+
+        A finite loss does not tell: the gradients that came of it have changed the weights since.
+        """
+        parameters = list(self.state.model.parameters())
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        _finite("loss", loss, done)
+        _finite("norm of the gradients", nn.utils.get_total_norm(gradients), done)
+        _finite("norm of the weights", nn.utils.get_total_norm(parameters), done)
 
     def _save(self, done: int) -> None:
         """Write metrics first: a checkpoint then never says more than they show."""
@@ -249,15 +264,32 @@ class TrainingLoop:
             rows = (m | t for m, t in zip(self.metrics, self.timings, strict=True))
             self.folder.write(TENSORBOARD, event_file(rows))
         samples_seen = done * self.config.batch_size
-        progress = {"samples_seen": samples_seen, "metrics": self.metrics, "timings": self.timings}
-        checkpoint.save(self.folder, self.state, identity=self.identity, progress=progress)
+        checkpoint.save(self.folder, self.state, identity=self.identity, samples_seen=samples_seen)
 
     def _resume(self) -> int:
-        progress = checkpoint.restore(self.folder, self.state, identity=self.identity)
-        if progress is None:
+        samples_seen = checkpoint.restore(self.folder, self.state, identity=self.identity)
+        if samples_seen is None:
             return 0
-        self.metrics, self.timings = progress["metrics"], progress["timings"]
-        return int(progress["samples_seen"]) // self.config.batch_size
+        self.metrics = _read_rows(self.folder, METRICS, samples_seen)
+        self.timings = _read_rows(self.folder, TIMINGS, samples_seen)
+        return samples_seen // self.config.batch_size
+
+
+def _finite(what: str, value: Tensor, done: int) -> float:
+    """Return a number; raises TrainingError if it is not finite."""
+    number = value.item()
+    if not math.isfinite(number):
+        raise TrainingError(
+            f"the {what} is {number} at step {done}: lower the learning_rate or max_grad_norm"
+        )
+    return number
+
+
+def _read_rows(folder: Folder, name: str, samples_seen: int) -> list[dict[str, Any]]:
+    """Return the rows up to a checkpoint; a killed run may have written more of them than that."""
+    lines = folder.read(name).splitlines()
+    rows = (parse_json(line, f"{folder.uri}/{name}") for line in lines)
+    return [row for row in rows if row["samples_seen"] <= samples_seen]
 
 
 def _json_lines(rows: list[dict[str, Any]]) -> bytes:

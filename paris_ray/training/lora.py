@@ -18,7 +18,7 @@ from paris_ray.training.data import Batch, batches, load_dataset
 from paris_ray.training.loop import OnProgress, TrainingLoop
 from paris_ray.training.schedule import with_steps
 from paris_ray.training.text import text_reader
-from paris_ray.training.trainer import DrawSamples, set_block_options
+from paris_ray.training.trainer import DrawSamples, set_block_options, training_identity
 
 
 def train_lora(
@@ -85,7 +85,7 @@ def train_lora(
         config,
         output,
         identity=identity_digest(
-            lora=identity(lora), training=identity(config), seed=seed, **inputs
+            lora=identity(lora), training=training_identity(config), seed=seed, **inputs
         ),
         on_progress=on_progress,
         on_average=pass_on,

@@ -39,4 +39,11 @@ def text_reader(
     )
     if not isinstance(encoder, ClipText):
         raise TrainingError(f"text is token ids, but {encoders.uri} has an encoder of sentences")
-    return encoder.to(device).encode_tokens
+    encoder.to(device)
+
+    def encode(token_ids: Tensor) -> TextConditioning:
+        # In float32 like when images are drawn, whatever the precision of the training around it.
+        with torch.autocast(device.type, enabled=False):
+            return encoder.encode_tokens(token_ids)
+
+    return encode

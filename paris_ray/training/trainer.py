@@ -1,18 +1,18 @@
 """What training an expert and training the router share: where to start, and what is written."""
 
+import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
 from typing import Any, TypeVar
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
-from paris_ray.artifacts import Folder, sha256_hex
-from paris_ray.config import TrainingConfig, identity
-from paris_ray.devices import resolve_device
-from paris_ray.encoders.pretrained import load_strictly
+from paris_ray.artifacts import Folder
+from paris_ray.config import Precision, TrainingConfig, identity
+from paris_ray.devices import resolve_device, resolve_precision
+from paris_ray.encoders.pretrained import read_weights
 from paris_ray.errors import BundleError, ConfigError
 from paris_ray.models import Expert, Router
 from paris_ray.models.flops import training_flops_per_image
@@ -25,6 +25,7 @@ Model = TypeVar("Model", Expert, Router)
 DrawSamples = Callable[[Model, int], None]
 
 WEIGHTS: Mapping[type, str] = {Expert: EXPERT_WEIGHTS, Router: ROUTER_WEIGHTS}
+STORED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Fields that two models may differ in while their tensors fit.
 FREE_FIELDS = frozenset(
     {
@@ -67,7 +68,7 @@ def train_model(
             in evaluation mode, which is good only during the call, and the number of steps done.
 
     Raises:
-        TrainingError: if the loss stops being finite.
+        TrainingError: if the loss or the state stops being finite.
         ConfigError: if `config.init_from` holds a model of another architecture.
         BundleError: if its weights are damaged or do not fit.
         ArtifactError: if it has none.
@@ -89,7 +90,8 @@ def train_model(
         output,
         identity=identity_digest(
             model=identity(model.config),
-            training=identity(replace(config, init_from=started_from)),
+            training=training_identity(config),
+            init=started_from,
             **inputs,
         ),
         on_progress=on_progress,
@@ -102,6 +104,16 @@ def train_model(
     with output.writing(WEIGHTS[type(model)]) as path:
         safetensors.torch.save_file(weights, path)
     return _with_weights(model, average, device)
+
+
+def training_identity(config: TrainingConfig) -> dict[str, Any]:
+    """Return what of a training decides its result; of `precision: auto`, what it means here.
+
+    Else a retry on another kind of GPU would go on in another precision.
+    """
+    dtype = resolve_precision(config.precision, resolve_device(config.device))
+    precision: Precision = "bfloat16" if dtype == torch.bfloat16 else "float32"
+    return identity(replace(config, precision=precision))
 
 
 def set_block_options(model: Expert | Router, config: TrainingConfig) -> None:
@@ -127,7 +139,7 @@ def _start_from(location: str, model: Model) -> str:
         type(model.config),
         folder.read_json(MODEL_CONFIG),
         f"{folder.uri}/{MODEL_CONFIG}",
-        input_size=model.config.input_size,
+        defaults={"input_size": model.config.input_size},
     )
     for field in fields(theirs):
         found, wanted = getattr(theirs, field.name), getattr(model.config, field.name)
@@ -136,10 +148,31 @@ def _start_from(location: str, model: Model) -> str:
                 f"init_from={location!r} is not allowed: its {field.name} is {found!r}, "
                 f"of the model to train {wanted!r}"
             )
-    payload = folder.read(name)
-    try:
-        state = safetensors.torch.load(payload)
-    except (SafetensorError, KeyError) as error:  # KeyError: a dtype that torch does not have
-        raise BundleError(f"{folder.uri}/{name} is damaged: {error}") from None
-    load_strictly(model, {k: v.float() for k, v in state.items()}, f"{folder.uri}/{name}")
-    return sha256_hex(payload)
+    with folder.reading(name) as path:
+        state = read_weights(path)
+        _check_fits(state, model, f"{folder.uri}/{name}")
+        model.load_state_dict(state)  # copied into float32, one tensor after the other
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _check_fits(state: Mapping[str, Tensor], model: Expert | Router, where: str) -> None:
+    """Compare names, shapes and types; `load_state_dict` alone takes some names in two spellings.
+
+    Raises:
+        BundleError: naming the tensor that does not fit.
+    """
+    found = {name: tuple(value.shape) for name, value in state.items()}
+    wanted = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    for name in sorted(found.keys() | wanted.keys()):
+        if found.get(name) != wanted.get(name):
+            raise BundleError(
+                f"{where} does not fit: tensor {name!r} has shape {found.get(name, 'none')}, "
+                f"of the model to train {wanted.get(name, 'none')}"
+            )
+    for name, value in state.items():
+        if value.dtype not in STORED_DTYPES:
+            raise BundleError(
+                f"{where}: tensor {name!r} is {value.dtype}, allowed: "
+                f"{', '.join(map(str, STORED_DTYPES))}"
+            )

@@ -89,6 +89,42 @@ def test_writing_leaves_no_temporary_file(folder: Folder, tmp_path: Path) -> Non
     assert [path.name for path in (tmp_path / "artefact").glob("*.tmp*")] == []
 
 
+def test_a_write_that_fails_leaves_the_old_file_alone(folder: Folder, tmp_path: Path) -> None:
+    def write_half() -> None:
+        with folder.writing("data.bin") as path:
+            path.write_bytes(b"half")
+            raise RuntimeError("half way")
+
+    with pytest.raises(RuntimeError, match="half way"):
+        write_half()
+    assert {path.name for path in (tmp_path / "artefact").iterdir()} == {"data.bin", "deep"}
+    assert folder.read("data.bin") == b"payload"
+
+
+@pytest.mark.parametrize("name", ["data.bin", "data[1]*.bin"])
+def test_what_a_killed_writer_left_is_removed_by_the_next(
+    folder: Folder, tmp_path: Path, name: str
+) -> None:
+    left = {f"{name}.tmp-1", f"{name}.tmp-22", "data1.bin.tmp-1", f"{name}2.tmp-1"}
+    for other in left:
+        (tmp_path / "artefact" / other).write_bytes(b"half")
+    folder.write(name, b"new")
+    assert folder.read(name) == b"new"
+    found = {path.name for path in (tmp_path / "artefact").glob("*.tmp-*")}
+    assert found == {"data1.bin.tmp-1", f"{name}2.tmp-1"}
+
+
+@pytest.mark.parametrize("remote", [False, True])
+def test_a_file_that_is_not_there_cannot_be_read(
+    folder: Folder, monkeypatch: pytest.MonkeyPatch, remote: bool
+) -> None:
+    monkeypatch.setattr(Folder, "is_local", not remote)
+    with folder.reading("data.bin") as path:
+        assert path.read_bytes() == b"payload"
+    with pytest.raises(ArtifactError, match=r"absent\.bin does not exist"):
+        folder.reading("absent.bin").__enter__()
+
+
 def test_an_absent_folder_has_no_files(tmp_path: Path) -> None:
     folder = Folder(tmp_path / "nowhere")
     assert folder.files() == []

@@ -11,11 +11,13 @@ import pytest
 import safetensors.torch
 import torch
 from pyarrow import fs
+from safetensors import safe_open
 from training_shards import EXPERT, GEOMETRY, TRAINING, WIDTH, carry_on, train, write_shard
 
-from paris_ray.artifacts import CHECKPOINT, Folder, VerifiedFolder
+from paris_ray.artifacts import CHECKPOINT, METRICS, TIMINGS, Folder, VerifiedFolder
 from paris_ray.bundle import load_expert
 from paris_ray.config import ExpertConfig, RouterConfig
+from paris_ray.devices import resolve_precision
 from paris_ray.embeddings import to_table, write_part
 from paris_ray.errors import ArtifactError, TrainingError
 from paris_ray.models.release import read_document
@@ -68,6 +70,36 @@ def test_resumed_equals_uninterrupted_to_the_bit(
         with pytest.raises(Stop):
             train(shard, output, on_progress=stop_at(step))
     assert train(shard, output) == uninterrupted
+
+
+def test_metrics_written_after_the_checkpoint_are_cut(
+    shard: Folder, half_done: Folder, uninterrupted: tuple[bytes, bytes]
+) -> None:
+    """Killed after the metrics of step 8 were written, and before the checkpoint was."""
+    checkpoint = half_done.read(CHECKPOINT)
+    with pytest.raises(Stop):
+        train(shard, half_done, on_progress=stop_at(10))
+    assert len(half_done.read(METRICS).splitlines()) == 4
+    half_done.write(CHECKPOINT, checkpoint)
+    assert train(shard, half_done) == uninterrupted
+    rows = [json.loads(line) for line in half_done.read(TIMINGS).splitlines()]
+    assert [row["samples_seen"] for row in rows] == [8, 16, 24, 32, 40, 48]
+
+
+@pytest.mark.parametrize("name", [METRICS, TIMINGS])
+def test_damaged_metrics_are_refused(shard: Folder, half_done: Folder, name: str) -> None:
+    half_done.write(name, half_done.read(name)[:-3])
+    with pytest.raises(ArtifactError, match=f"{name} is not JSON"):
+        train(shard, half_done)
+    half_done.delete(name)
+    with pytest.raises(ArtifactError, match=f"{name} does not exist"):
+        train(shard, half_done)
+
+
+def test_the_header_of_a_checkpoint_does_not_grow(shard: Folder, half_done: Folder) -> None:
+    with half_done.reading(CHECKPOINT) as path, safe_open(path, framework="pt") as file:
+        assert file.metadata().keys() == {"identity", "samples_seen"}
+        assert file.metadata()["samples_seen"] == "16"
 
 
 def test_resuming_does_not_repeat_finished_steps(shard: Folder, half_done: Folder) -> None:
@@ -138,6 +170,46 @@ def test_a_run_may_continue_with_other_resources(
         ema_device="cpu",
     )
     assert train(shard, half_done, config=config) == uninterrupted
+
+
+def test_a_run_continues_in_the_precision_that_it_was_begun_with(
+    shard: Folder, tmp_path: Path
+) -> None:
+    output, auto = Folder(tmp_path / "output"), replace(TRAINING, precision="auto")
+    with pytest.raises(Stop):
+        train(shard, output, config=auto, on_progress=stop_at(6))
+    bfloat16 = resolve_precision("auto", torch.device("cpu")) == torch.bfloat16
+    same, other = ("bfloat16", "float32") if bfloat16 else ("float32", "bfloat16")
+    with pytest.raises(ArtifactError, match=r"precision=auto the device decides: set the one"):
+        train(shard, output, config=replace(TRAINING, precision=other))
+    result = train(shard, output, config=replace(TRAINING, precision=same))
+    assert result == train(shard, Folder(tmp_path / "whole"), config=auto)
+
+
+@pytest.mark.parametrize("gradient_checkpointing", [False, True])
+def test_bfloat16_is_of_the_operations_alone(
+    shard: Folder,
+    tmp_path: Path,
+    uninterrupted: tuple[bytes, bytes],
+    gradient_checkpointing: bool,
+) -> None:
+    config = replace(TRAINING, precision="bfloat16", gradient_checkpointing=gradient_checkpointing)
+    weights, metrics = train(shard, Folder(tmp_path / "whole"), config=config)
+    found, exact = (
+        [json.loads(line)["loss"] for line in lines.splitlines()]
+        for lines in (metrics, uninterrupted[1])
+    )
+    assert found == pytest.approx(exact, rel=2e-2)
+    assert found != exact
+    state = safetensors.torch.load(weights)
+    assert {value.dtype for value in state.values()} == {torch.float32}
+    assert all(value.isfinite().all() for value in state.values())
+    moved = state["final_layer.linear.weight"]
+    assert not torch.equal(moved, moved.bfloat16().float())
+    resumed = Folder(tmp_path / "resumed")
+    with pytest.raises(Stop):
+        train(shard, resumed, config=config, on_progress=stop_at(6))
+    assert train(shard, resumed, config=config) == (weights, metrics)
 
 
 def test_training_into_an_object_store_is_the_same(

@@ -6,6 +6,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +40,8 @@ from paris_ray.artifacts import (
     publish,
 )
 from paris_ray.bundle import load_expert
-from paris_ray.config import ExpertConfig, RouterConfig, TrainingConfig
-from paris_ray.devices import peak_flops, peak_flops_of
+from paris_ray.config import ExpertConfig, Precision, RouterConfig, TrainingConfig
+from paris_ray.devices import autocast, peak_flops, peak_flops_of, resolve_precision
 from paris_ray.diffusion import denoising_loss, sample_path
 from paris_ray.errors import ArtifactError, BundleError, ConfigError, TrainingError
 from paris_ray.models import Expert, TextConditioning
@@ -200,6 +201,18 @@ def test_the_epsilon_of_adam_counts(shard: Folder, trained: Folder, tmp_path: Pa
     torch.testing.assert_close(weights_in(output), dict(first), rtol=1e-3, atol=1e-4)
 
 
+def test_gradients_are_clipped_unless_they_are_not_to_be(shard: Folder, tmp_path: Path) -> None:
+    weights = {
+        limit: train(
+            shard,
+            Folder(tmp_path / str(limit)),
+            config=replace(TRAINING, max_grad_norm=limit),
+        )
+        for limit in (None, 1e9, 1e-3)
+    }
+    assert weights[None] == weights[1e9] != weights[1e-3]
+
+
 # --- where to start ---
 
 
@@ -300,12 +313,35 @@ def without_one(state: dict[str, Tensor]) -> bytes:
     return safetensors.torch.save({k: v for k, v in state.items() if k != "pos_embed"})
 
 
+def in_two_spellings(state: dict[str, Tensor]) -> bytes:
+    name = "layers.0.attn.in_proj"
+    return safetensors.torch.save(state | {f"{name}.weight": state[f"{name}_weight"].clone()})
+
+
+def as_type(dtype: torch.dtype, state: dict[str, Tensor]) -> bytes:
+    return safetensors.torch.save(state | {"pos_embed": state["pos_embed"].to(dtype)})
+
+
 @pytest.mark.parametrize(
     ("damage", "error", "fragment"),
     [
-        (lambda state: b"nothing", BundleError, "is damaged"),
-        (lambda state: safetensors.torch.save(state)[:-9], BundleError, "is damaged"),
-        (without_one, BundleError, "does not fit.*pos_embed"),
+        (lambda state: b"nothing", BundleError, "is not a safetensors file"),
+        (
+            lambda state: safetensors.torch.save(state)[:-9],
+            BundleError,
+            "is not a safetensors file",
+        ),
+        (without_one, BundleError, "'pos_embed' has shape none, of the model to train .1, 4, 16"),
+        (
+            lambda state: safetensors.torch.save(state | {"pos_embed": torch.zeros(1, 4, 8)}),
+            BundleError,
+            "'pos_embed' has shape .1, 4, 8., of the model to train .1, 4, 16",
+        ),
+        (in_two_spellings, BundleError, "in_proj.weight' has shape .48, 16., .* to train none"),
+        *(
+            (partial(as_type, dtype), BundleError, f"'pos_embed' is {dtype}, allowed: torch.flo")
+            for dtype in (torch.float64, torch.int32, torch.float8_e4m3fn)
+        ),
         (None, ArtifactError, f"{EXPERT_WEIGHTS} does not exist"),
     ],
 )
@@ -356,12 +392,24 @@ def test_an_expert_is_trained_on_token_ids(tmp_path: Path) -> None:
     assert not any("text_model" in name for name in weights_in(output))
 
 
-def test_token_ids_mean_the_states_of_the_text_encoder(tmp_path: Path) -> None:
-    """One step on token ids is one step on the states that the encoder makes of them."""
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_token_ids_mean_the_states_of_the_text_encoder(
+    tmp_path: Path,
+    randomised: Callable[[torch.nn.Module, int], torch.nn.Module],
+    precision: Precision,
+) -> None:
+    """One step on token ids is one step on the states that the encoder makes of them.
+
+    It makes the same of them, in float32, whatever the precision of the training.
+    """
     clip = write_clip(tmp_path / "encoders")
     shard = write_token_shard(Folder(tmp_path / "shard"), clip)
     losses: list[Progress] = []
-    config = replace(TRAINING, steps=1, log_every=1)
+    expert = randomised(Expert(READS_CLIP), 0)  # a fresh one does not look at its text
+    start = Folder(tmp_path / "start")
+    start.write_json(MODEL_CONFIG, write_document(READS_CLIP))
+    start.write(EXPERT_WEIGHTS, safetensors.torch.save(expert.state_dict()))
+    config = replace(TRAINING, steps=1, log_every=1, precision=precision, init_from=start.uri)
     train(
         shard,
         Folder(tmp_path / "output"),
@@ -371,10 +419,11 @@ def test_token_ids_mean_the_states_of_the_text_encoder(tmp_path: Path) -> None:
         on_progress=losses.append,
     )
     batch = batches(load_dataset([shard]), config, seed=0, purpose="batch", expert=READS_CLIP)(0)
-    expert = build_seeded(lambda: Expert(READS_CLIP), 0)
     text = clip.encode_tokens(batch.text)
     assert text.text_embeddings.shape == (4, 5, CLIP_WIDTH)
-    expected = denoising_loss(expert, sample_path(batch.latents, batch.noise, batch.t), text)
+    cpu = torch.device("cpu")
+    with autocast(cpu, resolve_precision(precision, cpu)):
+        expected = denoising_loss(expert, sample_path(batch.latents, batch.noise, batch.t), text)
     assert losses[0].loss == expected.item()
 
 
@@ -547,11 +596,52 @@ def test_the_peak_of_a_gpu_is_known_by_its_name(name: str, tflops: float | None)
 
 
 def run_loop(
-    model: torch.nn.Module, folder: Folder, loss: Callable[[Batch], Tensor], shard: Folder
+    model: torch.nn.Module,
+    folder: Folder,
+    loss: Callable[[Batch], Tensor],
+    shard: Folder,
+    config: TrainingConfig = TRAINING,
 ) -> dict[str, Tensor]:
-    draw = batches(load_dataset([shard]), TRAINING, seed=0, purpose="test", expert=EXPERT)
-    loop = TrainingLoop(model, draw, loss, TRAINING, folder, identity="this", on_progress=carry_on)
+    draw = batches(load_dataset([shard]), config, seed=0, purpose="test", expert=EXPERT)
+    loop = TrainingLoop(model, draw, loss, config, folder, identity="this", on_progress=carry_on)
     return loop.run()
+
+
+class TwoNumbers(torch.nn.Module):
+    """The second one counts in one step alone, in which its gradient is not a number."""
+
+    def __init__(self, bad_step: int) -> None:
+        super().__init__()
+        self.first, self.second = (torch.nn.Parameter(torch.zeros(1)) for _ in range(2))
+        self.bad_step, self.step = bad_step, 0
+
+    def loss(self, batch: Batch) -> Tensor:
+        self.step += 1
+        loss = ((self.first - 1) ** 2).sum()
+        return loss + (0 * self.second).sqrt().sum() if self.step == self.bad_step else loss
+
+
+@pytest.mark.parametrize(
+    ("bad_step", "max_grad_norm", "what"),
+    [
+        (7, 1.0, "loss"),  # clipping spreads it
+        (8, 1.0, "norm of the gradients"),
+        (8, None, "norm of the gradients"),
+        (7, None, "norm of the weights"),
+    ],
+)
+def test_a_state_that_is_not_finite_replaces_no_checkpoint(
+    shard: Folder, tmp_path: Path, bad_step: int, max_grad_norm: float | None, what: str
+) -> None:
+    config = replace(TRAINING, log_every=100, max_grad_norm=max_grad_norm)
+    folder = Folder(tmp_path)
+    good = TwoNumbers(bad_step=0)
+    run_loop(good, folder, good.loss, shard, replace(config, steps=4))
+    kept = {name: folder.read(name) for name in (CHECKPOINT, METRICS, TIMINGS)}
+    bad = TwoNumbers(bad_step - 4)  # it counts from where it goes on
+    with pytest.raises(TrainingError, match=f"^the {what} is nan at step 8: lower the learning"):
+        run_loop(bad, folder, bad.loss, shard, config)
+    assert {name: folder.read(name) for name in kept} == kept
 
 
 def test_a_part_of_what_is_run_can_be_trained_alone(

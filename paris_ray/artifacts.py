@@ -277,8 +277,9 @@ def read_manifest(folder: Folder, kind: str) -> Manifest:
         manifest = Manifest(**document)
     except TypeError as error:
         raise ArtifactError(f"{folder.uri}/{MANIFEST} is not a manifest: {error}") from None
-    if not isinstance(manifest.files, dict) or not isinstance(manifest.parents, dict):
-        raise ArtifactError(f"{folder.uri}/{MANIFEST} is not a manifest: files or parents")
+    mappings = (manifest.files, manifest.parents, manifest.facts)
+    if not all(isinstance(mapping, dict) for mapping in mappings):
+        raise ArtifactError(f"{folder.uri}/{MANIFEST} is not a manifest: files, parents or facts")
     if manifest.schema_version != SCHEMA_VERSION:
         raise ArtifactError(
             f"{folder.uri}/{MANIFEST} has schema_version {manifest.schema_version}, "

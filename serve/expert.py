@@ -56,6 +56,10 @@ def to_array(tensor: torch.Tensor) -> Floats:
     return array
 
 
+class ExpertUnavailableError(RuntimeError):
+    """An expert is being replaced; the request may be sent again."""
+
+
 class ExpertServer:
     """A deployment that holds one expert; any replica can answer any call.
 
@@ -86,7 +90,12 @@ class ExpertServer:
 
         Captions are encoded when they come for the first time, and so once per image. `lora` names
         an adapter of this expert.
+
+        Raises:
+            ExpertUnavailableError: if it is not known here, while Serve replaces the replicas.
         """
+        if lora not in self._experts:
+            raise ExpertUnavailableError(f"lora={lora!r} is not known to all replicas yet")
         velocity = guided_velocity(
             self._experts[lora],
             torch.tensor(latents),

@@ -23,7 +23,8 @@ from paris_ray.reports import png_bytes
 from paris_ray.sampling.sampler import SamplingOptions, sampling_options
 from serve.access import check_key, check_local, read_api_key
 from serve.errors import install_error_handlers, invalid, unavailable
-from serve.sampler import Drawing, ExpertUnavailableError
+from serve.expert import ExpertUnavailableError
+from serve.sampler import Drawing
 from serve.schemas import (
     ErrorResponse,
     ImageData,

@@ -27,12 +27,8 @@ from paris_ray.sampling.sampler import (
     advance,
     start_denoising,
 )
-from serve.expert import TextArrays, to_array
+from serve.expert import ExpertUnavailableError, TextArrays, to_array
 from serve.source import BundleSource
-
-
-class ExpertUnavailableError(RuntimeError):
-    """An expert died while it was asked; the request may be sent again."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,10 +1,12 @@
 """Adapters (LoRA) that single experts of a bundle can be asked to draw with."""
 
+import copy
 from dataclasses import dataclass
 
 import torch
 
 from paris_ray.artifacts import MANIFEST, Folder, VerifiedFolder, read_manifest
+from paris_ray.bundle.links import check_links
 from paris_ray.config import ExpertConfig
 from paris_ray.errors import BundleError
 from paris_ray.models import Expert
@@ -27,9 +29,13 @@ class LoRA:
     adapter: Adapter
     merged: bool
 
+    @torch.inference_mode(False)  # see `Bundle`: a view may be trained on later
     def adapt(self, expert: Expert) -> Expert:
-        """Return the expert with the adapter; what is not adapted is shared with it."""
-        adapter = self.adapter.to(expert.pos_embed.device)
+        """Return the expert with the adapter; what is not adapted is shared with it.
+
+        The adapter on the expert's device is a copy, which goes when the view goes.
+        """
+        adapter = copy.deepcopy(self.adapter).to(expert.pos_embed.device)
         return merge(expert, adapter) if self.merged else attach(expert, adapter)
 
 
@@ -45,10 +51,13 @@ def read_lora(
         merged: See `LoRA`.
 
     Raises:
-        BundleError: if no expert is given or known, or the adapter does not fit that expert.
+        BundleError: if no expert is given or known, the adapter does not fit that expert, or a
+            link leaves the folder.
         ArtifactError: if a file is missing, damaged, or not the published one.
     """
     folder, digests = Folder(path), None
+    if folder.is_local:
+        check_links(folder)
     if folder.exists(MANIFEST):
         manifest = read_manifest(folder, LORA)
         digests = manifest.files

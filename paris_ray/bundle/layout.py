@@ -6,6 +6,7 @@ from typing import Any
 
 from paris_ray.artifacts import MANIFEST, Folder, VerifiedFolder, open_finished, read_manifest
 from paris_ray.bundle.facts import CONFIG, MODEL_INDEX, read_facts, read_integer
+from paris_ray.bundle.links import check_links
 from paris_ray.bundle.parts import Bundle
 from paris_ray.bundle.weights import Dtype, read_header
 from paris_ray.config import MAX_EXPERTS, MODEL_LIMITS
@@ -51,7 +52,7 @@ def load_bundle(
     if not folder.exists(CONFIG):
         raise BundleError(f"no model folder at {folder.uri}: it has no {CONFIG}")
     if folder.is_local:
-        _check_links(folder)
+        check_links(folder)
     source = _open(folder, digest)
     document = _read_mapping(source, CONFIG)
     where = f"{folder.uri}/{CONFIG}"
@@ -81,19 +82,6 @@ def _open(folder: Folder, digest: str | None) -> VerifiedFolder:
     if folder.exists(MANIFEST):
         return open_finished(folder, BUNDLE)
     return VerifiedFolder(folder, None)
-
-
-def _check_links(folder: Folder) -> None:
-    """Refuse what a hostile archive may hold: links to other files of this machine, pipes."""
-    root = folder.local_path.resolve()
-    for path in root.rglob("*"):
-        if not path.is_file() and not path.is_dir():
-            raise BundleError(f"{path} is neither a file nor a folder")
-        if not path.resolve().is_relative_to(root):
-            raise BundleError(
-                f"{path} is a link that leaves the model folder: copy the folder with cp -rL, "
-                "or download it with local_dir=..."
-            )
 
 
 def _read_mapping(source: VerifiedFolder, name: str) -> Mapping[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from paris_ray.artifacts import Folder, VerifiedFolder
@@ -162,24 +162,37 @@ def _read_tensors(
             f"{where} does not exist, and {PICKLED_WEIGHTS} is a pickle, which is never opened: "
             f"have its maker save it as {ADAPTER_WEIGHTS}"
         )
-    try:
-        state = safetensors.torch.load(source.read(ADAPTER_WEIGHTS))
-    except (SafetensorError, KeyError) as error:  # KeyError: a dtype that torch does not have
-        raise BundleError(f"{where} is damaged: {error}") from None
     expected = {}
     for name, linear in linears.items():
         name_a, name_b = _stored_names(name)
         expected[name_a] = (config.r, linear.in_features)
         expected[name_b] = (linear.out_features, config.r)
-    for name in sorted(expected.keys() | state.keys()):
-        _check_tensor(f"{where}: tensor {reprlib.repr(name)}", state.get(name), expected.get(name))
+    try:
+        with safe_open(source.verified_file(ADAPTER_WEIGHTS), framework="pt") as weights:
+            names = weights.keys()
+            found = {name: tuple(weights.get_slice(name).get_shape()) for name in names}
+            _check_shapes(found, expected, where)
+            state = {name: weights.get_tensor(name) for name in expected}
+    except (SafetensorError, KeyError) as error:  # KeyError: a dtype that torch does not have
+        raise BundleError(f"{where} is damaged: {error}") from None
+    for name, tensor in state.items():
+        _check_tensor(f"{where}: tensor {reprlib.repr(name)}", tensor)
     return {name: tensor.float() for name, tensor in state.items()}
 
 
-def _check_tensor(what: str, tensor: Tensor | None, shape: tuple[int, int] | None) -> None:
-    if tensor is None or shape is None or tuple(tensor.shape) != shape:
-        found = "missing" if tensor is None else tuple(tensor.shape)
-        raise BundleError(f"{what} has shape {found}, {ADAPTER_CONFIG} and the model mean {shape}")
+def _check_shapes(
+    found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]], where: str
+) -> None:
+    """Compare the header of a file, before any tensor is read, with what the model means."""
+    for name in sorted(expected.keys() | found.keys()):
+        if found.get(name) != expected.get(name):
+            raise BundleError(
+                f"{where}: tensor {reprlib.repr(name)} has shape {found.get(name, 'missing')}, "
+                f"{ADAPTER_CONFIG} and the model mean {expected.get(name)}"
+            )
+
+
+def _check_tensor(what: str, tensor: Tensor) -> None:
     if tensor.dtype not in STORED_DTYPES:
         allowed = ", ".join(map(str, STORED_DTYPES))
         raise BundleError(f"{what} has dtype {tensor.dtype}, allowed: {allowed}")

@@ -58,7 +58,7 @@ def train_lora(run: LoRARun, *, bundle: str, expert: int, data: str, output: str
         output: The adapter's own folder, new or left by an interruption of this very training.
 
     Raises:
-        ConfigError: if there is no such expert, or the adapter does not fit it.
+        ConfigError: if there is no such expert, the adapter does not fit it, or there is no data.
         BundleError: if the bundle is not one.
         CorpusError: if too large a share of the pictures is bad.
         ArtifactError: if there is something else in the output folder.
@@ -72,6 +72,8 @@ def train_lora(run: LoRARun, *, bundle: str, expert: int, data: str, output: str
     manifest = stage.finished()
     if manifest is not None:
         return manifest
+    if stage.folder.is_local and stage.folder.local_path.is_file():
+        raise ArtifactError(f"{stage.folder.uri} is a file: choose a folder for a LoRA")
     if stage.folder.files() and not stage.begun():
         raise ArtifactError(f"{stage.folder.uri} is not empty: choose another folder for a LoRA")
     stage.begin()
@@ -88,6 +90,9 @@ def _check_fit(run: LoRARun, bundle: Bundle, expert: int) -> None:
     last = bundle.num_experts - 1
     if not 0 <= expert <= last:
         raise ConfigError(f"expert={expert} is not allowed: the bundle has 0 to {last}")
+    if TOKENIZER in bundle.parts and run.training.text_noise:
+        noise = run.training.text_noise
+        raise ConfigError(f"training.text_noise={noise} is not allowed: 0 for token ids")
     with torch.device("meta"):
         find_targets(Expert(bundle.expert_configs[expert]), run.lora)
 
@@ -95,6 +100,8 @@ def _check_fit(run: LoRARun, bundle: Bundle, expert: int) -> None:
 def _corpus(config: CorpusConfig, location: str) -> CorpusConfig:
     """Return the corpus at a path; its kind is the configured one, or what the path shows."""
     path = Path(location).expanduser().resolve()
+    if not path.exists():
+        raise ConfigError(f"data={location!r} is not allowed: there is no such path ({path})")
     if config.kind != "openmoji":
         return replace(config, path=str(path))
     kinds: list[Any] = [kind for kind, trace in TRACES.items() if _is_found(path, trace)]
@@ -108,7 +115,9 @@ def _corpus(config: CorpusConfig, location: str) -> CorpusConfig:
 
 
 def _is_found(path: Path, pattern: str) -> bool:
-    return path.match(pattern) if path.is_file() else any(path.glob(pattern))
+    if path.is_file():  # a Parquet or tar file may stand for itself
+        return "*" in pattern and path.match(pattern)
+    return any(path.glob(pattern))
 
 
 def _parents(bundle: Bundle, expert: int) -> dict[str, str]:

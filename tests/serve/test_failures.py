@@ -15,8 +15,9 @@ from ray.exceptions import ActorDiedError
 
 from paris_ray.bundle import Bundle
 from paris_ray.sampling.sampler import sampling_options
+from serve.expert import ExpertUnavailableError
 from serve.ingress import Ingress, create_api
-from serve.sampler import ExpertUnavailableError, Sampler
+from serve.sampler import Sampler
 from serve.source import BundleSource
 
 pytestmark = pytest.mark.serve

@@ -526,7 +526,7 @@ def safetensors_bytes(header: bytes, payload: bytes = b"") -> bytes:
 )
 def test_damaged_weights_are_refused(expert: nn.Module, saved: Path, payload: bytes) -> None:
     (saved / ADAPTER_WEIGHTS).write_bytes(payload)
-    with pytest.raises(BundleError, match=rf"^{saved}/{ADAPTER_WEIGHTS} is damaged"):
+    with pytest.raises(BundleError, match=rf"^{saved}/{ADAPTER_WEIGHTS}( is damaged|: tensor 'a')"):
         load_adapter(opened(saved), expert)
 
 

@@ -197,3 +197,33 @@ def test_names_are_checked(release: Bundle, lora_path: Path) -> None:
     release.add_lora("theirs", str(lora_path), expert=0)
     with pytest.raises(ParisError, match=r"^lora='Mine' is not allowed: 'mine', 'theirs'$"):
         draw(release, lora="Mine")
+
+
+@pytest.mark.parametrize("merge", [False, True])
+def test_a_view_that_sampling_made_can_be_trained_with(
+    release: Bundle, lora_path: Path, merge: bool
+) -> None:
+    release.add_lora("mine", str(lora_path), expert=EXPERT, merge=merge)
+    generate(release, PROMPTS, num_inference_steps=1, routing="full", lora="mine")
+    assert not any(p.is_inference() for p in release.expert(EXPERT, "mine").parameters())
+
+
+def test_a_link_out_of_the_folder_is_refused(
+    release: Bundle, lora_path: Path, tmp_path: Path
+) -> None:
+    secret = tmp_path / "secret"
+    secret.write_text("{}")
+    (lora_path / "link.json").symlink_to(secret)
+    with pytest.raises(BundleError, match=r"link.json is a link that leaves the folder"):
+        release.add_lora("mine", str(lora_path), expert=EXPERT)
+
+
+@pytest.mark.parametrize("facts", [[], None, "x"])
+def test_a_manifest_whose_facts_are_no_mapping_is_refused(
+    release: Bundle, lora_path: Path, facts: object
+) -> None:
+    publish(Folder(lora_path), "lora", config_digest="", parents={}, facts={"expert": EXPERT})
+    document = json.loads((lora_path / MANIFEST).read_text())
+    (lora_path / MANIFEST).write_text(json.dumps(document | {"facts": facts}))
+    with pytest.raises(ArtifactError, match="is not a manifest"):
+        release.add_lora("mine", str(lora_path))

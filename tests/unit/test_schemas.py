@@ -22,6 +22,7 @@ from paris_ray.export import write_bundle
 from paris_ray.models import TextConditioning
 from paris_ray.run import BUNDLE
 from paris_ray.sampling.guidance import KeyedText
+from paris_ray.sampling.sampler import MAX_BATCH
 from serve.access import check_key, check_local, is_loopback, read_api_key
 from serve.app import AppArgs, DeploymentOptions, build
 from serve.errors import ApiError, describe_violation, install_error_handlers
@@ -210,3 +211,7 @@ def test_text_travels_once_for_all_rows_that_have_it(masked: bool) -> None:
 def test_expert_replicas_do_not_import_the_text_encoder() -> None:
     code = "import sys, serve.expert; sys.exit('transformers' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_request_is_one_batch_as_in_generate() -> None:
+    assert MAX_PICTURES <= MAX_BATCH

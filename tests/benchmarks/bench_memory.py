@@ -6,6 +6,7 @@ Every parameter is read, so that no page of the files is left on the disk.
 """
 
 import multiprocessing
+import sys
 import tempfile
 from pathlib import Path
 
@@ -33,9 +34,10 @@ def write_bundle(path: str) -> None:
         part = Folder(path) / name
         part.write_json(MODEL_CONFIG, write_document(model.config))
         part.write(weights, safetensors.torch.save(model.state_dict()))
-    for name in ("codec/config.json", "text_encoder/config.json", "text_encoder/model.safetensors"):
-        Folder(path).write(name, b"{}")
-    Folder(path).write("codec/codec.safetensors", b"{}")
+    Folder(path).write_json("codec/config.json", {"kind": "patch_pca"})
+    Folder(path).write_json("text_encoder/config.json", {"model_type": "bert"})
+    for name in ("codec/codec.safetensors", "text_encoder/model.safetensors"):
+        Folder(path).write(name, safetensors.torch.save({}))
     facts = {"model_name": "bench", "num_experts": NUM_EXPERTS, "image_size": 32}
     ours = {"sampling": {}, "picture_size": 256, "attribution": None, "example_prompts": []}
     Folder(path).write_json("config.json", facts | {"num_channels": 4, "paris_ray": ours})
@@ -68,6 +70,8 @@ def main() -> None:
         for task in tasks:
             task.start()
             task.join()
+            if task.exitcode:
+                sys.exit(task.exitcode)
 
 
 if __name__ == "__main__":

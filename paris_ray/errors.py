@@ -27,3 +27,27 @@ class RoutingError(ParisError):
 
 class TrainingError(ParisError):
     """Training that cannot go on: a non-finite loss, an empty shard, failed experts."""
+
+
+class SignatureError(ParisError):
+    """A signed document that is malformed, changed, of another kind or by somebody else."""
+
+
+class ReceiptError(ParisError):
+    """A purchased adapter that may not be served: no receipt, not opened, or other weights."""
+
+
+class VerificationError(ParisError):
+    """A commitment, proof or opening that does not hold."""
+
+
+class ProtocolError(ParisError):
+    """What another party sent is not what the protocol allows at this point."""
+
+
+class BudgetError(ProtocolError):
+    """More rows than the contributor's privacy budget has left."""
+
+
+class TradeError(ParisError):
+    """A step of a purchase that the trade's state does not allow."""

@@ -1,0 +1,176 @@
+"""A LoRA module in integers: what is evaluated, committed, proved, sold and served.
+
+All arithmetic between quantisation and dequantisation is exact, so that a proof can speak of the
+very numbers that the parties saw.
+"""
+
+import hashlib
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from paris_ray.errors import ParisError
+
+MAX_ENTRY = 2**15 - 1  # of the factors: an offset of 2^15 makes each a 16-bit scalar
+# |y| <= d_in * r * 2^15 * 2^15 * 2^15 must stay below 2^63.
+MAX_PRODUCT = 2**18
+MAX_EXPONENT = 1000  # 2^-1000 is still a float64
+
+Int16 = NDArray[np.int16]
+Int64 = NDArray[np.int64]
+Floats = NDArray[np.floating]
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class QuantisedModule:
+    """The low-rank update `x A B` of one linear module; A is `a * 2^-exponent_a`, B likewise.
+
+    The scale of the adapter (`lora_alpha / r`) is not part of it.
+
+    Attributes:
+        a: `(d_in, r)` int16.
+        b: `(r, d_out)` int16.
+        exponent_a: See above.
+        exponent_b: See above.
+
+    Raises:
+        ParisError: if shapes, types or values are not allowed.
+    """
+
+    a: Int16
+    b: Int16
+    exponent_a: int
+    exponent_b: int
+
+    def __post_init__(self) -> None:
+        for name, factor in (("A", self.a), ("B", self.b)):
+            if factor.dtype != np.int16 or factor.ndim != 2:
+                raise ParisError(f"{name} must be an int16 matrix, not {factor.dtype} with shape "
+                                 f"{factor.shape}")
+            if factor.size and factor.min() < -MAX_ENTRY:
+                raise ParisError(f"{name} has {factor.min()}, allowed: -{MAX_ENTRY} to {MAX_ENTRY}")
+        check_dimensions(self.d_in, self.r, self.d_out)
+        if self.b.shape[0] != self.r:
+            raise ParisError(f"A has shape {self.a.shape}, B {self.b.shape}: the rank differs")
+        for name, exponent in (("exponent_a", self.exponent_a), ("exponent_b", self.exponent_b)):
+            if not -MAX_EXPONENT <= exponent <= MAX_EXPONENT:
+                raise ParisError(
+                    f"{name}={exponent} is not allowed: at most {MAX_EXPONENT} either way"
+                )
+
+    @property
+    def d_in(self) -> int:
+        """Width of the inputs."""
+        return self.a.shape[0]
+
+    @property
+    def r(self) -> int:
+        """Rank of the update."""
+        return self.a.shape[1]
+
+    @property
+    def d_out(self) -> int:
+        """Width of the outputs."""
+        return self.b.shape[1]
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of shapes, exponents and all integers, in hexadecimal."""
+        header = f"{self.d_in} {self.r} {self.d_out} {self.exponent_a} {self.exponent_b}\n"
+        return hashlib.sha256(
+            header.encode() + self.a.astype("<i2").tobytes() + self.b.astype("<i2").tobytes()
+        ).hexdigest()
+
+
+def check_dimensions(d_in: int, r: int, d_out: int) -> None:
+    """Raise ParisError unless every output of such a module fits in int64."""
+    if min(d_in, r, d_out) < 1:
+        raise ParisError(f"d_in={d_in}, r={r}, d_out={d_out} is not allowed: each at least 1")
+    if d_in * r > MAX_PRODUCT:
+        raise ParisError(
+            f"d_in={d_in}, r={r} is not allowed: d_in * r at most {MAX_PRODUCT}, so that outputs "
+            "fit in int64"
+        )
+
+
+def quantise(A: Floats, B: Floats) -> QuantisedModule:  # noqa: N803 - the paper's names
+    """Round the factors of a LoRA module to 16 bits, each with one power of two as its unit.
+
+    For a PEFT folder, A is `lora_A.weight.T` and B is `lora_B.weight.T`.
+
+    Args:
+        A: `(d_in, r)`.
+        B: `(r, d_out)`.
+
+    Raises:
+        ParisError: if a value is not finite, or the shapes are not allowed.
+    """
+    (a, exponent_a), (b, exponent_b) = _to_int16(A, "A"), _to_int16(B, "B")
+    return QuantisedModule(a, b, exponent_a, exponent_b)
+
+
+def quantise_rows(x: Floats) -> tuple[Int16, int]:
+    """Return inputs `(rows, d_in)` as int16, and the exponent: x is the integers * 2^-exponent.
+
+    Raises:
+        ParisError: if a value is not finite.
+    """
+    return _to_int16(x, "x")
+
+
+def _to_int16(values: Floats, name: str) -> tuple[Int16, int]:
+    wide = np.asarray(values, np.float64)
+    if wide.ndim != 2:
+        raise ParisError(f"{name} must be a matrix, it has shape {wide.shape}")
+    if not np.isfinite(wide).all():
+        raise ParisError(f"{name} has values that are not finite")
+    peak = float(np.abs(wide).max(initial=0.0))
+    if peak == 0.0:
+        return np.zeros(wide.shape, np.int16), 0
+    # peak = m * 2^e with 0.5 <= m < 1, so 15 - e puts it in [2^14, 2^15); one less if it rounds up.
+    exponent = 15 - int(np.frexp(peak)[1])
+    if round(np.ldexp(peak, exponent)) > MAX_ENTRY:
+        exponent -= 1
+    if abs(exponent) > MAX_EXPONENT:
+        raise ParisError(f"the largest entry of {name} is {peak}: out of range")
+    return np.rint(np.ldexp(wide, exponent)).astype(np.int16), exponent
+
+
+def evaluate(module: QuantisedModule, x: Int16) -> Int64:
+    """Return `x A B` in exact integers.
+
+    Args:
+        module: The module.
+        x: `(rows, d_in)` int16.
+
+    Returns:
+        `(rows, d_out)` int64.
+
+    Raises:
+        ParisError: if `x` has another type or width.
+    """
+    check_rows(x, np.int16, module.d_in, "x")
+    # The first product is below 2^48, so float64 holds it exactly and BLAS may compute it.
+    narrow = (x.astype(np.float64) @ module.a.astype(np.float64)).astype(np.int64)
+    return narrow @ module.b.astype(np.int64)
+
+
+def check_rows(rows: NDArray[np.generic], dtype: type[np.generic], width: int, name: str) -> None:
+    """Raise ParisError unless `rows` is a matrix of that type and width."""
+    if rows.dtype != dtype or rows.ndim != 2 or rows.shape[1] != width:
+        raise ParisError(
+            f"{name} must be {np.dtype(dtype).name} with shape (rows, {width}), "
+            f"not {rows.dtype} with shape {rows.shape}"
+        )
+
+
+def dequantise(y: Int64, exponent: int, scale: float) -> NDArray[np.float32]:
+    """Return outputs as floats: `y * 2^-exponent * scale`.
+
+    Args:
+        y: `(rows, d_out)` int64.
+        exponent: That of the inputs plus those of both factors.
+        scale: `lora_alpha / r`, or what the adapter says instead.
+    """
+    return (np.ldexp(y.astype(np.float64), -exponent) * scale).astype(np.float32)

@@ -1,4 +1,35 @@
-"""ZKLoRA: a LoRA is tried, proved, paid for and received without being shown before.
+"""ZKLoRA: a LoRA is tried, proved, paid for and received, without being shown before.
+
+numpy in, bytes out: these functions are the stable core. Around them are the signed manifest, the
+session's transcript and the escrow; `parties/` has the services.
 
 Source: Roy et al. 2025, arXiv 2501.13965, for the setting; docs/zklora.md for the scheme.
 """
+
+from paris_ray.errors import VerificationError
+from paris_ray.zklora.commitment import (
+    ModuleCommitment,
+    ModuleOpening,
+    commit,
+    open_commitment,
+    open_commitments,
+)
+from paris_ray.zklora.fixed_point import QuantisedModule, dequantise, evaluate, quantise
+from paris_ray.zklora.proof import prove, verify, verify_batch, verify_named
+
+__all__ = [
+    "ModuleCommitment",
+    "ModuleOpening",
+    "QuantisedModule",
+    "VerificationError",
+    "commit",
+    "dequantise",
+    "evaluate",
+    "open_commitment",
+    "open_commitments",
+    "prove",
+    "quantise",
+    "verify",
+    "verify_batch",
+    "verify_named",
+]

@@ -46,8 +46,9 @@ class QuantisedModule:
     def __post_init__(self) -> None:
         for name, factor in (("A", self.a), ("B", self.b)):
             if factor.dtype != np.int16 or factor.ndim != 2:
-                raise ParisError(f"{name} must be an int16 matrix, not {factor.dtype} with shape "
-                                 f"{factor.shape}")
+                raise ParisError(
+                    f"{name} must be an int16 matrix, not {factor.dtype} with shape {factor.shape}"
+                )
             if factor.size and factor.min() < -MAX_ENTRY:
                 raise ParisError(f"{name} has {factor.min()}, allowed: -{MAX_ENTRY} to {MAX_ENTRY}")
         check_dimensions(self.d_in, self.r, self.d_out)
@@ -94,7 +95,7 @@ def check_dimensions(d_in: int, r: int, d_out: int) -> None:
         )
 
 
-def quantise(A: Floats, B: Floats) -> QuantisedModule:  # noqa: N803 - the paper's names
+def quantise(A: Floats, B: Floats) -> QuantisedModule:
     """Round the factors of a LoRA module to 16 bits, each with one power of two as its unit.
 
     For a PEFT folder, A is `lora_A.weight.T` and B is `lora_B.weight.T`.

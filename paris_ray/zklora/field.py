@@ -1,0 +1,102 @@
+"""Linear algebra over the scalar field of BLS12-381, fast enough for whole activations.
+
+Elements are Python integers in [0, ORDER). Products of many elements with matrices of machine
+integers go through float64 BLAS, on limbs so small that every sum is exact.
+"""
+
+import operator
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+ORDER = 0x73EDA753299D7D483339D80809A1D80553BDA402FFFE5BFEFFFFFFFF00000001
+SCALAR_BYTES = 32
+
+LIMB_BITS = 16
+LIMBS = 16  # of an element
+# Of a sum of elements times int64: 16 + 4 limbs, room for the sum itself, and a sign.
+RESULT_LIMBS = 24
+# A limb product is below 2^32 and at most 4 meet in a column: 2^18 rows stay below 2^53.
+ROWS_AT_ONCE = 2**18
+
+
+def powers(base: int, count: int) -> list[int]:
+    """Return `1, base, base^2, ...`."""
+    result, power = [], 1
+    for _ in range(count):
+        result.append(power)
+        power = power * base % ORDER
+    return result
+
+
+def dot(a: Sequence[int], b: Sequence[int]) -> int:
+    """Return the inner product of two vectors of one length."""
+    assert len(a) == len(b), (len(a), len(b))
+    return sum(map(operator.mul, a, b)) % ORDER
+
+
+def padded(vector: Sequence[int], length: int) -> list[int]:
+    """Return a vector with zeros added up to a length."""
+    return [*vector, *[0] * (length - len(vector))]
+
+
+def plus(a: Sequence[int], factor: int, b: Sequence[int]) -> list[int]:
+    """Return `a + factor * b`; both have one length."""
+    return [(x + factor * y) % ORDER for x, y in zip(a, b, strict=True)]
+
+
+def combine(coefficients: Sequence[int], matrix: NDArray[np.signedinteger]) -> list[int]:
+    """Return the combination `sum_t coefficients[t] * matrix[t]` of a matrix's rows.
+
+    Args:
+        coefficients: T elements.
+        matrix: `(T, n)` int16 or int64.
+
+    Returns:
+        n elements.
+    """
+    assert len(coefficients) == len(matrix), (len(coefficients), matrix.shape)
+    total = np.zeros((RESULT_LIMBS, matrix.shape[1]), np.int64)
+    for start in range(0, len(matrix), ROWS_AT_ONCE):
+        stop = start + ROWS_AT_ONCE
+        _add_products(total, _element_limbs(coefficients[start:stop]), matrix[start:stop])
+    return _from_limbs(total)
+
+
+def _element_limbs(elements: Sequence[int]) -> NDArray[np.float64]:
+    """Return `(LIMBS, T)` limbs, lowest first."""
+    data = b"".join(element.to_bytes(SCALAR_BYTES, "little") for element in elements)
+    return np.frombuffer(data, "<u2").reshape(-1, LIMBS).T.astype(np.float64)
+
+
+def _add_products(
+    total: NDArray[np.int64], limbs: NDArray[np.float64], matrix: NDArray[np.signedinteger]
+) -> None:
+    rest, shift = matrix, 0
+    while True:
+        # The highest limb of the matrix is signed, and none is taken that would be zero.
+        is_last = matrix.dtype == np.int16 or bool(
+            (rest.min(initial=0) >= -(2**15)) and (rest.max(initial=0) < 2**15)
+        )
+        part = rest if is_last else rest & 0xFFFF
+        product = limbs @ part.astype(np.float64)
+        total[shift : shift + LIMBS] += product.astype(np.int64)
+        if is_last:
+            return
+        rest, shift = rest >> LIMB_BITS, shift + 1
+
+
+def _from_limbs(total: NDArray[np.int64]) -> list[int]:
+    """Carry, so that every limb has 16 bits, and read each column as one signed integer."""
+    digits = np.empty((total.shape[1], RESULT_LIMBS), "<u2")
+    carry = np.zeros(total.shape[1], np.int64)
+    for position, limb in enumerate(total):
+        value = limb + carry
+        digits[:, position] = value & 0xFFFF
+        carry = value >> LIMB_BITS
+    data, size = digits.tobytes(), 2 * RESULT_LIMBS
+    return [
+        int.from_bytes(data[i : i + size], "little", signed=True) % ORDER
+        for i in range(0, len(data), size)
+    ]

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
+from paris_ray.artifacts import canonical_json
 from paris_ray.errors import SignatureError
 
 LABEL = b"paris_ray signed document\0"
@@ -58,13 +59,18 @@ class SignedDocument:
             public_key: Whose signature is expected; None: that of whom the document names.
 
         Raises:
-            SignatureError: if it is of another kind, by somebody else, or was changed.
+            SignatureError: if it is of another kind, by somebody else, was changed, or holds what
+                JSON cannot.
         """
         if self.kind != kind:
             raise SignatureError(f"kind={self.kind!r} is not allowed here: {kind!r} is expected")
         if public_key not in (None, self.public_key):
             raise SignatureError(f"the {kind} is signed by {self.public_key}, not by {public_key}")
-        verify_signature(self.public_key, _message(kind, self.document), self.signature, kind)
+        try:
+            message = _message(kind, self.document)
+        except ValueError as error:  # NaN, infinity, half a surrogate pair
+            raise SignatureError(f"the {kind} holds what JSON cannot: {error}") from None
+        verify_signature(self.public_key, message, self.signature, kind)
         return self.document
 
     def to_json(self) -> dict[str, Any]:
@@ -102,16 +108,6 @@ class SignedDocument:
             return cls.from_json(json.loads(path.read_bytes()))
         except (OSError, ValueError, RecursionError) as error:
             raise SignatureError(f"{path} holds no signed document: {error}") from None
-
-
-def canonical_json(document: Any) -> bytes:
-    """Return the only form of a JSON document that is hashed or signed: sorted, without spaces.
-
-    Raises:
-        ValueError: if it holds what JSON cannot, NaN and infinity included.
-    """
-    text = json.dumps(document, sort_keys=True, separators=(",", ":"), allow_nan=False)
-    return text.encode("ascii")
 
 
 def verify_signature(public_key: str, message: bytes, signature: str, what: str) -> None:

@@ -46,9 +46,12 @@ class LoRAOptions(BaseModel):
 
     Attributes:
         path: A folder that `jobs.train_lora` made, or any in PEFT's layout; relative like `bundle`.
-        expert: Number of its expert; null takes the one that the folder's manifest names.
+        expert: Number of its expert; null takes the one that the folder's receipt or manifest
+            names.
         merge: Compute the expert's weights with the adapter once: no slower than without it, but
             the targeted weights are in memory twice.
+        receipt_key: For an adapter that was bought through ZKLoRA: the public key that signs your
+            receipts, in hexadecimal. `jobs.verify_lora` prints it.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -56,6 +59,7 @@ class LoRAOptions(BaseModel):
     path: str
     expert: int | None = Field(default=None, ge=0)
     merge: bool = False
+    receipt_key: str | None = Field(default=None, pattern="^[0-9a-f]{64}$")
 
 
 class AppArgs(BaseModel):
@@ -121,6 +125,7 @@ def build(args: AppArgs) -> Application:
 
     Raises:
         BundleError: if there is no bundle, or an adapter does not fit it.
+        ReceiptError: if an adapter was bought, and its receipt does not allow it.
         ConfigError: if `experts` names one that the bundle does not have.
     """
     source = _source(args)
@@ -146,7 +151,7 @@ def build(args: AppArgs) -> Application:
 
 def _source(args: AppArgs) -> BundleSource:
     loras = [
-        LoRASource(name, _from_repository(lora.path), lora.expert, lora.merge)
+        LoRASource(name, _from_repository(lora.path), lora.expert, lora.merge, lora.receipt_key)
         for name, lora in args.loras.items()
     ]
     return BundleSource(

@@ -11,14 +11,16 @@ class LoRASource(NamedTuple):
     Attributes:
         name: What requests call it.
         uri: Where it is.
-        expert: Number of its expert; None: the one that its manifest names.
+        expert: Number of its expert; None: the one that its receipt or manifest names.
         merge: Whether its expert's weights are computed once.
+        receipt_key: Whose receipts are believed, for one that was bought.
     """
 
     name: str
     uri: str
     expert: int | None
     merge: bool
+    receipt_key: str | None
 
 
 class BundleSource(NamedTuple):
@@ -50,10 +52,17 @@ class BundleSource(NamedTuple):
 
         Raises:
             BundleError: if there is none, or another one, or an adapter does not fit it.
+            ReceiptError: if an adapter was bought, and its receipt does not allow it.
         """
         bundle = load_bundle(
             self.uri, self.digest, dtype=self.dtype, device=self.device, offload=self.offload
         )
         for lora in self.loras:
-            bundle.add_lora(lora.name, lora.uri, expert=lora.expert, merge=lora.merge)
+            bundle.add_lora(
+                lora.name,
+                lora.uri,
+                expert=lora.expert,
+                merge=lora.merge,
+                receipt_key=lora.receipt_key,
+            )
         return bundle

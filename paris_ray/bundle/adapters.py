@@ -1,17 +1,20 @@
 """Adapters (LoRA) that single experts of a bundle can be asked to draw with."""
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from safetensors import SafetensorError, safe_open
 
 from paris_ray.artifacts import MANIFEST, Folder, VerifiedFolder, read_manifest
 from paris_ray.bundle.links import check_links
 from paris_ray.config import ExpertConfig
-from paris_ray.errors import BundleError
+from paris_ray.errors import BundleError, ReceiptError
 from paris_ray.models import Expert
 from paris_ray.models.lora import Adapter, attach, merge
-from paris_ray.models.peft_layout import LORA, load_adapter
+from paris_ray.models.peft_layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS, LORA, load_adapter
+from paris_ray.receipts import ADAPTER_ID, RECEIPT, Receipt, file_sha256
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,24 +43,37 @@ class LoRA:
 
 
 def read_lora(
-    path: str, experts: tuple[ExpertConfig, ...], *, expert: int | None, merged: bool
+    path: str,
+    experts: tuple[ExpertConfig, ...],
+    expert_digest: Callable[[int], str],
+    *,
+    expert: int | None,
+    merged: bool,
+    receipt_key: str | None,
 ) -> LoRA:
     """Return the adapter in a folder, checked against the architecture of its expert.
 
     Args:
         path: Path or URI of what `jobs.train_lora` made, or of any folder in PEFT's layout.
         experts: The architectures of the bundle's experts.
-        expert: Which of them it is for; None: the one that its manifest names.
+        expert_digest: The SHA-256 of an expert's weights, by its number.
+        expert: Which of them it is for; None: the one that its receipt or manifest names.
         merged: See `LoRA`.
+        receipt_key: Whose receipts are believed, for an adapter that was bought; else None.
 
     Raises:
         BundleError: if no expert is given or known, the adapter does not fit that expert, or a
             link leaves the folder.
         ArtifactError: if a file is missing, damaged, or not the published one.
+        ReceiptError: if the adapter was bought, and its receipt does not allow these weights with
+            this expert; or if a key is given, and there is no receipt.
     """
     folder, digests = Folder(path), None
     if folder.is_local:
         check_links(folder)
+    receipt = _read_receipt(folder, receipt_key)
+    if receipt is not None and expert is None:
+        expert = receipt.expert
     if folder.exists(MANIFEST):
         manifest = read_manifest(folder, LORA)
         digests = manifest.files
@@ -67,7 +83,40 @@ def read_lora(
             f"{folder.uri}: expert={expert!r} is not allowed: the number of the expert that it was "
             f"trained for, 0 to {len(experts) - 1}"
         )
+    if receipt is not None:
+        receipt.require_base(expert, expert_digest(expert))
     with torch.device("meta"):
         model = Expert(experts[expert])
     adapter = load_adapter(VerifiedFolder(folder, digests), model)
     return LoRA(expert, adapter.requires_grad_(False), merged)
+
+
+def _read_receipt(folder: Folder, receipt_key: str | None) -> Receipt | None:
+    """Return the receipt of an adapter that was bought, for these very weights; else None."""
+    adapter_id = _read_adapter_id(folder)
+    if not folder.exists(RECEIPT):
+        if adapter_id is None and receipt_key is None:
+            return None
+        given = (
+            f"receipt_key={receipt_key}" if adapter_id is None else f"{ADAPTER_ID}={adapter_id:.80}"
+        )
+        raise ReceiptError(
+            f"{folder.uri}/{RECEIPT} does not exist, but {given} means an adapter that was bought "
+            "through ZKLoRA, which is used with its receipt alone: fetch it with jobs.verify_lora"
+        )
+    receipt = Receipt.read(folder, receipt_key)
+    receipt.require_opened()
+    digests = (file_sha256(folder, name) for name in (ADAPTER_WEIGHTS, ADAPTER_CONFIG))
+    receipt.require_files(adapter_id, *digests)
+    return receipt
+
+
+def _read_adapter_id(folder: Folder) -> str | None:
+    """Return the mark on the weights of an adapter that was bought; None on all others."""
+    if not folder.exists(ADAPTER_WEIGHTS):
+        return None  # `load_adapter` says what is there instead
+    try:
+        with folder.reading(ADAPTER_WEIGHTS) as path, safe_open(path, framework="pt") as weights:
+            return (weights.metadata() or {}).get(ADAPTER_ID)
+    except SafetensorError as error:
+        raise BundleError(f"{folder.uri}/{ADAPTER_WEIGHTS} is damaged: {error}") from None

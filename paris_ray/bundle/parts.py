@@ -2,6 +2,7 @@
 
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from threading import Lock
 from types import MappingProxyType
@@ -18,9 +19,18 @@ from paris_ray.encoders.codec import Codec, load_codec
 from paris_ray.encoders.text import TextEncoder, load_text_encoder
 from paris_ray.errors import BundleError, ConfigError, ParisError
 from paris_ray.models import Expert, Router, TextConditioning
-from paris_ray.run import MODEL_CONFIG
+from paris_ray.receipts import file_sha256
+from paris_ray.run import EXPERT_WEIGHTS, MODEL_CONFIG, ROUTER_WEIGHTS
 
 MAX_RESIDENT = 2  # experts on the device with offload=True: those of top-2, the default
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """An adapted expert of the caller's own making; see `Bundle.add_view`."""
+
+    expert: int
+    adapt: Callable[[Expert], Expert]
 
 
 class Bundle:
@@ -63,7 +73,7 @@ class Bundle:
         ]
         self._router = StoredModel(Router, parts["router"], defaults=defaults)
         most = MAX_RESIDENT if offload else self.num_experts
-        self._loras: dict[str, LoRA] = {}
+        self._loras: dict[str, LoRA | View] = {}
         self._resident = _Resident(self._load_expert, self._loras, most)
 
     def expert(self, index: int, lora: str | None = None) -> Expert:
@@ -76,25 +86,65 @@ class Bundle:
         return self._resident.get(index, lora)
 
     def add_lora(
-        self, name: str, path: str, *, expert: int | None = None, merge: bool = False
+        self,
+        name: str,
+        path: str,
+        *,
+        expert: int | None = None,
+        merge: bool = False,
+        receipt_key: str | None = None,
     ) -> None:
         """Make an adapter known under a name that requests can give; the bundle's files stay.
 
         Args:
             name: The name.
             path: Path or URI of what `jobs.train_lora` made, or of any folder in PEFT's layout.
-            expert: Which expert it is for; None: the one that the folder's manifest names.
+            expert: Which expert it is for; None: the one that the folder's receipt or manifest
+                names.
             merge: Compute the adapted weights once, rather than both products at each step: as
                 fast as without an adapter, but the targeted weights are in memory twice.
+            receipt_key: For an adapter that was bought through ZKLoRA: your public key, in
+                hexadecimal, which signs the receipts of your purchases.
 
         Raises:
             ConfigError: if there is one of that name.
             BundleError: if no expert is given or known, or the adapter does not fit that expert.
             ArtifactError: if a file is missing, damaged, or not the published one.
+            ReceiptError: if the adapter was bought, and its receipt is not signed by that key, is
+                not OPENED, or is for other weights or another expert; or if a key is given, and
+                there is no receipt.
         """
+        self._check_new(name)
+        self._loras[name] = read_lora(
+            path,
+            self.expert_configs,
+            lambda index: self.weights_digest(f"expert_{index}"),
+            expert=expert,
+            merged=merge,
+            receipt_key=receipt_key,
+        )
+
+    def add_view(self, name: str, expert: int, adapt: Callable[[Expert], Expert]) -> None:
+        """Make any view of an expert known under a name that requests can give as `lora`.
+
+        Args:
+            name: The name.
+            expert: Number of the expert.
+            adapt: Returns the view of an expert, and leaves the expert as it is; called each time
+                that the expert has been loaded.
+
+        Raises:
+            ConfigError: if there is one of that name.
+            BundleError: if there is no such expert.
+        """
+        self._check_new(name)
+        if not 0 <= expert < self.num_experts:
+            raise BundleError(f"expert={expert} is not allowed: 0 to {self.num_experts - 1}")
+        self._loras[name] = View(expert, adapt)
+
+    def _check_new(self, name: str) -> None:
         if name in self._loras:
             raise ConfigError(f"lora={name!r} is not allowed: there is one of that name already")
-        self._loras[name] = read_lora(path, self.expert_configs, expert=expert, merged=merge)
 
     @property
     def loras(self) -> dict[str, int]:
@@ -210,6 +260,19 @@ class Bundle:
             )
         return config
 
+    def weights_digest(self, part: str) -> str:
+        """Return the SHA-256 of the weights of an expert or the router, in hexadecimal.
+
+        It is the published one, or computed where nobody published any, which reads the file.
+
+        Args:
+            part: `router`, or `expert_` and a number.
+        """
+        name = ROUTER_WEIGHTS if part == "router" else EXPERT_WEIGHTS
+        source = self.parts[part]
+        published = (source.digests or {}).get(name)
+        return published or file_sha256(source.folder, name)
+
     def num_parameters(self) -> tuple[tuple[int, ...], int]:
         """Return the number of parameters of every expert, and of the router."""
         experts = tuple(expert.num_parameters() for expert in self._experts)
@@ -241,7 +304,9 @@ class _Resident:
     With an expert go its adapted views, which hold its weights too.
     """
 
-    def __init__(self, load: Callable[[int], Expert], loras: Mapping[str, LoRA], most: int) -> None:
+    def __init__(
+        self, load: Callable[[int], Expert], loras: Mapping[str, LoRA | View], most: int
+    ) -> None:
         self._load, self._loras, self._most = load, loras, most
         self._experts: OrderedDict[int, dict[str | None, Expert]] = OrderedDict()
         self._lock = Lock()

@@ -142,7 +142,7 @@ def attach(model: Model, adapter: Adapter) -> Model:
         model: The model that the adapter was created or loaded for, with none attached.
         adapter: The adapter.
     """
-    view = _share(model)
+    view = share(model)
     for name, linear, update in _pairs(view, adapter):
         view.set_submodule(name, LoRALinear(linear, update))
     return view
@@ -158,7 +158,7 @@ def merge(model: Model, adapter: Adapter) -> Model:
         model: The model that the adapter was created or loaded for, with none attached.
         adapter: The adapter.
     """
-    merged = _share(model)
+    merged = share(model)
     for _, linear, update in _pairs(merged, adapter):
         weight = linear.weight
         total = (weight.float() + update.weight()).to(weight.dtype)
@@ -166,7 +166,7 @@ def merge(model: Model, adapter: Adapter) -> Model:
     return merged
 
 
-def _share(model: Model) -> Model:
+def share(model: Model) -> Model:
     """Return new modules around the very parameters and buffers of a model."""
     tensors = chain(model.parameters(), model.buffers())
     return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})

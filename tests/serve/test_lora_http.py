@@ -3,12 +3,15 @@
 import base64
 import io
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import httpx
 import numpy as np
 import pytest
+import safetensors.torch
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from numpy.typing import NDArray
 from PIL import Image
 from pydantic import ValidationError
@@ -17,9 +20,10 @@ from torch import nn
 from paris_ray.artifacts import Folder, publish
 from paris_ray.bundle import Bundle
 from paris_ray.config import LoRAConfig
-from paris_ray.errors import BundleError
+from paris_ray.errors import BundleError, ReceiptError
 from paris_ray.models.lora import Adapter
-from paris_ray.models.peft_layout import save_adapter
+from paris_ray.models.peft_layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS, save_adapter
+from paris_ray.receipts import ADAPTER_ID, RECEIPT, ModuleFacts, Receipt, SessionFacts, file_sha256
 from paris_ray.sampling import generate
 from serve.app import AppArgs, build
 
@@ -129,3 +133,66 @@ def test_a_folder_that_does_not_fit_is_refused_when_it_is_deployed(
         deploy(path=str(tmp_path), expert=0)
     with pytest.raises(ValidationError, match=r"loras\.mine\.expert"):
         deploy(path=str(tmp_path), expert=-1)
+
+
+class Buyer:
+    """Who signs the receipt."""
+
+    def __init__(self) -> None:
+        self._key = Ed25519PrivateKey.generate()
+
+    @property
+    def public_key(self) -> str:
+        return self._key.public_key().public_bytes_raw().hex()
+
+    def sign(self, message: bytes) -> bytes:
+        return self._key.sign(message)
+
+
+def test_a_bought_adapter_is_deployed_with_its_opened_receipt_alone(
+    tiny_bundle_path: Path, tiny_bundle: Bundle, lora_path: Path, tmp_path: Path
+) -> None:
+    weights = safetensors.torch.load_file(lora_path / ADAPTER_WEIGHTS)
+    metadata = {"format": "pt", ADAPTER_ID: "a" * 64}
+    safetensors.torch.save_file(weights, tmp_path / ADAPTER_WEIGHTS, metadata=metadata)
+    (tmp_path / ADAPTER_CONFIG).write_bytes((lora_path / ADAPTER_CONFIG).read_bytes())
+    buyer, digest = Buyer(), "0" * 64
+    facts = ModuleFacts(
+        name="a", d_in=1, r=1, d_out=1, rows=1, proof_bytes=1, peak_to_rms=1.0, input_error=0.0
+    )
+    paid = Receipt(
+        protocol="test",
+        adapter_id="a" * 64,
+        adapter="ink",
+        base_digest=tiny_bundle.weights_digest(f"expert_{EXPERT}"),
+        expert=EXPERT,
+        router_digest=None,
+        state="PAID",
+        sessions=(SessionFacts(session=digest, mode="exact", transcript_root=digest),),
+        weights_sha256=file_sha256(Folder(tmp_path), ADAPTER_WEIGHTS),
+        config_sha256=file_sha256(Folder(tmp_path), ADAPTER_CONFIG),
+        integers_sha256=digest,
+        price=1,
+        contributor=digest,
+        escrow=None,
+        escrow_statement=None,
+        modules=(facts,),
+        totals={},
+        created="2026-01-31T12:00:00Z",
+    )
+
+    def deploy(receipt_key: str | None = buyer.public_key) -> None:
+        options = {"path": str(tmp_path), "receipt_key": receipt_key}
+        build(AppArgs(bundle=str(tiny_bundle_path), loras={"bought": options}))
+
+    with pytest.raises(ReceiptError, match=r"receipt\.json does not exist"):
+        deploy()
+    Folder(tmp_path).write_json(RECEIPT, paid.sign(buyer).to_json())
+    with pytest.raises(ReceiptError, match=f"receipt_key={buyer.public_key}: set that only if"):
+        deploy(receipt_key=None)
+    with pytest.raises(ReceiptError, match="state='PAID' is not allowed here: 'OPENED' is needed"):
+        deploy()
+    Folder(tmp_path).write_json(RECEIPT, replace(paid, state="OPENED").sign(buyer).to_json())
+    deploy()
+    with pytest.raises(ValidationError, match=r"loras\.bought\.receipt_key"):
+        deploy(receipt_key="mine")

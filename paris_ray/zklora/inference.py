@@ -1,0 +1,249 @@
+"""Multi-party inference: a model whose low-rank updates are computed by somebody else.
+
+Each adapted module keeps its own product with the weights, and asks for the update of its inputs
+in exact integers. Any tree of torch modules will do: the experts, or a language model.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from time import perf_counter
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from paris_ray.errors import BundleError, ParisError, ProtocolError
+from paris_ray.models.lora import share
+from paris_ray.zklora.fixed_point import (
+    Floats,
+    Int16,
+    Int64,
+    QuantisedModule,
+    dequantise,
+    quantise_rows,
+)
+from paris_ray.zklora.manifest import ModuleTerms
+
+# Above this, 16 bits are too few for small inputs: the relative error may exceed 5e-4.
+PEAK_TO_RMS = 16.0
+
+Model = TypeVar("Model", bound=nn.Module)
+
+Evaluate = Callable[[str, Int16, int], Int64]
+"""Asked with the name of a module, its inputs `(rows, d_in)` and their exponent: the inputs are
+the integers * 2^-exponent. Returns the integers `(rows, d_out)` of `x A B`."""
+
+Terms = QuantisedModule | ModuleTerms
+"""What says the dimensions and exponents of a module: its weights, or what is public of them."""
+
+
+@dataclass(slots=True)
+class ModuleNumerics:
+    """What rounding to 16 bits meant for the inputs of one module.
+
+    Attributes:
+        rows: How many rows were asked for, in all calls.
+        peak_to_rms: Largest entry over root mean square, of the call where it was highest.
+        quantisation_error: Relative RMS error of the rounded inputs, of the worst call.
+        seconds: Waiting for the updates, in all calls.
+    """
+
+    rows: int = 0
+    peak_to_rms: float = 0.0
+    quantisation_error: float = 0.0
+    seconds: float = 0.0
+
+
+class NumericsLog:
+    """What the receipt reports of the numbers, filled in by an adapted model.
+
+    Attributes:
+        modules: By the name of the module; those that were asked for nothing are missing.
+    """
+
+    def __init__(self) -> None:
+        self.modules: dict[str, ModuleNumerics] = {}
+
+    @property
+    def unusual(self) -> list[str]:
+        """Names of the modules whose error may exceed 5e-4, since their inputs have outliers."""
+        return [name for name, seen in self.modules.items() if seen.peak_to_rms > PEAK_TO_RMS]
+
+    def to_json(self) -> dict[str, dict[str, float]]:
+        """Return the log as JSON values."""
+        return {name: asdict(seen) for name, seen in self.modules.items()}
+
+    def record(self, name: str, x: Floats, rounded: Int16, exponent: int, seconds: float) -> None:
+        """Note one call.
+
+        Args:
+            name: The module.
+            x: `(rows, d_in)` float64, at least one row.
+            rounded: The integers that were sent.
+            exponent: Their exponent.
+            seconds: How long the answer took.
+        """
+        rms = _rms(x) or 1.0  # all zero: exact
+        error = _rms(np.ldexp(rounded.astype(np.float64), -exponent) - x)
+        seen = self.modules.setdefault(name, ModuleNumerics())
+        seen.rows += len(x)
+        seen.peak_to_rms = max(seen.peak_to_rms, float(np.abs(x).max()) / rms)
+        seen.quantisation_error = max(seen.quantisation_error, error / rms)
+        seen.seconds += seconds
+
+
+def _rms(values: Floats) -> float:
+    return float(np.sqrt(np.mean(np.square(values))))
+
+
+class UpdatedLinear(nn.Module):
+    """A linear module plus an update that is computed elsewhere.
+
+    Also stands in for the fused projection of an attention, whose rows are applied separately.
+    Code that reads the weights of a module instead of calling it fails, rather than do without the
+    update.
+
+    Args:
+        base: The module.
+        update: `(..., d_in)` to `(..., d_out)`, in any dtype, on the CPU. A plain function: those
+            are not duplicated when the model is copied, as the session behind it must not be.
+    """
+
+    def __init__(self, base: nn.Module, update: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.base: Any = base
+        self._update = update
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(..., d_in) -> (..., d_out)`."""
+        return self._add(self.base(x), self._update(x))
+
+    def rows(self, x: Tensor, start: int, stop: int | None) -> Tensor:
+        """Return output features `start` to `stop` only; all of the update is asked for."""
+        return self._add(self.base.rows(x, start, stop), self._update(x)[..., start:stop])
+
+    @staticmethod
+    def _add(output: Tensor, update: Tensor) -> Tensor:
+        return output + update.to(output)
+
+
+def adapt(
+    model: Model,
+    modules: Mapping[str, Terms],
+    scale: float,
+    evaluate: Evaluate,
+    numerics: NumericsLog | None = None,
+) -> Model:
+    """Return a view of a model with the updates of an adapter that somebody else holds.
+
+    The view shares every parameter with the model, which is left as it is; it can be adapted
+    again, for other modules. It is for inference: no gradient passes through an update.
+
+    Args:
+        model: Any tree of modules.
+        modules: The adapted ones by name, each an `nn.Linear` or transformers' `Conv1D`.
+        scale: What the product of the factors is multiplied by, `lora_alpha / r`.
+        evaluate: Asked once each time that a module is called, with all rows of the call; not
+            asked for a call without rows. What it raises passes through the model.
+        numerics: Is told about every call.
+
+    Raises:
+        BundleError: if no module is given, or the model has none of a name, or one of another
+            kind or size.
+
+    A call of the view raises ParisError if the inputs of a module are not finite, and ProtocolError
+    if an answer has another shape or dtype.
+    """
+    if not modules:
+        raise BundleError("the adapter has no modules")
+    view = share(model)
+    found = dict(view.named_modules())
+    for name, terms in modules.items():
+        base = _check_linear(name, found.get(name), terms)
+        update = _update(name, terms, scale, evaluate, numerics or NumericsLog())
+        view.set_submodule(name, UpdatedLinear(base, update))
+    return view
+
+
+def _check_linear(name: str, module: nn.Module | None, terms: Terms) -> nn.Module:
+    if module is None:
+        raise BundleError(f"{name}: the model has no module of this name")
+    kind = type(module).__name__
+    if isinstance(module, nn.Linear):
+        d_in, d_out = module.in_features, module.out_features
+    elif kind == "Conv1D":  # of transformers, which need not be installed
+        d_in, d_out = module.get_parameter("weight").shape
+    else:
+        raise BundleError(f"{name}: {kind} is not allowed: Linear or transformers' Conv1D")
+    expected = _dimensions(terms)
+    if (d_in, d_out) != expected:
+        raise BundleError(
+            f"{name}: the adapter has d_in={expected[0]}, d_out={expected[1]}, "
+            f"the model d_in={d_in}, d_out={d_out}"
+        )
+    return module
+
+
+def _dimensions(terms: Terms) -> tuple[int, int]:
+    shape = terms.commitment if isinstance(terms, ModuleTerms) else terms
+    return shape.d_in, shape.d_out
+
+
+def _update(
+    name: str, terms: Terms, scale: float, evaluate: Evaluate, numerics: NumericsLog
+) -> Callable[[Tensor], Tensor]:
+    d_in, d_out = _dimensions(terms)
+
+    def update(x: Tensor) -> Tensor:
+        shape = (*x.shape[:-1], d_out)
+        if not x.numel():  # a mixture of experts may send a module nothing
+            return torch.zeros(shape)
+        rows = x.detach().to("cpu", torch.float64).reshape(-1, d_in).contiguous().numpy()
+        try:
+            integers, exponent = quantise_rows(rows)
+        except ParisError as error:
+            raise ParisError(f"{name}: {error}") from None
+        start = perf_counter()
+        y = evaluate(name, integers, exponent)
+        numerics.record(name, rows, integers, exponent, perf_counter() - start)
+        _check_answer(name, y, (len(rows), d_out))
+        exponent += terms.exponent_a + terms.exponent_b
+        return torch.from_numpy(dequantise(y, exponent, scale)).reshape(shape)
+
+    return update
+
+
+def _check_answer(name: str, y: Int64, shape: tuple[int, int]) -> None:
+    if y.dtype != np.int64 or y.shape != shape:
+        raise ProtocolError(
+            f"{name}: the answer must be int64 with shape {shape}, "
+            f"not {y.dtype} with shape {y.shape}"
+        )
+
+
+def count_rows(
+    model: Model, modules: Mapping[str, Terms], run: Callable[[Model], object]
+) -> dict[str, int]:
+    """Return how many rows of each module a computation will ask for.
+
+    Args:
+        model: The model, with none of these modules adapted.
+        modules: As in `adapt`.
+        run: The computation; it is run on a view whose updates are all zero, so that it gives what
+            it would without an adapter.
+
+    Returns:
+        Every module, at zero if it is not asked.
+
+    Raises:
+        BundleError: as `adapt`.
+    """
+    counts = dict.fromkeys(modules, 0)
+
+    def count(name: str, x: Int16, exponent: int) -> Int64:
+        counts[name] += len(x)
+        return np.zeros((len(x), _dimensions(modules[name])[1]), np.int64)
+
+    run(adapt(model, modules, 1.0, count))
+    return counts

@@ -1,0 +1,485 @@
+"""Multi-party inference: experts and language models whose updates somebody else computes."""
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+import numpy as np
+import peft
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+from paris_ray.artifacts import Folder
+from paris_ray.bundle import Bundle, load_bundle
+from paris_ray.config import LoRAConfig
+from paris_ray.diffusion import denoising_loss, sample_path
+from paris_ray.errors import BundleError, ConfigError, ParisError, ProtocolError
+from paris_ray.evaluation.denoising import denoising_losses
+from paris_ray.models import Expert, ExpertConfig, TextConditioning
+from paris_ray.models.lora import Adapter, LowRankUpdate, attach
+from paris_ray.models.peft_layout import save_adapter
+from paris_ray.sampling import generate
+from paris_ray.seeding import torch_generator
+from paris_ray.zklora.adapter import quantise_adapter, read_peft
+from paris_ray.zklora.commitment import commit
+from paris_ray.zklora.fixed_point import Int16, Int64, QuantisedModule, evaluate, quantise
+from paris_ray.zklora.inference import PEAK_TO_RMS, NumericsLog, adapt, count_rows
+from paris_ray.zklora.manifest import ModuleTerms
+
+Randomise = Callable[[nn.Module, int], nn.Module]
+Modules = dict[str, QuantisedModule]
+
+SIZES = {"input_size": 4, "hidden_size": 16, "num_layers": 2, "num_heads": 2, "text_embed_dim": 8}
+EVERY_LINEAR = (
+    "in_proj",
+    "out_proj",
+    "mlp.0",
+    "mlp.2",
+    "text_proj",
+    "t_block.1",
+    "final_layer.linear",
+)
+SCALE = 2.0
+
+
+class Contributor:
+    """Holds the weights. Like a session, it cannot be copied, and keeps what it was asked."""
+
+    def __init__(self, modules: Modules) -> None:
+        self.modules, self.calls, self.lock = modules, list[tuple[str, int]](), Lock()
+
+    def evaluate(self, name: str, x: Int16, exponent: int) -> Int64:
+        assert x.dtype == np.int16 and x.flags.c_contiguous
+        with self.lock:
+            self.calls.append((name, len(x)))
+            return evaluate(self.modules[name], x)
+
+
+def integers_of(adapter: Adapter) -> Modules:
+    return {
+        name: quantise(update.A.detach().numpy().T, update.B.detach().numpy().T)
+        for name, update in adapter.updates().items()
+    }
+
+
+def dequantised(adapter: Adapter, modules: Modules) -> Adapter:
+    """The same adapter with the very numbers of the integers."""
+    updates = {}
+    for name, module in modules.items():
+        a, b = module.a * 2.0**-module.exponent_a, module.b * 2.0**-module.exponent_b
+        a, b = (torch.from_numpy(factor.T).float().contiguous() for factor in (a, b))
+        updates[name] = LowRankUpdate(a, b, adapter.config.scale)
+    return Adapter(adapter.config, updates).requires_grad_(False)
+
+
+def relative(output: Tensor, expected: Tensor) -> float:
+    return ((output - expected).norm() / expected.norm()).item()
+
+
+def make_adapter(model: nn.Module, randomised: Randomise, *targets: str, seed: int = 1) -> Adapter:
+    config = LoRAConfig(r=4, lora_alpha=4 * SCALE, target_modules=targets)
+    adapter = randomised(Adapter.create(model, config, 0), seed)
+    assert isinstance(adapter, Adapter)
+    return adapter.requires_grad_(False)
+
+
+@pytest.fixture
+def expert(randomised: Randomise) -> Expert:
+    model = randomised(Expert(ExpertConfig(**SIZES)), 0).eval().requires_grad_(False)
+    assert isinstance(model, Expert)
+    return model
+
+
+@pytest.fixture
+def adapter(expert: Expert, randomised: Randomise) -> Adapter:
+    return make_adapter(expert, randomised, *EVERY_LINEAR)
+
+
+def run(model: nn.Module, dtype: torch.dtype = torch.float32) -> Tensor:
+    generator = torch.Generator().manual_seed(5)
+    latents = torch.randn(2, 4, 4, 4, generator=generator).to(dtype)
+    text = torch.randn(2, 3, 8, generator=generator).to(dtype)
+    with torch.no_grad():
+        return model(latents, torch.tensor([100.0, 900.0]), text)
+
+
+# Numbers.
+
+
+def outliers(generator: np.random.Generator, shape: tuple[int, int], ratio: float) -> Any:
+    """Gaussian numbers with a few large ones; peak / RMS at most about `ratio`."""
+    values = generator.standard_normal(shape)
+    chosen = generator.random(shape) < 0.002
+    values[chosen] *= ratio / 4
+    peak = ratio * np.sqrt(np.mean(values**2))
+    return values.clip(-peak, peak)
+
+
+def delta_error(seed: int, rows: int, d_in: int, r: int, d_out: int, ratio: float) -> float:
+    """Relative RMS error of a module's whole update against float64."""
+    generator = np.random.default_rng(seed)
+    x = outliers(generator, (rows, d_in), ratio) * 10.0 ** generator.integers(-6, 6)
+    A = outliers(generator, (d_in, r), ratio) * 10.0 ** generator.integers(-4, 1)
+    B = outliers(generator, (r, d_out), ratio) * 10.0 ** generator.integers(-4, 1)
+    model = nn.Sequential(nn.Linear(d_in, d_out, bias=False, dtype=torch.float64))
+    nn.init.zeros_(model[0].weight)
+    modules, numerics = {"0": quantise(A, B)}, NumericsLog()
+    view = adapt(model, modules, SCALE, Contributor(modules).evaluate, numerics)
+    seen = view(torch.from_numpy(x))
+    assert numerics.unusual == ([] if numerics.modules["0"].peak_to_rms <= PEAK_TO_RMS else ["0"])
+    return relative(seen, torch.from_numpy(SCALE * x @ A @ B))
+
+
+@given(
+    seed=st.integers(0, 2**32),
+    rows=st.integers(16, 64),
+    d_in=st.integers(32, 200),
+    r=st.integers(1, 16),
+    d_out=st.integers(32, 200),
+    ratio=st.floats(4, PEAK_TO_RMS),
+)
+@settings(max_examples=60, deadline=None)
+def test_the_update_is_that_of_floats_within_5e_4(
+    seed: int, rows: int, d_in: int, r: int, d_out: int, ratio: float
+) -> None:
+    assert delta_error(seed, rows, d_in, r, d_out, ratio) <= 5e-4
+
+
+def test_outliers_are_reported() -> None:
+    modules, numerics = {"0": quantise(np.ones((1024, 1)), np.ones((1, 2)))}, NumericsLog()
+    model = nn.Sequential(nn.Linear(1024, 2))
+    view = adapt(model, modules, 1.0, Contributor(modules).evaluate, numerics)
+    x = torch.full((1, 1024), 0.01)
+    view(x)
+    assert numerics.unusual == [] and numerics.modules["0"].peak_to_rms == pytest.approx(1)
+    x[0, 3] = 1.0
+    view(x)
+    view(torch.zeros(3, 1024))
+    seen = numerics.modules["0"]
+    rms = x.square().mean().sqrt().item()
+    assert numerics.unusual == ["0"] and seen.peak_to_rms == pytest.approx(1 / rms)
+    rounded = torch.round(x.double() * 2**14) / 2**14
+    error = (rounded - x).square().mean().sqrt().item() / rms
+    assert seen.quantisation_error == pytest.approx(error) and error > 0
+    assert seen.rows == 5 and seen.seconds > 0
+    assert numerics.to_json()["0"]["rows"] == 5
+
+
+# Any model.
+
+
+def test_what_is_public_of_the_modules_will_do(expert: Expert, adapter: Adapter) -> None:
+    modules = integers_of(adapter)
+    contributor = Contributor(modules)
+    public = {name: ModuleTerms.of(name, commit(module)[1]) for name, module in modules.items()}
+    views = [adapt(expert, terms, SCALE, contributor.evaluate) for terms in (public, modules)]
+    assert torch.equal(*map(run, views))
+    public = {"layers.0.mlp.2": public["layers.0.mlp.0"]}
+    with pytest.raises(BundleError, match="the adapter has d_in=16, d_out=64, the model d_in=64"):
+        adapt(expert, public, SCALE, refuse)
+
+
+def test_an_adapted_expert_is_that_of_the_same_numbers(expert: Expert, adapter: Adapter) -> None:
+    modules = integers_of(adapter)
+    ours = run(adapt(expert, modules, SCALE, Contributor(modules).evaluate))
+    assert relative(ours, run(attach(expert, adapter))) < 2e-3
+    assert relative(ours, run(attach(expert, dequantised(adapter, modules)))) < 1e-3
+    assert relative(ours, run(expert)) > 1e-2
+
+
+@pytest.mark.parametrize("target", ["layers.0.attn.in_proj", "layers.1.cross_attn.in_proj"])
+def test_fused_projections_are_updated_by_rows(
+    expert: Expert, randomised: Randomise, target: str
+) -> None:
+    adapter = make_adapter(expert, randomised, target)
+    modules = integers_of(adapter)
+    contributor = Contributor(modules)
+    view = adapt(expert, modules, SCALE, contributor.evaluate)
+    assert relative(run(view), run(attach(expert, adapter))) < 1e-3
+    assert len(contributor.calls) == 1 + ("cross" in target)  # apart for text and picture
+    x = torch.randn(5, 16)
+    linear = view.get_submodule(target)
+    assert torch.equal(linear.rows(x, 4, 20), linear(x)[:, 4:20])
+
+
+def test_the_view_shares_the_model_and_leaves_it_alone(expert: Expert, adapter: Adapter) -> None:
+    modules, before = integers_of(adapter), run(expert)
+    view = adapt(expert, modules, SCALE, Contributor(modules).evaluate)
+    assert {id(p) for p in view.parameters()} == {id(p) for p in expert.parameters()}
+    run(view)
+    assert torch.equal(run(expert), before)
+    assert expert.state_dict().keys() == Expert(ExpertConfig(**SIZES)).state_dict().keys()
+
+
+def test_contributors_of_disjoint_modules_adapt_one_model(
+    expert: Expert, randomised: Randomise
+) -> None:
+    adapters = [make_adapter(expert, randomised, t) for t in ("attn.in_proj", "mlp.0")]
+    held = [integers_of(adapter) for adapter in adapters]
+    contributors = [Contributor(modules) for modules in held]
+    numerics, view = NumericsLog(), expert
+    for contributor in contributors:  # the second copies the view, but not the session in it
+        view = adapt(view, contributor.modules, SCALE, contributor.evaluate, numerics)
+    both = attach(attach(expert, adapters[0]), adapters[1])
+    assert relative(run(view), run(both)) < 1e-3
+    for contributor in contributors:
+        assert {name for name, _ in contributor.calls} == set(contributor.modules)
+    assert set(numerics.modules) == set(held[0]) | set(held[1])
+    with pytest.raises(BundleError, match="UpdatedLinear is not allowed: Linear"):
+        adapt(view, held[0], SCALE, contributors[0].evaluate)
+
+
+def test_it_keeps_the_dtype_of_the_model(expert: Expert, adapter: Adapter) -> None:
+    modules, half = integers_of(adapter), copy.deepcopy(expert).to(torch.bfloat16)
+    view = adapt(half, modules, SCALE, Contributor(modules).evaluate)
+    output = run(view, torch.bfloat16)
+    assert output.dtype == torch.bfloat16
+    assert relative(output.float(), run(attach(expert, adapter))) < 3e-2
+
+
+def refuse(name: str, x: Int16, exponent: int) -> Int64:
+    raise AssertionError("nothing may be sent")
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes", "message"),
+    [
+        ("layers.0.mlp.0", (16, 65), "layers.0.mlp.0: the adapter has d_in=16, d_out=65, the "
+         "model d_in=16, d_out=64"),
+        ("layers.0.mlp.0", (64, 16), "the adapter has d_in=64, d_out=16"),
+        ("layers.0.mlp.1", (16, 64), "layers.0.mlp.1: GELU is not allowed: Linear"),
+        ("layers.7.mlp.0", (16, 64), "layers.7.mlp.0: the model has no module of this name"),
+        ("patch_embed", (16, 64), "patch_embed: PatchEmbed is not allowed"),
+        ("", (16, 64), "Expert is not allowed"),
+    ],
+)  # fmt: skip
+def test_modules_that_do_not_fit_are_refused(
+    expert: Expert, name: str, sizes: tuple[int, int], message: str
+) -> None:
+    module = quantise(np.ones((sizes[0], 2)), np.ones((2, sizes[1])))
+    with pytest.raises(BundleError, match=message):
+        adapt(expert, {name: module}, 1.0, refuse)
+    with pytest.raises(BundleError, match="has no modules"):
+        adapt(expert, {}, 1.0, refuse)
+
+
+@pytest.mark.parametrize(
+    "x", [torch.full((2, 16), torch.nan), torch.full((2, 16), torch.inf), torch.ones(2, 17)]
+)
+def test_inputs_that_do_not_fit_are_not_sent(x: Tensor) -> None:
+    module = quantise(np.ones((16, 2)), np.ones((2, 8)))
+    view = adapt(nn.Sequential(nn.Linear(16, 8)), {"0": module}, 1.0, refuse)
+    if x.shape[1] == 16:
+        with pytest.raises(ParisError, match=r"^0: x has values that are not finite"):
+            view(x)
+    else:
+        with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+            view(x)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        np.zeros((1, 8), np.int64),  # would broadcast
+        np.zeros((3, 7), np.int64),
+        np.zeros(24, np.int64),
+        np.zeros((3, 8), np.int32),
+        np.zeros((3, 8)),
+    ],
+    ids=lambda answer: f"{answer.dtype}{answer.shape}",
+)
+def test_answers_that_do_not_fit_are_refused(answer: NDArray[Any]) -> None:
+    module = quantise(np.ones((16, 2)), np.ones((2, 8)))
+    view = adapt(nn.Sequential(nn.Linear(16, 8)), {"0": module}, 1.0, lambda *_: answer)
+    with pytest.raises(ProtocolError, match=r"^0: the answer must be int64 with shape \(3, 8\)"):
+        view(torch.ones(3, 16))
+
+
+def test_a_call_without_rows_asks_nothing() -> None:
+    module = quantise(np.ones((16, 2)), np.ones((2, 8)))
+    view = adapt(nn.Sequential(nn.Linear(16, 8)), {"0": module}, 1.0, refuse)
+    assert view(torch.ones(4, 0, 16)).shape == (4, 0, 8)
+
+
+# Rows and losses.
+
+
+@pytest.fixture
+def pictures() -> tuple[Tensor, TextConditioning]:
+    generator = torch.Generator().manual_seed(8)
+    text = torch.randn(2, 3, 8, generator=generator)
+    return torch.randn(2, 4, 4, 4, generator=generator), TextConditioning(text, text[:, 0])
+
+
+TIMES = (0.3, 0.6, 1.0)
+
+
+def test_rows_are_known_before_anything_is_asked(
+    expert: Expert, adapter: Adapter, pictures: tuple[Tensor, TextConditioning]
+) -> None:
+    modules = integers_of(adapter)
+    contributor = Contributor(modules)
+
+    def losses(model: Expert) -> Tensor:
+        return denoising_losses(model, *pictures, TIMES, seed=3)
+
+    seen = []
+    counts = count_rows(expert, modules, lambda view: seen.append(losses(view)))
+    assert torch.equal(seen[0], losses(expert))
+    losses(adapt(expert, modules, SCALE, contributor.evaluate))
+    asked = {name: sum(n for other, n in contributor.calls if other == name) for name in modules}
+    assert counts == asked
+    tokens, pairs = 4, 6
+    assert counts["layers.0.attn.in_proj"] == counts["layers.1.mlp.2"] == tokens * pairs
+    assert counts["t_block.1"] == pairs
+    assert counts["text_proj"] == 2 * 3  # a caption is encoded once for all levels
+    assert counts["layers.0.cross_attn.in_proj"] == tokens * pairs + 2 * 3
+    calls = [name for name, _ in contributor.calls if "cross_attn.in_proj" not in name]
+    assert sorted(calls) == sorted(name for name in modules if "cross_attn.in_proj" not in name)
+
+
+def test_modules_that_are_not_asked_count_zero() -> None:
+    model = nn.ModuleDict({"used": nn.Linear(4, 4), "idle": nn.Linear(4, 4)})
+    modules = {name: quantise(np.ones((4, 1)), np.ones((1, 4))) for name in model}
+    assert count_rows(model, modules, lambda view: view["used"](torch.ones(2, 3, 4))) == {
+        "used": 6,
+        "idle": 0,
+    }
+
+
+@pytest.mark.parametrize("prediction", ["velocity", "preconditioned", "epsilon"])
+def test_losses_with_and_without_see_the_same_noise(
+    randomised: Randomise, pictures: tuple[Tensor, TextConditioning], prediction: str
+) -> None:
+    expert = randomised(Expert(ExpertConfig(**SIZES, prediction=prediction)), 0).eval()
+    assert isinstance(expert, Expert)
+    adapter = make_adapter(expert, randomised, *EVERY_LINEAR)
+    modules = integers_of(adapter)
+    models = (
+        expert,
+        attach(expert, adapter),
+        adapt(expert, modules, SCALE, Contributor(modules).evaluate),
+    )
+    base, attached, ours = (denoising_losses(model, *pictures, TIMES, seed=3) for model in models)
+    assert base.shape == (3, 2) and base.dtype == torch.float32
+    torch.testing.assert_close(ours, attached, rtol=2e-3, atol=1e-4)
+    assert relative(ours, base) > 1e-2
+    assert torch.equal(denoising_losses(expert, *pictures, TIMES, seed=3), base)
+    assert not torch.allclose(denoising_losses(expert, *pictures, TIMES, seed=4), base)
+
+
+def test_the_loss_is_that_of_training(
+    expert: Expert, pictures: tuple[Tensor, TextConditioning]
+) -> None:
+    latents, text = pictures
+    noise = torch.randn(4, 4, 4, 4, generator=torch_generator(0, "denoising losses"))
+    losses = denoising_losses(expert, latents, text, (0.25, 0.75), seed=0)
+    for level, t in enumerate((0.25, 0.75)):
+        for i in range(2):
+            one = noise[2 * level + i][None]
+            path = sample_path(latents[i : i + 1], one, torch.tensor([t]))
+            expected = denoising_loss(expert, path, text.rows(slice(i, i + 1)))
+            torch.testing.assert_close(losses[level, i], expected, rtol=1e-4, atol=1e-5)
+
+
+# Pictures: audit mode.
+
+
+def draw(bundle: Bundle, lora: str | None) -> NDArray[np.int64]:
+    images = generate(
+        bundle, ["a red cat", "a blue dog"], num_inference_steps=3, guidance_scale=2.0,
+        routing="full", lora=lora,
+    )  # fmt: skip
+    return np.stack([np.asarray(image) for image in images]).astype(np.int64)
+
+
+def test_pictures_are_drawn_with_a_view(
+    release_path: Path, randomised: Randomise, tmp_path: Path
+) -> None:
+    bundle = load_bundle(str(release_path))
+    adapter = make_adapter(bundle.expert(1), randomised, "in_proj", "out_proj")
+    modules = integers_of(adapter)
+    save_adapter(dequantised(adapter, modules), Folder(tmp_path))
+    bundle.add_lora("peft", str(tmp_path), expert=1)
+    contributor = Contributor(modules)
+
+    def other(name: str, x: Int16, exponent: int) -> Int64:
+        return -evaluate(modules[name], x)
+
+    bundle.add_view("ours", 1, lambda e: adapt(e, modules, SCALE, contributor.evaluate))
+    bundle.add_view("other", 1, lambda e: adapt(e, modules, SCALE, other))
+    assert bundle.loras == {"peft": 1, "ours": 1, "other": 1}
+    plain, theirs, ours = (draw(bundle, name) for name in (None, "peft", "ours"))
+    assert abs(ours - theirs).max() <= 1
+    assert {name for name, _ in contributor.calls} == set(modules)
+    for different in (plain, draw(bundle, "other")):
+        assert (abs(ours - different) > 1).mean() > 0.01
+    assert np.array_equal(draw(bundle, None), plain)
+
+
+@pytest.mark.parametrize("expert", [-1, 3])
+def test_a_view_of_no_expert_or_of_a_known_name_is_refused(release_path: Path, expert: int) -> None:
+    bundle = load_bundle(str(release_path))
+    with pytest.raises(BundleError, match=f"expert={expert} is not allowed: 0 to 2"):
+        bundle.add_view("mine", expert, lambda e: e)
+    bundle.add_view("mine", 0, lambda e: e)
+    with pytest.raises(ConfigError, match="lora='mine' is not allowed: there is one"):
+        bundle.add_view("mine", 0, lambda e: e)
+
+
+# Language models.
+
+
+def gpt2() -> nn.Module:
+    config = GPT2Config(vocab_size=50, n_positions=32, n_embd=32, n_layer=2, n_head=2)
+    return GPT2LMHeadModel(config)
+
+
+def llama() -> nn.Module:
+    config = LlamaConfig(
+        vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2,
+    )  # fmt: skip
+    return LlamaForCausalLM(config)
+
+
+@pytest.mark.parametrize(
+    ("make", "targets"),
+    [
+        (gpt2, ["c_attn", "c_proj", "c_fc"]),
+        (llama, ["q_proj", "v_proj", "o_proj", "down_proj"]),
+    ],
+)
+def test_language_models_answer_as_with_peft(
+    make: Callable[[], nn.Module], targets: list[str], tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    model = make().eval()
+    options = {"fan_in_fan_out": True} if make is gpt2 else {}
+    config = peft.LoraConfig(
+        r=4, lora_alpha=8, target_modules=targets, init_lora_weights=False, **options
+    )
+    theirs = peft.get_peft_model(copy.deepcopy(model), config).eval()
+    theirs.save_pretrained(tmp_path)
+    modules = quantise_adapter(read_peft(tmp_path))
+    assert len(modules) == 2 * len(targets) + (2 if make is gpt2 else 0)  # c_proj is twice a block
+    view = adapt(model, modules, SCALE, Contributor(modules).evaluate)
+    tokens = torch.randint(0, 50, (2, 7), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        ours, expected, base = (m(tokens).logits for m in (view, theirs, model))
+        assert relative(ours, expected) < 1e-3
+        assert relative(ours, base) > 1e-2
+        assert set(count_rows(model, modules, lambda m: m(tokens)).values()) == {14}
+        first = tokens[:1]
+        written = [
+            m.generate(input_ids=first, max_new_tokens=4, do_sample=False, pad_token_id=0)
+            for m in (view, theirs)
+        ]
+    assert torch.equal(*written)

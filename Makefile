@@ -3,13 +3,14 @@ PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 
-.PHONY: help quickstart stop test lint bench clean
+.PHONY: help quickstart stop test lint fuzz bench clean
 
 help:
 	@echo "make quickstart   from a bare machine to pictures over HTTP"
 	@echo "make stop         stop what quickstart started, nothing else"
 	@echo "make test         linters, types, architecture and all tests"
-	@echo "make bench        print the numbers of docs/results.md"
+	@echo "make fuzz         change 10,000 bytes of everything that ZKLoRA's strangers send"
+	@echo "make bench        print the numbers of docs/results.md and docs/zklora.md"
 
 quickstart: $(VENV)/quickstart
 	@$(PY) -m jobs.quickstart
@@ -26,10 +27,14 @@ lint: $(VENV)/test
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
 
+fuzz: $(VENV)/test
+	$(PY) tests/zklora_fuzz.py --mutations 10000
+
 bench: $(VENV)/test
 	$(PY) tests/benchmarks/bench_models.py
 	$(PY) tests/benchmarks/bench_memory.py
 	$(PY) tests/benchmarks/bench.py
+	$(PY) tests/benchmarks/bench_zklora.py --write docs/zklora.md
 
 clean:
 	rm -rf $(VENV)

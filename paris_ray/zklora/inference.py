@@ -74,6 +74,13 @@ class NumericsLog:
         """Return the log as JSON values."""
         return {name: asdict(seen) for name, seen in self.modules.items()}
 
+    @classmethod
+    def from_json(cls, values: Mapping[str, Mapping[str, Any]]) -> "NumericsLog":
+        """Return the log of which `to_json` gave these values."""
+        log = cls()
+        log.modules = {name: ModuleNumerics(**seen) for name, seen in values.items()}
+        return log
+
     def record(self, name: str, x: Floats, rounded: Int16, exponent: int, seconds: float) -> None:
         """Note one call.
 

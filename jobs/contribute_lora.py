@@ -1,0 +1,179 @@
+r"""Offer a LoRA: users try it on their own base, verify it and pay, and never see it before.
+
+Quantises and commits the weights once, writes HOME/offers/NAME/zklora.json (the signed manifest:
+give it to users) and serves until SIGTERM. Start it again to continue: commitments, budget and
+sessions are kept. docs/zklora.md says what the budget of rows means.
+
+    python -m jobs.contribute_lora --bundle runs/quickstart/bundle --expert 3 --adapter loras/mine \
+        --listen 127.0.0.1:7444 --price 100 \
+        --escrow 127.0.0.1:7443 --escrow-certificate runs/zklora/escrow/certificate.pem
+"""
+
+import argparse
+import logging
+import signal
+import sys
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from jobs.command import fail, log_to_stdout, ray_session
+from jobs.parties import (
+    add_home,
+    add_service,
+    address,
+    certificate,
+    client_certificates,
+    describe,
+)
+from paris_ray.artifacts import absolute_uri
+from paris_ray.errors import ConfigError, ParisError
+from paris_ray.zklora.identity import Identity
+from paris_ray.zklora.manifest import MANIFEST, AdapterManifest
+
+if TYPE_CHECKING:
+    from paris_ray.zklora.parties.contributor import Contribution
+
+OFFERS = "offers"
+STATUS_S = 60.0
+
+logger = logging.getLogger("paris_ray")
+
+
+def main() -> int:
+    """Serve until SIGTERM or SIGINT; return the exit code."""
+    arguments = _parser().parse_args()
+    log_to_stdout()
+    try:
+        identity = Identity.load_or_create(arguments.home)
+        clients = client_certificates(arguments.clients, arguments.home)
+        host, port = address("--listen", arguments.listen)
+        folder, manifest = _offer(arguments, identity)
+        _say_what_leaks(manifest)
+        with ray_session(arguments.address):
+            # Imported only now: ray reads RAY_AUTH_MODE when it is imported, and --help is quick.
+            from paris_ray.zklora.parties.contributor import Contribution, Service
+
+            escrow = arguments.escrow and address("--escrow", arguments.escrow)
+            contribution = Contribution(
+                Service(
+                    folder=folder,
+                    identity=arguments.home.resolve(),
+                    host=host,
+                    port=port,
+                    clients=clients,
+                    bundle=arguments.bundle and absolute_uri(arguments.bundle),
+                    escrow=escrow,
+                    workers=arguments.workers,
+                    threads=arguments.threads,
+                )
+            )
+            host, port = contribution.address
+            print(
+                f"contributor ready: address={host}:{port} manifest={folder / MANIFEST} "
+                + describe(identity),
+                flush=True,
+            )
+            _serve(contribution)
+    except ParisError as error:
+        return fail(error)
+    return 0
+
+
+def _offer(arguments: argparse.Namespace, identity: Identity) -> tuple[Path, AdapterManifest]:
+    """Return the folder of the offer and its manifest; both are made if there are none."""
+    # Imported only now: they import torch, and --help is quick.
+    from paris_ray.bundle import load_bundle
+    from paris_ray.zklora.adapter import read_peft
+    from paris_ray.zklora.offer import Terms, base_of_expert, base_of_file, open_offer
+
+    if arguments.bundle is not None:
+        if arguments.expert is None:
+            raise ConfigError("--expert is missing: the number of the expert in the bundle")
+        base = base_of_expert(load_bundle(arguments.bundle), arguments.expert)
+    else:
+        base = base_of_file(arguments.base)
+    escrow_certificate = None
+    if arguments.escrow is not None:
+        if arguments.escrow_certificate is None:
+            raise ConfigError("--escrow-certificate is missing: the file that the escrow printed")
+        escrow_certificate = certificate("--escrow-certificate", arguments.escrow_certificate)
+    name = arguments.name or arguments.adapter.resolve().name
+    terms = Terms(
+        base=base,
+        name=name,
+        price=arguments.price,
+        budget_rows=arguments.budget_rows,
+        escrow_certificate=escrow_certificate,
+    )
+    folder = (arguments.home / OFFERS / name).resolve()
+    return folder, open_offer(folder, identity, read_peft(arguments.adapter), terms).manifest
+
+
+def _say_what_leaks(manifest: AdapterManifest) -> None:
+    """Log how much of the adapter its budget gives away, by what an attacker would do."""
+    from paris_ray.zklora.leakage import attacker_error
+
+    rows = manifest.budget_rows
+    worst = max(manifest.modules, key=lambda terms: rows / terms.commitment.d_in)
+    d_in, r, d_out = worst.dimensions
+    errors = [attacker_error(d_in, min(d_out, d_in), r, min(rows, d_in), power) for power in (0, 1)]
+    logger.info(
+        "budget: %d rows of %d. Whoever sees them all predicts other updates with a relative "
+        "error of %.2f if inputs are isotropic, %.2f if their spectrum falls as 1/i",
+        rows,
+        d_in,
+        *errors,
+    )
+
+
+def _serve(contribution: "Contribution") -> None:
+    """Say how it goes, until a signal comes."""
+    stopped = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):  # after ray.init, which sets its own
+        signal.signal(number, lambda *_: stopped.set())
+    while not stopped.wait(STATUS_S):
+        logger.info("%s", contribution.status())
+    contribution.close()
+
+
+def _parser() -> argparse.ArgumentParser:
+    result = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    base = result.add_mutually_exclusive_group(required=True)
+    base.add_argument("--bundle", help="the model folder whose expert is adapted")
+    base.add_argument(
+        "--base", type=Path, metavar="FILE", help="the safetensors of any other model"
+    )
+    result.add_argument("--expert", type=int, metavar="K", help="number of the expert in --bundle")
+    result.add_argument(
+        "--adapter", type=Path, required=True, metavar="DIR", help="the LoRA, in PEFT's layout"
+    )
+    add_service(result)
+    add_home(result, "contributor")
+    result.add_argument(
+        "--name", help="what users call it; default: the name of --adapter's folder"
+    )
+    result.add_argument("--price", type=int, default=0, metavar="N", help="default: %(default)s")
+    result.add_argument(
+        "--budget-rows",
+        type=int,
+        metavar="N",
+        help="rows of each module that are ever answered, over all users; default: d_in / 8",
+    )
+    result.add_argument("--escrow", metavar="HOST:PORT", help="who holds key and payment")
+    result.add_argument("--escrow-certificate", type=Path, metavar="FILE")
+    result.add_argument(
+        "--workers", type=int, default=1, metavar="N", help="processes that answer updates"
+    )
+    result.add_argument("--threads", type=int, default=1, metavar="N", help="torch threads of each")
+    result.add_argument(
+        "--address",
+        help="Ray cluster of the contributor; default: RAY_ADDRESS, else one of its own",
+    )
+    return result
+
+
+if __name__ == "__main__":
+    sys.exit(main())

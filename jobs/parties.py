@@ -1,0 +1,101 @@
+"""What the jobs of ZKLoRA's parties share: addresses, identities and whom they trust."""
+
+import argparse
+import hashlib
+import ssl
+from collections.abc import Sequence
+from pathlib import Path
+
+from paris_ray.errors import ConfigError, SignatureError
+from paris_ray.zklora.identity import CERTIFICATE, KEY, Identity, public_key_of
+
+HOMES = Path("runs/zklora")
+CLIENTS = "clients"
+LOOPBACK = "127.0.0.1"
+ESCROW_PORT = 7443
+
+
+def add_home(parser: argparse.ArgumentParser, party: str) -> None:
+    """Add the option for a party's own folder."""
+    parser.add_argument(
+        "--home",
+        type=Path,
+        default=HOMES / party,
+        metavar="DIR",
+        help="this party's own folder: key.pem and certificate.pem, made if there are none, and "
+        "what it must remember; default: %(default)s",
+    )
+
+
+def add_service(parser: argparse.ArgumentParser, listen: str | None = None) -> None:
+    """Add the options of a party that listens."""
+    parser.add_argument(
+        "--listen",
+        metavar="HOST:PORT",
+        required=listen is None,
+        default=listen,
+        help="where to listen; port 0: a free one" + (f"; default: {listen}" if listen else ""),
+    )
+    parser.add_argument(
+        "--clients",
+        type=Path,
+        nargs="+",
+        metavar="FILE_OR_DIR",
+        help="certificates of all who may connect, nobody else can; default: HOME/clients/*.pem",
+    )
+
+
+def address(option: str, value: str) -> tuple[str, int]:
+    """Return host and port.
+
+    Raises:
+        ConfigError: naming the option, if it is none.
+    """
+    host, _, port = value.rpartition(":")
+    if not host or not port.isdecimal() or int(port) > 65535:
+        raise ConfigError(f"{option}={value!r} is not allowed: HOST:PORT, such as 127.0.0.1:7443")
+    return host.strip("[]"), int(port)
+
+
+def certificate(option: str, path: Path) -> str:
+    """Return the certificate in a file, as PEM.
+
+    Raises:
+        ConfigError: naming the option, if it holds none.
+    """
+    try:
+        pem = path.read_text("ascii")
+        public_key_of(pem)
+    except (OSError, UnicodeDecodeError, SignatureError) as error:
+        raise ConfigError(f"{option}: {path} is no certificate of a party: {error}") from None
+    return pem
+
+
+def client_certificates(paths: Sequence[Path] | None, home: Path) -> tuple[str, ...]:
+    """Return the certificates in files and folders; the key beside one is left alone.
+
+    Raises:
+        ConfigError: if there are none.
+    """
+    if paths is None:
+        paths = [home / CLIENTS]
+        paths[0].mkdir(parents=True, exist_ok=True)
+    files = [file for path in paths for file in (_in_folder(path) if path.is_dir() else [path])]
+    return tuple(certificate("--clients", file) for file in files)
+
+
+def _in_folder(folder: Path) -> list[Path]:
+    files = sorted(file for file in folder.glob("*.pem") if file.name != KEY)
+    if not files:
+        raise ConfigError(
+            f"--clients={folder} holds no certificate: put there the certificate.pem of everybody "
+            "who may connect (`python -m jobs.identity DIR` makes one)"
+        )
+    return files
+
+
+def describe(identity: Identity) -> str:
+    """Return where the certificate of a party is, and its fingerprint, in one line."""
+    fingerprint = hashlib.sha256(ssl.PEM_cert_to_DER_cert(identity.certificate)).hexdigest()
+    path = (identity.folder / CERTIFICATE).resolve()
+    return f"certificate={path} sha256={fingerprint} key={identity.public_key}"

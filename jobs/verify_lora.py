@@ -1,0 +1,203 @@
+r"""Try a LoRA that its contributor does not show, verify what it did, pay, and receive it.
+
+Pins the manifest, compares losses with and without the LoRA on your own expert (--pictures), has
+pictures drawn by the contributor and audits them (--prompts), checks a zero-knowledge proof of
+every module, pays through the escrow, opens the weights and compares them with those that were
+proved. Run it again to continue after an interruption. docs/zklora.md says what is proved.
+
+    python -m jobs.verify_lora --bundle runs/quickstart/bundle --peer 127.0.0.1:7444 \
+        --manifest zklora.json --prompts prompts.txt --pictures PICTURES \
+        --escrow 127.0.0.1:7443 --escrow-certificate runs/zklora/escrow/certificate.pem
+"""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tqdm import tqdm
+
+from jobs.command import fail, log_to_stdout, ray_session
+from jobs.parties import HOMES, add_home, address, certificate, describe
+from paris_ray.artifacts import absolute_uri
+from paris_ray.errors import ConfigError, ParisError
+from paris_ray.zklora.identity import Identity
+from paris_ray.zklora.manifest import AdapterManifest
+
+if TYPE_CHECKING:
+    from paris_ray.zklora.parties.buyer import Outcome, Trial
+
+PURCHASES = "purchases"
+
+
+def main() -> int:
+    """Try, verify and buy; return the exit code."""
+    arguments = _parser().parse_args()
+    log_to_stdout()
+    try:
+        identity = Identity.load_or_create(arguments.home)
+        print(f"user: {describe(identity)}", flush=True)
+        manifest = AdapterManifest.read(arguments.manifest)
+        _say_what_is_offered(manifest)
+        with ray_session(arguments.address):
+            # Imported only now: ray reads RAY_AUTH_MODE when it is imported, and --help is quick.
+            from paris_ray.zklora.parties.buyer import Buyer
+
+            trial = _trial(arguments, manifest)
+            with _Bars() as bars:
+                outcome = Buyer(trial, bars.show).run()
+            _report(outcome, trial, identity)
+    except ParisError as error:
+        return fail(error)
+    return 0
+
+
+class _Bars:
+    """A progress bar a stage."""
+
+    def __init__(self) -> None:
+        self._stage = ""
+        self._bar: tqdm | None = None
+
+    def __enter__(self) -> "_Bars":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def show(self, stage: str, done: int, total: int) -> None:
+        """Move the bar of a stage, after closing that of another."""
+        if stage != self._stage:
+            self.__exit__()
+            self._stage, self._bar = stage, tqdm(desc=stage, total=total, file=sys.stdout)
+        if self._bar is not None:
+            self._bar.update(done - self._bar.n)
+
+
+def _say_what_is_offered(manifest: AdapterManifest) -> None:
+    expert = "" if manifest.base.expert is None else f" of expert {manifest.base.expert}"
+    print(
+        f"adapter {manifest.adapter} ({manifest.adapter_id}){expert}: {len(manifest.modules)} "
+        f"modules of rank {manifest.r}, price {manifest.price}, {manifest.budget_rows} rows a "
+        f"module over all users\ncontributor {manifest.contributor}",
+        flush=True,
+    )
+
+
+def _trial(arguments: argparse.Namespace, manifest: AdapterManifest) -> "Trial":
+    from paris_ray.zklora.parties.buyer import Trial
+    from paris_ray.zklora.parties.examples import read_pictures, read_prompts
+
+    if (arguments.escrow is None) != (arguments.escrow_certificate is None):
+        raise ConfigError("--escrow and --escrow-certificate go together: give both or none")
+    pictures, captions = None, tuple[str, ...]()
+    if arguments.pictures is not None:
+        pictures, captions = read_pictures(arguments.pictures, arguments.bundle)
+    name = f"{manifest.adapter}-{manifest.adapter_id[:8]}"
+    output = arguments.output or arguments.home / PURCHASES / name
+    return Trial(
+        bundle=absolute_uri(arguments.bundle),
+        peer=address("--peer", arguments.peer),
+        manifest=arguments.manifest,
+        identity=arguments.home.resolve(),
+        output=output.resolve(),
+        prompts=read_prompts(arguments.prompts) if arguments.prompts else (),
+        pictures=pictures,
+        captions=captions,
+        levels=arguments.levels,
+        audit_rows=arguments.audit_rows,
+        seed=arguments.seed,
+        escrow=arguments.escrow and address("--escrow", arguments.escrow),
+        escrow_certificate=arguments.escrow
+        and certificate("--escrow-certificate", arguments.escrow_certificate),
+        threads=arguments.threads,
+    )
+
+
+def _report(outcome: "Outcome", trial: "Trial", identity: Identity) -> None:
+    """Print what was measured, a line a module, and what to do next."""
+    receipt = outcome.receipt
+    print(f"\n{'module':40} {'d_in-r-d_out':>16} {'rows':>6} {'proof':>8} {'peak/RMS':>9}")
+    for module in receipt.modules:
+        size = f"{module.d_in}-{module.r}-{module.d_out}"
+        print(
+            f"{module.name:40} {size:>16} {module.rows:>6} {module.proof_bytes:>6} B "
+            f"{module.peak_to_rms:>9.1f}"
+        )
+    if outcome.without is not None and outcome.with_adapter is not None:
+        print(f"\n{'noise level':12} {'loss without':>13} {'loss with':>10}")
+        losses = zip(trial.levels, outcome.without, outcome.with_adapter, strict=True)
+        for level, without, with_adapter in losses:
+            print(f"{level:<12} {without.mean():>13.4f} {with_adapter.mean():>10.4f}")
+    for name in outcome.unusual:
+        print(f"{name}: inputs with outliers, rounding may be above 5e-4 (see the receipt)")
+    totals = ", ".join(f"{name} {value:,.1f}" for name, value in receipt.totals.items())
+    print(f"\n{totals}\nreceipt {trial.output / 'receipt.json'}: {receipt.state}")
+    if outcome.adapter is not None:
+        print(
+            f"adapter {outcome.adapter}\nto serve it, under `loras:` in serve/config.yaml:\n"
+            f"  {receipt.adapter}: {{path: {outcome.adapter}, receipt_key: {identity.public_key}}}"
+        )
+
+
+def _parser() -> argparse.ArgumentParser:
+    result = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    result.add_argument("--bundle", required=True, help="your own copy of the model folder")
+    result.add_argument(
+        "--peer", required=True, metavar="HOST:PORT", help="where the contributor listens"
+    )
+    result.add_argument(
+        "--manifest", required=True, type=Path, metavar="FILE", help="the contributor's zklora.json"
+    )
+    result.add_argument(
+        "--prompts",
+        type=Path,
+        metavar="FILE",
+        help="text, a prompt a line: the contributor draws them, and you audit what it computed",
+    )
+    result.add_argument(
+        "--pictures",
+        metavar="DIR",
+        help="captioned pictures, a folder with metadata.jsonl: losses with and without the LoRA",
+    )
+    result.add_argument(
+        "--levels",
+        type=float,
+        nargs="+",
+        default=[0.3, 0.7],
+        metavar="T",
+        help="noise levels of the losses, between 0 and 1; default: %(default)s",
+    )
+    result.add_argument(
+        "--audit-rows",
+        type=int,
+        metavar="N",
+        help="rows of each module that an audit opens; default: 64, at most half of the budget if "
+        "there are pictures",
+    )
+    result.add_argument("--seed", type=int, default=0, help="of the audit's pictures")
+    result.add_argument(
+        "--escrow", metavar="HOST:PORT", help="buy through this escrow; default: verify only"
+    )
+    result.add_argument(
+        "--escrow-certificate", type=Path, metavar="FILE", help="that of the escrow you trust"
+    )
+    result.add_argument(
+        "--output",
+        type=Path,
+        metavar="DIR",
+        help=f"the purchase's folder; default: {HOMES}/user/{PURCHASES}/NAME",
+    )
+    add_home(result, "user")
+    result.add_argument("--threads", type=int, default=1, metavar="N", help="torch threads")
+    result.add_argument(
+        "--address", help="your Ray cluster; default: RAY_ADDRESS, else one of its own"
+    )
+    return result
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,665 @@
+"""The escrow: it holds the key of a sealed adapter and the buyer's money, and swaps them.
+
+A trade is a session's purchase and goes
+
+    COMMITTED -> INFERRED -> PROVED -> VERIFIED -> PAID -> KEY_RELEASED -> OPENED | DISPUTED
+    -> SETTLED | REFUNDED
+
+Before the swap the escrow runs the opening check itself: the sealed weights under this key are the
+committed ones. So neither party can take without giving, and whoever falls silent is timed out.
+
+Every operation may be repeated: one that has happened returns the trade as it is and changes
+nothing. Journal and ledger are one SQLite file and a step moves state and money in one
+transaction, so a trade survives the end of the process at any moment. No trade rests in OPENED or
+DISPUTED: both are passed through within one operation.
+
+The shipped ledger is a stand-in for payment: credits that the escrow gives away and keeps itself.
+"""
+
+import json
+import sqlite3
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Protocol
+
+from paris_ray.artifacts import canonical_json, sha256_hex
+from paris_ray.errors import ArtifactError, ParisError, ProtocolError, TradeError
+from paris_ray.signatures import SignedDocument
+from paris_ray.zklora.commitment import ModuleOpening, open_commitments
+from paris_ray.zklora.identity import Identity
+from paris_ray.zklora.manifest import AdapterManifest
+from paris_ray.zklora.sealing import KEY_BYTES, unseal
+from paris_ray.zklora.transcript import check_digest, session_id
+
+STATEMENT = "escrow"  # the kind of document that the escrow signs
+OPENING_BALANCE = 1000
+MAX_REASON = 1000  # characters
+
+
+class State(StrEnum):
+    """How far a trade is."""
+
+    COMMITTED = "COMMITTED"  # the buyer has opened a session on a listed adapter
+    INFERRED = "INFERRED"  # both have signed the transcript
+    PROVED = "PROVED"  # the proofs were handed over
+    VERIFIED = "VERIFIED"  # the buyer accepts these very proofs
+    PAID = "PAID"  # the price is locked
+    KEY_RELEASED = "KEY_RELEASED"  # the key passed the opening check; the buyer may fetch it
+    OPENED = "OPENED"  # the buyer has opened the weights
+    DISPUTED = "DISPUTED"  # the opening check failed, or the buyer says so
+    SETTLED = "SETTLED"  # the seller has the money
+    REFUNDED = "REFUNDED"  # the buyer has the money
+
+
+HOUR = 3600.0
+# Seconds that a trade may rest in a state. A buyer who has paid waits for the key an hour.
+DEADLINES: Mapping[State, float] = {
+    State.COMMITTED: 24 * HOUR,
+    State.INFERRED: 24 * HOUR,
+    State.PROVED: 24 * HOUR,
+    State.VERIFIED: 24 * HOUR,
+    State.PAID: HOUR,
+    State.KEY_RELEASED: 72 * HOUR,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Trade:
+    """One purchase, as it stands.
+
+    Attributes:
+        session: Its id: that of the session in which the adapter was tried.
+        adapter_id: What is bought.
+        buyer: Public key.
+        seller: Public key: the manifest's contributor.
+        price: Credits.
+        state: Where it stands.
+        since: When it came there, seconds since 1970.
+        states: All states that it has passed, the present one last.
+        transcript_root: What both parties have signed, once they have.
+        proofs_digest: SHA-256 of the proofs, once they were handed over.
+        reason: Why it was disputed, refunded or settled without the buyer's word.
+    """
+
+    session: str
+    adapter_id: str
+    buyer: str
+    seller: str
+    price: int
+    state: State
+    since: float
+    states: tuple[State, ...]
+    transcript_root: str | None
+    proofs_digest: str | None
+    reason: str | None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it as JSON values."""
+        return {**asdict(self), "state": str(self.state), "states": [*map(str, self.states)]}
+
+    @classmethod
+    def from_json(cls, document: Mapping[str, Any]) -> "Trade":
+        """Return the trade that `to_json` wrote.
+
+        Raises:
+            ProtocolError: if it is none.
+        """
+        try:
+            states = tuple(State(state) for state in document["states"])
+            return cls(**{**document, "state": State(document["state"]), "states": states})
+        except (KeyError, TypeError, ValueError) as error:
+            raise ProtocolError(f"not a trade: {error}") from None
+
+
+class Journal:
+    """One SQLite file that several threads, and other processes, may write.
+
+    Args:
+        path: The file; made if it is missing, readable to its owner alone: it will hold keys.
+
+    Raises:
+        ArtifactError: if it cannot be opened or is no journal.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._lock = threading.RLock()
+        try:
+            path.touch(mode=0o600)
+            self._database = sqlite3.connect(
+                path, timeout=30, isolation_level=None, check_same_thread=False
+            )
+            self._database.execute("PRAGMA journal_mode = WAL")
+            self._database.execute("PRAGMA synchronous = FULL")
+        except (OSError, sqlite3.Error) as error:
+            raise ArtifactError(f"{path} cannot be used as a journal: {error}") from None
+
+    @contextmanager
+    def transaction(self) -> Iterator[None]:
+        """Hold the write lock; what is done inside happens as a whole or not at all.
+
+        One inside another joins it.
+        """
+        with self._lock:
+            if self._database.in_transaction:
+                yield
+                return
+            self._database.execute("BEGIN IMMEDIATE")
+            try:
+                yield
+                self._database.execute("COMMIT")
+            finally:
+                if self._database.in_transaction:
+                    self._database.execute("ROLLBACK")
+
+    def execute(self, statement: str, *values: str | int | float | bytes) -> list[Any]:
+        """Run one SQL statement and return its rows."""
+        with self.transaction():
+            return self._database.execute(statement, values).fetchall()
+
+    def close(self) -> None:
+        """Close the file; a journal that is not closed loses nothing."""
+        with self._lock:
+            self._database.close()
+
+
+class Ledger(Protocol):
+    """Who owns how much. Every movement is named by its trade and happens once."""
+
+    def balance(self, account: str) -> int:
+        """Return what the account may spend."""
+
+    def lock(self, trade: str, account: str, amount: int) -> None:
+        """Set the amount aside for the trade; raises TradeError if the account cannot cover it."""
+
+    def pay(self, trade: str, account: str) -> None:
+        """Give the locked amount to the account; raises TradeError if none is locked."""
+
+    def refund(self, trade: str) -> None:
+        """Give the amount back, if one is locked; raises TradeError if it was paid."""
+
+
+_LEDGER_TABLES = (
+    "CREATE TABLE IF NOT EXISTS accounts (account TEXT PRIMARY KEY,"
+    " balance INTEGER NOT NULL CHECK (balance >= 0)) STRICT",
+    "CREATE TABLE IF NOT EXISTS locks (trade TEXT PRIMARY KEY, account TEXT NOT NULL,"
+    " amount INTEGER NOT NULL CHECK (amount >= 0), payee TEXT) STRICT",
+)
+
+
+class SQLiteLedger:
+    """Credits in the escrow's own journal: a stand-in for payment, not money.
+
+    Living in the journal it shares the transaction of the step that moves it.
+
+    Args:
+        journal: The escrow's.
+        opening_balance: Credits that every new account starts with.
+    """
+
+    def __init__(self, journal: Journal, opening_balance: int = OPENING_BALANCE) -> None:
+        if opening_balance < 0:
+            raise TradeError(f"opening_balance={opening_balance} is not allowed: at least 0")
+        self._journal = journal
+        self._opening_balance = opening_balance
+        with journal.transaction():
+            for table in _LEDGER_TABLES:
+                journal.execute(table)
+
+    def balance(self, account: str) -> int:
+        """Return what the account may spend."""
+        rows = self._journal.execute("SELECT balance FROM accounts WHERE account = ?", account)
+        return rows[0][0] if rows else self._opening_balance
+
+    def lock(self, trade: str, account: str, amount: int) -> None:
+        """Set the amount aside for the trade; raises TradeError if the account cannot cover it."""
+        with self._journal.transaction():
+            held = self._held(trade)
+            if held:
+                if held[:2] != (account, amount):
+                    raise TradeError(f"trade {trade} has locked another amount or account")
+                return
+            balance = self.balance(account)
+            if amount > balance:
+                raise TradeError(f"the price is {amount} credits, the balance is {balance}")
+            self._move(account, -amount)
+            self._journal.execute(
+                "INSERT INTO locks VALUES (?, ?, ?, NULL)", trade, account, amount
+            )
+
+    def pay(self, trade: str, account: str) -> None:
+        """Give the locked amount to the account; raises TradeError if none is locked."""
+        with self._journal.transaction():
+            held = self._held(trade)
+            if not held:
+                raise TradeError(f"nothing is locked for trade {trade}")
+            _, amount, payee = held
+            if payee not in (None, account):
+                raise TradeError(f"the money of trade {trade} has gone to {payee}")
+            if payee is None:
+                self._move(account, amount)
+                self._journal.execute("UPDATE locks SET payee = ? WHERE trade = ?", account, trade)
+
+    def refund(self, trade: str) -> None:
+        """Give the amount back, if one is locked; raises TradeError if it was paid."""
+        with self._journal.transaction():
+            held = self._held(trade)
+            if held:
+                self.pay(trade, held[0])
+
+    def _held(self, trade: str) -> tuple[str, int, str | None] | None:
+        rows = self._journal.execute(
+            "SELECT account, amount, payee FROM locks WHERE trade = ?", trade
+        )
+        return rows[0] if rows else None
+
+    def _move(self, account: str, amount: int) -> None:
+        self._journal.execute(
+            "INSERT OR IGNORE INTO accounts VALUES (?, ?)", account, self._opening_balance
+        )
+        self._journal.execute(
+            "UPDATE accounts SET balance = balance + ? WHERE account = ?", amount, account
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Rule:
+    """Who may take a step, from where to where."""
+
+    parties: tuple[str, ...]
+    before: State
+    after: State
+
+
+_RULES = {
+    "close": _Rule(("buyer", "seller"), State.COMMITTED, State.INFERRED),
+    "proved": _Rule(("buyer", "seller"), State.INFERRED, State.PROVED),
+    "verified": _Rule(("buyer",), State.PROVED, State.VERIFIED),
+    "pay": _Rule(("buyer",), State.VERIFIED, State.PAID),
+    "deposit_key": _Rule(("seller",), State.PAID, State.KEY_RELEASED),
+    "opened": _Rule(("buyer",), State.KEY_RELEASED, State.OPENED),
+    "dispute": _Rule(("buyer",), State.KEY_RELEASED, State.DISPUTED),
+}
+
+_TABLES = (
+    "CREATE TABLE IF NOT EXISTS adapters (adapter_id TEXT PRIMARY KEY,"
+    " manifest TEXT NOT NULL, sealed BLOB NOT NULL) STRICT",
+    "CREATE TABLE IF NOT EXISTS trades (session TEXT PRIMARY KEY,"
+    " adapter_id TEXT NOT NULL, buyer TEXT NOT NULL, seller TEXT NOT NULL,"
+    " price INTEGER NOT NULL, state TEXT NOT NULL, since REAL NOT NULL) STRICT",
+    "CREATE INDEX IF NOT EXISTS trades_by_state ON trades (state, since)",
+    # What was done, by which content; never changed. An operation happens once in a trade.
+    "CREATE TABLE IF NOT EXISTS steps (number INTEGER PRIMARY KEY,"
+    " session TEXT NOT NULL, operation TEXT NOT NULL, content TEXT NOT NULL,"
+    " state TEXT NOT NULL, UNIQUE (session, operation)) STRICT",
+)
+
+
+class Escrow:
+    """The trades of one escrow. Safe to call from several threads.
+
+    `caller` is always the public key of whoever calls, as the channel has proved it. All operations
+    raise TradeError if the caller has no such trade, may not take this step, took it with other
+    content, or if the trade's state does not allow it; nothing is changed then.
+
+    Args:
+        journal: Where everything is kept.
+        identity: Whose certificate the manifests name, and who signs statements; an attribute.
+        ledger: Who owns how much. One outside of the journal is called before the step is
+            committed, perhaps twice: its movements are named by their trade.
+        deadlines: Seconds that a trade may rest in a state, in place of those of DEADLINES.
+        clock: Seconds since 1970.
+    """
+
+    def __init__(
+        self,
+        journal: Journal,
+        identity: Identity,
+        ledger: Ledger,
+        *,
+        deadlines: Mapping[State, float] = MappingProxyType({}),
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        if endless := sorted(deadlines.keys() - DEADLINES.keys()):
+            raise TradeError(f"no deadline is allowed for {', '.join(endless)}")
+        self._journal = journal
+        self.identity = identity
+        self._ledger = ledger
+        self._deadlines = {**DEADLINES, **deadlines}
+        self._clock = clock
+        with journal.transaction():
+            for table in _TABLES:
+                journal.execute(table)
+
+    def list_adapter(self, caller: str, manifest: SignedDocument, sealed: bytes) -> str:
+        """Store a sealed adapter and its manifest; return the adapter's id.
+
+        Raises:
+            TradeError: if the caller is not the contributor, the manifest names another escrow, or
+                the bytes are not those of the manifest.
+            ParisError: if the manifest is malformed or not signed by its contributor.
+        """
+        terms = AdapterManifest.from_signed(manifest)
+        if terms.contributor != caller:
+            raise TradeError(f"an adapter is listed by its contributor, {terms.contributor}")
+        if terms.escrow_certificate != self.identity.certificate:
+            raise TradeError("the manifest's escrow_certificate is not that of this escrow")
+        if len(sealed) != terms.sealed_bytes:
+            raise TradeError(f"{len(sealed)} sealed bytes, the manifest says {terms.sealed_bytes}")
+        if sha256_hex(sealed) != terms.sealed_digest:
+            raise TradeError("the sealed bytes are not those of the manifest's sealed_digest")
+        self._journal.execute(
+            "INSERT OR IGNORE INTO adapters VALUES (?, ?, ?)",
+            terms.adapter_id,
+            json.dumps(manifest.to_json()),
+            sealed,
+        )
+        return terms.adapter_id
+
+    def sealed(self, adapter_id: str) -> bytes:
+        """Return the ciphertext of a listed adapter: anybody may have it."""
+        return bytes(self._listed(adapter_id, "sealed"))
+
+    def open_trade(
+        self, caller: str, adapter_id: str, session: str, nonce_user: str, nonce_contributor: str
+    ) -> Trade:
+        """Begin the purchase that belongs to a session; the caller is the buyer.
+
+        Raises:
+            TradeError: if the session's id is not made of this adapter, its base and the nonces.
+        """
+        self.expire()
+        manifest = self._manifest(adapter_id)
+        expected = session_id(
+            manifest.protocol, adapter_id, manifest.base.digest, nonce_user, nonce_contributor
+        )
+        if session != expected:
+            raise TradeError("the session's id is not that of this adapter, its base and nonces")
+        with self._journal.transaction():
+            rows = self._journal.execute("SELECT buyer FROM trades WHERE session = ?", session)
+            if not rows:
+                terms = (session, adapter_id, caller, manifest.contributor, manifest.price)
+                self._journal.execute(
+                    "INSERT INTO trades VALUES (?, ?, ?, ?, ?, ?, 0)", *terms, State.COMMITTED
+                )
+                self._append(session, "open_trade", {}, State.COMMITTED)
+            elif rows[0][0] != caller:
+                raise TradeError(f"session {session} has another buyer")
+            return self._trade(session)
+
+    def close(
+        self, caller: str, session: str, by_buyer: SignedDocument, by_seller: SignedDocument
+    ) -> Trade:
+        """Record that both parties have signed the same transcript.
+
+        Raises:
+            SignatureError: if a statement is not signed by its party.
+        """
+
+        def check(trade: Trade) -> None:
+            statement = by_buyer.check("close", trade.buyer)
+            if canonical_json(by_seller.check("close", trade.seller)) != canonical_json(statement):
+                raise TradeError("buyer and seller have signed different transcripts")
+            for name in ("session", "adapter_id"):
+                if statement.get(name) != getattr(trade, name):
+                    raise TradeError(f"the closing statement is of another {name}")
+            check_digest("root", statement.get("root"))
+
+        content = {"by_buyer": by_buyer.to_json(), "by_seller": by_seller.to_json()}
+        return self._perform("close", caller, session, content, check)
+
+    def proved(self, caller: str, session: str, proofs_digest: str) -> Trade:
+        """Record that the proofs were handed over, by the SHA-256 of them all."""
+        content = {"proofs_digest": check_digest("proofs_digest", proofs_digest)}
+        return self._perform("proved", caller, session, content)
+
+    def verified(self, caller: str, session: str, proofs_digest: str) -> Trade:
+        """Record that the buyer accepts these proofs: the ones that `proved` spoke of."""
+
+        def check(trade: Trade) -> None:
+            if proofs_digest != trade.proofs_digest:
+                raise TradeError(
+                    f"proofs_digest={proofs_digest} was not handed over: {trade.proofs_digest} was"
+                )
+
+        return self._perform("verified", caller, session, {"proofs_digest": proofs_digest}, check)
+
+    def pay(self, caller: str, session: str) -> Trade:
+        """Lock the price; raises TradeError if the buyer's balance does not cover it."""
+
+        def lock(trade: Trade) -> None:
+            self._ledger.lock(session, trade.buyer, trade.price)
+
+        return self._perform("pay", caller, session, {}, lock)
+
+    def deposit_key(self, caller: str, session: str, key: bytes) -> Trade:
+        """Take the seller's key and run the opening check.
+
+        Returns:
+            The trade: KEY_RELEASED, or REFUNDED with the reason if the check failed.
+        """
+        if len(key) != KEY_BYTES:
+            raise TradeError(f"a key of {len(key)} bytes is not allowed: {KEY_BYTES}")
+        content = {"key": key.hex()}
+        if not self._is_due("deposit_key", caller, session, content):
+            return self.trade(caller, session)
+        fault = self._opening_fault(session, key)
+        if fault is None:
+            return self._perform("deposit_key", caller, session, content)
+        return self._perform(
+            "deposit_key",
+            caller,
+            session,
+            content,
+            lambda trade: self._refund(trade, f"the opening check failed: {fault}"),
+            after=State.DISPUTED,
+        )
+
+    def key(self, caller: str, session: str) -> bytes:
+        """Return the key that passed the opening check, to the buyer who has paid."""
+        trade = self.trade(caller, session)
+        if caller != trade.buyer or trade.state not in (State.KEY_RELEASED, State.SETTLED):
+            raise TradeError(f"the key goes to the buyer once it is released, not in {trade.state}")
+        return bytes.fromhex(self._contents(session)["deposit_key"]["key"])
+
+    def opened(self, caller: str, session: str) -> Trade:
+        """Record that the buyer has opened the weights, and pay the seller."""
+        return self._perform("opened", caller, session, {}, self._settle)
+
+    def dispute(self, caller: str, session: str, reason: str) -> Trade:
+        """Repeat the opening check because the buyer asks for it.
+
+        Returns:
+            The trade: SETTLED if the check holds, else REFUNDED.
+        """
+        if not 0 < len(reason) <= MAX_REASON:
+            raise TradeError(f"a reason of {len(reason)} characters: 1 to {MAX_REASON} are allowed")
+        content = {"reason": reason}
+        if not self._is_due("dispute", caller, session, content):
+            return self.trade(caller, session)
+        fault = self._opening_fault(session, self.key(caller, session))
+
+        def decide(trade: Trade) -> None:
+            if fault is None:
+                self._settle(trade, f"disputed ({reason}), but the opening check holds")
+            else:
+                self._refund(trade, f"the opening check failed: {fault}")
+
+        return self._perform("dispute", caller, session, content, decide)
+
+    def trade(self, caller: str, session: str) -> Trade:
+        """Return a trade of the caller's."""
+        self.expire()
+        return self._trade_of(caller, session)
+
+    def statement(self, caller: str, session: str) -> SignedDocument:
+        """Return what the escrow signs about a trade of the caller's, of kind STATEMENT."""
+        return SignedDocument.sign(STATEMENT, self.trade(caller, session).to_json(), self.identity)
+
+    def balance(self, caller: str) -> int:
+        """Return the credits that the caller may spend."""
+        return self._ledger.balance(caller)
+
+    def expire(self) -> list[Trade]:
+        """End the trades whose deadline has passed, and return them.
+
+        Without a key the buyer gets the money back; with one that passed the opening check the
+        silence of the buyer is consent.
+        """
+        now = self._clock()
+        with self._journal.transaction():
+            late = [
+                self._trade(session)
+                for state, seconds in self._deadlines.items()
+                for (session,) in self._journal.execute(
+                    "SELECT session FROM trades WHERE state = ? AND since <= ?",
+                    state,
+                    now - seconds,
+                )
+            ]
+            for trade in late:
+                reason = f"{self._deadlines[trade.state]:g} s in {trade.state}"
+                if trade.state is State.KEY_RELEASED:
+                    self._settle(trade, reason)
+                else:
+                    self._refund(trade, reason)
+            return [self._trade(trade.session) for trade in late]
+
+    def _perform(
+        self,
+        operation: str,
+        caller: str,
+        session: str,
+        content: dict[str, Any],
+        effect: Callable[[Trade], None] = lambda trade: None,
+        after: State | None = None,
+    ) -> Trade:
+        """Take a step and what it brings about as one; whatever `effect` raises undoes it."""
+        self.expire()
+        with self._journal.transaction():
+            if self._is_due(operation, caller, session, content):
+                trade = self._trade(session)
+                self._append(session, operation, content, after or _RULES[operation].after)
+                effect(trade)
+            return self._trade(session)
+
+    def _is_due(self, operation: str, caller: str, session: str, content: dict[str, Any]) -> bool:
+        """Return whether the step is to be taken now: False if just this has happened before."""
+        rule, trade = _RULES[operation], self._trade_of(caller, session)
+        if caller not in [getattr(trade, party) for party in rule.parties]:
+            raise TradeError(f"{operation} is for the {' or '.join(rule.parties)} of a trade")
+        contents = self._contents(session)
+        if operation in contents:
+            if contents[operation] != content:
+                raise TradeError(f"{operation} of trade {session} was done with other content")
+            return False
+        if trade.state is not rule.before:
+            raise TradeError(
+                f"{operation} needs a trade in {rule.before}: {session} is in {trade.state}"
+                + (f" ({trade.reason})" if trade.reason else "")
+            )
+        return True
+
+    def _settle(self, trade: Trade, reason: str | None = None) -> None:
+        self._append(trade.session, "settle", {"reason": reason}, State.SETTLED)
+        self._ledger.pay(trade.session, trade.seller)
+
+    def _refund(self, trade: Trade, reason: str) -> None:
+        self._append(trade.session, "refund", {"reason": reason}, State.REFUNDED)
+        self._ledger.refund(trade.session)
+
+    def _append(self, session: str, operation: str, content: dict[str, Any], state: State) -> None:
+        now = self._clock()
+        with self._journal.transaction():
+            self._journal.execute(
+                "INSERT INTO steps (session, operation, content, state) VALUES (?, ?, ?, ?)",
+                session,
+                operation,
+                json.dumps(content),
+                state,
+            )
+            self._journal.execute(
+                "UPDATE trades SET state = ?, since = ? WHERE session = ?", state, now, session
+            )
+
+    def _trade_of(self, caller: str, session: str) -> Trade:
+        if not self._journal.execute(
+            "SELECT 1 FROM trades WHERE session = ? AND ? IN (buyer, seller)", session, caller
+        ):
+            # A foreign trade reads like none at all.
+            raise TradeError(f"{caller} has no trade {session}")
+        return self._trade(session)
+
+    def _trade(self, session: str) -> Trade:
+        with self._journal.transaction():
+            trades = self._journal.execute("SELECT * FROM trades WHERE session = ?", session)
+            steps = self._journal.execute(
+                "SELECT state FROM steps WHERE session = ? ORDER BY number", session
+            )
+            contents = self._contents(session)
+        _, adapter_id, buyer, seller, price, state, since = trades[0]
+        closed, proved = contents.get("close"), contents.get("proved")
+        reasons = [content["reason"] for content in contents.values() if "reason" in content]
+        return Trade(
+            session=session,
+            adapter_id=adapter_id,
+            buyer=buyer,
+            seller=seller,
+            price=price,
+            state=State(state),
+            since=since,
+            states=tuple(State(step) for (step,) in steps),
+            transcript_root=closed["by_buyer"]["document"]["root"] if closed else None,
+            proofs_digest=proved["proofs_digest"] if proved else None,
+            reason=reasons[-1] if reasons else None,
+        )
+
+    def _contents(self, session: str) -> dict[str, dict[str, Any]]:
+        """Return what each operation of a trade said, in order."""
+        rows = self._journal.execute(
+            "SELECT operation, content FROM steps WHERE session = ? ORDER BY number", session
+        )
+        return {operation: json.loads(content) for operation, content in rows}
+
+    def _manifest(self, adapter_id: str) -> AdapterManifest:
+        envelope = json.loads(self._listed(adapter_id, "manifest"))
+        return AdapterManifest.from_signed(SignedDocument.from_json(envelope))
+
+    def _listed(self, adapter_id: str, column: str) -> Any:
+        rows = self._journal.execute(
+            f"SELECT {column} FROM adapters WHERE adapter_id = ?", adapter_id
+        )
+        if not rows:
+            raise TradeError(f"no adapter {adapter_id} is listed")
+        return rows[0][0]
+
+    def _opening_fault(self, session: str, key: bytes) -> str | None:
+        """Return why a key does not open what was committed, if so.
+
+        It takes about a second for a large adapter: never call it within a transaction.
+        """
+        adapter_id = self._trade(session).adapter_id
+        manifest, sealed = self._manifest(adapter_id), self.sealed(adapter_id)
+        try:
+            check_opening(manifest, sealed, key)
+        except ParisError as error:
+            return str(error)
+        return None
+
+
+def check_opening(manifest: AdapterManifest, sealed: bytes, key: bytes) -> dict[str, ModuleOpening]:
+    """Return the weights of a sealed adapter, if they are the committed ones.
+
+    Raises:
+        ParisError: if key, ciphertext, names, shapes or values are not those of the manifest.
+    """
+    openings = unseal(sealed, key, manifest)
+    open_commitments(
+        {terms.name: (terms.commitment, openings[terms.name]) for terms in manifest.modules}
+    )
+    return openings

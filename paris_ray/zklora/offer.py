@@ -1,0 +1,173 @@
+"""What a contributor keeps of an adapter that is for sale: manifest, sealed weights and their key.
+
+    zklora.json   the signed manifest, which users pin
+    sealed.bin    the weights, encrypted; harmless to show
+    key.bin       what unseals them, readable by its owner alone
+
+Commitments are drawn once: the same folder gives the same adapter, with the same budget, whenever
+its service is started again.
+"""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from paris_ray.artifacts import Folder
+from paris_ray.bundle import Bundle
+from paris_ray.errors import ArtifactError
+from paris_ray.receipts import file_sha256
+from paris_ray.signatures import SignedDocument
+from paris_ray.zklora.adapter import PeftAdapter, quantise_adapter
+from paris_ray.zklora.commitment import ModuleOpening, commit
+from paris_ray.zklora.identity import Identity
+from paris_ray.zklora.manifest import MANIFEST, AdapterManifest, Base, build_manifest
+from paris_ray.zklora.sealing import seal, unseal
+
+SEALED = "sealed.bin"
+KEY = "key.bin"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Terms:
+    """What a contributor asks for.
+
+    Attributes:
+        base: What the adapter is for.
+        name: What users call it.
+        price: In units of the ledger.
+        budget_rows: Rows of each module that are ever answered, over all users; None: an eighth of
+            the narrowest input.
+        escrow_certificate: Who holds key and payment, as PEM; None: the adapter can be tried and
+            verified, not bought.
+    """
+
+    base: Base
+    name: str
+    price: int = 0
+    budget_rows: int | None = None
+    escrow_certificate: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """An adapter for sale.
+
+    Attributes:
+        signed: The manifest, as users read it.
+        manifest: The same, checked.
+        sealed: The encrypted weights.
+        key: What unseals them.
+    """
+
+    signed: SignedDocument
+    manifest: AdapterManifest
+    sealed: bytes
+    key: bytes
+
+    def openings(self) -> dict[str, ModuleOpening]:
+        """Return the weights and blinders by the name of their module."""
+        return unseal(self.sealed, self.key, self.manifest)
+
+
+def base_of_expert(bundle: Bundle, expert: int) -> Base:
+    """Return what an adapter of one expert of a bundle is for."""
+    return Base(bundle.weights_digest(f"expert_{expert}"), expert, bundle.weights_digest("router"))
+
+
+def base_of_file(path: Path) -> Base:
+    """Return what an adapter of any other model is for, by its safetensors file."""
+    return Base(file_sha256(Folder(str(path.parent)), path.name), None, None)
+
+
+def open_offer(folder: Path, identity: Identity, adapter: PeftAdapter, terms: Terms) -> Offer:
+    """Return the offer in a folder, made now if there is none.
+
+    Args:
+        folder: The contributor's own; it holds the key.
+        identity: Who offers.
+        adapter: What is offered.
+        terms: What is asked for it.
+
+    Raises:
+        ArtifactError: if the folder has an offer of other weights or terms.
+        ParisError: if the adapter cannot be quantised, or a term is not allowed.
+    """
+    if not (folder / MANIFEST).exists():
+        _make(folder, identity, adapter, terms)
+    offer = load_offer(folder)
+    _check_same(folder, offer, identity, adapter, terms)
+    return offer
+
+
+def load_offer(folder: Path) -> Offer:
+    """Return the offer in a folder.
+
+    Raises:
+        ArtifactError: if a file is missing.
+        ParisError: if the manifest is damaged.
+    """
+    signed = SignedDocument.read(folder / MANIFEST)
+    manifest = AdapterManifest.from_signed(signed)
+    try:
+        sealed, key = (folder / SEALED).read_bytes(), (folder / KEY).read_bytes()
+    except OSError as error:
+        raise ArtifactError(f"{folder} has a manifest, but no weights: {error}") from None
+    return Offer(signed, manifest, sealed, key)
+
+
+def _make(folder: Path, identity: Identity, adapter: PeftAdapter, terms: Terms) -> None:
+    openings = {name: commit(module)[1] for name, module in quantise_adapter(adapter).items()}
+    sealed, key = seal(openings)
+    manifest = build_manifest(
+        openings,
+        adapter.config,
+        base=terms.base,
+        adapter=terms.name,
+        price=terms.price,
+        budget_rows=terms.budget_rows,
+        sealed=sealed,
+        key=key,
+        contributor_certificate=identity.certificate,
+        escrow_certificate=terms.escrow_certificate,
+    )
+    # The manifest comes last: without it, what an interruption left is made anew.
+    _write_private(folder / KEY, key)
+    Folder(str(folder)).write(SEALED, sealed)
+    Folder(str(folder)).write_json(MANIFEST, manifest.sign(identity).to_json())
+
+
+def _write_private(path: Path, payload: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.unlink(missing_ok=True)
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+        file.write(payload)
+
+
+def _check_same(
+    folder: Path, offer: Offer, identity: Identity, adapter: PeftAdapter, terms: Terms
+) -> None:
+    manifest = offer.manifest
+    stated = {
+        "base": (manifest.base, terms.base),
+        "name": (manifest.adapter, terms.name),
+        "price": (manifest.price, terms.price),
+        "budget_rows": (manifest.budget_rows, terms.budget_rows or manifest.budget_rows),
+        "escrow_certificate": (manifest.escrow_certificate, terms.escrow_certificate),
+        "contributor": (manifest.contributor, identity.public_key),
+        "weights": (_digests(offer.openings()), _adapter_digests(adapter)),
+    }
+    differ = [name for name, (found, wanted) in stated.items() if found != wanted]
+    if differ:
+        raise ArtifactError(
+            f"{folder} holds an offer with another {', '.join(differ)}: choose another folder, "
+            "which makes another adapter of it, with a budget of its own"
+        )
+
+
+def _digests(openings: Mapping[str, ModuleOpening]) -> dict[str, str]:
+    return {name: opening.module.digest for name, opening in openings.items()}
+
+
+def _adapter_digests(adapter: PeftAdapter) -> dict[str, str]:
+    return {name: module.digest for name, module in quantise_adapter(adapter).items()}

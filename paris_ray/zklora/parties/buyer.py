@@ -1,0 +1,347 @@
+"""All that a base-model user does with an offer: try it, verify, pay, and open the weights.
+
+    plan.json      what is tried, and the nonces that name the sessions
+    exact/ audit/  of each session: what both signed, rows, proofs, results
+    receipt.json   how far the purchase is
+    adapter/       the bought weights, in PEFT's layout
+
+Each step leaves a file, so the same call goes on after an interruption; nothing is tried or paid
+for twice.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+from numpy.typing import NDArray
+
+from paris_ray.artifacts import Folder
+from paris_ray.errors import BudgetError, ConfigError, VerificationError
+from paris_ray.receipts import RECEIPT, Receipt
+from paris_ray.reports import picture_grid, png_bytes
+from paris_ray.zklora.escrow import State
+from paris_ray.zklora.identity import Identity, public_key_of
+from paris_ray.zklora.inference import NumericsLog
+from paris_ray.zklora.manifest import AdapterManifest
+from paris_ray.zklora.parties.channel import Channel
+from paris_ray.zklora.parties.escrow import EscrowClient
+from paris_ray.zklora.parties.purchase import Receipts, buy, new_receipt, receive, verified_facts
+from paris_ray.zklora.parties.results import result
+from paris_ray.zklora.parties.session import (
+    CLOSED,
+    EVIDENCE,
+    ClosedSession,
+    Evidence,
+    Session,
+    fetch_evidence,
+    load_evidence,
+    save_evidence,
+)
+from paris_ray.zklora.parties.user import BaseUser, verify_evidence
+from paris_ray.zklora.transcript import new_nonce
+
+PLAN = "plan.json"
+EXACT, AUDIT = "exact", "audit"
+RESULT = "result.json"
+AUDIT_PICTURES = "audit.png"
+ADAPTER = "adapter"
+AUDIT_ROWS = 64  # catches 5% of wrong rows with a probability of 96%
+POLL_S = 0.5
+
+Show = Callable[[str, int, int], None]
+"""Is told what is being done, how much of it is done, and of how much."""
+
+logger = logging.getLogger("paris_ray")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Trial:
+    """What a user wants to try, and with whom.
+
+    Attributes:
+        bundle: Where the user's base is.
+        peer: Host and port of the contributor.
+        manifest: The file of the pinned manifest.
+        identity: The user's folder with key and certificate.
+        output: The purchase's own folder.
+        prompts: Of the pictures that the contributor draws in audit mode; none: no audit.
+        pictures: `(n, S, S, 3)`, for the losses in exact mode; none: no losses.
+        captions: One a picture.
+        levels: Noise levels of the losses.
+        audit_rows: Rows of each module that an audit opens; None: at most 64, and half of the
+            budget if there are pictures.
+        seed: Of the audit's pictures.
+        escrow: Host and port of the escrow; None: the adapter is tried and verified, not bought.
+        escrow_certificate: That of the escrow that the user trusts, as PEM.
+        threads: Torch threads.
+    """
+
+    bundle: str
+    peer: tuple[str, int]
+    manifest: Path
+    identity: Path
+    output: Path
+    prompts: Sequence[str] = ()
+    pictures: NDArray[np.uint8] | None = None
+    captions: Sequence[str] = ()
+    levels: Sequence[float] = (0.3, 0.7)
+    audit_rows: int | None = None
+    seed: int = 0
+    escrow: tuple[str, int] | None = None
+    escrow_certificate: str | None = None
+    threads: int = 1
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What came of it.
+
+    Attributes:
+        receipt: How far the purchase is.
+        without: `(levels, pictures)` losses of the base; None: none were computed.
+        with_adapter: The same with the adapter.
+        unusual: Modules whose inputs had outliers, so that rounding may be above 5e-4.
+        adapter: The folder of the weights; None: they were not bought.
+    """
+
+    receipt: Receipt
+    without: NDArray[np.float32] | None = None
+    with_adapter: NDArray[np.float32] | None = None
+    unusual: list[str] = field(default_factory=list)
+    adapter: Path | None = None
+
+
+class Buyer:
+    """One user's way from a manifest to the weights.
+
+    Args:
+        trial: What is wanted.
+        show: Is told about the progress.
+
+    Raises:
+        ParisError: if the manifest is not signed, or names another escrow than the trusted one.
+    """
+
+    def __init__(self, trial: Trial, show: Show = lambda stage, done, total: None) -> None:
+        self._trial, self._show = trial, show
+        self.identity = Identity.load(trial.identity)
+        self.manifest = AdapterManifest.read(trial.manifest)
+        self._folder = Folder(str(trial.output))
+        self._escrow = self._open_escrow()
+        self._receipts = Receipts(trial.output, self.identity, self._known_receipt())
+        self._channel = Channel(self.identity, trial.peer, self.manifest.contributor_certificate)
+        self._totals: dict[str, float] = {}
+        self._numerics: NumericsLog | None = None
+        self._started = time.perf_counter()
+
+    def run(self) -> Outcome:
+        """Try, verify and, if there is an escrow, buy.
+
+        Raises:
+            VerificationError: if a proof or the delivered weights do not hold, naming the module.
+            BudgetError: if the contributor has too few rows left.
+            TradeError: if the trade failed; nothing is paid then.
+            ParisError: if a party refuses or says what does not fit.
+        """
+        outcome = Outcome(self._receipts.receipt)
+        if outcome.receipt.escrow_statement is not None:
+            logger.info("purchase: already finished, kept: %s", self._folder.uri)
+            outcome.adapter = self._trial.output / ADAPTER
+            return outcome
+        plan = self._plan()
+        evidence = []
+        if plan["num_pictures"]:
+            evidence.append(self._try_exact(plan, outcome))
+        if plan["audit_rows"]:
+            evidence.append(self._try_audit(plan))
+        self._verify(evidence)
+        if self._escrow is not None:
+            self._buy(self._escrow, evidence[0])
+            outcome.adapter = self._trial.output / ADAPTER
+        outcome.receipt = self._receipts.receipt
+        return outcome
+
+    def _open_escrow(self) -> EscrowClient | None:
+        trial, named = self._trial, self.manifest.escrow_certificate
+        if trial.escrow is None:
+            return None
+        if named is None or named != trial.escrow_certificate:
+            raise ConfigError(
+                "escrow_certificate is not allowed: the manifest names "
+                + ("no escrow" if named is None else f"the escrow {public_key_of(named)}")
+            )
+        return EscrowClient(self.identity, trial.escrow, named)
+
+    def _known_receipt(self) -> Receipt:
+        if not self._folder.exists(RECEIPT):
+            named = self.manifest.escrow_certificate
+            return new_receipt(self.manifest, None if named is None else public_key_of(named))
+        receipt = Receipt.read(self._folder, self.identity.public_key)
+        if receipt.adapter_id != self.manifest.adapter_id:
+            raise ConfigError(
+                f"output={self._folder.uri!r} is not allowed: it holds the purchase of another "
+                f"adapter, {receipt.adapter} ({receipt.adapter_id})"
+            )
+        return receipt
+
+    def _plan(self) -> dict[str, Any]:
+        """Return what is tried, as decided when it was begun."""
+        wanted = {
+            "prompts": list(self._trial.prompts),
+            "captions": list(self._trial.captions),
+            "levels": list(self._trial.levels),
+            "seed": self._trial.seed,
+        }
+        if not self._folder.exists(PLAN):
+            nonces = {EXACT: new_nonce(), AUDIT: new_nonce()}
+            rows = self._share_budget(nonces)
+            self._folder.write_json(PLAN, wanted | rows | {"nonces": nonces})
+        plan: dict[str, Any] = self._folder.read_json(PLAN)
+        differ = [name for name, value in wanted.items() if plan[name] != value]
+        if differ:
+            raise ConfigError(
+                f"output={self._folder.uri!r} is not allowed: a trial with another "
+                f"{', '.join(differ)} was begun there"
+            )
+        return plan
+
+    def _share_budget(self, nonces: dict[str, str]) -> dict[str, int]:
+        """Decide how many rows are audited, and how many pictures compared."""
+        trial, pictures = self._trial, self._trial.pictures
+        if pictures is None and not trial.prompts:
+            raise ConfigError("there is nothing to try: give prompts, pictures, or both")
+        mode = AUDIT if trial.prompts else EXACT
+        session = Session(self._channel, self.identity, self.manifest, mode, nonces[mode])
+        left = min(session.rows_left.values())
+        logger.info("budget: %d of %d rows a module left", left, self.manifest.budget_rows)
+        audit_rows = 0
+        if trial.prompts:
+            audit_rows = trial.audit_rows or min(
+                AUDIT_ROWS, left if pictures is None else left // 2
+            )
+        if pictures is None:
+            return {"audit_rows": audit_rows, "num_pictures": 0}
+        rows_a_picture = len(trial.levels) * result(self._user.rows_a_pair.remote())
+        affordable = (left - audit_rows) // rows_a_picture
+        if affordable < 1:
+            raise BudgetError(
+                f"a picture at {len(trial.levels)} noise levels takes {rows_a_picture} rows a "
+                f"module, and {left} are left, {audit_rows} of them for the audit: give fewer "
+                "levels or audit rows, or no pictures"
+            )
+        return {"audit_rows": audit_rows, "num_pictures": min(len(pictures), affordable)}
+
+    @cached_property
+    def _user(self) -> Any:
+        trial = self._trial
+        user: Any = BaseUser
+        # Two calls at once: one computes, the other asks how far it is.
+        return user.options(num_cpus=0.5, max_concurrency=2).remote(
+            trial.bundle, self.manifest, trial.identity, trial.peer, trial.threads
+        )
+
+    def _try_exact(self, plan: dict[str, Any], outcome: Outcome) -> Evidence:
+        folder = self._trial.output / EXACT
+        if not Folder(str(folder)).exists(RESULT):
+            self._infer(folder, plan)
+        found = Folder(str(folder)).read_json(RESULT)
+        outcome.without = np.array(found["without"], np.float32)
+        outcome.with_adapter = np.array(found["with_adapter"], np.float32)
+        self._numerics = NumericsLog.from_json(found["numerics"])
+        outcome.unusual = self._numerics.unusual
+        self._receipts.advance(State.INFERRED)
+        return self._prove(folder)
+
+    def _infer(self, folder: Path, plan: dict[str, Any]) -> None:
+        trial, number = self._trial, plan["num_pictures"]
+        assert trial.pictures is not None
+        reference = self._user.try_adapter.remote(
+            trial.pictures[:number], trial.captions[:number], trial.levels, plan["nonces"][EXACT]
+        )
+        total = len(self.manifest.modules)
+        while not ray.wait([reference], timeout=POLL_S)[0]:
+            self._show("multi-party inference", result(self._user.num_calls.remote()), total)
+        tried = result(reference)
+        self._show("multi-party inference", total, total)
+        tried.closed.save(folder)
+        Folder(str(folder)).write_json(
+            RESULT,
+            {
+                "without": tried.without.tolist(),
+                "with_adapter": tried.with_adapter.tolist(),
+                "numerics": tried.numerics.to_json(),
+                "bytes": tried.num_bytes,
+            },
+        )
+
+    def _try_audit(self, plan: dict[str, Any]) -> Evidence:
+        folder = self._trial.output / AUDIT
+        if not Folder(str(folder)).exists(CLOSED):
+            nonce = plan["nonces"][AUDIT]
+            session = Session(self._channel, self.identity, self.manifest, AUDIT, nonce)
+            self._show("pictures by the contributor", 0, len(plan["prompts"]))
+            drawing = session.draw(plan["prompts"], plan["seed"], plan["audit_rows"])
+            self._show("pictures by the contributor", len(plan["prompts"]), len(plan["prompts"]))
+            grid = picture_grid(drawing.pictures, columns=4, scale=4)
+            self._folder.write(AUDIT_PICTURES, png_bytes(grid))
+            session.close().save(folder)
+        self._receipts.advance(State.INFERRED)
+        return self._prove(folder)
+
+    def _prove(self, folder: Path) -> Evidence:
+        closed = ClosedSession.load(folder)
+        if not Folder(str(folder)).exists(EVIDENCE):
+            evidence = fetch_evidence(
+                self._channel,
+                self.manifest,
+                closed,
+                partial(self._show, f"proofs, {closed.mode}"),
+            )
+            save_evidence(evidence, folder)
+        self._receipts.advance(State.PROVED)
+        return load_evidence(closed, folder)
+
+    def _verify(self, evidence: Sequence[Evidence]) -> None:
+        start = time.perf_counter()
+        for part in evidence:
+            verify_evidence(
+                part, self.manifest, partial(self._show, f"verification, {part.closed.mode}")
+            )
+        self._totals["verify_seconds"] = time.perf_counter() - start
+        facts = verified_facts(self.manifest, evidence, self._numerics)
+        self._receipts.advance(State.VERIFIED, **facts, totals=self._sums())
+
+    def _buy(self, escrow: EscrowClient, evidence: Evidence) -> None:
+        """Pay, open the weights and settle, from wherever the trade is."""
+        self._show("purchase", 0, 3)
+        sealed, key = buy(escrow, self._channel, self.manifest, evidence)
+        self._receipts.advance(State.KEY_RELEASED)
+        self._show("purchase", 1, 3)
+        adapter, sid = self._trial.output / ADAPTER, evidence.closed.sid
+        try:
+            receive(sealed, key, self.manifest, adapter, self._receipts)
+        except VerificationError as error:
+            trade = escrow.dispute(sid, str(error)[:200])
+            self._receipts.advance(trade.state)
+            raise
+        self._show("purchase", 2, 3)
+        if escrow.trade(sid).state is State.KEY_RELEASED:  # else its deadline has settled it
+            escrow.opened(sid)
+        self._receipts.advance(
+            State.OPENED, escrow_statement=escrow.statement(sid).to_json(), totals=self._sums()
+        )
+        self._receipts.write(Folder(str(adapter)))
+        self._show("purchase", 3, 3)
+
+    def _sums(self) -> dict[str, float]:
+        return self._totals | {
+            "seconds": time.perf_counter() - self._started,
+            "bytes_sent": self._channel.traffic.bytes_sent,
+            "bytes_received": self._channel.traffic.bytes_received,
+        }

@@ -1,0 +1,656 @@
+"""The channel between two parties: mutual TLS with pinned certificates, frames of raw tensors.
+
+A frame is the length of its header (4 bytes, big-endian), the header as canonical JSON
+`{kind, n, fields, tensors: [{name, dtype, shape}]}`, and the tensors' bytes, little-endian, one
+after the other. A request carries a number that grows with every one of a connection; its answer
+carries the same. What does not fit closes the connection, and nothing else.
+"""
+
+import contextlib
+import io
+import json
+import logging
+import math
+import socket
+import ssl
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+import numpy as np
+from cryptography import x509
+from cryptography.hazmat.primitives.serialization import Encoding
+from numpy.typing import NDArray
+
+from paris_ray.artifacts import canonical_json
+from paris_ray.errors import (
+    BudgetError,
+    ConfigError,
+    ParisError,
+    ProtocolError,
+    ReceiptError,
+    SignatureError,
+    TradeError,
+    VerificationError,
+)
+from paris_ray.zklora.identity import Identity, public_key_of
+
+DTYPES = {name: np.dtype(name).newbyteorder("<") for name in ("int16", "int64", "uint8", "float32")}
+MAX_DIMENSIONS = 4
+MAX_NUMBER = 2**63 - 1
+MAX_ERROR = 2000  # characters
+CHUNK_BYTES = 2**20
+RETRY_S = 0.2
+POLL_S = 0.2
+ERROR = "error"
+# What a handler may say to the other party. Errors about our own files are not among them.
+ERRORS = {
+    error.__name__: error
+    for error in (
+        ParisError,
+        ProtocolError,
+        BudgetError,
+        SignatureError,
+        VerificationError,
+        TradeError,
+        ReceiptError,
+    )
+}
+
+logger = logging.getLogger(__name__)
+
+
+class ConnectionLost(ProtocolError):
+    """The connection broke, or the other side was too slow; the request may be repeated."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Limits:
+    """What one connection may use.
+
+    Attributes:
+        header_bytes: Of a frame's header.
+        frame_bytes: Of a whole frame.
+        connections: That a server has at a time.
+        handshake_s: Seconds until both sides are known.
+        idle_s: Seconds between two frames.
+        frame_s: Seconds from the first byte of a frame to the last.
+    """
+
+    header_bytes: int = 2**20
+    frame_bytes: int = 2**28
+    connections: int = 32
+    handshake_s: float = 10
+    idle_s: float = 600
+    frame_s: float = 120
+
+
+DEFAULTS = Limits()
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """Who is at the other end, proved by TLS.
+
+    Attributes:
+        public_key: In hexadecimal.
+        certificate: PEM text.
+    """
+
+    public_key: str
+    certificate: str
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Message:
+    """A request or an answer.
+
+    Attributes:
+        kind: What it is about.
+        fields: JSON values.
+        tensors: int16, int64, uint8 or float32, with at most four dimensions.
+    """
+
+    kind: str
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    tensors: Mapping[str, NDArray[Any]] = field(default_factory=dict)
+
+
+def encode(message: Message, n: int, limits: Limits = DEFAULTS) -> bytes:
+    """Return the frame of a message.
+
+    Args:
+        message: What to send.
+        n: Number of the request.
+        limits: How large a frame may be.
+
+    Raises:
+        ProtocolError: if a tensor has another type, or the frame would be too large.
+    """
+    tensors = [
+        {"name": name, "dtype": tensor.dtype.name, "shape": tensor.shape}
+        for name, tensor in message.tensors.items()
+    ]
+    fields = dict(message.fields)
+    header = canonical_json({"kind": message.kind, "n": n, "fields": fields, "tensors": tensors})
+    _read_header(header, limits)  # our own mistakes do not reach the other side
+    payloads = [
+        tensor.astype(DTYPES[tensor.dtype.name], copy=False).tobytes()
+        for tensor in message.tensors.values()
+    ]
+    return b"".join([len(header).to_bytes(4, "big"), header, *payloads])
+
+
+def decode(frame: bytes, limits: Limits = DEFAULTS) -> tuple[int, Message]:
+    """Return the number and message of exactly one frame.
+
+    Raises:
+        ProtocolError: if it is none.
+    """
+    stream = io.BytesIO(frame)
+
+    def read(size: int) -> bytearray:
+        piece = bytearray(stream.read(size))
+        if len(piece) != size:
+            raise ProtocolError(f"the frame ends {size - len(piece)} bytes too early")
+        return piece
+
+    n, message = read_message(read(4), read, limits)
+    if trailing := len(stream.read()):
+        raise ProtocolError(f"{trailing} bytes follow the frame")
+    return n, message
+
+
+def read_message(
+    length: bytes | bytearray, read: Callable[[int], bytearray], limits: Limits = DEFAULTS
+) -> tuple[int, Message]:
+    """Return the number and message of a frame; sizes are checked before memory is taken.
+
+    Args:
+        length: The frame's first four bytes.
+        read: Returns exactly so many of the following.
+        limits: How large a frame may be.
+
+    Raises:
+        ProtocolError: if the frame is malformed or too large.
+    """
+    size = int.from_bytes(length, "big")
+    if size > limits.header_bytes:
+        raise ProtocolError(f"a header of {size} bytes is not allowed: {limits.header_bytes}")
+    header = _read_header(bytes(read(size)), limits)
+    tensors = {}
+    for name, dtype, shape in header["tensors"]:
+        little = np.frombuffer(read(_num_bytes(dtype, shape)), dtype).reshape(shape)
+        tensors[name] = little.astype(dtype.newbyteorder("="), copy=False)
+    return header["n"], Message(header["kind"], header["fields"], tensors)
+
+
+def _read_header(payload: bytes, limits: Limits) -> dict[str, Any]:
+    """Return a header whose tensors are `(name, dtype, shape)` and fit into a frame."""
+    header = _parse(payload)
+    _check(isinstance(header, dict) and header.keys() == {"kind", "n", "fields", "tensors"}, "keys")
+    _check(isinstance(header["kind"], str), "kind")
+    _check(type(header["n"]) is int and 0 < header["n"] <= MAX_NUMBER, "n")
+    _check(isinstance(header["fields"], dict), "fields")
+    _check(isinstance(header["tensors"], list), "tensors")
+    tensors = [_read_tensor(tensor, limits) for tensor in header["tensors"]]
+    _check(len({name for name, _, _ in tensors}) == len(tensors), "names of tensors")
+    size = 4 + len(payload) + sum(_num_bytes(dtype, shape) for _, dtype, shape in tensors)
+    if len(payload) > limits.header_bytes or size > limits.frame_bytes:
+        raise ProtocolError(
+            f"a frame of {size} bytes with a header of {len(payload)} is not allowed: at most "
+            f"{limits.frame_bytes} and {limits.header_bytes}"
+        )
+    return header | {"tensors": tensors}
+
+
+def _parse(payload: bytes) -> Any:
+    try:
+        header = json.loads(payload)
+        canonical = canonical_json(header) == payload
+    except (ValueError, RecursionError) as error:
+        raise ProtocolError(f"the header of a frame is not JSON: {error}") from None
+    if not canonical:  # one spelling only; a repeated key has none
+        raise ProtocolError("the header of a frame is not canonical JSON")
+    return header
+
+
+def _read_tensor(tensor: Any, limits: Limits) -> tuple[str, np.dtype[Any], tuple[int, ...]]:
+    _check(isinstance(tensor, dict) and tensor.keys() == {"name", "dtype", "shape"}, "tensors")
+    name, dtype, shape = tensor["name"], tensor["dtype"], tensor["shape"]
+    _check(isinstance(name, str), "name of a tensor")
+    _check(isinstance(dtype, str) and dtype in DTYPES, f"dtype of tensor {name!r}")
+    _check(isinstance(shape, list) and len(shape) <= MAX_DIMENSIONS, f"shape of tensor {name!r}")
+    _check(all(type(n) is int and n >= 0 for n in shape), f"shape of tensor {name!r}")
+    # Zeros aside, or numpy could refuse the others.
+    _check(math.prod(filter(None, shape)) <= limits.frame_bytes, f"shape of tensor {name!r}")
+    return name, DTYPES[dtype], tuple(shape)
+
+
+def _check(allowed: bool, what: str) -> None:
+    if not allowed:
+        raise ProtocolError(f"the {what} in the header of a frame is not allowed")
+
+
+def _num_bytes(dtype: np.dtype[Any], shape: Sequence[int]) -> int:
+    return dtype.itemsize * math.prod(shape)
+
+
+@dataclass(slots=True)
+class Traffic:
+    """Bytes of all frames so far.
+
+    Attributes:
+        bytes_sent: To the other side.
+        bytes_received: From the other side.
+    """
+
+    bytes_sent: int = 0
+    bytes_received: int = 0
+
+
+class _Connection:
+    """Frames over one TLS socket, each within its deadline."""
+
+    def __init__(self, tls: ssl.SSLSocket, limits: Limits, wait_s: float, traffic: Traffic) -> None:
+        tls.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._tls = tls
+        self._limits = limits
+        self._wait_s = wait_s  # for the first byte of a frame
+        self._traffic = traffic
+
+    def close(self) -> None:
+        """Close the socket."""
+        self._tls.close()
+
+    def send(self, frame: bytes) -> None:
+        """Send a frame; raises ConnectionLost if it cannot be sent in time."""
+        deadline = time.monotonic() + self._limits.frame_s
+        with memoryview(frame) as view:
+            sent = 0
+            while sent < len(view):
+                piece = view[sent : sent + CHUNK_BYTES]
+                sent += _in_time(self._tls, self._tls.send, piece, deadline)
+        self._traffic.bytes_sent += sent
+
+    def receive(self) -> tuple[int, Message]:
+        """Return the next frame; raises ProtocolError, ConnectionLost if it does not come."""
+        begun = self._read(1, time.monotonic() + self._wait_s)
+        deadline = time.monotonic() + self._limits.frame_s
+        length = begun + self._read(3, deadline)
+        return read_message(length, lambda size: self._read(size, deadline), self._limits)
+
+    def _read(self, size: int, deadline: float) -> bytearray:
+        payload = bytearray(size)
+        with memoryview(payload) as view:
+            filled = 0
+            while filled < size:
+                piece = view[filled : filled + CHUNK_BYTES]
+                received = _in_time(self._tls, self._tls.recv_into, piece, deadline)
+                if received == 0:
+                    raise ConnectionLost("the other side closed the connection")
+                filled += received
+        self._traffic.bytes_received += size
+        return payload
+
+
+def _in_time(
+    tls: ssl.SSLSocket,
+    transfer: Callable[[memoryview], int],
+    piece: memoryview,
+    deadline: float,
+) -> int:
+    """Send or receive a piece; every socket operation has only what is left of the deadline."""
+    remaining = deadline - time.monotonic()
+    if remaining <= 0:
+        raise ConnectionLost("the other side was too slow")
+    tls.settimeout(remaining)
+    try:
+        return transfer(piece)
+    except OSError as error:  # of TLS and time-outs too
+        raise ConnectionLost(f"the connection broke: {error}") from None
+
+
+def _context(identity: Identity, side: int, pinned: Mapping[bytes, Peer]) -> ssl.SSLContext:
+    context = ssl.SSLContext(side)
+    context.minimum_version = ssl.TLSVersion.TLSv1_3
+    context.check_hostname = False  # keys are pinned, names mean nothing
+    context.verify_mode = ssl.CERT_REQUIRED
+    context.load_cert_chain(identity.folder / "certificate.pem", identity.folder / "key.pem")
+    for der in pinned:
+        context.load_verify_locations(cadata=der)
+    return context
+
+
+def _pin(certificates: Sequence[str]) -> dict[bytes, Peer]:
+    peers = {}
+    for certificate in certificates:
+        peer = Peer(public_key_of(certificate), certificate)
+        loaded = x509.load_pem_x509_certificate(certificate.encode("ascii"))
+        peers[loaded.public_bytes(Encoding.DER)] = peer
+    return peers
+
+
+def _identify(connection: ssl.SSLSocket, pinned: Mapping[bytes, Peer]) -> Peer:
+    """Return who it is: a certificate that a pinned one vouches for is nobody's."""
+    peer = pinned.get(connection.getpeercert(binary_form=True) or b"")
+    if peer is None:
+        raise ProtocolError("the other side has another certificate than the pinned one")
+    return peer
+
+
+class Server:
+    """Answers requests, a thread per connection; made by `serve`.
+
+    Attributes:
+        address: Host and port that it listens on.
+    """
+
+    def __init__(
+        self,
+        listener: socket.socket,
+        context: ssl.SSLContext,
+        pinned: Mapping[bytes, Peer],
+        handler: Callable[[Peer, Message], Message],
+        limits: Limits,
+    ) -> None:
+        self.address: tuple[str, int] = listener.getsockname()[:2]
+        self._listener = listener
+        self._context = context
+        self._pinned = pinned
+        self._handler = handler
+        self._limits = limits
+        self._closed = threading.Event()
+        self._slots = threading.BoundedSemaphore(limits.connections)
+        self._lock = threading.Lock()
+        self._sockets: set[ssl.SSLSocket] = set()
+        self._accepting = threading.Thread(target=self._accept, daemon=True)
+        self._accepting.start()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Stop listening and break every connection off."""
+        self._closed.set()
+        self._accepting.join()
+        self._listener.close()
+        with self._lock:
+            for connection in self._sockets:
+                _shut_down(connection)
+
+    def _accept(self) -> None:
+        self._listener.settimeout(POLL_S)
+        while not self._closed.is_set():
+            try:
+                accepted, _ = self._listener.accept()
+                self._start(accepted)
+            except TimeoutError:
+                continue
+            except (OSError, RuntimeError) as error:  # it is gone; no more files; no more threads
+                logger.warning("a connection was not accepted: %s", error)
+                self._closed.wait(POLL_S)
+
+    def _start(self, accepted: socket.socket) -> None:
+        with contextlib.ExitStack() as undo:
+            undo.callback(accepted.close)
+            if not self._slots.acquire(blocking=False):
+                logger.warning("a connection was refused: %d are open", self._limits.connections)
+                return
+            undo.callback(self._slots.release)
+            threading.Thread(target=self._serve, args=(accepted,), daemon=True).start()
+            undo.pop_all()  # both are the thread's now
+
+    def _serve(self, accepted: socket.socket) -> None:
+        try:
+            with accepted:
+                accepted.settimeout(self._limits.handshake_s)
+                tls = self._context.wrap_socket(
+                    accepted, server_side=True, do_handshake_on_connect=False
+                )
+                with tls, self._registered(tls):
+                    tls.do_handshake()
+                    self._converse(tls, _identify(tls, self._pinned))
+        except ConnectionLost as error:
+            logger.info("a connection ended: %s", error)
+        except (ProtocolError, OSError) as error:
+            logger.warning("a connection was closed: %s", _printable(str(error)))
+        except Exception:
+            logger.exception("a connection was closed by an error of ours")
+        finally:
+            self._slots.release()
+
+    @contextlib.contextmanager
+    def _registered(self, connection: ssl.SSLSocket) -> Iterator[None]:
+        with self._lock:
+            self._sockets.add(connection)
+        try:
+            if self._closed.is_set():
+                raise ConnectionLost("the server is closed")
+            yield
+        finally:
+            with self._lock:
+                self._sockets.discard(connection)
+
+    def _converse(self, tls: ssl.SSLSocket, peer: Peer) -> None:
+        connection = _Connection(tls, self._limits, self._limits.idle_s, Traffic())
+        last = 0
+        while True:
+            n, request = connection.receive()
+            if n <= last:
+                raise ProtocolError(f"request {n} came after request {last}")
+            connection.send(self._answer(peer, request, n))
+            last = n
+
+    def _answer(self, peer: Peer, request: Message, n: int) -> bytes:
+        """Return the frame of the handler's answer, or of the error that it raised."""
+        try:
+            return encode(self._handler(peer, request), n, self._limits)
+        except Exception as error:
+            name, text = type(error).__name__, str(error)
+            if ERRORS.get(name) is not type(error):
+                logger.exception("request %s failed", _printable(request.kind))
+                name, text = "ProtocolError", "internal error"
+            return encode(Message(ERROR, {"error": name, "message": text[:MAX_ERROR]}), n)
+
+
+def _shut_down(connection: ssl.SSLSocket) -> None:
+    """Wake the thread that waits on a connection; TLS itself is not ours to touch from here."""
+    with contextlib.suppress(OSError):
+        socket.socket.shutdown(connection, socket.SHUT_RDWR)
+
+
+def serve(
+    identity: Identity,
+    host: str,
+    port: int,
+    clients: Sequence[str],
+    handler: Callable[[Peer, Message], Message],
+    limits: Limits = DEFAULTS,
+) -> Server:
+    """Answer the requests of known clients until the server is closed.
+
+    Args:
+        identity: Who serves.
+        host: Address to listen on.
+        port: Port; 0 for a free one.
+        clients: Certificates, as PEM text, of all who may connect.
+        handler: Returns the answer to a request; called from several threads. The errors in
+            `ERRORS` are raised again at the client, text included, others as an internal error.
+        limits: What a connection may use.
+
+    Raises:
+        ConfigError: if there are no clients, or the address cannot be listened on.
+        SignatureError: if a client's certificate is not allowed.
+    """
+    if not clients:
+        raise ConfigError("clients names no certificate: nobody could connect")
+    pinned = _pin(clients)
+    context = _context(identity, ssl.PROTOCOL_TLS_SERVER, pinned)
+    context.num_tickets = 0  # every connection proves its key
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        listener = socket.create_server((host, port), family=family)
+    except OSError as error:
+        raise ConfigError(f"{host}:{port} cannot be listened on: {error}") from None
+    return Server(listener, context, pinned, handler, limits)
+
+
+class Channel:
+    """Requests to one server, one at a time; safe from several threads.
+
+    A request whose connection broke is sent again over a new one: handlers answer a repeated
+    request as they did before.
+
+    Args:
+        identity: Who asks.
+        address: Host and port of the server.
+        server_certificate: The only one that the server may have, as PEM text.
+        timeout: Seconds until an answer begins.
+        attempts: How often a request is sent before its loss is an error.
+        limits: How large a frame may be, and its deadline.
+
+    Attributes:
+        traffic: Bytes of all its connections.
+
+    Raises:
+        SignatureError: if the certificate is not allowed.
+    """
+
+    def __init__(
+        self,
+        identity: Identity,
+        address: tuple[str, int],
+        server_certificate: str,
+        timeout: float = 600,
+        *,
+        attempts: int = 3,
+        limits: Limits = DEFAULTS,
+    ) -> None:
+        self._address = address
+        self._timeout = timeout
+        self._attempts = attempts
+        self._limits = limits
+        self._pinned = _pin([server_certificate])
+        self._context = _context(identity, ssl.PROTOCOL_TLS_CLIENT, self._pinned)
+        self._lock = threading.Lock()
+        self._connection: _Connection | None = None
+        self._last = 0
+        self.traffic = Traffic()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the connection; the next request opens another."""
+        with self._lock:
+            self._drop()
+
+    def connect(self) -> None:
+        """Connect now, if there is no connection.
+
+        Raises:
+            ConnectionLost: if the server does not answer.
+            ProtocolError: if it is not the pinned one.
+        """
+        with self._lock:
+            self._connected()
+
+    def request(
+        self,
+        kind: str,
+        fields: Mapping[str, Any] | None = None,
+        tensors: Mapping[str, NDArray[Any]] | None = None,
+    ) -> Message:
+        """Return the server's answer.
+
+        Args:
+            kind: What the request is about.
+            fields: JSON values.
+            tensors: int16, int64, uint8 or float32.
+
+        Raises:
+            ConnectionLost: if the connection broke in every attempt.
+            ProtocolError: if the server is not the pinned one, or its answer is malformed.
+            ParisError: what the handler raised.
+        """
+        message = Message(kind, fields or {}, tensors or {})
+        with self._lock:
+            for attempt in range(1, self._attempts + 1):
+                try:
+                    return self._ask(message)
+                except ConnectionLost:
+                    if attempt == self._attempts:
+                        raise
+                    time.sleep(RETRY_S * 2**attempt)
+        raise AssertionError("unreachable")
+
+    def _ask(self, message: Message) -> Message:
+        connection = self._connected()
+        self._last += 1
+        frame = encode(message, self._last, self._limits)
+        try:
+            connection.send(frame)
+            n, answer = connection.receive()
+            if n != self._last:
+                raise ProtocolError(f"request {self._last} was answered with number {n}")
+        except BaseException:
+            self._drop()  # whatever comes next on it belongs to no request
+            raise
+        if answer.kind == ERROR:
+            raise _remote_error(answer.fields)
+        return answer
+
+    def _connected(self) -> _Connection:
+        if self._connection is None:
+            tls = self._handshake()
+            self._connection = _Connection(tls, self._limits, self._timeout, self.traffic)
+            self._last = 0
+        return self._connection
+
+    def _handshake(self) -> ssl.SSLSocket:
+        where = f"{self._address[0]}:{self._address[1]}"
+        with contextlib.ExitStack() as undo:
+            try:
+                seconds = self._limits.handshake_s
+                plain = undo.enter_context(socket.create_connection(self._address, seconds))
+                tls = undo.enter_context(self._context.wrap_socket(plain))
+            except ssl.SSLCertVerificationError as error:
+                raise ProtocolError(f"{where} is not the pinned server: {error}") from None
+            except OSError as error:
+                raise ConnectionLost(f"{where} cannot be reached: {error}") from None
+            _identify(tls, self._pinned)
+            undo.pop_all()
+        return tls
+
+    def _drop(self) -> None:
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+
+
+def connect(
+    identity: Identity, address: tuple[str, int], server_certificate: str, timeout: float = 600
+) -> Channel:
+    """Return a channel to a server that was reached; arguments and errors as of `Channel`."""
+    channel = Channel(identity, address, server_certificate, timeout)
+    channel.connect()
+    return channel
+
+
+def _remote_error(fields: Mapping[str, Any]) -> ParisError:
+    error = ERRORS.get(str(fields.get("error")), ProtocolError)
+    return error(_printable(str(fields.get("message"))))
+
+
+def _printable(text: str) -> str:
+    """Return what another party wrote, harmless in a terminal."""
+    return "".join(c if c.isprintable() else "?" for c in text[:MAX_ERROR])

@@ -1,0 +1,540 @@
+"""The contributor's service: it answers users within the budget, proves, and releases the key.
+
+`LoRAGateway` is the only endpoint: who calls, sessions, budget. The weights live in `LoRAWorker`
+actors and in the tasks that prove; users never share a Ray cluster with them.
+"""
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import ray
+import torch
+from numpy.typing import NDArray
+from ray.util.metrics import Counter, Gauge, Histogram
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from paris_ray.bundle import load_bundle
+from paris_ray.errors import ConfigError, ProtocolError, TradeError
+from paris_ray.sampling import generate
+from paris_ray.signatures import SignedDocument
+from paris_ray.zklora.commitment import ModuleOpening
+from paris_ray.zklora.escrow import State
+from paris_ray.zklora.fixed_point import Int16, Int64, check_rows, evaluate
+from paris_ray.zklora.identity import Identity
+from paris_ray.zklora.inference import adapt
+from paris_ray.zklora.manifest import AdapterManifest
+from paris_ray.zklora.offer import Offer, load_offer
+from paris_ray.zklora.parties.channel import Message, Peer, serve
+from paris_ray.zklora.parties.escrow import EscrowClient
+from paris_ray.zklora.parties.messages import (
+    CallRequest,
+    CloseRequest,
+    DrawRequest,
+    OpenRequest,
+    ProveRequest,
+    ReleaseRequest,
+    parse,
+)
+from paris_ray.zklora.parties.results import result
+from paris_ray.zklora.proof import prove
+from paris_ray.zklora.sessions import Session, SessionJournal, SessionState
+from paris_ray.zklora.transcript import (
+    Log,
+    LogSummary,
+    RowLog,
+    challenge_rows,
+    closing_statement,
+    new_nonce,
+    proof_context,
+    session_id,
+)
+
+MODULES_AT_ONCE = 4  # that one task proves: enough to pay for its start, few enough to share out
+PROVE_RETRIES = 5
+ANSWER_WITHIN_S = 10.0  # until a user who waits for proofs is told how far they are
+AUDITED = "audited"  # the view's name within the worker
+
+logger = logging.getLogger("paris_ray")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Service:
+    """How an offer is served.
+
+    Attributes:
+        folder: Of the offer; the journal of sessions is kept there too.
+        identity: Folder of the contributor's identity.
+        host: Address to listen on.
+        port: Port; 0 for a free one.
+        clients: Certificates, as PEM text, of all users who may connect.
+        bundle: Where the base is, to draw whole pictures; None: only updates of rows are answered.
+        escrow: Host and port of the escrow that the manifest names; None: nothing can be bought.
+        workers: Processes that answer updates.
+        threads: Torch threads of each.
+    """
+
+    folder: Path
+    identity: Path
+    host: str
+    port: int
+    clients: tuple[str, ...]
+    bundle: str | None = None
+    escrow: tuple[str, int] | None = None
+    workers: int = 1
+    threads: int = 1
+
+
+class OpenedRows(NamedTuple):
+    """The audited rows of a module, and where they are in the log.
+
+    Attributes:
+        x: `(m, d_in)` int16.
+        y: `(m, d_out)` int64.
+        places: `(m, 3)` int64: number of the call, exponent, and length of the path, of each row.
+        paths: `(sum of the lengths, 32)` uint8.
+    """
+
+    x: Int16
+    y: Int64
+    places: NDArray[np.int64]
+    paths: NDArray[np.uint8]
+
+
+@ray.remote(num_cpus=0.1, max_restarts=-1, max_task_retries=3)
+class LoRAWorker:
+    """Answers the updates of rows; the weights never leave it.
+
+    Args:
+        openings: The weights.
+    """
+
+    def __init__(self, openings: Mapping[str, ModuleOpening]) -> None:
+        self._openings = openings
+
+    def evaluate(self, module: str, x: Int16) -> Int64:
+        """Return the exact update `(rows, d_out)` of some rows `(rows, d_in)`."""
+        return evaluate(self._openings[module].module, x)
+
+
+@ray.remote(num_cpus=0.5, max_restarts=-1, max_task_retries=3)
+class AuditWorker:
+    """Draws pictures with base and adapter, and logs every row that the adapter computed.
+
+    No row is kept: those that the user's nonce picks are computed again, by drawing the same
+    pictures again. That the second log is the first is checked.
+
+    Args:
+        openings: The weights.
+        manifest: Of the offer.
+        bundle: Where the base is.
+        threads: Torch threads.
+    """
+
+    def __init__(
+        self,
+        openings: Mapping[str, ModuleOpening],
+        manifest: AdapterManifest,
+        bundle: str,
+        threads: int,
+    ) -> None:
+        torch.set_num_threads(threads)
+        self._modules = {name: opening.module for name, opening in openings.items()}
+        self._recorder = _Recorder(self._modules)
+        self._bundle = load_bundle(bundle)
+        assert manifest.base.expert is not None
+        self._bundle.add_view(
+            AUDITED,
+            manifest.base.expert,
+            lambda expert: adapt(expert, manifest.terms, manifest.scale, self._evaluate),
+        )
+
+    def _evaluate(self, name: str, x: Int16, exponent: int) -> Int64:
+        return self._recorder.evaluate(name, x, exponent)
+
+    def draw(self, request: DrawRequest) -> tuple[NDArray[np.uint8], LogSummary]:
+        """Return the pictures `(n, S, S, 3)` of a request, and the summary of their log."""
+        pictures, recorder = self._draw(request, {})
+        return pictures, LogSummary.of(recorder.log)
+
+    def open_rows(
+        self, request: DrawRequest, log: LogSummary, nonce_v: str
+    ) -> dict[str, OpenedRows]:
+        """Return the rows that a nonce picks from the log of a request.
+
+        Raises:
+            ProtocolError: if drawing again gave another log.
+        """
+        wanted = {
+            name: challenge_rows(nonce_v, log.root, name, count, request.audit_rows)
+            for name, count in log.counts.items()
+        }
+        _, recorder = self._draw(request, wanted)
+        if LogSummary.of(recorder.log) != log:
+            raise ProtocolError("drawing again gave another log: this session cannot be proved")
+        return {name: recorder.opened(name) for name in wanted}
+
+    def _draw(
+        self, request: DrawRequest, wanted: Mapping[str, list[int]]
+    ) -> tuple[NDArray[np.uint8], "_Recorder"]:
+        self._recorder = _Recorder(self._modules, wanted)
+        options = request.model_dump(
+            include={"seed", "num_inference_steps", "guidance_scale", "routing"}
+        )
+        images = generate(self._bundle, request.prompts, lora=AUDITED, **options)
+        return np.stack([np.asarray(image) for image in images]), self._recorder
+
+
+class _Recorder:
+    """Evaluates modules, logs each row, and keeps those that are wanted."""
+
+    def __init__(
+        self, modules: Mapping[str, Any], wanted: Mapping[str, list[int]] | None = None
+    ) -> None:
+        self.log = RowLog()
+        self._modules = modules
+        self._wanted = {name: set(rows) for name, rows in (wanted or {}).items()}
+        self._kept: dict[str, list[tuple[int, int, int, Int16, Int64]]] = {}
+
+    def evaluate(self, name: str, x: Int16, exponent: int) -> Int64:
+        y = evaluate(self._modules[name], x)
+        call, start = self.log.append(name, exponent, x, y)
+        for row in self._wanted.get(name, set()) & set(range(start, start + len(x))):
+            kept = (row, call, exponent, x[row - start].copy(), y[row - start].copy())
+            self._kept.setdefault(name, []).append(kept)
+        return y
+
+    def opened(self, name: str) -> OpenedRows:
+        kept = sorted(self._kept[name], key=lambda row: row[0])
+        paths = [self.log.prove_inclusion(name, row) for row, *_ in kept]
+        places = [
+            (call, exponent, len(path))
+            for (_, call, exponent, _, _), path in zip(kept, paths, strict=True)
+        ]
+        nodes = b"".join(node for path in paths for node in path)
+        return OpenedRows(
+            np.stack([x for *_, x, _ in kept]),
+            np.stack([y for *_, y in kept]),
+            np.array(places, np.int64),
+            np.frombuffer(nodes, np.uint8).reshape(-1, 32),
+        )
+
+
+@ray.remote(num_cpus=1, max_retries=PROVE_RETRIES)
+def prove_modules(
+    openings: Mapping[str, ModuleOpening], claims: Mapping[str, tuple[Int16, Int64, bytes]]
+) -> dict[str, bytes]:
+    """Return the proof of each module; a task that is tried again draws new masks.
+
+    Args:
+        openings: The weights.
+        claims: Inputs, outputs and context by module.
+    """
+    seconds = Histogram(
+        "paris_zklora_prove_seconds",
+        "Time to prove a module.",
+        boundaries=[0.03, 0.1, 0.3, 1, 3, 10, 30],
+    )
+    proofs = {}
+    for name, (x, y, context) in claims.items():
+        start = time.perf_counter()
+        proofs[name] = prove(openings[name], x, y, context)
+        seconds.observe(time.perf_counter() - start)
+    return proofs
+
+
+class _ProofJob:
+    """Proofs of one session in the making.
+
+    Args:
+        total: How many modules there are.
+        make: Returns the answer; it is given a function to call as modules are proved.
+    """
+
+    def __init__(self, total: int, make: Callable[[Callable[[int], None]], Message]) -> None:
+        self.done, self.total = 0, total
+        self._make = make
+        self._answer: Message | None = None
+        self._error: Exception | None = None
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            self._answer = self._make(self._count)
+        except Exception as error:
+            self._error = error
+
+    def _count(self, modules: int) -> None:
+        self.done += modules
+
+    @property
+    def has_failed(self) -> bool:
+        return self._error is not None
+
+    def wait(self, seconds: float) -> Message:
+        """Return the answer, or how far it is; raises what went wrong."""
+        self._thread.join(seconds)
+        if self._error is not None:
+            raise self._error
+        return self._answer or Message("proving", {"done": self.done, "total": self.total})
+
+
+@ray.remote(num_cpus=0, max_restarts=-1)
+class LoRAGateway:
+    """The only endpoint: who may ask, what it costs, and how far each session is.
+
+    Args:
+        service: How to serve.
+        workers: `LoRAWorker`s.
+        audit_worker: An `AuditWorker`, or None.
+        openings: A list with the reference of the weights, which is only handed on.
+    """
+
+    def __init__(
+        self, service: Service, workers: list[Any], audit_worker: Any, openings: list[Any]
+    ) -> None:
+        logging.basicConfig(level=logging.INFO)
+        offer = load_offer(service.folder)
+        self._manifest, self._key = offer.manifest, offer.key
+        self._identity = Identity.load(service.identity)
+        self._workers, self._audit_worker, self._openings = workers, audit_worker, openings
+        self._journal = SessionJournal(service.folder / "sessions.sqlite")
+        self._journal.add_adapter(
+            self._manifest.adapter_id, list(self._manifest.terms), self._manifest.budget_rows
+        )
+        self._escrow = _connect_escrow(service, offer, self._identity)
+        self._jobs: dict[str, _ProofJob] = {}
+        self._lock = threading.Lock()
+        self._metrics = _Metrics()
+        self._operations: dict[str, Callable[[str, Message], Message]] = {
+            "open": self._open,
+            "call": self._call,
+            "draw": self._draw,
+            "close": self._close,
+            "prove": self._prove,
+            "release": self._release,
+        }
+        self._server = serve(
+            self._identity, service.host, service.port, service.clients, self._answer
+        )
+        self._metrics.update(self._journal, self._manifest.adapter_id)
+
+    def address(self) -> tuple[str, int]:
+        """Return host and port that it listens on."""
+        return self._server.address
+
+    def rows_left(self) -> dict[str, int]:
+        """Return how many rows of each module may still be seen."""
+        return self._journal.rows_left(self._manifest.adapter_id)
+
+    def sessions(self) -> dict[str, int]:
+        """Return the number of sessions in every state."""
+        return self._journal.sessions_by_state()
+
+    def _answer(self, peer: Peer, request: Message) -> Message:
+        if request.kind not in self._operations:
+            raise ProtocolError(f"there is no request {request.kind[:80]!r}")
+        try:
+            return self._operations[request.kind](peer.public_key, request)
+        finally:
+            self._metrics.update(self._journal, self._manifest.adapter_id)
+
+    def _open(self, user: str, message: Message) -> Message:
+        request, manifest = parse(OpenRequest, message.fields), self._manifest
+        if request.adapter_id != manifest.adapter_id:
+            raise ProtocolError(f"adapter_id={request.adapter_id}: it is {manifest.adapter_id}")
+        if request.mode == RowLog.mode and self._audit_worker is None:
+            raise ProtocolError("mode='audit' is not allowed: the contributor has no base model")
+        nonce_c = new_nonce()
+        sid = session_id(
+            manifest.protocol, manifest.adapter_id, manifest.base.digest, request.nonce_u, nonce_c
+        )
+        session = self._journal.open_session(
+            sid, manifest.adapter_id, user, request.nonce_u, nonce_c, request.mode
+        )
+        return Message("opened", {"nonce_c": session.nonce_c, "rows_left": self.rows_left()})
+
+    def _call(self, user: str, message: Message) -> Message:
+        request = parse(CallRequest, message.fields)
+        x = message.tensors.get("x", np.empty(0))
+        check_rows(x, np.int16, self._manifest.module(request.module).commitment.d_in, "x")
+        worker = self._workers[request.seq % len(self._workers)]
+        y = self._journal.record_call(
+            request.session,
+            user,
+            request.seq,
+            request.module,
+            request.exponent,
+            x,
+            lambda: result(worker.evaluate.remote(request.module, x)),
+        )
+        return Message("answer", tensors={"y": y})
+
+    def _draw(self, user: str, message: Message) -> Message:
+        request = parse(DrawRequest, message.fields)
+        rows = dict.fromkeys(self._manifest.terms, request.audit_rows)
+        self._journal.debit_rows(request.session, user, rows, request.model_dump_json())
+        pictures, log = result(self._audit_worker.draw.remote(request))
+        self._journal.record_log(request.session, user, log)
+        fields = {"root": log.root, "rows": log.counts}
+        return Message("drawn", fields, {"pictures": pictures})
+
+    def _close(self, user: str, message: Message) -> Message:
+        request = parse(CloseRequest, message.fields)
+        by_user = SignedDocument.from_json(request.statement)
+        session = self._journal.session(request.session, user)
+        log: Log = session.log or self._journal.transcript(session.sid)
+        statement = closing_statement(session.sid, session.adapter_id, log)
+        by_contributor = SignedDocument.sign("close", statement, self._identity)
+        self._journal.close(session.sid, user, by_user, by_contributor)
+        return Message("closed", {"statement": by_contributor.to_json()})
+
+    def _prove(self, user: str, message: Message) -> Message:
+        request = parse(ProveRequest, message.fields)
+        session = self._journal.challenge(request.session, user, request.nonce_v)
+        with self._lock:
+            job = self._jobs.get(session.sid)
+            if job is None or job.has_failed:
+                total = len(self._manifest.modules)
+                job = _ProofJob(total, lambda count: self._make_evidence(session, count))
+                self._jobs[session.sid] = job
+        return job.wait(ANSWER_WITHIN_S)
+
+    def _make_evidence(self, session: Session, count: Callable[[int], None]) -> Message:
+        rows, tensors = self._rows(session)
+        assert session.closing is not None
+        assert session.nonce_v is not None
+        root = session.closing[0].document["root"]
+        claims = {}
+        for name, (x, y) in rows.items():
+            context = proof_context(session.adapter_id, session.sid, root, name, session.nonce_v)
+            claims[name] = x, y, context
+        proofs = self._prove_all(claims, count)
+        for i, name in enumerate(rows):
+            tensors[f"{i}.proof"] = np.frombuffer(proofs[name], np.uint8)
+        return Message("evidence", {"modules": list(rows)}, tensors)
+
+    def _rows(
+        self, session: Session
+    ) -> tuple[dict[str, tuple[Int16, Int64]], dict[str, NDArray[Any]]]:
+        """Return what is proved of each module, and what the user does not have of it yet."""
+        if session.mode != RowLog.mode:
+            transcript = self._journal.transcript(session.sid)
+            return {name: transcript.rows(name) for name in self._manifest.terms}, {}
+        assert session.drawing is not None
+        request = DrawRequest.model_validate_json(session.drawing)
+        opened = result(self._audit_worker.open_rows.remote(request, session.log, session.nonce_v))
+        tensors = {
+            f"{i}.{field}": value
+            for i, part in enumerate(opened.values())
+            for field, value in part._asdict().items()
+        }
+        return {name: (part.x, part.y) for name, part in opened.items()}, tensors
+
+    def _prove_all(
+        self, claims: Mapping[str, tuple[Int16, Int64, bytes]], count: Callable[[int], None]
+    ) -> dict[str, bytes]:
+        names, waiting = list(claims), []
+        proofs: dict[str, bytes] = {}
+        for start in range(0, len(names), MODULES_AT_ONCE):
+            chunk = {name: claims[name] for name in names[start : start + MODULES_AT_ONCE]}
+            waiting.append(prove_modules.remote(self._openings[0], chunk))
+        while waiting:
+            ready, waiting = ray.wait(waiting)
+            proved = result(ready[0])
+            proofs |= proved
+            count(len(proved))
+        self._metrics.proved(proofs)
+        return proofs
+
+    def _release(self, user: str, message: Message) -> Message:
+        request = parse(ReleaseRequest, message.fields)
+        session = self._journal.session(request.session, user)
+        if self._escrow is None or session.state != SessionState.CHALLENGED:
+            raise TradeError(f"session {session.sid} is {session.state}: nothing is for sale")
+        trade = self._escrow.trade(session.sid)
+        if trade.state is State.PAID:
+            trade = self._escrow.deposit_key(session.sid, self._key)
+        return Message("released", {"state": trade.state})
+
+
+class _Metrics:
+    """What Ray's metrics tell of the service."""
+
+    def __init__(self) -> None:
+        self._rows_left = Gauge(
+            "paris_zklora_rows_left", "Rows of the module with the fewest left in its budget."
+        )
+        self._sessions = Gauge("paris_zklora_sessions", "Sessions by state.", tag_keys=("state",))
+        self._proof_bytes = Counter("paris_zklora_proof_bytes", "Bytes of all proofs.")
+
+    def update(self, journal: SessionJournal, adapter_id: str) -> None:
+        self._rows_left.set(min(journal.rows_left(adapter_id).values()))
+        for state, count in journal.sessions_by_state().items():
+            self._sessions.set(count, tags={"state": str(state)})
+
+    def proved(self, proofs: Mapping[str, bytes]) -> None:
+        self._proof_bytes.inc(sum(map(len, proofs.values())))
+
+
+def _connect_escrow(service: Service, offer: Offer, identity: Identity) -> EscrowClient | None:
+    """Return the escrow, with the sealed adapter deposited there."""
+    if service.escrow is None:
+        return None
+    certificate = offer.manifest.escrow_certificate
+    if certificate is None:
+        raise ConfigError("escrow is not allowed: the manifest names none")
+    client = EscrowClient(identity, service.escrow, certificate)
+    client.list_adapter(offer.signed, offer.sealed)
+    return client
+
+
+class Contribution:
+    """A service that runs until it is closed.
+
+    Args:
+        service: How to serve the offer in its folder.
+
+    Attributes:
+        address: Host and port that it listens on.
+
+    Raises:
+        ParisError: if the offer cannot be served so.
+    """
+
+    def __init__(self, service: Service) -> None:
+        offer = load_offer(service.folder)
+        openings = ray.put(offer.openings())
+        actors: Any = (LoRAWorker, AuditWorker, LoRAGateway)
+        worker, audit_worker, gateway = actors
+        self._workers = [worker.remote(openings) for _ in range(service.workers)]
+        self._audit_worker = None
+        if service.bundle is not None:
+            self._audit_worker = audit_worker.remote(
+                openings, offer.manifest, service.bundle, service.threads
+            )
+        # Its address is one of this machine, and the journal a file here.
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        self.gateway = gateway.options(scheduling_strategy=here).remote(
+            service, self._workers, self._audit_worker, [openings]
+        )
+        self.address: tuple[str, int] = result(self.gateway.address.remote())
+
+    def status(self) -> str:
+        """Return rows left and sessions, in one line for people."""
+        left = result(self.gateway.rows_left.remote())
+        sessions = result(self.gateway.sessions.remote())
+        counts = ", ".join(f"{count} {state}" for state, count in sessions.items())
+        return f"rows left: {min(left.values())} (fewest of a module); sessions: {counts}"
+
+    def close(self) -> None:
+        """Stop the service; sessions, budget and offer stay as they are."""
+        for actor in (self.gateway, *self._workers, self._audit_worker):
+            if actor is not None:
+                ray.kill(actor)

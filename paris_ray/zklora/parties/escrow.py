@@ -1,0 +1,288 @@
+"""The escrow as a service over the parties' channel, and its client.
+
+A request names an operation of `paris_ray.zklora.escrow.Escrow`; texts are fields, bytes and signed
+documents are tensors. Who calls is whom TLS has proved.
+"""
+
+import json
+import logging
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from paris_ray.artifacts import canonical_json
+from paris_ray.errors import ProtocolError
+from paris_ray.signatures import SignedDocument
+from paris_ray.zklora.escrow import STATEMENT, Escrow, Trade
+from paris_ray.zklora.identity import Identity, public_key_of
+from paris_ray.zklora.parties.channel import Channel, Message, Peer, serve
+
+SWEEP_S = 1.0  # between two looks for deadlines that have passed
+TRADE, DONE = "trade", "done"  # kinds of answers
+
+# Operations that take texts alone and answer with the trade.
+TEXTS = {
+    "open_trade": ("adapter_id", "session", "nonce_user", "nonce_contributor"),
+    "proved": ("session", "proofs_digest"),
+    "verified": ("session", "proofs_digest"),
+    "pay": ("session",),
+    "opened": ("session",),
+    "dispute": ("session", "reason"),
+    "trade": ("session",),
+}
+
+logger = logging.getLogger(__name__)
+
+
+class EscrowService:
+    """An escrow that listens, and ends by itself the trades whose deadline has passed.
+
+    Args:
+        escrow: The trades.
+        host: Address to listen on.
+        port: Port; 0 for a free one.
+        clients: Certificates, as PEM text, of all who may connect.
+
+    Attributes:
+        address: Host and port that it listens on.
+
+    Raises:
+        ConfigError: if there are no clients, or the address cannot be listened on.
+        SignatureError: if a client's certificate is not allowed.
+    """
+
+    def __init__(self, escrow: Escrow, host: str, port: int, clients: Sequence[str]) -> None:
+        self._escrow = escrow
+        self._operations: Mapping[str, Callable[[str, Message], Message]] = {
+            "list_adapter": self._list_adapter,
+            "close": self._close,
+            "deposit_key": self._deposit_key,
+            "key": self._key,
+            "sealed": self._sealed,
+            "statement": self._statement,
+            "balance": self._balance,
+        }
+        self._closed = threading.Event()
+        self._server = serve(escrow.identity, host, port, clients, self._answer)
+        self.address = self._server.address
+        self._sweeper = threading.Thread(target=self._sweep, daemon=True)
+        self._sweeper.start()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Stop listening; trades stay as they are."""
+        self._server.close()
+        self._closed.set()
+        self._sweeper.join()
+
+    def _sweep(self) -> None:
+        while not self._closed.wait(SWEEP_S):
+            try:
+                for trade in self._escrow.expire():
+                    logger.info("trade %s: %s after %s", trade.session, trade.state, trade.reason)
+            except Exception:  # such as a full disk: the next look may succeed
+                logger.exception("deadlines could not be looked at")
+
+    def _answer(self, peer: Peer, request: Message) -> Message:
+        caller = peer.public_key
+        if request.kind in TEXTS:
+            texts = _texts(request, *TEXTS[request.kind])
+            trade: Trade = getattr(self._escrow, request.kind)(caller, **texts)
+            return _trade(trade, request)
+        if request.kind not in self._operations:
+            raise ProtocolError(f"the escrow has no operation {request.kind[:80]!r}")
+        return self._operations[request.kind](caller, request)
+
+    def _list_adapter(self, caller: str, request: Message) -> Message:
+        manifest, sealed = _document(request, "manifest"), _bytes(request, "sealed")
+        adapter_id = self._escrow.list_adapter(caller, manifest, sealed)
+        logger.info("adapter %s is listed by %s", adapter_id, caller)
+        return Message(DONE, {"adapter_id": adapter_id})
+
+    def _close(self, caller: str, request: Message) -> Message:
+        statements = _document(request, "by_buyer"), _document(request, "by_seller")
+        trade = self._escrow.close(caller, _texts(request, "session")["session"], *statements)
+        return _trade(trade, request)
+
+    def _deposit_key(self, caller: str, request: Message) -> Message:
+        session, key = _texts(request, "session")["session"], _bytes(request, "key")
+        return _trade(self._escrow.deposit_key(caller, session, key), request)
+
+    def _key(self, caller: str, request: Message) -> Message:
+        key = self._escrow.key(caller, _texts(request, "session")["session"])
+        return Message(DONE, tensors={"key": _tensor(key)})
+
+    def _sealed(self, _: str, request: Message) -> Message:
+        sealed = self._escrow.sealed(_texts(request, "adapter_id")["adapter_id"])
+        return Message(DONE, tensors={"sealed": _tensor(sealed)})
+
+    def _statement(self, caller: str, request: Message) -> Message:
+        statement = self._escrow.statement(caller, _texts(request, "session")["session"])
+        return Message(DONE, {"statement": statement.to_json()})
+
+    def _balance(self, caller: str, request: Message) -> Message:
+        _texts(request)
+        return Message(DONE, {"balance": self._escrow.balance(caller)})
+
+
+class EscrowClient:
+    """The escrow, seen by one party; every operation is that of `Escrow` and may be repeated.
+
+    Args:
+        identity: Who calls.
+        address: Host and port of the escrow.
+        certificate: That of the escrow, as PEM text: the one in the manifest.
+        timeout: Seconds until an answer begins; an opening check takes about one.
+
+    Raises:
+        SignatureError: if the certificate is not allowed.
+    """
+
+    def __init__(
+        self,
+        identity: Identity,
+        address: tuple[str, int],
+        certificate: str,
+        timeout: float = 60,
+    ) -> None:
+        self._escrow_key = public_key_of(certificate)
+        self._channel = Channel(identity, address, certificate, timeout)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close_channel()
+
+    def close_channel(self) -> None:
+        """Close the connection; the next operation opens another."""
+        self._channel.close()
+
+    def list_adapter(self, manifest: SignedDocument, sealed: bytes) -> str:
+        """Offer an adapter: its signed manifest and sealed weights; return its id."""
+        tensors = {"manifest": _envelope(manifest), "sealed": _tensor(sealed)}
+        return str(self._channel.request("list_adapter", {}, tensors).fields["adapter_id"])
+
+    def sealed(self, adapter_id: str) -> bytes:
+        """Return the ciphertext of a listed adapter."""
+        return _bytes(self._channel.request("sealed", {"adapter_id": adapter_id}), "sealed")
+
+    def open_trade(
+        self, adapter_id: str, session: str, nonce_user: str, nonce_contributor: str
+    ) -> Trade:
+        """Begin the purchase that belongs to a session, as its buyer."""
+        return self._ask(
+            "open_trade",
+            session,
+            adapter_id=adapter_id,
+            nonce_user=nonce_user,
+            nonce_contributor=nonce_contributor,
+        )
+
+    def close(self, session: str, by_buyer: SignedDocument, by_seller: SignedDocument) -> Trade:
+        """Report that both parties have signed the same transcript; either may."""
+        tensors = {"by_buyer": _envelope(by_buyer), "by_seller": _envelope(by_seller)}
+        return self._ask("close", session, tensors)
+
+    def proved(self, session: str, proofs_digest: str) -> Trade:
+        """Report that the proofs were handed over; either may."""
+        return self._ask("proved", session, proofs_digest=proofs_digest)
+
+    def verified(self, session: str, proofs_digest: str) -> Trade:
+        """Accept the proofs, as the buyer."""
+        return self._ask("verified", session, proofs_digest=proofs_digest)
+
+    def pay(self, session: str) -> Trade:
+        """Have the price locked, as the buyer."""
+        return self._ask("pay", session)
+
+    def deposit_key(self, session: str, key: bytes) -> Trade:
+        """Hand over the key, as the seller; if it opens other weights, the trade is REFUNDED."""
+        return self._ask("deposit_key", session, {"key": _tensor(key)})
+
+    def key(self, session: str) -> bytes:
+        """Return the key once it is released, as the buyer."""
+        return _bytes(self._channel.request("key", {"session": session}), "key")
+
+    def opened(self, session: str) -> Trade:
+        """Report that the weights were opened, as the buyer; the seller is paid."""
+        return self._ask("opened", session)
+
+    def dispute(self, session: str, reason: str) -> Trade:
+        """Have the opening check repeated, as the buyer."""
+        return self._ask("dispute", session, reason=reason)
+
+    def trade(self, session: str) -> Trade:
+        """Return the trade as it stands."""
+        return self._ask("trade", session)
+
+    def statement(self, session: str) -> SignedDocument:
+        """Return what the escrow has signed about a trade; raises SignatureError if it has not."""
+        answer = self._channel.request("statement", {"session": session})
+        statement = SignedDocument.from_json(answer.fields.get("statement"))
+        statement.check(STATEMENT, self._escrow_key)
+        return statement
+
+    def balance(self) -> int:
+        """Return the credits that this party may spend."""
+        return int(self._channel.request("balance").fields["balance"])
+
+    def _ask(
+        self,
+        operation: str,
+        session: str,
+        tensors: Mapping[str, NDArray[np.uint8]] | None = None,
+        **texts: str,
+    ) -> Trade:
+        answer = self._channel.request(operation, {"session": session, **texts}, tensors)
+        trade = Trade.from_json(answer.fields)
+        if trade.session != session:
+            raise ProtocolError(f"the escrow answered about trade {trade.session}, not {session}")
+        return trade
+
+
+def _trade(trade: Trade, request: Message) -> Message:
+    logger.info("trade %s: %s, now %s", trade.session, request.kind, trade.state)
+    return Message(TRADE, trade.to_json())
+
+
+def _texts(request: Message, *names: str) -> dict[str, str]:
+    if request.fields.keys() != set(names):
+        raise ProtocolError(f"{request.kind} has the fields {', '.join(names) or 'none'}")
+    for name in names:
+        if not isinstance(request.fields[name], str):
+            raise ProtocolError(f"{name} of {request.kind} must be a text")
+    return dict(request.fields)
+
+
+def _bytes(message: Message, name: str) -> bytes:
+    tensor = message.tensors.get(name)
+    if tensor is None or tensor.dtype != np.uint8 or tensor.ndim != 1:
+        raise ProtocolError(f"{name} of {message.kind} must be a vector of uint8")
+    return tensor.tobytes()
+
+
+def _document(message: Message, name: str) -> SignedDocument:
+    payload = _bytes(message, name)
+    try:
+        envelope: Any = json.loads(payload)
+        canonical_json(envelope)  # Python reads NaN and infinity, which cannot have been signed
+    except (ValueError, RecursionError) as error:
+        raise ProtocolError(f"{name} of {message.kind} is not JSON: {error}") from None
+    return SignedDocument.from_json(envelope)
+
+
+def _tensor(payload: bytes) -> NDArray[np.uint8]:
+    return np.frombuffer(payload, np.uint8)
+
+
+def _envelope(document: SignedDocument) -> NDArray[np.uint8]:
+    return _tensor(canonical_json(document.to_json()))

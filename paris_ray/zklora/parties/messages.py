@@ -1,0 +1,81 @@
+"""What user and contributor say to each other: the fields of every request, checked."""
+
+from typing import Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from paris_ray.errors import ProtocolError
+
+DIGEST = Field(pattern="^[0-9a-f]{64}$")
+MAX_PROMPTS = 10
+MAX_PROMPT = 1000  # characters
+
+Request = TypeVar("Request", bound=BaseModel)
+
+
+class _Fields(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class OpenRequest(_Fields):
+    """Begin a session, or return to one after a lost connection: the nonce names it."""
+
+    adapter_id: str = DIGEST
+    nonce_u: str = DIGEST
+    mode: Literal["exact", "audit"]
+
+
+class CallRequest(_Fields):
+    """Ask for the update of some rows, the tensor `x`."""
+
+    session: str = DIGEST
+    seq: int
+    module: str
+    exponent: int
+
+
+class DrawRequest(_Fields):
+    """Ask for pictures of the adapted model; `audit_rows` rows of each module are opened later."""
+
+    session: str = DIGEST
+    prompts: list[str] = Field(min_length=1, max_length=MAX_PROMPTS)
+    seed: int = Field(ge=0, lt=2**63)
+    audit_rows: int = Field(ge=1)
+    num_inference_steps: int | None = Field(default=None, ge=1, le=1000)
+    guidance_scale: float | None = Field(default=None, ge=0, le=100)
+    routing: str | None = Field(default=None, max_length=40)
+
+
+class CloseRequest(_Fields):
+    """Hand over the signed log; the answer is the contributor's signature."""
+
+    session: str = DIGEST
+    statement: dict[str, Any]
+
+
+class ProveRequest(_Fields):
+    """Fix the verifier's nonce, and ask for the proofs; asked again until they are there."""
+
+    session: str = DIGEST
+    nonce_v: str = DIGEST
+
+
+class ReleaseRequest(_Fields):
+    """Say that the escrow holds the price, so that the key can go there."""
+
+    session: str = DIGEST
+
+
+def parse(request: type[Request], fields: Any) -> Request:
+    """Return checked fields.
+
+    Raises:
+        ProtocolError: naming each field that is missing, unknown or not allowed.
+    """
+    try:
+        return request.model_validate(fields)
+    except ValidationError as error:
+        problems = "; ".join(
+            f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}" for problem in error.errors()
+        )
+        raise ProtocolError(f"{request.__name__}: {problems}") from None

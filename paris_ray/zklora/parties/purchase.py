@@ -1,0 +1,187 @@
+"""The purchase: what a verified session becomes, step by step, until the weights are opened.
+
+Every step may be repeated, so an interrupted purchase goes on where it was.
+"""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from paris_ray.artifacts import Folder, canonical_json, sha256_hex
+from paris_ray.errors import TradeError
+from paris_ray.models.peft_layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from paris_ray.receipts import RECEIPT, STATES, ModuleFacts, Receipt, SessionFacts, file_sha256
+from paris_ray.zklora.adapter import write_peft
+from paris_ray.zklora.escrow import State, check_opening
+from paris_ray.zklora.fixed_point import QuantisedModule
+from paris_ray.zklora.identity import Identity
+from paris_ray.zklora.inference import NumericsLog
+from paris_ray.zklora.manifest import AdapterManifest
+from paris_ray.zklora.parties.channel import Channel
+from paris_ray.zklora.parties.escrow import EscrowClient
+from paris_ray.zklora.parties.session import Evidence
+
+RELEASED_WITHIN_S = 120.0
+POLL_S = 0.5
+# States from which the trade can only end without weights.
+FAILED = (State.DISPUTED, State.REFUNDED)
+
+
+class Receipts:
+    """The receipt of a purchase, kept on disk as the trade goes on.
+
+    Args:
+        folder: Where `receipt.json` is.
+        identity: The buyer's, who signs it.
+        receipt: What is known so far.
+    """
+
+    def __init__(self, folder: Path, identity: Identity, receipt: Receipt) -> None:
+        self._folder, self._identity, self.receipt = Folder(str(folder)), identity, receipt
+
+    def advance(self, state: State, **changes: Any) -> None:
+        """Write the receipt of a later state; going through a finished step again changes none."""
+        if STATES.index(state) >= STATES.index(self.receipt.state):
+            self.receipt = replace(self.receipt, state=state.value, **changes)
+            self.write(self._folder)
+
+    def write(self, folder: Folder) -> None:
+        """Write the signed receipt into another folder too."""
+        folder.write_json(RECEIPT, self.receipt.sign(self._identity).to_json())
+
+
+def new_receipt(manifest: AdapterManifest, escrow_key: str | None) -> Receipt:
+    """Return the receipt of a purchase of which only the manifest is pinned."""
+    return Receipt(
+        protocol=manifest.protocol,
+        adapter_id=manifest.adapter_id,
+        adapter=manifest.adapter,
+        base_digest=manifest.base.digest,
+        expert=manifest.base.expert,
+        router_digest=manifest.base.router_digest,
+        state=State.COMMITTED.value,
+        sessions=(),
+        weights_sha256=None,
+        config_sha256=None,
+        integers_sha256=None,
+        price=manifest.price,
+        contributor=manifest.contributor,
+        escrow=escrow_key,
+        escrow_statement=None,
+        modules=(),
+        totals={},
+        created=datetime.now(UTC).isoformat(),
+    )
+
+
+def verified_facts(
+    manifest: AdapterManifest, evidence: Sequence[Evidence], numerics: NumericsLog | None
+) -> dict[str, Any]:
+    """Return the fields of a receipt that verified sessions fill in.
+
+    Args:
+        manifest: The pinned one.
+        evidence: Of all sessions, that of the trade first.
+        numerics: What was measured of the inputs in exact mode; None: nothing.
+    """
+    modules = []
+    for terms in manifest.modules:
+        seen = None if numerics is None else numerics.modules.get(terms.name)
+        modules.append(
+            ModuleFacts(
+                name=terms.name,
+                d_in=terms.commitment.d_in,
+                r=terms.commitment.r,
+                d_out=terms.commitment.d_out,
+                rows=sum(len(part.rows[terms.name][0]) for part in evidence),
+                proof_bytes=sum(len(part.proofs[terms.name]) for part in evidence),
+                peak_to_rms=0.0 if seen is None else seen.peak_to_rms,
+                input_error=0.0 if seen is None else seen.quantisation_error,
+            )
+        )
+    sessions = tuple(
+        SessionFacts(
+            session=part.closed.sid, mode=part.closed.mode, transcript_root=part.closed.root
+        )
+        for part in evidence
+    )
+    return {"modules": tuple(modules), "sessions": sessions}
+
+
+def buy(
+    escrow: EscrowClient, contributor: Channel, manifest: AdapterManifest, evidence: Evidence
+) -> tuple[bytes, bytes]:
+    """Pay for an adapter whose session is verified; return the sealed weights and their key.
+
+    Args:
+        escrow: Who holds both.
+        contributor: Is asked to hand over the key.
+        manifest: The pinned one.
+        evidence: Of the session that the trade is about.
+
+    Raises:
+        TradeError: if the trade was refunded, or the key was not released in time: the escrow
+            refunds the price then.
+    """
+    closed = evidence.closed
+    sid = closed.sid
+    escrow.open_trade(manifest.adapter_id, sid, closed.nonce_u, closed.nonce_c)
+    escrow.close(sid, closed.by_user, closed.by_contributor)
+    escrow.proved(sid, evidence.digest)
+    escrow.verified(sid, evidence.digest)
+    escrow.pay(sid)
+    _await_key(escrow, contributor, sid)
+    return escrow.sealed(manifest.adapter_id), escrow.key(sid)
+
+
+def _await_key(escrow: EscrowClient, contributor: Channel, sid: str) -> None:
+    deadline = time.monotonic() + RELEASED_WITHIN_S
+    contributor.request("release", {"session": sid})
+    while (trade := escrow.trade(sid)).state not in (State.KEY_RELEASED, State.SETTLED):
+        if trade.state in FAILED:
+            raise TradeError(f"trade {sid} is {trade.state}: {trade.reason}")
+        if time.monotonic() > deadline:
+            raise TradeError(
+                f"trade {sid} is {trade.state}: the contributor has not released the key; the "
+                "escrow refunds the price when its deadline has passed"
+            )
+        time.sleep(POLL_S)
+
+
+def receive(
+    sealed: bytes, key: bytes, manifest: AdapterManifest, adapter: Path, receipts: Receipts
+) -> None:
+    """Check that the delivered weights are the committed ones, and write them as a PEFT folder.
+
+    The receipt is OPENED from then on, and lies in the folder too.
+
+    Args:
+        sealed: The encrypted weights.
+        key: What unseals them.
+        manifest: The pinned one.
+        adapter: The new folder.
+        receipts: The purchase so far.
+
+    Raises:
+        VerificationError: if they are others, naming the module.
+    """
+    openings = check_opening(manifest, sealed, key)
+    modules = {name: opening.module for name, opening in openings.items()}
+    folder = Folder(str(adapter))
+    folder.clear()  # what an interrupted attempt left
+    write_peft(adapter, modules, manifest)
+    receipts.advance(
+        State.OPENED,
+        weights_sha256=file_sha256(folder, ADAPTER_WEIGHTS),
+        config_sha256=file_sha256(folder, ADAPTER_CONFIG),
+        integers_sha256=integers_digest(modules),
+    )
+    receipts.write(folder)
+
+
+def integers_digest(modules: Mapping[str, QuantisedModule]) -> str:
+    """Return the SHA-256 of all integers of an adapter, by module."""
+    return sha256_hex(canonical_json({name: module.digest for name, module in modules.items()}))

@@ -1,0 +1,190 @@
+"""The base-model user on Ray: its expert, run with the contributor's updates, and verified."""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import ray
+import torch
+from numpy.typing import NDArray
+from ray.util.metrics import Histogram
+from torch import Tensor
+
+from paris_ray.bundle import load_bundle
+from paris_ray.errors import ProtocolError, VerificationError
+from paris_ray.evaluation.denoising import denoising_losses
+from paris_ray.models import Expert
+from paris_ray.zklora.curve import Equation, check_equations
+from paris_ray.zklora.identity import Identity
+from paris_ray.zklora.inference import NumericsLog, adapt, count_rows
+from paris_ray.zklora.manifest import AdapterManifest
+from paris_ray.zklora.offer import base_of_expert
+from paris_ray.zklora.parties.channel import Channel
+from paris_ray.zklora.parties.results import result
+from paris_ray.zklora.parties.session import ClosedSession, Evidence, Progress, Session
+from paris_ray.zklora.proof import Claim, proof_equation
+
+MODULES_AT_ONCE = 8
+SEED = 0  # of the noise: both runs see the same
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class TrialResult:
+    """What multi-party inference on one's own expert gave.
+
+    Attributes:
+        closed: The session, signed by both.
+        without: `(levels, pictures)` losses of the base.
+        with_adapter: The same with the adapter.
+        numerics: What rounding meant for the inputs.
+        num_bytes: Sent and received.
+    """
+
+    closed: ClosedSession
+    without: NDArray[np.float32]
+    with_adapter: NDArray[np.float32]
+    numerics: NumericsLog
+    num_bytes: int
+
+
+@ray.remote
+class BaseUser:
+    """Holds the base expert, and runs it with the contributor's updates.
+
+    Args:
+        bundle: Where the base is.
+        manifest: The pinned one.
+        identity: Folder of the user's identity.
+        peer: Host and port of the contributor.
+        threads: Torch threads.
+    """
+
+    def __init__(
+        self,
+        bundle: str,
+        manifest: AdapterManifest,
+        identity: Path,
+        peer: tuple[str, int],
+        threads: int,
+    ) -> None:
+        torch.set_num_threads(threads)
+        self._bundle, self._manifest = load_bundle(bundle), manifest
+        self._identity, self._peer = Identity.load(identity), peer
+        self._session: Session | None = None
+
+    def num_calls(self) -> int:
+        """Return how many calls were answered so far: one a module is all that is needed."""
+        return 0 if self._session is None else len(self._session.transcript.calls)
+
+    def rows_a_pair(self) -> int:
+        """Return how many rows of a module one picture at one noise level takes at most."""
+        latents = torch.zeros(1, *self._bundle.latent_shape)
+        return max(self._count_rows(latents, [""], [0.5]).values())
+
+    def try_adapter(
+        self,
+        pictures: NDArray[np.uint8],
+        captions: Sequence[str],
+        levels: Sequence[float],
+        nonce: str,
+    ) -> TrialResult:
+        """Return the losses at fixed noise levels with and without the adapter.
+
+        Args:
+            pictures: `(n, S, S, 3)`.
+            captions: One a picture.
+            levels: Noise levels in [0, 1].
+            nonce: Names the session: with the same one, an interrupted trial goes on.
+
+        Raises:
+            BudgetError: if the contributor has fewer rows left than this takes.
+            ParisError: if the contributor refuses or says what does not fit.
+        """
+        latents = self._bundle.codec.encode(pictures)
+        text, expert = self._bundle.encode_text(captions), self._expert()
+        numerics = NumericsLog()
+        with Channel(self._identity, self._peer, self._manifest.contributor_certificate) as channel:
+            session = Session(channel, self._identity, self._manifest, "exact", nonce)
+            self._session = session
+            view = adapt(
+                expert, self._manifest.terms, self._manifest.scale, session.evaluate, numerics
+            )
+            with_adapter = denoising_losses(view, latents, text, levels, seed=SEED)
+            closed = session.close()
+        without = denoising_losses(expert, latents, text, levels, seed=SEED)
+        num_bytes = channel.traffic.bytes_sent + channel.traffic.bytes_received
+        return TrialResult(closed, without.numpy(), with_adapter.numpy(), numerics, num_bytes)
+
+    def _expert(self) -> Expert:
+        expert, found = self._manifest.base.expert, self._bundle.num_experts
+        if expert is None or expert >= found:
+            raise ProtocolError(f"base.expert={expert} is not allowed: the bundle has {found}")
+        if base_of_expert(self._bundle, expert) != self._manifest.base:
+            raise ProtocolError(
+                f"base: the adapter is for another expert {expert}, or router, than the bundle has"
+            )
+        return self._bundle.expert(expert)
+
+    def _count_rows(
+        self, latents: Tensor, captions: Sequence[str], levels: Sequence[float]
+    ) -> dict[str, int]:
+        text = self._bundle.encode_text(captions)
+        return count_rows(
+            self._expert(),
+            self._manifest.terms,
+            lambda view: denoising_losses(view, latents, text, levels, seed=SEED),
+        )
+
+
+@ray.remote(num_cpus=1)
+def check_proofs(claims: Mapping[str, Claim]) -> dict[str, Equation]:
+    """Return the equation of each proof; they are checked together.
+
+    Raises:
+        VerificationError: naming a module whose proof is malformed.
+    """
+    seconds = Histogram(
+        "paris_zklora_verify_seconds",
+        "Time to check a module's proof, without the multiplication that all share.",
+        boundaries=[0.003, 0.01, 0.03, 0.1, 0.3, 1, 3],
+    )
+    equations = {}
+    for name, claim in claims.items():
+        start = time.perf_counter()
+        try:
+            equations[name] = proof_equation(*claim)
+        except VerificationError as error:
+            raise VerificationError(f"{name}: {error}") from None
+        seconds.observe(time.perf_counter() - start)
+    return equations
+
+
+def verify_evidence(
+    evidence: Evidence,
+    manifest: AdapterManifest,
+    on_progress: Progress = lambda done, total: None,
+) -> None:
+    """Check every proof of a session: tasks over chunks of modules, then one multiplication.
+
+    Args:
+        evidence: Rows and proofs.
+        manifest: The pinned one.
+        on_progress: Is told how many modules are done, and of how many.
+
+    Raises:
+        VerificationError: if something is left out, or naming the modules that do not hold.
+    """
+    claims = evidence.claims(manifest)
+    names = list(claims)
+    equations: dict[str, Equation] = {}
+    waiting = []
+    for start in range(0, len(names), MODULES_AT_ONCE):
+        chunk = {name: claims[name] for name in names[start : start + MODULES_AT_ONCE]}
+        waiting.append(check_proofs.remote(chunk))
+    while waiting:
+        ready, waiting = ray.wait(waiting)
+        equations |= result(ready[0])
+        on_progress(len(equations), len(names))
+    check_equations(equations, "the proof")

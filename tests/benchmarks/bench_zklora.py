@@ -1,0 +1,378 @@
+"""Print the numbers of docs/zklora.md, from one run on this machine.
+
+    make bench        or        python tests/benchmarks/bench_zklora.py [SECTION ...]
+    python tests/benchmarks/bench_zklora.py --quick     of tiny modules, in half a minute
+
+With `--write docs/zklora.md` the tables also replace those in the document, between
+`<!-- bench: SECTION -->` and `<!-- end -->`, and the charts are drawn into `images/` beside it.
+Seconds are CPU seconds of one process with one thread, medians where they are short. Weights and
+inputs are random: cost does not depend on them. Nothing is asserted.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import platform
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from paris_ray import zklora
+from paris_ray.errors import ParisError
+from paris_ray.zklora.leakage import leakage_table
+
+ONE_THREAD = {f"{library}_NUM_THREADS": "1" for library in ("OMP", "OPENBLAS", "MKL")}
+CONTEXT = b"bench"
+BATCH = 16
+REPEATS = 5
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A module, and how many rows are proved."""
+
+    d_in: int
+    r: int
+    d_out: int
+    rows: int
+
+    def __str__(self) -> str:
+        return f"{self.d_in}-{self.r}-{self.d_out}, {self.rows} row{'s' * (self.rows > 1)}"
+
+
+Figures = dict[str, float]  # of one module: CPU seconds, and sizes in bytes
+
+GOAL_SHAPE = Shape(1152, 16, 1152, 16)
+SHAPES = (
+    Shape(768, 4, 768, 1),
+    GOAL_SHAPE,
+    Shape(1152, 16, 3456, 256),
+    Shape(1152, 64, 1152, 256),
+    Shape(4096, 16, 4096, 64),
+)
+QUICK_SHAPE = Shape(64, 4, 64, 4)
+
+GOALS: tuple[tuple[str, str, float, float, str], ...] = (
+    ("commit", "commit", 0.2, 1, "s"),
+    ("prove", "prove", 0.5, 1, "s"),
+    ("verify alone", "verify", 0.06, 1, "s"),
+    (f"verify, one of {BATCH}", "verify_batched", 0.015, 1, "s"),
+    ("proof", "proof_bytes", 8, 1e3, "kB"),
+    ("memory of a verifier", "verifier_bytes", 200, 1e6, "MB"),
+)
+
+
+def make_claim(shape: Shape, seed: int = 0) -> tuple[Any, Any, Any]:
+    """Return a random module, and the rows that a session with it had."""
+    random = np.random.default_rng(seed)
+    factors = (
+        random.standard_normal(size) for size in ((shape.d_in, shape.r), (shape.r, shape.d_out))
+    )
+    module = zklora.quantise(*factors)
+    x = random.integers(-(2**15), 2**15, (shape.rows, shape.d_in), np.int16)
+    return module, x, zklora.evaluate(module, x)
+
+
+def cpu_seconds(run: Callable[[], object], repeats: int = 1) -> float:
+    """Return the median CPU time of a call."""
+    times = []
+    for _ in range(repeats):
+        started = time.process_time()
+        run()
+        times.append(time.process_time() - started)
+    return statistics.median(times)
+
+
+def verifier_bytes(claim: Any) -> int:
+    """Verify in this process, and return its peak resident memory."""
+    zklora.verify(*claim)
+    # Linux alone; `ru_maxrss` would begin with what the parent had.
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(r"VmHWM:\s+(\d+) kB", status).group(1)) * 1024  # type: ignore[union-attr]
+
+
+def measure(shape: Shape, repeats: int = REPEATS) -> tuple[Figures, Any]:
+    """Return what a module of this shape costs, and what is to be verified of it."""
+    module, x, y = make_claim(shape)
+    commitment, opening = zklora.commit(module)  # and the generators are there from now on
+    claim = (commitment, x, y, CONTEXT, zklora.prove(opening, x, y, CONTEXT))
+    figures: Figures = {
+        "commit": cpu_seconds(lambda: zklora.commit(module), repeats),
+        "prove": cpu_seconds(lambda: zklora.prove(opening, x, y, CONTEXT), repeats),
+        "verify": cpu_seconds(lambda: zklora.verify(*claim), repeats),
+        "opening_check": cpu_seconds(lambda: zklora.open_commitment(commitment, opening), repeats),
+        "proof_bytes": len(claim[-1]),
+        "commitment_bytes": sum(map(len, (*commitment.a, *commitment.b))),
+    }
+    return figures, claim
+
+
+def measure_verifier(claim: Any) -> Figures:
+    """Return what verifying costs in a batch, and the memory of a process that does nothing else.
+
+    One claim many times over costs what as many claims do: they share the generators alone.
+    """
+    seconds = cpu_seconds(lambda: zklora.verify_batch([claim] * BATCH)) / BATCH
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+        peak = process.submit(verifier_bytes, claim).result()
+    return {"verify_batched": seconds, "verifier_bytes": peak}
+
+
+def bench_modules(options: Any) -> str:
+    """Return what single modules cost, and which goals are met."""
+    seconds = {
+        "commit": "commit s",
+        "prove": "prove s",
+        "verify": "verify s",
+        "verify_batched": f"verify s, one of {BATCH}",
+        "opening_check": "opening check s",
+    }
+    sizes = {"proof_bytes": "proof B", "commitment_bytes": "commitment B"}
+    head = ["module", *seconds.values(), *sizes.values(), "verifier's memory MB"]
+    rows, figures = [head, ["---"] * len(head)], {}
+    for shape in (QUICK_SHAPE,) if options.quick else SHAPES:
+        cost, claim = measure(shape)
+        cost |= measure_verifier(claim)
+        figures[shape] = cost
+        numbers = [f"{cost[name]:.3f}" for name in seconds] + [f"{cost[name]:,}" for name in sizes]
+        rows.append([str(shape), *numbers, f"{cost['verifier_bytes'] / 1e6:.0f}"])
+    shape = QUICK_SHAPE if options.quick else GOAL_SHAPE
+    goals = [
+        _goal(what, figures[shape][name] / unit, goal, unit_name)
+        for what, name, goal, unit, unit_name in GOALS
+    ]
+    return f"{_table(rows)}\n\nThe goals, for {shape}:\n\n{_table([*GOALS_HEAD, *goals])}"
+
+
+GOALS_HEAD = (["", "goal", "measured", ""], ["---"] * 4)
+
+
+def _goal(what: str, value: float, goal: float, unit: str) -> list[str]:
+    verdict = "met" if value <= goal else "**missed**"
+    return [what, f"<= {goal:g} {unit}", f"{value:.3g} {unit}", verdict]
+
+
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+# Roy et al. 2025 (arXiv 2501.13965), hardware not stated: 15 rows; seconds per module.
+PAPER = (
+    ("distilgpt2", 24, 24_576, 38.0, 12.5, 31.6, 0.69),
+    ("gpt2", 48, 49_152, 43.6, 15.8, 34.9, 0.68),
+    ("Llama-3.2-1B", 32, 26_624, 37.2, 12.4, 31.0, 0.78),
+    ("Llama-3.1-8B", 32, 163_840, 57.4, 19.4, 47.7, 1.12),
+    ("Llama-3.3-70B", 80, 147_456, 54.9, 18.0, 46.9, 1.54),
+    ("Mixtral-8x7B", 32, 327_680, 86.1, 29.7, 73.7, 1.38),
+)
+ADAPTER = (("qkv", Shape(1152, 16, 3456, 256)), ("proj", Shape(1152, 16, 1152, 256)))
+LAYERS = 28
+
+
+def bench_adapter(options: Any) -> str:
+    """Return what a LoRA of all self-attention of DiT-XL/2 costs, beside the paper's modules."""
+    kinds = (("tiny", QUICK_SHAPE),) if options.quick else ADAPTER
+    layers = 2 if options.quick else LAYERS
+    head = ["base", "modules", "weights/module", "rows"]
+    head += ["set-up s", "witness s", "prove s", "verify s"]
+    rows = [head, ["---"] * len(head)]
+    for base, modules, weights, *seconds in PAPER:
+        rows.append([f"{base} (paper)", f"{modules}", f"{weights:,}", "15", *map(str, seconds)])
+    made = {kind: _prove_layers(shape, layers) for kind, shape in kinds}
+    claims = [claim for _, _, claims in made.values() for claim in claims]
+    verify = cpu_seconds(lambda: zklora.verify_batch(claims))
+    for kind, shape in kinds:
+        weights = shape.r * (shape.d_in + shape.d_out)
+        commit, prove, _ = made[kind]
+        seconds = [f"{commit / layers:.2f}", "-", f"{prove / layers:.2f}"]
+        seconds.append(f"{verify / len(claims):.3f}")
+        rows.append([f"XL/2, {kind}", f"{layers}", f"{weights:,}", f"{shape.rows}", *seconds])
+    total = sum(commit + prove for commit, prove, _ in made.values())
+    goals = [
+        _goal("commit and prove", total, 55, "CPU-s"),
+        _goal("verify, one batch", verify, 4, "CPU-s"),
+    ]
+    kilobytes = sum(len(claim[-1]) for claim in claims) / 1e3
+    ours = f"All {len(claims)} modules of ours, {kilobytes:.0f} kB of proofs:"
+    return f"{_table(rows)}\n\n{ours}\n\n{_table([*GOALS_HEAD, *goals])}"
+
+
+def _prove_layers(shape: Shape, layers: int) -> tuple[float, float, list[Any]]:
+    """Return the CPU seconds of all commitments and of all proofs, and what is to be verified."""
+    commit = prove = 0.0
+    claims = []
+    for seed in range(layers):
+        module, x, y = make_claim(shape, seed)
+        started = time.process_time()
+        commitment, opening = zklora.commit(module)
+        committed = time.process_time()
+        proof = zklora.prove(opening, x, y, CONTEXT)
+        prove += time.process_time() - committed
+        commit += committed - started
+        claims.append((commitment, x, y, CONTEXT, proof))
+    return commit, prove, claims
+
+
+EZKL_SHAPE = Shape(768, 4, 768, 1)
+EZKL_RATIO = 25.0
+BACKEND_STEPS = ("commit", "prove", "verify")
+
+
+def bench_ezkl(options: Any) -> str:
+    """Return what EZKL takes for the same module: as it comes, and made to prove our statement."""
+    from paris_ray.zklora.backend import ZeroKnowledgeBackend
+    from paris_ray.zklora.ezkl_backend import BindingEzkl
+
+    shape = QUICK_SHAPE if options.quick else EZKL_SHAPE
+    measured = {"ours": _measure_backend(ZeroKnowledgeBackend(), shape, REPEATS)}
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            ezkl = BindingEzkl(Path(folder))
+        except ParisError as error:
+            return f"not installed: {error}"
+        set_up = cpu_seconds(lambda: _set_up(ezkl, shape))
+        measured["EZKL, our circuit of integers"] = _measure_backend(ezkl, shape, REPEATS)
+        measured["EZKL, our circuit of integers"]["set_up"] = set_up
+    measured["EZKL, its own settings"] = _measure_stock_ezkl(shape)
+    columns = {name: f"{name.replace('_', '-')} s" for name in ("set_up", *BACKEND_STEPS)}
+    head = ["", *columns.values(), "proof B", "times ours to prove", "goal"]
+    rows = [head, ["---"] * len(head)]
+    for name, figures in measured.items():
+        numbers = [f"{figures[what]:.3g}" if what in figures else "-" for what in columns]
+        ratio = figures["prove"] / measured["ours"]["prove"]
+        verdict = "met" if ratio >= EZKL_RATIO else "**missed**"
+        against = ["", ""] if name == "ours" else [f"{ratio:.0f}", f">= {EZKL_RATIO:g}, {verdict}"]
+        rows.append([name, *numbers, f"{figures['proof_bytes']:,}", *against])
+    return f"{shape}:\n\n{_table(rows)}"
+
+
+def _set_up(ezkl: Any, shape: Shape) -> None:
+    """Make the parameters, and both keys."""
+    ezkl.create_srs(shape.d_in, shape.r, shape.d_out)
+    ezkl.commit(make_claim(shape)[0])
+
+
+def _measure_backend(backend: Any, shape: Shape, repeats: int) -> Figures:
+    module, x, y = make_claim(shape)
+    commitment, opening = backend.commit(module)
+    proof = backend.prove(opening, x, y, CONTEXT)
+    calls = (
+        partial(backend.commit, module),
+        partial(backend.prove, opening, x, y, CONTEXT),
+        partial(backend.verify, commitment, x, y, CONTEXT, proof),
+    )
+    seconds = [cpu_seconds(call, repeats) for call in calls]
+    return {**dict(zip(BACKEND_STEPS, seconds, strict=True)), "proof_bytes": len(proof)}
+
+
+def _measure_stock_ezkl(shape: Shape) -> Figures:
+    script = Path(__file__).with_name("stock_ezkl.py")
+    dimensions = map(str, (shape.d_in, shape.r, shape.d_out))
+    command = [sys.executable, str(script), *dimensions]
+    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    (report,) = (line for line in output.splitlines() if line.startswith("{"))
+    figures: Figures = json.loads(report)
+    return figures
+
+
+SWEEPS = {
+    "rows": ("rows of 1152-16-1152", {4**n: Shape(1152, 16, 1152, 4**n) for n in range(6)}),
+    "rank": ("r of 1152-r-1152, 16 rows", {2**n: Shape(1152, 2**n, 1152, 16) for n in range(2, 8)}),
+    "width": ("d of d-16-d, 16 rows", {2**n: Shape(2**n, 16, 2**n, 16) for n in range(8, 13)}),
+}
+SWEEP_REPEATS = 3
+LINES = ("commit", "prove", "verify")
+
+
+def bench_sweeps(options: Any) -> str:
+    """Return how cost grows with rows, rank and width; draw it if there is a document."""
+    parts = []
+    for name, (label, shapes) in SWEEPS.items():
+        swept = {x: shapes[x] for x in list(shapes)[: 2 if options.quick else None]}
+        costs = {x: measure(shape, SWEEP_REPEATS)[0] for x, shape in swept.items()}
+        rows = [[label, *map(str, costs)], ["---"] * (len(costs) + 1)]
+        for line in LINES:
+            rows.append([f"{line} s", *(f"{cost[line]:.3f}" for cost in costs.values())])
+        rows.append(["proof B", *(f"{cost['proof_bytes']:,}" for cost in costs.values())])
+        parts.append(_table(rows))
+        if options.write:
+            parts.append(_draw(options.write.parent, name, label, costs))
+    return "\n\n".join(parts)
+
+
+def _draw(folder: Path, name: str, label: str, costs: dict[int, Figures]) -> str:
+    """Draw one sweep, and return the Markdown that shows it."""
+    from line_chart import draw_line_chart  # not at the top: a verifier needs no Pillow
+
+    series = {line: [(float(x), cost[line]) for x, cost in costs.items()] for line in LINES}
+    picture = f"images/zklora_{name}.png"
+    draw_line_chart(folder / picture, label, "CPU s", series)
+    return f'<img src="{picture}" width="380" alt="CPU seconds against {label}">'
+
+
+LEAKAGE_ROWS = (16, 64, 144, 256, 576, 1152)
+
+
+def bench_leakage(options: Any) -> str:
+    """Return how well an attacker predicts a module after some rows."""
+    if options.quick:
+        return leakage_table(64, 64, 4, (4, 8, 64))
+    return leakage_table(1152, 1152, 16, LEAKAGE_ROWS)
+
+
+SECTIONS: dict[str, tuple[str, Callable[[Any], str]]] = {
+    "modules": ("ZKLoRA: one module", bench_modules),
+    "adapter": ("ZKLoRA: a whole adapter, beside the paper's figures per module", bench_adapter),
+    "ezkl": ("ZKLoRA: beside EZKL, in CPU seconds of all its threads", bench_ezkl),
+    "sweeps": ("ZKLoRA: CPU seconds against rows, rank and width", bench_sweeps),
+    "leakage": ("ZKLoRA: error of an attacker who has seen some rows", bench_leakage),
+}
+
+
+def write_section(path: Path, name: str, body: str) -> None:
+    """Replace one section of the document."""
+    text = path.read_text()
+    start, end = f"<!-- bench: {name} -->\n", "<!-- end -->"
+    if text.count(start) != 1 or end not in text.split(start)[1]:
+        sys.exit(f"{path} has no place for {name}: {start}{end}")
+    before, rest = text.split(start)
+    path.write_text(f"{before}{start}\n{body}\n\n{end}{rest.split(end, 1)[1]}")
+
+
+def main() -> None:
+    """Print the sections."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("sections", nargs="*", metavar="SECTION", help=", ".join(SECTIONS))
+    parser.add_argument("--quick", action="store_true", help="tiny modules: does it run at all?")
+    parser.add_argument("--write", type=Path, metavar="FILE", help="replace the document's tables")
+    options = parser.parse_args()
+    if unknown := set(options.sections) - SECTIONS.keys():
+        parser.error(f"unknown: {', '.join(sorted(unknown))}; there are {', '.join(SECTIONS)}")
+    if options.quick and options.write:
+        parser.error("--quick measures nothing worth writing")
+    if not ONE_THREAD.items() <= os.environ.items():  # BLAS reads them when it is loaded
+        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | ONE_THREAD)
+    print(f"# {platform.processor() or platform.machine()}, {os.cpu_count()} CPUs, one thread")
+    for name in options.sections or SECTIONS:
+        title, bench = SECTIONS[name]
+        print(f"\n## {title}\n")
+        body = bench(options)
+        print(body, flush=True)
+        if options.write:
+            write_section(options.write, name, body)
+
+
+if __name__ == "__main__":
+    main()

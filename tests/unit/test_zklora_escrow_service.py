@@ -1,0 +1,331 @@
+"""The escrow over the network, and as the process that `python -m jobs.escrow` starts."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from paris_ray.config import LoRAConfig
+from paris_ray.errors import ProtocolError, SignatureError, TradeError
+from paris_ray.signatures import SignedDocument
+from paris_ray.zklora.commitment import commit
+from paris_ray.zklora.escrow import Escrow, Journal, SQLiteLedger, State, Trade, check_opening
+from paris_ray.zklora.fixed_point import QuantisedModule
+from paris_ray.zklora.identity import CERTIFICATE, Identity
+from paris_ray.zklora.manifest import AdapterManifest, Base, build_manifest
+from paris_ray.zklora.parties.channel import Channel
+from paris_ray.zklora.parties.escrow import EscrowClient, EscrowService
+from paris_ray.zklora.sealing import seal
+from paris_ray.zklora.transcript import Call, Transcript, closing_statement, new_nonce, session_id
+
+D_IN, R, D_OUT = 6, 2, 5
+PRICE = 300
+PROOFS = "ab" * 32
+REPOSITORY = Path(__file__).resolve().parents[2]
+READY = re.compile(r"escrow ready: address=(\S+):(\d+) certificate=(\S+) sha256=([0-9a-f]{64})\n")
+
+
+class Sale:
+    """An adapter, its buyer and its seller, who know the escrow by its identity."""
+
+    def __init__(self, folder: Path) -> None:
+        self.buyer, self.seller, self.notary = (
+            Identity.create(folder / name) for name in ("buyer", "seller", "notary")
+        )
+        rng = np.random.default_rng(0)
+        a = rng.integers(-99, 99, (D_IN, R), np.int16)
+        b = rng.integers(-99, 99, (R, D_OUT), np.int16)
+        self.opening = commit(QuantisedModule(a, b, 7, 7))[1]
+        self.sealed, self.key = seal({"block": self.opening})
+        self.manifest: AdapterManifest = build_manifest(
+            {"block": self.opening},
+            LoRAConfig(r=R, lora_alpha=2.0 * R),
+            base=Base("c" * 64, None, None),
+            adapter="ink",
+            price=PRICE,
+            sealed=self.sealed,
+            key=self.key,
+            contributor_certificate=self.seller.certificate,
+            escrow_certificate=self.notary.certificate,
+        )
+        self.adapter_id = self.manifest.adapter_id
+        self.nonces = new_nonce(), new_nonce()
+        self.session = session_id(
+            self.manifest.protocol, self.adapter_id, self.manifest.base.digest, *self.nonces
+        )
+
+    @property
+    def closing(self) -> tuple[SignedDocument, SignedDocument]:
+        log = Transcript(
+            [Call(0, "block", 0, np.ones((1, D_IN), np.int16), np.ones((1, D_OUT), int))]
+        )
+        document = closing_statement(self.session, self.adapter_id, log)
+        return (
+            SignedDocument.sign("close", document, self.buyer),
+            SignedDocument.sign("close", document, self.seller),
+        )
+
+    def steps(self, buyer: EscrowClient, seller: EscrowClient) -> list[Callable[[], Trade]]:
+        return [
+            lambda: buyer.open_trade(self.adapter_id, self.session, *self.nonces),
+            lambda: buyer.close(self.session, *self.closing),
+            lambda: seller.proved(self.session, PROOFS),
+            lambda: buyer.verified(self.session, PROOFS),
+            lambda: buyer.pay(self.session),
+            lambda: seller.deposit_key(self.session, self.key),
+            lambda: buyer.opened(self.session),
+        ]
+
+
+@pytest.fixture
+def sale(tmp_path: Path) -> Sale:
+    return Sale(tmp_path)
+
+
+@pytest.fixture
+def service(sale: Sale, tmp_path: Path) -> Iterator[EscrowService]:
+    journal = Journal(tmp_path / "journal.sqlite")
+    escrow = Escrow(journal, sale.notary, SQLiteLedger(journal))
+    clients = [sale.buyer.certificate, sale.seller.certificate]
+    with EscrowService(escrow, "127.0.0.1", 0, clients) as result:
+        yield result
+    journal.close()
+
+
+@pytest.fixture
+def clients(sale: Sale, service: EscrowService) -> Iterator[tuple[EscrowClient, EscrowClient]]:
+    buyer, seller = (
+        EscrowClient(party, service.address, sale.notary.certificate)
+        for party in (sale.buyer, sale.seller)
+    )
+    with buyer, seller:
+        yield buyer, seller
+
+
+def test_a_purchase_over_the_network(
+    sale: Sale, clients: tuple[EscrowClient, EscrowClient]
+) -> None:
+    buyer, seller = clients
+    assert seller.list_adapter(sale.manifest.sign(sale.seller), sale.sealed) == sale.adapter_id
+    trades = [step() for step in sale.steps(buyer, seller)]
+    assert [trade.state for trade in trades] == [
+        State.COMMITTED,
+        State.INFERRED,
+        State.PROVED,
+        State.VERIFIED,
+        State.PAID,
+        State.KEY_RELEASED,
+        State.SETTLED,
+    ]
+    assert seller.trade(sale.session) == trades[-1]
+    assert (buyer.balance(), seller.balance()) == (700, 1300)
+    delivered = check_opening(sale.manifest, buyer.sealed(sale.adapter_id), buyer.key(sale.session))
+    assert delivered["block"].module.digest == sale.opening.module.digest
+    statement = buyer.statement(sale.session)
+    assert statement.public_key == sale.notary.public_key
+    assert statement.document["states"][-2:] == ["OPENED", "SETTLED"]
+
+
+def test_refusals_come_back_as_what_they_are(
+    sale: Sale, clients: tuple[EscrowClient, EscrowClient]
+) -> None:
+    buyer, seller = clients
+    with pytest.raises(TradeError, match="by its contributor"):
+        buyer.list_adapter(sale.manifest.sign(sale.seller), sale.sealed)
+    forged = SignedDocument.sign("manifest", sale.manifest.document, sale.buyer)
+    with pytest.raises(SignatureError):
+        seller.list_adapter(forged, sale.sealed)
+    seller.list_adapter(sale.manifest.sign(sale.seller), sale.sealed)
+    buyer.open_trade(sale.adapter_id, sale.session, *sale.nonces)
+    with pytest.raises(TradeError, match="pay is for the buyer"):
+        seller.pay(sale.session)
+    with pytest.raises(SignatureError):
+        buyer.close(sale.session, *reversed(sale.closing))
+    with pytest.raises(TradeError, match="once it is released"):
+        buyer.key(sale.session)
+    with pytest.raises(TradeError, match="has no trade"):
+        buyer.trade("d" * 64)
+
+
+def test_a_wrong_key_is_told_to_the_seller(
+    sale: Sale, clients: tuple[EscrowClient, EscrowClient]
+) -> None:
+    buyer, seller = clients
+    seller.list_adapter(sale.manifest.sign(sale.seller), sale.sealed)
+    for step in sale.steps(buyer, seller)[:5]:
+        step()
+    trade = seller.deposit_key(sale.session, bytes(32))
+    assert trade.state is State.REFUNDED and "the opening check failed" in str(trade.reason)
+    assert (buyer.balance(), seller.balance()) == (1000, 1000)
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields", "tensors"),
+    [
+        ("expire", {}, {}),
+        ("_answer", {}, {}),
+        ("pay", {}, {}),
+        ("pay", {"session": 1}, {}),
+        ("pay", {"session": "d" * 64, "caller": "me"}, {}),
+        ("balance", {"caller": "me"}, {}),
+        ("deposit_key", {"session": "d" * 64}, {}),
+        ("deposit_key", {"session": "d" * 64}, {"key": np.zeros(32, np.int16)}),
+        ("deposit_key", {"session": "d" * 64}, {"key": np.zeros((1, 32), np.uint8)}),
+        ("list_adapter", {}, {"sealed": np.zeros(9, np.uint8)}),
+        (
+            "list_adapter",
+            {},
+            {"manifest": np.frombuffer(b"{]", np.uint8), "sealed": np.zeros(9, np.uint8)},
+        ),
+        (
+            "list_adapter",
+            {},
+            {"manifest": np.frombuffer(b"[1e999]", np.uint8), "sealed": np.zeros(9, np.uint8)},
+        ),
+    ],
+)
+def test_a_malformed_request_is_refused(
+    sale: Sale,
+    service: EscrowService,
+    kind: str,
+    fields: dict[str, object],
+    tensors: dict[str, np.ndarray],
+) -> None:
+    with Channel(sale.buyer, service.address, sale.notary.certificate) as channel:
+        with pytest.raises(ProtocolError) as refused:
+            channel.request(kind, fields, tensors)
+        assert "internal" not in str(refused.value)
+        assert channel.request("balance").fields == {"balance": 1000}
+
+
+def test_the_service_ends_silent_trades_by_itself(sale: Sale, tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "journal.sqlite")
+    now = 1e9
+    escrow = Escrow(journal, sale.notary, SQLiteLedger(journal), clock=lambda: now)
+    with EscrowService(escrow, "127.0.0.1", 0, [sale.seller.certificate]):
+        escrow.list_adapter(sale.seller.public_key, sale.manifest.sign(sale.seller), sale.sealed)
+        escrow.open_trade(sale.buyer.public_key, sale.adapter_id, sale.session, *sale.nonces)
+        now += 1e6
+        wait_for(lambda: journal.execute("SELECT state FROM trades") == [(State.REFUNDED,)])
+    journal.close()
+
+
+def wait_for(happened: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not happened():
+        assert time.monotonic() < deadline, "it has not happened"
+        time.sleep(0.05)
+
+
+class Process:
+    """A real escrow process on a free port, and clients of it."""
+
+    def __init__(self, sale: Sale, folder: Path, stack: ExitStack) -> None:
+        certificates = folder / "certificates"
+        certificates.mkdir(exist_ok=True)
+        (certificates / "buyer.pem").write_text(sale.buyer.certificate)
+        command = [
+            *(sys.executable, "-m", "jobs.escrow", "--listen", "127.0.0.1:0"),
+            *("--identity", folder / "notary", "--journal", folder / "journal.sqlite"),
+            *("--clients", certificates, folder / "seller" / CERTIFICATE),
+        ]
+        self.process = stack.enter_context(
+            subprocess.Popen(
+                command, cwd=REPOSITORY, env=os.environ, stdout=subprocess.PIPE, text=True
+            )
+        )
+        stack.callback(self.process.kill)
+        assert self.process.stdout is not None
+        self.log = ""
+        while (ready := READY.fullmatch(line := self.process.stdout.readline())) is None:
+            assert line, f"the escrow has ended: {self.log}"
+            self.log += line
+        self.certificate = Path(ready[3])
+        self.buyer, self.seller = (
+            stack.enter_context(
+                EscrowClient(party, (ready[1], int(ready[2])), self.certificate.read_text())
+            )
+            for party in (sale.buyer, sale.seller)
+        )
+
+
+def test_a_killed_process_is_started_again_and_goes_on(sale: Sale, tmp_path: Path) -> None:
+    with ExitStack() as stack:
+        escrow = Process(sale, tmp_path, stack)
+        assert "stand-in for payment" in escrow.log
+        assert escrow.certificate == tmp_path / "notary" / CERTIFICATE
+        escrow.seller.list_adapter(sale.manifest.sign(sale.seller), sale.sealed)
+        for step in sale.steps(escrow.buyer, escrow.seller)[:5]:
+            trade = step()
+        assert trade.state is State.PAID
+        escrow.process.send_signal(signal.SIGKILL)
+        assert escrow.process.wait(60) == -signal.SIGKILL
+
+        again = Process(sale, tmp_path, stack)
+        assert again.buyer.trade(sale.session) == trade
+        assert again.buyer.balance() == 1000 - PRICE
+        for step in sale.steps(again.buyer, again.seller):
+            trade = step()
+        assert trade.state is State.SETTLED
+        assert (again.buyer.balance(), again.seller.balance()) == (700, 1300)
+        again.process.send_signal(signal.SIGTERM)
+        assert again.process.wait(60) == 0
+
+
+def job(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "jobs.escrow", *arguments],
+        cwd=REPOSITORY,
+        env=os.environ,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_the_help_says_that_the_ledger_is_a_stand_in() -> None:
+    result = job("--help")
+    assert result.returncode == 0
+    assert "STAND-IN FOR PAYMENT" in result.stdout
+    assert "python -m jobs.escrow" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--listen", "7443", "--listen='7443'"),
+        ("--listen", "127.0.0.1:x", "HOST:PORT"),
+        ("--clients", "missing.pem", "missing.pem"),
+        ("--clients", "buyer/key.pem", "key.pem is no certificate"),
+        ("--clients", "empty", "holds no certificate"),
+        ("--journal", "missing/journal", "cannot be used as a journal"),
+        ("--opening-balance", "-1", "opening_balance=-1"),
+    ],
+)
+def test_a_wrong_option_is_named(
+    sale: Sale, tmp_path: Path, option: str, value: str, message: str
+) -> None:
+    (tmp_path / "empty").mkdir()
+    options = {
+        "--listen": "127.0.0.1:0",
+        "--clients": tmp_path / "buyer" / CERTIFICATE,
+        "--identity": tmp_path / "notary",
+        "--journal": tmp_path / "journal",
+    }
+    options[option] = tmp_path / value if option in ("--clients", "--journal") else value
+    result = job(*(argument for pair in options.items() for argument in pair))
+    assert result.returncode == 2
+    assert message in result.stderr and "Traceback" not in result.stderr
+
+
+def test_the_process_needs_neither_ray_nor_torch() -> None:
+    check = "import sys, jobs.escrow; assert not {'ray', 'torch'} & sys.modules.keys()"
+    subprocess.run([sys.executable, "-c", check], cwd=REPOSITORY, env=os.environ, check=True)

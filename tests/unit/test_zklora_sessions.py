@@ -1,0 +1,459 @@
+"""The journal: no row twice, none over the budget, whoever dies or pushes."""
+
+import os
+import sqlite3
+import stat
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from paris_ray.errors import ArtifactError, BudgetError, ProtocolError, SignatureError
+from paris_ray.signatures import SignedDocument
+from paris_ray.zklora.identity import Identity
+from paris_ray.zklora.sessions import SessionJournal, SessionState
+from paris_ray.zklora.transcript import LogSummary, RowLog, Transcript, closing_statement
+
+ADAPTER, SID, OTHER_SID = "ad" * 32, "51" * 32, "52" * 32
+NONCE_U, NONCE_C, NONCE_V = "0a" * 32, "0c" * 32, "0f" * 32
+USER, STRANGER = "aa" * 32, "bb" * 32
+BUDGET = 10
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "contributor" / "sessions.sqlite"
+
+
+@pytest.fixture
+def journal(path: Path) -> SessionJournal:
+    journal = SessionJournal(path, max_open_sessions=2, max_rows_per_call=8)
+    journal.add_adapter(ADAPTER, ["m", "n"], BUDGET)
+    journal.open_session(SID, ADAPTER, USER, NONCE_U, NONCE_C)
+    return journal
+
+
+def rows(count: int, first: int = 0) -> np.ndarray:
+    return (np.arange(count * 3, dtype=np.int16) + first).reshape(count, 3)
+
+
+def answers(x: np.ndarray) -> np.ndarray:
+    return x.astype(np.int64) @ np.arange(15).reshape(3, 5)
+
+
+def record(
+    journal: SessionJournal,
+    seq: int,
+    x: np.ndarray,
+    *,
+    compute: Callable[[], np.ndarray] | None = None,
+    sid: str = SID,
+    user: str = USER,
+    module: str = "m",
+    exponent: int = 11,
+) -> np.ndarray:
+    return journal.record_call(sid, user, seq, module, exponent, x, compute or (lambda: answers(x)))
+
+
+def refuse() -> np.ndarray:
+    raise AssertionError("nothing may be computed")
+
+
+def left(journal: SessionJournal) -> dict[str, int]:
+    return journal.rows_left(ADAPTER)
+
+
+def test_calls_are_paid_answered_and_kept(journal: SessionJournal, path: Path):
+    first, second = rows(2), rows(3, 50)
+    np.testing.assert_array_equal(record(journal, 0, first), answers(first))
+    np.testing.assert_array_equal(record(journal, 1, second, module="n"), answers(second))
+    assert left(journal) == {"m": 8, "n": 7}
+    with SessionJournal(path) as restarted:
+        transcript = restarted.transcript(SID)
+        assert left(restarted) == {"m": 8, "n": 7}
+        assert transcript.root == journal.transcript(SID).root
+    np.testing.assert_array_equal(transcript.rows("n")[0], second)
+    np.testing.assert_array_equal(transcript.rows("n")[1], answers(second))
+    assert [call.exponent for call in transcript.calls] == [11, 11]
+
+
+def test_a_repeated_call_is_answered_from_the_journal(journal: SessionJournal, path: Path):
+    answer = record(journal, 0, rows(2))
+    with SessionJournal(path) as restarted:
+        np.testing.assert_array_equal(record(restarted, 0, rows(2), compute=refuse), answer)
+    record(journal, 1, rows(1))
+    np.testing.assert_array_equal(record(journal, 0, rows(2), compute=refuse), answer)
+    assert left(journal) == {"m": 7, "n": 10}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"x": rows(2, 1)},
+        {"x": rows(3)},
+        {"x": rows(2).reshape(3, 2)},
+        {"x": rows(2).reshape(1, 6)},
+        {"module": "n"},
+        {"exponent": 12},
+    ],
+)
+def test_a_call_repeated_with_other_content_ends_the_session(
+    journal: SessionJournal, path: Path, change: dict
+):
+    record(journal, 0, rows(2))
+    changed = {"x": rows(2)} | change
+    with pytest.raises(ProtocolError, match="call 0 was sent again with other content"):
+        record(journal, 0, compute=refuse, **changed)
+    with SessionJournal(path) as restarted:
+        session = restarted.session(SID, USER)
+        assert session.state is SessionState.ENDED and "call 0" in session.reason
+        for seq in (0, 1):
+            with pytest.raises(ProtocolError, match=r"is ENDED \(call 0 was sent again"):
+                record(restarted, seq, rows(2), compute=refuse)
+        with pytest.raises(ProtocolError, match="is ENDED"):
+            restarted.challenge(SID, USER, NONCE_V)
+        assert left(restarted) == {"m": 8, "n": 10}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"seq": 1}, "seq=1 is not allowed: the next call is 0"),
+        ({"user": STRANGER}, "does not exist for user"),
+        ({"sid": OTHER_SID}, "does not exist for user"),
+        ({"sid": "' OR 1=1"}, "session="),
+        ({"module": "o"}, "module='o' is not one of adapter"),
+        ({"module": "\udcff"}, "is not the name of a module"),
+        ({"seq": 2**70}, "seq="),
+        ({"x": rows(9)}, "9 rows are not allowed: 8 a call"),
+        ({"x": rows(2).astype(np.int32)}, "x must be a matrix of int16"),
+        ({"x": rows(0)}, "x must be"),
+    ],
+)
+def test_calls_out_of_place_are_refused_and_cost_nothing(
+    journal: SessionJournal, change: dict, message: str
+):
+    with pytest.raises(ProtocolError, match=message):
+        record(journal, compute=refuse, **({"seq": 0, "x": rows(2)} | change))
+    assert left(journal) == {"m": 10, "n": 10}
+    record(journal, 0, rows(2))
+
+
+def test_the_budget_is_one_for_all_users_and_sessions(journal: SessionJournal, path: Path):
+    journal.open_session(OTHER_SID, ADAPTER, STRANGER, NONCE_U, NONCE_C)
+    record(journal, 0, rows(6))
+    with pytest.raises(BudgetError, match="m has 4 rows left, 5 are asked for"):
+        record(journal, 0, rows(5), sid=OTHER_SID, user=STRANGER, compute=refuse)
+    record(journal, 0, rows(5), sid=OTHER_SID, user=STRANGER, module="n")
+    record(journal, 1, rows(4), sid=OTHER_SID, user=STRANGER)
+    assert left(journal) == {"m": 0, "n": 5}
+    with SessionJournal(path) as restarted:
+        restarted.add_adapter(ADAPTER, ["m", "n"], BUDGET)
+        assert left(restarted) == {"m": 0, "n": 5}
+        with pytest.raises(BudgetError, match="0 rows left"):
+            record(restarted, 1, rows(1), compute=refuse)
+        for modules, budget in ((["m", "n"], 11), (["m"], BUDGET), (["m", "n", "o"], BUDGET)):
+            with pytest.raises(ArtifactError, match="another budget"):
+                restarted.add_adapter(ADAPTER, modules, budget)
+
+
+def test_a_failed_computation_is_paid_once_and_may_be_repeated(journal: SessionJournal):
+    def fail() -> np.ndarray:
+        assert left(journal) == {"m": 8, "n": 10}  # it was paid for before
+        raise OSError("a worker died")
+
+    for _ in range(2):
+        with pytest.raises(OSError, match="a worker died"):
+            record(journal, 0, rows(2), compute=fail)
+    with pytest.raises(ProtocolError, match="call 0 has no answer yet"):
+        record(journal, 1, rows(1), compute=refuse)
+    with pytest.raises(ProtocolError, match="other content"):
+        record(journal, 0, rows(2, 1), compute=refuse)
+    assert left(journal) == {"m": 8, "n": 10}
+
+
+def test_a_failed_computation_is_answered_in_the_end(journal: SessionJournal):
+    with pytest.raises(ZeroDivisionError):
+        record(journal, 0, rows(2), compute=lambda: 1 // 0)
+    np.testing.assert_array_equal(record(journal, 0, rows(2)), answers(rows(2)))
+    assert left(journal) == {"m": 8, "n": 10} and journal.transcript(SID).counts == {"m": 2}
+
+
+KILLED = """
+import os, sys
+from pathlib import Path
+import numpy as np
+from paris_ray.zklora.sessions import SessionJournal
+
+path, sid, user, when = sys.argv[1:]
+journal = SessionJournal(Path(path))
+x = np.arange(6, dtype=np.int16).reshape(2, 3)
+
+def compute():
+    if when == "before the answer":
+        os._exit(9)
+    return x.astype(np.int64) @ np.arange(15).reshape(3, 5)
+
+journal.record_call(sid, user, 0, "m", 11, x, compute)
+os._exit(9)
+"""
+
+
+@pytest.mark.parametrize("when", ["before the answer", "before it was sent"])
+def test_a_killed_process_neither_forgets_nor_repeats_a_payment(
+    journal: SessionJournal, path: Path, when: str
+):
+    command = [sys.executable, "-c", KILLED, str(path), SID, USER, when]
+    for _ in range(2):
+        killed = subprocess.run(command, check=False, capture_output=True, text=True)
+        assert killed.returncode == 9, killed.stderr
+        assert left(journal) == {"m": 8, "n": 10}
+    compute = None if when == "before the answer" else refuse
+    np.testing.assert_array_equal(record(journal, 0, rows(2), compute=compute), answers(rows(2)))
+    assert left(journal) == {"m": 8, "n": 10} and journal.transcript(SID).counts == {"m": 2}
+
+
+def test_threads_of_two_journals_never_get_more_than_the_budget(path: Path):
+    journals = [SessionJournal(path, max_open_sessions=40) for _ in range(2)]
+    journals[0].add_adapter(ADAPTER, ["m"], 25)
+    sessions = 16
+    for i in range(sessions):
+        nonce = f"{i:064x}"
+        journals[0].open_session(nonce, ADAPTER, USER, nonce, NONCE_C)
+    computed = []  # appending is atomic
+
+    def ask(i: int) -> int:
+        journal, paid = journals[i % 2], 0
+        for seq in range(4):
+            x = rows(1 + i % 3, i)
+            try:
+                y = record(
+                    journal,
+                    seq,
+                    x,
+                    sid=f"{i:064x}",
+                    compute=lambda x=x: (computed.append(len(x)), answers(x))[1],
+                )
+            except BudgetError:
+                return paid
+            np.testing.assert_array_equal(y, answers(x))
+            paid += len(x)
+        return paid
+
+    with ThreadPoolExecutor(8) as pool:
+        paid = sum(pool.map(ask, range(sessions)))
+    kept = sum(journals[0].transcript(f"{i:064x}").counts.get("m", 0) for i in range(sessions))
+    assert paid == kept == sum(computed) == 25 - left(journals[0])["m"]
+    assert left(journals[1])["m"] < 3  # nobody's question was that small, or it would be 0
+
+
+def test_one_call_sent_over_many_connections_is_paid_once(journal: SessionJournal):
+    together = threading.Barrier(6)
+
+    def ask(_: int) -> np.ndarray:
+        together.wait()
+        return record(journal, 0, rows(2))
+
+    with ThreadPoolExecutor(6) as pool:
+        for y in pool.map(ask, range(6)):
+            np.testing.assert_array_equal(y, answers(rows(2)))
+    assert left(journal) == {"m": 8, "n": 10} and len(journal.transcript(SID).calls) == 1
+
+
+def test_of_two_answers_the_first_is_everybodys(journal: SessionJournal):
+    def slow() -> np.ndarray:
+        record(journal, 0, rows(2))  # the same question, answered meanwhile
+        return answers(rows(2)) + 1
+
+    np.testing.assert_array_equal(record(journal, 0, rows(2), compute=slow), answers(rows(2)))
+
+
+def test_opening_again_with_the_same_nonce_is_the_same_session(journal: SessionJournal):
+    first = journal.session(SID, USER)
+    assert journal.open_session(OTHER_SID, ADAPTER, USER, NONCE_U, "0d" * 32) == first
+    assert first.nonce_c == NONCE_C and first.state is SessionState.OPEN
+    with pytest.raises(ProtocolError, match="it was opened as exact"):
+        journal.open_session(OTHER_SID, ADAPTER, USER, NONCE_U, NONCE_C, "audit")
+    stranger = journal.open_session(OTHER_SID, ADAPTER, STRANGER, NONCE_U, NONCE_C)
+    assert stranger.sid == OTHER_SID
+
+
+def test_openings_out_of_place_are_refused(journal: SessionJournal):
+    with pytest.raises(ProtocolError, match="is not served here"):
+        journal.open_session(OTHER_SID, "ee" * 32, USER, NONCE_V, NONCE_C)
+    with pytest.raises(ProtocolError, match="mode='fast'"):
+        journal.open_session(OTHER_SID, ADAPTER, USER, NONCE_V, NONCE_C, "fast")
+    with pytest.raises(ProtocolError, match="nonce_u="):
+        journal.open_session(OTHER_SID, ADAPTER, USER, "0", NONCE_C)
+    journal.open_session(OTHER_SID, ADAPTER, USER, "01" * 32, NONCE_C)
+    with pytest.raises(ProtocolError, match="2 sessions are open, the most allowed"):
+        journal.open_session("53" * 32, ADAPTER, USER, "02" * 32, NONCE_C)
+    journal.open_session("54" * 32, ADAPTER, STRANGER, "02" * 32, NONCE_C)
+    journal.end(OTHER_SID, USER, "no longer wanted")
+    journal.end(OTHER_SID, USER, "another reason")
+    assert journal.session(OTHER_SID, USER).reason == "no longer wanted"
+    journal.open_session("53" * 32, ADAPTER, USER, "02" * 32, NONCE_C)
+    with pytest.raises(ProtocolError, match="does not exist"):
+        journal.end(SID, STRANGER, "not mine")
+    states = {"OPEN": 3, "CLOSED": 0, "CHALLENGED": 0, "ENDED": 1}
+    assert journal.sessions_by_state() == states
+
+
+@pytest.fixture
+def parties(tmp_path: Path) -> tuple[Identity, Identity]:
+    return Identity.create(tmp_path / "user"), Identity.create(tmp_path / "seller")
+
+
+def sign(log: Transcript | RowLog, parties: tuple[Identity, Identity], sid: str = SID) -> list:
+    statement = closing_statement(sid, ADAPTER, log)
+    return [SignedDocument.sign("close", statement, party) for party in parties]
+
+
+def test_a_session_closes_once_and_is_challenged_once(path: Path, parties: tuple):
+    journal = SessionJournal(path)
+    user = parties[0].public_key
+    journal.add_adapter(ADAPTER, ["m"], BUDGET)
+    journal.open_session(SID, ADAPTER, user, NONCE_U, NONCE_C)
+    record(journal, 0, rows(2), user=user)
+    with pytest.raises(ProtocolError, match="is OPEN, not CLOSED"):
+        journal.challenge(SID, user, NONCE_V)
+    early = sign(journal.transcript(SID), parties)
+    record(journal, 1, rows(1), user=user)
+    with pytest.raises(ProtocolError, match="statements differ"):
+        journal.close(SID, user, *early)
+    signed = sign(journal.transcript(SID), parties)
+    assert journal.close(SID, user, *signed).state is SessionState.CLOSED
+    with SessionJournal(path) as restarted:
+        assert restarted.close(SID, user, *signed).closing == tuple(signed)
+        with pytest.raises(ProtocolError, match="is CLOSED, not OPEN"):
+            restarted.close(SID, user, *early)
+        record(restarted, 0, rows(2), user=user, compute=refuse)  # its answer may have been lost
+        with pytest.raises(ProtocolError, match="is CLOSED, not OPEN"):
+            record(restarted, 2, rows(2), user=user, compute=refuse)
+        with pytest.raises(ProtocolError, match="nonce_v="):
+            restarted.challenge(SID, user, "")
+        with pytest.raises(ProtocolError, match="does not exist"):
+            restarted.challenge(SID, STRANGER, NONCE_V)
+        for _ in range(2):
+            assert restarted.challenge(SID, user, NONCE_V).nonce_v == NONCE_V
+    with pytest.raises(ProtocolError, match="is CHALLENGED, not CLOSED"):
+        journal.challenge(SID, user, NONCE_C)
+    session = journal.session(SID, user)
+    assert session.state is SessionState.CHALLENGED and session.nonce_v == NONCE_V
+    assert session.closing == tuple(signed)
+
+
+def test_what_is_not_signed_by_both_or_not_complete_does_not_close(path: Path, parties: tuple):
+    journal = SessionJournal(path)
+    user, seller = parties
+    key = user.public_key
+    journal.add_adapter(ADAPTER, ["m"], BUDGET)
+    journal.open_session(SID, ADAPTER, key, NONCE_U, NONCE_C)
+    empty = [SignedDocument.sign("close", {"session": SID}, party) for party in parties]
+    with pytest.raises(ProtocolError, match="empty log"):
+        journal.close(SID, key, *empty)
+    record(journal, 0, rows(2), user=key)
+    by_user, by_seller = sign(journal.transcript(SID), parties)
+    with pytest.raises(SignatureError, match="is signed by"):
+        journal.close(SID, key, by_seller, by_seller)
+    forged = SignedDocument("close", by_seller.document, seller.public_key, "00" * 64)
+    with pytest.raises(SignatureError):
+        journal.close(SID, key, by_user, forged)
+    other_session = sign(journal.transcript(SID), parties, OTHER_SID)
+    with pytest.raises(ProtocolError, match="statements differ"):
+        journal.close(SID, key, *other_session)
+    with pytest.raises(ProtocolError, match="statements differ"):
+        journal.close(SID, key, by_user, other_session[1])
+    rows_alone = RowLog()
+    rows_alone.append("m", 11, rows(2), answers(rows(2)))
+    with pytest.raises(ProtocolError, match="statements differ"):
+        journal.close(SID, key, *sign(rows_alone, parties))
+    with pytest.raises(ZeroDivisionError):
+        record(journal, 1, rows(2), user=key, compute=lambda: 1 // 0)
+    with pytest.raises(ProtocolError, match="call 1 has no answer yet"):
+        journal.close(SID, key, by_user, by_seller)
+    assert journal.session(SID, key).state is SessionState.OPEN
+
+
+def test_an_audit_pays_for_the_rows_that_it_opens(path: Path, parties: tuple):
+    journal = SessionJournal(path)
+    user = parties[0].public_key
+    journal.add_adapter(ADAPTER, ["m", "n"], BUDGET)
+    journal.open_session(SID, ADAPTER, user, NONCE_U, NONCE_C, "audit")
+    with pytest.raises(ProtocolError, match="it has no calls"):
+        record(journal, 0, rows(1), user=user, compute=refuse)
+    with pytest.raises(BudgetError, match="n has 10 rows left, 11"):
+        journal.debit_rows(SID, user, {"m": 4, "n": 11}, "{}")
+    assert left(journal) == {"m": 10, "n": 10}
+    paid = {"m": 4, "n": 2}
+    for _ in range(2):
+        journal.debit_rows(SID, user, paid, '{"seed":0}')
+    assert left(journal) == {"m": 6, "n": 8}
+    for other in (
+        (SID, user, {"m": 5, "n": 2}, '{"seed":0}'),
+        (SID, user, {"m": 4}, '{"seed":0}'),
+        (SID, user, paid, '{"seed":1}'),
+        (SID, STRANGER, paid, '{"seed":0}'),
+    ):
+        with pytest.raises(ProtocolError, match=r"has paid for other rows|does not exist"):
+            journal.debit_rows(*other)
+    journal.end(SID, user, "over")
+    with pytest.raises(ProtocolError, match="is ENDED in audit mode"):
+        journal.debit_rows(SID, user, paid, '{"seed":0}')
+    assert left(journal) == {"m": 6, "n": 8}
+
+
+def test_an_audit_is_closed_by_the_log_of_its_drawing(path: Path, parties: tuple):
+    journal = SessionJournal(path)
+    user = parties[0].public_key
+    journal.add_adapter(ADAPTER, ["m"], BUDGET)
+    journal.open_session(SID, ADAPTER, user, NONCE_U, NONCE_C, "audit")
+    log, longer = RowLog(), RowLog()
+    for drawn in (log, longer, longer):
+        drawn.append("m", 11, rows(4), answers(rows(4)))
+    with pytest.raises(ProtocolError, match="has paid for no drawing"):
+        journal.record_log(SID, user, LogSummary.of(log))
+    journal.debit_rows(SID, user, {"m": 4}, "{}")
+    with pytest.raises(ProtocolError, match="empty log"):
+        journal.close(SID, user, *sign(log, parties))
+    for _ in range(2):
+        journal.record_log(SID, user, LogSummary.of(log))
+    with pytest.raises(ProtocolError, match="another log"):
+        journal.record_log(SID, user, LogSummary.of(longer))
+    with pytest.raises(ProtocolError, match="does not exist"):
+        journal.record_log(SID, STRANGER, LogSummary.of(log))
+    with pytest.raises(ProtocolError, match="statements differ"):
+        journal.close(SID, user, *sign(longer, parties))
+    with SessionJournal(path) as restarted:
+        assert restarted.session(SID, user).log == LogSummary.of(log)
+        restarted.close(SID, user, *sign(log, parties))
+        restarted.challenge(SID, user, NONCE_V)
+        restarted.debit_rows(SID, user, {"m": 4}, "{}")
+    assert left(journal) == {"m": 6}
+
+
+def test_rows_of_a_session_in_exact_mode_cannot_be_opened(journal: SessionJournal):
+    with pytest.raises(ProtocolError, match="OPEN in exact mode"):
+        journal.debit_rows(SID, USER, {"m": 1}, "{}")
+    with pytest.raises(ProtocolError, match="is not served here"):
+        journal.rows_left("ee" * 32)
+
+
+def test_the_file_is_private_versioned_and_no_other(journal: SessionJournal, path: Path):
+    record(journal, 0, rows(1))
+    for file in path.parent.iterdir():
+        assert stat.S_IMODE(file.stat().st_mode) & 0o077 == 0, file
+    with sqlite3.connect(path) as connection:
+        assert connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+        connection.execute("PRAGMA user_version = 7")
+    with pytest.raises(ArtifactError, match="has schema 7, this version reads 1"):
+        SessionJournal(path)
+    noise = path.with_name("noise.sqlite")
+    noise.write_bytes(os.urandom(5000))
+    with pytest.raises(ArtifactError, match="is not a journal of sessions"):
+        SessionJournal(noise)

@@ -117,7 +117,7 @@ def _say_what_leaks(manifest: AdapterManifest) -> None:
     rows = manifest.budget_rows
     worst = max(manifest.modules, key=lambda terms: rows / terms.commitment.d_in)
     d_in, r, d_out = worst.dimensions
-    errors = [attacker_error(d_in, min(d_out, d_in), r, min(rows, d_in), power) for power in (0, 1)]
+    errors = [attacker_error(d_in, min(d_out, d_in), r, min(rows, d_in), power) for power in (0.0, 1.0)]
     logger.info(
         "budget: %d rows of %d. Whoever sees them all predicts other updates with a relative "
         "error of %.2f if inputs are isotropic, %.2f if their spectrum falls as 1/i",

@@ -25,8 +25,9 @@ from jobs.parties import (
     describe,
 )
 from paris_ray.errors import ParisError
-from paris_ray.zklora.escrow import OPENING_BALANCE, Escrow, Journal, SQLiteLedger
+from paris_ray.zklora.escrow import Escrow
 from paris_ray.zklora.identity import Identity
+from paris_ray.zklora.ledger import OPENING_BALANCE, Journal, SQLiteLedger
 from paris_ray.zklora.parties.escrow import EscrowService
 
 JOURNAL = "journal.sqlite"

@@ -22,10 +22,10 @@ from typing import Any
 import numpy as np
 from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 
-from paris_ray.artifacts import sha256_hex
+from paris_ray.artifacts import canonical_json, sha256_hex
 from paris_ray.config import LoRAConfig
 from paris_ray.errors import ParisError, VerificationError
-from paris_ray.signatures import SignedDocument, canonical_json
+from paris_ray.signatures import SignedDocument
 from paris_ray.zklora.commitment import (
     ModuleCommitment,
     ModuleOpening,
@@ -36,16 +36,11 @@ from paris_ray.zklora.commitment import (
 from paris_ray.zklora.fixed_point import QuantisedModule, evaluate, quantise
 from paris_ray.zklora.identity import Identity
 from paris_ray.zklora.manifest import AdapterManifest, Base, build_manifest
-from paris_ray.zklora.parties.channel import Message, decode, encode
+from paris_ray.zklora.merkle import check_inclusion
+from paris_ray.zklora.parties.frames import Message, decode, encode
 from paris_ray.zklora.proof import prove, verify
 from paris_ray.zklora.sealing import NONCE, seal, unseal
-from paris_ray.zklora.transcript import (
-    Call,
-    Transcript,
-    check_inclusion,
-    closing_statement,
-    proof_context,
-)
+from paris_ray.zklora.transcript import Call, Transcript, closing_statement, proof_context
 
 DIGEST = "0f" * 32
 CONTEXT = proof_context(DIGEST, DIGEST, DIGEST, "layer", DIGEST)

@@ -12,7 +12,7 @@ from functools import cached_property
 
 from py_arkworks_bls12381 import G1Point
 
-from paris_ray.errors import VerificationError
+from paris_ray.errors import ParisError, VerificationError
 from paris_ray.zklora.curve import (
     Equation,
     check_equations,
@@ -50,7 +50,10 @@ class ModuleCommitment:
         Raises:
             VerificationError: if dimensions, numbers or encodings are not allowed.
         """
-        check_dimensions(self.d_in, self.r, self.d_out)
+        try:
+            check_dimensions(self.d_in, self.r, self.d_out)
+        except ParisError as error:
+            raise VerificationError(f"the commitment: {error}") from None
         decoded = []
         for name, encodings in (("a", self.a), ("b", self.b)):
             if len(encodings) != self.r:
@@ -115,8 +118,6 @@ def open_commitments(pairs: Mapping[str, tuple[ModuleCommitment, ModuleOpening]]
     Raises:
         VerificationError: naming the modules that are not the committed ones.
     """
-    if not pairs:
-        raise VerificationError("there is no module to open")
     equations = {}
     for name, (commitment, opening) in pairs.items():
         try:

@@ -8,6 +8,7 @@ import hashlib
 import os
 import secrets
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import zip_longest
@@ -82,12 +83,10 @@ def _fill_cache() -> list[G1Point]:
     assert hashlib.sha256(data).hexdigest() == CACHE_DIGEST, "hash-to-curve differs from RFC 9380"
     path = _cache_file()
     part = path.with_suffix(f".{secrets.token_hex(8)}")
-    try:
+    with suppress(OSError):  # a read-only home: the next process takes that second again
         path.parent.mkdir(parents=True, exist_ok=True)
         part.write_bytes(data)
         part.rename(path)
-    except OSError:  # a read-only home: the next process takes that second again
-        part.unlink(missing_ok=True)
     return points
 
 
@@ -224,8 +223,10 @@ def check_equations(equations: Mapping[str, Equation], what: str) -> None:
         what: What failed, for the error.
 
     Raises:
-        VerificationError: naming all that do not hold, found by bisection.
+        VerificationError: if there are none, or naming all that do not hold, found by bisection.
     """
+    if not equations:
+        raise VerificationError(f"there is nothing to check: {what} of no module")
     bad = _failing(list(equations.items()))
     if bad:
         raise VerificationError(f"{what} of {', '.join(bad)} does not hold")

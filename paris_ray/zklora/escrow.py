@@ -12,33 +12,27 @@ Every operation may be repeated: one that has happened returns the trade as it i
 nothing. Journal and ledger are one SQLite file and a step moves state and money in one
 transaction, so a trade survives the end of the process at any moment. No trade rests in OPENED or
 DISPUTED: both are passed through within one operation.
-
-The shipped ledger is a stand-in for payment: credits that the escrow gives away and keeps itself.
 """
 
 import json
-import sqlite3
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from enum import StrEnum
-from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Protocol
+from typing import Any
 
 from paris_ray.artifacts import canonical_json, sha256_hex
-from paris_ray.errors import ArtifactError, ParisError, ProtocolError, TradeError
+from paris_ray.errors import ParisError, ProtocolError, TradeError
 from paris_ray.signatures import SignedDocument
 from paris_ray.zklora.commitment import ModuleOpening, open_commitments
 from paris_ray.zklora.identity import Identity
+from paris_ray.zklora.ledger import Journal, Ledger
 from paris_ray.zklora.manifest import AdapterManifest
 from paris_ray.zklora.sealing import KEY_BYTES, unseal
 from paris_ray.zklora.transcript import check_digest, session_id
 
 STATEMENT = "escrow"  # the kind of document that the escrow signs
-OPENING_BALANCE = 1000
 MAX_REASON = 1000  # characters
 
 
@@ -115,156 +109,6 @@ class Trade:
             return cls(**{**document, "state": State(document["state"]), "states": states})
         except (KeyError, TypeError, ValueError) as error:
             raise ProtocolError(f"not a trade: {error}") from None
-
-
-class Journal:
-    """One SQLite file that several threads, and other processes, may write.
-
-    Args:
-        path: The file; made if it is missing, readable to its owner alone: it will hold keys.
-
-    Raises:
-        ArtifactError: if it cannot be opened or is no journal.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self._lock = threading.RLock()
-        try:
-            path.touch(mode=0o600)
-            self._database = sqlite3.connect(
-                path, timeout=30, isolation_level=None, check_same_thread=False
-            )
-            self._database.execute("PRAGMA journal_mode = WAL")
-            self._database.execute("PRAGMA synchronous = FULL")
-        except (OSError, sqlite3.Error) as error:
-            raise ArtifactError(f"{path} cannot be used as a journal: {error}") from None
-
-    @contextmanager
-    def transaction(self) -> Iterator[None]:
-        """Hold the write lock; what is done inside happens as a whole or not at all.
-
-        One inside another joins it.
-        """
-        with self._lock:
-            if self._database.in_transaction:
-                yield
-                return
-            self._database.execute("BEGIN IMMEDIATE")
-            try:
-                yield
-                self._database.execute("COMMIT")
-            finally:
-                if self._database.in_transaction:
-                    self._database.execute("ROLLBACK")
-
-    def execute(self, statement: str, *values: str | int | float | bytes) -> list[Any]:
-        """Run one SQL statement and return its rows."""
-        with self.transaction():
-            return self._database.execute(statement, values).fetchall()
-
-    def close(self) -> None:
-        """Close the file; a journal that is not closed loses nothing."""
-        with self._lock:
-            self._database.close()
-
-
-class Ledger(Protocol):
-    """Who owns how much. Every movement is named by its trade and happens once."""
-
-    def balance(self, account: str) -> int:
-        """Return what the account may spend."""
-
-    def lock(self, trade: str, account: str, amount: int) -> None:
-        """Set the amount aside for the trade; raises TradeError if the account cannot cover it."""
-
-    def pay(self, trade: str, account: str) -> None:
-        """Give the locked amount to the account; raises TradeError if none is locked."""
-
-    def refund(self, trade: str) -> None:
-        """Give the amount back, if one is locked; raises TradeError if it was paid."""
-
-
-_LEDGER_TABLES = (
-    "CREATE TABLE IF NOT EXISTS accounts (account TEXT PRIMARY KEY,"
-    " balance INTEGER NOT NULL CHECK (balance >= 0)) STRICT",
-    "CREATE TABLE IF NOT EXISTS locks (trade TEXT PRIMARY KEY, account TEXT NOT NULL,"
-    " amount INTEGER NOT NULL CHECK (amount >= 0), payee TEXT) STRICT",
-)
-
-
-class SQLiteLedger:
-    """Credits in the escrow's own journal: a stand-in for payment, not money.
-
-    Living in the journal it shares the transaction of the step that moves it.
-
-    Args:
-        journal: The escrow's.
-        opening_balance: Credits that every new account starts with.
-    """
-
-    def __init__(self, journal: Journal, opening_balance: int = OPENING_BALANCE) -> None:
-        if opening_balance < 0:
-            raise TradeError(f"opening_balance={opening_balance} is not allowed: at least 0")
-        self._journal = journal
-        self._opening_balance = opening_balance
-        with journal.transaction():
-            for table in _LEDGER_TABLES:
-                journal.execute(table)
-
-    def balance(self, account: str) -> int:
-        """Return what the account may spend."""
-        rows = self._journal.execute("SELECT balance FROM accounts WHERE account = ?", account)
-        return rows[0][0] if rows else self._opening_balance
-
-    def lock(self, trade: str, account: str, amount: int) -> None:
-        """Set the amount aside for the trade; raises TradeError if the account cannot cover it."""
-        with self._journal.transaction():
-            held = self._held(trade)
-            if held:
-                if held[:2] != (account, amount):
-                    raise TradeError(f"trade {trade} has locked another amount or account")
-                return
-            balance = self.balance(account)
-            if amount > balance:
-                raise TradeError(f"the price is {amount} credits, the balance is {balance}")
-            self._move(account, -amount)
-            self._journal.execute(
-                "INSERT INTO locks VALUES (?, ?, ?, NULL)", trade, account, amount
-            )
-
-    def pay(self, trade: str, account: str) -> None:
-        """Give the locked amount to the account; raises TradeError if none is locked."""
-        with self._journal.transaction():
-            held = self._held(trade)
-            if not held:
-                raise TradeError(f"nothing is locked for trade {trade}")
-            _, amount, payee = held
-            if payee not in (None, account):
-                raise TradeError(f"the money of trade {trade} has gone to {payee}")
-            if payee is None:
-                self._move(account, amount)
-                self._journal.execute("UPDATE locks SET payee = ? WHERE trade = ?", account, trade)
-
-    def refund(self, trade: str) -> None:
-        """Give the amount back, if one is locked; raises TradeError if it was paid."""
-        with self._journal.transaction():
-            held = self._held(trade)
-            if held:
-                self.pay(trade, held[0])
-
-    def _held(self, trade: str) -> tuple[str, int, str | None] | None:
-        rows = self._journal.execute(
-            "SELECT account, amount, payee FROM locks WHERE trade = ?", trade
-        )
-        return rows[0] if rows else None
-
-    def _move(self, account: str, amount: int) -> None:
-        self._journal.execute(
-            "INSERT OR IGNORE INTO accounts VALUES (?, ?)", account, self._opening_balance
-        )
-        self._journal.execute(
-            "UPDATE accounts SET balance = balance + ? WHERE account = ?", amount, account
-        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,8 +17,10 @@ LIMB_BITS = 16
 LIMBS = 16  # of an element
 # Of a sum of elements times int64: 16 + 4 limbs, room for the sum itself, and a sign.
 RESULT_LIMBS = 24
-# A limb product is below 2^32 and at most 4 meet in a column: 2^18 rows stay below 2^53.
+# A limb product is below 2^32 in size: the sum over 2^18 rows stays below 2^53.
 ROWS_AT_ONCE = 2**18
+# At most 4 such sums meet in a limb of the result: with 2^28 rows it stays below 2^63.
+MAX_ROWS = 2**28
 
 
 def powers(base: int, count: int) -> list[int]:
@@ -56,7 +58,7 @@ def combine(coefficients: Sequence[int], matrix: NDArray[np.signedinteger]) -> l
     Returns:
         n elements.
     """
-    assert len(coefficients) == len(matrix), (len(coefficients), matrix.shape)
+    assert len(coefficients) == len(matrix) <= MAX_ROWS, (len(coefficients), matrix.shape)
     total = np.zeros((RESULT_LIMBS, matrix.shape[1]), np.int64)
     for start in range(0, len(matrix), ROWS_AT_ONCE):
         stop = start + ROWS_AT_ONCE

@@ -36,18 +36,14 @@ from paris_ray.errors import (
     VerificationError,
 )
 from paris_ray.zklora.identity import Identity
-from paris_ray.zklora.parties.channel import (
-    Channel,
+from paris_ray.zklora.parties.channel import Channel, Peer, Server, connect, serve
+from paris_ray.zklora.parties.frames import (
     ConnectionLost,
     Limits,
     Message,
-    Peer,
-    Server,
-    connect,
     decode,
     encode,
     read_message,
-    serve,
 )
 from paris_ray.zklora.sessions import SessionJournal
 

@@ -24,22 +24,15 @@ from paris_ray.errors import (
     TradeError,
     VerificationError,
 )
+from paris_ray.receipts import STATES
 from paris_ray.signatures import SignedDocument
 from paris_ray.zklora.commitment import ModuleCommitment, ModuleOpening, commit
 from paris_ray.zklora.curve import BLINDING, encode, generators, multiply, random_scalar
-from paris_ray.zklora.escrow import (
-    DEADLINES,
-    STATEMENT,
-    Escrow,
-    Journal,
-    SQLiteLedger,
-    State,
-    Trade,
-    check_opening,
-)
+from paris_ray.zklora.escrow import DEADLINES, STATEMENT, Escrow, State, Trade, check_opening
 from paris_ray.zklora.field import ORDER
 from paris_ray.zklora.fixed_point import QuantisedModule
 from paris_ray.zklora.identity import Identity
+from paris_ray.zklora.ledger import Journal, SQLiteLedger
 from paris_ray.zklora.manifest import AdapterManifest, Base, ModuleTerms, build_manifest
 from paris_ray.zklora.sealing import NONCE, seal
 from paris_ray.zklora.transcript import Call, Transcript, closing_statement, new_nonce, session_id
@@ -198,6 +191,10 @@ KEY_IS_OUT = {State.KEY_RELEASED, State.SETTLED}
 @pytest.fixture
 def purchase(parties: Parties) -> Purchase:
     return Purchase(parties, parties.honest_offer())
+
+
+def test_a_receipt_knows_every_state_of_a_trade() -> None:
+    assert tuple(State) == STATES
 
 
 def test_an_honest_trade_survives_a_restart_after_every_step(purchase: Purchase) -> None:
@@ -653,8 +650,9 @@ def test_money_and_key_move_together_whatever_is_called(parties: Parties) -> Non
 DYING = """
 import os, signal, sys
 from pathlib import Path
-from paris_ray.zklora.escrow import Escrow, Journal, SQLiteLedger
+from paris_ray.zklora.escrow import Escrow
 from paris_ray.zklora.identity import Identity
+from paris_ray.zklora.ledger import Journal, SQLiteLedger
 
 class DyingLedger(SQLiteLedger):
     def lock(self, *arguments):

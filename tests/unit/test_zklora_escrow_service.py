@@ -17,9 +17,10 @@ from paris_ray.config import LoRAConfig
 from paris_ray.errors import ProtocolError, SignatureError, TradeError
 from paris_ray.signatures import SignedDocument
 from paris_ray.zklora.commitment import commit
-from paris_ray.zklora.escrow import Escrow, Journal, SQLiteLedger, State, Trade, check_opening
+from paris_ray.zklora.escrow import Escrow, State, Trade, check_opening
 from paris_ray.zklora.fixed_point import QuantisedModule
 from paris_ray.zklora.identity import CERTIFICATE, Identity
+from paris_ray.zklora.ledger import Journal, SQLiteLedger
 from paris_ray.zklora.manifest import AdapterManifest, Base, build_manifest
 from paris_ray.zklora.parties.channel import Channel
 from paris_ray.zklora.parties.escrow import EscrowClient, EscrowService

@@ -471,11 +471,11 @@ def test_a_commitment_of_too_large_dimensions_is_refused() -> None:
 
 
 def test_an_empty_batch_is_refused() -> None:
-    with pytest.raises(VerificationError, match="there is no proof to verify"):
+    with pytest.raises(VerificationError, match="there is nothing to check: the proof"):
         verify_batch([])
-    with pytest.raises(VerificationError, match="there is no proof to verify"):
+    with pytest.raises(VerificationError, match="there is nothing to check: the proof"):
         verify_named({})
-    with pytest.raises(VerificationError, match="there is no module to open"):
+    with pytest.raises(VerificationError, match="there is nothing to check: the opening"):
         open_commitments({})
 
 

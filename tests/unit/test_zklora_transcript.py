@@ -9,14 +9,13 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from paris_ray.errors import ArtifactError, ProtocolError, VerificationError
+from paris_ray.zklora.merkle import MerkleTree, check_inclusion
 from paris_ray.zklora.transcript import (
     Call,
-    MerkleTree,
     RowLog,
     Transcript,
     _below,
     challenge_rows,
-    check_inclusion,
     closing_statement,
     leaf_index,
     new_nonce,

@@ -1,30 +1,23 @@
-"""The channel between two parties: mutual TLS with pinned certificates, frames of raw tensors.
+"""The channel between two parties: mutual TLS with pinned certificates, frames as of `frames`.
 
-A frame is the length of its header (4 bytes, big-endian), the header as canonical JSON
-`{kind, n, fields, tensors: [{name, dtype, shape}]}`, and the tensors' bytes, little-endian, one
-after the other. A request carries a number that grows with every one of a connection; its answer
-carries the same. What does not fit closes the connection, and nothing else.
+A request carries a number that grows with every one of a connection; its answer carries the same.
+What does not fit closes the connection, and nothing else.
 """
 
 import contextlib
-import io
-import json
 import logging
-import math
 import socket
 import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Self
 
-import numpy as np
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 from numpy.typing import NDArray
 
-from paris_ray.artifacts import canonical_json
 from paris_ray.errors import (
     BudgetError,
     ConfigError,
@@ -36,10 +29,15 @@ from paris_ray.errors import (
     VerificationError,
 )
 from paris_ray.zklora.identity import Identity, public_key_of
+from paris_ray.zklora.parties.frames import (
+    DEFAULTS,
+    ConnectionLost,
+    Limits,
+    Message,
+    encode,
+    read_message,
+)
 
-DTYPES = {name: np.dtype(name).newbyteorder("<") for name in ("int16", "int64", "uint8", "float32")}
-MAX_DIMENSIONS = 4
-MAX_NUMBER = 2**63 - 1
 MAX_ERROR = 2000  # characters
 CHUNK_BYTES = 2**20
 RETRY_S = 0.2
@@ -62,34 +60,6 @@ ERRORS = {
 logger = logging.getLogger(__name__)
 
 
-class ConnectionLost(ProtocolError):
-    """The connection broke, or the other side was too slow; the request may be repeated."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Limits:
-    """What one connection may use.
-
-    Attributes:
-        header_bytes: Of a frame's header.
-        frame_bytes: Of a whole frame.
-        connections: That a server has at a time.
-        handshake_s: Seconds until both sides are known.
-        idle_s: Seconds between two frames.
-        frame_s: Seconds from the first byte of a frame to the last.
-    """
-
-    header_bytes: int = 2**20
-    frame_bytes: int = 2**28
-    connections: int = 32
-    handshake_s: float = 10
-    idle_s: float = 600
-    frame_s: float = 120
-
-
-DEFAULTS = Limits()
-
-
 @dataclass(frozen=True, slots=True)
 class Peer:
     """Who is at the other end, proved by TLS.
@@ -101,141 +71,6 @@ class Peer:
 
     public_key: str
     certificate: str
-
-
-@dataclass(frozen=True, eq=False, slots=True)
-class Message:
-    """A request or an answer.
-
-    Attributes:
-        kind: What it is about.
-        fields: JSON values.
-        tensors: int16, int64, uint8 or float32, with at most four dimensions.
-    """
-
-    kind: str
-    fields: Mapping[str, Any] = field(default_factory=dict)
-    tensors: Mapping[str, NDArray[Any]] = field(default_factory=dict)
-
-
-def encode(message: Message, n: int, limits: Limits = DEFAULTS) -> bytes:
-    """Return the frame of a message.
-
-    Args:
-        message: What to send.
-        n: Number of the request.
-        limits: How large a frame may be.
-
-    Raises:
-        ProtocolError: if a tensor has another type, or the frame would be too large.
-    """
-    tensors = [
-        {"name": name, "dtype": tensor.dtype.name, "shape": tensor.shape}
-        for name, tensor in message.tensors.items()
-    ]
-    fields = dict(message.fields)
-    header = canonical_json({"kind": message.kind, "n": n, "fields": fields, "tensors": tensors})
-    _read_header(header, limits)  # our own mistakes do not reach the other side
-    payloads = [
-        tensor.astype(DTYPES[tensor.dtype.name], copy=False).tobytes()
-        for tensor in message.tensors.values()
-    ]
-    return b"".join([len(header).to_bytes(4, "big"), header, *payloads])
-
-
-def decode(frame: bytes, limits: Limits = DEFAULTS) -> tuple[int, Message]:
-    """Return the number and message of exactly one frame.
-
-    Raises:
-        ProtocolError: if it is none.
-    """
-    stream = io.BytesIO(frame)
-
-    def read(size: int) -> bytearray:
-        piece = bytearray(stream.read(size))
-        if len(piece) != size:
-            raise ProtocolError(f"the frame ends {size - len(piece)} bytes too early")
-        return piece
-
-    n, message = read_message(read(4), read, limits)
-    if trailing := len(stream.read()):
-        raise ProtocolError(f"{trailing} bytes follow the frame")
-    return n, message
-
-
-def read_message(
-    length: bytes | bytearray, read: Callable[[int], bytearray], limits: Limits = DEFAULTS
-) -> tuple[int, Message]:
-    """Return the number and message of a frame; sizes are checked before memory is taken.
-
-    Args:
-        length: The frame's first four bytes.
-        read: Returns exactly so many of the following.
-        limits: How large a frame may be.
-
-    Raises:
-        ProtocolError: if the frame is malformed or too large.
-    """
-    size = int.from_bytes(length, "big")
-    if size > limits.header_bytes:
-        raise ProtocolError(f"a header of {size} bytes is not allowed: {limits.header_bytes}")
-    header = _read_header(bytes(read(size)), limits)
-    tensors = {}
-    for name, dtype, shape in header["tensors"]:
-        little = np.frombuffer(read(_num_bytes(dtype, shape)), dtype).reshape(shape)
-        tensors[name] = little.astype(dtype.newbyteorder("="), copy=False)
-    return header["n"], Message(header["kind"], header["fields"], tensors)
-
-
-def _read_header(payload: bytes, limits: Limits) -> dict[str, Any]:
-    """Return a header whose tensors are `(name, dtype, shape)` and fit into a frame."""
-    header = _parse(payload)
-    _check(isinstance(header, dict) and header.keys() == {"kind", "n", "fields", "tensors"}, "keys")
-    _check(isinstance(header["kind"], str), "kind")
-    _check(type(header["n"]) is int and 0 < header["n"] <= MAX_NUMBER, "n")
-    _check(isinstance(header["fields"], dict), "fields")
-    _check(isinstance(header["tensors"], list), "tensors")
-    tensors = [_read_tensor(tensor, limits) for tensor in header["tensors"]]
-    _check(len({name for name, _, _ in tensors}) == len(tensors), "names of tensors")
-    size = 4 + len(payload) + sum(_num_bytes(dtype, shape) for _, dtype, shape in tensors)
-    if len(payload) > limits.header_bytes or size > limits.frame_bytes:
-        raise ProtocolError(
-            f"a frame of {size} bytes with a header of {len(payload)} is not allowed: at most "
-            f"{limits.frame_bytes} and {limits.header_bytes}"
-        )
-    return header | {"tensors": tensors}
-
-
-def _parse(payload: bytes) -> Any:
-    try:
-        header = json.loads(payload)
-        canonical = canonical_json(header) == payload
-    except (ValueError, RecursionError) as error:
-        raise ProtocolError(f"the header of a frame is not JSON: {error}") from None
-    if not canonical:  # one spelling only; a repeated key has none
-        raise ProtocolError("the header of a frame is not canonical JSON")
-    return header
-
-
-def _read_tensor(tensor: Any, limits: Limits) -> tuple[str, np.dtype[Any], tuple[int, ...]]:
-    _check(isinstance(tensor, dict) and tensor.keys() == {"name", "dtype", "shape"}, "tensors")
-    name, dtype, shape = tensor["name"], tensor["dtype"], tensor["shape"]
-    _check(isinstance(name, str), "name of a tensor")
-    _check(isinstance(dtype, str) and dtype in DTYPES, f"dtype of tensor {name!r}")
-    _check(isinstance(shape, list) and len(shape) <= MAX_DIMENSIONS, f"shape of tensor {name!r}")
-    _check(all(type(n) is int and n >= 0 for n in shape), f"shape of tensor {name!r}")
-    # Zeros aside, or numpy could refuse the others.
-    _check(math.prod(filter(None, shape)) <= limits.frame_bytes, f"shape of tensor {name!r}")
-    return name, DTYPES[dtype], tuple(shape)
-
-
-def _check(allowed: bool, what: str) -> None:
-    if not allowed:
-        raise ProtocolError(f"the {what} in the header of a frame is not allowed")
-
-
-def _num_bytes(dtype: np.dtype[Any], shape: Sequence[int]) -> int:
-    return dtype.itemsize * math.prod(shape)
 
 
 @dataclass(slots=True)

@@ -30,8 +30,9 @@ from paris_ray.zklora.identity import Identity
 from paris_ray.zklora.inference import adapt
 from paris_ray.zklora.manifest import AdapterManifest
 from paris_ray.zklora.offer import Offer, load_offer
-from paris_ray.zklora.parties.channel import Message, Peer, serve
+from paris_ray.zklora.parties.channel import Peer, serve
 from paris_ray.zklora.parties.escrow import EscrowClient
+from paris_ray.zklora.parties.frames import Message
 from paris_ray.zklora.parties.messages import (
     CallRequest,
     CloseRequest,
@@ -510,7 +511,7 @@ class Contribution:
 
     def __init__(self, service: Service) -> None:
         offer = load_offer(service.folder)
-        openings = ray.put(offer.openings())
+        openings = self._openings = ray.put(offer.openings())  # kept: an actor may be restarted
         actors: Any = (LoRAWorker, AuditWorker, LoRAGateway)
         worker, audit_worker, gateway = actors
         self._workers = [worker.remote(openings) for _ in range(service.workers)]

@@ -18,7 +18,8 @@ from paris_ray.errors import ProtocolError
 from paris_ray.signatures import SignedDocument
 from paris_ray.zklora.escrow import STATEMENT, Escrow, Trade
 from paris_ray.zklora.identity import Identity, public_key_of
-from paris_ray.zklora.parties.channel import Channel, Message, Peer, serve
+from paris_ray.zklora.parties.channel import Channel, Peer, serve
+from paris_ray.zklora.parties.frames import Message
 
 SWEEP_S = 1.0  # between two looks for deadlines that have passed
 TRADE, DONE = "trade", "done"  # kinds of answers

@@ -27,7 +27,9 @@ from paris_ray.signatures import SignedDocument
 from paris_ray.zklora.fixed_point import Int16, Int64
 from paris_ray.zklora.identity import Identity
 from paris_ray.zklora.manifest import AdapterManifest
-from paris_ray.zklora.parties.channel import Channel, Message
+from paris_ray.zklora.merkle import check_inclusion
+from paris_ray.zklora.parties.channel import Channel
+from paris_ray.zklora.parties.frames import Message
 from paris_ray.zklora.proof import Claim
 from paris_ray.zklora.transcript import (
     Call,
@@ -35,7 +37,6 @@ from paris_ray.zklora.transcript import (
     LogSummary,
     Transcript,
     challenge_rows,
-    check_inclusion,
     closing_statement,
     leaf_index,
     new_nonce,

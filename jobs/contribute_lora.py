@@ -17,7 +17,7 @@ import threading
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jobs.command import fail, log_to_stdout, ray_session
+from jobs.command import fail, log_to_stdout, ray_session, refuse_relative_paths
 from jobs.parties import (
     add_home,
     add_service,
@@ -25,6 +25,7 @@ from jobs.parties import (
     certificate,
     client_certificates,
     describe,
+    paths_of,
 )
 from paris_ray.artifacts import absolute_uri
 from paris_ray.errors import ConfigError, ParisError
@@ -45,6 +46,7 @@ def main() -> int:
     arguments = _parser().parse_args()
     log_to_stdout()
     try:
+        refuse_relative_paths(paths_of(arguments, "bundle", "base", "adapter", "home"))
         identity = Identity.load_or_create(arguments.home)
         clients = client_certificates(arguments.clients, arguments.home)
         host, port = address("--listen", arguments.listen)
@@ -117,7 +119,9 @@ def _say_what_leaks(manifest: AdapterManifest) -> None:
     rows = manifest.budget_rows
     worst = max(manifest.modules, key=lambda terms: rows / terms.commitment.d_in)
     d_in, r, d_out = worst.dimensions
-    errors = [attacker_error(d_in, min(d_out, d_in), r, min(rows, d_in), power) for power in (0.0, 1.0)]
+    errors = [
+        attacker_error(d_in, min(d_out, d_in), r, min(rows, d_in), power) for power in (0.0, 1.0)
+    ]
     logger.info(
         "budget: %d rows of %d. Whoever sees them all predicts other updates with a relative "
         "error of %.2f if inputs are isotropic, %.2f if their spectrum falls as 1/i",

@@ -94,6 +94,12 @@ def _in_folder(folder: Path) -> list[Path]:
     return files
 
 
+def paths_of(arguments: argparse.Namespace, *names: str) -> dict[str, str]:
+    """Return the given ones of some path options, by their flag."""
+    given = {name: getattr(arguments, name) for name in names}
+    return {f"--{name}": str(path) for name, path in given.items() if path is not None}
+
+
 def describe(identity: Identity) -> str:
     """Return where the certificate of a party is, and its fingerprint, in one line."""
     fingerprint = hashlib.sha256(ssl.PEM_cert_to_DER_cert(identity.certificate)).hexdigest()

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
-from jobs.command import fail, log_to_stdout, ray_session
-from jobs.parties import HOMES, add_home, address, certificate, describe
+from jobs.command import fail, log_to_stdout, ray_session, refuse_relative_paths
+from jobs.parties import HOMES, add_home, address, certificate, describe, paths_of
 from paris_ray.artifacts import absolute_uri
 from paris_ray.errors import ConfigError, ParisError
 from paris_ray.zklora.identity import Identity
@@ -35,6 +35,8 @@ def main() -> int:
     arguments = _parser().parse_args()
     log_to_stdout()
     try:
+        names = ("bundle", "manifest", "prompts", "pictures", "home", "output")
+        refuse_relative_paths(paths_of(arguments, *names))
         identity = Identity.load_or_create(arguments.home)
         print(f"user: {describe(identity)}", flush=True)
         manifest = AdapterManifest.read(arguments.manifest)

@@ -22,7 +22,7 @@ def test_the_core_imports_without_ray() -> None:
     subprocess.run([sys.executable, "-c", f"{imports}; {check}"], check=True, cwd=REPOSITORY)
 
 
-@pytest.mark.parametrize("target", ["quickstart", "stop", "test", "bench"])
+@pytest.mark.parametrize("target", ["quickstart", "stop", "test", "bench", "demo-zklora", "fuzz"])
 def test_the_readmes_commands_exist(target: str) -> None:
     makefile = (REPOSITORY / "Makefile").read_text()
     assert f"\n{target}:" in makefile

@@ -53,6 +53,7 @@ AUDIT_PICTURES = "audit.png"
 ADAPTER = "adapter"
 AUDIT_ROWS = 64  # catches 5% of wrong rows with a probability of 96%
 POLL_S = 0.5
+SHOWN_PIXELS = 128  # of a small picture in a grid
 
 Show = Callable[[str, int, int], None]
 """Is told what is being done, how much of it is done, and of how much."""
@@ -214,6 +215,9 @@ class Buyer:
     def _share_budget(self, nonces: dict[str, str]) -> dict[str, int]:
         """Decide how many rows are audited, and how many pictures compared."""
         trial, pictures = self._trial, self._trial.pictures
+        for level in trial.levels:
+            if not 0 <= level <= 1:
+                raise ConfigError(f"levels={level} is not allowed: noise levels between 0 and 1")
         if pictures is None and not trial.prompts:
             raise ConfigError("there is nothing to try: give prompts, pictures, or both")
         mode = AUDIT if trial.prompts else EXACT
@@ -288,7 +292,8 @@ class Buyer:
             self._show("pictures by the contributor", 0, len(plan["prompts"]))
             drawing = session.draw(plan["prompts"], plan["seed"], plan["audit_rows"])
             self._show("pictures by the contributor", len(plan["prompts"]), len(plan["prompts"]))
-            grid = picture_grid(drawing.pictures, columns=4, scale=4)
+            scale = max(1, SHOWN_PIXELS // drawing.pictures.shape[1])
+            grid = picture_grid(drawing.pictures, columns=4, scale=scale)
             self._folder.write(AUDIT_PICTURES, png_bytes(grid))
             session.close().save(folder)
         self._receipts.advance(State.INFERRED)

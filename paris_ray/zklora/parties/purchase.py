@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from paris_ray.artifacts import Folder, canonical_json, sha256_hex
-from paris_ray.errors import TradeError
+from paris_ray.errors import TradeError, VerificationError
 from paris_ray.models.peft_layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from paris_ray.receipts import RECEIPT, STATES, ModuleFacts, Receipt, SessionFacts, file_sha256
 from paris_ray.zklora.adapter import write_peft
@@ -22,7 +22,7 @@ from paris_ray.zklora.inference import NumericsLog
 from paris_ray.zklora.manifest import AdapterManifest
 from paris_ray.zklora.parties.channel import Channel
 from paris_ray.zklora.parties.escrow import EscrowClient
-from paris_ray.zklora.parties.session import Evidence
+from paris_ray.zklora.parties.session import Evidence, Progress
 
 RELEASED_WITHIN_S = 120.0
 POLL_S = 0.5
@@ -109,6 +109,50 @@ def verified_facts(
         for part in evidence
     )
     return {"modules": tuple(modules), "sessions": sessions}
+
+
+def complete(
+    escrow: EscrowClient,
+    contributor: Channel,
+    manifest: AdapterManifest,
+    evidence: Evidence,
+    adapter: Path,
+    receipts: Receipts,
+    on_progress: Progress = lambda done, total: None,
+) -> None:
+    """Pay for an adapter whose session is verified, open its weights and settle.
+
+    It goes on from wherever the trade is.
+
+    Args:
+        escrow: Who holds key and price.
+        contributor: Is asked to hand over the key.
+        manifest: The pinned one.
+        evidence: Of the session that the trade is about.
+        adapter: The new folder of the weights.
+        receipts: The purchase so far, VERIFIED; it is OPENED then.
+        on_progress: Is told how many steps are done, and of how many.
+
+    Raises:
+        TradeError: as `buy`.
+        VerificationError: if the delivered weights are others; the trade is disputed then.
+    """
+    sid = evidence.closed.sid
+    on_progress(0, 3)
+    sealed, key = buy(escrow, contributor, manifest, evidence)
+    receipts.advance(State.KEY_RELEASED)
+    on_progress(1, 3)
+    try:
+        receive(sealed, key, manifest, adapter, receipts)
+    except VerificationError as error:
+        receipts.advance(escrow.dispute(sid, str(error)[:200]).state)
+        raise
+    on_progress(2, 3)
+    if escrow.trade(sid).state is State.KEY_RELEASED:  # else its deadline has settled it
+        escrow.opened(sid)
+    receipts.advance(State.OPENED, escrow_statement=escrow.statement(sid).to_json())
+    receipts.write(Folder(str(adapter)))
+    on_progress(3, 3)
 
 
 def buy(

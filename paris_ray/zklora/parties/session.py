@@ -1,11 +1,10 @@
 """The base-model user's side of a session: try, close, ask for proofs. No Ray is needed.
 
 with Channel(identity, address, manifest.contributor_certificate) as channel:
-    session = Session(channel, identity, manifest, "exact", new_nonce())
+    session = Session(channel, identity, manifest)
     view = adapt(model, manifest.terms, manifest.scale, session.evaluate)
     ...  # whatever one does with the view
-    evidence = fetch_evidence(channel, manifest, session.close())
-verify_named(evidence.claims(manifest))
+    evidence = session.verify()
 """
 
 import hashlib
@@ -30,7 +29,7 @@ from paris_ray.zklora.manifest import AdapterManifest
 from paris_ray.zklora.merkle import check_inclusion
 from paris_ray.zklora.parties.channel import Channel
 from paris_ray.zklora.parties.frames import Message
-from paris_ray.zklora.proof import Claim
+from paris_ray.zklora.proof import Claim, verify_named
 from paris_ray.zklora.transcript import (
     Call,
     Log,
@@ -142,23 +141,33 @@ class Session:
         manifest: The pinned one.
         mode: `exact`: the user computes the model and asks for updates; `audit`: the contributor
             computes all of it.
-        nonce: The user's; the same one returns to the same session after an interruption.
+        nonce: The user's; the same one returns to the same session after an interruption. None:
+            a new session.
 
     Raises:
         ProtocolError: if the contributor refuses.
     """
 
     def __init__(
-        self, channel: Channel, identity: Identity, manifest: AdapterManifest, mode: str, nonce: str
+        self,
+        channel: Channel,
+        identity: Identity,
+        manifest: AdapterManifest,
+        mode: str = "exact",
+        nonce: str | None = None,
     ) -> None:
         self._channel, self._identity, self._manifest = channel, identity, manifest
-        self.mode, self.nonce_u = mode, nonce
-        fields = {"adapter_id": manifest.adapter_id, "nonce_u": nonce, "mode": mode}
+        self.mode, self.nonce_u = mode, nonce or new_nonce()
+        fields = {"adapter_id": manifest.adapter_id, "nonce_u": self.nonce_u, "mode": mode}
         answer = channel.request("open", fields).fields
         self.nonce_c = str(answer.get("nonce_c"))
         self.rows_left = _row_counts(answer.get("rows_left"), manifest)
         self.sid = session_id(
-            manifest.protocol, manifest.adapter_id, manifest.base.digest, nonce, self.nonce_c
+            manifest.protocol,
+            manifest.adapter_id,
+            manifest.base.digest,
+            self.nonce_u,
+            self.nonce_c,
         )
         self.transcript = Transcript()
         self._drawing: Drawing | None = None
@@ -242,6 +251,24 @@ class Session:
             self._audit_rows,
             self.transcript if exact else None,
         )
+
+    def verify(self, on_progress: Progress = lambda done, total: None) -> "Evidence":
+        """Close the session, have it proved, and check every proof in this process.
+
+        Args:
+            on_progress: Is told how many modules are proved, and of how many.
+
+        Returns:
+            What was checked. From then on every update of the session is that of the adapter
+            which the manifest commits to.
+
+        Raises:
+            VerificationError: if a module was never tried, or naming those that do not hold.
+            ProtocolError: if the contributor refuses, or has another log.
+        """
+        evidence = fetch_evidence(self._channel, self._manifest, self.close(), on_progress)
+        verify_named(evidence.claims(self._manifest))
+        return evidence
 
     @property
     def _drawn(self) -> Drawing:

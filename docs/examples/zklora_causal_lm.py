@@ -1,14 +1,13 @@
 """Try, verify and buy a LoRA of a causal language model, before its contributor shows the weights.
 
-    python docs/examples/zklora_causal_lm.py [FOLDER]
+    python docs/examples/zklora_causal_lm.py [NEW_FOLDER]
 
 Three parties on this machine: a contributor (a process with a Ray of its own), an escrow (a
-process), and this script, the user, which needs no Ray. The model is a small GPT-2 with random
-weights, so nothing is downloaded; any other causal model goes the same way. Needs the extra `test`,
-for PEFT: pip install -e '.[test]'
+process), and this script, the user, which needs no Ray: see `try_and_buy`. The model is a small
+GPT-2 with random weights, so nothing is downloaded; any other goes the same way. PEFT and
+transformers are in the extra `test`: pip install -e '.[test]'
 """
 
-import math
 import re
 import subprocess
 import sys
@@ -21,6 +20,7 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from paris_ray.receipts import Receipt
@@ -34,8 +34,8 @@ from paris_ray.zklora.parties.escrow import EscrowClient
 from paris_ray.zklora.parties.purchase import Receipts, complete, new_receipt, verified_facts
 from paris_ray.zklora.parties.session import Session
 
-PROMPT = "Once upon a time"  # a token a byte: 16 rows of each module, which is the whole budget
-WIDTH = 128  # and the budget is an eighth of it
+WIDTH = 128
+TOKENS = torch.tensor(list(b"Once upon a time"))  # 16 rows of each module: a budget of WIDTH / 8
 PRICE = 25
 
 Address = tuple[str, int]
@@ -68,7 +68,7 @@ def main() -> None:
         tried = try_and_buy(folder, user, manifest, contributor, escrow)
 
     bought = PeftModel.from_pretrained(load_base(folder), folder / "bought")
-    error = relative_error(tried, compute(bought)[0])
+    error = relative_error(tried, compute_logits(bought))
     print(f"\nPEFT with the bought weights gives the logits that were tried, within {error:.1e}")
     if not error < 1e-3:
         sys.exit("they differ")
@@ -77,38 +77,42 @@ def main() -> None:
 def try_and_buy(
     folder: Path, user: Identity, manifest_file: Path, contributor: Address, escrow: Address
 ) -> Tensor:
-    """Do all that a user does; return the logits `(1, tokens, vocabulary)` with the LoRA."""
+    """Do all that a user does; return the logits `(tokens, vocabulary)` with the LoRA."""
     started, model, numerics = time.perf_counter(), load_base(folder), NumericsLog()
     manifest = AdapterManifest.read(manifest_file)
     if manifest.base != base_of_file(folder / "base" / "model.safetensors"):
         sys.exit("the LoRA is for another base")
-    assert manifest.escrow_certificate is not None
+    trusted = (folder / "escrow" / CERTIFICATE).read_text()
+    if manifest.escrow_certificate != trusted:
+        sys.exit("the LoRA is sold through an escrow that we do not trust")
 
     with (
         Channel(user, contributor, manifest.contributor_certificate) as channel,
-        EscrowClient(user, escrow, manifest.escrow_certificate) as trade,
+        EscrowClient(user, escrow, trusted) as trade,
     ):
         session = Session(channel, user, manifest)
         view = adapt(model, manifest.terms, manifest.scale, session.evaluate, numerics)
-        logits, perplexity = compute(view)
-        print(f"\nperplexity without: {compute(model)[1]:.2f}, with: {perplexity:.2f}")
+        logits = compute_logits(view)
+        print(f"\nperplexity without the LoRA: {perplexity(compute_logits(model)):.2f}")
+        print(f"perplexity with it: {perplexity(logits):.2f}")
         evidence = session.verify()  # from here on, no other LoRA can have given these logits
 
-        receipts = Receipts(
-            folder, user, new_receipt(manifest, public_key_of(manifest.escrow_certificate))
-        )
+        receipts = Receipts(folder, user, new_receipt(manifest, public_key_of(trusted)))
         receipts.advance(State.VERIFIED, **verified_facts(manifest, [evidence], numerics))
         complete(trade, channel, manifest, evidence, folder / "bought", receipts)
     report(receipts.receipt, channel, time.perf_counter() - started)
     return logits
 
 
-def compute(model: torch.nn.Module) -> tuple[Tensor, float]:
-    """Return the logits of the prompt, and its perplexity."""
-    tokens = torch.tensor([list(PROMPT.encode())])
+def compute_logits(model: torch.nn.Module) -> Tensor:
+    """Return the logits `(tokens, vocabulary)` of the prompt."""
     with torch.no_grad():
-        output = model(input_ids=tokens, labels=tokens)
-    return output.logits, math.exp(output.loss)
+        return model(input_ids=TOKENS[None]).logits[0]
+
+
+def perplexity(logits: Tensor) -> float:
+    """Return the perplexity of the prompt."""
+    return cross_entropy(logits[:-1], TOKENS[1:]).exp().item()
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:
@@ -133,8 +137,9 @@ def report(receipt: Receipt, channel: Channel, seconds: float) -> None:
 def make_base(folder: Path) -> GPT2LMHeadModel:
     """Write a GPT-2 with random weights."""
     torch.manual_seed(0)
-    config = GPT2Config(vocab_size=256, n_positions=64, n_embd=WIDTH, n_layer=2, n_head=4)
-    config.bos_token_id = config.eos_token_id = 0
+    config = GPT2Config(
+        vocab_size=256, n_embd=WIDTH, n_layer=2, n_head=4, bos_token_id=0, eos_token_id=0
+    )
     model = GPT2LMHeadModel(config).eval()
     model.save_pretrained(folder)
     return model

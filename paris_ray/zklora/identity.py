@@ -189,8 +189,11 @@ def _read_key(path: Path) -> Ed25519PrivateKey:
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     """Keep other processes of this party from making an identity in the folder meanwhile."""
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        raise ArtifactError(f"{folder} cannot be the folder of an identity: {error}") from None
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield

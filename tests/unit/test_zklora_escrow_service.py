@@ -31,7 +31,9 @@ D_IN, R, D_OUT = 6, 2, 5
 PRICE = 300
 PROOFS = "ab" * 32
 REPOSITORY = Path(__file__).resolve().parents[2]
-READY = re.compile(r"escrow ready: address=(\S+):(\d+) certificate=(\S+) sha256=([0-9a-f]{64})\n")
+READY = re.compile(
+    r"escrow ready: address=(\S+):(\d+) certificate=(\S+) sha256=([0-9a-f]{64}) .*\n"
+)
 
 
 class Sale:
@@ -235,7 +237,7 @@ class Process:
         (certificates / "buyer.pem").write_text(sale.buyer.certificate)
         command = [
             *(sys.executable, "-m", "jobs.escrow", "--listen", "127.0.0.1:0"),
-            *("--identity", folder / "notary", "--journal", folder / "journal.sqlite"),
+            *("--home", folder / "notary"),
             *("--clients", certificates, folder / "seller" / CERTIFICATE),
         ]
         self.process = stack.enter_context(
@@ -307,7 +309,8 @@ def test_the_help_says_that_the_ledger_is_a_stand_in() -> None:
         ("--clients", "missing.pem", "missing.pem"),
         ("--clients", "buyer/key.pem", "key.pem is no certificate"),
         ("--clients", "empty", "holds no certificate"),
-        ("--journal", "missing/journal", "cannot be used as a journal"),
+        ("--home", "file", "cannot be the folder of an identity"),
+        ("--home", "damaged", "cannot be used as a journal"),
         ("--opening-balance", "-1", "opening_balance=-1"),
     ],
 )
@@ -315,13 +318,14 @@ def test_a_wrong_option_is_named(
     sale: Sale, tmp_path: Path, option: str, value: str, message: str
 ) -> None:
     (tmp_path / "empty").mkdir()
+    (tmp_path / "file").touch()
+    (tmp_path / "damaged" / "journal.sqlite").mkdir(parents=True)
     options = {
         "--listen": "127.0.0.1:0",
         "--clients": tmp_path / "buyer" / CERTIFICATE,
-        "--identity": tmp_path / "notary",
-        "--journal": tmp_path / "journal",
+        "--home": tmp_path / "notary",
     }
-    options[option] = tmp_path / value if option in ("--clients", "--journal") else value
+    options[option] = tmp_path / value if option in ("--clients", "--home") else value
     result = job(*(argument for pair in options.items() for argument in pair))
     assert result.returncode == 2
     assert message in result.stderr and "Traceback" not in result.stderr

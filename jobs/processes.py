@@ -63,7 +63,7 @@ def service(job: str, *arguments: str, log: Path, ready: str, timeout_s: float) 
             start_new_session=True,
         )
     try:
-        yield _wait_until_ready(process, log, ready, time.monotonic() + timeout_s)
+        yield _wait_until_ready(process, log, ready, timeout_s)
     finally:
         _stop(process)
 
@@ -83,17 +83,21 @@ def _environment() -> dict[str, str]:
 
 
 def _wait_until_ready(
-    process: "subprocess.Popen[bytes]", log: Path, ready: str, deadline: float
+    process: "subprocess.Popen[bytes]", log: Path, ready: str, timeout_s: float
 ) -> str:
+    deadline = time.monotonic() + timeout_s
     while True:
-        ended = process.poll() is not None  # first: its last words are in the log then
+        code = process.poll()  # before the log is read: its last words are in it then
         lines = log.read_text().splitlines(keepends=True)
         for line in lines:
             if line.startswith(ready) and line.endswith("\n"):
                 return line
-        if ended or time.monotonic() > deadline:
-            why = f"ended with exit code {process.returncode}" if ended else "is not ready in time"
-            raise ParisError(f"{' '.join(process.args[2:3])} {why}; {log} ends:\n{''.join(lines[-LOG_LINES:])}")
+        if code is not None or time.monotonic() > deadline:
+            what = (
+                f"is still running after {timeout_s:.0f} s" if code is None else f"exited ({code})"
+            )
+            end = "".join(lines[-LOG_LINES:])
+            raise ParisError(f"there is no {ready!r} in {log}, and the job {what}:\n{end}")
         time.sleep(POLL_S)
 
 

@@ -25,7 +25,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from paris_ray.receipts import Receipt
 from paris_ray.zklora.escrow import State
-from paris_ray.zklora.identity import CERTIFICATE, Identity, public_key_of
+from paris_ray.zklora.identity import CERTIFICATE, Identity
 from paris_ray.zklora.inference import NumericsLog, adapt
 from paris_ray.zklora.manifest import MANIFEST, AdapterManifest
 from paris_ray.zklora.offer import base_of_file
@@ -97,7 +97,7 @@ def try_and_buy(
         print(f"perplexity with it: {perplexity(logits):.2f}")
         evidence = session.verify()  # from here on, no other LoRA can have given these logits
 
-        receipts = Receipts(folder, user, new_receipt(manifest, public_key_of(trusted)))
+        receipts = Receipts(folder, user, new_receipt(manifest))
         receipts.advance(State.VERIFIED, **verified_facts(manifest, [evidence], numerics))
         complete(trade, channel, manifest, evidence, folder / "bought", receipts)
     report(receipts.receipt, channel, time.perf_counter() - started)
@@ -180,7 +180,7 @@ def ready_address(process: "subprocess.Popen[str]") -> Address:
         print(line, end="", flush=True)
         if found := re.search(r" ready: address=(\S+):(\d+) ", line):
             return found[1], int(found[2])
-    sys.exit(f"{process.args} has ended")
+    sys.exit("a party has ended before it was ready")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Properties of the integers, the field and the proof, for any numbers and dimensions."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,8 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from zklora_fuzz import TARGETS, Target, fuzz
 
-from paris_ray.errors import ParisError, VerificationError
+from paris_ray.errors import ParisError, SignatureError, VerificationError
+from paris_ray.signatures import SignedDocument
 from paris_ray.zklora import curve
 from paris_ray.zklora.commitment import commit, open_commitment
 from paris_ray.zklora.curve import FORM, Equation, check_equations, multiply
@@ -23,6 +25,7 @@ from paris_ray.zklora.fixed_point import (
     quantise_rows,
 )
 from paris_ray.zklora.folding import fold, folding_equation, folding_shape
+from paris_ray.zklora.identity import Identity
 from paris_ray.zklora.proof import Proof, prove, verify
 
 ELEMENTS = st.integers(0, ORDER - 1)
@@ -175,6 +178,16 @@ def test_no_changed_byte_is_accepted_or_breaks_a_reader(name: str, tmp_path: Pat
     """The short form of `make fuzz`."""
     report = fuzz(TARGETS[name](tmp_path), mutations=300)
     assert report.mutations == 300 and not report.failures
+
+
+@pytest.mark.parametrize("field", ["signature", "public_key"])
+def test_a_signed_document_has_one_spelling(field: str, tmp_path: Path) -> None:
+    """Found by `make fuzz`: readers of hexadecimal take capitals and spaces."""
+    signed = SignedDocument.sign("close", {"a": 1}, Identity.create(tmp_path))
+    text = getattr(signed, field)
+    for other in (text.upper(), f" {text}", f"{text[:64]} {text[64:]}"):
+        with pytest.raises(SignatureError):
+            replace(signed, **{field: other}).check("close")
 
 
 def test_the_fuzzer_finds_readers_that_accept_or_break() -> None:

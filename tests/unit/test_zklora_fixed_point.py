@@ -201,7 +201,8 @@ def test_combinations_are_exact_at_the_extremes(matrix: np.ndarray, coefficient:
 
 @pytest.mark.parametrize("value", [INT64.min, INT64.max, -(2**15)])
 def test_combinations_of_very_many_rows_are_exact(value: int) -> None:
-    rows = ROWS_AT_ONCE + 5  # more than one float64 sum may hold
+    rows = 2**18 + 5
+    assert rows > ROWS_AT_ONCE and ROWS_AT_ONCE * 2**32 < 2**53  # several sums, each exact
     dtype = np.int16 if value == -(2**15) else np.int64
     matrix = np.full((rows, 1), value, dtype)
     assert combine([ORDER - 1] * rows, matrix) == [-value * rows % ORDER]

@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from statistics import NormalDist
 
 import numpy as np
@@ -148,6 +149,45 @@ def test_a_simulated_proof_holds_for_no_other_challenge(name: str) -> None:
     assert not _equation(commitment, x, y, simulated, changed).holds()
 
 
+def test_every_part_of_a_proof_is_checked_by_itself(rounds: int) -> None:
+    """With challenges that do not notice: each field is in an equation that fails without it."""
+    commitment, x, y = true_statement()
+    simulated = simulate(commitment, x, y, ScriptedOracle())
+    data, fields = simulated.to_bytes(), 8 + 2 * rounds
+
+    def holds(changed: bytes) -> bool:
+        messages = Proof.from_bytes(changed, commitment)
+        return _equation(commitment, x, y, messages, ScriptedOracle()).holds()
+
+    assert holds(data)
+    for start in range(0, 48 * fields, 48):
+        moved = encode(curve.decode(data[start : start + 48], "") + BLINDING)
+        assert not holds(data[:start] + moved + data[start + 48 :])
+    for start in range(48 * fields, len(data), 32):
+        value = (int.from_bytes(data[start : start + 32], "little") + 1) % ORDER
+        assert not holds(data[:start] + value.to_bytes(32, "little") + data[start + 32 :])
+
+
+@pytest.mark.parametrize(
+    "errors",
+    [
+        (0, 0, 1, -1, 0),  # of u and of v
+        (0, 0, 1, 0, -1),  # of u and of the product
+        (0, 0, 0, 1, -1),
+        (1, 0, 1, 0, 0),  # the folded claim has z1 on its other side
+        (1, 0, 0, 1, 0),
+        (1, 0, 0, 0, 1),
+    ],
+)
+def test_errors_of_two_equations_do_not_cancel(errors: tuple[int, ...]) -> None:
+    """Blinders that are wrong by as much in one equation as in another: plain sums would hold."""
+    commitment, x, y = true_statement()
+    simulated = simulate(commitment, x, y, ScriptedOracle())
+    wrong = [(z + error) % ORDER for z, error in zip(simulated.blinders, errors, strict=True)]
+    changed = replace(simulated, blinders=tuple(wrong))
+    assert not _equation(commitment, x, y, changed, ScriptedOracle()).holds()
+
+
 # Masks: fresh they hide everything, used twice they give the weights away
 
 
@@ -236,6 +276,16 @@ def test_proofs_of_one_statement_share_nothing(rounds: int) -> None:
     assert len(set(items)) == len(items)
 
 
+def test_proofs_under_the_same_challenges_share_nothing(rounds: int) -> None:
+    """What is not masked would be the same multiple of a secret in both."""
+    commitment, opening = commit(module_of())
+    x = rows_of()
+    y = evaluate(opening.module, x)
+    proofs = [_prove(opening, x, y, ScriptedOracle()).to_bytes() for _ in range(2)]
+    first, second = (set(announced(proof, commitment)) for proof in proofs)
+    assert not first & second
+
+
 def test_even_zero_weights_are_masked() -> None:
     """Nothing in a proof or commitment shows that there is nothing behind it."""
     module = QuantisedModule(np.zeros((D_IN, R), np.int16), np.zeros((R, D_OUT), np.int16), 0, 0)
@@ -247,7 +297,7 @@ def test_even_zero_weights_are_masked() -> None:
     assert not items & {0, encode(G1Point.identity())}
 
 
-# Trivial statistics: they would find a mask that is missing, short or shared
+# Trivial statistics; a response is uniform for any mask, which is why masks are looked at alone
 
 
 def other_weights(module: QuantisedModule) -> QuantisedModule:
@@ -271,18 +321,29 @@ def quantile(degrees: int) -> float:
     return degrees * (1 - spread + NormalDist().inv_cdf(1 - UNLIKELY) * spread**0.5) ** 3
 
 
+def top_bytes(scalars: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Return how often each top byte was found, and how often it is expected."""
+    top = ORDER >> 248
+    elements = [1 << 248] * top + [ORDER - (top << 248)]
+    expected = np.array([len(scalars) * (number / ORDER) for number in elements])
+    return np.bincount([scalar >> 248 for scalar in scalars], minlength=top + 1), expected
+
+
+def test_masks_and_blinders_are_uniform() -> None:
+    found, expected = top_bytes(draw(10_000))
+    assert ((found - expected) ** 2 / expected).sum() < quantile(len(found) - 1)
+
+
 def test_proofs_with_two_sets_of_weights_look_alike_and_uniform() -> None:
     module, x = module_of(), rows_of()
     y = evaluate(module, x)
     other = other_weights(module)
     assert (evaluate(other, x) == y).all() and not (other.a == module.a).any()
     samples = [scalars_of(commit(m)[1], x, y, proofs=100) for m in (module, other)]
-    top = ORDER >> 248
-    weight = [1 << 248] * top + [ORDER - (top << 248)]  # of each top byte, among all elements
-    counts = [np.bincount([s >> 248 for s in sample], minlength=top + 1) for sample in samples]
-    for sample, count in zip(samples, counts, strict=True):
-        expected = np.array([len(sample) * (w / ORDER) for w in weight])
-        assert ((count - expected) ** 2 / expected).sum() < quantile(top)
-    first, second = counts  # equally many: their difference has the variance of their sum
+    counts = [top_bytes(sample) for sample in samples]
+    limit = quantile(len(counts[0][0]) - 1)
+    for found, expected in counts:
+        assert ((found - expected) ** 2 / expected).sum() < limit
+    first, second = (found for found, _ in counts)  # equally many: the variance is their sum
     both = first + second
-    assert ((first - second)[both > 0] ** 2 / both[both > 0]).sum() < quantile(top)
+    assert ((first - second)[both > 0] ** 2 / both[both > 0]).sum() < limit

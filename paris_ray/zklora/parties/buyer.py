@@ -22,7 +22,7 @@ import ray
 from numpy.typing import NDArray
 
 from paris_ray.artifacts import Folder
-from paris_ray.errors import BudgetError, ConfigError, VerificationError
+from paris_ray.errors import BudgetError, ConfigError
 from paris_ray.receipts import RECEIPT, Receipt
 from paris_ray.reports import picture_grid, png_bytes
 from paris_ray.zklora.escrow import State
@@ -31,7 +31,7 @@ from paris_ray.zklora.inference import NumericsLog
 from paris_ray.zklora.manifest import AdapterManifest
 from paris_ray.zklora.parties.channel import Channel
 from paris_ray.zklora.parties.escrow import EscrowClient
-from paris_ray.zklora.parties.purchase import Receipts, buy, new_receipt, receive, verified_facts
+from paris_ray.zklora.parties.purchase import Receipts, complete, new_receipt, verified_facts
 from paris_ray.zklora.parties.results import result
 from paris_ray.zklora.parties.session import (
     CLOSED,
@@ -181,8 +181,7 @@ class Buyer:
 
     def _known_receipt(self) -> Receipt:
         if not self._folder.exists(RECEIPT):
-            named = self.manifest.escrow_certificate
-            return new_receipt(self.manifest, None if named is None else public_key_of(named))
+            return new_receipt(self.manifest)
         receipt = Receipt.read(self._folder, self.identity.public_key)
         if receipt.adapter_id != self.manifest.adapter_id:
             raise ConfigError(
@@ -324,25 +323,10 @@ class Buyer:
 
     def _buy(self, escrow: EscrowClient, evidence: Evidence) -> None:
         """Pay, open the weights and settle, from wherever the trade is."""
-        self._show("purchase", 0, 3)
-        sealed, key = buy(escrow, self._channel, self.manifest, evidence)
-        self._receipts.advance(State.KEY_RELEASED)
-        self._show("purchase", 1, 3)
-        adapter, sid = self._trial.output / ADAPTER, evidence.closed.sid
-        try:
-            receive(sealed, key, self.manifest, adapter, self._receipts)
-        except VerificationError as error:
-            trade = escrow.dispute(sid, str(error)[:200])
-            self._receipts.advance(trade.state)
-            raise
-        self._show("purchase", 2, 3)
-        if escrow.trade(sid).state is State.KEY_RELEASED:  # else its deadline has settled it
-            escrow.opened(sid)
-        self._receipts.advance(
-            State.OPENED, escrow_statement=escrow.statement(sid).to_json(), totals=self._sums()
-        )
+        adapter, progress = self._trial.output / ADAPTER, partial(self._show, "purchase")
+        complete(escrow, self._channel, self.manifest, evidence, adapter, self._receipts, progress)
+        self._receipts.advance(State.OPENED, totals=self._sums())
         self._receipts.write(Folder(str(adapter)))
-        self._show("purchase", 3, 3)
 
     def _sums(self) -> dict[str, float]:
         return self._totals | {

@@ -5,6 +5,7 @@ Every step may be repeated, so an interrupted purchase goes on where it was.
 
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,7 +18,7 @@ from paris_ray.receipts import RECEIPT, STATES, ModuleFacts, Receipt, SessionFac
 from paris_ray.zklora.adapter import write_peft
 from paris_ray.zklora.escrow import State, check_opening
 from paris_ray.zklora.fixed_point import QuantisedModule
-from paris_ray.zklora.identity import Identity
+from paris_ray.zklora.identity import Identity, public_key_of
 from paris_ray.zklora.inference import NumericsLog
 from paris_ray.zklora.manifest import AdapterManifest
 from paris_ray.zklora.parties.channel import Channel
@@ -53,8 +54,9 @@ class Receipts:
         folder.write_json(RECEIPT, self.receipt.sign(self._identity).to_json())
 
 
-def new_receipt(manifest: AdapterManifest, escrow_key: str | None) -> Receipt:
+def new_receipt(manifest: AdapterManifest) -> Receipt:
     """Return the receipt of a purchase of which only the manifest is pinned."""
+    escrow = manifest.escrow_certificate
     return Receipt(
         protocol=manifest.protocol,
         adapter_id=manifest.adapter_id,
@@ -69,7 +71,7 @@ def new_receipt(manifest: AdapterManifest, escrow_key: str | None) -> Receipt:
         integers_sha256=None,
         price=manifest.price,
         contributor=manifest.contributor,
-        escrow=escrow_key,
+        escrow=None if escrow is None else public_key_of(escrow),
         escrow_statement=None,
         modules=(),
         totals={},
@@ -139,7 +141,13 @@ def complete(
     """
     sid = evidence.closed.sid
     on_progress(0, 3)
-    sealed, key = buy(escrow, contributor, manifest, evidence)
+    try:
+        sealed, key = buy(escrow, contributor, manifest, evidence)
+    except TradeError:
+        with suppress(TradeError):  # there may be no trade yet
+            if (state := escrow.trade(sid).state) in FAILED:
+                receipts.advance(state)
+        raise
     receipts.advance(State.KEY_RELEASED)
     on_progress(1, 3)
     try:

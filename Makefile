@@ -3,10 +3,11 @@ PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 
-.PHONY: help quickstart stop test lint fuzz bench clean
+.PHONY: help quickstart demo-zklora stop test lint fuzz bench clean
 
 help:
 	@echo "make quickstart   from a bare machine to pictures over HTTP"
+	@echo "make demo-zklora  a LoRA is tried, proved, paid for and received, on one machine"
 	@echo "make stop         stop what quickstart started, nothing else"
 	@echo "make test         linters, types, architecture and all tests"
 	@echo "make fuzz         change 10,000 bytes of everything that ZKLoRA's strangers send"
@@ -14,6 +15,9 @@ help:
 
 quickstart: $(VENV)/quickstart
 	@$(PY) -m jobs.quickstart
+
+demo-zklora: $(VENV)/quickstart,zklora
+	@$(PY) -m jobs.demo_zklora
 
 stop:
 	@test ! -x $(PY) || $(PY) -m jobs.stop
@@ -43,8 +47,8 @@ $(PY):
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "paris_ray needs Python 3.11 or newer: make PYTHON=python3.11 ...")'
 	$(PYTHON) -m venv $(VENV)
 
-# The file is the mark of a finished installation of that extra.
-$(VENV)/quickstart $(VENV)/test: $(VENV)/%: pyproject.toml | $(PY)
+# The file is the mark of a finished installation of these extras.
+$(VENV)/quickstart $(VENV)/quickstart,zklora $(VENV)/test: $(VENV)/%: pyproject.toml | $(PY)
 	@started=$$(date +%s); echo "installing paris_ray[$*] into $(VENV) ..."; \
 	$(PY) -m pip install --quiet --editable ".[$*]" && \
 	echo "$$(( $$(date +%s) - started ))" > $@ && echo "installed in $$(cat $@) s"

@@ -19,6 +19,8 @@ MIDNIGHT = np.array([24, 40, 110])
 NUM_HELD_OUT = 4
 SEED = 0
 SCALE = 8
+PAIR, PAGE = "pair.png", "pair.html"
+TITLE = "paris_ray: a LoRA bought through ZKLoRA"
 
 
 class Subject(NamedTuple):
@@ -71,8 +73,10 @@ def _write_image_folder(path: Path, pictures: dict[str, NDArray[np.uint8]]) -> N
     folder.write("metadata.jsonl", "".join(lines).encode())
 
 
-def draw_pair(bundle_path: str, adapter: Path, receipt_key: str, prompt: str, file: Path) -> None:
-    """Draw a prompt without a bought adapter and with it, side by side, from the same noise.
+def draw_pair(bundle_path: str, adapter: Path, receipt_key: str, prompt: str, folder: Path) -> None:
+    """Draw a prompt without a bought adapter and with it, from the same noise.
+
+    Writes both side by side, and a page that says what they are.
 
     Raises:
         ReceiptError: if the receipt beside the adapter does not allow it.
@@ -81,4 +85,8 @@ def draw_pair(bundle_path: str, adapter: Path, receipt_key: str, prompt: str, fi
     bundle.add_lora("bought", str(adapter), receipt_key=receipt_key)
     pair = [generate(bundle, [prompt], seed=SEED, lora=lora)[0] for lora in (None, "bought")]
     grid = reports.picture_grid(np.stack([np.asarray(image) for image in pair]), 2, SCALE)
-    file.write_bytes(reports.png_bytes(grid))
+    (folder / PAIR).write_bytes(reports.png_bytes(grid))
+    captions = ("without the LoRA", "with the LoRA, from the weights that were bought")
+    figures = [reports.figure(image, text) for image, text in zip(pair, captions, strict=True)]
+    section = reports.section(prompt, *figures)
+    (folder / PAGE).write_bytes(reports.page(TITLE, [section], bundle.facts.attribution))

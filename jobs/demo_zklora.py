@@ -13,6 +13,7 @@ import shutil
 import sys
 import time
 from contextlib import AbstractContextManager, ExitStack
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -92,7 +93,7 @@ class _Demo:
         self._bundle, self._folder, self._overrides = bundle, folder, overrides
         self._lora, self._purchase = folder / "night", folder / "purchase"
         self._training, self._held_out = folder / "pictures/training", folder / "pictures/held_out"
-        self._prompts, self._pair = folder / "prompts.txt", folder / "pair.png"
+        self._prompts = folder / "prompts.txt"
         self._started = time.monotonic()
 
     def run(self) -> None:
@@ -117,6 +118,7 @@ class _Demo:
 
         folder, digest = Folder(self._folder), read_manifest(Folder(self._bundle), BUNDLE).digest
         if not folder.exists("subject.json"):
+            self._say("looking for a prompt that one expert draws alone")
             subject = choose_subject(str(self._bundle))
             folder.write_json("subject.json", {**subject._asdict(), "bundle": digest})
         known = folder.read_json("subject.json")
@@ -135,7 +137,7 @@ class _Demo:
             return
         from jobs.demo_pictures import write_night_pictures
 
-        shard = Run(load("quickstart", [f"run_dir={self._bundle.parent}"])).shard(expert)
+        shard = Run(replace(load("quickstart"), run_dir=str(self._bundle.parent))).shard(expert)
         write_night_pictures(shard, prompt, self._training, self._held_out)
         self._prompts.write_text(f"{prompt}\n")
         self._say(f"training a LoRA of expert {expert}, which draws {prompt!r}: night pictures")
@@ -224,16 +226,19 @@ class _Demo:
         from jobs.demo_pictures import draw_pair
 
         prompt = self._subject.prompt
-        draw_pair(str(self._bundle), self._purchase / ADAPTER, key, prompt, self._pair)
+        draw_pair(str(self._bundle), self._purchase / ADAPTER, key, prompt, self._folder)
         self._say(f"drew {prompt!r} without the LoRA and with it")
 
     def _say_what_there_is(self, key: str) -> None:
+        from jobs.demo_pictures import PAGE, PAIR
+
         receipt = Receipt.read(Folder(self._purchase), key)
         print(
             f"""
 done in {time.monotonic() - self._started:.0f} s
 
-  pictures   {self._pair}   (left: without, right: with the bought LoRA)
+  pictures   {self._folder / PAIR}   (left: without, right: with the LoRA that was bought)
+  page       {self._folder / PAGE}
   receipt    {self._purchase / RECEIPT}   (state: {receipt.state})
   adapter    {self._purchase / ADAPTER}
   logs       {self._folder}/escrow.log, contributor.log

@@ -134,7 +134,9 @@ def _report(outcome: "Outcome", trial: "Trial", identity: Identity) -> None:
             print(f"{level:<12} {without.mean():>13.4f} {with_adapter.mean():>10.4f}")
     for name in outcome.unusual:
         print(f"{name}: inputs with outliers, rounding may be above 5e-4 (see the receipt)")
-    totals = ", ".join(f"{name} {value:,.1f}" for name, value in receipt.totals.items())
+    totals = ", ".join(
+        f"{name} {f'{value:,.1f}'.removesuffix('.0')}" for name, value in receipt.totals.items()
+    )
     print(f"\n{totals}\nreceipt {trial.output / 'receipt.json'}: {receipt.state}")
     if outcome.adapter is not None:
         print(

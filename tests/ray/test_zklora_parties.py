@@ -1,12 +1,12 @@
-"""Contributor, user and escrow against each other: real parties, one Ray, one process."""
+"""Contributor, user and escrow against each other: real parties on one Ray, in one process."""
 
 import contextlib
+import itertools
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,6 @@ import psutil
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -41,12 +40,12 @@ from paris_ray.signatures import SignedDocument
 from paris_ray.zklora.adapter import PeftAdapter, quantise_adapter, read_peft
 from paris_ray.zklora.commitment import ModuleOpening, commit, open_commitments
 from paris_ray.zklora.escrow import Escrow, State, check_opening
-from paris_ray.zklora.fixed_point import Int16, Int64, QuantisedModule, evaluate
+from paris_ray.zklora.fixed_point import Int16, QuantisedModule, evaluate
 from paris_ray.zklora.identity import Identity
 from paris_ray.zklora.inference import adapt
 from paris_ray.zklora.ledger import OPENING_BALANCE, Journal, SQLiteLedger
 from paris_ray.zklora.manifest import MANIFEST, AdapterManifest, Base, build_manifest
-from paris_ray.zklora.offer import Offer, Terms, base_of_expert, base_of_file, load_offer, open_offer
+from paris_ray.zklora.offer import Offer, Terms, base_of_expert, base_of_file, open_offer
 from paris_ray.zklora.parties.buyer import Buyer, Outcome, Trial
 from paris_ray.zklora.parties.channel import Channel, Peer, serve
 from paris_ray.zklora.parties.contributor import Contribution, Service
@@ -69,7 +68,6 @@ from paris_ray.zklora.transcript import (
     closing_statement,
     new_nonce,
     proof_context,
-    session_id,
 )
 from serve.app import AppArgs, LoRAOptions, build
 
@@ -88,43 +86,33 @@ PROMPTS = ("a red cat", "a blue dog")
 CAPTIONS = ("a red circle", "a green square")
 TOKENS = 16  # rows of each module that one picture takes at one level
 AUDIT_ROWS = 20
-HERE = "127.0.0.1"
+SEARCHED = 32  # bytes of a factor that are looked for
 
 Randomise = Callable[[nn.Module, int], nn.Module]
-Change = Callable[[Message], Message]
+Tamper = Callable[[Message], Message]
 
 
 class Crowd:
-    """Identities by name; the contributor knows those that a test will ask for."""
+    """Users; each test asks for new ones, who have no session yet."""
 
     def __init__(self, folder: Path, number: int) -> None:
         self.all = [Identity.create(folder / f"user_{i}") for i in range(number)]
-        self._next = count()
+        self._unused = iter(self.all)
 
     def one(self) -> Identity:
-        """Return a user who has done nothing yet."""
-        return self.all[next(self._next)]
+        return next(self._unused)
 
 
 @dataclass(frozen=True)
 class Market:
-    """A contributor whose adapter of an expert is for sale, through an escrow.
-
-    Attributes:
-        bundle: The base.
-        service: How the contributor serves.
-        offer: What it sells.
-        contribution: The service.
-        crowd: Its users.
-        journal: The escrow's.
-        escrow: The escrow's service.
-    """
+    """A contributor whose adapter of an expert is sold through an escrow."""
 
     bundle: str
     service: Service
     offer: Offer
     contribution: Contribution
     crowd: Crowd
+    notary: Identity
     journal: Journal
     escrow: EscrowService
 
@@ -132,9 +120,1522 @@ class Market:
     def manifest(self) -> AdapterManifest:
         return self.offer.manifest
 
-    def rows_left(self) -> dict[str, int]:
-        with Channel(*self.towards(self.crowd.one())) as channel:
-            return Session(channel, channel_user(channel), self.manifest, "exact", new_nonce()).rows_left
+    def channel(self, user: Identity) -> Channel:
+        return channel_to(self.contribution, self.manifest, user)
 
-    def towards(self, user: Identity) -> tuple[Identity, tuple[str, int], str]:
-        return user, self.contribution.address, self.manifest.contributor_certificate
+    def rows_left(self) -> dict[str, int]:
+        user = self.crowd.one()
+        with self.channel(user) as channel:
+            return Session(channel, user, self.manifest).rows_left
+
+    def trial(self, user: Identity, output: Path, **changes: Any) -> Trial:
+        """Return what a user does who wants all: losses, pictures, and the weights."""
+        pictures = np.random.default_rng(1).integers(0, 256, (2, 32, 32, 3), np.uint8)
+        wanted: dict[str, Any] = {
+            "bundle": self.bundle,
+            "peer": self.contribution.address,
+            "manifest": self.service.folder / MANIFEST,
+            "identity": user.folder,
+            "output": output,
+            "prompts": PROMPTS,
+            "pictures": pictures,
+            "captions": CAPTIONS,
+            "levels": LEVELS,
+            "audit_rows": AUDIT_ROWS,
+            "escrow": self.escrow.address,
+            "escrow_certificate": self.notary.certificate,
+        }
+        return Trial(**wanted | changes)
+
+    def balance(self, user: Identity) -> int:
+        with EscrowClient(user, self.escrow.address, self.notary.certificate) as client:
+            return client.balance()
+
+
+def channel_to(
+    contribution: Contribution, manifest: AdapterManifest, user: Identity, kind: type = Channel
+) -> Any:
+    return kind(user, contribution.address, manifest.contributor_certificate)
+
+
+@contextlib.contextmanager
+def escrow_service(
+    folder: Path, notary: Identity, parties: list[Identity], **options: Any
+) -> Iterator[tuple[Journal, EscrowService]]:
+    journal = Journal(folder / "journal.sqlite")
+    escrow = Escrow(journal, notary, SQLiteLedger(journal), **options)
+    certificates = [party.certificate for party in parties]
+    with EscrowService(escrow, "127.0.0.1", 0, certificates) as service:
+        yield journal, service
+    journal.close()
+
+
+def service_of(folder: Path, seller: Identity, crowd: Crowd, **options: Any) -> Service:
+    certificates = tuple(user.certificate for user in crowd.all)
+    places: dict[str, Any] = {"identity": seller.folder, "host": "127.0.0.1", "port": 0}
+    return Service(folder=folder, clients=certificates, **places, **options)
+
+
+@pytest.fixture(scope="module")
+def adapter_path(
+    tiny_bundle: Bundle, randomised: Randomise, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """The folder of a random adapter of one expert, as `peft` would write it."""
+    config = LoRAConfig(r=2, lora_alpha=8, target_modules=TARGETS)
+    adapter = randomised(Adapter.create(tiny_bundle.expert(EXPERT), config, 0), 7)
+    assert isinstance(adapter, Adapter)
+    path = tmp_path_factory.mktemp("style")
+    save_adapter(adapter, Folder(path))
+    return path
+
+
+@pytest.fixture(scope="module")
+def market(
+    ray_session: None,
+    tiny_bundle_path: Path,
+    tiny_bundle: Bundle,
+    adapter_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[Market]:
+    root = tmp_path_factory.mktemp("market")
+    seller, notary = Identity.create(root / "seller"), Identity.create(root / "notary")
+    crowd = Crowd(root, 80)
+    terms = Terms(
+        base=base_of_expert(tiny_bundle, EXPERT),
+        name="style",
+        price=PRICE,
+        budget_rows=BUDGET,
+        escrow_certificate=notary.certificate,
+    )
+    offer = open_offer(root / "offer", seller, read_peft(adapter_path), terms)
+    with escrow_service(root, notary, [seller, *crowd.all]) as (journal, escrow):
+        service = service_of(
+            root / "offer", seller, crowd, bundle=str(tiny_bundle_path), escrow=escrow.address
+        )
+        contribution = Contribution(service)
+        yield Market(
+            str(tiny_bundle_path), service, offer, contribution, crowd, notary, journal, escrow
+        )
+        contribution.close()
+
+
+@pytest.fixture
+def user(market: Market) -> Identity:
+    """A user whom the contributor knows, without a session."""
+    return market.crowd.one()
+
+
+@pytest.fixture
+def channel(market: Market, user: Identity) -> Iterator[Channel]:
+    with market.channel(user) as channel:
+        yield channel
+
+
+@pytest.fixture
+def session(market: Market, channel: Channel, user: Identity) -> Session:
+    return Session(channel, user, market.manifest)
+
+
+def rows_for(manifest: AdapterManifest, module: str, rows: int, seed: int = 0) -> Int16:
+    d_in = manifest.module(module).commitment.d_in
+    return np.random.default_rng(seed).integers(-3000, 3000, (rows, d_in), np.int16)
+
+
+def call_all(session: Session, manifest: AdapterManifest, rows: int = 3) -> None:
+    """Call every module twice."""
+    for seed, name in itertools.product(range(2), manifest.terms):
+        session.evaluate(name, rows_for(manifest, name, rows, seed), 9)
+
+
+def spellings(modules: Mapping[str, QuantisedModule]) -> dict[str, bytes]:
+    """Return the first bytes of every factor, in each layout and type that files may have."""
+    found = {}
+    for name, module in modules.items():
+        for factor, exponent in ((module.a, module.exponent_a), (module.b, module.exponent_b)):
+            floats = np.ldexp(factor.astype(np.float64), -exponent)
+            for layout, values in itertools.product("CF", (factor, floats)):
+                for dtype in ("<i2", "<i4", "<i8") if values is factor else ("<f4", "<f8"):
+                    spelled = values.astype(dtype).tobytes(order=layout)
+                    found[f"{name} {factor.shape} {layout} {dtype}"] = spelled[:SEARCHED]
+    return found
+
+
+def weights_in(folder: Path, offer: Offer) -> set[str]:
+    """Return which spellings of the weights are in any file under a folder."""
+    modules = {name: opening.module for name, opening in offer.openings().items()}
+    contents = [path.read_bytes() for path in folder.rglob("*") if path.is_file()]
+    return {what for what, b in spellings(modules).items() if any(b in c for c in contents)}
+
+
+# The whole way
+
+
+@dataclass(frozen=True)
+class Purchase:
+    """One that was finished without an interruption, and what it cost."""
+
+    user: Identity
+    trial: Trial
+    outcome: Outcome
+    stages: list[tuple[str, int, int]]
+    rows: dict[str, int]
+
+
+@pytest.fixture(scope="module")
+def bought(market: Market) -> Purchase:
+    user, before = market.crowd.one(), market.rows_left()
+    trial = market.trial(user, user.folder / "purchase")
+    stages: list[tuple[str, int, int]] = []
+    outcome = Buyer(trial, lambda *stage: stages.append(stage)).run()
+    after = market.rows_left()
+    return Purchase(user, trial, outcome, stages, {k: before[k] - after[k] for k in before})
+
+
+def test_a_purchase_from_the_manifest_to_the_weights(market: Market, bought: Purchase) -> None:
+    receipt, manifest = bought.outcome.receipt, market.manifest
+    assert receipt == Receipt.read(Folder(str(bought.trial.output)), bought.user.public_key)
+    assert (receipt.state, receipt.adapter_id) == ("OPENED", manifest.adapter_id)
+    assert (receipt.price, receipt.escrow) == (PRICE, market.notary.public_key)
+    assert [part.mode for part in receipt.sessions] == ["exact", "audit"]
+    rows = len(LEVELS) * len(CAPTIONS) * TOKENS + AUDIT_ROWS
+    assert bought.rows == dict.fromkeys(manifest.terms, rows)
+    found = {
+        part.name: ((part.d_in, part.r, part.d_out), part.rows, part.proof_bytes > 0)
+        for part in receipt.modules
+    }
+    assert found == {name: (t.dimensions, rows, True) for name, t in manifest.terms.items()}
+    assert all(1 < part.peak_to_rms < 16 for part in receipt.modules)
+    assert all(0 < part.input_error < 5e-4 for part in receipt.modules)
+    for name in ("seconds", "verify_seconds", "bytes_sent", "bytes_received"):
+        assert receipt.totals[name] > 0
+    for stage in ("multi-party inference", "proofs, exact", "proofs, audit", "purchase"):
+        assert bought.stages[-1][1] == bought.stages[-1][2]
+        assert any(stage == name and done == total for name, done, total in bought.stages)
+
+
+def test_the_price_went_from_the_buyer_to_the_seller(market: Market, bought: Purchase) -> None:
+    assert market.balance(bought.user) == OPENING_BALANCE - PRICE
+    statement = bought.outcome.receipt.escrow_statement
+    assert statement is not None
+    signed = SignedDocument.from_json(statement).check("escrow", market.notary.public_key)
+    first = bought.outcome.receipt.sessions[0]
+    assert (signed["state"], signed["session"]) == ("SETTLED", first.session)
+    assert signed["transcript_root"] == first.transcript_root
+    assert (signed["buyer"], signed["price"]) == (bought.user.public_key, PRICE)
+
+
+def test_the_bought_integers_are_the_committed_ones(market: Market, bought: Purchase) -> None:
+    assert bought.outcome.adapter is not None
+    integers = quantise_adapter(read_peft(bought.outcome.adapter))
+    committed = {name: opening.module for name, opening in market.offer.openings().items()}
+    assert {k: m.digest for k, m in integers.items()} == {k: m.digest for k, m in committed.items()}
+    assert integers_digest(integers) == bought.outcome.receipt.integers_sha256
+    delivered = check_opening(market.manifest, market.offer.sealed, market.offer.key)
+    pairs = {
+        name: (
+            market.manifest.module(name).commitment,
+            ModuleOpening(module, delivered[name].blinders_a, delivered[name].blinders_b),
+        )
+        for name, module in integers.items()
+    }
+    open_commitments(pairs)
+    a = integers[next(iter(pairs))].a.copy()
+    a[0, 0] += 1  # one unit in one entry
+    other = replace(integers[next(iter(pairs))], a=a)
+    pairs[next(iter(pairs))] = (pairs[next(iter(pairs))][0], replace_module(pairs, other))
+    with pytest.raises(VerificationError, match=next(iter(pairs))):
+        open_commitments(pairs)
+
+
+def replace_module(pairs: Mapping[str, tuple[Any, ModuleOpening]], module: QuantisedModule) -> Any:
+    opening = next(iter(pairs.values()))[1]
+    return ModuleOpening(module, opening.blinders_a, opening.blinders_b)
+
+
+def test_what_was_tried_is_what_was_bought(market: Market, bought: Purchase) -> None:
+    """Losses and pictures with the opened weights are those of the trial."""
+    bundle, outcome = load_bundle(market.bundle), bought.outcome
+    assert outcome.without is not None and outcome.with_adapter is not None
+    assert bought.trial.pictures is not None
+    bundle.add_lora("style", str(outcome.adapter), receipt_key=bought.user.public_key)
+    latents = bundle.codec.encode(bought.trial.pictures)
+    text = bundle.encode_text(CAPTIONS)
+    served = bundle.expert(EXPERT, lora="style")
+    losses = denoising_losses(served, latents, text, LEVELS, seed=0).numpy()
+    np.testing.assert_allclose(outcome.with_adapter, losses, rtol=1e-3)
+    assert np.abs(outcome.with_adapter / outcome.without - 1).max() > 0.01
+
+    audit = np.asarray(Image.open(bought.trial.output / "audit.png"), np.float64)
+    pictures = [np.asarray(p, np.float64) for p in generate(bundle, PROMPTS, lora="style", seed=0)]
+    plain = [np.asarray(p, np.float64) for p in generate(bundle, PROMPTS, seed=0)]
+    scale = 128 // pictures[0].shape[0]
+    shown = [audit[::scale, ::scale][:32, 32 * i : 32 * (i + 1)] for i in range(len(PROMPTS))]
+    assert np.abs(np.stack(shown) - pictures).max() <= 2
+    assert np.abs(np.stack(plain) - pictures).max() > 20
+
+
+def test_the_bought_adapter_is_served_with_its_receipt_alone(
+    market: Market, bought: Purchase
+) -> None:
+    path = str(bought.outcome.adapter)
+
+    def application(**options: Any) -> Any:
+        loras = {"style": LoRAOptions(path=path, **options)}
+        return build(AppArgs(bundle=market.bundle, loras=loras))
+
+    assert application(receipt_key=bought.user.public_key) is not None
+    with pytest.raises(ReceiptError, match="receipt_key is missing"):
+        application()
+    with pytest.raises(ReceiptError):
+        application(receipt_key=market.notary.public_key)
+    with pytest.raises(ReceiptError, match="base.expert"):
+        application(receipt_key=bought.user.public_key, expert=0)
+
+
+def test_a_finished_purchase_is_kept(market: Market, bought: Purchase) -> None:
+    before = market.rows_left()
+    again = Buyer(bought.trial).run()
+    assert again.receipt == bought.outcome.receipt
+    assert again.adapter == bought.outcome.adapter
+    assert market.balance(bought.user) == OPENING_BALANCE - PRICE
+    assert market.rows_left() == before
+
+
+def test_the_folder_of_another_adapter_is_refused(
+    market: Market, bought: Purchase, adapter_path: Path, tiny_bundle: Bundle, tmp_path: Path
+) -> None:
+    terms = Terms(base=base_of_expert(tiny_bundle, EXPERT), name="other")
+    open_offer(tmp_path, Identity.load(market.service.identity), read_peft(adapter_path), terms)
+    trial = replace(bought.trial, manifest=tmp_path / MANIFEST, escrow=None)
+    with pytest.raises(ConfigError, match="output=.*another adapter, style"):
+        Buyer(trial)
+
+
+def test_another_escrow_than_the_trusted_one_is_refused(
+    market: Market, user: Identity, tmp_path: Path
+) -> None:
+    stranger = market.crowd.one().certificate
+    trial = market.trial(user, tmp_path, escrow_certificate=stranger)
+    with pytest.raises(ConfigError, match=f"names the escrow {market.notary.public_key}"):
+        Buyer(trial)
+    with pytest.raises(ConfigError, match="escrow_certificate"):
+        Buyer(replace(trial, escrow_certificate=None))
+
+
+class Interrupted(Exception):
+    """The user's process ends here."""
+
+
+class Impatient:
+    """Interrupts at every stage that it has not seen yet."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[str, bool]] = []
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        point = stage, done == total
+        if point not in self.seen:
+            self.seen.append(point)
+            raise Interrupted(stage)
+
+
+def test_a_user_who_is_interrupted_everywhere_pays_once(
+    market: Market, bought: Purchase, user: Identity
+) -> None:
+    trial = market.trial(user, user.folder / "purchase")
+    before, impatient, outcome = market.rows_left(), Impatient(), None
+    while outcome is None:
+        assert len(impatient.seen) < 30
+        with contextlib.suppress(Interrupted):
+            outcome = Buyer(trial, impatient).run()
+        if not impatient.seen or impatient.seen[-1][0] != "purchase":
+            assert not weights_in(user.folder, market.offer)
+    after = market.rows_left()
+    stages = {stage for stage, _ in impatient.seen}
+    assert stages >= {name for name, _, _ in bought.stages}
+    assert {k: before[k] - after[k] for k in before} == bought.rows
+    assert market.balance(user) == OPENING_BALANCE - PRICE
+    assert outcome.receipt.state == "OPENED"
+    assert outcome.receipt.escrow_statement is not None
+    np.testing.assert_allclose(outcome.with_adapter, bought.outcome.with_adapter, rtol=1e-6)
+    # The search finds weights where there are some: as float32, as PEFT stores them.
+    found = weights_in(user.folder, market.offer)
+    assert len(found) == 2 * len(market.manifest.modules)
+    assert all(what.endswith("F <f4") for what in found)
+
+
+def test_a_trial_cannot_be_changed_when_it_is_resumed(
+    market: Market, user: Identity, tmp_path: Path
+) -> None:
+    trial = market.trial(user, tmp_path, pictures=None, captions=())
+    with pytest.raises(Interrupted):
+        Buyer(trial, Impatient()).run()
+    for changes in ({"prompts": ("a dog",)}, {"seed": 1}, {"levels": (0.5,)}):
+        with pytest.raises(ConfigError, match=f"another {next(iter(changes))}"):
+            Buyer(replace(trial, **changes)).run()
+    assert Buyer(replace(trial, escrow=None)).run().receipt.state == "VERIFIED"
+
+
+@pytest.mark.parametrize("tried", ["pictures", "prompts"])
+def test_a_base_that_the_adapter_is_not_for_is_refused(
+    market: Market, user: Identity, tiny_parts: Path, tmp_path: Path, tried: str
+) -> None:
+    """The bundle has its experts in another order; nothing is asked for, nothing is paid."""
+    parts = tmp_path / "parts"
+    parts.mkdir()
+    for part in tiny_parts.iterdir():
+        (parts / part.name).symlink_to(part)
+    swapped = {"expert_0": "expert_1", "expert_1": "expert_0"}
+    for name, source in swapped.items():
+        (parts / name).unlink()
+        (parts / name).symlink_to(tiny_parts / source)
+    bundle = write_parts(parts, tmp_path / "bundle")
+    nothing = {"pictures": {"prompts": ()}, "prompts": {"pictures": None, "captions": ()}}[tried]
+    before = market.rows_left()
+    trial = market.trial(user, tmp_path / "out", bundle=str(bundle), **nothing)
+    with pytest.raises(ProtocolError, match="base: the adapter is for another expert 1"):
+        Buyer(trial).run()
+    assert market.rows_left() == before
+
+
+def write_parts(parts: Path, target: Path) -> Path:
+    from conftest import open_parts  # of tests: how a bundle is made of its parts
+
+    from paris_ray.artifacts import publish
+    from paris_ray.export import write_bundle
+    from paris_ray.run import BUNDLE
+
+    write_bundle(open_parts(parts), Folder(target), model_card="# tiny\n")
+    publish(Folder(target), BUNDLE, config_digest="", parents={}, facts={})
+    return target
+
+
+def test_a_user_who_asks_for_too_much_can_ask_again(
+    market: Market, user: Identity, tmp_path: Path
+) -> None:
+    trial = market.trial(user, tmp_path, prompts=(), levels=tuple(np.linspace(0, 1, 7000)))
+    for _ in range(5):
+        with pytest.raises(BudgetError, match=f"{BUDGET}|rows a module"):
+            Buyer(trial).run()
+    assert Buyer(replace(trial, levels=LEVELS, escrow=None)).run().receipt.state == "VERIFIED"
+
+
+# What comes over the wire
+
+
+class Recorder(Channel):
+    """A channel that keeps all answers."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.answers: list[Message] = []
+
+    def request(self, *arguments: Any, **named: Any) -> Message:
+        self.answers.append(super().request(*arguments, **named))
+        return self.answers[-1]
+
+
+def test_answers_hold_no_weights(market: Market, user: Identity) -> None:
+    manifest = market.manifest
+    with channel_to(market.contribution, manifest, user, Recorder) as channel:
+        session = Session(channel, user, manifest)
+        call_all(session, manifest)
+        evidence = session.verify()
+        audit = Session(channel, user, manifest, "audit")
+        audit.draw(PROMPTS, 0, AUDIT_ROWS)
+        audit.verify()
+    kinds = [answer.kind for answer in channel.answers if answer.kind != "proving"]
+    assert kinds == [
+        "opened", *["answer"] * 2 * len(manifest.modules), "closed", "evidence",
+        "opened", "drawn", "closed", "evidence",
+    ]  # fmt: skip
+    assert all(a.tensors.keys() == {"y"} for a in channel.answers if a.kind == "answer")
+    first, second = (a for a in channel.answers if a.kind == "evidence")
+    numbers = range(len(manifest.modules))
+    assert first.tensors.keys() == {f"{i}.proof" for i in numbers}
+    opened = ("proof", "x", "y", "places", "paths")
+    assert second.tensors.keys() == {f"{i}.{field}" for i in numbers for field in opened}
+    modules = {name: opening.module for name, opening in market.offer.openings().items()}
+    sent = [t.tobytes() for answer in channel.answers for t in answer.tensors.values()]
+    assert not [w for w, b in spellings(modules).items() if any(b in part for part in sent)]
+    for name, module in modules.items():  # exact integers, those of the committed weights
+        x, y = evidence.rows[name]
+        assert np.array_equal(evaluate(module, x), y)
+        assert np.array_equal(x, session.transcript.rows(name)[0])
+
+
+# Evidence that does not fit
+
+
+class Tampering(Channel):
+    """A channel whose other end is as hostile as the test wants."""
+
+    tamper: Tamper
+
+    def request(self, *arguments: Any, **named: Any) -> Message:
+        answer = super().request(*arguments, **named)
+        return self.tamper(answer) if answer.kind != "proving" else answer
+
+
+@dataclass(frozen=True)
+class Tried:
+    """Two closed sessions of a user: one in exact mode, one in audit mode."""
+
+    user: Identity
+    exact: ClosedSession
+    audit: ClosedSession
+
+
+@pytest.fixture(scope="module")
+def tried(market: Market) -> Tried:
+    user, manifest = market.crowd.one(), market.manifest
+    with market.channel(user) as channel:
+        exact = Session(channel, user, manifest)
+        call_all(exact, manifest)
+        audit = Session(channel, user, manifest, "audit")
+        audit.draw(PROMPTS, 3, AUDIT_ROWS)
+        return Tried(user, exact.close(), audit.close())
+
+
+def fetch(market: Market, tried: Tried, mode: str, tamper: Tamper = lambda answer: answer) -> Evidence:
+    with channel_to(market.contribution, market.manifest, tried.user, Tampering) as channel:
+        channel.tamper = tamper
+        return fetch_evidence(channel, market.manifest, getattr(tried, mode))
+
+
+def check(market: Market, evidence: Evidence) -> None:
+    """Verify with Ray and without: both must find the same."""
+    faults = []
+    for verify in (
+        lambda: verify_named(evidence.claims(market.manifest)),
+        lambda: verify_evidence(evidence, market.manifest),
+    ):
+        try:
+            verify()
+        except ParisError as error:
+            faults.append((type(error), str(error)))
+    assert len(set(faults)) <= 1 and len(faults) in (0, 2)
+    if faults:
+        raise VerificationError(faults[0][1])
+
+
+@pytest.mark.parametrize("mode", ["exact", "audit"])
+def test_honest_evidence_is_accepted(
+    market: Market, tried: Tried, mode: str, tmp_path: Path
+) -> None:
+    progress: list[tuple[int, int]] = []
+    evidence = fetch(market, tried, mode)
+    check(market, evidence)
+    verify_evidence(evidence, market.manifest, lambda *done: progress.append(done))
+    assert progress[-1] == (len(TARGETS), len(TARGETS))
+    rows = 6 if mode == "exact" else AUDIT_ROWS
+    assert {len(x) for x, _ in evidence.rows.values()} == {rows}
+    evidence.closed.save(tmp_path)
+    save_evidence(evidence, tmp_path)
+    loaded = load_evidence(ClosedSession.load(tmp_path), tmp_path)
+    assert loaded.digest == evidence.digest
+    check(market, loaded)
+
+
+def without(answer: Message, number: int) -> Message:
+    """Return evidence that lacks one module, the others being whole."""
+    names = list(answer.fields["modules"])
+    kept = [i for i in range(len(names)) if i != number]
+    tensors = {}
+    for new, old in enumerate(kept):
+        own = {k: v for k, v in answer.tensors.items() if k.startswith(f"{old}.")}
+        tensors |= {f"{new}.{k.partition('.')[2]}": v for k, v in own.items()}
+    return Message(answer.kind, {"modules": [names[i] for i in kept]}, tensors)
+
+
+def named(answer: Message, names: list[Any]) -> Message:
+    return Message(answer.kind, {"modules": names}, answer.tensors)
+
+
+def changed(answer: Message, **tensors: Any) -> Message:
+    """Return evidence with other tensors for its first module; None removes one."""
+    new = dict(answer.tensors) | {f"0.{name}": value for name, value in tensors.items()}
+    return Message(answer.kind, answer.fields, {k: v for k, v in new.items() if v is not None})
+
+
+INCOMPLETE: dict[str, Tamper] = {
+    "a missing module": lambda a: without(a, 1),
+    "no module": lambda a: Message(a.kind, {"modules": []}),
+    "no list": lambda a: Message(a.kind, {}),
+    "a number for a list": lambda a: Message(a.kind, {"modules": 3}),
+    "an extra module": lambda a: named(a, [*a.fields["modules"], "layers.9.attn.in_proj"]),
+    "a module twice": lambda a: named(a, [*a.fields["modules"], a.fields["modules"][0]]),
+    "one for another": lambda a: named(a, [a.fields["modules"][0], *a.fields["modules"][:-1]]),
+    "numbers for names": lambda a: named(a, [0, 1, 2, 3]),
+    "lists for names": lambda a: named(a, [[], {}, None, True]),
+}
+
+
+@pytest.mark.parametrize("mode", ["exact", "audit"])
+@pytest.mark.parametrize("tamper", INCOMPLETE.values(), ids=INCOMPLETE)
+def test_evidence_for_other_modules_is_refused(
+    market: Market, tried: Tried, tamper: Tamper, mode: str
+) -> None:
+    with pytest.raises(VerificationError, match="proofs must be of the 4 modules"):
+        fetch(market, tried, mode, tamper)
+
+
+def test_evidence_without_a_tensor_is_refused(market: Market, tried: Tried) -> None:
+    for mode, names in (("exact", ["proof"]), ("audit", ["proof", "x", "y", "places", "paths"])):
+        for name in names:
+            for value in (None, np.zeros(3, np.float32)):
+                with pytest.raises(ProtocolError, match=f"0.{name}"):
+                    fetch(market, tried, mode, lambda a, n=name, v=value: changed(a, **{n: v}))
+
+
+def test_a_part_left_out_of_evidence_is_found_before_anything_is_verified(
+    market: Market, tried: Tried
+) -> None:
+    evidence = fetch(market, tried, "exact")
+    name, *others = evidence.proofs
+    x, y = evidence.rows[name]
+    fewer = {name: (x[:-1], y[:-1])}
+    for bad, match in (
+        (replace(evidence, proofs={}), "proofs must be"),
+        (replace(evidence, rows={}), "rows must be"),
+        (replace(evidence, proofs={k: evidence.proofs[k] for k in others}), name),
+        (replace(evidence, proofs=evidence.proofs | {"extra": b""}), "extra"),
+        (replace(evidence, rows=evidence.rows | fewer), f"{name}: 5 rows are proved, 6 must be"),
+        (replace(evidence, rows=evidence.rows | {name: (x[:0], y[:0])}), f"{name}: 0 rows"),
+        (
+            replace(evidence, rows=evidence.rows | {name: (np.repeat(x, 2, 0), np.repeat(y, 2, 0))}),
+            f"{name}: 12 rows",
+        ),
+    ):
+        with pytest.raises(VerificationError, match=match):
+            check(market, bad)
+
+
+def test_proofs_of_something_else_are_refused(market: Market, tried: Tried) -> None:
+    """Of another module, session, root, nonce or rows; and one bad proof names its module."""
+    evidence, audit = fetch(market, tried, "exact"), fetch(market, tried, "audit")
+    with market.channel(tried.user) as channel:
+        again = Session(channel, tried.user, market.manifest)
+        call_all(again, market.manifest)  # the very same questions
+        other = fetch_evidence(channel, market.manifest, again.close())
+    check(market, other)
+    first, second, *_ = names = list(evidence.proofs)
+    everything = ".*".join(map(str, names))
+    proofs, closed = evidence.proofs, evidence.closed
+    for bad, blamed in (
+        (replace(evidence, proofs=other.proofs), everything),
+        (replace(evidence, proofs=audit.proofs), everything),
+        (replace(evidence, closed=replace(closed, nonce_v=new_nonce())), everything),
+        (replace(evidence, closed=replace(closed, sid=other.closed.sid)), everything),
+        (replace(evidence, closed=replace(closed, by_user=other.closed.by_user)), everything),
+        (replace(evidence, proofs=proofs | {first: other.proofs[first]}), f"of {first} does"),
+        (replace(evidence, proofs=proofs | {second: proofs[second][:-1]}), f"^{second}: "),
+        (replace(evidence, proofs=proofs | {second: b""}), f"^{second}: "),
+        (replace(evidence, proofs=proofs | {second: proofs[first]}), second),
+    ):
+        with pytest.raises(VerificationError, match=blamed):
+            check(market, bad)
+    x, y = evidence.rows[second]
+    for rows in ((x[::-1].copy(), y), (x, y + (np.arange(y.size) == 7).reshape(y.shape))):
+        with pytest.raises(VerificationError, match=f"of {second} does not hold"):
+            check(market, replace(evidence, rows=evidence.rows | {second: rows}))
+
+
+def shifted(tensor: Any, place: Any, by: int = 1) -> Any:
+    moved = tensor.copy()
+    moved[place] += by
+    return moved
+
+
+OPENED: dict[str, Tamper] = {
+    "an input": lambda a: changed(a, x=shifted(a.tensors["0.x"], (4, 3))),
+    "an output": lambda a: changed(a, y=shifted(a.tensors["0.y"], (4, 3))),
+    "an exponent": lambda a: changed(a, places=shifted(a.tensors["0.places"], (4, 1))),
+    "a call": lambda a: changed(a, places=shifted(a.tensors["0.places"], (4, 0))),
+    "a longer path": lambda a: changed(a, places=shifted(a.tensors["0.places"], (4, 2))),
+    "a shorter path": lambda a: changed(a, places=shifted(a.tensors["0.places"], (4, 2), -1)),
+    "a negative path": lambda a: changed(a, places=shifted(a.tensors["0.places"], (4, 2), -99)),
+    "a huge path": lambda a: changed(a, places=shifted(a.tensors["0.places"], (4, 2), 2**62)),
+    "a huge call": lambda a: changed(a, places=shifted(a.tensors["0.places"], (4, 0), 2**62)),
+    "a node": lambda a: changed(a, paths=a.tensors["0.paths"] ^ np.uint8(1)),
+    "no path": lambda a: changed(a, paths=a.tensors["0.paths"][:0]),
+    "other rows": lambda a: changed(a, x=a.tensors["0.x"][::-1].copy()),
+    "rows of another module": lambda a: changed(a, x=a.tensors["1.x"], y=a.tensors["1.y"]),
+    "fewer rows": lambda a: changed(a, x=a.tensors["0.x"][1:]),
+    "fewer rows and places": lambda a: changed(
+        a, **{n: a.tensors[f"0.{n}"][1:] for n in ("x", "y", "places")}
+    ),
+    "more rows": lambda a: changed(a, y=np.repeat(a.tensors["0.y"], 2, 0)),
+    "two places": lambda a: changed(a, places=a.tensors["0.places"][:, :2].copy()),
+    "a flat x": lambda a: changed(a, x=a.tensors["0.x"].ravel()),
+    "a flat y": lambda a: changed(a, y=a.tensors["0.y"][:, 0].copy()),
+    "flat places": lambda a: changed(a, places=a.tensors["0.places"].ravel()),
+    "a flat path": lambda a: changed(a, paths=a.tensors["0.paths"].ravel()),
+    "x that is one number": lambda a: changed(a, x=np.array(1, np.int16)),
+    "y that is one number": lambda a: changed(a, y=np.array(1, np.int64)),
+    "places that are one number": lambda a: changed(a, places=np.array(1, np.int64)),
+    "paths that are one number": lambda a: changed(a, paths=np.array(1, np.uint8)),
+    "deep paths": lambda a: changed(a, paths=a.tensors["0.paths"].reshape(-1, 2, 16)),
+}
+
+
+@pytest.mark.parametrize("tamper", OPENED.values(), ids=OPENED)
+def test_an_opened_row_that_is_not_in_the_signed_log_is_refused(
+    market: Market, tried: Tried, tamper: Tamper
+) -> None:
+    with pytest.raises(ParisError):
+        check(market, fetch(market, tried, "audit", tamper))
+
+
+@pytest.mark.parametrize(
+    "progress", [{}, {"done": 1}, {"done": "1", "total": 4}, {"done": True, "total": 4}]
+)
+def test_progress_that_is_no_progress_is_refused(
+    market: Market, tried: Tried, progress: dict[str, Any]
+) -> None:
+    with pytest.raises(ProtocolError, match="two numbers"):
+        fetch(market, tried, "exact", lambda answer: Message("proving", progress))
+
+
+def test_the_nonce_of_a_session_is_fixed_by_its_first_use(market: Market, tried: Tried) -> None:
+    fetch(market, tried, "exact")
+    changed = replace(tried, exact=replace(tried.exact, nonce_v=new_nonce()))
+    with pytest.raises(ProtocolError, match="is CHALLENGED, not CLOSED"):
+        fetch(market, changed, "exact")
+    check(market, fetch(market, tried, "exact"))
+
+
+def test_what_the_contributor_draws_is_checked(market: Market, user: Identity) -> None:
+    bad = {
+        "no pictures": lambda a: Message(a.kind, a.fields),
+        "one picture": lambda a: Message(a.kind, a.fields, {"pictures": a.tensors["pictures"][:1]}),
+        "grey": lambda a: Message(
+            a.kind, a.fields, {"pictures": a.tensors["pictures"][..., :1].copy()}
+        ),
+        "empty": lambda a: Message(
+            a.kind, a.fields, {"pictures": a.tensors["pictures"][:, :0].copy()}
+        ),
+        "no rows": lambda a: Message(a.kind, {"root": a.fields["root"]}, a.tensors),
+        "rows": lambda a: Message(
+            a.kind, dict(a.fields) | {"rows": {"layers.9": 3}}, a.tensors
+        ),
+        "negative rows": lambda a: Message(
+            a.kind, dict(a.fields) | {"rows": dict.fromkeys(a.fields["rows"], -1)}, a.tensors
+        ),
+        "no root": lambda a: Message(a.kind, dict(a.fields) | {"root": None}, a.tensors),
+    }
+    with channel_to(market.contribution, market.manifest, user, Tampering) as channel:
+        channel.tamper = lambda answer: answer
+        session = Session(channel, user, market.manifest, "audit")
+        for name, tamper in bad.items():
+            channel.tamper = lambda a, t=tamper: t(a) if a.kind == "drawn" else a
+            with pytest.raises(ProtocolError):
+                session.draw(PROMPTS, 0, 1)
+                assert name == "no root", "this is found when the log is closed"
+                session.close()
+
+
+# Sessions
+
+
+def test_a_module_that_was_never_called_stays_unproved(
+    market: Market, session: Session, channel: Channel
+) -> None:
+    with pytest.raises(VerificationError, match=r"layers\.0\.attn\.in_proj was never tried"):
+        session.close()
+    *most, last = market.manifest.terms
+    for name in most:
+        session.evaluate(name, rows_for(market.manifest, name, 1), 0)
+    with pytest.raises(VerificationError, match=f"{last} was never tried"):
+        session.close()
+    # The contributor would close it; the evidence of such a session is refused as well.
+    session.evaluate(last, rows_for(market.manifest, last, 1), 0)
+    evidence = session.verify()
+    statement = dict(evidence.closed.by_user.document)
+    statement["rows"] = {k: v for k, v in statement["rows"].items() if k != last}
+    partial = replace(evidence.closed.by_user, document=statement)
+    with pytest.raises(VerificationError, match=f"{last}: 1 rows are proved, 0 must be"):
+        replace(evidence, closed=replace(evidence.closed, by_user=partial)).claims(market.manifest)
+
+
+def test_an_audit_without_a_drawing_is_not_closed(
+    market: Market, channel: Channel, user: Identity
+) -> None:
+    audit = Session(channel, user, market.manifest, "audit")
+    with pytest.raises(VerificationError, match="nothing was drawn"):
+        audit.close()
+    name = next(iter(market.manifest.terms))
+    with pytest.raises(ProtocolError, match="audit mode"):
+        audit.evaluate(name, rows_for(market.manifest, name, 1), 0)
+
+
+def test_a_session_goes_on_over_a_new_connection(
+    market: Market, session: Session, channel: Channel
+) -> None:
+    manifest, before = market.manifest, market.rows_left()
+    for i, name in enumerate(manifest.terms):
+        x = rows_for(manifest, name, 2)
+        first = session.evaluate(name, x, 3)
+        channel.close()
+        call = {"session": session.sid, "seq": i, "module": name, "exponent": 3}
+        for _ in range(2):  # the answer was lost: asked again, paid once
+            assert np.array_equal(channel.request("call", call, {"x": x}).tensors["y"], first)
+    channel.close()
+    session.verify()
+    after = market.rows_left()
+    assert {name: before[name] - after[name] for name in before} == dict.fromkeys(before, 2)
+
+
+def test_the_same_nonce_returns_to_the_same_session(
+    market: Market, session: Session, channel: Channel, user: Identity
+) -> None:
+    again = Session(channel, user, market.manifest, "exact", session.nonce_u)
+    assert (again.sid, again.nonce_c) == (session.sid, session.nonce_c)
+    assert Session(channel, user, market.manifest).sid != session.sid
+    with pytest.raises(ProtocolError, match="it was opened as exact"):
+        Session(channel, user, market.manifest, "audit", session.nonce_u)
+    stranger = market.crowd.one()
+    with market.channel(stranger) as other:  # a nonce is not a secret: it gives nobody a session
+        theirs = Session(other, stranger, market.manifest, "exact", session.nonce_u)
+    assert theirs.sid != session.sid
+
+
+def test_a_gap_is_refused_and_other_bytes_end_the_session(
+    market: Market, session: Session, channel: Channel
+) -> None:
+    name = next(iter(market.manifest.terms))
+    x = rows_for(market.manifest, name, 2)
+
+    def call(seq: int, x: Int16 = x, exponent: int = 3, module: str = name) -> Any:
+        fields = {"session": session.sid, "seq": seq, "module": module, "exponent": exponent}
+        return channel.request("call", fields, {"x": x}).tensors["y"]
+
+    for seq in (1, 7, -1, 2**31):
+        with pytest.raises(ProtocolError, match=f"seq={seq} is not allowed"):
+            call(seq)
+    call(0)
+    with pytest.raises(ProtocolError, match="seq=2 is not allowed: the next call is 1"):
+        call(2)
+    call(1)
+    with pytest.raises(ProtocolError, match="call 0 was sent again with other content"):
+        call(0, exponent=4)
+    for seq in (0, 1, 2):
+        with pytest.raises(ProtocolError, match="is ENDED"):
+            call(seq)
+    with pytest.raises(ProtocolError):
+        channel.request("prove", {"session": session.sid, "nonce_v": new_nonce()})
+
+
+def test_another_users_session_does_not_exist(
+    market: Market, session: Session, channel: Channel, user: Identity
+) -> None:
+    call_all(session, market.manifest, 1)
+    name = next(iter(market.manifest.terms))
+    thief = market.crowd.one()
+    statement = closing_statement(session.sid, market.manifest.adapter_id, session.transcript)
+    mine = {"session": session.sid}
+    by_thief = SignedDocument.sign("close", statement, thief).to_json()
+    by_user = SignedDocument.sign("close", statement, user).to_json()
+    call = {"seq": len(session.transcript.calls), "module": name, "exponent": 0}
+    draw = {"prompts": ["a"], "seed": 0, "audit_rows": 1}
+    with market.channel(thief) as other:
+        for kind, fields, tensors in (
+            ("call", mine | call, {"x": rows_for(market.manifest, name, 1)}),
+            ("draw", mine | draw, {}),
+            ("close", mine | {"statement": by_thief}, {}),
+            ("close", mine | {"statement": by_user}, {}),
+            ("prove", mine | {"nonce_v": new_nonce()}, {}),
+            ("release", mine, {}),
+        ):
+            with pytest.raises(ProtocolError, match="does not exist for user"):
+                other.request(kind, fields, tensors)
+    session.verify()  # untouched
+
+
+def test_a_session_ends_where_the_parties_disagree(
+    market: Market, session: Session, channel: Channel, user: Identity
+) -> None:
+    """A user who claims other rows than were answered gets no signature, and no proof."""
+    call_all(session, market.manifest, 1)
+    adapter_id, mine = market.manifest.adapter_id, {"session": session.sid}
+    honest = closing_statement(session.sid, adapter_id, session.transcript)
+    shorter = Transcript(session.transcript.calls[:-1])
+    for wrong in (
+        closing_statement(session.sid, adapter_id, shorter),
+        honest | {"root": "0" * 64},
+        honest | {"mode": "audit"},
+        honest | {"adapter_id": "0" * 64},
+        {k: v for k, v in honest.items() if k != "rows"},
+    ):
+        signed = SignedDocument.sign("close", wrong, user).to_json()
+        with pytest.raises(ProtocolError, match="differ from the journal"):
+            channel.request("close", mine | {"statement": signed})
+    for malformed in ({}, {"kind": "close"}, SignedDocument.sign("other", honest, user).to_json()):
+        with pytest.raises(ParisError):
+            channel.request("close", mine | {"statement": malformed})
+    with pytest.raises(ProtocolError, match="is OPEN, not CLOSED"):
+        channel.request("prove", mine | {"nonce_v": new_nonce()})
+    with pytest.raises(TradeError, match="nothing is for sale"):
+        channel.request("release", mine)
+    session.verify()
+
+
+DIGEST = "0" * 64
+OPEN = {"adapter_id": DIGEST, "nonce_u": DIGEST, "mode": "exact"}
+CALL = {"session": DIGEST, "seq": 0, "module": "a", "exponent": 0}
+DRAW = {"session": DIGEST, "prompts": ["a"], "seed": 0, "audit_rows": 1}
+MALFORMED: dict[str, tuple[str, dict[str, Any]]] = {
+    "another adapter": ("open", OPEN),
+    "an unknown mode": ("open", OPEN | {"mode": "free"}),
+    "a short nonce": ("open", OPEN | {"nonce_u": "00"}),
+    "a nonce with a new line": ("open", OPEN | {"nonce_u": DIGEST + "\n"}),
+    "a list for a nonce": ("open", OPEN | {"nonce_u": [DIGEST]}),
+    "an extra field": ("open", OPEN | {"admin": True}),
+    "nothing": ("open", {}),
+    "no session": ("call", CALL),
+    "a number for a session": ("call", CALL | {"session": 7}),
+    "a text for a number": ("call", CALL | {"seq": "0"}),
+    "a fraction": ("call", CALL | {"seq": 0.5}),
+    "a truth value": ("call", CALL | {"seq": True}),
+    "a number of 400 digits": ("call", CALL | {"seq": 10**400}),
+    "a huge exponent": ("call", CALL | {"exponent": 2**70}),
+    "a missing module": ("call", {k: v for k, v in CALL.items() if k != "module"}),
+    "a list for a module": ("call", CALL | {"module": ["a"]}),
+    "a module like SQL": ("call", CALL | {"module": "a'; DROP TABLE budgets; --"}),
+    "no prompts": ("draw", DRAW | {"prompts": []}),
+    "eleven prompts": ("draw", DRAW | {"prompts": ["a"] * 11}),
+    "a long prompt": ("draw", DRAW | {"prompts": ["a" * 1001]}),
+    "a text for prompts": ("draw", DRAW | {"prompts": "a"}),
+    "a number for a prompt": ("draw", DRAW | {"prompts": [1]}),
+    "a negative seed": ("draw", DRAW | {"seed": -1}),
+    "a huge seed": ("draw", DRAW | {"seed": 2**63}),
+    "no audit": ("draw", DRAW | {"audit_rows": 0}),
+    "too many steps": ("draw", DRAW | {"num_inference_steps": 1001}),
+    "no steps": ("draw", DRAW | {"num_inference_steps": 0}),
+    "too much guidance": ("draw", DRAW | {"guidance_scale": 1e300}),
+    "a long routing": ("draw", DRAW | {"routing": "x" * 41}),
+    "an unknown option": ("draw", DRAW | {"lora": "audited"}),
+    "a list for a statement": ("close", {"session": DIGEST, "statement": []}),
+    "a deep statement": ("close", {"session": DIGEST, "statement": {"a": {"b": [{}] * 99}}}),
+    "a bad nonce": ("prove", {"session": DIGEST, "nonce_v": "x" * 64}),
+    "an unknown request": ("shutdown", {}),
+    "a private method": ("_prove_all", {}),
+    "an empty kind": ("", {}),
+    "a long kind": ("x" * 5000, {}),
+}
+
+
+@pytest.mark.parametrize(("kind", "fields"), MALFORMED.values(), ids=MALFORMED)
+def test_malformed_requests_are_refused(
+    channel: Channel, kind: str, fields: dict[str, Any]
+) -> None:
+    with pytest.raises(ParisError) as refused:
+        channel.request(kind, fields)
+    assert "internal error" not in str(refused.value)
+    assert len(str(refused.value)) < 2100
+
+
+def test_rows_of_another_shape_or_type_are_refused(
+    market: Market, session: Session, channel: Channel
+) -> None:
+    name, d_in = "layers.0.attn.in_proj", 16
+    call = {"session": session.sid, "seq": 0, "module": name, "exponent": 0}
+    before = market.rows_left()
+    for tensors in (
+        {},
+        {"x": np.zeros((2, d_in + 1), np.int16)},
+        {"x": np.zeros((2, d_in), np.int64)},
+        {"x": np.zeros((2, d_in), np.float32)},
+        {"x": np.zeros(d_in, np.int16)},
+        {"x": np.zeros((0, d_in), np.int16)},
+        {"x": np.zeros((2, 2, d_in), np.int16)},
+        {"x": np.array(1, np.int16)},
+        {"x": np.full((2, d_in), -(2**15), np.int16)} if d_in == 0 else {"x": np.zeros((4097, d_in), np.int16)},
+        {"y": np.zeros((2, d_in), np.int16)},
+    ):
+        with pytest.raises(ParisError) as refused:
+            channel.request("call", call, tensors)
+        assert "internal error" not in str(refused.value)
+    with pytest.raises(ProtocolError, match="the adapter has none"):
+        channel.request("call", call | {"module": "no"}, {"x": np.zeros((2, d_in), np.int16)})
+    assert market.rows_left() == before
+    lowest = np.full((1, d_in), -(2**15), np.int16)  # int16's own extremes are fine
+    assert session.evaluate(name, lowest, 0).shape == (1, 48)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"routing": "nonsense"}, {"routing": "top-9"}, {"routing": "threshold:nan"}, {"routing": ""}],
+    ids=str,
+)
+def test_a_drawing_that_cannot_be_made_costs_nothing(
+    market: Market, channel: Channel, user: Identity, options: dict[str, Any]
+) -> None:
+    before = market.rows_left()
+    session = Session(channel, user, market.manifest, "audit")
+    with pytest.raises(ParisError) as refused:
+        session.draw(PROMPTS, 0, 2, **options)
+    assert "internal error" not in str(refused.value)
+    assert market.rows_left() == before
+
+
+def test_drawings_at_the_edges_of_what_is_allowed(
+    market: Market, channel: Channel, user: Identity
+) -> None:
+    session = Session(channel, user, market.manifest, "audit")
+    everything = 2**50
+    with pytest.raises(BudgetError, match=f"{everything} are asked for"):
+        session.draw(PROMPTS, 0, everything)
+    options: dict[str, Any] = {"num_inference_steps": 1, "routing": "full", "guidance_scale": 0.0}
+    drawn = session.draw(["a" * 1000], 2**63 - 1, 3, **options)
+    assert drawn.pictures.shape == (1, 32, 32, 3)
+    again = session.draw(["a" * 1000], 2**63 - 1, 3, **options)  # the answer was lost
+    assert np.array_equal(again.pictures, drawn.pictures) and again.log == drawn.log
+    with pytest.raises(ProtocolError, match="paid for other rows or another drawing"):
+        session.draw(["another"], 0, 3)
+    evidence = session.verify()
+    assert {len(x) for x, _ in evidence.rows.values()} == {3}
+
+
+def test_a_drawing_without_the_adapted_expert_is_never_proved(
+    market: Market, channel: Channel, user: Identity
+) -> None:
+    """With one expert a step, some pictures do without the adapter."""
+    session = Session(channel, user, market.manifest, "audit")
+    for seed in range(4):
+        session = Session(channel, user, market.manifest, "audit")
+        try:
+            session.draw(["a red cat"], seed, 1, num_inference_steps=1, routing="top-1")
+        except ParisError as error:
+            assert "internal error" not in str(error)
+            assert "adapter" in str(error) or "empty" in str(error)
+
+
+# Who may connect
+
+
+def test_strangers_and_impostors_are_refused(market: Market, user: Identity, tmp_path: Path) -> None:
+    stranger, impostor = Identity.create(tmp_path / "s"), Identity.create(tmp_path / "i")
+    address, pinned = market.contribution.address, market.manifest.contributor_certificate
+    with Channel(stranger, address, pinned, attempts=1) as channel, pytest.raises(ProtocolError):
+        Session(channel, stranger, market.manifest)
+    with (
+        Channel(user, address, impostor.certificate) as channel,
+        pytest.raises(ProtocolError, match="is not the pinned server"),
+    ):
+        channel.connect()
+    with serve(impostor, "127.0.0.1", 0, [user.certificate], lambda peer, message: message) as fake:
+        trial = market.trial(user, tmp_path / "out", peer=fake.address)
+        with pytest.raises(ProtocolError, match="is not the pinned server"):
+            Buyer(trial).run()
+
+
+def test_an_offer_that_cannot_be_served_is_an_error_for_people(market: Market) -> None:
+    taken = replace(market.service, port=market.contribution.address[1], escrow=None)
+    with pytest.raises(ConfigError, match="cannot be listened on"):
+        Contribution(taken)
+
+
+# Contributors who cheat
+
+
+class Swindler:
+    """A contributor without Ray who answers and proves with what it likes.
+
+    Args:
+        manifest: What the user pinned.
+        openings: What it answers and proves with.
+        identity: Its own.
+        released: What it does when the price is locked.
+        tamper: Applied to each of its answers.
+    """
+
+    def __init__(
+        self,
+        manifest: AdapterManifest,
+        openings: Mapping[str, ModuleOpening],
+        identity: Identity,
+        released: Callable[[str], object] = lambda sid: None,
+        tamper: Tamper = lambda answer: answer,
+    ) -> None:
+        self.manifest, self.openings, self.identity = manifest, openings, identity
+        self.released, self.tamper = released, tamper
+        self.transcript, self.nonce_c = Transcript(), new_nonce()
+        self.root = ""
+
+    def __call__(self, peer: Peer, request: Message) -> Message:
+        return self.tamper(getattr(self, request.kind)(request))
+
+    def open(self, request: Message) -> Message:
+        left = dict.fromkeys(self.manifest.terms, BUDGET)
+        return Message("opened", {"nonce_c": self.nonce_c, "rows_left": left})
+
+    def call(self, request: Message) -> Message:
+        fields, x = request.fields, request.tensors["x"]
+        y = evaluate(self.openings[fields["module"]].module, x)
+        from paris_ray.zklora.transcript import Call
+
+        self.transcript.append(Call(fields["seq"], fields["module"], fields["exponent"], x, y))
+        return Message("answer", tensors={"y": y})
+
+    def close(self, request: Message) -> Message:
+        sid = request.fields["session"]
+        self.root = self.transcript.root
+        statement = closing_statement(sid, self.manifest.adapter_id, self.transcript)
+        signed = SignedDocument.sign("close", statement, self.identity)
+        return Message("closed", {"statement": signed.to_json()})
+
+    def prove(self, request: Message) -> Message:
+        fields, proofs = request.fields, {}
+        for i, name in enumerate(self.manifest.terms):
+            names = (self.manifest.adapter_id, fields["session"], self.root, name)
+            context = proof_context(*names, fields["nonce_v"])
+            proof = prove(self.openings[name], *self.transcript.rows(name), context)
+            proofs[f"{i}.proof"] = np.frombuffer(proof, np.uint8)
+        return Message("evidence", {"modules": list(self.manifest.terms)}, proofs)
+
+    def release(self, request: Message) -> Message:
+        self.released(request.fields["session"])
+        return Message("released", {})
+
+
+NAMES = ("first", "second", "third")
+
+
+def random_openings(seed: int, d_in: int = 12, d_out: int = 10) -> dict[str, ModuleOpening]:
+    rng = np.random.default_rng(seed)
+
+    def module() -> QuantisedModule:
+        a = rng.integers(-(2**15) + 1, 2**15, (d_in, 2), np.int16)
+        return QuantisedModule(a, rng.integers(-999, 999, (2, d_out), np.int16), 12, 12)
+
+    return {name: commit(module())[1] for name in NAMES}
+
+
+@dataclass(frozen=True)
+class Stall:
+    """A seller with integers, before it decides how honest it is."""
+
+    seller: Identity
+    buyer: Identity
+    notary: Identity
+    openings: dict[str, ModuleOpening]
+    sealed: bytes
+    key: bytes
+    manifest: AdapterManifest
+
+    @contextlib.contextmanager
+    def session(self, swindler: Swindler) -> Iterator[tuple[Channel, Session]]:
+        """Call every module of a contributor who may cheat."""
+        with serve(self.seller, "127.0.0.1", 0, [self.buyer.certificate], swindler) as server:
+            certificate = self.seller.certificate
+            with Channel(self.buyer, server.address, certificate, timeout=20) as channel:
+                session = Session(channel, self.buyer, self.manifest)
+                call_all(session, self.manifest)
+                yield channel, session
+
+
+def make_stall(
+    root: Path, *, price: int = PRICE, delivered: Mapping[str, ModuleOpening] | None = None
+) -> Stall:
+    """Return a stall whose envelope holds the committed weights, or others."""
+    seller, buyer, notary = (Identity.create(root / name) for name in ("seller", "buyer", "notary"))
+    openings = random_openings(0)
+    sealed, key = seal(delivered or openings)
+    manifest = build_manifest(
+        openings,
+        LoRAConfig(r=2, lora_alpha=4),
+        base=Base("c" * 64, None, None),
+        adapter="stall",
+        price=price,
+        budget_rows=BUDGET,
+        sealed=sealed,
+        key=key,
+        contributor_certificate=seller.certificate,
+        escrow_certificate=notary.certificate,
+    )
+    return Stall(seller, buyer, notary, openings, sealed, key, manifest)
+
+
+@pytest.fixture
+def stall(tmp_path: Path) -> Stall:
+    return make_stall(tmp_path)
+
+
+def test_a_contributor_without_ray_can_be_honest(stall: Stall) -> None:
+    with stall.session(Swindler(stall.manifest, stall.openings, stall.seller)) as (_, session):
+        assert session.verify().proofs.keys() == set(NAMES)
+
+
+def test_other_weights_than_the_committed_ones_are_found(stall: Stall) -> None:
+    """The very same numbers under other blinders are others too: only the committed can prove."""
+    module = stall.openings["second"].module
+    a = module.a.copy()
+    a[3, 1] += 1
+    almost = commit(replace(module, a=a))[1]
+    unblinded = commit(module)[1]
+    stolen = ModuleOpening(almost.module, *blinders(stall.openings["second"]))
+    for wrong in (random_openings(1)["second"], almost, unblinded, stolen):
+        openings = stall.openings | {"second": wrong}
+        with stall.session(Swindler(stall.manifest, openings, stall.seller)) as (_, session):
+            with pytest.raises(VerificationError, match="the proof of second does not hold"):
+                session.verify()
+    everything = random_openings(1)
+    with stall.session(Swindler(stall.manifest, everything, stall.seller)) as (_, session):
+        with pytest.raises(VerificationError, match="first, second, third"):
+            session.verify()
+
+
+def blinders(opening: ModuleOpening) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    return opening.blinders_a, opening.blinders_b
+
+
+def test_a_proof_of_one_module_for_another_is_found(stall: Stall) -> None:
+    def swap(answer: Message) -> Message:
+        if answer.kind != "evidence":
+            return answer
+        t = answer.tensors
+        return Message(
+            answer.kind, answer.fields, dict(t) | {"0.proof": t["1.proof"], "1.proof": t["0.proof"]}
+        )
+
+    swindler = Swindler(stall.manifest, stall.openings, stall.seller, tamper=swap)
+    with stall.session(swindler) as (_, session):
+        with pytest.raises(VerificationError, match="of first, second does not hold"):
+            session.verify()
+
+
+def test_a_contributor_who_signs_another_log_is_refused(stall: Stall) -> None:
+    thief = Identity.create(stall.seller.folder.parent / "thief")
+
+    def sign(signer: Identity, **changes: Any) -> Tamper:
+        def tamper(answer: Message) -> Message:
+            if answer.kind != "closed":
+                return answer
+            statement = dict(answer.fields["statement"]["document"]) | changes
+            signed = SignedDocument.sign("close", statement, signer).to_json()
+            return Message("closed", {"statement": signed})
+
+        return tamper
+
+    seller = stall.seller
+    for tamper in (
+        sign(seller, root="0" * 64),
+        sign(seller, rows={}),
+        sign(seller, session="0" * 64),
+        sign(thief),
+        lambda answer: Message(answer.kind) if answer.kind == "closed" else answer,
+    ):
+        swindler = Swindler(stall.manifest, stall.openings, seller, tamper=tamper)
+        with stall.session(swindler) as (_, session), pytest.raises(ParisError):
+            session.close()
+
+
+def test_answers_of_another_shape_are_refused(stall: Stall) -> None:
+    for y in (
+        np.zeros((3, 11), np.int64),
+        np.zeros((2, 10), np.int64),
+        np.zeros((3, 10), np.int16),
+        np.zeros(30, np.int64),
+        np.array(0, np.int64),
+    ):
+        tamper = lambda a, y=y: Message(a.kind, {}, {"y": y}) if a.kind == "answer" else a  # noqa: E731
+        swindler = Swindler(stall.manifest, stall.openings, stall.seller, tamper=tamper)
+        with pytest.raises(ProtocolError), stall.session(swindler):
+            pass
+
+
+def test_an_opening_that_is_none_is_refused(stall: Stall) -> None:
+    for fields in (
+        {},
+        {"nonce_c": 5, "rows_left": {}},
+        {"nonce_c": "0" * 63, "rows_left": {}},
+        {"nonce_c": "0" * 64, "rows_left": []},
+        {"nonce_c": "0" * 64, "rows_left": {"first": "9"}},
+        {"nonce_c": "0" * 64, "rows_left": {"fourth": 9}},
+    ):
+        tamper = lambda a, f=fields: Message("opened", f) if a.kind == "opened" else a  # noqa: E731
+        swindler = Swindler(stall.manifest, stall.openings, stall.seller, tamper=tamper)
+        with pytest.raises(ProtocolError), stall.session(swindler):
+            pass
+
+
+# Trades that end without weights
+
+
+@contextlib.contextmanager
+def trade(
+    stall: Stall, root: Path, release: Callable[[EscrowClient, str], object], **options: Any
+) -> Iterator[tuple[EscrowClient, Channel, Evidence]]:
+    """List the adapter, and verify a session with a seller who releases as it likes."""
+    parties = [stall.seller, stall.buyer]
+    with escrow_service(root, stall.notary, parties, **options) as (_, escrow):
+        seller, buyer = (
+            EscrowClient(party, escrow.address, stall.notary.certificate) for party in parties
+        )
+        swindler = Swindler(
+            stall.manifest, stall.openings, stall.seller, lambda sid: release(seller, sid)
+        )
+        with seller, buyer, stall.session(swindler) as (channel, session):
+            seller.list_adapter(stall.manifest.sign(stall.seller), stall.sealed)
+            yield buyer, channel, session.verify()
+
+
+def test_a_trade_with_an_honest_seller(stall: Stall, tmp_path: Path) -> None:
+    with trade(
+        stall, tmp_path, lambda escrow, sid: escrow.deposit_key(sid, stall.key)
+    ) as (buyer, channel, evidence):
+        assert buy(buyer, channel, stall.manifest, evidence) == (stall.sealed, stall.key)
+        assert buy(buyer, channel, stall.manifest, evidence) == (stall.sealed, stall.key)
+        assert buyer.balance() == OPENING_BALANCE - PRICE
+
+
+def test_a_price_that_the_buyer_cannot_pay(tmp_path: Path) -> None:
+    stall = make_stall(tmp_path, price=OPENING_BALANCE + 1)
+    with trade(
+        stall, tmp_path, lambda escrow, sid: escrow.deposit_key(sid, stall.key)
+    ) as (buyer, channel, evidence):
+        with pytest.raises(TradeError, match="the balance is 1000"):
+            buy(buyer, channel, stall.manifest, evidence)
+        assert buyer.trade(evidence.closed.sid).state is State.VERIFIED
+        assert buyer.balance() == OPENING_BALANCE
+        with pytest.raises(TradeError):
+            buyer.key(evidence.closed.sid)
+
+
+def test_a_seller_who_keeps_the_key_gets_nothing(stall: Stall, tmp_path: Path) -> None:
+    with trade(
+        stall, tmp_path, lambda escrow, sid: None, deadlines={State.PAID: 1.0}
+    ) as (buyer, channel, evidence):
+        for _ in range(2):  # asking again changes nothing
+            with pytest.raises(TradeError, match="is REFUNDED: 1 s in PAID"):
+                buy(buyer, channel, stall.manifest, evidence)
+        assert buyer.balance() == OPENING_BALANCE
+        with pytest.raises(TradeError):
+            buyer.key(evidence.closed.sid)
+
+
+def test_a_seller_whose_envelope_holds_other_weights_gets_nothing(tmp_path: Path) -> None:
+    """All proofs hold, only the delivery does not: the escrow finds it before it pays."""
+    committed = random_openings(0)
+    stall = make_stall(tmp_path, delivered=random_openings(1))
+    assert stall.openings["first"].module.digest == committed["first"].module.digest
+    with trade(
+        stall, tmp_path, lambda escrow, sid: escrow.deposit_key(sid, stall.key)
+    ) as (buyer, channel, evidence):
+        with pytest.raises(TradeError, match="REFUNDED: the opening check failed.*first, second"):
+            buy(buyer, channel, stall.manifest, evidence)
+        assert buyer.balance() == OPENING_BALANCE
+
+
+def test_a_buyer_disputes_what_does_not_open(market: Market, user: Identity, tmp_path: Path) -> None:
+    """The escrow's copy of the envelope is damaged after the swap, while the buyer is away."""
+    trial = market.trial(user, user.folder / "purchase", pictures=None, captions=())
+    impatient = Impatient()
+    while ("purchase", False) not in impatient.seen:
+        with pytest.raises(Interrupted):
+            Buyer(trial, impatient).run()
+    buyer = Buyer(trial, stop_at("purchase", 1))
+    with pytest.raises(Interrupted):
+        buyer.run()
+    assert market.balance(user) == OPENING_BALANCE - PRICE
+    damaged = bytearray(market.offer.sealed)
+    damaged[50] ^= 1
+    statement = "UPDATE adapters SET sealed = ? WHERE adapter_id = ?"
+    market.journal.execute(statement, bytes(damaged), market.manifest.adapter_id)
+    try:
+        with pytest.raises(VerificationError, match="sealed weights"):
+            Buyer(trial).run()
+        receipt = Receipt.read(Folder(str(trial.output)), user.public_key)
+        assert receipt.state == "REFUNDED"
+        assert market.balance(user) == OPENING_BALANCE
+        with pytest.raises(TradeError, match="REFUNDED"):
+            Buyer(trial).run()
+        assert not weights_in(user.folder, market.offer)
+    finally:
+        market.journal.execute(statement, market.offer.sealed, market.manifest.adapter_id)
+
+
+def stop_at(stage: str, done: int) -> Callable[[str, int, int], None]:
+    def show(shown: str, number: int, total: int) -> None:
+        if (shown, number) == (stage, done):
+            raise Interrupted(stage)
+
+    return show
+
+
+def test_a_refunded_purchase_says_so_in_its_receipt(
+    market: Market, user: Identity, tmp_path: Path
+) -> None:
+    """The contributor's key opens nothing, so the escrow refunds."""
+    trial = market.trial(user, tmp_path, pictures=None, captions=())
+    with pytest.raises(Interrupted):
+        Buyer(trial, stop_at("purchase", 0)).run()
+    damaged = bytearray(market.offer.sealed)
+    damaged[50] ^= 1
+    statement = "UPDATE adapters SET sealed = ? WHERE adapter_id = ?"
+    market.journal.execute(statement, bytes(damaged), market.manifest.adapter_id)
+    try:
+        with pytest.raises(TradeError, match="REFUNDED"):
+            Buyer(trial).run()
+    finally:
+        market.journal.execute(statement, market.offer.sealed, market.manifest.adapter_id)
+    assert market.balance(user) == OPENING_BALANCE
+    assert Receipt.read(Folder(str(tmp_path)), user.public_key).state == "REFUNDED"
+
+
+def test_nothing_is_paid_for_an_adapter_that_does_not_verify(
+    market: Market, user: Identity, tmp_path: Path
+) -> None:
+    """The manifest is the market's; who answers has its key and identity, and other weights."""
+    wrong = market.offer.openings()
+    broken = next(name for name in wrong if name.endswith("out_proj"))
+    a = wrong[broken].module.a.copy()
+    a[0] += 1
+    wrong[broken] = commit(replace(wrong[broken].module, a=a))[1]
+    seller = Identity.load(market.service.identity)
+    swindler = Swindler(market.manifest, wrong, seller)
+    with serve(seller, "127.0.0.1", 0, [user.certificate], swindler) as server:
+        trial = market.trial(user, tmp_path, peer=server.address, prompts=())
+        for _ in range(2):
+            with pytest.raises(VerificationError, match=f"of {broken} does not hold"):
+                Buyer(trial).run()
+    assert Receipt.read(Folder(str(tmp_path)), user.public_key).state == "PROVED"
+    assert market.balance(user) == OPENING_BALANCE
+    assert not (tmp_path / "adapter").exists()
+
+
+# A language model, a small budget, and a contributor that is started again
+
+
+@dataclass(frozen=True)
+class Model:
+    """A language model, and the LoRA of it that somebody has."""
+
+    base: GPT2LMHeadModel
+    adapted: nn.Module
+    folder: Path
+    digest: Base
+
+
+@pytest.fixture(scope="module")
+def language_model(tmp_path_factory: pytest.TempPathFactory) -> Model:
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=20, n_positions=8, n_embd=16, n_layer=2, n_head=2)
+    folder = tmp_path_factory.mktemp("gpt2")
+    base = GPT2LMHeadModel(config).eval()
+    base.save_pretrained(folder / "base")
+    lora = peft.LoraConfig(
+        r=3, lora_alpha=5, target_modules=["c_attn", "c_fc"], init_lora_weights=False
+    )
+    adapted = peft.get_peft_model(GPT2LMHeadModel.from_pretrained(folder / "base"), lora).eval()
+    adapted.save_pretrained(folder / "lora")
+    digest = base_of_file(folder / "base" / "model.safetensors")
+    return Model(base, adapted, folder / "lora", digest)
+
+
+def test_the_life_of_a_budget(
+    ray_session: None, language_model: Model, tmp_path: Path
+) -> None:
+    """Parallel users share it, a restart keeps it, and what was paid for can be proved after it."""
+    seller, crowd, budget = Identity.create(tmp_path / "seller"), Crowd(tmp_path, 6), 40
+    terms = Terms(base=language_model.digest, name="gpt2", budget_rows=budget)
+    adapter = read_peft(language_model.folder)
+    offer = open_offer(tmp_path / "offer", seller, adapter, terms)
+    manifest, service = offer.manifest, service_of(tmp_path / "offer", seller, crowd)
+    contribution = Contribution(service)
+    alice, bob, *others = crowd.all
+    tokens = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8]])
+    with channel_to(contribution, manifest, alice) as channel:
+        session = Session(channel, alice, manifest)
+        assert session.rows_left == dict.fromkeys(manifest.terms, budget)
+        view = adapt(language_model.base, manifest.terms, manifest.scale, session.evaluate)
+        with torch.no_grad():
+            tried, expected = view(tokens).logits, language_model.adapted(tokens).logits
+            plain = language_model.base(tokens).logits
+        assert (tried - expected).norm() < 2e-3 * (expected - plain).norm()
+        closed = session.close()
+        with pytest.raises(ProtocolError, match="the contributor has no base model"):
+            Session(channel, alice, manifest, "audit")
+    left = budget - tokens.numel()
+    name = next(iter(manifest.terms))
+    with channel_to(contribution, manifest, bob) as channel:
+        session = Session(channel, bob, manifest)
+        with pytest.raises(BudgetError, match=f"{left} rows left, {left + 1} are asked for"):
+            session.evaluate(name, rows_for(manifest, name, left + 1), 0)
+        assert session.evaluate(name, rows_for(manifest, name, 1), 0).shape[0] == 1  # still call 0
+        assert Session(channel, bob, manifest).rows_left[name] == left - 1
+    left -= 1
+
+    def exhaust(user: Identity) -> int:
+        """Return how many rows a user could get, by pairs, of one module."""
+        answered = 0
+        with channel_to(contribution, manifest, user) as channel:
+            session = Session(channel, user, manifest)
+            barrier.wait()
+            for seed in itertools.count():
+                try:
+                    answered += len(session.evaluate(name, rows_for(manifest, name, 2, seed), 0))
+                except BudgetError:
+                    return answered
+        raise AssertionError
+
+    barrier = threading.Barrier(len(others))
+    with ThreadPoolExecutor(len(others)) as threads:
+        answered = list(threads.map(exhaust, others))
+    assert sum(answered) == left // 2 * 2
+    assert left % 2 == 1
+
+    contribution.close()
+    contribution = Contribution(service)
+    with channel_to(contribution, manifest, bob) as channel:
+        session = Session(channel, bob, manifest)
+        assert session.rows_left[name] == 1
+        with pytest.raises(BudgetError, match="1 rows left"):
+            session.evaluate(name, rows_for(manifest, name, 2), 0)
+    with channel_to(contribution, manifest, alice) as channel:  # closed before, proved after
+        evidence = fetch_evidence(channel, manifest, closed)
+        verify_named(evidence.claims(manifest))
+        assert {len(x) for x, _ in evidence.rows.values()} == {tokens.numel()}
+    assert "rows left: 1" in contribution.status()
+    contribution.close()
+
+
+def prover() -> psutil.Process | None:
+    """Return a process of this test run that is proving right now."""
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            if process.cmdline()[:1] == ["ray::prove_modules"]:
+                return process
+    return None
+
+
+def test_a_killed_prover_is_replaced(ray_session: None, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    factors = {
+        f"layers.{i}.proj": (
+            rng.standard_normal((512, 8)).astype(np.float32),
+            rng.standard_normal((8, 512)).astype(np.float32),
+        )
+        for i in range(12)
+    }
+    config = LoRAConfig(r=8, lora_alpha=8, target_modules=tuple(factors))
+    seller, crowd = Identity.create(tmp_path / "seller"), Crowd(tmp_path, 1)
+    terms = Terms(base=Base("c" * 64, None, None), name="wide", budget_rows=1000)
+    manifest = open_offer(tmp_path / "offer", seller, PeftAdapter(config, factors), terms).manifest
+    contribution = Contribution(service_of(tmp_path / "offer", seller, crowd))
+    (user,) = crowd.all
+    with channel_to(contribution, manifest, user) as channel:
+        session = Session(channel, user, manifest)
+        for name in manifest.terms:
+            session.evaluate(name, rows_for(manifest, name, 64), 0)
+        closed = session.close()
+        with ThreadPoolExecutor(1) as thread:
+            proved = thread.submit(fetch_evidence, channel, manifest, closed)
+            while (victim := prover()) is None and not proved.done():
+                time.sleep(0.01)
+            assert victim is not None
+            victim.kill()
+            evidence = proved.result(120)
+    verify_named(evidence.claims(manifest))
+    contribution.close()

@@ -286,6 +286,30 @@ def test_proofs_under_the_same_challenges_share_nothing(rounds: int) -> None:
     assert not first & second
 
 
+def test_every_mask_and_blinder_is_drawn_and_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without that of M0 alone, z5 / e would be the blinder of M1, which no statistic sees."""
+    _, opening = commit(module_of())
+    x = rows_of()
+    y = evaluate(opening.module, x)
+
+    def prove_with(changed: int | None) -> tuple[bytes, int]:
+        rng, drawn = random.Random(3), 0
+
+        def draw_next() -> int:
+            nonlocal drawn
+            drawn += 1
+            return (rng.randrange(ORDER) + (drawn - 1 == changed)) % ORDER
+
+        monkeypatch.setattr(curve, "random_scalar", draw_next)
+        return _prove(opening, x, y, ScriptedOracle()).to_bytes(), drawn
+
+    original, drawn = prove_with(None)
+    assert drawn == D_IN + D_OUT + 2 * R + len(("U", "V", "Ra", "Rb", "Rs", "Rt", "M0", "M1"))
+    assert prove_with(None)[0] == original
+    proofs = {prove_with(number)[0] for number in range(drawn)}
+    assert len(proofs | {original}) == drawn + 1
+
+
 def test_even_zero_weights_are_masked() -> None:
     """Nothing in a proof or commitment shows that there is nothing behind it."""
     module = QuantisedModule(np.zeros((D_IN, R), np.int16), np.zeros((R, D_OUT), np.int16), 0, 0)

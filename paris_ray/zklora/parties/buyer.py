@@ -1,6 +1,7 @@
 """All that a base-model user does with an offer: try it, verify, pay, and open the weights.
 
-    plan.json      what is tried, and the nonces that name the sessions
+    nonces.json    names of the sessions, before they are opened
+    plan.json      what is tried, in which sessions
     exact/ audit/  of each session: what both signed, rows, proofs, results
     receipt.json   how far the purchase is
     adapter/       the bought weights, in PEFT's layout
@@ -22,6 +23,7 @@ import ray
 from numpy.typing import NDArray
 
 from paris_ray.artifacts import Folder
+from paris_ray.bundle import load_bundle
 from paris_ray.errors import BudgetError, ConfigError
 from paris_ray.receipts import RECEIPT, Receipt
 from paris_ray.reports import picture_grid, png_bytes
@@ -43,10 +45,11 @@ from paris_ray.zklora.parties.session import (
     load_evidence,
     save_evidence,
 )
-from paris_ray.zklora.parties.user import BaseUser, verify_evidence
+from paris_ray.zklora.parties.user import BaseUser, check_base, verify_evidence
 from paris_ray.zklora.transcript import new_nonce
 
 PLAN = "plan.json"
+NONCES = "nonces.json"
 EXACT, AUDIT = "exact", "audit"
 RESULT = "result.json"
 AUDIT_PICTURES = "audit.png"
@@ -155,6 +158,7 @@ class Buyer:
             logger.info("purchase: already finished, kept: %s", self._folder.uri)
             outcome.adapter = self._trial.output / ADAPTER
             return outcome
+        check_base(load_bundle(self._trial.bundle), self.manifest)
         plan = self._plan()
         evidence = []
         if plan["num_pictures"]:
@@ -199,7 +203,7 @@ class Buyer:
             "seed": self._trial.seed,
         }
         if not self._folder.exists(PLAN):
-            nonces = {EXACT: new_nonce(), AUDIT: new_nonce()}
+            nonces = self._nonces()
             rows = self._share_budget(nonces)
             self._folder.write_json(PLAN, wanted | rows | {"nonces": nonces})
         plan: dict[str, Any] = self._folder.read_json(PLAN)
@@ -210,6 +214,13 @@ class Buyer:
                 f"{', '.join(differ)} was begun there"
             )
         return plan
+
+    def _nonces(self) -> dict[str, str]:
+        """Return what names the sessions; kept before any is opened, since few may be open."""
+        if not self._folder.exists(NONCES):
+            self._folder.write_json(NONCES, {EXACT: new_nonce(), AUDIT: new_nonce()})
+        nonces: dict[str, str] = self._folder.read_json(NONCES)
+        return nonces
 
     def _share_budget(self, nonces: dict[str, str]) -> dict[str, int]:
         """Decide how many rows are audited, and how many pictures compared."""

@@ -20,8 +20,9 @@ from ray.util.metrics import Counter, Gauge, Histogram
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from paris_ray.bundle import load_bundle
-from paris_ray.errors import ConfigError, ProtocolError, TradeError
+from paris_ray.errors import ConfigError, ParisError, ProtocolError, TradeError
 from paris_ray.sampling import generate
+from paris_ray.sampling.sampler import sampling_options
 from paris_ray.signatures import SignedDocument
 from paris_ray.zklora.commitment import ModuleOpening
 from paris_ray.zklora.escrow import State
@@ -30,7 +31,7 @@ from paris_ray.zklora.identity import Identity
 from paris_ray.zklora.inference import adapt
 from paris_ray.zklora.manifest import AdapterManifest
 from paris_ray.zklora.offer import Offer, load_offer
-from paris_ray.zklora.parties.channel import Peer, serve
+from paris_ray.zklora.parties.channel import Peer, Server, serve
 from paris_ray.zklora.parties.escrow import EscrowClient
 from paris_ray.zklora.parties.frames import Message
 from paris_ray.zklora.parties.messages import (
@@ -158,6 +159,13 @@ class AuditWorker:
     def _evaluate(self, name: str, x: Int16, exponent: int) -> Int64:
         return self._recorder.evaluate(name, x, exponent)
 
+    def check(self, request: DrawRequest) -> None:
+        """Raise ProtocolError if a request cannot be drawn."""
+        try:
+            sampling_options(self._bundle, lora=AUDITED, **_options(request))
+        except ParisError as error:
+            raise ProtocolError(str(error)) from None
+
     def draw(self, request: DrawRequest) -> tuple[NDArray[np.uint8], LogSummary]:
         """Return the pictures `(n, S, S, 3)` of a request, and the summary of their log."""
         pictures, recorder = self._draw(request, {})
@@ -184,11 +192,13 @@ class AuditWorker:
         self, request: DrawRequest, wanted: Mapping[str, list[int]]
     ) -> tuple[NDArray[np.uint8], "_Recorder"]:
         self._recorder = _Recorder(self._modules, wanted)
-        options = request.model_dump(
-            include={"seed", "num_inference_steps", "guidance_scale", "routing"}
-        )
-        images = generate(self._bundle, request.prompts, lora=AUDITED, **options)
+        prompts, seed, options = request.prompts, request.seed, _options(request)
+        images = generate(self._bundle, prompts, seed=seed, lora=AUDITED, **options)
         return np.stack([np.asarray(image) for image in images]), self._recorder
+
+
+def _options(request: DrawRequest) -> dict[str, Any]:
+    return request.model_dump(include={"num_inference_steps", "guidance_scale", "routing"})
 
 
 class _Recorder:
@@ -309,7 +319,6 @@ class LoRAGateway:
         self._journal.add_adapter(
             self._manifest.adapter_id, list(self._manifest.terms), self._manifest.budget_rows
         )
-        self._escrow = _connect_escrow(service, offer, self._identity)
         self._jobs: dict[str, _ProofJob] = {}
         self._lock = threading.Lock()
         self._metrics = _Metrics()
@@ -321,13 +330,20 @@ class LoRAGateway:
             "prove": self._prove,
             "release": self._release,
         }
-        self._server = serve(
-            self._identity, service.host, service.port, service.clients, self._answer
-        )
         self._metrics.update(self._journal, self._manifest.adapter_id)
+        self._server: Server | ParisError
+        try:
+            self._escrow = _connect_escrow(service, offer, self._identity)
+            self._server = serve(
+                self._identity, service.host, service.port, service.clients, self._answer
+            )
+        except ParisError as error:  # Ray would keep only the text of what is raised here
+            self._server = error
 
     def address(self) -> tuple[str, int]:
-        """Return host and port that it listens on."""
+        """Return host and port that it listens on; raises what was wrong if it does not."""
+        if isinstance(self._server, ParisError):
+            raise self._server
         return self._server.address
 
     def rows_left(self) -> dict[str, int]:
@@ -379,6 +395,9 @@ class LoRAGateway:
 
     def _draw(self, user: str, message: Message) -> Message:
         request = parse(DrawRequest, message.fields)
+        if self._audit_worker is None:
+            raise ProtocolError("nothing can be drawn: the contributor has no base model")
+        result(self._audit_worker.check.remote(request))  # before anything is paid for
         rows = dict.fromkeys(self._manifest.terms, request.audit_rows)
         self._journal.debit_rows(request.session, user, rows, request.model_dump_json())
         pictures, log = result(self._audit_worker.draw.remote(request))

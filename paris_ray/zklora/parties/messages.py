@@ -1,6 +1,6 @@
 """What user and contributor say to each other: the fields of every request, checked."""
 
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -38,7 +38,9 @@ class DrawRequest(_Fields):
     """Ask for pictures of the adapted model; `audit_rows` rows of each module are opened later."""
 
     session: str = DIGEST
-    prompts: list[str] = Field(min_length=1, max_length=MAX_PROMPTS)
+    prompts: list[Annotated[str, Field(max_length=MAX_PROMPT)]] = Field(
+        min_length=1, max_length=MAX_PROMPTS
+    )
     seed: int = Field(ge=0, lt=2**63)
     audit_rows: int = Field(ge=1)
     num_inference_steps: int | None = Field(default=None, ge=1, le=1000)

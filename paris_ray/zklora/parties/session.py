@@ -190,7 +190,7 @@ class Session:
         """
         seq = len(self.transcript.calls)
         fields = {"session": self.sid, "seq": seq, "module": module, "exponent": exponent}
-        y = _tensor(self._channel.request("call", fields, {"x": x}), "y", np.int64)
+        y = _tensor(self._channel.request("call", fields, {"x": x}), "y", np.int64, 2)
         if y.shape != (len(x), self._manifest.module(module).commitment.d_out):
             raise ProtocolError(f"{module}: the answer has shape {y.shape}")
         self.transcript.append(Call(seq, module, exponent, x, y))
@@ -213,8 +213,8 @@ class Session:
         """
         fields = {"session": self.sid, "prompts": list(prompts), "seed": seed}
         answer = self._channel.request("draw", fields | {"audit_rows": audit_rows} | options)
-        pictures = _tensor(answer, "pictures", np.uint8)
-        if pictures.ndim != 4 or len(pictures) != len(prompts) or pictures.shape[3] != 3:
+        pictures = _tensor(answer, "pictures", np.uint8, 4)
+        if len(pictures) != len(prompts) or pictures.shape[3] != 3 or not pictures.size:
             raise ProtocolError(f"the pictures have shape {pictures.shape}")
         counts = _row_counts(answer.fields.get("rows"), self._manifest)
         root = str(answer.fields.get("root"))
@@ -351,7 +351,7 @@ def fetch_evidence(
     on_progress(len(names), len(names))
     proofs, rows = {}, {}
     for i, name in enumerate(names):
-        proofs[name] = _tensor(answer, f"{i}.proof", np.uint8).tobytes()
+        proofs[name] = _tensor(answer, f"{i}.proof", np.uint8, 1).tobytes()
         if closed.transcript is not None:
             rows[name] = closed.transcript.rows(name)
         else:
@@ -364,9 +364,9 @@ def _opened_rows(answer: Message, i: int, name: str, closed: ClosedSession) -> t
     counts, audit_rows = closed.rows, closed.audit_rows
     assert audit_rows is not None
     numbers = challenge_rows(closed.nonce_v, closed.root, name, counts[name], audit_rows)
-    x, y = _tensor(answer, f"{i}.x", np.int16), _tensor(answer, f"{i}.y", np.int64)
-    places = _tensor(answer, f"{i}.places", np.int64)
-    paths = _tensor(answer, f"{i}.paths", np.uint8)
+    x, y = _tensor(answer, f"{i}.x", np.int16, 2), _tensor(answer, f"{i}.y", np.int64, 2)
+    places = _tensor(answer, f"{i}.places", np.int64, 2)
+    paths = _tensor(answer, f"{i}.paths", np.uint8, 2)
     if not len(x) == len(y) == len(places) == len(numbers) or places.shape[1:] != (3,):
         raise VerificationError(f"{name}: {len(numbers)} rows were to be opened, not {len(x)}")
     start = 0
@@ -427,8 +427,11 @@ def _row_counts(counts: object, manifest: AdapterManifest) -> dict[str, int]:
     return counts
 
 
-def _tensor(message: Message, name: str, dtype: type[np.generic]) -> NDArray[Any]:
+def _tensor(message: Message, name: str, dtype: type[np.generic], ndim: int) -> NDArray[Any]:
     tensor = message.tensors.get(name)
-    if tensor is None or tensor.dtype != dtype:
-        raise ProtocolError(f"the answer {message.kind!r} has no {np.dtype(dtype).name} {name!r}")
+    if tensor is None or (tensor.dtype, tensor.ndim) != (dtype, ndim):
+        raise ProtocolError(
+            f"the answer {message.kind!r} has no {np.dtype(dtype).name} {name!r} of {ndim} "
+            "dimensions"
+        )
     return tensor

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from ray.util.metrics import Histogram
 from torch import Tensor
 
-from paris_ray.bundle import load_bundle
+from paris_ray.bundle import Bundle, load_bundle
 from paris_ray.errors import ProtocolError, VerificationError
 from paris_ray.evaluation.denoising import denoising_losses
 from paris_ray.models import Expert
@@ -47,6 +47,22 @@ class TrialResult:
     with_adapter: NDArray[np.float32]
     numerics: NumericsLog
     num_bytes: int
+
+
+def check_base(bundle: Bundle, manifest: AdapterManifest) -> int:
+    """Return the number of the expert that an adapter is for.
+
+    Raises:
+        ProtocolError: if the bundle has another expert or router than the adapter is for.
+    """
+    expert, found = manifest.base.expert, bundle.num_experts
+    if expert is None or expert >= found:
+        raise ProtocolError(f"base.expert={expert} is not allowed: the bundle has {found}")
+    if base_of_expert(bundle, expert) != manifest.base:
+        raise ProtocolError(
+            f"base: the adapter is for another expert {expert}, or router, than the bundle has"
+        )
+    return expert
 
 
 @ray.remote
@@ -118,14 +134,7 @@ class BaseUser:
         return TrialResult(closed, without.numpy(), with_adapter.numpy(), numerics, num_bytes)
 
     def _expert(self) -> Expert:
-        expert, found = self._manifest.base.expert, self._bundle.num_experts
-        if expert is None or expert >= found:
-            raise ProtocolError(f"base.expert={expert} is not allowed: the bundle has {found}")
-        if base_of_expert(self._bundle, expert) != self._manifest.base:
-            raise ProtocolError(
-                f"base: the adapter is for another expert {expert}, or router, than the bundle has"
-            )
-        return self._bundle.expert(expert)
+        return self._bundle.expert(check_base(self._bundle, self._manifest))
 
     def _count_rows(
         self, latents: Tensor, captions: Sequence[str], levels: Sequence[float]

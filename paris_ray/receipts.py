@@ -32,6 +32,7 @@ STATES = (
     "SETTLED",
     "REFUNDED",
 )
+PROVEN = ("VERIFIED", "PAID", "KEY_RELEASED", "OPENED", "SETTLED")  # what needs proofs
 MODES = ("exact", "audit")
 MAX_MODULES = 4096
 MAX_TEXT = 512  # characters
@@ -334,6 +335,11 @@ def _check_document(document: Mapping[str, Any], source: str) -> None:
     _check_list(document["sessions"], _SESSION_FIELDS, "session", f"{source}: sessions")
     _check_list(document["modules"], _MODULE_FIELDS, "name", f"{source}: modules")
     _check_escrow(document["escrow_statement"], document["escrow"], source)
+    if document["state"] in PROVEN:
+        for name in ("sessions", "modules"):
+            _require(bool(document[name]), f"{source}: {name} is empty: nothing was verified")
+        for i, module in enumerate(document["modules"]):
+            _require(module["rows"] > 0, f"{source}: modules[{i}].rows=0: it was not verified")
 
 
 def _check_fields(document: Mapping[str, Any], rules: Mapping[str, _Rule], where: str) -> None:

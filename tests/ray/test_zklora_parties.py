@@ -52,6 +52,7 @@ from paris_ray.zklora.parties.contributor import Contribution, Service
 from paris_ray.zklora.parties.escrow import EscrowClient, EscrowService
 from paris_ray.zklora.parties.frames import Message
 from paris_ray.zklora.parties.purchase import buy, integers_digest
+from paris_ray.zklora.parties.results import result
 from paris_ray.zklora.parties.session import (
     ClosedSession,
     Evidence,
@@ -64,6 +65,7 @@ from paris_ray.zklora.parties.user import verify_evidence
 from paris_ray.zklora.proof import prove, verify_named
 from paris_ray.zklora.sealing import seal
 from paris_ray.zklora.transcript import (
+    Call,
     Transcript,
     closing_statement,
     new_nonce,
@@ -80,7 +82,7 @@ pytestmark = [
 EXPERT = 1
 BUDGET = 100_000
 PRICE = 100
-TARGETS = ("in_proj", "out_proj", "mlp.0", "mlp.2")
+TARGETS = ("attn.in_proj", "attn.out_proj", "layers.0.mlp.0", "layers.0.mlp.2")
 LEVELS = (0.3, 0.7)
 PROMPTS = ("a red cat", "a blue dog")
 CAPTIONS = ("a red circle", "a green square")
@@ -124,9 +126,7 @@ class Market:
         return channel_to(self.contribution, self.manifest, user)
 
     def rows_left(self) -> dict[str, int]:
-        user = self.crowd.one()
-        with self.channel(user) as channel:
-            return Session(channel, user, self.manifest).rows_left
+        return dict(result(self.contribution.gateway.rows_left.remote()))
 
     def trial(self, user: Identity, output: Path, **changes: Any) -> Trial:
         """Return what a user does who wants all: losses, pictures, and the weights."""
@@ -199,7 +199,7 @@ def market(
 ) -> Iterator[Market]:
     root = tmp_path_factory.mktemp("market")
     seller, notary = Identity.create(root / "seller"), Identity.create(root / "notary")
-    crowd = Crowd(root, 80)
+    crowd = Crowd(root, 60)
     terms = Terms(
         base=base_of_expert(tiny_bundle, EXPERT),
         name="style",
@@ -457,7 +457,7 @@ def test_a_user_who_is_interrupted_everywhere_pays_once(
     assert market.balance(user) == OPENING_BALANCE - PRICE
     assert outcome.receipt.state == "OPENED"
     assert outcome.receipt.escrow_statement is not None
-    np.testing.assert_allclose(outcome.with_adapter, bought.outcome.with_adapter, rtol=1e-6)
+    assert outcome.receipt.modules == bought.outcome.receipt.modules
     # The search finds weights where there are some: as float32, as PEFT stores them.
     found = weights_in(user.folder, market.offer)
     assert len(found) == 2 * len(market.manifest.modules)
@@ -597,7 +597,9 @@ def tried(market: Market) -> Tried:
         return Tried(user, exact.close(), audit.close())
 
 
-def fetch(market: Market, tried: Tried, mode: str, tamper: Tamper = lambda answer: answer) -> Evidence:
+def fetch(
+    market: Market, tried: Tried, mode: str, tamper: Tamper = lambda answer: answer
+) -> Evidence:
     with channel_to(market.contribution, market.manifest, tried.user, Tampering) as channel:
         channel.tamper = tamper
         return fetch_evidence(channel, market.manifest, getattr(tried, mode))
@@ -703,7 +705,9 @@ def test_a_part_left_out_of_evidence_is_found_before_anything_is_verified(
         (replace(evidence, rows=evidence.rows | fewer), f"{name}: 5 rows are proved, 6 must be"),
         (replace(evidence, rows=evidence.rows | {name: (x[:0], y[:0])}), f"{name}: 0 rows"),
         (
-            replace(evidence, rows=evidence.rows | {name: (np.repeat(x, 2, 0), np.repeat(y, 2, 0))}),
+            replace(
+                evidence, rows=evidence.rows | {name: (np.repeat(x, 2, 0), np.repeat(y, 2, 0))}
+            ),
             f"{name}: 12 rows",
         ),
     ):
@@ -722,12 +726,14 @@ def test_proofs_of_something_else_are_refused(market: Market, tried: Tried) -> N
     first, second, *_ = names = list(evidence.proofs)
     everything = ".*".join(map(str, names))
     proofs, closed = evidence.proofs, evidence.closed
+    statement = dict(closed.by_user.document) | {"root": "0" * 64}
+    other_root = replace(closed.by_user, document=statement)
     for bad, blamed in (
         (replace(evidence, proofs=other.proofs), everything),
         (replace(evidence, proofs=audit.proofs), everything),
         (replace(evidence, closed=replace(closed, nonce_v=new_nonce())), everything),
         (replace(evidence, closed=replace(closed, sid=other.closed.sid)), everything),
-        (replace(evidence, closed=replace(closed, by_user=other.closed.by_user)), everything),
+        (replace(evidence, closed=replace(closed, by_user=other_root)), everything),
         (replace(evidence, proofs=proofs | {first: other.proofs[first]}), f"of {first} does"),
         (replace(evidence, proofs=proofs | {second: proofs[second][:-1]}), f"^{second}: "),
         (replace(evidence, proofs=proofs | {second: b""}), f"^{second}: "),
@@ -776,6 +782,7 @@ OPENED: dict[str, Tamper] = {
     "places that are one number": lambda a: changed(a, places=np.array(1, np.int64)),
     "paths that are one number": lambda a: changed(a, paths=np.array(1, np.uint8)),
     "deep paths": lambda a: changed(a, paths=a.tensors["0.paths"].reshape(-1, 2, 16)),
+    "nodes of another size": lambda a: changed(a, paths=a.tensors["0.paths"].reshape(-1, 16)),
 }
 
 
@@ -806,7 +813,7 @@ def test_the_nonce_of_a_session_is_fixed_by_its_first_use(market: Market, tried:
 
 
 def test_what_the_contributor_draws_is_checked(market: Market, user: Identity) -> None:
-    bad = {
+    bad: dict[str, Tamper] = {
         "no pictures": lambda a: Message(a.kind, a.fields),
         "one picture": lambda a: Message(a.kind, a.fields, {"pictures": a.tensors["pictures"][:1]}),
         "grey": lambda a: Message(
@@ -816,9 +823,7 @@ def test_what_the_contributor_draws_is_checked(market: Market, user: Identity) -
             a.kind, a.fields, {"pictures": a.tensors["pictures"][:, :0].copy()}
         ),
         "no rows": lambda a: Message(a.kind, {"root": a.fields["root"]}, a.tensors),
-        "rows": lambda a: Message(
-            a.kind, dict(a.fields) | {"rows": {"layers.9": 3}}, a.tensors
-        ),
+        "rows": lambda a: Message(a.kind, dict(a.fields) | {"rows": {"layers.9": 3}}, a.tensors),
         "negative rows": lambda a: Message(
             a.kind, dict(a.fields) | {"rows": dict.fromkeys(a.fields["rows"], -1)}, a.tensors
         ),
@@ -831,7 +836,7 @@ def test_what_the_contributor_draws_is_checked(market: Market, user: Identity) -
             channel.tamper = lambda a, t=tamper: t(a) if a.kind == "drawn" else a
             with pytest.raises(ProtocolError):
                 session.draw(PROMPTS, 0, 1)
-                assert name == "no root", "this is found when the log is closed"
+                assert name == "no root"  # which is found when the log is closed
                 session.close()
 
 
@@ -984,54 +989,69 @@ DIGEST = "0" * 64
 OPEN = {"adapter_id": DIGEST, "nonce_u": DIGEST, "mode": "exact"}
 CALL = {"session": DIGEST, "seq": 0, "module": "a", "exponent": 0}
 DRAW = {"session": DIGEST, "prompts": ["a"], "seed": 0, "audit_rows": 1}
-MALFORMED: dict[str, tuple[str, dict[str, Any]]] = {
-    "another adapter": ("open", OPEN),
-    "an unknown mode": ("open", OPEN | {"mode": "free"}),
-    "a short nonce": ("open", OPEN | {"nonce_u": "00"}),
-    "a nonce with a new line": ("open", OPEN | {"nonce_u": DIGEST + "\n"}),
-    "a list for a nonce": ("open", OPEN | {"nonce_u": [DIGEST]}),
-    "an extra field": ("open", OPEN | {"admin": True}),
-    "nothing": ("open", {}),
-    "no session": ("call", CALL),
-    "a number for a session": ("call", CALL | {"session": 7}),
-    "a text for a number": ("call", CALL | {"seq": "0"}),
-    "a fraction": ("call", CALL | {"seq": 0.5}),
-    "a truth value": ("call", CALL | {"seq": True}),
-    "a number of 400 digits": ("call", CALL | {"seq": 10**400}),
-    "a huge exponent": ("call", CALL | {"exponent": 2**70}),
-    "a missing module": ("call", {k: v for k, v in CALL.items() if k != "module"}),
-    "a list for a module": ("call", CALL | {"module": ["a"]}),
-    "a module like SQL": ("call", CALL | {"module": "a'; DROP TABLE budgets; --"}),
-    "no prompts": ("draw", DRAW | {"prompts": []}),
-    "eleven prompts": ("draw", DRAW | {"prompts": ["a"] * 11}),
-    "a long prompt": ("draw", DRAW | {"prompts": ["a" * 1001]}),
-    "a text for prompts": ("draw", DRAW | {"prompts": "a"}),
-    "a number for a prompt": ("draw", DRAW | {"prompts": [1]}),
-    "a negative seed": ("draw", DRAW | {"seed": -1}),
-    "a huge seed": ("draw", DRAW | {"seed": 2**63}),
-    "no audit": ("draw", DRAW | {"audit_rows": 0}),
-    "too many steps": ("draw", DRAW | {"num_inference_steps": 1001}),
-    "no steps": ("draw", DRAW | {"num_inference_steps": 0}),
-    "too much guidance": ("draw", DRAW | {"guidance_scale": 1e300}),
-    "a long routing": ("draw", DRAW | {"routing": "x" * 41}),
-    "an unknown option": ("draw", DRAW | {"lora": "audited"}),
-    "a list for a statement": ("close", {"session": DIGEST, "statement": []}),
-    "a deep statement": ("close", {"session": DIGEST, "statement": {"a": {"b": [{}] * 99}}}),
-    "a bad nonce": ("prove", {"session": DIGEST, "nonce_v": "x" * 64}),
-    "an unknown request": ("shutdown", {}),
-    "a private method": ("_prove_all", {}),
-    "an empty kind": ("", {}),
-    "a long kind": ("x" * 5000, {}),
+MALFORMED: dict[str, tuple[str, dict[str, Any], str]] = {
+    "another adapter": ("open", OPEN, "adapter_id=0"),
+    "an unknown mode": ("open", OPEN | {"mode": "free"}, "OpenRequest: mode"),
+    "a short nonce": ("open", OPEN | {"nonce_u": "00"}, "OpenRequest: nonce_u"),
+    "a nonce with a new line": ("open", OPEN | {"nonce_u": DIGEST + "\n"}, "OpenRequest: nonce_u"),
+    "a list for a nonce": ("open", OPEN | {"nonce_u": [DIGEST]}, "OpenRequest: nonce_u"),
+    "an extra field": ("open", OPEN | {"admin": True}, "OpenRequest: admin: Extra"),
+    "nothing": ("open", {}, "adapter_id: .*nonce_u: .*mode: "),
+    "no session": ("call", CALL, "the adapter has none|does not exist"),
+    "a number for a session": ("call", CALL | {"session": 7}, "CallRequest: session"),
+    "a text for a number": ("call", CALL | {"seq": "0"}, "CallRequest: seq"),
+    "a fraction": ("call", CALL | {"seq": 0.5}, "CallRequest: seq"),
+    "a truth value": ("call", CALL | {"seq": True}, "CallRequest: seq"),
+    "a number of 400 digits": ("call", CALL | {"seq": 10**400}, ""),
+    "a huge exponent": ("call", CALL | {"exponent": 2**70}, ""),
+    "a missing module": (
+        "call",
+        {k: v for k, v in CALL.items() if k != "module"},
+        "CallRequest: module",
+    ),
+    "a list for a module": ("call", CALL | {"module": ["a"]}, "CallRequest: module"),
+    "a module like SQL": (
+        "call",
+        CALL | {"module": "a'; DROP TABLE budgets; --"},
+        "the adapter has none",
+    ),
+    "no prompts": ("draw", DRAW | {"prompts": []}, "DrawRequest: prompts"),
+    "eleven prompts": ("draw", DRAW | {"prompts": ["a"] * 11}, "DrawRequest: prompts"),
+    "a long prompt": ("draw", DRAW | {"prompts": ["a" * 1001]}, "DrawRequest: prompts.0"),
+    "a text for prompts": ("draw", DRAW | {"prompts": "a"}, "DrawRequest: prompts"),
+    "a number for a prompt": ("draw", DRAW | {"prompts": [1]}, "DrawRequest: prompts.0"),
+    "a negative seed": ("draw", DRAW | {"seed": -1}, "DrawRequest: seed"),
+    "a huge seed": ("draw", DRAW | {"seed": 2**63}, "DrawRequest: seed"),
+    "no audit": ("draw", DRAW | {"audit_rows": 0}, "DrawRequest: audit_rows"),
+    "too many steps": (
+        "draw",
+        DRAW | {"num_inference_steps": 1001},
+        "DrawRequest: num_inference_steps",
+    ),
+    "no steps": ("draw", DRAW | {"num_inference_steps": 0}, "DrawRequest: num_inference_steps"),
+    "too much guidance": ("draw", DRAW | {"guidance_scale": 1e300}, "DrawRequest: guidance_scale"),
+    "a long routing": ("draw", DRAW | {"routing": "x" * 41}, "DrawRequest: routing"),
+    "an unknown option": ("draw", DRAW | {"lora": "audited"}, "DrawRequest: lora: Extra"),
+    "a list for a statement": (
+        "close",
+        {"session": DIGEST, "statement": []},
+        "CloseRequest: statement",
+    ),
+    "a deep statement": ("close", {"session": DIGEST, "statement": {"a": {"b": [{}] * 99}}}, ""),
+    "a bad nonce": ("prove", {"session": DIGEST, "nonce_v": "x" * 64}, "ProveRequest: nonce_v"),
+    "an unknown request": ("shutdown", {}, "there is no request 'shutdown'"),
+    "a private method": ("_prove_all", {}, "there is no request '_prove_all'"),
+    "an empty kind": ("", {}, "there is no request ''"),
+    "a long kind": ("x" * 5000, {}, "there is no request 'xxx"),
 }
 
 
-@pytest.mark.parametrize(("kind", "fields"), MALFORMED.values(), ids=MALFORMED)
+@pytest.mark.parametrize(("kind", "fields", "match"), MALFORMED.values(), ids=MALFORMED)
 def test_malformed_requests_are_refused(
-    channel: Channel, kind: str, fields: dict[str, Any]
+    market: Market, tried: Tried, kind: str, fields: dict[str, Any], match: str
 ) -> None:
-    with pytest.raises(ParisError) as refused:
+    with market.channel(tried.user) as channel, pytest.raises(ParisError, match=match) as refused:
         channel.request(kind, fields)
-    assert "internal error" not in str(refused.value)
     assert len(str(refused.value)) < 2100
 
 
@@ -1050,7 +1070,7 @@ def test_rows_of_another_shape_or_type_are_refused(
         {"x": np.zeros((0, d_in), np.int16)},
         {"x": np.zeros((2, 2, d_in), np.int16)},
         {"x": np.array(1, np.int16)},
-        {"x": np.full((2, d_in), -(2**15), np.int16)} if d_in == 0 else {"x": np.zeros((4097, d_in), np.int16)},
+        {"x": np.zeros((4097, d_in), np.int16)},
         {"y": np.zeros((2, d_in), np.int16)},
     ):
         with pytest.raises(ParisError) as refused:
@@ -1065,8 +1085,8 @@ def test_rows_of_another_shape_or_type_are_refused(
 
 @pytest.mark.parametrize(
     "options",
-    [{"routing": "nonsense"}, {"routing": "top-9"}, {"routing": "threshold:nan"}, {"routing": ""}],
-    ids=str,
+    [{"routing": "nonsense"}, {"routing": "top-9"}, {"routing": "threshold:nan"}],
+    ids=lambda options: options["routing"],
 )
 def test_a_drawing_that_cannot_be_made_costs_nothing(
     market: Market, channel: Channel, user: Identity, options: dict[str, Any]
@@ -1114,7 +1134,9 @@ def test_a_drawing_without_the_adapted_expert_is_never_proved(
 # Who may connect
 
 
-def test_strangers_and_impostors_are_refused(market: Market, user: Identity, tmp_path: Path) -> None:
+def test_strangers_and_impostors_are_refused(
+    market: Market, user: Identity, tmp_path: Path
+) -> None:
     stranger, impostor = Identity.create(tmp_path / "s"), Identity.create(tmp_path / "i")
     address, pinned = market.contribution.address, market.manifest.contributor_certificate
     with Channel(stranger, address, pinned, attempts=1) as channel, pytest.raises(ProtocolError):
@@ -1173,8 +1195,6 @@ class Swindler:
     def call(self, request: Message) -> Message:
         fields, x = request.fields, request.tensors["x"]
         y = evaluate(self.openings[fields["module"]].module, x)
-        from paris_ray.zklora.transcript import Call
-
         self.transcript.append(Call(fields["seq"], fields["module"], fields["exponent"], x, y))
         return Message("answer", tensors={"y": y})
 
@@ -1382,9 +1402,11 @@ def trade(
 
 
 def test_a_trade_with_an_honest_seller(stall: Stall, tmp_path: Path) -> None:
-    with trade(
-        stall, tmp_path, lambda escrow, sid: escrow.deposit_key(sid, stall.key)
-    ) as (buyer, channel, evidence):
+    with trade(stall, tmp_path, lambda escrow, sid: escrow.deposit_key(sid, stall.key)) as (
+        buyer,
+        channel,
+        evidence,
+    ):
         assert buy(buyer, channel, stall.manifest, evidence) == (stall.sealed, stall.key)
         assert buy(buyer, channel, stall.manifest, evidence) == (stall.sealed, stall.key)
         assert buyer.balance() == OPENING_BALANCE - PRICE
@@ -1392,9 +1414,11 @@ def test_a_trade_with_an_honest_seller(stall: Stall, tmp_path: Path) -> None:
 
 def test_a_price_that_the_buyer_cannot_pay(tmp_path: Path) -> None:
     stall = make_stall(tmp_path, price=OPENING_BALANCE + 1)
-    with trade(
-        stall, tmp_path, lambda escrow, sid: escrow.deposit_key(sid, stall.key)
-    ) as (buyer, channel, evidence):
+    with trade(stall, tmp_path, lambda escrow, sid: escrow.deposit_key(sid, stall.key)) as (
+        buyer,
+        channel,
+        evidence,
+    ):
         with pytest.raises(TradeError, match="the balance is 1000"):
             buy(buyer, channel, stall.manifest, evidence)
         assert buyer.trade(evidence.closed.sid).state is State.VERIFIED
@@ -1404,9 +1428,11 @@ def test_a_price_that_the_buyer_cannot_pay(tmp_path: Path) -> None:
 
 
 def test_a_seller_who_keeps_the_key_gets_nothing(stall: Stall, tmp_path: Path) -> None:
-    with trade(
-        stall, tmp_path, lambda escrow, sid: None, deadlines={State.PAID: 1.0}
-    ) as (buyer, channel, evidence):
+    with trade(stall, tmp_path, lambda escrow, sid: None, deadlines={State.PAID: 1.0}) as (
+        buyer,
+        channel,
+        evidence,
+    ):
         for _ in range(2):  # asking again changes nothing
             with pytest.raises(TradeError, match="is REFUNDED: 1 s in PAID"):
                 buy(buyer, channel, stall.manifest, evidence)
@@ -1420,15 +1446,19 @@ def test_a_seller_whose_envelope_holds_other_weights_gets_nothing(tmp_path: Path
     committed = random_openings(0)
     stall = make_stall(tmp_path, delivered=random_openings(1))
     assert stall.openings["first"].module.digest == committed["first"].module.digest
-    with trade(
-        stall, tmp_path, lambda escrow, sid: escrow.deposit_key(sid, stall.key)
-    ) as (buyer, channel, evidence):
-        with pytest.raises(TradeError, match="REFUNDED: the opening check failed.*first, second"):
+    with trade(stall, tmp_path, lambda escrow, sid: escrow.deposit_key(sid, stall.key)) as (
+        buyer,
+        channel,
+        evidence,
+    ):
+        with pytest.raises(TradeError, match=r"REFUNDED: the opening check failed: .* first, sec"):
             buy(buyer, channel, stall.manifest, evidence)
         assert buyer.balance() == OPENING_BALANCE
 
 
-def test_a_buyer_disputes_what_does_not_open(market: Market, user: Identity, tmp_path: Path) -> None:
+def test_a_buyer_disputes_what_does_not_open(
+    market: Market, user: Identity, tmp_path: Path
+) -> None:
     """The escrow's copy of the envelope is damaged after the swap, while the buyer is away."""
     trial = market.trial(user, user.folder / "purchase", pictures=None, captions=())
     impatient = Impatient()
@@ -1534,9 +1564,7 @@ def language_model(tmp_path_factory: pytest.TempPathFactory) -> Model:
     return Model(base, adapted, folder / "lora", digest)
 
 
-def test_the_life_of_a_budget(
-    ray_session: None, language_model: Model, tmp_path: Path
-) -> None:
+def test_the_life_of_a_budget(ray_session: None, language_model: Model, tmp_path: Path) -> None:
     """Parallel users share it, a restart keeps it, and what was paid for can be proved after it."""
     seller, crowd, budget = Identity.create(tmp_path / "seller"), Crowd(tmp_path, 6), 40
     terms = Terms(base=language_model.digest, name="gpt2", budget_rows=budget)

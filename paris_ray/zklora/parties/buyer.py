@@ -22,9 +22,9 @@ import numpy as np
 import ray
 from numpy.typing import NDArray
 
-from paris_ray.artifacts import Folder
+from paris_ray.artifacts import Folder, sha256_hex
 from paris_ray.bundle import load_bundle
-from paris_ray.errors import BudgetError, ConfigError
+from paris_ray.errors import BudgetError, ConfigError, VerificationError
 from paris_ray.receipts import RECEIPT, Receipt
 from paris_ray.reports import picture_grid, png_bytes
 from paris_ray.zklora.escrow import State
@@ -54,7 +54,8 @@ EXACT, AUDIT = "exact", "audit"
 RESULT = "result.json"
 AUDIT_PICTURES = "audit.png"
 ADAPTER = "adapter"
-AUDIT_ROWS = 64  # catches 5% of wrong rows with a probability of 96%
+AUDIT_ROWS = 64
+NOTICED_SHARE = 0.05  # of wrong rows, for which the user is told how likely an audit notices them
 POLL_S = 0.5
 SHOWN_PIXELS = 128  # of a small picture in a grid
 
@@ -142,6 +143,7 @@ class Buyer:
         self._channel = Channel(self.identity, trial.peer, self.manifest.contributor_certificate)
         self._totals: dict[str, float] = {}
         self._numerics: NumericsLog | None = None
+        self._exact_bytes = 0
         self._started = time.perf_counter()
 
     def run(self) -> Outcome:
@@ -196,11 +198,14 @@ class Buyer:
 
     def _plan(self) -> dict[str, Any]:
         """Return what is tried, as decided when it was begun."""
+        trial, pictures = self._trial, self._trial.pictures
         wanted = {
-            "prompts": list(self._trial.prompts),
-            "captions": list(self._trial.captions),
-            "levels": list(self._trial.levels),
-            "seed": self._trial.seed,
+            "prompts": list(trial.prompts),
+            "pictures": None if pictures is None else sha256_hex(pictures.tobytes()),
+            "captions": list(trial.captions),
+            "levels": list(trial.levels),
+            "seed": trial.seed,
+            "audit_rows_wanted": trial.audit_rows,
         }
         if not self._folder.exists(PLAN):
             nonces = self._nonces()
@@ -234,11 +239,7 @@ class Buyer:
         session = Session(self._channel, self.identity, self.manifest, mode, nonces[mode])
         left = min(session.rows_left.values())
         logger.info("budget: %d of %d rows a module left", left, self.manifest.budget_rows)
-        audit_rows = 0
-        if trial.prompts:
-            audit_rows = trial.audit_rows or min(
-                AUDIT_ROWS, left if pictures is None else left // 2
-            )
+        audit_rows = self._share_of_audit(left)
         if pictures is None:
             return {"audit_rows": audit_rows, "num_pictures": 0}
         rows_a_picture = len(trial.levels) * result(self._user.rows_a_pair.remote())
@@ -250,6 +251,25 @@ class Buyer:
                 "levels or audit rows, or no pictures"
             )
         return {"audit_rows": audit_rows, "num_pictures": min(len(pictures), affordable)}
+
+    def _share_of_audit(self, left: int) -> int:
+        trial = self._trial
+        if not trial.prompts:
+            return 0
+        share = left if trial.pictures is None else left // 2
+        rows = min(AUDIT_ROWS, share) if trial.audit_rows is None else trial.audit_rows
+        if rows < 1:
+            raise BudgetError(
+                f"audit_rows={rows} is not allowed: at least 1, and {left} rows are left"
+            )
+        noticed = 1 - (1 - NOTICED_SHARE) ** rows
+        logger.info(
+            "audit: %d rows a module, which notice %.0f%% of wrong rows with %.0f%% probability",
+            rows,
+            100 * NOTICED_SHARE,
+            100 * noticed,
+        )
+        return rows
 
     @cached_property
     def _user(self) -> Any:
@@ -269,6 +289,7 @@ class Buyer:
         outcome.with_adapter = np.array(found["with_adapter"], np.float32)
         self._numerics = NumericsLog.from_json(found["numerics"])
         outcome.unusual = self._numerics.unusual
+        self._exact_bytes = found["bytes"]
         self._receipts.advance(State.INFERRED)
         return self._prove(folder)
 
@@ -323,6 +344,8 @@ class Buyer:
         return load_evidence(closed, folder)
 
     def _verify(self, evidence: Sequence[Evidence]) -> None:
+        if not evidence:
+            raise VerificationError("nothing was tried: there is nothing to verify")
         start = time.perf_counter()
         for part in evidence:
             verify_evidence(
@@ -340,8 +363,10 @@ class Buyer:
         self._receipts.write(Folder(str(adapter)))
 
     def _sums(self) -> dict[str, float]:
+        channels = [self._channel] if self._escrow is None else [self._channel, self._escrow]
+        seen = [channel.traffic for channel in channels]
+        exchanged = sum(traffic.bytes_sent + traffic.bytes_received for traffic in seen)
         return self._totals | {
             "seconds": time.perf_counter() - self._started,
-            "bytes_sent": self._channel.traffic.bytes_sent,
-            "bytes_received": self._channel.traffic.bytes_received,
+            "bytes": self._exact_bytes + exchanged,
         }

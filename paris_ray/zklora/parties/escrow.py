@@ -18,7 +18,7 @@ from paris_ray.errors import ProtocolError
 from paris_ray.signatures import SignedDocument
 from paris_ray.zklora.escrow import STATEMENT, Escrow, Trade
 from paris_ray.zklora.identity import Identity, public_key_of
-from paris_ray.zklora.parties.channel import Channel, Peer, serve
+from paris_ray.zklora.parties.channel import Channel, Peer, Traffic, serve
 from paris_ray.zklora.parties.frames import Message
 
 SWEEP_S = 1.0  # between two looks for deadlines that have passed
@@ -162,6 +162,11 @@ class EscrowClient:
 
     def __exit__(self, *_: object) -> None:
         self.close_channel()
+
+    @property
+    def traffic(self) -> Traffic:
+        """Bytes of all messages so far."""
+        return self._channel.traffic
 
     def close_channel(self) -> None:
         """Close the connection; the next operation opens another."""

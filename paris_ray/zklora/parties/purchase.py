@@ -3,6 +3,7 @@
 Every step may be repeated, so an interrupted purchase goes on where it was.
 """
 
+import shutil
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -11,15 +12,23 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from paris_ray.artifacts import Folder, canonical_json, sha256_hex
-from paris_ray.errors import TradeError, VerificationError
-from paris_ray.models.peft_layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from paris_ray.receipts import RECEIPT, STATES, ModuleFacts, Receipt, SessionFacts, file_sha256
+from paris_ray.artifacts import Folder, canonical_json, read_manifest, sha256_hex
+from paris_ray.errors import ArtifactError, TradeError, VerificationError
+from paris_ray.models.peft_layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS, LORA
+from paris_ray.receipts import (
+    ADAPTER_ID,
+    RECEIPT,
+    STATES,
+    ModuleFacts,
+    Receipt,
+    SessionFacts,
+    file_sha256,
+)
 from paris_ray.zklora.adapter import write_peft
 from paris_ray.zklora.escrow import State, check_opening
 from paris_ray.zklora.fixed_point import QuantisedModule
 from paris_ray.zklora.identity import Identity, public_key_of
-from paris_ray.zklora.inference import NumericsLog
+from paris_ray.zklora.inference import ModuleNumerics, NumericsLog
 from paris_ray.zklora.manifest import AdapterManifest
 from paris_ray.zklora.parties.channel import Channel
 from paris_ray.zklora.parties.escrow import EscrowClient
@@ -87,11 +96,14 @@ def verified_facts(
     Args:
         manifest: The pinned one.
         evidence: Of all sessions, that of the trade first.
-        numerics: What was measured of the inputs in exact mode; None: nothing.
+        numerics: What was measured of the inputs in exact mode; None: there was none, and the
+            audited rows tell.
     """
     modules = []
     for terms in manifest.modules:
         seen = None if numerics is None else numerics.modules.get(terms.name)
+        if seen is None:
+            seen = ModuleNumerics.of_integers([part.rows[terms.name][0] for part in evidence])
         modules.append(
             ModuleFacts(
                 name=terms.name,
@@ -100,8 +112,8 @@ def verified_facts(
                 d_out=terms.commitment.d_out,
                 rows=sum(len(part.rows[terms.name][0]) for part in evidence),
                 proof_bytes=sum(len(part.proofs[terms.name]) for part in evidence),
-                peak_to_rms=0.0 if seen is None else seen.peak_to_rms,
-                input_error=0.0 if seen is None else seen.quantisation_error,
+                peak_to_rms=seen.peak_to_rms,
+                input_error=seen.quantisation_error,
             )
         )
     sessions = tuple(
@@ -219,12 +231,14 @@ def receive(
 
     Raises:
         VerificationError: if they are others, naming the module.
+        ArtifactError: if something else has the folder's name.
     """
     openings = check_opening(manifest, sealed, key)
     modules = {name: opening.module for name, opening in openings.items()}
-    folder = Folder(str(adapter))
-    folder.clear()  # what an interrupted attempt left
-    write_peft(adapter, modules, manifest)
+    part = adapter.with_name(f"{adapter.name}.part")
+    shutil.rmtree(part, ignore_errors=True)  # what an interrupted attempt left
+    write_peft(part, modules, manifest)
+    folder = Folder(str(part))
     receipts.advance(
         State.OPENED,
         weights_sha256=file_sha256(folder, ADAPTER_WEIGHTS),
@@ -232,6 +246,17 @@ def receive(
         integers_sha256=integers_digest(modules),
     )
     receipts.write(folder)
+    _replace(adapter, part, manifest)
+
+
+def _replace(adapter: Path, part: Path, manifest: AdapterManifest) -> None:
+    """Let the folder appear whole; nothing is replaced but an earlier delivery of this adapter."""
+    if adapter.exists():
+        facts = read_manifest(Folder(str(adapter)), LORA).facts
+        if facts.get(ADAPTER_ID) != manifest.adapter_id:
+            raise ArtifactError(f"{adapter} holds another adapter: choose another folder")
+        shutil.rmtree(adapter)
+    part.rename(adapter)
 
 
 def integers_digest(modules: Mapping[str, QuantisedModule]) -> str:

@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from paris_ray.artifacts import Folder, canonical_json
-from paris_ray.errors import ArtifactError, ProtocolError, VerificationError
+from paris_ray.errors import ArtifactError, ProtocolError, SignatureError, VerificationError
 from paris_ray.signatures import SignedDocument
 from paris_ray.zklora.fixed_point import Int16, Int64
 from paris_ray.zklora.identity import Identity
@@ -46,8 +46,10 @@ from paris_ray.zklora.transcript import (
 
 TRANSCRIPT = "transcript.safetensors"
 CLOSED = "closed.json"
+DIGEST_BYTES = 32
 EVIDENCE = "evidence.safetensors"
 PROOF_POLL_S = 0.5
+MODULES_WITHIN_S = 3600.0  # the next few: an audit draws its pictures again before the first
 Progress = Callable[[int, int], None]
 
 
@@ -125,11 +127,24 @@ class ClosedSession:
     def load(cls, folder: Path) -> "ClosedSession":
         """Return the session in a folder; raises ArtifactError if it holds none."""
         fields = Folder(str(folder)).read_json(CLOSED)
-        for name in ("by_user", "by_contributor"):
-            fields[name] = SignedDocument.from_json(fields[name])
-        exact = fields["audit_rows"] is None
-        transcript = Transcript.load(folder / TRANSCRIPT) if exact else None
-        return cls(**fields, transcript=transcript)
+        try:
+            for name in ("by_user", "by_contributor"):
+                fields[name] = SignedDocument.from_json(fields[name])
+            exact = fields["audit_rows"] is None
+            transcript = Transcript.load(folder / TRANSCRIPT) if exact else None
+            return cls(**fields, transcript=transcript)
+        except (LookupError, TypeError, SignatureError) as error:
+            raise ArtifactError(f"{folder / CLOSED} holds no session: {error}") from None
+
+    def check(self, manifest: AdapterManifest) -> None:
+        """Raise VerificationError unless both parties signed this log of this adapter."""
+        statement = self.by_contributor.check("close", manifest.contributor)
+        self.by_user.check("close")
+        said = statement.get("session"), statement.get("adapter_id")
+        if self.by_user.document != statement or said != (self.sid, manifest.adapter_id):
+            raise VerificationError("the parties have signed different logs, or another session")
+        if self.transcript is not None and self.transcript.root != self.root:
+            raise VerificationError("the transcript is not the one that was signed")
 
 
 class Session:
@@ -162,6 +177,7 @@ class Session:
         answer = channel.request("open", fields).fields
         self.nonce_c = str(answer.get("nonce_c"))
         self.rows_left = _row_counts(answer.get("rows_left"), manifest)
+        _check_names("rows_left", list(self.rows_left), manifest)
         self.sid = session_id(
             manifest.protocol,
             manifest.adapter_id,
@@ -226,14 +242,19 @@ class Session:
         """Sign the log, and have the contributor sign it.
 
         Raises:
-            VerificationError: if a module of the adapter was never tried.
+            VerificationError: if a module of the adapter was never tried, or has fewer rows than
+                are to be audited.
             ProtocolError: if the contributor has another log.
         """
         exact = self.mode == "exact"
         log: Log = self.transcript if exact else self._drawn.log
+        least = self._audit_rows or 1
         for terms in self._manifest.modules:
-            if not log.counts.get(terms.name):
-                raise VerificationError(f"{terms.name} was never tried: it would stay unproved")
+            rows = log.counts.get(terms.name, 0)
+            if rows < least:
+                raise VerificationError(
+                    f"{terms.name}: {rows} rows were computed, {least} must be proved"
+                )
         statement = closing_statement(self.sid, self._manifest.adapter_id, log)
         by_user = SignedDocument.sign("close", statement, self._identity)
         fields = {"session": self.sid, "statement": by_user.to_json()}
@@ -279,7 +300,9 @@ class Session:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Evidence:
-    """All that is needed to verify a session: what was computed, and proofs of it.
+    """What was computed in a session, and the proofs of it.
+
+    That audited rows are those of the signed log is checked when they are fetched.
 
     Attributes:
         closed: The signed session.
@@ -301,12 +324,11 @@ class Evidence:
         _check_names("proofs", list(self.proofs), manifest)
         _check_names("rows", list(self.rows), manifest)
         closed, adapter_id = self.closed, manifest.adapter_id
+        closed.check(manifest)
         claims = {}
         for terms in manifest.modules:
             x, y = self.rows[terms.name]
-            expected = closed.rows.get(terms.name, 0)
-            if closed.audit_rows is not None:
-                expected = min(closed.audit_rows, expected)
+            expected = closed.audit_rows or closed.rows.get(terms.name, 0)
             if not 0 < len(x) == expected:
                 raise VerificationError(
                     f"{terms.name}: {len(x)} rows are proved, {expected} must be"
@@ -337,16 +359,10 @@ def fetch_evidence(
         on_progress: Is told how many modules are proved, and of how many.
 
     Raises:
-        ProtocolError: if the contributor refuses, or its answer is malformed.
+        ProtocolError: if the contributor refuses, gets no further, or its answer is malformed.
         VerificationError: if an opened row is not the one of the signed log.
     """
-    fields = {"session": closed.sid, "nonce_v": closed.nonce_v}
-    while (answer := channel.request("prove", fields)).kind != "evidence":
-        done, total = answer.fields.get("done"), answer.fields.get("total")
-        if type(done) is not int or type(total) is not int:
-            raise ProtocolError(f"done={done!r}, total={total!r}: two numbers are expected")
-        on_progress(done, total)
-        time.sleep(PROOF_POLL_S)
+    answer = _await_proofs(channel, manifest, closed, on_progress)
     names = _check_names("proofs", answer.fields.get("modules"), manifest)
     on_progress(len(names), len(names))
     proofs, rows = {}, {}
@@ -359,6 +375,25 @@ def fetch_evidence(
     return Evidence(closed, rows, proofs)
 
 
+def _await_proofs(
+    channel: Channel, manifest: AdapterManifest, closed: ClosedSession, on_progress: Progress
+) -> Message:
+    """Return the answer that has the proofs; until then every one must say how many there are."""
+    fields = {"session": closed.sid, "nonce_v": closed.nonce_v}
+    total, most, deadline = len(manifest.modules), -1, 0.0
+    while (answer := channel.request("prove", fields)).kind != "evidence":
+        done = answer.fields.get("done")
+        if answer.kind != "proving" or type(done) is not int or not 0 <= done <= total:
+            raise ProtocolError(f"{answer.kind!r} with done={done!r} is no answer about proofs")
+        if done > most:
+            most, deadline = done, time.monotonic() + MODULES_WITHIN_S
+        elif time.monotonic() > deadline:
+            raise ProtocolError(f"no module was proved in {MODULES_WITHIN_S:.0f} s: {done} are")
+        on_progress(done, total)
+        time.sleep(PROOF_POLL_S)
+    return answer
+
+
 def _opened_rows(answer: Message, i: int, name: str, closed: ClosedSession) -> tuple[Int16, Int64]:
     """Return the audited rows of a module, each found in the signed log at the place drawn."""
     counts, audit_rows = closed.rows, closed.audit_rows
@@ -367,7 +402,8 @@ def _opened_rows(answer: Message, i: int, name: str, closed: ClosedSession) -> t
     x, y = _tensor(answer, f"{i}.x", np.int16, 2), _tensor(answer, f"{i}.y", np.int64, 2)
     places = _tensor(answer, f"{i}.places", np.int64, 2)
     paths = _tensor(answer, f"{i}.paths", np.uint8, 2)
-    if not len(x) == len(y) == len(places) == len(numbers) or places.shape[1:] != (3,):
+    widths = places.shape[1], paths.shape[1]
+    if not len(x) == len(y) == len(places) == len(numbers) or widths != (3, DIGEST_BYTES):
         raise VerificationError(f"{name}: {len(numbers)} rows were to be opened, not {len(x)}")
     start = 0
     for number, x_row, y_row, (call, exponent, length) in zip(
@@ -429,7 +465,7 @@ def _row_counts(counts: object, manifest: AdapterManifest) -> dict[str, int]:
 
 def _tensor(message: Message, name: str, dtype: type[np.generic], ndim: int) -> NDArray[Any]:
     tensor = message.tensors.get(name)
-    if tensor is None or (tensor.dtype, tensor.ndim) != (dtype, ndim):
+    if tensor is None or tensor.dtype != dtype or tensor.ndim != ndim:
         raise ProtocolError(
             f"the answer {message.kind!r} has no {np.dtype(dtype).name} {name!r} of {ndim} "
             "dimensions"

@@ -5,6 +5,7 @@ from being shown as one of another.
 """
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,6 +17,7 @@ from paris_ray.artifacts import canonical_json
 from paris_ray.errors import SignatureError
 
 LABEL = b"paris_ray signed document\0"
+KEY, SIGNATURE = re.compile("[0-9a-f]{64}"), re.compile("[0-9a-f]{128}")
 
 
 class Signer(Protocol):
@@ -119,6 +121,9 @@ def verify_signature(public_key: str, message: bytes, signature: str, what: str)
         signature: 64 bytes in hexadecimal.
         what: What the message is called in the error.
     """
+    # One spelling only: equal statements are equal documents.
+    if not KEY.fullmatch(public_key) or not SIGNATURE.fullmatch(signature):
+        raise SignatureError(f"the {what} has no key and signature in lower-case hexadecimal")
     try:
         key = Ed25519PublicKey.from_public_bytes(bytes.fromhex(public_key))
         key.verify(bytes.fromhex(signature), message)

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from itertools import zip_longest
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from threading import Lock
 
 import numpy as np
@@ -82,11 +83,13 @@ def _fill_cache() -> list[G1Point]:
     data = b"".join(point.to_xy_bytes_le() for point in points)
     assert hashlib.sha256(data).hexdigest() == CACHE_DIGEST, "hash-to-curve differs from RFC 9380"
     path = _cache_file()
-    part = path.with_suffix(f".{secrets.token_hex(8)}")
     with suppress(OSError):  # a read-only home: the next process takes that second again
         path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_bytes(data)
-        part.rename(path)
+        with NamedTemporaryFile(dir=path.parent) as part:
+            part.write(data)
+            part.flush()
+            path.unlink(missing_ok=True)
+            path.hardlink_to(part.name)
     return points
 
 

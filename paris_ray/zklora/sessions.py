@@ -16,6 +16,7 @@ from typing import Any, Self
 
 import numpy as np
 
+from paris_ray.artifacts import canonical_json
 from paris_ray.errors import ArtifactError, BudgetError, ProtocolError
 from paris_ray.signatures import SignedDocument
 from paris_ray.zklora.fixed_point import Int16, Int64
@@ -397,7 +398,9 @@ class SessionJournal:
             _check_answered(db, sid)
             log: Log = session.log or _transcript(db, sid)
             expected = closing_statement(sid, session.adapter_id, log)
-            if signed != (expected, expected) or expected["mode"] != session.mode:
+            # As bytes: to Python 2 and 2.0 are equal, to the escrow they are not.
+            same = canonical_json(list(signed)) == canonical_json([expected, expected])
+            if not same or expected["mode"] != session.mode:
                 raise ProtocolError(f"session {sid}: the statements differ from the journal's")
             envelopes = json.dumps([by_user.to_json(), by_contributor.to_json()])
             update = "UPDATE sessions SET state = ?, closing = ? WHERE sid = ?"

@@ -7,11 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from curve_oracle import Z1, add, compress_G1, decompress_G1, hash_to_G1
+from curve_oracle import multiply as times
 from py_arkworks_bls12381 import G1Point
-from py_ecc.bls.hash_to_curve import hash_to_G1
-from py_ecc.bls.point_compression import compress_G1, decompress_G1
-from py_ecc.optimized_bls12_381 import Z1, add
-from py_ecc.optimized_bls12_381 import multiply as times
 
 from paris_ray.errors import ParisError, VerificationError
 from paris_ray.zklora import curve, folding

@@ -258,7 +258,7 @@ class Buyer:
             return 0
         share = left if trial.pictures is None else left // 2
         rows = min(AUDIT_ROWS, share) if trial.audit_rows is None else trial.audit_rows
-        if rows < 1:
+        if not 1 <= rows <= left:  # before it is planned: a plan stays
             raise BudgetError(
                 f"audit_rows={rows} is not allowed: at least 1, and {left} rows are left"
             )
@@ -363,8 +363,9 @@ class Buyer:
         self._receipts.write(Folder(str(adapter)))
 
     def _sums(self) -> dict[str, float]:
-        channels = [self._channel] if self._escrow is None else [self._channel, self._escrow]
-        seen = [channel.traffic for channel in channels]
+        seen = [self._channel.traffic]
+        if self._escrow is not None:
+            seen.append(self._escrow.traffic)
         exchanged = sum(traffic.bytes_sent + traffic.bytes_received for traffic in seen)
         return self._totals | {
             "seconds": time.perf_counter() - self._started,

@@ -141,7 +141,8 @@ class ClosedSession:
         statement = self.by_contributor.check("close", manifest.contributor)
         self.by_user.check("close")
         said = statement.get("session"), statement.get("adapter_id")
-        if self.by_user.document != statement or said != (self.sid, manifest.adapter_id):
+        same = canonical_json(self.by_user.document) == canonical_json(statement)
+        if not same or said != (self.sid, manifest.adapter_id):
             raise VerificationError("the parties have signed different logs, or another session")
         if self.transcript is not None and self.transcript.root != self.root:
             raise VerificationError("the transcript is not the one that was signed")
@@ -260,7 +261,8 @@ class Session:
         fields = {"session": self.sid, "statement": by_user.to_json()}
         answer = self._channel.request("close", fields).fields.get("statement")
         by_contributor = SignedDocument.from_json(answer)
-        if by_contributor.check("close", self._manifest.contributor) != statement:
+        signed = by_contributor.check("close", self._manifest.contributor)
+        if canonical_json(signed) != canonical_json(statement):
             raise ProtocolError("the contributor signed another log than ours")
         return ClosedSession(
             self.sid,

@@ -14,6 +14,7 @@ import logging
 import signal
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 
 OFFERS = "offers"
 STATUS_S = 60.0
+NEWS_S = 2.0
 
 logger = logging.getLogger("paris_ray")
 
@@ -68,6 +70,7 @@ def main() -> int:
                     escrow=escrow,
                     workers=arguments.workers,
                     threads=arguments.threads,
+                    max_rows_per_user=arguments.max_rows_per_user,
                 )
             )
             host, port = contribution.address
@@ -136,8 +139,13 @@ def _serve(contribution: "Contribution") -> None:
     stopped = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):  # after ray.init, which sets its own
         signal.signal(number, lambda *_: stopped.set())
-    while not stopped.wait(STATUS_S):
-        logger.info("%s", contribution.status())
+    said = time.monotonic()
+    while not stopped.wait(NEWS_S):
+        for line in contribution.news():
+            logger.info("%s", line)
+        if time.monotonic() - said > STATUS_S:
+            logger.info("%s", contribution.status())
+            said = time.monotonic()
     contribution.close()
 
 
@@ -165,6 +173,12 @@ def _parser() -> argparse.ArgumentParser:
         type=int,
         metavar="N",
         help="rows of each module that are ever answered, over all users; default: d_in / 8",
+    )
+    result.add_argument(
+        "--max-rows-per-user",
+        type=int,
+        metavar="N",
+        help="of them, what one user may see; default: all",
     )
     result.add_argument("--escrow", metavar="HOST:PORT", help="who holds key and payment")
     result.add_argument("--escrow-certificate", type=Path, metavar="FILE")

@@ -40,13 +40,13 @@ ADAPTER = "adapter"  # where jobs.verify_lora leaves the weights, in the folder 
 BUDGET_ROWS = 64  # a picture at two noise levels, and as many rows of an audit
 PRICE = 100
 READY_TIMEOUT_S = 120
+# Modules that see few rows, such as those of the time, would need more pictures to be audited.
 TRAINING = (
-    "lora.r=8",
-    "lora.lora_alpha=8",
-    "lora.target_modules=[in_proj,out_proj,mlp.0,mlp.2,final_layer.linear]",
-    "training.steps=800",
+    "lora.target_modules=[in_proj,out_proj,final_layer.linear]",
+    "training.steps=1000",
     "training.batch_size=32",
-    "training.learning_rate=3e-3",
+    "training.learning_rate=8e-3",
+    "training.schedule=cosine",
     "training.log_every=50",
 )
 

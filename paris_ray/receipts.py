@@ -14,7 +14,7 @@ from datetime import datetime
 from typing import Any, NamedTuple
 
 from paris_ray.artifacts import Folder
-from paris_ray.errors import ReceiptError
+from paris_ray.errors import ReceiptError, SignatureError
 from paris_ray.signatures import SignedDocument, Signer
 
 RECEIPT = "receipt.json"
@@ -145,7 +145,7 @@ class Receipt:
         """
         source = f"{folder.uri}/{RECEIPT}"
         try:
-            signed = SignedDocument.from_json(folder.read_json(RECEIPT))
+            signed = _unflatten(folder.read_json(RECEIPT))
             document = signed.check(KIND, public_key)
         # Also the ValueError of values that cannot have been signed: NaN, infinity.
         except (ValueError, RecursionError) as error:
@@ -158,15 +158,16 @@ class Receipt:
             )
         return cls._from_document(document, source)
 
-    def sign(self, signer: Signer) -> SignedDocument:
-        """Return the statement as its buyer signs it; its `to_json()` is what `RECEIPT` holds.
+    def sign(self, signer: Signer) -> dict[str, Any]:
+        """Return what `RECEIPT` holds: the statement's fields, and key and signature of its buyer.
 
         Raises:
             ReceiptError: if a field is not allowed.
         """
         document = self._to_document()
         _check_document(document, self.source)
-        return SignedDocument.sign(KIND, document, signer)
+        signed = SignedDocument.sign(KIND, document, signer)
+        return {**document, "public_key": signed.public_key, "signature": signed.signature}
 
     def require_opened(self) -> None:
         """Raise ReceiptError unless the weights were released, and opened as the proved ones."""
@@ -235,6 +236,15 @@ class Receipt:
         for name in ("modules", "sessions"):
             document[name] = list(document[name])
         return document
+
+
+def _unflatten(fields: Any) -> SignedDocument:
+    """Return the signed statement in a receipt's file; raises SignatureError if it holds none."""
+    if not isinstance(fields, dict):
+        raise SignatureError("it is not a mapping")
+    document = dict(fields)
+    signature = {name: document.pop(name, None) for name in ("public_key", "signature")}
+    return SignedDocument.from_json({"kind": KIND, "document": document, **signature})
 
 
 def file_sha256(folder: Folder, name: str) -> str:

@@ -15,10 +15,13 @@ DISPUTED: both are passed through within one operation.
 """
 
 import json
+import math
+import reprlib
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from enum import StrEnum
+from functools import lru_cache
 from types import MappingProxyType
 from typing import Any
 
@@ -28,12 +31,16 @@ from paris_ray.signatures import SignedDocument
 from paris_ray.zklora.commitment import ModuleOpening, open_commitments
 from paris_ray.zklora.identity import Identity
 from paris_ray.zklora.ledger import Journal, Ledger
-from paris_ray.zklora.manifest import AdapterManifest
+from paris_ray.zklora.manifest import DIGEST, MAX_COUNT, AdapterManifest, printable
 from paris_ray.zklora.sealing import KEY_BYTES, unseal
 from paris_ray.zklora.transcript import check_digest, session_id
 
 STATEMENT = "escrow"  # the kind of document that the escrow signs
 MAX_REASON = 1000  # characters
+MAX_LISTED = 1000  # adapters of one seller
+MAX_LISTED_BYTES = 2**34  # of their sealed weights
+MAX_OPEN_TRADES = 100  # of one buyer
+MANIFESTS_KEPT = 16  # in memory, parsed: each may have some MB
 
 
 class State(StrEnum):
@@ -98,17 +105,68 @@ class Trade:
         return {**asdict(self), "state": str(self.state), "states": [*map(str, self.states)]}
 
     @classmethod
-    def from_json(cls, document: Mapping[str, Any]) -> "Trade":
-        """Return the trade that `to_json` wrote.
+    def from_json(cls, document: Any) -> "Trade":
+        """Return the trade that `to_json` wrote, or that anybody says it did.
 
         Raises:
-            ProtocolError: if it is none.
+            ProtocolError: naming a field that is missing, unknown or not allowed.
         """
-        try:
-            states = tuple(State(state) for state in document["states"])
-            return cls(**{**document, "state": State(document["state"]), "states": states})
-        except (KeyError, TypeError, ValueError) as error:
-            raise ProtocolError(f"not a trade: {error}") from None
+        if not isinstance(document, Mapping) or document.keys() != _ALLOWED.keys():
+            raise ProtocolError(f"not a trade: the fields of one are {', '.join(_ALLOWED)}")
+        for name, is_allowed in _ALLOWED.items():
+            if not is_allowed(value := document[name]):
+                raise ProtocolError(f"not a trade: {name}={reprlib.repr(value)} is not allowed")
+        states = tuple(map(State, document["states"]))
+        if states[-1] != document["state"]:
+            raise ProtocolError(f"not a trade: state={document['state']} is not the last of states")
+        return cls(**{**document, "state": states[-1], "states": states})
+
+
+def _is_digest(value: object) -> bool:
+    return isinstance(value, str) and DIGEST.fullmatch(value) is not None
+
+
+def _is_digest_or_null(value: object) -> bool:
+    return value is None or _is_digest(value)
+
+
+def _is_price(value: object) -> bool:
+    return type(value) is int and 0 <= value <= MAX_COUNT
+
+
+def _is_time(value: object) -> bool:
+    return isinstance(value, int | float) and type(value) is not bool and 0 <= value < math.inf
+
+
+def _is_state(value: object) -> bool:
+    return isinstance(value, str) and value in tuple(State)
+
+
+def _is_states(value: object) -> bool:
+    if not isinstance(value, list):
+        return False
+    return 0 < len(value) <= len(State) and all(map(_is_state, value))
+
+
+def _is_reason_or_null(value: object) -> bool:
+    if value is None:
+        return True
+    return isinstance(value, str) and len(value) <= 2 * MAX_REASON and value.isprintable()
+
+
+_ALLOWED: Mapping[str, Callable[[object], bool]] = {
+    "session": _is_digest,
+    "adapter_id": _is_digest,
+    "buyer": _is_digest,  # a key has as many digits
+    "seller": _is_digest,
+    "price": _is_price,
+    "state": _is_state,
+    "since": _is_time,
+    "states": _is_states,
+    "transcript_root": _is_digest_or_null,
+    "proofs_digest": _is_digest_or_null,
+    "reason": _is_reason_or_null,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,11 +190,13 @@ _RULES = {
 
 _TABLES = (
     "CREATE TABLE IF NOT EXISTS adapters (adapter_id TEXT PRIMARY KEY,"
-    " manifest TEXT NOT NULL, sealed BLOB NOT NULL) STRICT",
+    " seller TEXT NOT NULL, manifest TEXT NOT NULL, sealed BLOB NOT NULL) STRICT",
+    "CREATE INDEX IF NOT EXISTS adapters_by_seller ON adapters (seller)",
     "CREATE TABLE IF NOT EXISTS trades (session TEXT PRIMARY KEY,"
     " adapter_id TEXT NOT NULL, buyer TEXT NOT NULL, seller TEXT NOT NULL,"
     " price INTEGER NOT NULL, state TEXT NOT NULL, since REAL NOT NULL) STRICT",
     "CREATE INDEX IF NOT EXISTS trades_by_state ON trades (state, since)",
+    "CREATE INDEX IF NOT EXISTS trades_by_buyer ON trades (buyer, state)",
     # What was done, by which content; never changed. An operation happens once in a trade.
     "CREATE TABLE IF NOT EXISTS steps (number INTEGER PRIMARY KEY,"
     " session TEXT NOT NULL, operation TEXT NOT NULL, content TEXT NOT NULL,"
@@ -157,6 +217,8 @@ class Escrow:
         ledger: Who owns how much. One outside of the journal is called before the step is
             committed, perhaps twice: its movements are named by their trade.
         deadlines: Seconds that a trade may rest in a state, in place of those of DEADLINES.
+        max_listed: Adapters that one seller may list.
+        max_open_trades: Trades that one buyer may have before their end.
         clock: Seconds since 1970.
     """
 
@@ -167,6 +229,8 @@ class Escrow:
         ledger: Ledger,
         *,
         deadlines: Mapping[State, float] = MappingProxyType({}),
+        max_listed: int = MAX_LISTED,
+        max_open_trades: int = MAX_OPEN_TRADES,
         clock: Callable[[], float] = time.time,
     ) -> None:
         if endless := sorted(deadlines.keys() - DEADLINES.keys()):
@@ -175,7 +239,10 @@ class Escrow:
         self.identity = identity
         self._ledger = ledger
         self._deadlines = {**DEADLINES, **deadlines}
+        self._max_listed = max_listed
+        self._max_open_trades = max_open_trades
         self._clock = clock
+        self._manifest = lru_cache(MANIFESTS_KEPT)(self._read_manifest)
         with journal.transaction():
             for table in _TABLES:
                 journal.execute(table)
@@ -184,8 +251,8 @@ class Escrow:
         """Store a sealed adapter and its manifest; return the adapter's id.
 
         Raises:
-            TradeError: if the caller is not the contributor, the manifest names another escrow, or
-                the bytes are not those of the manifest.
+            TradeError: if the caller is not the contributor or has listed too many, the manifest
+                names another escrow, or the bytes are not those of the manifest.
             ParisError: if the manifest is malformed or not signed by its contributor.
         """
         terms = AdapterManifest.from_signed(manifest)
@@ -197,13 +264,28 @@ class Escrow:
             raise TradeError(f"{len(sealed)} sealed bytes, the manifest says {terms.sealed_bytes}")
         if sha256_hex(sealed) != terms.sealed_digest:
             raise TradeError("the sealed bytes are not those of the manifest's sealed_digest")
-        self._journal.execute(
-            "INSERT OR IGNORE INTO adapters VALUES (?, ?, ?)",
-            terms.adapter_id,
-            json.dumps(manifest.to_json()),
-            sealed,
-        )
+        with self._journal.transaction():
+            if not self._is_listed(terms.adapter_id):
+                self._check_may_list(caller, len(sealed))
+                self._journal.execute(
+                    "INSERT INTO adapters VALUES (?, ?, ?, ?)",
+                    terms.adapter_id,
+                    caller,
+                    json.dumps(terms.document),
+                    sealed,
+                )
         return terms.adapter_id
+
+    def _check_may_list(self, seller: str, size: int) -> None:
+        ((listed, listed_bytes),) = self._journal.execute(
+            "SELECT count(*), coalesce(sum(length(sealed)), 0) FROM adapters WHERE seller = ?",
+            seller,
+        )
+        if listed >= self._max_listed or listed_bytes + size > MAX_LISTED_BYTES:
+            raise TradeError(
+                f"{listed} adapters of {seller} are listed, with {listed_bytes} bytes: at most "
+                f"{self._max_listed} with {MAX_LISTED_BYTES} are allowed"
+            )
 
     def sealed(self, adapter_id: str) -> bytes:
         """Return the ciphertext of a listed adapter: anybody may have it."""
@@ -215,7 +297,8 @@ class Escrow:
         """Begin the purchase that belongs to a session; the caller is the buyer.
 
         Raises:
-            TradeError: if the session's id is not made of this adapter, its base and the nonces.
+            TradeError: if the session's id is not made of this adapter, its base and the nonces,
+                or if the caller has too many trades that have not ended.
         """
         self.expire()
         manifest = self._manifest(adapter_id)
@@ -227,6 +310,7 @@ class Escrow:
         with self._journal.transaction():
             rows = self._journal.execute("SELECT buyer FROM trades WHERE session = ?", session)
             if not rows:
+                self._check_may_open(caller)
                 terms = (session, adapter_id, caller, manifest.contributor, manifest.price)
                 self._journal.execute(
                     "INSERT INTO trades VALUES (?, ?, ?, ?, ?, ?, 0)", *terms, State.COMMITTED
@@ -235,6 +319,19 @@ class Escrow:
             elif rows[0][0] != caller:
                 raise TradeError(f"session {session} has another buyer")
             return self._trade(session)
+
+    def _check_may_open(self, buyer: str) -> None:
+        ((trades,),) = self._journal.execute(
+            "SELECT count(*) FROM trades WHERE buyer = ? AND state NOT IN (?, ?)",
+            buyer,
+            State.SETTLED,
+            State.REFUNDED,
+        )
+        if trades >= self._max_open_trades:
+            raise TradeError(
+                f"{buyer} has {trades} trades that have not ended: at most "
+                f"{self._max_open_trades} are allowed"
+            )
 
     def close(
         self, caller: str, session: str, by_buyer: SignedDocument, by_seller: SignedDocument
@@ -323,6 +420,7 @@ class Escrow:
         """
         if not 0 < len(reason) <= MAX_REASON:
             raise TradeError(f"a reason of {len(reason)} characters: 1 to {MAX_REASON} are allowed")
+        reason = printable(reason, MAX_REASON)  # it may quote the seller
         content = {"reason": reason}
         if not self._is_due("dispute", caller, session, content):
             return self.trade(caller, session)
@@ -470,9 +568,14 @@ class Escrow:
         )
         return {operation: json.loads(content) for operation, content in rows}
 
-    def _manifest(self, adapter_id: str) -> AdapterManifest:
-        envelope = json.loads(self._listed(adapter_id, "manifest"))
-        return AdapterManifest.from_signed(SignedDocument.from_json(envelope))
+    def _read_manifest(self, adapter_id: str) -> AdapterManifest:
+        """Return a manifest whose signature and points were checked when it was listed."""
+        return AdapterManifest.from_document(json.loads(self._listed(adapter_id, "manifest")))
+
+    def _is_listed(self, adapter_id: str) -> bool:
+        return bool(
+            self._journal.execute("SELECT 1 FROM adapters WHERE adapter_id = ?", adapter_id)
+        )
 
     def _listed(self, adapter_id: str, column: str) -> Any:
         rows = self._journal.execute(
@@ -492,7 +595,7 @@ class Escrow:
         try:
             check_opening(manifest, sealed, key)
         except ParisError as error:
-            return str(error)
+            return printable(str(error), MAX_REASON)
         return None
 
 

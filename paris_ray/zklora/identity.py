@@ -27,6 +27,7 @@ CERTIFICATE = "certificate.pem"
 VALIDITY = timedelta(days=3652)  # ten years
 MAX_CERTIFICATE = 4096  # characters; ours have about 600
 READABLE_BY_OTHERS = 0o077
+WRITABLE_BY_OTHERS = 0o022
 # What reading a certificate raises: the errors of x509 have no common base.
 MALFORMED = (
     ValueError,
@@ -56,7 +57,8 @@ class Identity:
         """Make a new identity in a folder.
 
         Raises:
-            ArtifactError: if there is one already: a key is never overwritten.
+            ArtifactError: if there is one already: a key is never overwritten; or if others can
+                write into the folder.
         """
         with _locked(folder):
             return cls._create(folder)
@@ -66,9 +68,11 @@ class Identity:
         """Return the identity in a folder.
 
         Raises:
-            ArtifactError: if it is missing or damaged, or if others can read the key.
+            ArtifactError: if it is missing or damaged, or if others can read the key or write into
+                the folder.
             SignatureError: if its certificate is none of ours.
         """
+        _check_private(folder)
         key = _read_key(folder / KEY)
         path = folder / CERTIFICATE
         try:
@@ -87,6 +91,7 @@ class Identity:
 
     @classmethod
     def _create(cls, folder: Path) -> "Identity":
+        _check_private(folder)
         if (folder / KEY).exists():
             raise ArtifactError(f"{folder / KEY} exists: a key is never overwritten")
         key = Ed25519PrivateKey.generate()
@@ -96,8 +101,8 @@ class Identity:
         )
         # The key comes last: a certificate without one is of no use, and was left by a crash.
         (folder / CERTIFICATE).unlink(missing_ok=True)
-        _write_new(folder / CERTIFICATE, certificate, 0o644)
-        _write_new(folder / KEY, private, 0o600)
+        write_new(folder / CERTIFICATE, certificate, 0o644)
+        write_new(folder / KEY, private, 0o600)
         return cls(folder, certificate.decode("ascii"), key)
 
     @property
@@ -168,6 +173,19 @@ def _certify(key: Ed25519PrivateKey) -> x509.Certificate:
     )
 
 
+def _check_private(folder: Path) -> None:
+    """Raise ArtifactError if others could put another key, or another journal, into a folder."""
+    try:
+        mode = folder.stat().st_mode & 0o777
+    except OSError as error:
+        raise ArtifactError(f"{folder} cannot be the folder of an identity: {error}") from None
+    if mode & WRITABLE_BY_OTHERS:
+        raise ArtifactError(
+            f"{folder} has mode {mode:04o}: others must not write into the folder of an identity "
+            f"(chmod go-w {folder})"
+        )
+
+
 def _read_key(path: Path) -> Ed25519PrivateKey:
     try:
         with path.open("rb") as file:
@@ -201,8 +219,8 @@ def _locked(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _write_new(path: Path, payload: bytes, mode: int) -> None:
-    """Let a file appear whole; raises FileExistsError if there is one."""
+def write_new(path: Path, payload: bytes, mode: int) -> None:
+    """Let a file appear whole, and stay on disk; raises FileExistsError if there is one."""
     temporary = path.with_name(f"{path.name}.tmp")
     temporary.unlink(missing_ok=True)  # of a process that was killed
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
@@ -212,3 +230,8 @@ def _write_new(path: Path, payload: bytes, mode: int) -> None:
         os.fsync(descriptor)
     path.hardlink_to(temporary)  # unlike a rename, it never replaces
     temporary.unlink()
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)

@@ -19,7 +19,8 @@ class Journal:
     """One SQLite file that several threads, and other processes, may write.
 
     Args:
-        path: The file; made if it is missing, readable to its owner alone: it will hold keys.
+        path: The file; made if it is missing. It will hold keys, so that its owner alone may read
+            it, whatever it was before.
 
     Raises:
         ArtifactError: if it cannot be opened or is no journal.
@@ -29,6 +30,9 @@ class Journal:
         self._lock = threading.RLock()
         try:
             path.touch(mode=0o600)
+            for name in (path.name, f"{path.name}-wal", f"{path.name}-shm"):  # the latter SQLite's
+                if (file := path.with_name(name)).exists():
+                    file.chmod(0o600)
             self._database = sqlite3.connect(
                 path, timeout=30, isolation_level=None, check_same_thread=False
             )

@@ -24,11 +24,14 @@ MANIFEST = "zklora.json"
 KIND = "manifest"
 PROTOCOL = "paris_ray zklora 1"
 
-MAX_BYTES = 64 * 2**20  # of the file
 MAX_MODULES = 4096
+MAX_POINTS = 2**17  # of all modules; checking one takes a tenth of a millisecond
+MAX_BYTES = 24 * 2**20  # of the file: as many modules, points and characters fit
 MAX_D_OUT = 2**18
 MAX_EXPERT = 2**16
-MAX_SEALED_BYTES = 2**31 - 1  # more cannot be sealed at once
+# With its manifest an adapter is handed to the escrow in one frame of 2^28 bytes, and from there to
+# its buyer in another.
+MAX_SEALED_BYTES = 200 * 2**20
 MAX_COUNT = 2**53 - 1  # exact in every reader of JSON
 MIN_ALPHA = 1e-6
 # Delivered factors are float32, in which every 15-bit integer times 2^-exponent must be normal.
@@ -211,6 +214,8 @@ class AdapterManifest:
         for terms in self.modules:
             rank = terms.commitment.r
             _require(rank == self.r, f"{terms.name}: r", rank, f"{self.r}, that of the adapter")
+        points = 2 * self.r * count
+        _require(points <= MAX_POINTS, "number of points", points, f"at most {MAX_POINTS}")
 
     @property
     def config(self) -> LoRAConfig:
@@ -279,14 +284,20 @@ class AdapterManifest:
             VerificationError: if a commitment is no point of the group.
         """
         # Fields before signature: they say whose it must be, and are no number that JSON lacks.
-        manifest = cls._from_document(signed.document)
+        manifest = cls.from_document(signed.document)
         signed.check(KIND, manifest.contributor)
         for terms in manifest.modules:
             terms.check_points()
         return manifest
 
     @classmethod
-    def _from_document(cls, document: Any) -> "AdapterManifest":
+    def from_document(cls, document: Any) -> "AdapterManifest":
+        """Return a manifest whose signature and points need no check, or not yet.
+
+        Raises:
+            SignatureError: if a certificate is not allowed.
+            ProtocolError: naming a field that is missing, unknown or not allowed.
+        """
         _require_fields("a manifest", document, [field.name for field in fields(cls)])
         base, modules = document["base"], document["modules"]
         _require_fields("base", base, [field.name for field in fields(Base)])
@@ -343,6 +354,11 @@ def build_manifest(
         contributor_certificate=contributor_certificate,
         escrow_certificate=escrow_certificate,
     )
+
+
+def printable(text: str, most: int) -> str:
+    """Return what another party wrote, harmless in a terminal, and at most so long."""
+    return "".join(c if c.isprintable() else "?" for c in text[:most])
 
 
 def _require(holds: bool, field: str, value: object, allowed: str) -> None:

@@ -8,7 +8,6 @@ Commitments are drawn once: the same folder gives the same adapter, with the sam
 its service is started again.
 """
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ from paris_ray.receipts import file_sha256
 from paris_ray.signatures import SignedDocument
 from paris_ray.zklora.adapter import PeftAdapter, quantise_adapter
 from paris_ray.zklora.commitment import ModuleOpening, commit
-from paris_ray.zklora.identity import Identity
+from paris_ray.zklora.identity import Identity, write_new
 from paris_ray.zklora.manifest import MANIFEST, AdapterManifest, Base, build_manifest
 from paris_ray.zklora.sealing import seal, unseal
 
@@ -132,16 +131,12 @@ def _make(folder: Path, identity: Identity, adapter: PeftAdapter, terms: Terms) 
         escrow_certificate=terms.escrow_certificate,
     )
     # The manifest comes last: without it, what an interruption left is made anew.
-    _write_private(folder / KEY, key)
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    folder.chmod(0o700)
+    (folder / KEY).unlink(missing_ok=True)
+    write_new(folder / KEY, key, 0o600)
     Folder(str(folder)).write(SEALED, sealed)
     Folder(str(folder)).write_json(MANIFEST, manifest.sign(identity).to_json())
-
-
-def _write_private(path: Path, payload: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.unlink(missing_ok=True)
-    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-        file.write(payload)
 
 
 def _check_same(

@@ -37,7 +37,7 @@ def seal(openings: Mapping[str, ModuleOpening]) -> tuple[bytes, bytes]:
         openings: What is sold of each module, by its name.
 
     Raises:
-        ParisError: if it is too large for one envelope.
+        ParisError: if it is too large to be sold.
     """
     tensors: dict[str, NDArray[Any]] = {}
     for name, opening in openings.items():
@@ -50,7 +50,9 @@ def seal(openings: Mapping[str, ModuleOpening]) -> tuple[bytes, bytes]:
     plain = safetensors.numpy.save(tensors)
     size = len(plain) + TAG_BYTES
     if size > MAX_SEALED_BYTES:
-        raise ParisError(f"the weights have {size} bytes, allowed: at most {MAX_SEALED_BYTES}")
+        raise ParisError(
+            f"the sealed weights have {size} bytes: what can be sold has at most {MAX_SEALED_BYTES}"
+        )
     key = secrets.token_bytes(KEY_BYTES)
     return ChaCha20Poly1305(key).encrypt(NONCE, plain, None), key
 

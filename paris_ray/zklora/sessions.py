@@ -104,19 +104,27 @@ class SessionJournal:
 
     Args:
         path: The file; made if it does not exist, readable by its owner alone.
-        max_open_sessions: That one user may have at a time.
+        max_open_sessions: That one user may have at a time; a new one ends the oldest that has
+            paid for nothing.
         max_rows_per_call: That one call may have.
+        max_rows_per_user: Of each module that one user may ever see; None: all of the budget.
 
     Raises:
         ArtifactError: if the file is no journal of this version.
     """
 
     def __init__(
-        self, path: Path, *, max_open_sessions: int = 4, max_rows_per_call: int = 4096
+        self,
+        path: Path,
+        *,
+        max_open_sessions: int = 16,
+        max_rows_per_call: int = 4096,
+        max_rows_per_user: int | None = None,
     ) -> None:
         self._path = path
         self._max_open_sessions = max_open_sessions
         self._max_rows_per_call = max_rows_per_call
+        self._max_rows_per_user = max_rows_per_user
         self._lock = threading.Lock()
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch(mode=0o600)
@@ -175,14 +183,39 @@ class SessionJournal:
             elif known != wanted:
                 raise ArtifactError(f"{self._path} has another budget for adapter {adapter_id}")
 
-    def rows_left(self, adapter_id: str) -> dict[str, int]:
-        """Return how many rows of each module may still be seen, by anybody.
+    def rows_left(self, adapter_id: str, user: str | None = None) -> dict[str, int]:
+        """Return how many rows of each module may still be seen, by anybody or by one user.
 
         Raises:
             ProtocolError: if the adapter is unknown.
         """
         with self._transaction() as db:
-            return _rows_left(db, adapter_id)
+            return self._rows_left(db, adapter_id, user)
+
+    def _rows_left(
+        self, db: sqlite3.Connection, adapter_id: str, user: str | None
+    ) -> dict[str, int]:
+        left, most = _rows_left(db, adapter_id), self._max_rows_per_user
+        if user is None or most is None:
+            return left
+        seen = _rows_seen(db, adapter_id, user)
+        return {name: max(0, min(count, most - seen.get(name, 0))) for name, count in left.items()}
+
+    def _debit(self, db: sqlite3.Connection, session: Session, rows: Mapping[str, int]) -> None:
+        left = self._rows_left(db, session.adapter_id, session.user)
+        for module, count in rows.items():
+            if module not in left:
+                raise ProtocolError(f"module={module!r} is not one of adapter {session.adapter_id}")
+            if count < 1:
+                raise ProtocolError(f"{module}: {count} rows are not allowed: at least 1")
+            if count > left[module]:
+                most = self._max_rows_per_user
+                why = "" if most is None else f"; a user may see {most} of a module"
+                raise BudgetError(
+                    f"{module} has {left[module]} rows left, {count} are asked for{why}"
+                )
+            update = "UPDATE budgets SET spent = spent + ? WHERE adapter_id = ? AND module = ?"
+            db.execute(update, (count, session.adapter_id, module))
 
     def sessions_by_state(self) -> dict[str, int]:
         """Return the number of sessions in every state."""
@@ -214,7 +247,7 @@ class SessionJournal:
 
         Raises:
             ProtocolError: if the adapter or mode is unknown, a nonce malformed, or the user has
-                too many open sessions.
+                too many open sessions that have paid for rows.
         """
         check_digest("nonce_u", nonce_u)
         if mode not in MODES:
@@ -224,7 +257,7 @@ class SessionJournal:
             _rows_left(db, adapter_id)
             query = "SELECT sid FROM sessions WHERE adapter_id = ? AND user = ? AND nonce_u = ?"
             if (known := db.execute(query, identity).fetchone()) is None:
-                self._check_open_sessions(db, user)
+                self._make_room(db, user)
                 insert = f"INSERT INTO sessions ({OPENING}) VALUES (?, ?, ?, ?, ?, ?, ?)"
                 row = (sid, adapter_id, user, mode, nonce_u, nonce_c, SessionState.OPEN)
                 db.execute(insert, row)
@@ -233,11 +266,21 @@ class SessionJournal:
             raise ProtocolError(f"mode={mode!r} is not allowed: it was opened as {session.mode}")
         return session
 
-    def _check_open_sessions(self, db: sqlite3.Connection, user: str) -> None:
+    def _make_room(self, db: sqlite3.Connection, user: str) -> None:
+        """End the oldest session of a user that is open for nothing, if too many are open."""
         query = "SELECT COUNT(*) FROM sessions WHERE user = ? AND state = ?"
         (count,) = db.execute(query, (user, SessionState.OPEN)).fetchone()
-        if count >= self._max_open_sessions:
+        if count < self._max_open_sessions:
+            return
+        query = (
+            "SELECT sid FROM sessions s WHERE user = ? AND state = ? "
+            "AND NOT EXISTS (SELECT 1 FROM calls WHERE sid = s.sid) "
+            "AND NOT EXISTS (SELECT 1 FROM audits WHERE sid = s.sid) ORDER BY s.rowid LIMIT 1"
+        )
+        unpaid = db.execute(query, (user, SessionState.OPEN)).fetchone()
+        if unpaid is None:
             raise ProtocolError(f"{count} sessions are open, the most allowed: close or end one")
+        _end(db, unpaid[0], "a newer session took its place, before it had asked for a row")
 
     def session(self, sid: str, user: str) -> Session:
         """Return a user's session; raises ProtocolError if the user has no such session."""
@@ -306,7 +349,7 @@ class SessionJournal:
             if known is None:
                 _require(session, SessionState.OPEN)
                 _check_next(db, sid, seq)
-                _debit(db, session.adapter_id, {module: len(x)})
+                self._debit(db, session, {module: len(x)})
                 insert = "INSERT INTO calls VALUES (?, ?, ?, ?, ?, ?, NULL)"
                 db.execute(insert, (sid, seq, *sent))
                 return None
@@ -317,14 +360,19 @@ class SessionJournal:
             _end(db, sid, reason)
         raise ProtocolError(f"session {sid} is ended: {reason}")
 
-    def debit_rows(self, sid: str, user: str, rows: Mapping[str, int], drawing: str) -> None:
-        """Pay for the rows that an audit opens, once a session, before anything is drawn.
+    def debit_rows(self, sid: str, user: str, rows: Mapping[str, int], drawing: str) -> Session:
+        """Pay for the rows that an audit opens, before anything is drawn.
+
+        A repetition changes nothing; once `credit_rows` was called, another drawing may be paid.
 
         Args:
             sid: The session.
             user: Public key of the connection, in hexadecimal.
             rows: Number of rows by module.
             drawing: What is drawn, as JSON.
+
+        Returns:
+            The session; with a log, if it was drawn already.
 
         Raises:
             BudgetError: if a module has fewer rows left; nothing is paid.
@@ -339,26 +387,47 @@ class SessionJournal:
                 )
             paid = dict(db.execute("SELECT module, rows FROM audits WHERE sid = ?", (sid,)))
             if not paid:
-                _debit(db, session.adapter_id, rows)
+                _require(session, SessionState.OPEN)
+                self._debit(db, session, rows)
                 update = "UPDATE sessions SET drawing = ? WHERE sid = ?"
                 db.execute(update, (drawing, sid))
                 insert = "INSERT INTO audits VALUES (?, ?, ?)"
                 db.executemany(insert, [(sid, *item) for item in rows.items()])
             elif (paid, session.drawing) != (dict(rows), drawing):
                 raise ProtocolError(f"session {sid} has paid for other rows or another drawing")
+            return _find(db, sid, user)
+
+    def credit_rows(self, sid: str, user: str) -> None:
+        """Give an open audit the rows back of a drawing that failed, once.
+
+        Whoever has the pictures, or broke the session off, gets nothing back.
+
+        Raises:
+            ProtocolError: if the user has no such session.
+        """
+        with self._transaction() as db:
+            session = _find(db, sid, user)
+            if session.state != SessionState.OPEN or session.log is not None:
+                return
+            paid = db.execute("SELECT rows, module FROM audits WHERE sid = ?", (sid,)).fetchall()
+            update = "UPDATE budgets SET spent = spent - ? WHERE module = ? AND adapter_id = ?"
+            db.executemany(update, [(*item, session.adapter_id) for item in paid])
+            db.execute("DELETE FROM audits WHERE sid = ?", (sid,))
+            db.execute("UPDATE sessions SET drawing = NULL WHERE sid = ?", (sid,))
 
     def record_log(self, sid: str, user: str, log: LogSummary) -> None:
         """Keep the summary of what an audit has drawn; the first one stays.
 
         Raises:
-            ProtocolError: if it is no audit of this user, has not paid for a drawing, or drawing
-                again gave another log.
+            ProtocolError: if it is no audit of this user, has not paid for a drawing, is not open,
+                or drawing again gave another log.
         """
         with self._transaction() as db:
             session = _find(db, sid, user)
             if session.drawing is None:
                 raise ProtocolError(f"session {sid} has paid for no drawing")
             if session.log is None:
+                _require(session, SessionState.OPEN)
                 update = "UPDATE sessions SET log = ? WHERE sid = ?"
                 db.execute(update, (json.dumps(log), sid))
             elif session.log != log:
@@ -424,13 +493,15 @@ class SessionJournal:
             return _find(db, sid, user)
 
     def end(self, sid: str, user: str, reason: str) -> None:
-        """Break a session off; the first reason stays.
+        """Break an open session off; the first reason stays.
 
         Raises:
-            ProtocolError: if the user has no such session.
+            ProtocolError: if the user has no such session, or it is closed.
         """
         with self._transaction() as db:
-            if _find(db, sid, user).state != SessionState.ENDED:
+            session = _find(db, sid, user)
+            if session.state != SessionState.ENDED:
+                _require(session, SessionState.OPEN)
                 _end(db, sid, reason)
 
 
@@ -472,17 +543,14 @@ def _rows_left(db: sqlite3.Connection, adapter_id: str) -> dict[str, int]:
     return left
 
 
-def _debit(db: sqlite3.Connection, adapter_id: str, rows: Mapping[str, int]) -> None:
-    left = _rows_left(db, adapter_id)
-    for module, count in rows.items():
-        if module not in left:
-            raise ProtocolError(f"module={module!r} is not one of adapter {adapter_id}")
-        if count < 1:
-            raise ProtocolError(f"{module}: {count} rows are not allowed: at least 1")
-        if count > left[module]:
-            raise BudgetError(f"{module} has {left[module]} rows left, {count} are asked for")
-        update = "UPDATE budgets SET spent = spent + ? WHERE adapter_id = ? AND module = ?"
-        db.execute(update, (count, adapter_id, module))
+def _rows_seen(db: sqlite3.Connection, adapter_id: str, user: str) -> dict[str, int]:
+    """Return how many rows of each module a user has paid for, in all sessions."""
+    query = (
+        "SELECT module, SUM(rows) FROM "
+        "(SELECT sid, module, rows FROM calls UNION ALL SELECT sid, module, rows FROM audits) "
+        "JOIN sessions USING (sid) WHERE adapter_id = ? AND user = ? GROUP BY module"
+    )
+    return dict(db.execute(query, (adapter_id, user)))
 
 
 def _counts(db: sqlite3.Connection, sid: str) -> tuple[int, int]:

@@ -90,6 +90,19 @@ def proof_context(adapter_id: str, sid: str, root: str, module: str, nonce_v: st
     return canonical_json({"label": f"{LABEL} proof", "module": module, **names})
 
 
+def drawing_digest(request: Mapping[str, Any], pictures: NDArray[np.uint8]) -> str:
+    """Return what binds the pictures of an audit to what was asked for, in hexadecimal.
+
+    Args:
+        request: All that was asked for, as JSON values.
+        pictures: `(n, S, S, 3)`.
+    """
+    statement = {"label": f"{LABEL} drawing", "request": request, "shape": pictures.shape}
+    header = canonical_json(statement)
+    framed = len(header).to_bytes(8, "little") + header + pictures.tobytes()
+    return hashlib.sha256(framed).hexdigest()
+
+
 def check_request(seq: object, module: object, exponent: object, x: NDArray[Any]) -> None:
     """Raise ProtocolError unless these may be what a user sends in one call."""
     if type(seq) is not int or not 0 <= seq <= MAX_SEQ:
@@ -177,6 +190,7 @@ class Transcript:
     """
 
     mode = "exact"
+    drawing = None
 
     def __init__(self, calls: Iterable[Call] = ()) -> None:
         self.calls: list[Call] = []
@@ -272,6 +286,7 @@ class RowLog:
     """Every row of a session in audit mode: leaves alone, module by module in order of name."""
 
     mode = "audit"
+    drawing = None  # only the summary of a log knows: see `LogSummary.of`
 
     def __init__(self) -> None:
         self._leaves: dict[str, list[bytes]] = {}
@@ -339,17 +354,19 @@ class LogSummary(NamedTuple):
         root: Of its tree.
         num_leaves: Calls, or rows in audit mode.
         counts: Number of rows of each module.
+        drawing: `drawing_digest(...)` of an audit's request and pictures; None in exact mode.
     """
 
     mode: str
     root: str
     num_leaves: int
     counts: dict[str, int]
+    drawing: str | None = None
 
     @classmethod
-    def of(cls, log: "Log") -> "LogSummary":
-        """Return the summary of a log; raises ProtocolError if it is empty."""
-        return cls(log.mode, log.root, log.num_leaves, log.counts)
+    def of(cls, log: "Log", drawing: str | None = None) -> "LogSummary":
+        """Return the summary of a log and a drawing; raises ProtocolError if the log is empty."""
+        return cls(log.mode, log.root, log.num_leaves, log.counts, drawing)
 
 
 def leaf_index(counts: Mapping[str, int], module: str, row: int) -> int:
@@ -387,6 +404,10 @@ class Log(Protocol):
     def counts(self) -> dict[str, int]:
         """Number of rows of each module."""
 
+    @property
+    def drawing(self) -> str | None:
+        """Digest of an audit's request and pictures."""
+
 
 def closing_statement(sid: str, adapter_id: str, log: Log) -> dict[str, Any]:
     """Return what both parties sign, as kind `close`, when a session ends.
@@ -401,6 +422,7 @@ def closing_statement(sid: str, adapter_id: str, log: Log) -> dict[str, Any]:
         "root": log.root,
         "leaves": log.num_leaves,
         "rows": log.counts,
+        "drawing": log.drawing,
     }
 
 

@@ -87,8 +87,10 @@ LEVELS = (0.3, 0.7)
 PROMPTS = ("a red cat", "a blue dog")
 CAPTIONS = ("a red circle", "a green square")
 TOKENS = 16  # rows of each module that one picture takes at one level
-AUDIT_ROWS = 20
+AUDIT_ROWS = 32  # the fewest for two pictures
 SEARCHED = 32  # bytes of a factor that are looked for
+
+WORKING = ("drawing", "proving")  # kinds of answers that say how far something is
 
 Randomise = Callable[[nn.Module, int], nn.Module]
 Tamper = Callable[[Message], Message]
@@ -518,7 +520,7 @@ def test_a_user_who_asks_for_too_much_can_ask_again(
     for _ in range(6):
         with pytest.raises(BudgetError, match=f"audit_rows={BUDGET + 1} is not allowed"):
             Buyer(trial).run()
-    assert Buyer(replace(trial, audit_rows=1, escrow=None)).run().receipt.state == "VERIFIED"
+    assert Buyer(replace(trial, audit_rows=AUDIT_ROWS, escrow=None)).run().receipt.state == "VERIFIED"
 
 
 @pytest.mark.parametrize("audit_rows", [None, 5])
@@ -566,7 +568,7 @@ def test_answers_hold_no_weights(market: Market, user: Identity) -> None:
         audit = Session(channel, user, manifest, "audit")
         audit.draw(PROMPTS, 0, AUDIT_ROWS)
         audit.verify()
-    kinds = [answer.kind for answer in channel.answers if answer.kind != "proving"]
+    kinds = [answer.kind for answer in channel.answers if answer.kind not in WORKING]
     assert kinds == [
         "opened", *["answer"] * 2 * len(manifest.modules), "closed", "evidence",
         "opened", "drawn", "closed", "evidence",
@@ -596,7 +598,7 @@ class Tampering(Channel):
 
     def request(self, *arguments: Any, **named: Any) -> Message:
         answer = super().request(*arguments, **named)
-        return self.tamper(answer) if answer.kind != "proving" else answer
+        return answer if answer.kind in WORKING else self.tamper(answer)
 
 
 @dataclass(frozen=True)
@@ -857,7 +859,7 @@ def test_what_the_contributor_draws_is_checked(market: Market, user: Identity) -
         for name, tamper in bad.items():
             channel.tamper = lambda a, t=tamper: t(a) if a.kind == "drawn" else a
             with pytest.raises(ProtocolError):
-                session.draw(PROMPTS, 0, 1)
+                session.draw(PROMPTS, 0, AUDIT_ROWS)
                 assert name == "no root"  # which is found when the log is closed
                 session.close()
 
@@ -964,7 +966,7 @@ def test_another_users_session_does_not_exist(
     by_thief = SignedDocument.sign("close", statement, thief).to_json()
     by_user = SignedDocument.sign("close", statement, user).to_json()
     call = {"seq": len(session.transcript.calls), "module": name, "exponent": 0}
-    draw = {"prompts": ["a"], "seed": 0, "audit_rows": 1}
+    draw = {"prompts": ["a"], "seed": 0, "audit_rows": 16}
     with market.channel(thief) as other:
         for kind, fields, tensors in (
             ("call", mine | call, {"x": rows_for(market.manifest, name, 1)}),
@@ -973,6 +975,7 @@ def test_another_users_session_does_not_exist(
             ("close", mine | {"statement": by_user}, {}),
             ("prove", mine | {"nonce_v": new_nonce()}, {}),
             ("release", mine, {}),
+            ("end", mine, {}),
         ):
             with pytest.raises(ProtocolError, match="does not exist for user"):
                 other.request(kind, fields, tensors)
@@ -1010,7 +1013,7 @@ def test_a_session_ends_where_the_parties_disagree(
 DIGEST = "0" * 64
 OPEN = {"adapter_id": DIGEST, "nonce_u": DIGEST, "mode": "exact"}
 CALL = {"session": DIGEST, "seq": 0, "module": "a", "exponent": 0}
-DRAW = {"session": DIGEST, "prompts": ["a"], "seed": 0, "audit_rows": 1}
+DRAW = {"session": DIGEST, "prompts": ["a"], "seed": 0, "audit_rows": 16}
 MALFORMED: dict[str, tuple[str, dict[str, Any], str]] = {
     "another adapter": ("open", OPEN, "adapter_id=0"),
     "an unknown mode": ("open", OPEN | {"mode": "free"}, "OpenRequest: mode"),
@@ -1044,6 +1047,7 @@ MALFORMED: dict[str, tuple[str, dict[str, Any], str]] = {
     "a number for a prompt": ("draw", DRAW | {"prompts": [1]}, "DrawRequest: prompts.0"),
     "a negative seed": ("draw", DRAW | {"seed": -1}, "DrawRequest: seed"),
     "a huge seed": ("draw", DRAW | {"seed": 2**63}, "DrawRequest: seed"),
+    "too few audited rows": ("draw", DRAW | {"audit_rows": 15}, "at least 16 a picture"),
     "no audit": ("draw", DRAW | {"audit_rows": 0}, "DrawRequest: audit_rows"),
     "too many steps": (
         "draw",
@@ -1120,7 +1124,7 @@ def test_a_drawing_that_cannot_be_made_costs_nothing(
     before = market.rows_left()
     session = Session(channel, user, market.manifest, "audit")
     with pytest.raises(ParisError) as refused:
-        session.draw(PROMPTS, 0, 2, **options)
+        session.draw(PROMPTS, 0, AUDIT_ROWS, **options)
     assert "internal error" not in str(refused.value)
     assert market.rows_left() == before
 
@@ -1133,14 +1137,14 @@ def test_drawings_at_the_edges_of_what_is_allowed(
     with pytest.raises(BudgetError, match=f"{everything} are asked for"):
         session.draw(PROMPTS, 0, everything)
     options: dict[str, Any] = {"num_inference_steps": 1, "routing": "full", "guidance_scale": 0.0}
-    drawn = session.draw(["a" * 1000], 2**63 - 1, 3, **options)
+    drawn = session.draw(["a" * 1000], 2**63 - 1, 16, **options)
     assert drawn.pictures.shape == (1, 32, 32, 3)
-    again = session.draw(["a" * 1000], 2**63 - 1, 3, **options)  # the answer was lost
+    again = session.draw(["a" * 1000], 2**63 - 1, 16, **options)  # the answer was lost
     assert np.array_equal(again.pictures, drawn.pictures) and again.log == drawn.log
     with pytest.raises(ProtocolError, match="paid for other rows or another drawing"):
-        session.draw(["another"], 0, 3)
+        session.draw(["another"], 0, 16)
     evidence = session.verify()
-    assert {len(x) for x, _ in evidence.rows.values()} == {3}
+    assert {len(x) for x, _ in evidence.rows.values()} == {16}
 
 
 def test_a_drawing_without_the_adapted_expert_is_refused(market: Market, user: Identity) -> None:
@@ -1161,10 +1165,12 @@ def test_a_drawing_without_the_adapted_expert_is_refused(market: Market, user: I
         seeds.setdefault(bool(asked), seed)
     assert seeds.keys() == {True, False}
     with market.channel(user) as channel:
-        Session(channel, user, manifest, "audit").draw([prompt], seeds[True], 1, **options)
+        Session(channel, user, manifest, "audit").draw([prompt], seeds[True], 16, **options)
         session = Session(channel, user, manifest, "audit")
-        with pytest.raises(ProtocolError, match="log"):
-            session.draw([prompt], seeds[False], 1, **options)
+        before = market.rows_left()
+        with pytest.raises(ProtocolError, match="had no part in these pictures"):
+            session.draw([prompt], seeds[False], 16, **options)
+        assert market.rows_left() == before
 
 
 # Who may connect

@@ -187,12 +187,12 @@ def test_a_bought_adapter_is_deployed_with_its_opened_receipt_alone(
 
     with pytest.raises(ReceiptError, match=r"receipt\.json does not exist"):
         deploy()
-    Folder(tmp_path).write_json(RECEIPT, paid.sign(buyer).to_json())
+    Folder(tmp_path).write_json(RECEIPT, paid.sign(buyer))
     with pytest.raises(ReceiptError, match=f"receipt_key={buyer.public_key}: set that only if"):
         deploy(receipt_key=None)
     with pytest.raises(ReceiptError, match="state='PAID' is not allowed here: 'OPENED' is needed"):
         deploy()
-    Folder(tmp_path).write_json(RECEIPT, replace(paid, state="OPENED").sign(buyer).to_json())
+    Folder(tmp_path).write_json(RECEIPT, replace(paid, state="OPENED").sign(buyer))
     deploy()
     with pytest.raises(ValidationError, match=r"loras\.bought\.receipt_key"):
         deploy(receipt_key="mine")

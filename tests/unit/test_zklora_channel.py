@@ -8,6 +8,7 @@ import socket
 import ssl
 import struct
 import threading
+import tracemalloc
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -41,13 +42,14 @@ from paris_ray.zklora.parties.frames import (
     ConnectionLost,
     Limits,
     Message,
+    Sizes,
     decode,
     encode,
     read_message,
 )
 from paris_ray.zklora.sessions import SessionJournal
 
-SMALL = Limits(header_bytes=2000, frame_bytes=5000)
+SMALL = Sizes(header_bytes=2000, frame_bytes=5000)
 HASTY = Limits(handshake_s=0.5, idle_s=0.5, frame_s=0.5)
 TENSORS = {
     "x": np.arange(-6, 6, dtype=np.int16).reshape(3, 4),
@@ -163,7 +165,10 @@ def test_no_memory_is_taken_for_what_is_too_large():
         asked.append(size)
         return bytearray(canonical_json(header(tensors=[tensor(name="y", shape=[2**27])])))
 
+    small = Sizes(of_kinds={"other": 2**30}, frame_bytes=1000)
     length = len(read(0)).to_bytes(4, "big")
+    with pytest.raises(ProtocolError, match="shape of tensor 'y'"):
+        read_message(length, read, small)
     with pytest.raises(ProtocolError, match="a frame of 268"):
         read_message(length, read)
     with pytest.raises(ProtocolError, match="a header of"):
@@ -184,6 +189,19 @@ def test_no_memory_is_taken_for_what_is_too_large():
 def test_what_no_peer_would_take_is_not_sent(message: Message):
     with pytest.raises(ProtocolError, match="is not allowed"):
         encode(message, 1, SMALL)
+
+
+def test_kinds_may_have_sizes_of_their_own():
+    sizes = Sizes(frame_bytes=1000, of_kinds={"large": 5000})
+    large = Message("large", {}, {"x": np.zeros(2000, np.int16)})
+    n, message = decode(encode(large, 3, sizes), sizes)
+    assert n == 3
+    assert_equal(message, large)
+    small = Message("small", {}, {"x": np.zeros(490, np.int16)})
+    with pytest.raises(ProtocolError, match=r"a frame of 10\d\d bytes .* at most 1000"):
+        decode(encode(small, 3), sizes)
+    with pytest.raises(ProtocolError, match="shape of tensor 'x'"):
+        encode(Message("small", {}, large.tensors), 1, sizes)
 
 
 def test_mutated_frames_are_refused_or_mean_exactly_what_they_say():
@@ -221,9 +239,10 @@ def running(
     handler: Callable[[Peer, Message], Message] = echo,
     port: int = 0,
     limits: Limits = Limits(),  # noqa: B008 - frozen
+    clients: tuple[str, ...] = ("client",),
 ) -> Iterator[Server]:
-    clients = [parties["client"].certificate]
-    with serve(parties["server"], "127.0.0.1", port, clients, handler, limits) as server:
+    pinned = [parties[name].certificate for name in clients]
+    with serve(parties["server"], "127.0.0.1", port, pinned, handler, limits) as server:
         yield server
 
 
@@ -269,9 +288,45 @@ def test_requests_are_answered_with_the_identity_of_who_asked(parties: dict):
 
 
 def test_large_tensors_pass(parties: dict):
-    x = np.arange(2**21, dtype=np.int64).reshape(2**10, -1)
+    x = np.arange(2**20, dtype=np.int64).reshape(2**10, -1)
     with running(parties) as server, channel(parties, server) as client:
         np.testing.assert_array_equal(client.request("k", {}, {"x": x}).tensors["x"], x)
+
+
+def test_a_request_may_be_smaller_than_an_answer(parties: dict):
+    limits = Limits(requests=Sizes(frame_bytes=1000))
+    y, heard = np.zeros(5000, np.uint8), []
+
+    def answer(peer: Peer, message: Message) -> Message:
+        heard.append(message.kind)
+        return Message("k", {}, {"y": y})
+
+    with running(parties, answer, limits=limits) as server:
+        with channel(parties, server, limits=limits) as client:
+            assert client.request("fine").tensors["y"].shape == (5000,)
+            with pytest.raises(ProtocolError, match=r"a frame of 10\d\d bytes .* at most 1000"):
+                client.request("large", {}, {"x": y[:950]})
+            assert client.request("again").kind == "k"
+        with (  # who does not keep to it is not heard
+            channel(parties, server, attempts=1) as rude,
+            pytest.raises(ConnectionLost),
+        ):
+            rude.request("large", {}, {"x": y[:950]})
+    assert heard == ["fine", "again"]
+
+
+def test_memory_is_taken_as_bytes_arrive(parties: dict):
+    announced = frame(header(tensors=[tensor(dtype="uint8", shape=[2**24 - 1000])]))
+    with running(parties) as server, raw(parties["client"], server) as connection:
+        tracemalloc.start()
+        try:
+            connection.sendall(announced + bytes(1000))
+            socket.socket.shutdown(connection, socket.SHUT_WR)
+            assert is_closed(connection)
+            _, most = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+    assert most < 2**20
 
 
 @pytest.mark.parametrize(
@@ -530,6 +585,42 @@ def test_connections_are_counted(parties: dict):
             assert fourth.request("k").kind == "k"
 
 
+def test_strangers_take_no_place_of_who_is_known(parties: dict):
+    limits = Limits(strangers=4, connections=2, handshake_s=600)
+    with (
+        running(parties, limits=limits) as server,
+        channel(parties, server) as bystander,
+        contextlib.ExitStack() as flood,
+    ):
+        bystander.request("k")
+        strangers = [
+            flood.enter_context(socket.create_connection(server.address, 20)) for _ in range(12)
+        ]
+        for _ in range(3):
+            with channel(parties, server) as client:
+                assert client.request("k").kind == "k"
+        assert bystander.request("k").kind == "k"
+        for oldest in strangers[:8]:
+            assert is_closed(oldest)
+
+
+def test_one_client_takes_no_place_of_another(parties: dict):
+    limits = Limits(connections_a_peer=2)
+    with (
+        running(parties, limits=limits, clients=("client", "stranger")) as server,
+        channel(parties, server) as first,
+        channel(parties, server) as second,
+    ):
+        first.request("k")
+        second.request("k")
+        for _ in range(3):
+            with channel(parties, server, attempts=1) as third, pytest.raises(ConnectionLost):
+                third.request("k")
+        with Channel(parties["stranger"], server.address, parties["server"].certificate) as other:
+            assert other.request("k").fields["who"] == parties["stranger"].public_key
+        assert first.request("k").kind == second.request("k").kind == "k"
+
+
 def test_a_lost_connection_is_opened_again_and_the_request_repeated(parties: dict):
     calls = []
 
@@ -609,7 +700,8 @@ def test_an_answer_with_another_number_is_not_taken(parties: dict):
 
 
 def test_many_clients_and_threads_at_once(parties: dict):
-    with running(parties) as server, channel(parties, server) as shared:
+    limits = Limits(connections_a_peer=13)
+    with running(parties, limits=limits) as server, channel(parties, server) as shared:
 
         def ask(i: int) -> None:
             with channel(parties, server) as own:

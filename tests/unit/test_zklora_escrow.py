@@ -26,6 +26,7 @@ from paris_ray.errors import (
 )
 from paris_ray.receipts import STATES
 from paris_ray.signatures import SignedDocument
+from paris_ray.zklora import escrow as escrow_module
 from paris_ray.zklora.commitment import ModuleCommitment, ModuleOpening, commit
 from paris_ray.zklora.curve import BLINDING, encode, generators, multiply, random_scalar
 from paris_ray.zklora.escrow import DEADLINES, STATEMENT, Escrow, State, Trade, check_opening
@@ -87,12 +88,13 @@ class Parties:
     @property
     def escrow(self) -> Escrow:
         """An escrow that has only the file, as after a restart."""
-        if self.running is not None:
-            return self.running
+        return self.new_escrow() if self.running is None else self.running
+
+    def new_escrow(self, **limits: int) -> Escrow:
         journal = Journal(self.folder / "journal.sqlite")
         self.journals.append(journal)
         ledger = SQLiteLedger(journal, OPENING_BALANCE)
-        return Escrow(journal, self.notary, ledger, clock=lambda: self.now)
+        return Escrow(journal, self.notary, ledger, clock=lambda: self.now, **limits)
 
     def offer(self, sold: Openings, sealed: bytes, key: bytes, price: int = PRICE) -> Offer:
         manifest = build_manifest(
@@ -370,6 +372,62 @@ def test_an_adapter_is_listed_by_its_contributor_as_the_manifest_says(parties: P
         escrow.sealed(offer.manifest.adapter_id)
 
 
+def test_a_seller_lists_so_many_adapters(parties: Parties) -> None:
+    escrow = parties.new_escrow(max_listed=2)
+    first, second, third = (parties.honest_offer(price) for price in (1, 2, 3))
+    seller, other = parties.seller.public_key, parties.stranger
+    for offer in (first, second):
+        escrow.list_adapter(seller, offer.signed, offer.sealed)
+    with pytest.raises(TradeError, match=r"2 adapters of .* are listed, .*at most 2"):
+        escrow.list_adapter(seller, third.signed, third.sealed)
+    escrow.list_adapter(seller, first.signed, first.sealed)  # again
+    theirs = replace(third.manifest, contributor_certificate=other.certificate)
+    escrow.list_adapter(other.public_key, theirs.sign(other), third.sealed)
+    assert escrow.sealed(theirs.adapter_id) == third.sealed
+
+
+def test_a_seller_lists_so_many_bytes(parties: Parties, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = parties.honest_offer(1), parties.honest_offer(2)
+    size = len(first.sealed) + len(second.sealed)
+    monkeypatch.setattr(escrow_module, "MAX_LISTED_BYTES", size - 1)
+    escrow, seller = parties.escrow, parties.seller.public_key
+    escrow.list_adapter(seller, first.signed, first.sealed)
+    with pytest.raises(TradeError, match=rf"are listed, with {len(first.sealed)} bytes"):
+        escrow.list_adapter(seller, second.signed, second.sealed)
+
+
+def test_a_buyer_has_so_many_open_trades(parties: Parties) -> None:
+    offer = parties.honest_offer()
+    parties.running = parties.new_escrow(max_open_trades=2)
+    first, second, third, fourth = (Purchase(parties, offer) for _ in range(4))
+    first.until("deposit_key")
+    second.until("open_trade")
+    with pytest.raises(TradeError, match="has 2 trades that have not ended: at most 2"):
+        third.until("open_trade")
+    assert second.until("open_trade").state is State.COMMITTED  # again
+    fourth.buyer = parties.stranger.public_key
+    assert fourth.until("open_trade").state is State.COMMITTED
+    first.until("opened")
+    assert third.until("open_trade").state is State.COMMITTED
+
+
+def test_points_are_decoded_when_an_adapter_is_listed(
+    parties: Parties, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoded, check = [], ModuleTerms.check_points
+
+    def record(terms: ModuleTerms) -> None:
+        decoded.append(terms.name)
+        check(terms)
+
+    purchase = Purchase(parties, parties.honest_offer())
+    monkeypatch.setattr(ModuleTerms, "check_points", record)
+    purchase.until("open_trade")
+    assert decoded == []
+    Purchase(parties, purchase.offer)
+    assert decoded == ["block.0", "block.1"]
+
+
 def test_a_price_that_the_balance_does_not_cover_is_not_locked(parties: Parties) -> None:
     purchase = Purchase(parties, parties.honest_offer(price=OPENING_BALANCE + 1))
     trade = purchase.until("verified")
@@ -514,6 +572,15 @@ def test_a_dispute_without_ground_settles(purchase: Purchase) -> None:
         escrow.opened(purchase.buyer, session)
 
 
+def test_reasons_are_printable(purchase: Purchase) -> None:
+    purchase.until("deposit_key")
+    escrow, session = purchase.parties.escrow, purchase.session
+    trade = escrow.dispute(purchase.buyer, session, "bad\x1b[2J\nweights")
+    assert trade.reason == "disputed (bad?[2J?weights), but the opening check holds"
+    assert escrow.dispute(purchase.buyer, session, "bad\x1b[2J\nweights") == trade
+    assert Trade.from_json(trade.to_json()) == trade
+
+
 def test_a_dispute_with_ground_refunds(purchase: Purchase) -> None:
     """What the escrow keeps was damaged after its first check."""
     purchase.until("deposit_key")
@@ -590,8 +657,52 @@ def test_the_escrow_states_what_happened(purchase: Purchase) -> None:
     assert document["state"] == "SETTLED" and document["price"] == PRICE
     assert document["transcript_root"] == purchase.closing()[0].document["root"]
     assert Trade.from_json(document) == trade
-    with pytest.raises(ProtocolError, match="not a trade"):
-        Trade.from_json(document | {"state": "DONE"})
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("session", 1),
+        ("session", "D" * 64),
+        ("adapter_id", ["d" * 64]),
+        ("buyer", "ann"),
+        ("seller", None),
+        ("price", "300"),
+        ("price", -1),
+        ("price", True),
+        ("price", 1.5),
+        ("price", 2**53),
+        ("state", "DONE"),
+        ("state", ["PAID"]),
+        ("state", "COMMITTED"),
+        ("since", "now"),
+        ("since", True),
+        ("since", float("inf")),
+        ("since", float("nan")),
+        ("states", "COMMITTED"),
+        ("states", []),
+        ("states", [1]),
+        ("states", [["PAID"]]),
+        ("states", ["COMMITTED"] * 11),
+        ("states", {"COMMITTED": 1}),
+        ("transcript_root", 5),
+        ("transcript_root", ""),
+        ("proofs_digest", "x" * 64),
+        ("reason", 5),
+        ("reason", "\x1b[2J"),
+        ("reason", "x" * 2001),
+    ],
+)
+def test_what_is_no_trade_is_refused(purchase: Purchase, field: str, value: object) -> None:
+    document = purchase.until("opened").to_json()
+    assert Trade.from_json(document).state is State.SETTLED
+    with pytest.raises(ProtocolError, match=f"not a trade: {field}=") as refused:
+        Trade.from_json(document | {field: value})
+    assert str(refused.value).isprintable()
+    without = {name: value for name, value in document.items() if name != field}
+    for other in (without, document | {"more": 1}, [], None, "trade"):
+        with pytest.raises(ProtocolError, match="the fields of one are"):
+            Trade.from_json(other)
 
 
 def test_many_at_once_move_money_once(purchase: Purchase) -> None:
@@ -711,6 +822,18 @@ def test_the_journal_is_private_and_must_be_one(tmp_path: Path) -> None:
     path = tmp_path / "journal.sqlite"
     Journal(path).close()
     assert path.stat().st_mode & 0o777 == 0o600
+    beside = path.with_name("journal.sqlite-wal")
+    beside.touch()
+    for file in (path, beside):
+        file.chmod(0o644)
+    journal = Journal(path)
+    journal.execute("CREATE TABLE t (n)")
+    assert {file.name: file.stat().st_mode & 0o777 for file in tmp_path.iterdir()} == {
+        "journal.sqlite": 0o600,
+        "journal.sqlite-wal": 0o600,
+        "journal.sqlite-shm": 0o600,
+    }
+    journal.close()
     for wrong in (tmp_path, tmp_path / "missing" / "journal"):
         with pytest.raises(ArtifactError, match="cannot be used as a journal"):
             Journal(wrong)

@@ -13,17 +13,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from paris_ray.artifacts import canonical_json
 from paris_ray.config import LoRAConfig
 from paris_ray.errors import ProtocolError, SignatureError, TradeError
 from paris_ray.signatures import SignedDocument
 from paris_ray.zklora.commitment import commit
-from paris_ray.zklora.escrow import Escrow, State, Trade, check_opening
+from paris_ray.zklora.escrow import STATEMENT, Escrow, State, Trade, check_opening
 from paris_ray.zklora.fixed_point import QuantisedModule
 from paris_ray.zklora.identity import CERTIFICATE, Identity
 from paris_ray.zklora.ledger import Journal, SQLiteLedger
-from paris_ray.zklora.manifest import AdapterManifest, Base, build_manifest
-from paris_ray.zklora.parties.channel import Channel
-from paris_ray.zklora.parties.escrow import EscrowClient, EscrowService
+from paris_ray.zklora.manifest import MAX_BYTES, AdapterManifest, Base, build_manifest
+from paris_ray.zklora.parties.channel import Channel, serve
+from paris_ray.zklora.parties.escrow import LIMITS, EscrowClient, EscrowService
+from paris_ray.zklora.parties.frames import ConnectionLost, Message
 from paris_ray.zklora.sealing import seal
 from paris_ray.zklora.transcript import Call, Transcript, closing_statement, new_nonce, session_id
 
@@ -132,7 +134,7 @@ def test_a_purchase_over_the_network(
     assert (buyer.balance(), seller.balance()) == (700, 1300)
     delivered = check_opening(sale.manifest, buyer.sealed(sale.adapter_id), buyer.key(sale.session))
     assert delivered["block"].module.digest == sale.opening.module.digest
-    statement = buyer.statement(sale.session)
+    statement = buyer.statement(sale.session, sale.adapter_id)
     assert statement.public_key == sale.notary.public_key
     assert statement.document["states"][-2:] == ["OPENED", "SETTLED"]
 
@@ -207,6 +209,67 @@ def test_a_malformed_request_is_refused(
             channel.request(kind, fields, tensors)
         assert "internal" not in str(refused.value)
         assert channel.request("balance").fields == {"balance": 1000}
+
+
+def test_only_an_adapter_to_list_may_be_large(sale: Sale, service: EscrowService) -> None:
+    large = np.zeros(5 * 2**20, np.uint8)
+    address, certificate = service.address, sale.notary.certificate
+    with (
+        Channel(sale.seller, address, certificate, attempts=1) as rude,
+        pytest.raises(ConnectionLost),
+    ):
+        rude.request("balance", {}, {"x": large})
+    with Channel(sale.seller, address, certificate, limits=LIMITS) as channel:
+        with pytest.raises(ProtocolError, match="shape of tensor 'x'"):
+            channel.request("balance", {}, {"x": large})
+        manifest = np.frombuffer(canonical_json(sale.manifest.sign(sale.seller).to_json()), "u1")
+        with pytest.raises(TradeError, match="5242880 sealed bytes"):
+            channel.request("list_adapter", {}, {"manifest": manifest, "sealed": large})
+        too_large = np.full(MAX_BYTES + 1, ord("["), np.uint8)
+        with pytest.raises(ProtocolError, match="manifest of list_adapter has 25165825 bytes"):
+            channel.request("list_adapter", {}, {"manifest": too_large, "sealed": large})
+
+
+def test_an_escrow_that_lies_is_not_believed(
+    sale: Sale, clients: tuple[EscrowClient, EscrowClient]
+) -> None:
+    buyer, seller = clients
+    signed = sale.manifest.sign(sale.seller)
+    seller.list_adapter(signed, sale.sealed)
+    for step in sale.steps(buyer, seller):
+        step()
+    honest = buyer.statement(sale.session, sale.adapter_id).document
+    lies: dict[str, Message] = {}
+
+    def state(**changes: object) -> Message:
+        statement = SignedDocument.sign(STATEMENT, honest | changes, sale.notary)
+        return Message("done", {"statement": statement.to_json()})
+
+    pinned = [sale.buyer.certificate]
+    with (
+        serve(sale.notary, "127.0.0.1", 0, pinned, lambda _, request: lies[request.kind]) as liar,
+        EscrowClient(sale.buyer, liar.address, sale.notary.certificate) as client,
+    ):
+        lies["statement"] = state()
+        assert client.statement(sale.session, sale.adapter_id).document == honest
+        for changes in ({"session": "d" * 64}, {"adapter_id": "d" * 64}):
+            lies["statement"] = state(**changes)
+            with pytest.raises(ProtocolError, match="the escrow's statement is about trade"):
+                client.statement(sale.session, sale.adapter_id)
+        lies["statement"] = state(price="free")
+        with pytest.raises(ProtocolError, match="not a trade: price='free'"):
+            client.statement(sale.session, sale.adapter_id)
+        lies["trade"] = Message("trade", honest | {"reason": "\x1b[2J"})
+        with pytest.raises(ProtocolError, match="not a trade: reason="):
+            client.trade(sale.session)
+        for fields in ({}, {"balance": "9"}, {"balance": True}):
+            lies["balance"] = Message("done", fields)
+            with pytest.raises(ProtocolError, match="a balance that is no integer"):
+                client.balance()
+        for fields in ({}, {"adapter_id": "d" * 64}):
+            lies["list_adapter"] = Message("done", fields)
+            with pytest.raises(ProtocolError, match="has not listed adapter"):
+                client.list_adapter(signed, sale.sealed)
 
 
 def test_the_service_ends_silent_trades_by_itself(sale: Sale, tmp_path: Path) -> None:

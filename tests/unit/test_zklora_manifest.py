@@ -33,11 +33,21 @@ from paris_ray.errors import (
     VerificationError,
 )
 from paris_ray.signatures import SignedDocument, verify_signature
+from paris_ray.zklora import sealing
 from paris_ray.zklora.commitment import ModuleOpening, commit, open_commitments
 from paris_ray.zklora.field import ORDER
 from paris_ray.zklora.fixed_point import quantise
-from paris_ray.zklora.identity import CERTIFICATE, KEY, Identity, public_key_of
-from paris_ray.zklora.manifest import AdapterManifest, Base, build_manifest
+from paris_ray.zklora.identity import CERTIFICATE, KEY, MAX_CERTIFICATE, Identity, public_key_of
+from paris_ray.zklora.manifest import (
+    MAX_BYTES,
+    MAX_MODULES,
+    MAX_POINTS,
+    MAX_SEALED_BYTES,
+    AdapterManifest,
+    Base,
+    build_manifest,
+)
+from paris_ray.zklora.parties.escrow import LIMITS
 from paris_ray.zklora.sealing import NONCE, seal, unseal
 
 Openings = dict[str, ModuleOpening]
@@ -139,6 +149,26 @@ def test_a_key_that_others_can_read_is_refused(tmp_path: Path, mode: int) -> Non
     (tmp_path / KEY).chmod(mode)
     with pytest.raises(ArtifactError, match=rf"{KEY} has mode 0{mode:o}, allowed: 0600"):
         Identity.load(tmp_path)
+
+
+@pytest.mark.parametrize("mode", [0o770, 0o702, 0o777])
+def test_a_home_that_others_can_write_to_is_refused(tmp_path: Path, mode: int) -> None:
+    used, new = tmp_path / "used", tmp_path / "new"
+    Identity.create(used)
+    new.mkdir()
+    for folder in (used, new):
+        folder.chmod(mode)
+    for attempt, folder in (
+        (Identity.load, used),
+        (Identity.load_or_create, used),
+        (Identity.load_or_create, new),
+        (Identity.create, new),
+    ):
+        with pytest.raises(ArtifactError, match=rf"has mode 0{mode:o}: others .*chmod go-w"):
+            attempt(folder)
+    assert not list(new.iterdir())
+    used.chmod(0o755)
+    Identity.load(used)
 
 
 def private_pem(key: Any, password: bytes | None = None) -> bytes:
@@ -287,9 +317,7 @@ def test_the_id_is_that_of_every_field(manifest: AdapterManifest) -> None:
         lambda m: m["base"].update(expert=2),
         lambda m: m["base"].update(router_digest=None),
     ]
-    ids = {
-        AdapterManifest._from_document(edited(manifest, change)).adapter_id for change in changes
-    }
+    ids = {AdapterManifest.from_document(edited(manifest, change)).adapter_id for change in changes}
     assert len(ids | {manifest.adapter_id}) == len(changes) + 1
 
 
@@ -321,6 +349,12 @@ def test_the_scale_follows_peft(manifest: AdapterManifest, use_rslora: bool, sca
 POINT = "80" + "00" * 47
 
 
+def many_points(document: dict[str, Any]) -> list[dict[str, Any]]:
+    points = [POINT] * 512
+    wide = document["modules"][0] | {"d_in": 512, "r": 512, "a": points, "b": points}
+    return [wide | {"name": f"layers.{i}"} for i in range(129)]
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
@@ -341,7 +375,8 @@ POINT = "80" + "00" * 47
         (lambda m: m.update(budget_rows=0), "budget_rows=0"),
         (lambda m: m.update(budget_rows="9"), "budget_rows='9'"),
         (lambda m: m.update(sealed_bytes=0), "sealed_bytes=0"),
-        (lambda m: m.update(sealed_bytes=2**31), "sealed_bytes=2147483648"),
+        (lambda m: m.update(sealed_bytes=200 * 2**20 + 1), "sealed_bytes=209715201 .*209715200"),
+        (lambda m: m.update(r=512, modules=many_points(m)), "number of points=132096 is not"),
         (lambda m: m.update(sealed_digest=DIGEST[:-1]), "sealed_digest="),
         (lambda m: m.update(sealed_digest=DIGEST.upper()), "sealed_digest="),
         (lambda m: m.update(key_digest=DIGEST + "\n"), "key_digest="),
@@ -447,15 +482,47 @@ def test_files_that_hold_no_manifest_are_refused(tmp_path: Path, payload: bytes)
 
 def test_files_are_not_read_beyond_reason(tmp_path: Path) -> None:
     with (tmp_path / "large").open("wb") as file:
-        file.truncate(64 * 2**20 + 1)
-    with pytest.raises(ProtocolError, match="at most 67108864 bytes"):
+        file.truncate(24 * 2**20 + 1)
+    with pytest.raises(ProtocolError, match="at most 25165824 bytes"):
         AdapterManifest.read(tmp_path / "large")
     for path in (tmp_path / "nowhere", tmp_path, Path("/dev/zero")):
         with pytest.raises(SignatureError, match=f"^{path} is not a file"):
             AdapterManifest.read(path)
 
 
+def test_the_largest_manifest_can_be_read_and_sold(
+    identity: Identity, manifest: AdapterManifest
+) -> None:
+    module = manifest.document["modules"][0]
+    points = {"a": [POINT] * 16, "b": [POINT] * 16}
+    names = ("d_in", "d_out", "exponent_a", "exponent_b")
+    largest = module | points | dict.fromkeys(names, 262144) | {"name": "x" * 256, "r": 16}
+    document = manifest.document | {
+        "modules": [largest] * MAX_MODULES,
+        "adapter": "x" * 100,
+        "contributor_certificate": "x" * MAX_CERTIFICATE,
+        "escrow_certificate": "x" * MAX_CERTIFICATE,
+    }
+    envelope = SignedDocument("manifest", document, identity.public_key, "0" * 128).to_json()
+    assert 2 * 16 * MAX_MODULES == MAX_POINTS
+    assert len(json.dumps(envelope, indent=2)) <= MAX_BYTES
+    room = LIMITS.requests.header_bytes
+    assert MAX_BYTES + MAX_SEALED_BYTES + room <= LIMITS.requests.of("list_adapter") <= 2**28
+    assert MAX_SEALED_BYTES + room <= LIMITS.answers.of("sealed")
+
+
 # Sealed weights.
+
+
+def test_weights_that_are_too_large_to_be_sold_are_not_sealed(
+    openings: Openings, sealed: tuple[bytes, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = len(sealed[0])
+    monkeypatch.setattr(sealing, "MAX_SEALED_BYTES", size)
+    assert len(seal(openings)[0]) == size
+    monkeypatch.setattr(sealing, "MAX_SEALED_BYTES", size - 1)
+    with pytest.raises(ParisError, match=f"have {size} bytes: what can be sold has at most"):
+        seal(openings)
 
 
 def test_what_is_sealed_opens_the_commitments(
@@ -511,7 +578,7 @@ def seal_anything(plain: bytes, manifest: AdapterManifest) -> tuple[bytes, bytes
             sealed_digest=sha256_hex(sealed), sealed_bytes=len(sealed), key_digest=sha256_hex(key)
         ),
     )
-    return sealed, key, AdapterManifest._from_document(document)
+    return sealed, key, AdapterManifest.from_document(document)
 
 
 @pytest.mark.parametrize("key", [b"", b"short", b"k" * 31, b"x" * 32])
@@ -520,7 +587,7 @@ def test_a_pinned_key_that_does_not_unseal_is_refused(
 ) -> None:
     document = edited(manifest, lambda m: m.update(key_digest=sha256_hex(key)))
     with pytest.raises(VerificationError, match="the key"):
-        unseal(sealed[0], key, AdapterManifest._from_document(document))
+        unseal(sealed[0], key, AdapterManifest.from_document(document))
 
 
 def test_an_envelope_without_room_for_a_tag_is_refused(manifest: AdapterManifest) -> None:
@@ -532,7 +599,7 @@ def test_an_envelope_without_room_for_a_tag_is_refused(manifest: AdapterManifest
         ),
     )
     with pytest.raises(VerificationError, match="the key does not fit"):
-        unseal(b"x", key, AdapterManifest._from_document(document))
+        unseal(b"x", key, AdapterManifest.from_document(document))
 
 
 A, BLINDERS = "layers.0.attn.a", "layers.0.attn.blinders_a"

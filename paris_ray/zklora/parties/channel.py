@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
@@ -29,17 +29,20 @@ from paris_ray.errors import (
     VerificationError,
 )
 from paris_ray.zklora.identity import Identity, public_key_of
+from paris_ray.zklora.manifest import printable
 from paris_ray.zklora.parties.frames import (
     DEFAULTS,
     ConnectionLost,
     Limits,
     Message,
+    Sizes,
     encode,
     read_message,
 )
 
 MAX_ERROR = 2000  # characters
 CHUNK_BYTES = 2**20
+RECORD_BYTES = 2**14  # TLS gives no more at once
 RETRY_S = 0.2
 POLL_S = 0.2
 ERROR = "error"
@@ -58,6 +61,9 @@ ERRORS = {
 }
 
 logger = logging.getLogger(__name__)
+
+Piece = TypeVar("Piece", memoryview, int)
+Moved = TypeVar("Moved", int, bytes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,10 +95,13 @@ class Traffic:
 class _Connection:
     """Frames over one TLS socket, each within its deadline."""
 
-    def __init__(self, tls: ssl.SSLSocket, limits: Limits, wait_s: float, traffic: Traffic) -> None:
+    def __init__(
+        self, tls: ssl.SSLSocket, sizes: Sizes, frame_s: float, wait_s: float, traffic: Traffic
+    ) -> None:
         tls.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._tls = tls
-        self._limits = limits
+        self._sizes = sizes  # of what is received
+        self._frame_s = frame_s
         self._wait_s = wait_s  # for the first byte of a frame
         self._traffic = traffic
 
@@ -102,7 +111,7 @@ class _Connection:
 
     def send(self, frame: bytes) -> None:
         """Send a frame; raises ConnectionLost if it cannot be sent in time."""
-        deadline = time.monotonic() + self._limits.frame_s
+        deadline = time.monotonic() + self._frame_s
         with memoryview(frame) as view:
             sent = 0
             while sent < len(view):
@@ -113,30 +122,29 @@ class _Connection:
     def receive(self) -> tuple[int, Message]:
         """Return the next frame; raises ProtocolError, ConnectionLost if it does not come."""
         begun = self._read(1, time.monotonic() + self._wait_s)
-        deadline = time.monotonic() + self._limits.frame_s
+        deadline = time.monotonic() + self._frame_s
         length = begun + self._read(3, deadline)
-        return read_message(length, lambda size: self._read(size, deadline), self._limits)
+        return read_message(length, lambda size: self._read(size, deadline), self._sizes)
 
     def _read(self, size: int, deadline: float) -> bytearray:
-        payload = bytearray(size)
-        with memoryview(payload) as view:
-            filled = 0
-            while filled < size:
-                piece = view[filled : filled + CHUNK_BYTES]
-                received = _in_time(self._tls, self._tls.recv_into, piece, deadline)
-                if received == 0:
-                    raise ConnectionLost("the other side closed the connection")
-                filled += received
+        """Return so many bytes; memory is taken as they come, whatever was announced."""
+        payload = bytearray()
+        while len(payload) < size:
+            most = min(size - len(payload), RECORD_BYTES)
+            piece = _in_time(self._tls, self._tls.recv, most, deadline)
+            if not piece:
+                raise ConnectionLost("the other side closed the connection")
+            payload += piece
         self._traffic.bytes_received += size
         return payload
 
 
 def _in_time(
     tls: ssl.SSLSocket,
-    transfer: Callable[[memoryview], int],
-    piece: memoryview,
+    transfer: Callable[[Piece], Moved],
+    piece: Piece,
     deadline: float,
-) -> int:
+) -> Moved:
     """Send or receive a piece; every socket operation has only what is left of the deadline."""
     remaining = deadline - time.monotonic()
     if remaining <= 0:
@@ -179,6 +187,9 @@ def _identify(connection: ssl.SSLSocket, pinned: Mapping[bytes, Peer]) -> Peer:
 class Server:
     """Answers requests, a thread per connection; made by `serve`.
 
+    Nobody keeps others out: strangers take no place of those who are known, and are ended oldest
+    first; a key has a few places.
+
     Attributes:
         address: Host and port that it listens on.
     """
@@ -198,9 +209,8 @@ class Server:
         self._handler = handler
         self._limits = limits
         self._closed = threading.Event()
-        self._slots = threading.BoundedSemaphore(limits.connections)
         self._lock = threading.Lock()
-        self._sockets: set[ssl.SSLSocket] = set()
+        self._keys: dict[ssl.SSLSocket, str | None] = {}  # None: of a stranger; oldest first
         self._accepting = threading.Thread(target=self._accept, daemon=True)
         self._accepting.start()
 
@@ -216,7 +226,7 @@ class Server:
         self._accepting.join()
         self._listener.close()
         with self._lock:
-            for connection in self._sockets:
+            for connection in self._keys:
                 _shut_down(connection)
 
     def _accept(self) -> None:
@@ -234,12 +244,8 @@ class Server:
     def _start(self, accepted: socket.socket) -> None:
         with contextlib.ExitStack() as undo:
             undo.callback(accepted.close)
-            if not self._slots.acquire(blocking=False):
-                logger.warning("a connection was refused: %d are open", self._limits.connections)
-                return
-            undo.callback(self._slots.release)
             threading.Thread(target=self._serve, args=(accepted,), daemon=True).start()
-            undo.pop_all()  # both are the thread's now
+            undo.pop_all()  # it is the thread's now
 
     def _serve(self, accepted: socket.socket) -> None:
         try:
@@ -250,30 +256,46 @@ class Server:
                 )
                 with tls, self._registered(tls):
                     tls.do_handshake()
-                    self._converse(tls, _identify(tls, self._pinned))
+                    peer = _identify(tls, self._pinned)
+                    self._admit(tls, peer.public_key)
+                    self._converse(tls, peer)
         except ConnectionLost as error:
             logger.info("a connection ended: %s", error)
         except (ProtocolError, OSError) as error:
-            logger.warning("a connection was closed: %s", _printable(str(error)))
+            logger.warning("a connection was closed: %s", printable(str(error), MAX_ERROR))
         except Exception:
             logger.exception("a connection was closed by an error of ours")
-        finally:
-            self._slots.release()
 
     @contextlib.contextmanager
     def _registered(self, connection: ssl.SSLSocket) -> Iterator[None]:
+        """Count a stranger; if it is one too many, end the one that has had the most time."""
         with self._lock:
-            self._sockets.add(connection)
+            self._keys[connection] = None
+            strangers = [each for each, key in self._keys.items() if key is None]
+            if len(strangers) > self._limits.strangers:
+                del self._keys[strangers[0]]
+                _shut_down(strangers[0])
         try:
             if self._closed.is_set():
                 raise ConnectionLost("the server is closed")
             yield
         finally:
             with self._lock:
-                self._sockets.discard(connection)
+                self._keys.pop(connection, None)
+
+    def _admit(self, connection: ssl.SSLSocket, key: str) -> None:
+        """Count a stranger as who it is; raises ProtocolError if there is no place."""
+        with self._lock:
+            keys = [each for each in self._keys.values() if each is not None]
+            if len(keys) >= self._limits.connections:
+                raise ProtocolError(f"{len(keys)} connections are open")
+            if keys.count(key) >= self._limits.connections_a_peer:
+                raise ProtocolError(f"{key} has {keys.count(key)} connections")
+            self._keys[connection] = key
 
     def _converse(self, tls: ssl.SSLSocket, peer: Peer) -> None:
-        connection = _Connection(tls, self._limits, self._limits.idle_s, Traffic())
+        limits = self._limits
+        connection = _Connection(tls, limits.requests, limits.frame_s, limits.idle_s, Traffic())
         last = 0
         while True:
             n, request = connection.receive()
@@ -285,11 +307,11 @@ class Server:
     def _answer(self, peer: Peer, request: Message, n: int) -> bytes:
         """Return the frame of the handler's answer, or of the error that it raised."""
         try:
-            return encode(self._handler(peer, request), n, self._limits)
+            return encode(self._handler(peer, request), n, self._limits.answers)
         except Exception as error:
             name, text = type(error).__name__, str(error)
             if ERRORS.get(name) is not type(error):
-                logger.exception("request %s failed", _printable(request.kind))
+                logger.exception("request %s failed", printable(request.kind, MAX_ERROR))
                 name, text = "ProtocolError", "internal error"
             return encode(Message(ERROR, {"error": name, "message": text[:MAX_ERROR]}), n)
 
@@ -317,7 +339,7 @@ def serve(
         clients: Certificates, as PEM text, of all who may connect.
         handler: Returns the answer to a request; called from several threads. The errors in
             `ERRORS` are raised again at the client, text included, others as an internal error.
-        limits: What a connection may use.
+        limits: What the protocol may use.
 
     Raises:
         ConfigError: if there are no clients, or the address cannot be listened on.
@@ -348,7 +370,7 @@ class Channel:
         server_certificate: The only one that the server may have, as PEM text.
         timeout: Seconds until an answer begins.
         attempts: How often a request is sent before its loss is an error.
-        limits: How large a frame may be, and its deadline.
+        limits: What the protocol may use: those of the server.
 
     Attributes:
         traffic: Bytes of all its connections.
@@ -414,7 +436,8 @@ class Channel:
 
         Raises:
             ConnectionLost: if the connection broke in every attempt.
-            ProtocolError: if the server is not the pinned one, or its answer is malformed.
+            ProtocolError: if the request is too large, the server is not the pinned one, or its
+                answer is malformed.
             ParisError: what the handler raised.
         """
         message = Message(kind, fields or {}, tensors or {})
@@ -431,7 +454,7 @@ class Channel:
     def _ask(self, message: Message) -> Message:
         connection = self._connected()
         self._last += 1
-        frame = encode(message, self._last, self._limits)
+        frame = encode(message, self._last, self._limits.requests)
         try:
             connection.send(frame)
             n, answer = connection.receive()
@@ -447,7 +470,10 @@ class Channel:
     def _connected(self) -> _Connection:
         if self._connection is None:
             tls = self._handshake()
-            self._connection = _Connection(tls, self._limits, self._timeout, self.traffic)
+            limits = self._limits
+            self._connection = _Connection(
+                tls, limits.answers, limits.frame_s, self._timeout, self.traffic
+            )
             self._last = 0
         return self._connection
 
@@ -455,7 +481,7 @@ class Channel:
         where = f"{self._address[0]}:{self._address[1]}"
         with contextlib.ExitStack() as undo:
             try:
-                seconds = self._limits.handshake_s
+                seconds = self._limits.connect_s
                 plain = undo.enter_context(socket.create_connection(self._address, seconds))
                 tls = undo.enter_context(self._context.wrap_socket(plain))
             except ssl.SSLCertVerificationError as error:
@@ -483,9 +509,4 @@ def connect(
 
 def _remote_error(fields: Mapping[str, Any]) -> ParisError:
     error = ERRORS.get(str(fields.get("error")), ProtocolError)
-    return error(_printable(str(fields.get("message"))))
-
-
-def _printable(text: str) -> str:
-    """Return what another party wrote, harmless in a terminal."""
-    return "".join(c if c.isprintable() else "?" for c in text[:MAX_ERROR])
+    return error(printable(str(fields.get("message")), MAX_ERROR))

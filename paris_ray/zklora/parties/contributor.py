@@ -7,6 +7,7 @@ actors and in the tasks that prove; users never share a Ray cluster with them.
 import logging
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,19 +19,21 @@ import torch
 from numpy.typing import NDArray
 from ray.util.metrics import Counter, Gauge, Histogram
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from safetensors.numpy import load_file, save_file
 
-from paris_ray.bundle import load_bundle
+from paris_ray.artifacts import Folder
+from paris_ray.bundle import Bundle, load_bundle
 from paris_ray.errors import ConfigError, ParisError, ProtocolError, TradeError
 from paris_ray.sampling import generate
-from paris_ray.sampling.sampler import sampling_options
+from paris_ray.sampling.sampler import SamplingError, sampling_options
 from paris_ray.signatures import SignedDocument
 from paris_ray.zklora.commitment import ModuleOpening
 from paris_ray.zklora.escrow import State
 from paris_ray.zklora.fixed_point import Int16, Int64, check_rows, evaluate
 from paris_ray.zklora.identity import Identity
 from paris_ray.zklora.inference import adapt
-from paris_ray.zklora.manifest import AdapterManifest
-from paris_ray.zklora.offer import Offer, load_offer
+from paris_ray.zklora.manifest import MANIFEST, AdapterManifest
+from paris_ray.zklora.offer import KEY, SEALED, base_of_expert, load_offer
 from paris_ray.zklora.parties.channel import Peer, Server, serve
 from paris_ray.zklora.parties.escrow import EscrowClient
 from paris_ray.zklora.parties.frames import Message
@@ -38,6 +41,7 @@ from paris_ray.zklora.parties.messages import (
     CallRequest,
     CloseRequest,
     DrawRequest,
+    EndRequest,
     OpenRequest,
     ProveRequest,
     ReleaseRequest,
@@ -59,8 +63,14 @@ from paris_ray.zklora.transcript import (
 
 MODULES_AT_ONCE = 4  # that one task proves: enough to pay for its start, few enough to share out
 PROVE_RETRIES = 5
-ANSWER_WITHIN_S = 10.0  # until a user who waits for proofs is told how far they are
+MAX_REPEATS = 3  # of proofs that failed
+ANSWER_WITHIN_S = 5.0  # until a user who waits for pictures or proofs is told how far they are
 AUDITED = "audited"  # the view's name within the worker
+CHECKS = "checks"  # its thread for requests
+MAX_LOG_ROWS = 2**22  # of one drawing: about 1 GB of leaves and nodes
+DRAWINGS = "drawings"
+MAX_NEWS = 1000
+SHORT = 8  # characters of a digest, enough to tell a few sessions apart
 
 logger = logging.getLogger("paris_ray")
 
@@ -79,6 +89,10 @@ class Service:
         escrow: Host and port of the escrow that the manifest names; None: nothing can be bought.
         workers: Processes that answer updates.
         threads: Torch threads of each.
+        max_rows_per_user: Of each module that one user may ever see; None: all of the budget.
+
+    Raises:
+        ConfigError: if `max_rows_per_user` is below 1.
     """
 
     folder: Path
@@ -90,6 +104,13 @@ class Service:
     escrow: tuple[str, int] | None = None
     workers: int = 1
     threads: int = 1
+    max_rows_per_user: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.max_rows_per_user is not None and self.max_rows_per_user < 1:
+            raise ConfigError(
+                f"max_rows_per_user={self.max_rows_per_user} is not allowed: at least 1"
+            )
 
 
 class OpenedRows(NamedTuple):
@@ -124,12 +145,16 @@ class LoRAWorker:
         return evaluate(self._openings[module].module, x)
 
 
-@ray.remote(num_cpus=0.5, max_restarts=-1, max_task_retries=3)
+# Ray's stubs do not know of groups: requests are checked beside what is being drawn.
+@ray.remote(  # type: ignore[call-overload]
+    num_cpus=0.5, max_restarts=-1, max_task_retries=3, concurrency_groups={CHECKS: 1}
+)
 class AuditWorker:
     """Draws pictures with base and adapter, and logs every row that the adapter computed.
 
     No row is kept: those that the user's nonce picks are computed again, by drawing the same
-    pictures again. That the second log is the first is checked.
+    pictures again. That the second log is the first is checked. What kills it while it draws is
+    not done again by itself.
 
     Args:
         openings: The weights.
@@ -145,32 +170,69 @@ class AuditWorker:
         bundle: str,
         threads: int,
     ) -> None:
-        torch.set_num_threads(threads)
         self._modules = {name: opening.module for name, opening in openings.items()}
         self._recorder = _Recorder(self._modules)
-        self._bundle = load_bundle(bundle)
-        assert manifest.base.expert is not None
-        self._bundle.add_view(
+        self._manifest, self._location, self._threads = manifest, bundle, threads
+        self._loaded: Bundle | None = None
+        self._lock = threading.Lock()
+
+    def start(self) -> None:
+        """Load all that drawing takes; a worker that is replaced does so when it is asked.
+
+        Raises:
+            ParisError: if the bundle is damaged, or not what the adapter is for.
+        """
+        _ = self._bundle
+
+    @property
+    def _bundle(self) -> Bundle:
+        with self._lock:
+            if self._loaded is None:
+                self._loaded = self._load()
+            return self._loaded
+
+    def _load(self) -> Bundle:
+        torch.set_num_threads(self._threads)
+        bundle, manifest = load_bundle(self._location), self._manifest
+        expert = manifest.base.expert
+        if expert is None or base_of_expert(bundle, expert) != manifest.base:
+            raise ConfigError(f"bundle={self._location!r} is not allowed: another base's adapter")
+        bundle.add_view(
             AUDITED,
-            manifest.base.expert,
-            lambda expert: adapt(expert, manifest.terms, manifest.scale, self._evaluate),
+            expert,
+            lambda model: adapt(model, manifest.terms, manifest.scale, self._evaluate),
         )
+        bundle.expert(expert, AUDITED)
+        _ = bundle.null_text, bundle.router, bundle.codec
+        return bundle
 
     def _evaluate(self, name: str, x: Int16, exponent: int) -> Int64:
         return self._recorder.evaluate(name, x, exponent)
 
+    @ray.method(concurrency_group=CHECKS)
     def check(self, request: DrawRequest) -> None:
-        """Raise ProtocolError if a request cannot be drawn."""
+        """Raise ProtocolError if a request cannot be drawn, or its log would be too long."""
+        bundle = self._bundle
         try:
-            sampling_options(self._bundle, lora=AUDITED, **_options(request))
+            options = sampling_options(bundle, lora=AUDITED, **_options(request))
         except ParisError as error:
             raise ProtocolError(str(error)) from None
+        config = bundle.expert_configs[bundle.loras[AUDITED]]
+        tokens = (config.input_size // config.patch_size) ** 2
+        _check_size(len(request.prompts), options.num_inference_steps, tokens * len(self._modules))
 
+    @ray.method(max_task_retries=0)
     def draw(self, request: DrawRequest) -> tuple[NDArray[np.uint8], LogSummary]:
-        """Return the pictures `(n, S, S, 3)` of a request, and the summary of their log."""
-        pictures, recorder = self._draw(request, {})
-        return pictures, LogSummary.of(recorder.log)
+        """Return the pictures `(n, S, S, 3)` of a request, and the summary of their log.
 
+        Raises:
+            ProtocolError: if nothing can be drawn so, or a module has fewer rows than are audited.
+        """
+        pictures, recorder = self._draw(request, {})
+        _check_counts(recorder.log.counts, self._modules, request.audit_rows)
+        return pictures, LogSummary.of(recorder.log, request.digest(pictures))
+
+    @ray.method(max_task_retries=0)
     def open_rows(
         self, request: DrawRequest, log: LogSummary, nonce_v: str
     ) -> dict[str, OpenedRows]:
@@ -184,7 +246,7 @@ class AuditWorker:
             for name, count in log.counts.items()
         }
         _, recorder = self._draw(request, wanted)
-        if LogSummary.of(recorder.log) != log:
+        if LogSummary.of(recorder.log, log.drawing) != log:
             raise ProtocolError("drawing again gave another log: this session cannot be proved")
         return {name: recorder.opened(name) for name in wanted}
 
@@ -193,12 +255,40 @@ class AuditWorker:
     ) -> tuple[NDArray[np.uint8], "_Recorder"]:
         self._recorder = _Recorder(self._modules, wanted)
         prompts, seed, options = request.prompts, request.seed, _options(request)
-        images = generate(self._bundle, prompts, seed=seed, lora=AUDITED, **options)
+        try:
+            images = generate(self._bundle, prompts, seed=seed, lora=AUDITED, **options)
+        except (ParisError, SamplingError) as error:
+            raise ProtocolError(str(error)) from None
         return np.stack([np.asarray(image) for image in images]), self._recorder
 
 
 def _options(request: DrawRequest) -> dict[str, Any]:
     return request.model_dump(include={"num_inference_steps", "guidance_scale", "routing"})
+
+
+def _check_size(pictures: int, steps: int, rows: int) -> None:
+    """Raise ProtocolError if a log could be too long, with so many rows of a picture at a time."""
+    if (total := 2 * pictures * steps * rows) > MAX_LOG_ROWS:  # twice: guidance
+        raise ProtocolError(
+            f"{pictures} prompts with num_inference_steps={steps} are not allowed: the log could "
+            f"have {total} rows, at most {MAX_LOG_ROWS}: ask for fewer prompts or steps"
+        )
+
+
+def _check_counts(counts: Mapping[str, int], modules: Mapping[str, Any], audit_rows: int) -> None:
+    """Raise ProtocolError unless the log of a drawing has so many rows of each module."""
+    fewest = min(modules, key=lambda name: counts.get(name, 0))
+    found = counts.get(fewest, 0)
+    if not found:
+        raise ProtocolError(
+            f"the adapted expert had no part in these pictures, the log has no row of {fewest}: "
+            "choose another prompt, seed or routing"
+        )
+    if found < audit_rows:
+        raise ProtocolError(
+            f"audit_rows={audit_rows} is not allowed: {fewest} has {found} rows in these pictures: "
+            "choose fewer audit rows, or more steps"
+        )
 
 
 class _Recorder:
@@ -259,46 +349,64 @@ def prove_modules(
     return proofs
 
 
-class _ProofJob:
-    """Proofs of one session in the making.
+class _Job:
+    """An answer in the making, which is asked for until it is there.
 
     Args:
-        total: How many modules there are.
-        make: Returns the answer; it is given a function to call as modules are proved.
+        kind: Of the answers until then.
+        total: How many pieces it has.
+        make: Returns the answer; it is given a function to call as pieces are done.
+        attempt: How often it is made, with this one.
     """
 
-    def __init__(self, total: int, make: Callable[[Callable[[int], None]], Message]) -> None:
-        self.done, self.total = 0, total
-        self._make = make
+    def __init__(
+        self,
+        kind: str,
+        total: int,
+        make: Callable[[Callable[[int], None]], Message],
+        attempt: int = 1,
+    ) -> None:
+        self.attempt, self.was_told = attempt, False
+        self._kind, self._done, self._total, self._make = kind, 0, total, make
         self._answer: Message | None = None
-        self._error: Exception | None = None
+        self._error: ParisError | None = None
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
     def _run(self) -> None:
         try:
             self._answer = self._make(self._count)
-        except Exception as error:
+        except ParisError as error:
             self._error = error
+        except Exception:
+            logger.exception("%s failed", self._kind)
+            self._error = ProtocolError(f"{self._kind} failed, by no fault of yours: ask again")
 
-    def _count(self, modules: int) -> None:
-        self.done += modules
+    def _count(self, pieces: int) -> None:
+        self._done += pieces
 
     @property
-    def has_failed(self) -> bool:
-        return self._error is not None
+    def may_be_repeated(self) -> bool:
+        """Whether the user knows that it failed, and may have it tried again."""
+        return self._error is not None and self.was_told and self.attempt <= MAX_REPEATS
 
     def wait(self, seconds: float) -> Message:
         """Return the answer, or how far it is; raises what went wrong."""
         self._thread.join(seconds)
         if self._error is not None:
+            self.was_told = True
             raise self._error
-        return self._answer or Message("proving", {"done": self.done, "total": self.total})
+        if self._answer is None:
+            return Message(self._kind, {"done": self._done, "total": self._total})
+        self.was_told = True
+        return self._answer
 
 
-@ray.remote(num_cpus=0, max_restarts=-1)
+@ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=3)
 class LoRAGateway:
     """The only endpoint: who may ask, what it costs, and how far each session is.
+
+    It listens once `start` was called; one that is replaced after it died listens by itself.
 
     Args:
         service: How to serve.
@@ -311,40 +419,65 @@ class LoRAGateway:
         self, service: Service, workers: list[Any], audit_worker: Any, openings: list[Any]
     ) -> None:
         logging.basicConfig(level=logging.INFO)
-        offer = load_offer(service.folder)
-        self._manifest, self._key = offer.manifest, offer.key
-        self._identity = Identity.load(service.identity)
+        self._service = service
         self._workers, self._audit_worker, self._openings = workers, audit_worker, openings
-        self._journal = SessionJournal(service.folder / "sessions.sqlite")
-        self._journal.add_adapter(
-            self._manifest.adapter_id, list(self._manifest.terms), self._manifest.budget_rows
-        )
-        self._jobs: dict[str, _ProofJob] = {}
-        self._lock = threading.Lock()
+        self._drawings: dict[str, tuple[DrawRequest, _Job]] = {}
+        self._proofs: dict[str, _Job] = {}
+        self._lock, self._drawing_lock = threading.Lock(), threading.Lock()
+        self._news: deque[str] = deque(maxlen=MAX_NEWS)
         self._metrics = _Metrics()
         self._operations: dict[str, Callable[[str, Message], Message]] = {
             "open": self._open,
             "call": self._call,
             "draw": self._draw,
+            "end": self._end,
             "close": self._close,
             "prove": self._prove,
             "release": self._release,
         }
-        self._metrics.update(self._journal, self._manifest.adapter_id)
-        self._server: Server | ParisError
-        try:
-            self._escrow = _connect_escrow(service, offer, self._identity)
+        self._server: Server | None = None
+        if ray.get_runtime_context().was_current_actor_reconstructed:
+            try:  # whatever is raised here, Ray would keep only the text of it
+                self.start()
+            except ParisError as error:
+                logger.error("not listening: %s", error)
+
+    def start(self) -> tuple[str, int]:
+        """Listen, unless it does already; return host and port.
+
+        Raises:
+            ParisError: if the offer, the escrow or the address is not what it must be.
+        """
+        if self._server is None:
+            self._load()
+            service = self._service
             self._server = serve(
                 self._identity, service.host, service.port, service.clients, self._answer
             )
-        except ParisError as error:  # Ray would keep only the text of what is raised here
-            self._server = error
-
-    def address(self) -> tuple[str, int]:
-        """Return host and port that it listens on; raises what was wrong if it does not."""
-        if isinstance(self._server, ParisError):
-            raise self._server
         return self._server.address
+
+    def _load(self) -> None:
+        service = self._service
+        self._identity = Identity.load(service.identity)
+        signed = SignedDocument.read(service.folder / MANIFEST)
+        manifest = self._manifest = AdapterManifest.from_signed(signed)
+        self._journal = SessionJournal(
+            service.folder / "sessions.sqlite", max_rows_per_user=service.max_rows_per_user
+        )
+        self._journal.add_adapter(manifest.adapter_id, list(manifest.terms), manifest.budget_rows)
+        (service.folder / DRAWINGS).mkdir(mode=0o700, exist_ok=True)
+        self._escrow = _connect_escrow(service, signed, manifest, self._identity)
+        self._metrics.update(self._journal, manifest.adapter_id)
+
+    def news(self) -> list[str]:
+        """Return a line for each thing that happened since this was last asked."""
+        return [self._news.popleft() for _ in range(len(self._news))]
+
+    def _say(self, sid: str, user: str, what: str) -> None:
+        left = min(self.rows_left().values())
+        line = f"session {sid[:SHORT]} of user {user[:SHORT]}: {what}; {left} rows left"
+        logger.info("%s", line)
+        self._news.append(line)
 
     def rows_left(self) -> dict[str, int]:
         """Return how many rows of each module may still be seen."""
@@ -375,7 +508,10 @@ class LoRAGateway:
         session = self._journal.open_session(
             sid, manifest.adapter_id, user, request.nonce_u, nonce_c, request.mode
         )
-        return Message("opened", {"nonce_c": session.nonce_c, "rows_left": self.rows_left()})
+        if session.sid == sid:
+            self._say(sid, user, f"opened in {session.mode} mode")
+        left = self._journal.rows_left(manifest.adapter_id, user)
+        return Message("opened", {"nonce_c": session.nonce_c, "rows_left": left})
 
     def _call(self, user: str, message: Message) -> Message:
         request = parse(CallRequest, message.fields)
@@ -397,13 +533,58 @@ class LoRAGateway:
         request = parse(DrawRequest, message.fields)
         if self._audit_worker is None:
             raise ProtocolError("nothing can be drawn: the contributor has no base model")
-        result(self._audit_worker.check.remote(request))  # before anything is paid for
+        with self._drawing_lock:
+            session = self._journal.session(request.session, user)
+            asked, job = self._drawings.get(session.sid, (None, None))
+            if job is None or asked != request:
+                session = self._pay(session, request)
+                if session.log is not None:
+                    return self._drawn(session.sid, session.log)
+                total = len(request.prompts)
+                job = _Job("drawing", total, lambda _: self._make_drawing(session, request))
+                self._drawings[session.sid] = request, job
+        try:
+            return job.wait(ANSWER_WITHIN_S)
+        finally:
+            self._forget(session.sid, job)
+
+    def _pay(self, session: Session, request: DrawRequest) -> Session:
+        """Return the session, whose rows are paid for; not before it is known what they are for."""
+        if session.log is None:
+            result(self._audit_worker.check.remote(request))
         rows = dict.fromkeys(self._manifest.terms, request.audit_rows)
-        self._journal.debit_rows(request.session, user, rows, request.model_dump_json())
-        pictures, log = result(self._audit_worker.draw.remote(request))
-        self._journal.record_log(request.session, user, log)
-        fields = {"root": log.root, "rows": log.counts}
-        return Message("drawn", fields, {"pictures": pictures})
+        drawing = request.model_dump_json()
+        return self._journal.debit_rows(session.sid, session.user, rows, drawing)
+
+    def _forget(self, sid: str, job: _Job) -> None:
+        """Let go of a drawing whose end is known: pictures are on the disk, errors were told."""
+        with self._drawing_lock:
+            if job.was_told and self._drawings.get(sid, (None, None))[1] is job:
+                del self._drawings[sid]
+
+    def _make_drawing(self, session: Session, request: DrawRequest) -> Message:
+        start = time.perf_counter()
+        try:
+            pictures, log = result(self._audit_worker.draw.remote(request))
+            with Folder(self._service.folder / DRAWINGS).writing(_pictures_of(session.sid)) as path:
+                save_file({"pictures": pictures}, path)
+            self._journal.record_log(session.sid, session.user, log)
+        except Exception:
+            self._journal.credit_rows(session.sid, session.user)
+            raise
+        seconds = time.perf_counter() - start
+        self._say(session.sid, session.user, f"{len(pictures)} pictures drawn, {seconds:.1f} s")
+        return self._drawn(session.sid, log)
+
+    def _drawn(self, sid: str, log: LogSummary) -> Message:
+        pictures = load_file(self._service.folder / DRAWINGS / _pictures_of(sid))["pictures"]
+        return Message("drawn", {"root": log.root, "rows": log.counts}, {"pictures": pictures})
+
+    def _end(self, user: str, message: Message) -> Message:
+        request = parse(EndRequest, message.fields)
+        self._journal.end(request.session, user, "its user broke it off")
+        self._say(request.session, user, "broken off")
+        return Message("ended")
 
     def _close(self, user: str, message: Message) -> Message:
         request = parse(CloseRequest, message.fields)
@@ -413,20 +594,26 @@ class LoRAGateway:
         statement = closing_statement(session.sid, session.adapter_id, log)
         by_contributor = SignedDocument.sign("close", statement, self._identity)
         self._journal.close(session.sid, user, by_user, by_contributor)
+        if session.state == SessionState.OPEN:
+            self._say(session.sid, user, f"closed, with {sum(log.counts.values())} rows in its log")
         return Message("closed", {"statement": by_contributor.to_json()})
 
     def _prove(self, user: str, message: Message) -> Message:
         request = parse(ProveRequest, message.fields)
         session = self._journal.challenge(request.session, user, request.nonce_v)
         with self._lock:
-            job = self._jobs.get(session.sid)
-            if job is None or job.has_failed:
-                total = len(self._manifest.modules)
-                job = _ProofJob(total, lambda count: self._make_evidence(session, count))
-                self._jobs[session.sid] = job
+            job = self._proofs.get(session.sid)
+            if job is None or job.may_be_repeated:
+                total, attempt = len(self._manifest.modules), 1 if job is None else job.attempt + 1
+                self._say(session.sid, user, f"challenged, {total} modules are proved")
+                job = _Job(
+                    "proving", total, lambda count: self._make_evidence(session, count), attempt
+                )
+                self._proofs[session.sid] = job
         return job.wait(ANSWER_WITHIN_S)
 
     def _make_evidence(self, session: Session, count: Callable[[int], None]) -> Message:
+        start = time.perf_counter()
         rows, tensors = self._rows(session)
         assert session.closing is not None
         assert session.nonce_v is not None
@@ -438,6 +625,8 @@ class LoRAGateway:
         proofs = self._prove_all(claims, count)
         for i, name in enumerate(rows):
             tensors[f"{i}.proof"] = np.frombuffer(proofs[name], np.uint8)
+        seconds = time.perf_counter() - start
+        self._say(session.sid, session.user, f"proofs are done, {seconds:.1f} s")
         return Message("evidence", {"modules": list(rows)}, tensors)
 
     def _rows(
@@ -480,7 +669,9 @@ class LoRAGateway:
             raise TradeError(f"session {session.sid} is {session.state}: nothing is for sale")
         trade = self._escrow.trade(session.sid)
         if trade.state is State.PAID:
-            trade = self._escrow.deposit_key(session.sid, self._key)
+            key = (self._service.folder / KEY).read_bytes()  # nowhere else in this process
+            trade = self._escrow.deposit_key(session.sid, key)
+            self._say(session.sid, user, f"key handed to the escrow, trade {trade.state}")
         return Message("released", {"state": trade.state})
 
 
@@ -503,15 +694,20 @@ class _Metrics:
         self._proof_bytes.inc(sum(map(len, proofs.values())))
 
 
-def _connect_escrow(service: Service, offer: Offer, identity: Identity) -> EscrowClient | None:
+def _pictures_of(sid: str) -> str:
+    return f"{sid}.safetensors"
+
+
+def _connect_escrow(
+    service: Service, signed: SignedDocument, manifest: AdapterManifest, identity: Identity
+) -> EscrowClient | None:
     """Return the escrow, with the sealed adapter deposited there."""
     if service.escrow is None:
         return None
-    certificate = offer.manifest.escrow_certificate
-    if certificate is None:
+    if manifest.escrow_certificate is None:
         raise ConfigError("escrow is not allowed: the manifest names none")
-    client = EscrowClient(identity, service.escrow, certificate)
-    client.list_adapter(offer.signed, offer.sealed)
+    client = EscrowClient(identity, service.escrow, manifest.escrow_certificate)
+    client.list_adapter(signed, (service.folder / SEALED).read_bytes())
     return client
 
 
@@ -544,10 +740,24 @@ class Contribution:
         self.gateway = gateway.options(scheduling_strategy=here).remote(
             service, self._workers, self._audit_worker, [openings]
         )
-        self.address: tuple[str, int] = result(self.gateway.address.remote())
+        try:
+            if self._audit_worker is not None:
+                result(self._audit_worker.start.remote())
+            self.address: tuple[str, int] = result(self.gateway.start.remote())
+        except BaseException:
+            self.close()
+            raise
+
+    def news(self) -> list[str]:
+        """Return a line for people for each thing that happened since this was last asked."""
+        return list(result(self.gateway.news.remote()))
 
     def status(self) -> str:
         """Return rows left and sessions, in one line for people."""
+        try:
+            self.address = result(self.gateway.start.remote())  # tried again, after it was replaced
+        except ParisError as error:
+            return f"not listening: {error}"
         left = result(self.gateway.rows_left.remote())
         sessions = result(self.gateway.sessions.remote())
         counts = ", ".join(f"{count} {state}" for state, count in sessions.items())

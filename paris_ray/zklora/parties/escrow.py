@@ -13,16 +13,23 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from paris_ray.artifacts import canonical_json
+from paris_ray.artifacts import canonical_json, sha256_hex
 from paris_ray.errors import ProtocolError
 from paris_ray.signatures import SignedDocument
 from paris_ray.zklora.escrow import STATEMENT, Escrow, Trade
 from paris_ray.zklora.identity import Identity, public_key_of
+from paris_ray.zklora.manifest import MAX_BYTES, MAX_SEALED_BYTES
 from paris_ray.zklora.parties.channel import Channel, Peer, Traffic, serve
-from paris_ray.zklora.parties.frames import Message
+from paris_ray.zklora.parties.frames import Limits, Message, Sizes
 
 SWEEP_S = 1.0  # between two looks for deadlines that have passed
 TRADE, DONE = "trade", "done"  # kinds of answers
+# The largest of the others has two closing statements, with the name of every module in each.
+LIMITS = Limits(
+    requests=Sizes(
+        frame_bytes=2**22, of_kinds={"list_adapter": MAX_BYTES + MAX_SEALED_BYTES + 2**20}
+    )
+)
 
 # Operations that take texts alone and answer with the trade.
 TEXTS = {
@@ -67,7 +74,8 @@ class EscrowService:
             "balance": self._balance,
         }
         self._closed = threading.Event()
-        self._server = serve(escrow.identity, host, port, clients, self._answer)
+        self._listing = threading.Lock()
+        self._server = serve(escrow.identity, host, port, clients, self._answer, LIMITS)
         self.address = self._server.address
         self._sweeper = threading.Thread(target=self._sweep, daemon=True)
         self._sweeper.start()
@@ -103,8 +111,9 @@ class EscrowService:
         return self._operations[request.kind](caller, request)
 
     def _list_adapter(self, caller: str, request: Message) -> Message:
-        manifest, sealed = _document(request, "manifest"), _bytes(request, "sealed")
-        adapter_id = self._escrow.list_adapter(caller, manifest, sealed)
+        with self._listing:  # one at a time: a large manifest takes seconds and much memory
+            manifest, sealed = _document(request, "manifest"), _bytes(request, "sealed")
+            adapter_id = self._escrow.list_adapter(caller, manifest, sealed)
         logger.info("adapter %s is listed by %s", adapter_id, caller)
         return Message(DONE, {"adapter_id": adapter_id})
 
@@ -155,7 +164,7 @@ class EscrowClient:
         timeout: float = 60,
     ) -> None:
         self._escrow_key = public_key_of(certificate)
-        self._channel = Channel(identity, address, certificate, timeout)
+        self._channel = Channel(identity, address, certificate, timeout, limits=LIMITS)
 
     def __enter__(self) -> Self:
         return self
@@ -175,7 +184,11 @@ class EscrowClient:
     def list_adapter(self, manifest: SignedDocument, sealed: bytes) -> str:
         """Offer an adapter: its signed manifest and sealed weights; return its id."""
         tensors = {"manifest": _envelope(manifest), "sealed": _tensor(sealed)}
-        return str(self._channel.request("list_adapter", {}, tensors).fields["adapter_id"])
+        answer = self._channel.request("list_adapter", {}, tensors)
+        adapter_id = sha256_hex(canonical_json(manifest.document))
+        if answer.fields != {"adapter_id": adapter_id}:
+            raise ProtocolError(f"the escrow has not listed adapter {adapter_id}, but another")
+        return adapter_id
 
     def sealed(self, adapter_id: str) -> bytes:
         """Return the ciphertext of a listed adapter."""
@@ -230,16 +243,29 @@ class EscrowClient:
         """Return the trade as it stands."""
         return self._ask("trade", session)
 
-    def statement(self, session: str) -> SignedDocument:
-        """Return what the escrow has signed about a trade; raises SignatureError if it has not."""
+    def statement(self, session: str, adapter_id: str) -> SignedDocument:
+        """Return what the escrow has signed about a trade of this adapter.
+
+        Raises:
+            SignatureError: if it has not signed it.
+            ProtocolError: if it speaks of another trade or adapter, or of none.
+        """
         answer = self._channel.request("statement", {"session": session})
         statement = SignedDocument.from_json(answer.fields.get("statement"))
-        statement.check(STATEMENT, self._escrow_key)
+        trade = Trade.from_json(statement.check(STATEMENT, self._escrow_key))
+        if (trade.session, trade.adapter_id) != (session, adapter_id):
+            raise ProtocolError(
+                f"the escrow's statement is about trade {trade.session} of adapter "
+                f"{trade.adapter_id}, not {session} of {adapter_id}"
+            )
         return statement
 
     def balance(self) -> int:
         """Return the credits that this party may spend."""
-        return int(self._channel.request("balance").fields["balance"])
+        balance = self._channel.request("balance").fields.get("balance")
+        if type(balance) is not int:
+            raise ProtocolError("the escrow answered with a balance that is no integer")
+        return balance
 
     def _ask(
         self,
@@ -278,6 +304,8 @@ def _bytes(message: Message, name: str) -> bytes:
 
 def _document(message: Message, name: str) -> SignedDocument:
     payload = _bytes(message, name)
+    if len(payload) > MAX_BYTES:
+        raise ProtocolError(f"{name} of {message.kind} has {len(payload)} bytes, not {MAX_BYTES}")
     try:
         envelope: Any = json.loads(payload)
         canonical_json(envelope)  # Python reads NaN and infinity, which cannot have been signed

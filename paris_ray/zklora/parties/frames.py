@@ -28,22 +28,52 @@ class ConnectionLost(ProtocolError):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Limits:
-    """What one connection may use.
+class Sizes:
+    """How large a frame may be.
 
     Attributes:
-        header_bytes: Of a frame's header.
-        frame_bytes: Of a whole frame.
-        connections: That a server has at a time.
-        handshake_s: Seconds until both sides are known.
-        idle_s: Seconds between two frames.
-        frame_s: Seconds from the first byte of a frame to the last.
+        header_bytes: Of its header.
+        frame_bytes: Of all of it.
+        of_kinds: Of all of it, for some kinds of message, in place of `frame_bytes`.
     """
 
     header_bytes: int = 2**20
     frame_bytes: int = 2**28
-    connections: int = 32
-    handshake_s: float = 10
+    of_kinds: Mapping[str, int] = field(default_factory=dict)
+
+    def of(self, kind: str) -> int:
+        """Return how many bytes a frame of this kind may have."""
+        return self.of_kinds.get(kind, self.frame_bytes)
+
+
+ANSWERS = Sizes()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Limits:
+    """What a protocol may use, at both ends.
+
+    Strangers, whose TLS handshake is not done, are counted apart from those who are known.
+
+    Attributes:
+        requests: How large they may be.
+        answers: Likewise.
+        strangers: That a server listens to at a time; one more, and the oldest has to go.
+        connections: That a server has at a time, strangers aside.
+        connections_a_peer: Of these, with the same public key.
+        handshake_s: Seconds that a server gives a stranger.
+        connect_s: Seconds that a client gives a server, until both are known.
+        idle_s: Seconds between two frames.
+        frame_s: Seconds from the first byte of a frame to the last.
+    """
+
+    requests: Sizes = Sizes(frame_bytes=2**24)
+    answers: Sizes = ANSWERS
+    strangers: int = 128
+    connections: int = 128
+    connections_a_peer: int = 8
+    handshake_s: float = 3
+    connect_s: float = 10
     idle_s: float = 600
     frame_s: float = 120
 
@@ -66,13 +96,13 @@ class Message:
     tensors: Mapping[str, NDArray[Any]] = field(default_factory=dict)
 
 
-def encode(message: Message, n: int, limits: Limits = DEFAULTS) -> bytes:
+def encode(message: Message, n: int, sizes: Sizes = ANSWERS) -> bytes:
     """Return the frame of a message.
 
     Args:
         message: What to send.
         n: Number of the request.
-        limits: How large a frame may be.
+        sizes: How large a frame may be.
 
     Raises:
         ProtocolError: if a tensor has another type, or the frame would be too large.
@@ -83,7 +113,7 @@ def encode(message: Message, n: int, limits: Limits = DEFAULTS) -> bytes:
     ]
     fields = dict(message.fields)
     header = canonical_json({"kind": message.kind, "n": n, "fields": fields, "tensors": tensors})
-    _read_header(header, limits)  # our own mistakes do not reach the other side
+    _read_header(header, sizes)  # our own mistakes do not reach the other side
     payloads = [
         tensor.astype(DTYPES[tensor.dtype.name], copy=False).tobytes()
         for tensor in message.tensors.values()
@@ -91,7 +121,7 @@ def encode(message: Message, n: int, limits: Limits = DEFAULTS) -> bytes:
     return b"".join([len(header).to_bytes(4, "big"), header, *payloads])
 
 
-def decode(frame: bytes, limits: Limits = DEFAULTS) -> tuple[int, Message]:
+def decode(frame: bytes, sizes: Sizes = ANSWERS) -> tuple[int, Message]:
     """Return the number and message of exactly one frame.
 
     Raises:
@@ -105,29 +135,29 @@ def decode(frame: bytes, limits: Limits = DEFAULTS) -> tuple[int, Message]:
             raise ProtocolError(f"the frame ends {size - len(piece)} bytes too early")
         return piece
 
-    n, message = read_message(read(4), read, limits)
+    n, message = read_message(read(4), read, sizes)
     if trailing := len(stream.read()):
         raise ProtocolError(f"{trailing} bytes follow the frame")
     return n, message
 
 
 def read_message(
-    length: bytes | bytearray, read: Callable[[int], bytearray], limits: Limits = DEFAULTS
+    length: bytes | bytearray, read: Callable[[int], bytearray], sizes: Sizes = ANSWERS
 ) -> tuple[int, Message]:
     """Return the number and message of a frame; sizes are checked before memory is taken.
 
     Args:
         length: The frame's first four bytes.
         read: Returns exactly so many of the following.
-        limits: How large a frame may be.
+        sizes: How large a frame may be.
 
     Raises:
         ProtocolError: if the frame is malformed or too large.
     """
     size = int.from_bytes(length, "big")
-    if size > limits.header_bytes:
-        raise ProtocolError(f"a header of {size} bytes is not allowed: {limits.header_bytes}")
-    header = _read_header(bytes(read(size)), limits)
+    if size > sizes.header_bytes:
+        raise ProtocolError(f"a header of {size} bytes is not allowed: {sizes.header_bytes}")
+    header = _read_header(bytes(read(size)), sizes)
     tensors = {}
     for name, dtype, shape in header["tensors"]:
         little = np.frombuffer(read(_num_bytes(dtype, shape)), dtype).reshape(shape)
@@ -135,7 +165,7 @@ def read_message(
     return header["n"], Message(header["kind"], header["fields"], tensors)
 
 
-def _read_header(payload: bytes, limits: Limits) -> dict[str, Any]:
+def _read_header(payload: bytes, sizes: Sizes) -> dict[str, Any]:
     """Return a header whose tensors are `(name, dtype, shape)` and fit into a frame."""
     header = _parse(payload)
     _check(isinstance(header, dict) and header.keys() == {"kind", "n", "fields", "tensors"}, "keys")
@@ -143,13 +173,14 @@ def _read_header(payload: bytes, limits: Limits) -> dict[str, Any]:
     _check(type(header["n"]) is int and 0 < header["n"] <= MAX_NUMBER, "n")
     _check(isinstance(header["fields"], dict), "fields")
     _check(isinstance(header["tensors"], list), "tensors")
-    tensors = [_read_tensor(tensor, limits) for tensor in header["tensors"]]
+    most = sizes.of(header["kind"])
+    tensors = [_read_tensor(tensor, most) for tensor in header["tensors"]]
     _check(len({name for name, _, _ in tensors}) == len(tensors), "names of tensors")
     size = 4 + len(payload) + sum(_num_bytes(dtype, shape) for _, dtype, shape in tensors)
-    if len(payload) > limits.header_bytes or size > limits.frame_bytes:
+    if len(payload) > sizes.header_bytes or size > most:
         raise ProtocolError(
             f"a frame of {size} bytes with a header of {len(payload)} is not allowed: at most "
-            f"{limits.frame_bytes} and {limits.header_bytes}"
+            f"{most} and {sizes.header_bytes}"
         )
     return header | {"tensors": tensors}
 
@@ -165,7 +196,7 @@ def _parse(payload: bytes) -> Any:
     return header
 
 
-def _read_tensor(tensor: Any, limits: Limits) -> tuple[str, np.dtype[Any], tuple[int, ...]]:
+def _read_tensor(tensor: Any, most: int) -> tuple[str, np.dtype[Any], tuple[int, ...]]:
     _check(isinstance(tensor, dict) and tensor.keys() == {"name", "dtype", "shape"}, "tensors")
     name, dtype, shape = tensor["name"], tensor["dtype"], tensor["shape"]
     _check(isinstance(name, str), "name of a tensor")
@@ -173,7 +204,7 @@ def _read_tensor(tensor: Any, limits: Limits) -> tuple[str, np.dtype[Any], tuple
     _check(isinstance(shape, list) and len(shape) <= MAX_DIMENSIONS, f"shape of tensor {name!r}")
     _check(all(type(n) is int and n >= 0 for n in shape), f"shape of tensor {name!r}")
     # Zeros aside, or numpy could refuse the others.
-    _check(math.prod(filter(None, shape)) <= limits.frame_bytes, f"shape of tensor {name!r}")
+    _check(math.prod(filter(None, shape)) <= most, f"shape of tensor {name!r}")
     return name, DTYPES[dtype], tuple(shape)
 
 

@@ -1,14 +1,20 @@
 """What user and contributor say to each other: the fields of every request, checked."""
 
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
 
 from paris_ray.errors import ProtocolError
+from paris_ray.zklora.transcript import drawing_digest
 
 DIGEST = Field(pattern="^[0-9a-f]{64}$")
 MAX_PROMPTS = 10
 MAX_PROMPT = 1000  # characters
+MAX_SEED = 2**63 - 1
+MIN_ROWS_A_PICTURE = 16  # a picture is an answer too, and whoever has enough can train on them
 
 Request = TypeVar("Request", bound=BaseModel)
 
@@ -35,17 +41,39 @@ class CallRequest(_Fields):
 
 
 class DrawRequest(_Fields):
-    """Ask for pictures of the adapted model; `audit_rows` rows of each module are opened later."""
+    """Ask for pictures of the adapted model; asked again until they are there.
+
+    `audit_rows` rows of each module are opened later.
+    """
 
     session: str = DIGEST
     prompts: list[Annotated[str, Field(max_length=MAX_PROMPT)]] = Field(
         min_length=1, max_length=MAX_PROMPTS
     )
-    seed: int = Field(ge=0, lt=2**63)
+    seed: int = Field(ge=0, le=MAX_SEED)
     audit_rows: int = Field(ge=1)
     num_inference_steps: int | None = Field(default=None, ge=1, le=1000)
     guidance_scale: float | None = Field(default=None, ge=0, le=100)
     routing: str | None = Field(default=None, max_length=40)
+
+    @model_validator(mode="after")
+    def _check_pictures(self) -> Self:
+        pictures = len(self.prompts)
+        if self.seed + pictures - 1 > MAX_SEED:
+            raise PydanticCustomError(
+                "seed", f"seed={self.seed} is not allowed: seed + {pictures - 1} is above 2^63 - 1"
+            )
+        if self.audit_rows < MIN_ROWS_A_PICTURE * pictures:
+            raise PydanticCustomError(
+                "audit_rows",
+                f"audit_rows={self.audit_rows} is not allowed for {pictures} prompts: at least "
+                f"{MIN_ROWS_A_PICTURE} a picture, {MIN_ROWS_A_PICTURE * pictures} in all",
+            )
+        return self
+
+    def digest(self, pictures: NDArray[np.uint8]) -> str:
+        """Return what binds pictures `(n, S, S, 3)` to all that was asked for."""
+        return drawing_digest(self.model_dump(exclude={"session"}), pictures)
 
 
 class CloseRequest(_Fields):
@@ -53,6 +81,12 @@ class CloseRequest(_Fields):
 
     session: str = DIGEST
     statement: dict[str, Any]
+
+
+class EndRequest(_Fields):
+    """Break an open session off; what it has paid for stays paid."""
+
+    session: str = DIGEST
 
 
 class ProveRequest(_Fields):
@@ -78,6 +112,7 @@ def parse(request: type[Request], fields: Any) -> Request:
         return request.model_validate(fields)
     except ValidationError as error:
         problems = "; ".join(
-            f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}" for problem in error.errors()
+            ": ".join(filter(None, (".".join(map(str, problem["loc"])), problem["msg"])))
+            for problem in error.errors()
         )
         raise ProtocolError(f"{request.__name__}: {problems}") from None

@@ -60,7 +60,7 @@ class Receipts:
 
     def write(self, folder: Folder) -> None:
         """Write the signed receipt into another folder too."""
-        folder.write_json(RECEIPT, self.receipt.sign(self._identity).to_json())
+        folder.write_json(RECEIPT, self.receipt.sign(self._identity))
 
 
 def new_receipt(manifest: AdapterManifest) -> Receipt:
@@ -170,7 +170,9 @@ def complete(
     on_progress(2, 3)
     if escrow.trade(sid).state is State.KEY_RELEASED:  # else its deadline has settled it
         escrow.opened(sid)
-    receipts.advance(State.OPENED, escrow_statement=escrow.statement(sid).to_json())
+    receipts.advance(
+        State.OPENED, escrow_statement=escrow.statement(sid, manifest.adapter_id).to_json()
+    )
     receipts.write(Folder(str(adapter)))
     on_progress(3, 3)
 

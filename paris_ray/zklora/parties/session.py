@@ -29,6 +29,7 @@ from paris_ray.zklora.manifest import AdapterManifest
 from paris_ray.zklora.merkle import check_inclusion
 from paris_ray.zklora.parties.channel import Channel
 from paris_ray.zklora.parties.frames import Message
+from paris_ray.zklora.parties.messages import DrawRequest, parse
 from paris_ray.zklora.proof import Claim, verify_named
 from paris_ray.zklora.transcript import (
     Call,
@@ -48,7 +49,8 @@ TRANSCRIPT = "transcript.safetensors"
 CLOSED = "closed.json"
 DIGEST_BYTES = 32
 EVIDENCE = "evidence.safetensors"
-PROOF_POLL_S = 0.5
+POLL_S = 0.5
+PICTURES_WITHIN_S = 3600.0
 MODULES_WITHIN_S = 3600.0  # the next few: an audit draws its pictures again before the first
 Progress = Callable[[int, int], None]
 
@@ -59,7 +61,7 @@ class Drawing:
 
     Attributes:
         pictures: `(n, S, S, 3)` uint8.
-        log: Of all rows of all adapted modules.
+        log: Of all rows of all adapted modules, with the digest of what was asked for and came.
     """
 
     pictures: NDArray[np.uint8]
@@ -214,28 +216,50 @@ class Session:
         return y
 
     def draw(
-        self, prompts: Sequence[str], seed: int, audit_rows: int, **options: str | float | None
+        self,
+        prompts: Sequence[str],
+        seed: int,
+        audit_rows: int,
+        on_progress: Progress = lambda done, total: None,
+        within_s: float = PICTURES_WITHIN_S,
+        **options: str | float | None,
     ) -> Drawing:
         """Return pictures that the contributor draws with base and adapter.
 
         Args:
             prompts: One a picture.
             seed: Picture i has `seed + i`.
-            audit_rows: Rows of each module that will be opened, and count against the budget.
+            audit_rows: Rows of each module that will be opened, and count against the budget; at
+                least `MIN_ROWS_A_PICTURE` a prompt.
+            on_progress: Is told how many pictures are drawn, and of how many.
+            within_s: Seconds to wait for them; asked again, the contributor goes on.
             options: `num_inference_steps`, `guidance_scale`, `routing`.
 
         Raises:
             BudgetError: if fewer rows are left, over all users.
-            ProtocolError: if the contributor refuses, or its answer is malformed.
+            ProtocolError: if the contributor refuses, needs longer, or its answer is malformed.
         """
-        fields = {"session": self.sid, "prompts": list(prompts), "seed": seed}
-        answer = self._channel.request("draw", fields | {"audit_rows": audit_rows} | options)
+        fields: dict[str, Any] = {"session": self.sid, "prompts": list(prompts), "seed": seed}
+        request = parse(DrawRequest, fields | {"audit_rows": audit_rows} | options)
+        deadline = time.monotonic() + within_s
+        while (answer := self._channel.request("draw", request.model_dump())).kind == "drawing":
+            on_progress(0, len(prompts))
+            if time.monotonic() > deadline:
+                raise ProtocolError(f"no pictures were drawn in {within_s:.0f} s: ask again later")
+            time.sleep(POLL_S)
+        on_progress(len(prompts), len(prompts))
         pictures = _tensor(answer, "pictures", np.uint8, 4)
         if len(pictures) != len(prompts) or pictures.shape[3] != 3 or not pictures.size:
             raise ProtocolError(f"the pictures have shape {pictures.shape}")
         counts = _row_counts(answer.fields.get("rows"), self._manifest)
-        root = str(answer.fields.get("root"))
-        self._drawing = Drawing(pictures, LogSummary("audit", root, sum(counts.values()), counts))
+        log = LogSummary(
+            "audit",
+            str(answer.fields.get("root")),
+            sum(counts.values()),
+            counts,
+            request.digest(pictures),
+        )
+        self._drawing = Drawing(pictures, log)
         self._audit_rows = audit_rows
         return self._drawing
 
@@ -392,7 +416,7 @@ def _await_proofs(
         elif time.monotonic() > deadline:
             raise ProtocolError(f"no module was proved in {MODULES_WITHIN_S:.0f} s: {done} are")
         on_progress(done, total)
-        time.sleep(PROOF_POLL_S)
+        time.sleep(POLL_S)
     return answer
 
 

@@ -1,0 +1,305 @@
+"""The three jobs of ZKLoRA as separate processes, two of them with Ray clusters of their own."""
+
+import contextlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+from PIL import Image
+from torch import nn
+
+from jobs.local_cluster import free_port
+from paris_ray.artifacts import Folder
+from paris_ray.bundle import Bundle, load_bundle
+from paris_ray.config import LoRAConfig
+from paris_ray.models.lora import Adapter
+from paris_ray.models.peft_layout import save_adapter
+from paris_ray.receipts import Receipt
+from paris_ray.signatures import SignedDocument
+from paris_ray.zklora.adapter import quantise_adapter, read_peft
+from paris_ray.zklora.fixed_point import QuantisedModule
+from paris_ray.zklora.identity import CERTIFICATE, KEY, Identity
+from paris_ray.zklora.manifest import MANIFEST, AdapterManifest
+from paris_ray.zklora.sessions import SessionJournal
+
+pytestmark = pytest.mark.ray
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+HERE = "127.0.0.1"
+EXPERT, BUDGET, PRICE = 1, 200, 70
+LEVELS, AUDIT_ROWS = (0.2, 0.8), 16
+TOKENS = 16  # rows of each module that a picture takes at one level
+CAPTIONS = ("a red cat", "a blue dog")
+START_S, RUN_S = 120, 240
+SEARCHED = 32  # bytes of a factor that are looked for
+
+Randomise = Callable[[nn.Module, int], nn.Module]
+
+
+class Job:
+    """A job as a process; its Ray and all else that it starts are its descendants."""
+
+    def __init__(self, log: Path, name: str, *arguments: object) -> None:
+        # What other tests' Ray needs must not reach it: it starts a Ray of its own.
+        environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+        self.log = log
+        with log.open("w") as stream:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", f"jobs.{name}", *map(str, arguments)],
+                cwd=REPOSITORY,
+                env=environment | {"OMP_NUM_THREADS": "1"},
+                stdout=stream,
+                stderr=subprocess.STDOUT,
+            )
+
+    def family(self) -> list[psutil.Process]:
+        root = psutil.Process(self.process.pid)
+        return [root, *root.children(recursive=True)]
+
+    def wait_for(self, happened: Callable[[], object]) -> None:
+        deadline = time.monotonic() + START_S
+        while not happened():
+            assert self.process.poll() is None and time.monotonic() < deadline, self.said()
+            time.sleep(0.05)
+
+    def said(self) -> str:
+        return self.log.read_text()
+
+    def finish(self) -> int:
+        return self.process.wait(RUN_S)
+
+    def kill(self) -> None:
+        """End it without a word; what it had started follows, or is ended too."""
+        if self.process.poll() is not None:
+            return
+        family = self.family()
+        self.process.kill()
+        self.process.wait()
+        _, alive = psutil.wait_procs(family, timeout=15)
+        for process in alive:
+            process.kill()
+        psutil.wait_procs(alive, timeout=15)
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[..., Job]]:
+    """A function that starts a job, which ends with the test at the latest."""
+    jobs: list[Job] = []
+
+    def run(name: str, *arguments: object) -> Job:
+        jobs.append(Job(tmp_path / f"{len(jobs)}_{name}.log", name, *arguments))
+        return jobs[-1]
+
+    yield run
+    for job in jobs:
+        job.kill()
+
+
+@pytest.fixture
+def adapter(tiny_bundle: Bundle, randomised: Randomise, tmp_path: Path) -> Path:
+    config = LoRAConfig(r=2, lora_alpha=8)
+    adapter = randomised(Adapter.create(tiny_bundle.expert(EXPERT), config, 0), 7)
+    assert isinstance(adapter, Adapter)
+    save_adapter(adapter, Folder(tmp_path / "style"))
+    return tmp_path / "style"
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    folder, rows = tmp_path / "pictures", []
+    folder.mkdir()
+    for i, caption in enumerate(CAPTIONS):
+        noise = np.random.default_rng(i).integers(0, 256, (32, 32, 3), np.uint8)
+        Image.fromarray(noise).save(folder / f"{i}.png")
+        rows.append({"file_name": f"{i}.png", "text": caption})
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def spellings(modules: dict[str, QuantisedModule]) -> list[bytes]:
+    """Return the first bytes of a module's factors, as integers and as PEFT stores them."""
+    found = []
+    for module in modules.values():
+        for factor, exponent in ((module.a, module.exponent_a), (module.b, module.exponent_b)):
+            floats = np.ldexp(factor.astype(np.float32), -exponent)
+            found += [factor.tobytes()[:SEARCHED], floats.tobytes(order="F")[:SEARCHED]]
+    return found
+
+
+def in_files(folder: Path, wanted: list[bytes]) -> int:
+    contents = [path.read_bytes() for path in folder.rglob("*") if path.is_file()]
+    return sum(any(spelled in content for content in contents) for spelled in wanted)
+
+
+def in_memory(processes: list[psutil.Process], wanted: list[bytes]) -> int:
+    """Return how many are in the private memory of any of some processes, which stand still."""
+    found = set()
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
+            process.suspend()
+            for content in memory_of(process.pid):
+                found |= {spelled for spelled in wanted if spelled in content}
+            process.resume()
+    return len(found)
+
+
+def memory_of(pid: int) -> Iterator[bytes]:
+    maps = Path(f"/proc/{pid}/maps").read_text().splitlines()
+    with Path(f"/proc/{pid}/mem").open("rb", buffering=0) as memory:
+        for line in maps:
+            addresses, mode, _, _, inode, *_ = line.split(maxsplit=5)
+            first, last = (int(address, 16) for address in addresses.split("-"))
+            if mode.startswith("rw") and inode == "0":
+                with contextlib.suppress(OSError, OverflowError):
+                    memory.seek(first)
+                    yield memory.read(last - first)
+
+
+def receipt_of(user: Identity) -> Receipt:
+    (path,) = user.folder.glob("purchases/*/receipt.json")
+    return Receipt.read(Folder(path.parent), user.public_key)
+
+
+def test_parties_that_are_killed_finish_the_purchase(
+    start: Callable[..., Job],
+    tiny_bundle_path: Path,
+    adapter: Path,
+    pictures: Path,
+    tmp_path: Path,
+) -> None:
+    """Every party dies once, at the worst of times; the user pays once, and gets the weights."""
+    escrow, seller, user = (
+        Identity.create(tmp_path / name) for name in ("escrow", "seller", "user")
+    )
+    escrow_at, seller_at = f"{HERE}:{free_port()}", f"{HERE}:{free_port()}"
+    trusted = ("--escrow", escrow_at, "--escrow-certificate", escrow.folder / CERTIFICATE)
+    certificates = [party.folder / CERTIFICATE for party in (seller, user)]
+
+    def start_escrow() -> Job:
+        job = start(
+            "escrow", "--home", escrow.folder, "--listen", escrow_at, "--clients", *certificates
+        )
+        job.wait_for(lambda: "escrow ready" in job.said())
+        return job
+
+    def start_seller() -> Job:
+        wares = ("--bundle", tiny_bundle_path, "--expert", EXPERT, "--adapter", adapter)
+        terms = ("--price", PRICE, "--budget-rows", BUDGET, *trusted)
+        place = ("--home", seller.folder, "--listen", seller_at, "--clients", certificates[1])
+        job = start("contribute_lora", *wares, *terms, *place)
+        job.wait_for(lambda: "contributor ready" in job.said())
+        return job
+
+    manifest_file = seller.folder / "offers" / "style" / MANIFEST
+    (tmp_path / "prompts.txt").write_text("a red cat\n")
+
+    def start_user() -> Job:
+        what = ("--prompts", tmp_path / "prompts.txt", "--pictures", pictures)
+        how = ("--levels", *LEVELS, "--audit-rows", AUDIT_ROWS, "--home", user.folder, *trusted)
+        whom = ("--bundle", tiny_bundle_path, "--peer", seller_at, "--manifest", manifest_file)
+        return start("verify_lora", *whom, *what, *how)
+
+    holder, contributor = start_escrow(), start_seller()
+    manifest = AdapterManifest.read(manifest_file)
+    modules = quantise_adapter(read_peft(adapter))
+    wanted = spellings(modules)
+    assert manifest.adapter == "style" and "Whoever sees them all" in contributor.said()
+
+    # The user dies after the inference, before anything is verified.
+    first = start_user()
+    results = "purchases/*/exact/result.json"
+    first.wait_for(lambda: list(user.folder.glob(results)))
+    family, others = first.family(), contributor.family()
+    assert not {process.pid for process in family} & {process.pid for process in others}
+    for tree in (family, others):  # each has a Ray of its own
+        assert sum("raylet" in process.name() for process in tree) == 1
+    assert in_memory(family, wanted) == 0
+    first.kill()
+    assert in_memory(contributor.family(), wanted) > 0  # the search finds what is there
+    assert in_files(user.folder, wanted) == 0
+
+    # Then both services die, and come back.
+    contributor.kill()
+    holder.kill()
+    holder, contributor = start_escrow(), start_seller()
+    assert AdapterManifest.read(manifest_file) == manifest
+
+    second = start_user()
+    assert second.finish() == 0, second.said()
+    receipt = receipt_of(user)
+    assert receipt.state == "OPENED" and receipt.adapter_id == manifest.adapter_id
+    assert [session.mode for session in receipt.sessions] == ["exact", "audit"]
+    assert receipt.escrow_statement is not None
+    statement = SignedDocument.from_json(receipt.escrow_statement)
+    assert statement.check("escrow", escrow.public_key)["state"] == "SETTLED"
+    said = second.said()
+    for name in modules:
+        assert re.search(rf"{re.escape(name)} .* B ", said), said
+    assert "loss without" in said and "OPENED" in said and user.public_key in said
+
+    (bought,) = user.folder.glob("purchases/*/adapter")
+    opened = quantise_adapter(read_peft(bought))
+    assert {k: m.digest for k, m in opened.items()} == {k: m.digest for k, m in modules.items()}
+    assert in_files(user.folder, wanted) > 0
+    bundle = load_bundle(str(tiny_bundle_path))
+    bundle.add_lora("style", str(bought), receipt_key=user.public_key)
+    assert bundle.loras == {"style": EXPERT}
+
+    # SIGTERM ends a contributor and its Ray; what was paid for is on disk.
+    family = contributor.family()
+    contributor.process.send_signal(signal.SIGTERM)
+    assert contributor.finish() == 0
+    assert not psutil.wait_procs(family[1:], timeout=30)[1]
+    spent = len(LEVELS) * len(CAPTIONS) * TOKENS + AUDIT_ROWS
+    with SessionJournal(manifest_file.parent / "sessions.sqlite") as journal:
+        assert journal.rows_left(manifest.adapter_id) == dict.fromkeys(modules, BUDGET - spent)
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"price": 0}, "signature"),
+        ({"price": -1}, "price=-1 is not allowed"),
+        ({"modules": []}, "number of modules=0"),
+        ({"protocol": "free"}, "protocol='free'"),
+    ],
+    ids=str,
+)
+def test_a_manifest_that_is_not_what_was_signed_ends_the_job(
+    start: Callable[..., Job], tmp_path: Path, changed: dict[str, object], said: str
+) -> None:
+    seller = Identity.create(tmp_path / "seller")
+    signed = offer_of(seller, tmp_path)
+    signed["document"] |= changed
+    (tmp_path / MANIFEST).write_text(json.dumps(signed))
+    job = start(
+        *("verify_lora", "--home", tmp_path / "user", "--bundle", tmp_path, "--peer", f"{HERE}:1"),
+        *("--manifest", tmp_path / MANIFEST),
+    )
+    assert job.finish() == 2
+    assert re.search(f"error: .*{said}", job.said()), job.said()
+    assert (tmp_path / "user" / KEY).exists()
+    assert not list((tmp_path / "user").glob("purchases/*"))
+
+
+def offer_of(seller: Identity, folder: Path) -> dict[str, dict[str, object]]:
+    """Return the envelope of a manifest of a small adapter."""
+    from paris_ray.zklora.adapter import PeftAdapter
+    from paris_ray.zklora.manifest import Base
+    from paris_ray.zklora.offer import Terms, open_offer
+
+    ones = np.ones((4, 1), np.float32)
+    adapter = PeftAdapter(
+        LoRAConfig(r=1, lora_alpha=1, target_modules=("a",)), {"a": (ones, ones.T)}
+    )
+    terms = Terms(base=Base("c" * 64, 0, None), name="small", price=5)
+    return dict(open_offer(folder / "offer", seller, adapter, terms).signed.to_json())

@@ -1,8 +1,9 @@
 """Pictures that a contributor draws for an audit: asked for, waited for, paid for, refused."""
 
 import contextlib
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,31 +13,37 @@ import numpy as np
 import psutil
 import pytest
 import ray
-from numpy.typing import NDArray
 
 from paris_ray.artifacts import Folder
-from paris_ray.bundle import Bundle, load_bundle
+from paris_ray.bundle import Bundle
 from paris_ray.config import LoRAConfig
 from paris_ray.errors import BudgetError, ConfigError, ParisError, ProtocolError
 from paris_ray.models.lora import Adapter
 from paris_ray.models.peft_layout import save_adapter
-from paris_ray.sampling import generate
 from paris_ray.signatures import SignedDocument
 from paris_ray.zklora.adapter import read_peft
 from paris_ray.zklora.identity import Identity
-from paris_ray.zklora.inference import adapt
 from paris_ray.zklora.manifest import AdapterManifest
 from paris_ray.zklora.offer import Terms, base_of_expert, open_offer
 from paris_ray.zklora.parties.channel import Channel
-from paris_ray.zklora.parties.contributor import DRAWINGS, Contribution, Service, _check_size
+from paris_ray.zklora.parties.contributor import (
+    DRAWINGS,
+    MAX_REPEATS,
+    Contribution,
+    Service,
+    _check_size,
+    _Job,
+)
+from paris_ray.zklora.parties.frames import Message
 from paris_ray.zklora.parties.messages import MIN_ROWS_A_PICTURE, DrawRequest
 from paris_ray.zklora.parties.results import result
-from paris_ray.zklora.parties.session import Session
+from paris_ray.zklora.parties.session import Session, fetch_evidence
+from paris_ray.zklora.proof import verify_named
 from paris_ray.zklora.transcript import drawing_digest
 
 pytestmark = pytest.mark.ray
 
-EXPERT, BUDGET, PER_USER = 1, 10_000, 200
+EXPERT, BUDGET, PER_USER = 0, 10_000, 200
 TARGETS = ("in_proj", "out_proj")
 ROWS = MIN_ROWS_A_PICTURE
 FULL: dict[str, Any] = {"routing": "full", "num_inference_steps": 2}
@@ -62,24 +69,6 @@ class Market:
 
     def session(self, channel: Channel, user: Identity, mode: str = "audit") -> Session:
         return Session(channel, user, self.manifest, mode)
-
-    def seeds(self) -> dict[bool, int]:
-        """Return a seed whose picture the adapted expert draws alone in one step, and one not."""
-        asked: list[str] = []
-        bundle, terms = load_bundle(self.bundle), self.manifest.terms
-
-        def nothing(name: str, x: NDArray[Any], exponent: int) -> NDArray[Any]:
-            asked.append(name)
-            return np.zeros((len(x), terms[name].commitment.d_out), np.int64)
-
-        bundle.add_view("mine", EXPERT, lambda expert: adapt(expert, terms, 1.0, nothing))
-        found: dict[bool, int] = {}
-        for seed in range(50):
-            asked.clear()
-            options = {"num_inference_steps": 1, "routing": "top-1"}
-            generate(bundle, ["a red cat"], seed=seed, lora="mine", **options)
-            found.setdefault(bool(asked), seed)
-        return found
 
 
 @pytest.fixture(scope="module")
@@ -134,11 +123,11 @@ def drawing_of(session: Session, **changes: Any) -> dict[str, Any]:
     return wanted | changes
 
 
-def drawer() -> psutil.Process | None:
-    """Return the process that is drawing right now."""
+def drawer(task: str = "draw") -> psutil.Process | None:
+    """Return the process that is drawing right now, for the pictures or for the proofs."""
     for process in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.Error):
-            if process.cmdline()[:1] == ["ray::AuditWorker.draw"]:
+            if process.cmdline()[:1] == [f"ray::AuditWorker.{task}"]:
                 return process
     return None
 
@@ -234,18 +223,16 @@ def test_a_log_that_would_not_fit_into_memory_is_refused() -> None:
 
 
 def test_a_picture_without_the_adapter_costs_nothing(market: Market, session: Session) -> None:
-    before, seeds = market.rows_left(), market.seeds()
-    assert seeds.keys() == {True, False}
-    options: dict[str, Any] = {"num_inference_steps": 1, "routing": "top-1"}
+    """The tiny router begins with expert 1, whatever the picture; one step takes 16 rows."""
+    before, step = market.rows_left(), {"num_inference_steps": 1}
     for _ in range(2):
         with pytest.raises(ProtocolError, match="had no part in these pictures, the log has no"):
-            session.draw(["a red cat"], seeds[False], ROWS, **options)
+            session.draw(["a red cat"], 0, ROWS, routing="top-1", **step)
         assert market.rows_left() == before
-    # One step with guidance: 16 tokens, twice.
-    with pytest.raises(ProtocolError, match=r"audit_rows=33 is not allowed: .* has 32 rows"):
-        session.draw(["a red cat"], seeds[True], 33, **options)
+    with pytest.raises(ProtocolError, match=r"audit_rows=17 is not allowed: .* has 16 rows"):
+        session.draw(["a red cat"], 0, 17, routing="full", **step)
     assert market.rows_left() == before
-    session.draw(["a red cat"], seeds[True], ROWS, **options)
+    session.draw(["a red cat"], 0, ROWS, routing="full", **step)
     assert market.rows_left() == before - ROWS
     session.verify()
 
@@ -284,7 +271,7 @@ def test_a_drawing_that_takes_too_long_goes_on(
         session.draw(["a red cat"], 0, ROWS, lambda *p: told.append(p), 0.0, **SLOW)
     assert told == [(0, 1)]
     drawing = session.draw(["a red cat"], 0, ROWS, **SLOW)
-    assert drawing.log.num_leaves == 1000 * 2 * 16 * len(market.manifest.terms)
+    assert drawing.log.num_leaves == 1000 * 16 * len(market.manifest.terms)
     assert any("1 pictures drawn" in line for line in market.contribution.news())
 
 
@@ -308,6 +295,50 @@ def test_other_requests_are_checked_and_refused_while_it_draws(
             pytest.raises(ProtocolError, match="paid for other rows or another drawing"),
         ):
             second.request("draw", slow | {"seed": 1})
+
+
+def test_proofs_that_failed_are_made_again_when_asked_for(
+    market: Market, session: Session, channel: Channel
+) -> None:
+    session.draw(["a red cat"], 0, ROWS, **SLOW)
+    closed = session.close()
+    with ThreadPoolExecutor(1) as thread:
+        proved = thread.submit(fetch_evidence, channel, market.manifest, closed)
+        while (process := drawer("open_rows")) is None and not proved.done():
+            time.sleep(0.01)
+        assert process is not None
+        process.kill()
+        with pytest.raises(ProtocolError, match="proving failed, by no fault of yours: ask again"):
+            proved.result(60)
+    verify_named(fetch_evidence(channel, market.manifest, closed).claims(market.manifest))
+
+
+def test_a_job_that_fails_says_so_before_it_is_repeated_and_not_for_ever() -> None:
+    def fail(count: Callable[[int], None]) -> Message:
+        count(1)
+        raise BudgetError("none are left")
+
+    for attempt in range(1, MAX_REPEATS + 2):
+        job = _Job("proving", 2, fail, attempt)
+        job._thread.join()
+        assert not job.may_be_repeated
+        for _ in range(2):
+            with pytest.raises(BudgetError, match="none are left"):
+                job.wait(0)
+        assert job.may_be_repeated == (attempt <= MAX_REPEATS)
+    done = threading.Event()
+
+    def make(count: Callable[[int], None]) -> Message:
+        count(1)
+        done.wait(60)
+        return Message("evidence")
+
+    job = _Job("proving", 2, make)
+    while dict((answer := job.wait(0)).fields) != {"done": 1, "total": 2}:
+        time.sleep(0.01)
+    assert answer.kind == "proving" and not job.was_told
+    done.set()
+    assert job.wait(60).kind == "evidence" and job.was_told and not job.may_be_repeated
 
 
 def test_a_user_sees_no_more_than_its_share(market: Market, user: Identity) -> None:

@@ -308,8 +308,8 @@ def test_a_purchase_from_the_manifest_to_the_weights(market: Market, bought: Pur
     assert found == {name: (t.dimensions, rows, True) for name, t in manifest.terms.items()}
     assert all(1 < part.peak_to_rms < 16 for part in receipt.modules)
     assert all(0 < part.input_error < 5e-4 for part in receipt.modules)
-    for name in ("seconds", "verify_seconds", "bytes_sent", "bytes_received"):
-        assert receipt.totals[name] > 0
+    assert receipt.totals.keys() >= {"seconds", "verify_seconds"}
+    assert all(total > 0 for total in receipt.totals.values())
     for stage in ("multi-party inference", "proofs, exact", "proofs, audit", "purchase"):
         assert bought.stages[-1][1] == bought.stages[-1][2]
         assert any(stage == name and done == total for name, done, total in bought.stages)
@@ -520,7 +520,9 @@ def test_a_user_who_asks_for_too_much_can_ask_again(
     for _ in range(6):
         with pytest.raises(BudgetError, match=f"audit_rows={BUDGET + 1} is not allowed"):
             Buyer(trial).run()
-    assert Buyer(replace(trial, audit_rows=AUDIT_ROWS, escrow=None)).run().receipt.state == "VERIFIED"
+    assert (
+        Buyer(replace(trial, audit_rows=AUDIT_ROWS, escrow=None)).run().receipt.state == "VERIFIED"
+    )
 
 
 @pytest.mark.parametrize("audit_rows", [None, 5])
@@ -750,14 +752,20 @@ def test_proofs_of_something_else_are_refused(market: Market, tried: Tried) -> N
     first, second, *_ = names = list(evidence.proofs)
     everything = ".*".join(map(str, names))
     proofs, closed = evidence.proofs, evidence.closed
-    statement = dict(closed.by_user.document) | {"root": "0" * 64}
-    other_root = replace(closed.by_user, document=statement)
+    another_root = resigned(market, tried.user, audit.closed, root="0" * 64)
+    signed = "signed different logs"
     for bad, blamed in (
         (replace(evidence, proofs=other.proofs), everything),
         (replace(evidence, proofs=audit.proofs), everything),
         (replace(evidence, closed=replace(closed, nonce_v=new_nonce())), everything),
-        (replace(evidence, closed=replace(closed, sid=other.closed.sid)), everything),
-        (replace(evidence, closed=replace(closed, by_user=other_root)), everything),
+        (replace(evidence, closed=replace(closed, sid=other.closed.sid)), signed),
+        (
+            replace(evidence, closed=replace(closed, by_contributor=other.closed.by_contributor)),
+            signed,
+        ),
+        (replace(evidence, closed=other.closed), everything),
+        (replace(audit, closed=another_root), everything),
+        (replace(audit, closed=replace(audit.closed, nonce_v=new_nonce())), everything),
         (replace(evidence, proofs=proofs | {first: other.proofs[first]}), f"of {first} does"),
         (replace(evidence, proofs=proofs | {second: proofs[second][:-1]}), f"^{second}: "),
         (replace(evidence, proofs=proofs | {second: b""}), f"^{second}: "),
@@ -819,12 +827,14 @@ def test_an_opened_row_that_is_not_in_the_signed_log_is_refused(
 
 
 @pytest.mark.parametrize(
-    "progress", [{}, {"done": 1}, {"done": "1", "total": 4}, {"done": True, "total": 4}]
+    "progress",
+    [{}, {"done": "1"}, {"done": True}, {"done": -1}, {"done": 5}, {"done": 0.5}],
+    ids=str,
 )
 def test_progress_that_is_no_progress_is_refused(
     market: Market, tried: Tried, progress: dict[str, Any]
 ) -> None:
-    with pytest.raises(ProtocolError, match="two numbers"):
+    with pytest.raises(ProtocolError, match="done="):
         fetch(market, tried, "exact", lambda answer: Message("proving", progress))
 
 
@@ -868,23 +878,32 @@ def test_what_the_contributor_draws_is_checked(market: Market, user: Identity) -
 
 
 def test_a_module_that_was_never_called_stays_unproved(
-    market: Market, session: Session, channel: Channel
+    market: Market, session: Session, user: Identity
 ) -> None:
-    with pytest.raises(VerificationError, match=r"layers\.0\.attn\.in_proj was never tried"):
+    with pytest.raises(VerificationError, match="in_proj: 0 rows were computed"):
         session.close()
     *most, last = market.manifest.terms
     for name in most:
         session.evaluate(name, rows_for(market.manifest, name, 1), 0)
-    with pytest.raises(VerificationError, match=f"{last} was never tried"):
+    with pytest.raises(VerificationError, match=f"{last}: 0 rows were computed"):
         session.close()
     # The contributor would close it; the evidence of such a session is refused as well.
     session.evaluate(last, rows_for(market.manifest, last, 1), 0)
     evidence = session.verify()
-    statement = dict(evidence.closed.by_user.document)
-    statement["rows"] = {k: v for k, v in statement["rows"].items() if k != last}
-    partial = replace(evidence.closed.by_user, document=statement)
+    rows = {k: v for k, v in evidence.closed.rows.items() if k != last}
+    partial = resigned(market, user, evidence.closed, rows=rows)
     with pytest.raises(VerificationError, match=f"{last}: 1 rows are proved, 0 must be"):
-        replace(evidence, closed=replace(evidence.closed, by_user=partial)).claims(market.manifest)
+        replace(evidence, closed=partial).claims(market.manifest)
+
+
+def resigned(
+    market: Market, user: Identity, closed: ClosedSession, **changes: Any
+) -> ClosedSession:
+    """Return a session whose parties have signed something else, both of them."""
+    statement = dict(closed.by_user.document) | changes
+    seller = Identity.load(market.service.identity)
+    both = [SignedDocument.sign("close", statement, party) for party in (user, seller)]
+    return replace(closed, by_user=both[0], by_contributor=both[1])
 
 
 def test_an_audit_without_a_drawing_is_not_closed(
@@ -1147,32 +1166,6 @@ def test_drawings_at_the_edges_of_what_is_allowed(
     assert {len(x) for x, _ in evidence.rows.values()} == {16}
 
 
-def test_a_drawing_without_the_adapted_expert_is_refused(market: Market, user: Identity) -> None:
-    """With one expert a step, whose it is depends on the picture."""
-    prompt, options = "a red cat", {"num_inference_steps": 1, "routing": "top-1"}
-    bundle, manifest = load_bundle(market.bundle), market.manifest
-    asked: list[str] = []
-
-    def nothing(name: str, x: Int16, exponent: int) -> Any:
-        asked.append(name)
-        return np.zeros((len(x), manifest.module(name).commitment.d_out), np.int64)
-
-    bundle.add_view("mine", EXPERT, lambda expert: adapt(expert, manifest.terms, 1.0, nothing))
-    seeds: dict[bool, int] = {}
-    for seed in range(50):
-        asked.clear()
-        generate(bundle, [prompt], seed=seed, lora="mine", **options)
-        seeds.setdefault(bool(asked), seed)
-    assert seeds.keys() == {True, False}
-    with market.channel(user) as channel:
-        Session(channel, user, manifest, "audit").draw([prompt], seeds[True], 16, **options)
-        session = Session(channel, user, manifest, "audit")
-        before = market.rows_left()
-        with pytest.raises(ProtocolError, match="had no part in these pictures"):
-            session.draw([prompt], seeds[False], 16, **options)
-        assert market.rows_left() == before
-
-
 # Who may connect
 
 
@@ -1418,7 +1411,7 @@ def test_an_opening_that_is_none_is_refused(stall: Stall) -> None:
     ):
         tamper = lambda a, f=fields: Message("opened", f) if a.kind == "opened" else a  # noqa: E731
         swindler = Swindler(stall.manifest, stall.openings, stall.seller, tamper=tamper)
-        with pytest.raises(ProtocolError), stall.session(swindler):
+        with pytest.raises((ProtocolError, VerificationError)), stall.session(swindler):
             pass
 
 

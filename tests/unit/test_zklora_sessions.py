@@ -17,7 +17,7 @@ from paris_ray.errors import ArtifactError, BudgetError, ProtocolError, Signatur
 from paris_ray.signatures import SignedDocument
 from paris_ray.zklora.identity import Identity
 from paris_ray.zklora.sessions import SessionJournal, SessionState
-from paris_ray.zklora.transcript import LogSummary, RowLog, Transcript, closing_statement
+from paris_ray.zklora.transcript import Log, LogSummary, RowLog, closing_statement
 
 ADAPTER, SID, OTHER_SID = "ad" * 32, "51" * 32, "52" * 32
 NONCE_U, NONCE_C, NONCE_V = "0a" * 32, "0c" * 32, "0f" * 32
@@ -290,18 +290,81 @@ def test_openings_out_of_place_are_refused(journal: SessionJournal):
         journal.open_session(OTHER_SID, ADAPTER, USER, NONCE_V, NONCE_C, "fast")
     with pytest.raises(ProtocolError, match="nonce_u="):
         journal.open_session(OTHER_SID, ADAPTER, USER, "0", NONCE_C)
-    journal.open_session(OTHER_SID, ADAPTER, USER, "01" * 32, NONCE_C)
-    with pytest.raises(ProtocolError, match="2 sessions are open, the most allowed"):
-        journal.open_session("53" * 32, ADAPTER, USER, "02" * 32, NONCE_C)
-    journal.open_session("54" * 32, ADAPTER, STRANGER, "02" * 32, NONCE_C)
-    journal.end(OTHER_SID, USER, "no longer wanted")
-    journal.end(OTHER_SID, USER, "another reason")
-    assert journal.session(OTHER_SID, USER).reason == "no longer wanted"
-    journal.open_session("53" * 32, ADAPTER, USER, "02" * 32, NONCE_C)
-    with pytest.raises(ProtocolError, match="does not exist"):
-        journal.end(SID, STRANGER, "not mine")
-    states = {"OPEN": 3, "CLOSED": 0, "CHALLENGED": 0, "ENDED": 1}
+
+
+def opened(journal: SessionJournal, number: int, user: str = USER, mode: str = "exact") -> str:
+    sid = f"{number:064x}"
+    return journal.open_session(sid, ADAPTER, user, sid, NONCE_C, mode).sid
+
+
+def test_a_new_session_takes_the_place_of_the_oldest_that_paid_nothing(journal: SessionJournal):
+    record(journal, 0, rows(1))  # the fixture's session is older, and has a row
+    first = opened(journal, 1)
+    opened(journal, 2, STRANGER)
+    second = opened(journal, 3)
+    assert journal.session(first, USER).state is SessionState.ENDED
+    assert "a newer session took its place" in str(journal.session(first, USER).reason)
+    third = opened(journal, 4, mode="audit")
+    assert journal.session(second, USER).state is SessionState.ENDED
+    journal.debit_rows(third, USER, {"m": 1}, "{}")
+    with pytest.raises(ProtocolError, match="2 sessions are open, the most allowed: close or end"):
+        opened(journal, 5)
+    states = {"OPEN": 3, "CLOSED": 0, "CHALLENGED": 0, "ENDED": 2}
     assert journal.sessions_by_state() == states
+    journal.end(SID, USER, "no longer wanted")
+    journal.end(SID, USER, "another reason")
+    assert journal.session(SID, USER).reason == "no longer wanted"
+    fifth = opened(journal, 5)
+    with pytest.raises(ProtocolError, match="does not exist"):
+        journal.end(fifth, STRANGER, "not mine")
+    journal.credit_rows(third, USER)  # it failed: now this one has paid nothing
+    opened(journal, 6)
+    assert journal.session(third, USER).state is SessionState.ENDED
+    assert journal.session(fifth, USER).state is SessionState.OPEN
+
+
+def test_users_are_not_locked_out_by_their_own_sessions(path: Path):
+    journal = SessionJournal(path)
+    journal.add_adapter(ADAPTER, ["m"], BUDGET)
+    for number in range(40):
+        opened(journal, number)
+    assert journal.sessions_by_state()["OPEN"] == 16
+
+
+def test_a_user_sees_no_more_rows_than_a_user_may(path: Path):
+    journal = SessionJournal(path, max_rows_per_user=4)
+    journal.add_adapter(ADAPTER, ["m", "n"], BUDGET)
+    exact, audit, other = opened(journal, 1), opened(journal, 2, mode="audit"), opened(journal, 3)
+    theirs = opened(journal, 4, STRANGER)
+    record(journal, 0, rows(1), sid=exact)
+    journal.debit_rows(audit, USER, {"m": 2, "n": 1}, "{}")
+    assert journal.rows_left(ADAPTER, USER) == {"m": 1, "n": 3}
+    with pytest.raises(BudgetError, match="m has 1 rows left, 2 are asked for; a user may see 4"):
+        record(journal, 0, rows(2), sid=other, compute=refuse)
+    record(journal, 0, rows(1), sid=other)
+    record(journal, 0, rows(4), sid=theirs, user=STRANGER)
+    assert left(journal) == {"m": 2, "n": 9}
+    assert journal.rows_left(ADAPTER, "cc" * 32) == {"m": 2, "n": 4}  # the lesser of both limits
+    journal.credit_rows(audit, USER)
+    assert journal.rows_left(ADAPTER, USER) == {"m": 2, "n": 4}
+    with SessionJournal(path, max_rows_per_user=1) as stricter:
+        assert stricter.rows_left(ADAPTER, USER) == {"m": 0, "n": 1}
+
+
+def test_threads_of_one_user_never_get_more_than_its_share(path: Path):
+    journals = [SessionJournal(path, max_rows_per_user=5) for _ in range(2)]
+    journals[0].add_adapter(ADAPTER, ["m"], 100)
+    sessions = [opened(journals[0], number) for number in range(8)]
+
+    def ask(i: int) -> int:
+        try:
+            return len(record(journals[i % 2], 0, rows(2), sid=sessions[i]))
+        except BudgetError:
+            return 0
+
+    with ThreadPoolExecutor(8) as pool:
+        assert sum(pool.map(ask, range(8))) == 4
+    assert left(journals[0]) == {"m": 96}
 
 
 @pytest.fixture
@@ -309,7 +372,7 @@ def parties(tmp_path: Path) -> tuple[Identity, Identity]:
     return Identity.create(tmp_path / "user"), Identity.create(tmp_path / "seller")
 
 
-def sign(log: Transcript | RowLog, parties: tuple[Identity, Identity], sid: str = SID) -> list:
+def sign(log: Log, parties: tuple[Identity, Identity], sid: str = SID) -> list:
     statement = closing_statement(sid, ADAPTER, log)
     return [SignedDocument.sign("close", statement, party) for party in parties]
 
@@ -435,6 +498,68 @@ def test_an_audit_is_closed_by_the_log_of_its_drawing(path: Path, parties: tuple
         restarted.challenge(SID, user, NONCE_V)
         restarted.debit_rows(SID, user, {"m": 4}, "{}")
     assert left(journal) == {"m": 6}
+
+
+def test_a_drawing_that_failed_is_credited_once_and_another_may_be_paid(path: Path, parties: tuple):
+    journal = SessionJournal(path)
+    user = parties[0].public_key
+    journal.add_adapter(ADAPTER, ["m", "n"], BUDGET)
+    journal.open_session(SID, ADAPTER, user, NONCE_U, NONCE_C, "audit")
+    assert journal.debit_rows(SID, user, {"m": 4, "n": 2}, "{}").log is None
+    with pytest.raises(ProtocolError, match="does not exist"):
+        journal.credit_rows(SID, STRANGER)
+    for _ in range(2):
+        journal.credit_rows(SID, user)
+        assert left(journal) == {"m": 10, "n": 10}
+    log = RowLog()
+    log.append("m", 11, rows(4), answers(rows(4)))
+    with pytest.raises(ProtocolError, match="has paid for no drawing"):
+        journal.record_log(SID, user, LogSummary.of(log))
+    journal.debit_rows(SID, user, {"m": 3}, '{"seed":1}')
+    summary = LogSummary.of(log, "dd" * 32)
+    journal.record_log(SID, user, summary)
+    journal.credit_rows(SID, user)  # whoever has the pictures has paid for them
+    assert left(journal) == {"m": 7, "n": 10}
+    assert journal.debit_rows(SID, user, {"m": 3}, '{"seed":1}').log == summary
+    other = [
+        SignedDocument.sign("close", closing_statement(SID, ADAPTER, changed), party)
+        for changed in (summary._replace(drawing="de" * 32),)
+        for party in parties
+    ]
+    with pytest.raises(ProtocolError, match="statements differ"):
+        journal.close(SID, user, *other)
+    journal.close(SID, user, *sign(summary, parties))
+    journal.credit_rows(SID, user)
+    assert left(journal) == {"m": 7, "n": 10}
+
+
+def test_whoever_breaks_a_drawing_off_pays_for_it(journal: SessionJournal):
+    audit = opened(journal, 7, mode="audit")
+    journal.debit_rows(audit, USER, {"m": 4}, "{}")
+    journal.end(audit, USER, "over")
+    journal.credit_rows(audit, USER)
+    assert left(journal) == {"m": 6, "n": 10}
+    with pytest.raises(ProtocolError, match=r"is ENDED \(over\), not OPEN"):
+        journal.record_log(audit, USER, LogSummary("audit", "cc" * 32, 4, {"m": 4}))
+
+
+def test_nothing_is_drawn_anew_once_a_session_is_closed(path: Path, parties: tuple):
+    journal = SessionJournal(path)
+    user = parties[0].public_key
+    journal.add_adapter(ADAPTER, ["m"], BUDGET)
+    journal.open_session(SID, ADAPTER, user, NONCE_U, NONCE_C, "audit")
+    journal.debit_rows(SID, user, {"m": 1}, "{}")
+    log = LogSummary("audit", "cc" * 32, 5000, {"m": 5000}, "dd" * 32)
+    journal.record_log(SID, user, log)
+    journal.close(SID, user, *sign(log, parties))
+    assert journal.challenge(SID, user, NONCE_V).state is SessionState.CHALLENGED
+    for _ in range(2):  # every time with the log: there is nothing to draw
+        assert journal.debit_rows(SID, user, {"m": 1}, "{}").log == log
+    with pytest.raises(ProtocolError, match="another drawing"):
+        journal.debit_rows(SID, user, {"m": 1}, '{"seed":1}')
+    with pytest.raises(ProtocolError, match="is CHALLENGED, not OPEN"):
+        journal.end(SID, user, "too late")
+    assert left(journal) == {"m": 9}
 
 
 def test_rows_of_a_session_in_exact_mode_cannot_be_opened(journal: SessionJournal):

@@ -12,11 +12,13 @@ from paris_ray.errors import ArtifactError, ProtocolError, VerificationError
 from paris_ray.zklora.merkle import MerkleTree, check_inclusion
 from paris_ray.zklora.transcript import (
     Call,
+    LogSummary,
     RowLog,
     Transcript,
     _below,
     challenge_rows,
     closing_statement,
+    drawing_digest,
     leaf_index,
     new_nonce,
     proof_context,
@@ -238,6 +240,29 @@ def test_a_row_log_finds_every_row_at_its_signed_place():
     root = log.root
     log.append("m", 11, made.x, made.y)
     assert log.root != root
+
+
+def test_a_statement_binds_what_was_asked_for_and_every_byte_that_came():
+    wish = {"prompts": ["a", "b"], "seed": 0, "guidance_scale": None}
+    pictures = np.zeros((2, 2, 4, 3), np.uint8)
+    changed = pictures.copy()
+    changed[1, 1, 3, 2] = 1
+    digests = {
+        drawing_digest(wish, pictures),
+        drawing_digest(wish | {"seed": 1}, pictures),
+        drawing_digest(wish | {"prompts": ["a", "c"]}, pictures),
+        drawing_digest(wish | {"guidance_scale": 1.0}, pictures),
+        drawing_digest(wish, changed),
+        drawing_digest(wish, pictures.reshape(2, 4, 2, 3)),
+    }
+    assert len(digests) == 6
+    assert drawing_digest(dict(reversed(wish.items())), pictures) in digests
+    log = RowLog()
+    log.append("m", 0, *(np.ones((1, 2), dtype) for dtype in (np.int16, np.int64)))
+    statement = closing_statement(A, B, LogSummary.of(log, C))
+    assert statement["drawing"] == C
+    assert statement == closing_statement(A, B, log) | {"drawing": C}
+    assert closing_statement(A, B, Transcript([call(0)]))["drawing"] is None
 
 
 def test_a_large_row_log_is_no_burden():

@@ -70,6 +70,7 @@ def main() -> int:
                     escrow=escrow,
                     workers=arguments.workers,
                     threads=arguments.threads,
+                    num_gpus=arguments.num_gpus,
                     max_rows_per_user=arguments.max_rows_per_user,
                 )
             )
@@ -184,6 +185,9 @@ def _parser() -> argparse.ArgumentParser:
     result.add_argument("--escrow-certificate", type=Path, metavar="FILE")
     result.add_argument(
         "--workers", type=int, default=1, metavar="N", help="processes that answer updates"
+    )
+    result.add_argument(
+        "--num-gpus", type=float, default=0, metavar="N", help="to draw pictures; default: the CPU"
     )
     result.add_argument("--threads", type=int, default=1, metavar="N", help="torch threads of each")
     result.add_argument(

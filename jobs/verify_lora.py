@@ -114,6 +114,7 @@ def _trial(arguments: argparse.Namespace, manifest: AdapterManifest) -> "Trial":
         escrow_certificate=arguments.escrow
         and certificate("--escrow-certificate", arguments.escrow_certificate),
         threads=arguments.threads,
+        num_gpus=arguments.num_gpus,
     )
 
 
@@ -196,6 +197,9 @@ def _parser() -> argparse.ArgumentParser:
         help=f"the purchase's folder; default: {HOMES}/user/{PURCHASES}/NAME",
     )
     add_home(result, "user")
+    result.add_argument(
+        "--num-gpus", type=float, default=0, metavar="N", help="for your expert; default: the CPU"
+    )
     result.add_argument("--threads", type=int, default=1, metavar="N", help="torch threads")
     result.add_argument(
         "--address", help="your Ray cluster; default: RAY_ADDRESS, else one of its own"

@@ -31,13 +31,13 @@ from paris_ray.zklora.parties.contributor import (
     MAX_REPEATS,
     Contribution,
     Service,
-    _check_size,
     _Job,
 )
 from paris_ray.zklora.parties.frames import Message
 from paris_ray.zklora.parties.messages import MIN_ROWS_A_PICTURE, DrawRequest
 from paris_ray.zklora.parties.results import result
 from paris_ray.zklora.parties.session import Session, fetch_evidence
+from paris_ray.zklora.parties.workers import _check_size
 from paris_ray.zklora.proof import verify_named
 from paris_ray.zklora.transcript import drawing_digest
 

@@ -84,7 +84,7 @@ class Job:
         family = self.family()
         self.process.kill()
         self.process.wait()
-        _, alive = psutil.wait_procs(family, timeout=15)
+        _, alive = psutil.wait_procs(family, timeout=3)
         for process in alive:
             process.kill()
         psutil.wait_procs(alive, timeout=15)
@@ -140,15 +140,19 @@ def in_files(folder: Path, wanted: list[bytes]) -> int:
     return sum(any(spelled in content for content in contents) for spelled in wanted)
 
 
-def in_memory(processes: list[psutil.Process], wanted: list[bytes]) -> int:
-    """Return how many are in the private memory of any of some processes, which stand still."""
-    found = set()
+def stop(processes: list[psutil.Process]) -> None:
     for process in processes:
-        with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
+        with contextlib.suppress(psutil.NoSuchProcess):
             process.suspend()
+
+
+def in_memory(processes: list[psutil.Process], wanted: list[bytes]) -> int:
+    """Return how many are in the private memory of any of some processes."""
+    found: set[bytes] = set()
+    for process in processes:
+        with contextlib.suppress(ProcessLookupError, FileNotFoundError):  # it has just ended
             for content in memory_of(process.pid):
                 found |= {spelled for spelled in wanted if spelled in content}
-            process.resume()
     return len(found)
 
 
@@ -219,6 +223,7 @@ def test_parties_that_are_killed_finish_the_purchase(
     results = "purchases/*/exact/result.json"
     first.wait_for(lambda: list(user.folder.glob(results)))
     family, others = first.family(), contributor.family()
+    stop(family)
     assert not {process.pid for process in family} & {process.pid for process in others}
     for tree in (family, others):  # each has a Ray of its own
         assert sum("raylet" in process.name() for process in tree) == 1

@@ -33,6 +33,7 @@ from paris_ray.zklora.inference import NumericsLog
 from paris_ray.zklora.manifest import AdapterManifest
 from paris_ray.zklora.parties.channel import Channel
 from paris_ray.zklora.parties.escrow import EscrowClient
+from paris_ray.zklora.parties.messages import MIN_ROWS_A_PICTURE
 from paris_ray.zklora.parties.purchase import Receipts, complete, new_receipt, verified_facts
 from paris_ray.zklora.parties.results import result
 from paris_ray.zklora.parties.session import (
@@ -85,6 +86,7 @@ class Trial:
         escrow: Host and port of the escrow; None: the adapter is tried and verified, not bought.
         escrow_certificate: That of the escrow that the user trusts, as PEM.
         threads: Torch threads.
+        num_gpus: GPUs for the user's own expert; 0 computes on the CPU.
     """
 
     bundle: str
@@ -101,6 +103,7 @@ class Trial:
     escrow: tuple[str, int] | None = None
     escrow_certificate: str | None = None
     threads: int = 1
+    num_gpus: float = 0
 
 
 @dataclass(slots=True)
@@ -162,11 +165,10 @@ class Buyer:
             return outcome
         check_base(load_bundle(self._trial.bundle), self.manifest)
         plan = self._plan()
-        evidence = []
+        # The audit comes first: should it be refused, no other row is spent yet.
+        evidence = [self._try_audit(plan)] if plan["audit_rows"] else []
         if plan["num_pictures"]:
-            evidence.append(self._try_exact(plan, outcome))
-        if plan["audit_rows"]:
-            evidence.append(self._try_audit(plan))
+            evidence.insert(0, self._try_exact(plan, outcome))
         self._verify(evidence)
         if self._escrow is not None:
             self._buy(self._escrow, evidence[0])
@@ -256,11 +258,13 @@ class Buyer:
         trial = self._trial
         if not trial.prompts:
             return 0
+        least = MIN_ROWS_A_PICTURE * len(trial.prompts)
         share = left if trial.pictures is None else left // 2
-        rows = min(AUDIT_ROWS, share) if trial.audit_rows is None else trial.audit_rows
-        if not 1 <= rows <= left:  # before it is planned: a plan stays
+        rows = min(max(AUDIT_ROWS, least), share) if trial.audit_rows is None else trial.audit_rows
+        if rows < least:
             raise BudgetError(
-                f"audit_rows={rows} is not allowed: at least 1, and {left} rows are left"
+                f"audit_rows={rows} is not allowed: {len(trial.prompts)} prompts take at least "
+                f"{least}, and {left} rows are left, half of them for pictures if there are some"
             )
         noticed = 1 - (1 - NOTICED_SHARE) ** rows
         logger.info(
@@ -275,9 +279,10 @@ class Buyer:
     def _user(self) -> Any:
         trial = self._trial
         user: Any = BaseUser
+        device = "cuda" if trial.num_gpus else "cpu"
         # Two calls at once: one computes, the other asks how far it is.
-        return user.options(num_cpus=0.5, max_concurrency=2).remote(
-            trial.bundle, self.manifest, trial.identity, trial.peer, trial.threads
+        return user.options(num_cpus=0, num_gpus=trial.num_gpus, max_concurrency=2).remote(
+            trial.bundle, self.manifest, trial.identity, trial.peer, trial.threads, device
         )
 
     def _try_exact(self, plan: dict[str, Any], outcome: Outcome) -> Evidence:
@@ -320,9 +325,12 @@ class Buyer:
         if not Folder(str(folder)).exists(CLOSED):
             nonce = plan["nonces"][AUDIT]
             session = Session(self._channel, self.identity, self.manifest, AUDIT, nonce)
-            self._show("pictures by the contributor", 0, len(plan["prompts"]))
-            drawing = session.draw(plan["prompts"], plan["seed"], plan["audit_rows"])
-            self._show("pictures by the contributor", len(plan["prompts"]), len(plan["prompts"]))
+            drawing = session.draw(
+                plan["prompts"],
+                plan["seed"],
+                plan["audit_rows"],
+                partial(self._show, "pictures by the contributor"),
+            )
             scale = max(1, SHOWN_PIXELS // drawing.pictures.shape[1])
             grid = picture_grid(drawing.pictures, columns=4, scale=scale)
             self._folder.write(AUDIT_PICTURES, png_bytes(grid))

@@ -75,6 +75,7 @@ class BaseUser:
         identity: Folder of the user's identity.
         peer: Host and port of the contributor.
         threads: Torch threads.
+        device: `cpu` or `cuda`.
     """
 
     def __init__(
@@ -84,9 +85,10 @@ class BaseUser:
         identity: Path,
         peer: tuple[str, int],
         threads: int,
+        device: str,
     ) -> None:
         torch.set_num_threads(threads)
-        self._bundle, self._manifest = load_bundle(bundle), manifest
+        self._bundle, self._manifest = load_bundle(bundle, device=device), manifest
         self._identity, self._peer = Identity.load(identity), peer
         self._session: Session | None = None
 

@@ -39,6 +39,7 @@ def main() -> int:
         refuse_relative_paths(paths_of(arguments, *names))
         identity = Identity.load_or_create(arguments.home)
         print(f"user: {describe(identity)}", flush=True)
+        _parse_parties(arguments)
         manifest = AdapterManifest.read(arguments.manifest)
         _say_what_is_offered(manifest)
         with ray_session(arguments.address):
@@ -87,12 +88,20 @@ def _say_what_is_offered(manifest: AdapterManifest) -> None:
     )
 
 
+def _parse_parties(arguments: argparse.Namespace) -> None:
+    """Read the options about the other parties: a typo is told before anything starts."""
+    arguments.peer = address("--peer", arguments.peer)
+    if (arguments.escrow is None) != (arguments.escrow_certificate is None):
+        raise ConfigError("--escrow and --escrow-certificate go together: give both or none")
+    if arguments.escrow is not None:
+        pem = certificate("--escrow-certificate", arguments.escrow_certificate)
+        arguments.escrow, arguments.escrow_certificate = address("--escrow", arguments.escrow), pem
+
+
 def _trial(arguments: argparse.Namespace, manifest: AdapterManifest) -> "Trial":
     from paris_ray.zklora.parties.buyer import Trial
     from paris_ray.zklora.parties.examples import read_pictures, read_prompts
 
-    if (arguments.escrow is None) != (arguments.escrow_certificate is None):
-        raise ConfigError("--escrow and --escrow-certificate go together: give both or none")
     pictures, captions = None, tuple[str, ...]()
     if arguments.pictures is not None:
         pictures, captions = read_pictures(arguments.pictures, arguments.bundle)
@@ -100,7 +109,7 @@ def _trial(arguments: argparse.Namespace, manifest: AdapterManifest) -> "Trial":
     output = arguments.output or arguments.home / PURCHASES / name
     return Trial(
         bundle=absolute_uri(arguments.bundle),
-        peer=address("--peer", arguments.peer),
+        peer=arguments.peer,
         manifest=arguments.manifest,
         identity=arguments.home.resolve(),
         output=output.resolve(),
@@ -110,9 +119,8 @@ def _trial(arguments: argparse.Namespace, manifest: AdapterManifest) -> "Trial":
         levels=arguments.levels,
         audit_rows=arguments.audit_rows,
         seed=arguments.seed,
-        escrow=arguments.escrow and address("--escrow", arguments.escrow),
-        escrow_certificate=arguments.escrow
-        and certificate("--escrow-certificate", arguments.escrow_certificate),
+        escrow=arguments.escrow,
+        escrow_certificate=arguments.escrow_certificate,
         threads=arguments.threads,
         num_gpus=arguments.num_gpus,
     )

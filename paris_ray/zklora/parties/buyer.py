@@ -208,6 +208,8 @@ class Buyer:
             "levels": list(trial.levels),
             "seed": trial.seed,
             "audit_rows_wanted": trial.audit_rows,
+            # Others may compute other last bits, and a call that was sent is repeated exactly.
+            "threads": trial.threads,
         }
         if not self._folder.exists(PLAN):
             nonces = self._nonces()
@@ -261,7 +263,7 @@ class Buyer:
         least = MIN_ROWS_A_PICTURE * len(trial.prompts)
         share = left if trial.pictures is None else left // 2
         rows = min(max(AUDIT_ROWS, least), share) if trial.audit_rows is None else trial.audit_rows
-        if rows < least:
+        if not least <= rows <= left:  # before it is planned: a plan stays
             raise BudgetError(
                 f"audit_rows={rows} is not allowed: {len(trial.prompts)} prompts take at least "
                 f"{least}, and {left} rows are left, half of them for pictures if there are some"

@@ -1,11 +1,12 @@
 r"""Offer a LoRA: users try it on their own base, verify it and pay, and never see it before.
 
 Quantises and commits the weights once, writes HOME/offers/NAME/zklora.json (the signed manifest:
-give it to users) and serves until SIGTERM. Start it again to continue: commitments, budget and
-sessions are kept. docs/zklora.md says what the budget of rows means.
+give it to users) and serves those whose certificates are in HOME/clients, until SIGTERM. Start it
+again to continue: commitments, budget and sessions are kept. docs/zklora.md says what the budget of
+rows means.
 
     python -m jobs.contribute_lora --bundle runs/quickstart/bundle --expert 3 --adapter loras/mine \
-        --listen 127.0.0.1:7444 --price 100 \
+        --listen 127.0.0.1:7444 --price 100 --budget-rows 64 \
         --escrow 127.0.0.1:7443 --escrow-certificate runs/zklora/escrow/certificate.pem
 """
 
@@ -20,13 +21,16 @@ from typing import TYPE_CHECKING
 
 from jobs.command import fail, log_to_stdout, ray_session, refuse_relative_paths
 from jobs.parties import (
+    add_escrow,
     add_home,
+    add_resources,
     add_service,
     address,
-    certificate,
     client_certificates,
     describe,
+    parse_escrow,
     paths_of,
+    positive,
 )
 from paris_ray.artifacts import absolute_uri
 from paris_ray.errors import ConfigError, ParisError
@@ -49,6 +53,7 @@ def main() -> int:
     log_to_stdout()
     try:
         refuse_relative_paths(paths_of(arguments, "bundle", "base", "adapter", "home"))
+        parse_escrow(arguments)
         identity = Identity.load_or_create(arguments.home)
         clients = client_certificates(arguments.clients, arguments.home)
         host, port = address("--listen", arguments.listen)
@@ -58,7 +63,6 @@ def main() -> int:
             # Imported only now: ray reads RAY_AUTH_MODE when it is imported, and --help is quick.
             from paris_ray.zklora.parties.contributor import Contribution, Service
 
-            escrow = arguments.escrow and address("--escrow", arguments.escrow)
             contribution = Contribution(
                 Service(
                     folder=folder,
@@ -67,7 +71,7 @@ def main() -> int:
                     port=port,
                     clients=clients,
                     bundle=arguments.bundle and absolute_uri(arguments.bundle),
-                    escrow=escrow,
+                    escrow=arguments.escrow,
                     workers=arguments.workers,
                     threads=arguments.threads,
                     num_gpus=arguments.num_gpus,
@@ -91,26 +95,21 @@ def _offer(arguments: argparse.Namespace, identity: Identity) -> tuple[Path, Ada
     # Imported only now: they import torch, and --help is quick.
     from paris_ray.bundle import load_bundle
     from paris_ray.zklora.adapter import read_peft
-    from paris_ray.zklora.offer import Terms, base_of_expert, base_of_file, open_offer
+    from paris_ray.zklora.offer import AskedTerms, base_of_expert, base_of_file, open_offer
 
+    if (arguments.bundle is None) != (arguments.expert is None):
+        raise ConfigError("--bundle and --expert go together: an expert is one of a bundle")
     if arguments.bundle is not None:
-        if arguments.expert is None:
-            raise ConfigError("--expert is missing: the number of the expert in the bundle")
         base = base_of_expert(load_bundle(arguments.bundle), arguments.expert)
     else:
         base = base_of_file(arguments.base)
-    escrow_certificate = None
-    if arguments.escrow is not None:
-        if arguments.escrow_certificate is None:
-            raise ConfigError("--escrow-certificate is missing: the file that the escrow printed")
-        escrow_certificate = certificate("--escrow-certificate", arguments.escrow_certificate)
     name = arguments.name or arguments.adapter.resolve().name
-    terms = Terms(
+    terms = AskedTerms(
         base=base,
         name=name,
         price=arguments.price,
         budget_rows=arguments.budget_rows,
-        escrow_certificate=escrow_certificate,
+        escrow_certificate=arguments.escrow_certificate,
     )
     folder = (arguments.home / OFFERS / name).resolve()
     return folder, open_offer(folder, identity, read_peft(arguments.adapter), terms).manifest
@@ -181,19 +180,11 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="of them, what one user may see; default: all",
     )
-    result.add_argument("--escrow", metavar="HOST:PORT", help="who holds key and payment")
-    result.add_argument("--escrow-certificate", type=Path, metavar="FILE")
+    add_escrow(result, "who holds key and payment; default: the LoRA is tried, not sold")
     result.add_argument(
-        "--workers", type=int, default=1, metavar="N", help="processes that answer updates"
+        "--workers", type=positive, default=1, metavar="N", help="processes that answer updates"
     )
-    result.add_argument(
-        "--num-gpus", type=float, default=0, metavar="N", help="to draw pictures; default: the CPU"
-    )
-    result.add_argument("--threads", type=int, default=1, metavar="N", help="torch threads of each")
-    result.add_argument(
-        "--address",
-        help="Ray cluster of the contributor; default: RAY_ADDRESS, else one of its own",
-    )
+    add_resources(result, "to draw pictures")
     return result
 
 

@@ -25,9 +25,9 @@ from jobs.parties import (
     describe,
 )
 from paris_ray.errors import ParisError
-from paris_ray.zklora.escrow import Escrow
+from paris_ray.zklora.escrow import Escrow, open_journal
 from paris_ray.zklora.identity import Identity
-from paris_ray.zklora.ledger import OPENING_BALANCE, Journal, SQLiteLedger
+from paris_ray.zklora.ledger import OPENING_BALANCE, SQLiteLedger
 from paris_ray.zklora.parties.escrow import EscrowService
 
 JOURNAL = "journal.sqlite"
@@ -45,7 +45,7 @@ def main() -> int:
     try:
         identity = Identity.load_or_create(arguments.home)
         clients = client_certificates(arguments.clients, arguments.home)
-        journal = Journal(arguments.home / JOURNAL)
+        journal = open_journal(arguments.home / JOURNAL)
         escrow = Escrow(journal, identity, SQLiteLedger(journal, arguments.opening_balance))
         host, port = address("--listen", arguments.listen)
         with EscrowService(escrow, host, port, clients) as service:

@@ -45,6 +45,55 @@ def add_service(parser: argparse.ArgumentParser, listen: str | None = None) -> N
     )
 
 
+def add_escrow(parser: argparse.ArgumentParser, purpose: str) -> None:
+    """Add the options for the escrow, which go together."""
+    parser.add_argument("--escrow", metavar="HOST:PORT", help=purpose)
+    parser.add_argument(
+        "--escrow-certificate",
+        type=Path,
+        metavar="FILE",
+        help="certificate.pem of that escrow, which you trust",
+    )
+
+
+def parse_escrow(arguments: argparse.Namespace) -> None:
+    """Replace the escrow's options by address and certificate, before anything starts.
+
+    Raises:
+        ConfigError: if one is given without the other, or cannot be read.
+    """
+    if (arguments.escrow is None) != (arguments.escrow_certificate is None):
+        raise ConfigError("--escrow and --escrow-certificate go together: give both or none")
+    if arguments.escrow is not None:
+        pem = certificate("--escrow-certificate", arguments.escrow_certificate)
+        arguments.escrow, arguments.escrow_certificate = address("--escrow", arguments.escrow), pem
+
+
+def add_resources(parser: argparse.ArgumentParser, gpus_for: str) -> None:
+    """Add the options for threads, GPUs and the party's Ray cluster."""
+    parser.add_argument(
+        "--threads", type=positive, default=1, metavar="N", help="torch threads of a process"
+    )
+    parser.add_argument(
+        "--num-gpus",
+        type=float,
+        default=0,
+        metavar="N",
+        help=f"GPUs {gpus_for}; default: the CPU",
+    )
+    parser.add_argument(
+        "--address", help="this party's Ray cluster; default: RAY_ADDRESS, else one of its own"
+    )
+
+
+def positive(text: str) -> int:
+    """Return a number of at least 1, for argparse."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not allowed: at least 1")
+    return number
+
+
 def address(option: str, value: str) -> tuple[str, int]:
     """Return host and port.
 

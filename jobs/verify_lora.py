@@ -18,9 +18,19 @@ from typing import TYPE_CHECKING
 from tqdm import tqdm
 
 from jobs.command import fail, log_to_stdout, ray_session, refuse_relative_paths
-from jobs.parties import HOMES, add_home, address, certificate, describe, paths_of
+from jobs.parties import (
+    add_escrow,
+    add_home,
+    add_resources,
+    address,
+    describe,
+    parse_escrow,
+    paths_of,
+    positive,
+)
 from paris_ray.artifacts import absolute_uri
-from paris_ray.errors import ConfigError, ParisError
+from paris_ray.errors import ParisError
+from paris_ray.receipts import RECEIPT
 from paris_ray.zklora.identity import Identity
 from paris_ray.zklora.manifest import AdapterManifest
 
@@ -39,14 +49,15 @@ def main() -> int:
         refuse_relative_paths(paths_of(arguments, *names))
         identity = Identity.load_or_create(arguments.home)
         print(f"user: {describe(identity)}", flush=True)
-        _parse_parties(arguments)
+        peer = address("--peer", arguments.peer)
+        parse_escrow(arguments)
         manifest = AdapterManifest.read(arguments.manifest)
         _say_what_is_offered(manifest)
         with ray_session(arguments.address):
             # Imported only now: ray reads RAY_AUTH_MODE when it is imported, and --help is quick.
             from paris_ray.zklora.parties.buyer import Buyer
 
-            trial = _trial(arguments, manifest)
+            trial = _trial(arguments, peer, manifest)
             with _Bars() as bars:
                 outcome = Buyer(trial, bars.show).run()
             _report(outcome, trial, identity)
@@ -88,17 +99,9 @@ def _say_what_is_offered(manifest: AdapterManifest) -> None:
     )
 
 
-def _parse_parties(arguments: argparse.Namespace) -> None:
-    """Read the options about the other parties: a typo is told before anything starts."""
-    arguments.peer = address("--peer", arguments.peer)
-    if (arguments.escrow is None) != (arguments.escrow_certificate is None):
-        raise ConfigError("--escrow and --escrow-certificate go together: give both or none")
-    if arguments.escrow is not None:
-        pem = certificate("--escrow-certificate", arguments.escrow_certificate)
-        arguments.escrow, arguments.escrow_certificate = address("--escrow", arguments.escrow), pem
-
-
-def _trial(arguments: argparse.Namespace, manifest: AdapterManifest) -> "Trial":
+def _trial(
+    arguments: argparse.Namespace, peer: tuple[str, int], manifest: AdapterManifest
+) -> "Trial":
     from paris_ray.zklora.parties.buyer import Trial
     from paris_ray.zklora.parties.examples import read_pictures, read_prompts
 
@@ -109,7 +112,7 @@ def _trial(arguments: argparse.Namespace, manifest: AdapterManifest) -> "Trial":
     output = arguments.output or arguments.home / PURCHASES / name
     return Trial(
         bundle=absolute_uri(arguments.bundle),
-        peer=arguments.peer,
+        peer=peer,
         manifest=arguments.manifest,
         identity=arguments.home.resolve(),
         output=output.resolve(),
@@ -119,6 +122,11 @@ def _trial(arguments: argparse.Namespace, manifest: AdapterManifest) -> "Trial":
         levels=arguments.levels,
         audit_rows=arguments.audit_rows,
         seed=arguments.seed,
+        options={
+            "num_inference_steps": arguments.steps,
+            "guidance_scale": arguments.guidance_scale,
+            "routing": arguments.routing,
+        },
         escrow=arguments.escrow,
         escrow_certificate=arguments.escrow_certificate,
         threads=arguments.threads,
@@ -128,6 +136,8 @@ def _trial(arguments: argparse.Namespace, manifest: AdapterManifest) -> "Trial":
 
 def _report(outcome: "Outcome", trial: "Trial", identity: Identity) -> None:
     """Print what was measured, a line a module, and what to do next."""
+    from paris_ray.zklora.inference import PEAK_TO_RMS
+
     receipt = outcome.receipt
     print(f"\n{'module':40} {'d_in-r-d_out':>16} {'rows':>6} {'proof':>8} {'peak/RMS':>9}")
     for module in receipt.modules:
@@ -141,12 +151,13 @@ def _report(outcome: "Outcome", trial: "Trial", identity: Identity) -> None:
         losses = zip(trial.levels, outcome.without, outcome.with_adapter, strict=True)
         for level, without, with_adapter in losses:
             print(f"{level:<12} {without.mean():>13.4f} {with_adapter.mean():>10.4f}")
-    for name in outcome.unusual:
-        print(f"{name}: inputs with outliers, rounding may be above 5e-4 (see the receipt)")
+    for module in receipt.modules:
+        if module.peak_to_rms > PEAK_TO_RMS:
+            print(f"{module.name}: inputs with outliers, rounding may be above 5e-4")
     totals = ", ".join(
         f"{name} {f'{value:,.1f}'.removesuffix('.0')}" for name, value in receipt.totals.items()
     )
-    print(f"\n{totals}\nreceipt {trial.output / 'receipt.json'}: {receipt.state}")
+    print(f"\n{totals}\nreceipt {trial.output / RECEIPT}: {receipt.state}")
     if outcome.adapter is not None:
         print(
             f"adapter {outcome.adapter}\nto serve it, under `loras:` in serve/config.yaml:\n"
@@ -193,25 +204,19 @@ def _parser() -> argparse.ArgumentParser:
     )
     result.add_argument("--seed", type=int, default=0, help="of the audit's pictures")
     result.add_argument(
-        "--escrow", metavar="HOST:PORT", help="buy through this escrow; default: verify only"
+        "--steps", type=positive, metavar="N", help="likewise; the bundle's if absent, as the next"
     )
-    result.add_argument(
-        "--escrow-certificate", type=Path, metavar="FILE", help="that of the escrow you trust"
-    )
+    result.add_argument("--guidance-scale", type=float, metavar="S")
+    result.add_argument("--routing", help="top-1, top-2, ..., full or threshold:x")
+    add_escrow(result, "buy through this escrow; default: verify only")
     result.add_argument(
         "--output",
         type=Path,
         metavar="DIR",
-        help=f"the purchase's folder; default: {HOMES}/user/{PURCHASES}/NAME",
+        help=f"the purchase's folder; default: HOME/{PURCHASES}/NAME-ID",
     )
     add_home(result, "user")
-    result.add_argument(
-        "--num-gpus", type=float, default=0, metavar="N", help="for your expert; default: the CPU"
-    )
-    result.add_argument("--threads", type=int, default=1, metavar="N", help="torch threads")
-    result.add_argument(
-        "--address", help="your Ray cluster; default: RAY_ADDRESS, else one of its own"
-    )
+    add_resources(result, "for your expert")
     return result
 
 

@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
+from enum import StrEnum
 from typing import Any, NamedTuple
 
 from paris_ray.artifacts import Folder
@@ -20,23 +21,35 @@ from paris_ray.signatures import SignedDocument, Signer
 RECEIPT = "receipt.json"
 KIND = "receipt"
 ADAPTER_ID = "zklora_adapter_id"  # metadata of the weights of an adapter that was bought
-STATES = (
-    "COMMITTED",
-    "INFERRED",
-    "PROVED",
-    "VERIFIED",
-    "PAID",
-    "KEY_RELEASED",
-    "OPENED",
-    "DISPUTED",
-    "SETTLED",
-    "REFUNDED",
-)
-PROVEN = ("VERIFIED", "PAID", "KEY_RELEASED", "OPENED", "SETTLED")  # what needs proofs
-MODES = ("exact", "audit")
-MAX_MODULES = 4096
+DIGEST = re.compile("[0-9a-f]{64}")
+MAX_MODULES = 4096  # of an adapter
 MAX_TEXT = 512  # characters
 
+
+class State(StrEnum):
+    """How far a trade is."""
+
+    COMMITTED = "COMMITTED"  # the buyer has opened a session on a listed adapter
+    INFERRED = "INFERRED"  # both have signed the transcript
+    PROVED = "PROVED"  # the proofs were handed over
+    VERIFIED = "VERIFIED"  # the buyer accepts these very proofs
+    PAID = "PAID"  # the price is locked
+    KEY_RELEASED = "KEY_RELEASED"  # the key passed the opening check; the buyer may fetch it
+    OPENED = "OPENED"  # the buyer has opened the weights
+    DISPUTED = "DISPUTED"  # the opening check failed, or the buyer says so
+    SETTLED = "SETTLED"  # the seller has the money
+    REFUNDED = "REFUNDED"  # the buyer has the money
+
+
+class Mode(StrEnum):
+    """Who computed the model in a session."""
+
+    EXACT = "exact"  # the buyer; its proofs cover every row
+    AUDIT = "audit"  # the contributor; they cover rows that the buyer draws
+
+
+# What needs proofs.
+PROVEN = (State.VERIFIED, State.PAID, State.KEY_RELEASED, State.OPENED, State.SETTLED)
 # What a receipt cannot lack when it says that the weights were opened.
 OPENED_NEEDS = ("sessions", "weights_sha256", "config_sha256", "integers_sha256", "modules")
 
@@ -47,7 +60,7 @@ class SessionFacts:
 
     Attributes:
         session: Its identity.
-        mode: `exact`: the buyer computed the model; `audit`: the contributor did.
+        mode: A `Mode`.
         transcript_root: Merkle root of all rows, which both sides signed.
     """
 
@@ -94,7 +107,7 @@ class Receipt:
         base_digest: SHA-256 of the safetensors file of the base.
         expert: Number of the expert that the base is; None: it is no expert of a bundle.
         router_digest: SHA-256 of the safetensors file of the router; None: there is none.
-        state: How far the trade came, one of `STATES`.
+        state: How far the trade came, a `State`.
         sessions: Those that were verified; the trade is about the first.
         weights_sha256: SHA-256 of `adapter_model.safetensors`; None before OPENED.
         config_sha256: SHA-256 of `adapter_config.json`, which holds the scale; None before OPENED.
@@ -172,7 +185,7 @@ class Receipt:
     def require_opened(self) -> None:
         """Raise ReceiptError unless the weights were released, and opened as the proved ones."""
         _require(
-            self.state == "OPENED",
+            self.state == State.OPENED,
             f"{self.source}: state={self.state!r} is not allowed here: 'OPENED' is needed, the "
             "adapter paid for and its weights found to be the proved ones; finish the purchase "
             "with jobs.verify_lora",
@@ -288,7 +301,7 @@ def _is_time(value: object) -> bool:
 
 
 _DIGEST = _Rule(
-    lambda value: isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None,
+    lambda value: isinstance(value, str) and DIGEST.fullmatch(value) is not None,
     "64 lower-case hexadecimal digits",
 )
 _TEXT = _Rule(_is_text, f"a printable text of 1 to {MAX_TEXT} characters")
@@ -302,10 +315,10 @@ _FIELDS = {
     "adapter_id": _DIGEST,
     "adapter": _TEXT,
     "base": _MAPPING,
-    "state": _Rule(lambda value: value in STATES, ", ".join(STATES)),
+    "state": _Rule(lambda value: value in tuple(State), ", ".join(State)),
     "sessions": _Rule(
-        lambda value: isinstance(value, list) and len(value) <= len(MODES),
-        f"a list of at most {len(MODES)}",
+        lambda value: isinstance(value, list) and len(value) <= len(Mode),
+        f"a list of at most {len(Mode)}",
     ),
     "weights_sha256": _DIGEST.or_null(),
     "config_sha256": _DIGEST.or_null(),
@@ -324,7 +337,7 @@ _FIELDS = {
 _BASE_FIELDS = {"digest": _DIGEST, "expert": _COUNT.or_null(), "router_digest": _DIGEST.or_null()}
 _SESSION_FIELDS = {
     "session": _DIGEST,
-    "mode": _Rule(lambda value: value in MODES, ", ".join(MODES)),
+    "mode": _Rule(lambda value: value in tuple(Mode), ", ".join(Mode)),
     "transcript_root": _DIGEST,
 }
 _MODULE_FIELDS = {

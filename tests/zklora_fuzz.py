@@ -36,7 +36,7 @@ from paris_ray.zklora.commitment import (
 from paris_ray.zklora.fixed_point import QuantisedModule, evaluate, quantise
 from paris_ray.zklora.identity import Identity
 from paris_ray.zklora.manifest import AdapterManifest, Base, build_manifest
-from paris_ray.zklora.merkle import check_inclusion
+from paris_ray.zklora.merkle import MerkleTree, check_inclusion
 from paris_ray.zklora.parties.frames import Message, decode, encode
 from paris_ray.zklora.proof import prove, verify
 from paris_ray.zklora.sealing import NONCE, seal, unseal
@@ -299,7 +299,7 @@ def inclusion(_: Path) -> Target:
         Call(i, "layer", 9, row[None], evaluate(module, row[None])) for i, row in enumerate(_rows())
     ]
     log = Transcript(rows)
-    payload = b"".join([rows[5].leaf, *log.prove_inclusion(5)])
+    payload = b"".join([rows[5].leaf, *MerkleTree([row.leaf for row in rows]).path(5)])
 
     def read(changed: bytes) -> None:
         path = [changed[i : i + 32] for i in range(32, len(changed), 32)]

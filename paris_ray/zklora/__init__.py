@@ -6,7 +6,13 @@ session's transcript and the escrow; `parties/` has the services.
 Source: Roy et al. 2025, arXiv 2501.13965, for the setting; docs/zklora.md for the scheme.
 """
 
+from importlib.util import find_spec
+
 from paris_ray.errors import VerificationError
+
+if find_spec("py_arkworks_bls12381") is None:
+    raise ModuleNotFoundError("ZKLoRA needs an extra: pip install -e '.[zklora]'")
+
 from paris_ray.zklora.commitment import (
     ModuleCommitment,
     ModuleOpening,

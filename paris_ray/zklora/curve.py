@@ -142,7 +142,7 @@ def _offset(count: int) -> G1Point:
     return multiply([total], [2**15])
 
 
-def commit(values: Sequence[int], blinder: int) -> G1Point:
+def commit_scalars(values: Sequence[int], blinder: int) -> G1Point:
     """Return the Pedersen commitment `sum_i values[i] G_i + blinder H` of field elements."""
     return multiply([*generators(len(values)), BLINDING], [*values, blinder])
 

@@ -15,48 +15,32 @@ DISPUTED: both are passed through within one operation.
 """
 
 import json
-import math
-import reprlib
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
-from enum import StrEnum
+from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 from paris_ray.artifacts import canonical_json, sha256_hex
-from paris_ray.errors import ParisError, ProtocolError, TradeError
+from paris_ray.errors import ParisError, TradeError
+from paris_ray.receipts import State
 from paris_ray.signatures import SignedDocument
-from paris_ray.zklora.commitment import ModuleOpening, open_commitments
 from paris_ray.zklora.identity import Identity
-from paris_ray.zklora.ledger import Journal, Ledger
-from paris_ray.zklora.manifest import DIGEST, MAX_COUNT, AdapterManifest, printable
-from paris_ray.zklora.sealing import KEY_BYTES, unseal
-from paris_ray.zklora.transcript import check_digest, session_id
+from paris_ray.zklora.journal import Journal
+from paris_ray.zklora.ledger import LEDGER_TABLES, Ledger
+from paris_ray.zklora.manifest import AdapterManifest
+from paris_ray.zklora.printable import printable
+from paris_ray.zklora.sealing import KEY_BYTES, check_opening
+from paris_ray.zklora.trade import MAX_REASON, Trade
+from paris_ray.zklora.transcript import CLOSE, check_digest
 
 STATEMENT = "escrow"  # the kind of document that the escrow signs
-MAX_REASON = 1000  # characters
 MAX_LISTED = 1000  # adapters of one seller
 MAX_LISTED_BYTES = 2**34  # of their sealed weights
 MAX_OPEN_TRADES = 100  # of one buyer
 MANIFESTS_KEPT = 16  # in memory, parsed: each may have some MB
-
-
-class State(StrEnum):
-    """How far a trade is."""
-
-    COMMITTED = "COMMITTED"  # the buyer has opened a session on a listed adapter
-    INFERRED = "INFERRED"  # both have signed the transcript
-    PROVED = "PROVED"  # the proofs were handed over
-    VERIFIED = "VERIFIED"  # the buyer accepts these very proofs
-    PAID = "PAID"  # the price is locked
-    KEY_RELEASED = "KEY_RELEASED"  # the key passed the opening check; the buyer may fetch it
-    OPENED = "OPENED"  # the buyer has opened the weights
-    DISPUTED = "DISPUTED"  # the opening check failed, or the buyer says so
-    SETTLED = "SETTLED"  # the seller has the money
-    REFUNDED = "REFUNDED"  # the buyer has the money
-
 
 HOUR = 3600.0
 # Seconds that a trade may rest in a state. A buyer who has paid waits for the key an hour.
@@ -67,105 +51,6 @@ DEADLINES: Mapping[State, float] = {
     State.VERIFIED: 24 * HOUR,
     State.PAID: HOUR,
     State.KEY_RELEASED: 72 * HOUR,
-}
-
-
-@dataclass(frozen=True, slots=True)
-class Trade:
-    """One purchase, as it stands.
-
-    Attributes:
-        session: Its id: that of the session in which the adapter was tried.
-        adapter_id: What is bought.
-        buyer: Public key.
-        seller: Public key: the manifest's contributor.
-        price: Credits.
-        state: Where it stands.
-        since: When it came there, seconds since 1970.
-        states: All states that it has passed, the present one last.
-        transcript_root: What both parties have signed, once they have.
-        proofs_digest: SHA-256 of the proofs, once they were handed over.
-        reason: Why it was disputed, refunded or settled without the buyer's word.
-    """
-
-    session: str
-    adapter_id: str
-    buyer: str
-    seller: str
-    price: int
-    state: State
-    since: float
-    states: tuple[State, ...]
-    transcript_root: str | None
-    proofs_digest: str | None
-    reason: str | None
-
-    def to_json(self) -> dict[str, Any]:
-        """Return it as JSON values."""
-        return {**asdict(self), "state": str(self.state), "states": [*map(str, self.states)]}
-
-    @classmethod
-    def from_json(cls, document: Any) -> "Trade":
-        """Return the trade that `to_json` wrote, or that anybody says it did.
-
-        Raises:
-            ProtocolError: naming a field that is missing, unknown or not allowed.
-        """
-        if not isinstance(document, Mapping) or document.keys() != _ALLOWED.keys():
-            raise ProtocolError(f"not a trade: the fields of one are {', '.join(_ALLOWED)}")
-        for name, is_allowed in _ALLOWED.items():
-            if not is_allowed(value := document[name]):
-                raise ProtocolError(f"not a trade: {name}={reprlib.repr(value)} is not allowed")
-        states = tuple(map(State, document["states"]))
-        if states[-1] != document["state"]:
-            raise ProtocolError(f"not a trade: state={document['state']} is not the last of states")
-        return cls(**{**document, "state": states[-1], "states": states})
-
-
-def _is_digest(value: object) -> bool:
-    return isinstance(value, str) and DIGEST.fullmatch(value) is not None
-
-
-def _is_digest_or_null(value: object) -> bool:
-    return value is None or _is_digest(value)
-
-
-def _is_price(value: object) -> bool:
-    return type(value) is int and 0 <= value <= MAX_COUNT
-
-
-def _is_time(value: object) -> bool:
-    return isinstance(value, int | float) and type(value) is not bool and 0 <= value < math.inf
-
-
-def _is_state(value: object) -> bool:
-    return isinstance(value, str) and value in tuple(State)
-
-
-def _is_states(value: object) -> bool:
-    if not isinstance(value, list):
-        return False
-    return 0 < len(value) <= len(State) and all(map(_is_state, value))
-
-
-def _is_reason_or_null(value: object) -> bool:
-    if value is None:
-        return True
-    return isinstance(value, str) and len(value) <= 2 * MAX_REASON and value.isprintable()
-
-
-_ALLOWED: Mapping[str, Callable[[object], bool]] = {
-    "session": _is_digest,
-    "adapter_id": _is_digest,
-    "buyer": _is_digest,  # a key has as many digits
-    "seller": _is_digest,
-    "price": _is_price,
-    "state": _is_state,
-    "since": _is_time,
-    "states": _is_states,
-    "transcript_root": _is_digest_or_null,
-    "proofs_digest": _is_digest_or_null,
-    "reason": _is_reason_or_null,
 }
 
 
@@ -188,7 +73,9 @@ _RULES = {
     "dispute": _Rule(("buyer",), State.KEY_RELEASED, State.DISPUTED),
 }
 
-_TABLES = (
+SCHEMA_VERSION = 1
+SCHEMA = (  # IF NOT EXISTS: the first journals had no version
+    *LEDGER_TABLES,
     "CREATE TABLE IF NOT EXISTS adapters (adapter_id TEXT PRIMARY KEY,"
     " seller TEXT NOT NULL, manifest TEXT NOT NULL, sealed BLOB NOT NULL) STRICT",
     "CREATE INDEX IF NOT EXISTS adapters_by_seller ON adapters (seller)",
@@ -204,6 +91,11 @@ _TABLES = (
 )
 
 
+def open_journal(path: Path) -> Journal:
+    """Return an escrow's journal, with its ledger; raises ArtifactError as `Journal` does."""
+    return Journal(path, SCHEMA, SCHEMA_VERSION)
+
+
 class Escrow:
     """The trades of one escrow. Safe to call from several threads.
 
@@ -212,7 +104,7 @@ class Escrow:
     content, or if the trade's state does not allow it; nothing is changed then.
 
     Args:
-        journal: Where everything is kept.
+        journal: Where everything is kept: `open_journal(...)`.
         identity: Whose certificate the manifests name, and who signs statements; an attribute.
         ledger: Who owns how much. One outside of the journal is called before the step is
             committed, perhaps twice: its movements are named by their trade.
@@ -243,9 +135,6 @@ class Escrow:
         self._max_open_trades = max_open_trades
         self._clock = clock
         self._manifest = lru_cache(MANIFESTS_KEPT)(self._read_manifest)
-        with journal.transaction():
-            for table in _TABLES:
-                journal.execute(table)
 
     def list_adapter(self, caller: str, manifest: SignedDocument, sealed: bytes) -> str:
         """Store a sealed adapter and its manifest; return the adapter's id.
@@ -302,10 +191,7 @@ class Escrow:
         """
         self.expire()
         manifest = self._manifest(adapter_id)
-        expected = session_id(
-            manifest.protocol, adapter_id, manifest.base.digest, nonce_user, nonce_contributor
-        )
-        if session != expected:
+        if session != manifest.session_id(nonce_user, nonce_contributor):
             raise TradeError("the session's id is not that of this adapter, its base and nonces")
         with self._journal.transaction():
             rows = self._journal.execute("SELECT buyer FROM trades WHERE session = ?", session)
@@ -343,8 +229,8 @@ class Escrow:
         """
 
         def check(trade: Trade) -> None:
-            statement = by_buyer.check("close", trade.buyer)
-            if canonical_json(by_seller.check("close", trade.seller)) != canonical_json(statement):
+            statement = by_buyer.check(CLOSE, trade.buyer)
+            if canonical_json(by_seller.check(CLOSE, trade.seller)) != canonical_json(statement):
                 raise TradeError("buyer and seller have signed different transcripts")
             for name in ("session", "adapter_id"):
                 if statement.get(name) != getattr(trade, name):
@@ -597,16 +483,3 @@ class Escrow:
         except ParisError as error:
             return printable(str(error), MAX_REASON)
         return None
-
-
-def check_opening(manifest: AdapterManifest, sealed: bytes, key: bytes) -> dict[str, ModuleOpening]:
-    """Return the weights of a sealed adapter, if they are the committed ones.
-
-    Raises:
-        ParisError: if key, ciphertext, names, shapes or values are not those of the manifest.
-    """
-    openings = unseal(sealed, key, manifest)
-    open_commitments(
-        {terms.name: (terms.commitment, openings[terms.name]) for terms in manifest.modules}
-    )
-    return openings

@@ -46,7 +46,7 @@ from paris_ray.zklora.fixed_point import (
     Int64,
     QuantisedModule,
     check_dimensions,
-    check_rows,
+    check_statement,
     evaluate,
 )
 
@@ -158,7 +158,7 @@ class BindingEzkl:
             ParisError: if `x` or `y` have other types or shapes, there is no row, or `y` is wrong.
         """
         module, commitment = opening.module, opening.commitment
-        _check_statement(commitment, x, y)
+        check_statement(commitment.d_in, commitment.d_out, x, y)
         if not np.array_equal(evaluate(module, x), y):
             raise ParisError("y is not what the module gives for x: there is nothing to prove")
         inputs, _ = _combine_rows(commitment, x, y, context)
@@ -189,7 +189,8 @@ class BindingEzkl:
             ParisError: if the folder lacks the verifier's SRS.
         """
         try:
-            _check_statement(commitment, x, y)
+            check_dimensions(commitment.d_in, commitment.r, commitment.d_out)
+            check_statement(commitment.d_in, commitment.d_out, x, y)
         except ParisError as error:
             raise VerificationError(str(error)) from None
         if len(proof) != PROOF_BYTES:
@@ -337,14 +338,6 @@ def _write_graph(module: QuantisedModule, folder: Path) -> Path:
     path = folder / "graph.onnx"
     onnx.save(model, path)
     return path
-
-
-def _check_statement(commitment: EzklCommitment, x: Int16, y: Int64) -> None:
-    check_dimensions(commitment.d_in, commitment.r, commitment.d_out)
-    check_rows(x, np.int16, commitment.d_in, "x")
-    check_rows(y, np.int64, commitment.d_out, "y")
-    if not 0 < len(x) == len(y):
-        raise ParisError(f"x has {len(x)} rows, y has {len(y)}: at least one, and as many")
 
 
 def _combine_rows(

@@ -166,6 +166,14 @@ def check_rows(rows: NDArray[np.generic], dtype: type[np.generic], width: int, n
         )
 
 
+def check_statement(d_in: int, d_out: int, x: Int16, y: Int64) -> None:
+    """Raise ParisError unless rows `y` may be the outputs of a module for rows `x`."""
+    check_rows(x, np.int16, d_in, "x")
+    check_rows(y, np.int64, d_out, "y")
+    if not 0 < len(x) == len(y):
+        raise ParisError(f"x has {len(x)} rows, y has {len(y)}: at least one, and as many")
+
+
 def dequantise(y: Int64, exponent: int, scale: float) -> NDArray[np.float32]:
     """Return outputs as floats: `y * 2^-exponent * scale`.
 

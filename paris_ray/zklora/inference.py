@@ -45,13 +45,13 @@ class ModuleNumerics:
     Attributes:
         rows: How many rows were asked for, in all calls.
         peak_to_rms: Largest entry over root mean square, of the call where it was highest.
-        quantisation_error: Relative RMS error of the rounded inputs, of the worst call.
+        input_error: Relative RMS error of the rounded inputs, of the worst call.
         seconds: Waiting for the updates, in all calls.
     """
 
     rows: int = 0
     peak_to_rms: float = 0.0
-    quantisation_error: float = 0.0
+    input_error: float = 0.0
     seconds: float = 0.0
 
     @classmethod
@@ -79,11 +79,6 @@ class NumericsLog:
     def __init__(self) -> None:
         self.modules: dict[str, ModuleNumerics] = {}
 
-    @property
-    def unusual(self) -> list[str]:
-        """Names of the modules whose error may exceed 5e-4, since their inputs have outliers."""
-        return [name for name, seen in self.modules.items() if seen.peak_to_rms > PEAK_TO_RMS]
-
     def to_json(self) -> dict[str, dict[str, float]]:
         """Return the log as JSON values."""
         return {name: asdict(seen) for name, seen in self.modules.items()}
@@ -110,7 +105,7 @@ class NumericsLog:
         seen = self.modules.setdefault(name, ModuleNumerics())
         seen.rows += len(x)
         seen.peak_to_rms = max(seen.peak_to_rms, float(np.abs(x).max()) / rms)
-        seen.quantisation_error = max(seen.quantisation_error, error / rms)
+        seen.input_error = max(seen.input_error, error / rms)
         seen.seconds += seconds
 
 

@@ -1,73 +1,14 @@
-"""The escrow's journal, one SQLite file, and the ledger of who owns how much.
+"""The ledger of who owns how much.
 
-The shipped ledger is a stand-in for payment: credits that the escrow gives away and keeps itself.
+The shipped one is a stand-in for payment: credits that the escrow gives away and keeps itself.
 """
 
-import sqlite3
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
-from paris_ray.errors import ArtifactError, TradeError
+from paris_ray.errors import TradeError
+from paris_ray.zklora.journal import Journal
 
 OPENING_BALANCE = 1000
-
-
-class Journal:
-    """One SQLite file that several threads, and other processes, may write.
-
-    Args:
-        path: The file; made if it is missing. It will hold keys, so that its owner alone may read
-            it, whatever it was before.
-
-    Raises:
-        ArtifactError: if it cannot be opened or is no journal.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self._lock = threading.RLock()
-        try:
-            path.touch(mode=0o600)
-            for name in (path.name, f"{path.name}-wal", f"{path.name}-shm"):  # the latter SQLite's
-                if (file := path.with_name(name)).exists():
-                    file.chmod(0o600)
-            self._database = sqlite3.connect(
-                path, timeout=30, isolation_level=None, check_same_thread=False
-            )
-            self._database.execute("PRAGMA journal_mode = WAL")
-            self._database.execute("PRAGMA synchronous = FULL")
-        except (OSError, sqlite3.Error) as error:
-            raise ArtifactError(f"{path} cannot be used as a journal: {error}") from None
-
-    @contextmanager
-    def transaction(self) -> Iterator[None]:
-        """Hold the write lock; what is done inside happens as a whole or not at all.
-
-        One inside another joins it.
-        """
-        with self._lock:
-            if self._database.in_transaction:
-                yield
-                return
-            self._database.execute("BEGIN IMMEDIATE")
-            try:
-                yield
-                self._database.execute("COMMIT")
-            finally:
-                if self._database.in_transaction:
-                    self._database.execute("ROLLBACK")
-
-    def execute(self, statement: str, *values: str | int | float | bytes) -> list[Any]:
-        """Run one SQL statement and return its rows."""
-        with self.transaction():
-            return self._database.execute(statement, values).fetchall()
-
-    def close(self) -> None:
-        """Close the file; a journal that is not closed loses nothing."""
-        with self._lock:
-            self._database.close()
 
 
 class Ledger(Protocol):
@@ -86,7 +27,7 @@ class Ledger(Protocol):
         """Give the amount back, if one is locked; raises TradeError if it was paid."""
 
 
-_TABLES = (
+LEDGER_TABLES = (  # IF NOT EXISTS: the first journals had no version
     "CREATE TABLE IF NOT EXISTS accounts (account TEXT PRIMARY KEY,"
     " balance INTEGER NOT NULL CHECK (balance >= 0)) STRICT",
     "CREATE TABLE IF NOT EXISTS locks (trade TEXT PRIMARY KEY, account TEXT NOT NULL,"
@@ -100,7 +41,7 @@ class SQLiteLedger:
     Living in the journal it shares the transaction of the step that moves it.
 
     Args:
-        journal: The escrow's.
+        journal: The escrow's, with the tables LEDGER_TABLES.
         opening_balance: Credits that every new account starts with.
     """
 
@@ -109,9 +50,6 @@ class SQLiteLedger:
             raise TradeError(f"opening_balance={opening_balance} is not allowed: at least 0")
         self._journal = journal
         self._opening_balance = opening_balance
-        with journal.transaction():
-            for table in _TABLES:
-                journal.execute(table)
 
     def balance(self, account: str) -> int:
         """Return what the account may spend."""

@@ -10,21 +10,23 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from paris_ray.artifacts import canonical_json, sha256_hex
 from paris_ray.config import LoRAConfig
 from paris_ray.errors import ParisError, ProtocolError, SignatureError, VerificationError
+from paris_ray.receipts import DIGEST, MAX_MODULES
 from paris_ray.signatures import SignedDocument, Signer
 from paris_ray.zklora.commitment import ModuleCommitment, ModuleOpening
+from paris_ray.zklora.curve import POINT_BYTES
 from paris_ray.zklora.fixed_point import check_dimensions
 from paris_ray.zklora.identity import public_key_of
+from paris_ray.zklora.transcript import session_id
 
 MANIFEST = "zklora.json"
 KIND = "manifest"
 PROTOCOL = "paris_ray zklora 1"
 
-MAX_MODULES = 4096
 MAX_POINTS = 2**17  # of all modules; checking one takes a tenth of a millisecond
 MAX_BYTES = 24 * 2**20  # of the file: as many modules, points and characters fit
 MAX_D_OUT = 2**18
@@ -36,14 +38,10 @@ MAX_COUNT = 2**53 - 1  # exact in every reader of JSON
 MIN_ALPHA = 1e-6
 # Delivered factors are float32, in which every 15-bit integer times 2^-exponent must be normal.
 MIN_EXPONENT, MAX_EXPONENT = -112, 126
-POINT_BYTES = 48
 
-DIGEST = re.compile("[0-9a-f]{64}")
 POINT = re.compile(f"[0-9a-f]{{{2 * POINT_BYTES}}}")
 ADAPTER_NAME = re.compile("[A-Za-z0-9_.-]{1,100}")
 MODULE_NAME = re.compile("[!-~]{1,256}")  # printed on terminals, so nothing that steers one
-
-Part = TypeVar("Part", "Base", "AdapterManifest")
 
 
 @dataclass(frozen=True, slots=True)
@@ -260,6 +258,10 @@ class AdapterManifest:
         """The terms of every module, by its name."""
         return {terms.name: terms for terms in self.modules}
 
+    def session_id(self, nonce_u: str, nonce_c: str) -> str:
+        """Return the name of the session of these nonces; raises ProtocolError if one is none."""
+        return session_id(self.protocol, self.adapter_id, self.base.digest, nonce_u, nonce_c)
+
     def sign(self, contributor: Signer) -> SignedDocument:
         """Return the manifest, signed by its contributor."""
         assert contributor.public_key == self.contributor
@@ -354,11 +356,6 @@ def build_manifest(
         contributor_certificate=contributor_certificate,
         escrow_certificate=escrow_certificate,
     )
-
-
-def printable(text: str, most: int) -> str:
-    """Return what another party wrote, harmless in a terminal, and at most so long."""
-    return "".join(c if c.isprintable() else "?" for c in text[:most])
 
 
 def _require(holds: bool, field: str, value: object, allowed: str) -> None:

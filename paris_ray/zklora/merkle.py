@@ -74,7 +74,7 @@ def check_inclusion(root: str, count: int, index: int, leaf: bytes, path: Sequen
         count: Number of its leaves, signed as well.
         index: The leaf's place, from 0.
         leaf: 32 bytes, computed by the caller from what it was shown.
-        path: What `path` or `prove_inclusion` returned.
+        path: What `MerkleTree.path` or `RowLog.prove_inclusion` returned.
 
     Raises:
         VerificationError: if it is not.

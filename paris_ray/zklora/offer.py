@@ -28,7 +28,7 @@ KEY = "key.bin"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Terms:
+class AskedTerms:
     """What a contributor asks for.
 
     Attributes:
@@ -79,7 +79,7 @@ def base_of_file(path: Path) -> Base:
     return Base(file_sha256(Folder(str(path.parent)), path.name), None, None)
 
 
-def open_offer(folder: Path, identity: Identity, adapter: PeftAdapter, terms: Terms) -> Offer:
+def open_offer(folder: Path, identity: Identity, adapter: PeftAdapter, terms: AskedTerms) -> Offer:
     """Return the offer in a folder, made now if there is none.
 
     Args:
@@ -115,7 +115,7 @@ def load_offer(folder: Path) -> Offer:
     return Offer(signed, manifest, sealed, key)
 
 
-def _make(folder: Path, identity: Identity, adapter: PeftAdapter, terms: Terms) -> None:
+def _make(folder: Path, identity: Identity, adapter: PeftAdapter, terms: AskedTerms) -> None:
     openings = {name: commit(module)[1] for name, module in quantise_adapter(adapter).items()}
     sealed, key = seal(openings)
     manifest = build_manifest(
@@ -140,7 +140,7 @@ def _make(folder: Path, identity: Identity, adapter: PeftAdapter, terms: Terms) 
 
 
 def _check_same(
-    folder: Path, offer: Offer, identity: Identity, adapter: PeftAdapter, terms: Terms
+    folder: Path, offer: Offer, identity: Identity, adapter: PeftAdapter, terms: AskedTerms
 ) -> None:
     manifest = offer.manifest
     stated = {

@@ -26,7 +26,7 @@ from paris_ray.zklora.commitment import ModuleCommitment, ModuleOpening
 from paris_ray.zklora.curve import BLINDING, POINT_BYTES, VALUE, Equation, check_equations
 from paris_ray.zklora.fiat_shamir import FiatShamir, Oracle
 from paris_ray.zklora.field import ORDER, SCALAR_BYTES, combine, dot, padded, plus, powers
-from paris_ray.zklora.fixed_point import Int16, Int64, check_rows, evaluate
+from paris_ray.zklora.fixed_point import Int16, Int64, check_statement, evaluate
 from paris_ray.zklora.folding import Folded, fold, folding_equation, folding_shape
 
 LABEL = "paris_ray zklora proof 1"
@@ -108,7 +108,7 @@ class _Hidden:
 
     def encoded(self) -> bytes:
         """Return the commitment on G_1, G_2, ..."""
-        return curve.encode(curve.commit(self.values, self.blinder))
+        return curve.encode(curve.commit_scalars(self.values, self.blinder))
 
     def encoded_number(self) -> bytes:
         """Return the commitment of a single number, on g."""
@@ -168,13 +168,13 @@ def prove(opening: ModuleOpening, x: Int16, y: Int64, context: bytes) -> bytes:
         context: What else the proof is bound to: session, base model, transcript.
 
     Returns:
-        About 4 kB at widths around a thousand, whatever the number of rows.
+        4 to 12 kB at usual widths and ranks, whatever the number of rows.
 
     Raises:
         ParisError: if `x` or `y` have other types or shapes, there is no row, or `y` is wrong.
     """
     commitment = opening.commitment
-    _check_rows(commitment, x, y)
+    check_statement(commitment.d_in, commitment.d_out, x, y)
     if not np.array_equal(evaluate(opening.module, x), y):
         raise ParisError("y is not what the module gives for x: there is nothing to prove")
     return _prove(opening, x, y, _start(commitment, x, y, context)).to_bytes()
@@ -265,7 +265,7 @@ def proof_equation(
         VerificationError: if the proof is malformed, or rows have other types or shapes.
     """
     try:
-        _check_rows(commitment, x, y)
+        check_statement(commitment.d_in, commitment.d_out, x, y)
     except ParisError as error:
         raise VerificationError(str(error)) from None
     messages = Proof.from_bytes(proof, commitment)
@@ -310,13 +310,6 @@ def _equation(
     for part in (folding, opened_u, opened_v, product):
         total.merge(part, curve.random_weight())
     return total
-
-
-def _check_rows(commitment: ModuleCommitment, x: Int16, y: Int64) -> None:
-    check_rows(x, np.int16, commitment.d_in, "x")
-    check_rows(y, np.int64, commitment.d_out, "y")
-    if not 0 < len(x) == len(y):
-        raise ParisError(f"x has {len(x)} rows, y has {len(y)}: at least one, and as many")
 
 
 def _start(commitment: ModuleCommitment, x: Int16, y: Int64, context: bytes) -> FiatShamir:

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 
 from paris_ray.artifacts import sha256_hex
 from paris_ray.errors import ParisError, VerificationError
-from paris_ray.zklora.commitment import ModuleOpening
+from paris_ray.zklora.commitment import ModuleOpening, open_commitments
 from paris_ray.zklora.field import ORDER, SCALAR_BYTES
 from paris_ray.zklora.fixed_point import QuantisedModule
 from paris_ray.zklora.manifest import MAX_SEALED_BYTES, AdapterManifest, ModuleTerms
@@ -90,6 +90,19 @@ def unseal(sealed: bytes, key: bytes, manifest: AdapterManifest) -> dict[str, Mo
                 f"the manifest means {expected.get(name, 'no such tensor')}"
             )
     return {terms.name: _opening(terms, tensors) for terms in manifest.modules}
+
+
+def check_opening(manifest: AdapterManifest, sealed: bytes, key: bytes) -> dict[str, ModuleOpening]:
+    """Return the weights of a sealed adapter, if they are the committed ones.
+
+    Raises:
+        ParisError: if key, ciphertext, names, shapes or values are not those of the manifest.
+    """
+    openings = unseal(sealed, key, manifest)
+    open_commitments(
+        {terms.name: (terms.commitment, openings[terms.name]) for terms in manifest.modules}
+    )
+    return openings
 
 
 def _decrypt(sealed: bytes, key: bytes) -> Tensors:

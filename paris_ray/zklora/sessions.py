@@ -6,9 +6,7 @@ no row is given away unpaid and none is paid for twice.
 
 import json
 import sqlite3
-import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -18,13 +16,15 @@ import numpy as np
 
 from paris_ray.artifacts import canonical_json
 from paris_ray.errors import ArtifactError, BudgetError, ProtocolError
+from paris_ray.receipts import Mode
 from paris_ray.signatures import SignedDocument
 from paris_ray.zklora.fixed_point import Int16, Int64
+from paris_ray.zklora.journal import Journal
 from paris_ray.zklora.transcript import (
+    CLOSE,
     Call,
     Log,
     LogSummary,
-    RowLog,
     Transcript,
     check_digest,
     check_request,
@@ -49,12 +49,9 @@ SCHEMA = (
     """CREATE TABLE audits (
         sid TEXT REFERENCES sessions, module TEXT, rows INTEGER NOT NULL,
         PRIMARY KEY (sid, module))""",
-    f"PRAGMA user_version = {SCHEMA_VERSION}",
 )
 OPENING = "sid, adapter_id, user, mode, nonce_u, nonce_c, state"
 COLUMNS = f"{OPENING}, reason, closing, nonce_v, drawing, log"
-BUSY_S = 60
-MODES = (Transcript.mode, RowLog.mode)
 
 
 class SessionState(StrEnum):
@@ -67,7 +64,7 @@ class SessionState(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Session:
+class SessionRecord:
     """One user's session, as the journal has it.
 
     Attributes:
@@ -125,42 +122,14 @@ class SessionJournal:
         self._max_open_sessions = max_open_sessions
         self._max_rows_per_call = max_rows_per_call
         self._max_rows_per_user = max_rows_per_user
-        self._lock = threading.Lock()
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch(mode=0o600)
-        self._connection = sqlite3.connect(
-            path, timeout=BUSY_S, isolation_level=None, check_same_thread=False
-        )
-        try:
-            self._prepare()
-        except sqlite3.DatabaseError as error:
-            raise ArtifactError(f"{path} is not a journal of sessions: {error}") from None
-
-    def _prepare(self) -> None:
-        self._connection.execute("PRAGMA journal_mode = WAL")
-        self._connection.execute("PRAGMA synchronous = FULL")
-        self._connection.execute("PRAGMA foreign_keys = ON")
-        with self._transaction() as db:
-            (version,) = db.execute("PRAGMA user_version").fetchone()
-            if version == 0:
-                for statement in SCHEMA:
-                    db.execute(statement)
-            elif version != SCHEMA_VERSION:
-                raise ArtifactError(
-                    f"{self._path} has schema {version}, this version reads {SCHEMA_VERSION}"
-                )
+        self._journal = Journal(path, SCHEMA, SCHEMA_VERSION)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._connection.close()
-
-    @contextmanager
-    def _transaction(self) -> Iterator[sqlite3.Connection]:
-        with self._lock, self._connection as db:
-            db.execute("BEGIN IMMEDIATE")
-            yield db
+        self._journal.close()
 
     def add_adapter(self, adapter_id: str, modules: Iterable[str], budget_rows: int) -> None:
         """Give every module of an adapter its budget, once in the adapter's life.
@@ -174,7 +143,7 @@ class SessionJournal:
             ArtifactError: if the journal has other modules or another budget for it.
         """
         wanted = dict.fromkeys(modules, budget_rows)
-        with self._transaction() as db:
+        with self._journal.transaction() as db:
             select = "SELECT module, budget FROM budgets WHERE adapter_id = ?"
             known = dict(db.execute(select, (adapter_id,)))
             if not known:
@@ -189,7 +158,7 @@ class SessionJournal:
         Raises:
             ProtocolError: if the adapter is unknown.
         """
-        with self._transaction() as db:
+        with self._journal.transaction() as db:
             return self._rows_left(db, adapter_id, user)
 
     def _rows_left(
@@ -201,7 +170,9 @@ class SessionJournal:
         seen = _rows_seen(db, adapter_id, user)
         return {name: max(0, min(count, most - seen.get(name, 0))) for name, count in left.items()}
 
-    def _debit(self, db: sqlite3.Connection, session: Session, rows: Mapping[str, int]) -> None:
+    def _debit(
+        self, db: sqlite3.Connection, session: SessionRecord, rows: Mapping[str, int]
+    ) -> None:
         left = self._rows_left(db, session.adapter_id, session.user)
         for module, count in rows.items():
             if module not in left:
@@ -219,7 +190,7 @@ class SessionJournal:
 
     def sessions_by_state(self) -> dict[str, int]:
         """Return the number of sessions in every state."""
-        with self._transaction() as db:
+        with self._journal.transaction() as db:
             counts = dict(db.execute("SELECT state, COUNT(*) FROM sessions GROUP BY state"))
         return {state: counts.get(state, 0) for state in SessionState}
 
@@ -230,8 +201,8 @@ class SessionJournal:
         user: str,
         nonce_u: str,
         nonce_c: str,
-        mode: str = Transcript.mode,
-    ) -> Session:
+        mode: str = Mode.EXACT,
+    ) -> SessionRecord:
         """Open a session, or return the one that this user opened with this nonce before.
 
         The caller sends back the nonce and name of the session returned, not its own: whoever
@@ -250,10 +221,10 @@ class SessionJournal:
                 too many open sessions that have paid for rows.
         """
         check_digest("nonce_u", nonce_u)
-        if mode not in MODES:
-            raise ProtocolError(f"mode={mode!r} is not allowed: {' or '.join(MODES)}")
+        if mode not in tuple(Mode):
+            raise ProtocolError(f"mode={mode!r} is not allowed: {' or '.join(Mode)}")
         identity = (adapter_id, user, nonce_u)
-        with self._transaction() as db:
+        with self._journal.transaction() as db:
             _rows_left(db, adapter_id)
             query = "SELECT sid FROM sessions WHERE adapter_id = ? AND user = ? AND nonce_u = ?"
             if (known := db.execute(query, identity).fetchone()) is None:
@@ -263,7 +234,7 @@ class SessionJournal:
                 db.execute(insert, row)
             session = _find(db, known[0] if known else sid, user)
         if session.mode != mode:
-            raise ProtocolError(f"mode={mode!r} is not allowed: it was opened as {session.mode}")
+            raise ProtocolError(f"mode={mode} is not allowed: it was opened as {session.mode}")
         return session
 
     def _make_room(self, db: sqlite3.Connection, user: str) -> None:
@@ -282,9 +253,9 @@ class SessionJournal:
             raise ProtocolError(f"{count} sessions are open, the most allowed: close or end one")
         _end(db, unpaid[0], "a newer session took its place, before it had asked for a row")
 
-    def session(self, sid: str, user: str) -> Session:
+    def session(self, sid: str, user: str) -> SessionRecord:
         """Return a user's session; raises ProtocolError if the user has no such session."""
-        with self._transaction() as db:
+        with self._journal.transaction() as db:
             return _find(db, sid, user)
 
     def record_call(
@@ -327,7 +298,7 @@ class SessionJournal:
             return answer
         y = compute()
         assert (y.dtype, y.ndim, len(y)) == (np.dtype(np.int64), 2, len(x))
-        with self._transaction() as db:
+        with self._journal.transaction() as db:
             # Of two that computed the same call, the first to come is the answer.
             update = "UPDATE calls SET y = COALESCE(y, ?) WHERE sid = ? AND seq = ? RETURNING y"
             payload = y.astype("<i8").tobytes()
@@ -339,9 +310,9 @@ class SessionJournal:
     ) -> Int64 | None:
         """Return the answer, or None if it is paid for and yet to be computed."""
         sent = (module, exponent, len(x), x.astype("<i2").tobytes())
-        with self._transaction() as db:
+        with self._journal.transaction() as db:
             session = _find(db, sid, user)
-            if session.mode != Transcript.mode or session.state == SessionState.ENDED:
+            if session.mode != Mode.EXACT or session.state == SessionState.ENDED:
                 _require(session, SessionState.OPEN)
                 raise ProtocolError(f"session {sid} is in {session.mode} mode: it has no calls")
             query = "SELECT module, exponent, rows, x, y FROM calls WHERE sid = ? AND seq = ?"
@@ -360,7 +331,9 @@ class SessionJournal:
             _end(db, sid, reason)
         raise ProtocolError(f"session {sid} is ended: {reason}")
 
-    def debit_rows(self, sid: str, user: str, rows: Mapping[str, int], drawing: str) -> Session:
+    def debit_rows(
+        self, sid: str, user: str, rows: Mapping[str, int], drawing: str
+    ) -> SessionRecord:
         """Pay for the rows that an audit opens, before anything is drawn.
 
         A repetition changes nothing; once `credit_rows` was called, another drawing may be paid.
@@ -379,9 +352,9 @@ class SessionJournal:
             ProtocolError: if it is no audit of this user, has ended, or paid for other rows or
                 another drawing.
         """
-        with self._transaction() as db:
+        with self._journal.transaction() as db:
             session = _find(db, sid, user)
-            if session.state == SessionState.ENDED or session.mode != RowLog.mode:
+            if session.state == SessionState.ENDED or session.mode != Mode.AUDIT:
                 raise ProtocolError(
                     f"session {sid} is {session.state} in {session.mode} mode: it opens no rows"
                 )
@@ -405,7 +378,7 @@ class SessionJournal:
         Raises:
             ProtocolError: if the user has no such session.
         """
-        with self._transaction() as db:
+        with self._journal.transaction() as db:
             session = _find(db, sid, user)
             if session.state != SessionState.OPEN or session.log is not None:
                 return
@@ -422,7 +395,7 @@ class SessionJournal:
             ProtocolError: if it is no audit of this user, has not paid for a drawing, is not open,
                 or drawing again gave another log.
         """
-        with self._transaction() as db:
+        with self._journal.transaction() as db:
             session = _find(db, sid, user)
             if session.drawing is None:
                 raise ProtocolError(f"session {sid} has paid for no drawing")
@@ -435,7 +408,7 @@ class SessionJournal:
 
     def transcript(self, sid: str) -> Transcript:
         """Return all answered calls of a session in exact mode."""
-        with self._transaction() as db:
+        with self._journal.transaction() as db:
             return _transcript(db, sid)
 
     def close(
@@ -444,13 +417,13 @@ class SessionJournal:
         user: str,
         by_user: SignedDocument,
         by_contributor: SignedDocument,
-    ) -> Session:
+    ) -> SessionRecord:
         """Close a session whose log both parties signed; a repetition changes nothing.
 
         Args:
             sid: The session.
             user: Public key of the connection, in hexadecimal.
-            by_user: `closing_statement(...)`, kind `close`, signed by the user.
+            by_user: `closing_statement(...)`, kind CLOSE, signed by the user.
             by_contributor: The same, signed by the contributor.
 
         Raises:
@@ -458,8 +431,8 @@ class SessionJournal:
             ProtocolError: if a statement is not that of the journal's log, a call is unanswered, or
                 the session is not open and was closed with other signatures, or not at all.
         """
-        signed = by_user.check("close", user), by_contributor.check("close")
-        with self._transaction() as db:
+        signed = by_user.check(CLOSE, user), by_contributor.check(CLOSE)
+        with self._journal.transaction() as db:
             session = _find(db, sid, user)
             if session.closing == (by_user, by_contributor):
                 return session
@@ -476,14 +449,14 @@ class SessionJournal:
             db.execute(update, (SessionState.CLOSED, envelopes, sid))
             return _find(db, sid, user)
 
-    def challenge(self, sid: str, user: str, nonce_v: str) -> Session:
+    def challenge(self, sid: str, user: str, nonce_v: str) -> SessionRecord:
         """Fix the user's nonce of a closed session, for good.
 
         Raises:
             ProtocolError: if the session is not closed, or has another nonce already.
         """
         check_digest("nonce_v", nonce_v)
-        with self._transaction() as db:
+        with self._journal.transaction() as db:
             session = _find(db, sid, user)
             if session.state == SessionState.CHALLENGED and session.nonce_v == nonce_v:
                 return session
@@ -498,14 +471,14 @@ class SessionJournal:
         Raises:
             ProtocolError: if the user has no such session, or it is closed.
         """
-        with self._transaction() as db:
+        with self._journal.transaction() as db:
             session = _find(db, sid, user)
             if session.state != SessionState.ENDED:
                 _require(session, SessionState.OPEN)
                 _end(db, sid, reason)
 
 
-def _find(db: sqlite3.Connection, sid: str, user: str) -> Session:
+def _find(db: sqlite3.Connection, sid: str, user: str) -> SessionRecord:
     check_digest("session", sid)
     query = f"SELECT {COLUMNS} FROM sessions WHERE sid = ? AND user = ?"
     row = db.execute(query, (sid, user)).fetchone()
@@ -521,10 +494,10 @@ def _find(db: sqlite3.Connection, sid: str, user: str) -> Session:
         )
     if fields["log"] is not None:
         fields["log"] = LogSummary(*json.loads(fields["log"]))
-    return Session(**fields)
+    return SessionRecord(**fields)
 
 
-def _require(session: Session, state: SessionState) -> None:
+def _require(session: SessionRecord, state: SessionState) -> None:
     if session.state != state:
         why = f" ({session.reason})" if session.reason else ""
         raise ProtocolError(f"session {session.sid} is {session.state}{why}, not {state}")

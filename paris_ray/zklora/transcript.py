@@ -6,7 +6,6 @@ Digests, identifiers and nonces are 32 bytes in lower-case hexadecimal; leaves a
 import hashlib
 import itertools
 import json
-import re
 import secrets
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -20,12 +19,13 @@ from safetensors.numpy import save_file
 
 from paris_ray.artifacts import Folder, canonical_json
 from paris_ray.errors import ArtifactError, ProtocolError
+from paris_ray.receipts import DIGEST, Mode
 from paris_ray.zklora.fixed_point import MAX_EXPONENT, Int16, Int64
 from paris_ray.zklora.merkle import MerkleTree, hash_leaf
 
 LABEL = "paris_ray zklora"
 MAX_SEQ = 2**31 - 1
-DIGEST = re.compile("[0-9a-f]{64}")
+CLOSE = "close"  # the kind of document that both parties sign
 
 
 def new_nonce() -> str:
@@ -44,9 +44,7 @@ def check_digest(name: str, value: object) -> str:
     return value
 
 
-def session_id(
-    protocol: str | int, adapter_id: str, base_digest: str, nonce_u: str, nonce_c: str
-) -> str:
+def session_id(protocol: str, adapter_id: str, base_digest: str, nonce_u: str, nonce_c: str) -> str:
     """Return the name of a session that neither party can choose alone.
 
     Args:
@@ -189,7 +187,7 @@ class Transcript:
         ProtocolError: as `append` does.
     """
 
-    mode = "exact"
+    mode = Mode.EXACT
     drawing = None
 
     def __init__(self, calls: Iterable[Call] = ()) -> None:
@@ -245,10 +243,6 @@ class Transcript:
             raise ProtocolError(f"module={module!r} was never called in this session")
         return np.concatenate([c.x for c in calls]), np.concatenate([c.y for c in calls])
 
-    def prove_inclusion(self, index: int) -> list[bytes]:
-        """Return the path of a call; raises ProtocolError if there is no such call."""
-        return MerkleTree(self._leaves).path(index)
-
     def save(self, path: Path) -> None:
         """Write all calls into one safetensors file, which appears complete or not at all."""
         header = [{"module": call.module, "exponent": call.exponent} for call in self.calls]
@@ -285,7 +279,7 @@ class Transcript:
 class RowLog:
     """Every row of a session in audit mode: leaves alone, module by module in order of name."""
 
-    mode = "audit"
+    mode = Mode.AUDIT
     drawing = None  # only the summary of a log knows: see `LogSummary.of`
 
     def __init__(self) -> None:
@@ -410,7 +404,7 @@ class Log(Protocol):
 
 
 def closing_statement(sid: str, adapter_id: str, log: Log) -> dict[str, Any]:
-    """Return what both parties sign, as kind `close`, when a session ends.
+    """Return what both parties sign, as kind CLOSE, when a session ends.
 
     Raises:
         ProtocolError: if the log is empty.

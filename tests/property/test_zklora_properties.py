@@ -152,7 +152,7 @@ def test_a_folded_form_opens_to_its_value_and_to_no_other(
         assert len(folded.left) == rounds and len(folded.remainder) == remainder <= longest
         for value, holds in ((dot(vector, form), True), (dot(vector, form) + wrong, False)):
             claim = Equation(form=value)
-            claim.add(curve.commit(vector, 0), 1)
+            claim.add(curve.commit_scalars(vector, 0), 1)
             assert folding_equation(claim, form, folded, FiatShamir("test")).holds() == holds
 
 

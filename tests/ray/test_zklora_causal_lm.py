@@ -21,8 +21,8 @@ from paris_ray.zklora.adapter import read_peft
 from paris_ray.zklora.fixed_point import Int16, Int64, evaluate
 from paris_ray.zklora.identity import Identity
 from paris_ray.zklora.inference import adapt, count_rows
-from paris_ray.zklora.offer import Terms, base_of_file, open_offer
-from paris_ray.zklora.parties.session import ClosedSession, Evidence
+from paris_ray.zklora.offer import AskedTerms, base_of_file, open_offer
+from paris_ray.zklora.parties.evidence import ClosedSession, Evidence
 from paris_ray.zklora.proof import prove, verify_named
 from paris_ray.zklora.sessions import SessionJournal
 from paris_ray.zklora.transcript import (
@@ -31,7 +31,6 @@ from paris_ray.zklora.transcript import (
     closing_statement,
     new_nonce,
     proof_context,
-    session_id,
 )
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -46,7 +45,7 @@ class Contributor:
 
     def __init__(self, folder: Path, adapter: Path, base: Path, budget_rows: int) -> None:
         self.identity = Identity.create(folder)
-        terms = Terms(base=base_of_file(base), name=adapter.name, budget_rows=budget_rows)
+        terms = AskedTerms(base=base_of_file(base), name=adapter.name, budget_rows=budget_rows)
         offer = open_offer(folder / "offer", self.identity, read_peft(adapter), terms)
         self.manifest, self.openings = offer.manifest, offer.openings()
         self.journal = SessionJournal(folder / "sessions.sqlite")
@@ -60,9 +59,7 @@ class InProcessSession:
         self.user, self.contributor, self.transcript = user, contributor, Transcript()
         manifest = contributor.manifest
         self.nonces = new_nonce(), new_nonce()
-        self.sid = session_id(
-            manifest.protocol, manifest.adapter_id, manifest.base.digest, *self.nonces
-        )
+        self.sid = manifest.session_id(*self.nonces)
         contributor.journal.open_session(
             self.sid, manifest.adapter_id, user.public_key, *self.nonces
         )

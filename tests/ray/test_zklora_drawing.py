@@ -24,7 +24,7 @@ from paris_ray.signatures import SignedDocument
 from paris_ray.zklora.adapter import read_peft
 from paris_ray.zklora.identity import Identity
 from paris_ray.zklora.manifest import AdapterManifest
-from paris_ray.zklora.offer import Terms, base_of_expert, open_offer
+from paris_ray.zklora.offer import AskedTerms, base_of_expert, open_offer
 from paris_ray.zklora.parties.channel import Channel
 from paris_ray.zklora.parties.contributor import (
     DRAWINGS,
@@ -33,10 +33,11 @@ from paris_ray.zklora.parties.contributor import (
     Service,
     _Job,
 )
+from paris_ray.zklora.parties.evidence import fetch_evidence
 from paris_ray.zklora.parties.frames import Message
 from paris_ray.zklora.parties.messages import MIN_ROWS_A_PICTURE, DrawRequest
 from paris_ray.zklora.parties.results import result
-from paris_ray.zklora.parties.session import Session, fetch_evidence
+from paris_ray.zklora.parties.session import Session
 from paris_ray.zklora.parties.workers import _check_size
 from paris_ray.zklora.proof import verify_named
 from paris_ray.zklora.transcript import drawing_digest
@@ -86,7 +87,7 @@ def market(
     )
     seller = Identity.create(root / "seller")
     users = [Identity.create(root / f"user_{i}") for i in range(20)]
-    terms = Terms(base=base_of_expert(tiny_bundle, EXPERT), name="style", budget_rows=BUDGET)
+    terms = AskedTerms(base=base_of_expert(tiny_bundle, EXPERT), name="style", budget_rows=BUDGET)
     offer = open_offer(root / "offer", seller, read_peft(root / "lora"), terms)
     service = Service(
         folder=root / "offer",

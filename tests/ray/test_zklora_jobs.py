@@ -319,11 +319,11 @@ def offer_of(seller: Identity, folder: Path) -> dict[str, dict[str, object]]:
     """Return the envelope of a manifest of a small adapter."""
     from paris_ray.zklora.adapter import PeftAdapter
     from paris_ray.zklora.manifest import Base
-    from paris_ray.zklora.offer import Terms, open_offer
+    from paris_ray.zklora.offer import AskedTerms, open_offer
 
     ones = np.ones((4, 1), np.float32)
     adapter = PeftAdapter(
         LoRAConfig(r=1, lora_alpha=1, target_modules=("a",)), {"a": (ones, ones.T)}
     )
-    terms = Terms(base=Base("c" * 64, 0, None), name="small", price=5)
+    terms = AskedTerms(base=Base("c" * 64, 0, None), name="small", price=5)
     return dict(open_offer(folder / "offer", seller, adapter, terms).signed.to_json())

@@ -23,10 +23,10 @@ from paris_ray.receipts import (
     KIND,
     OPENED_NEEDS,
     RECEIPT,
-    STATES,
     ModuleFacts,
     Receipt,
     SessionFacts,
+    State,
     file_sha256,
 )
 from paris_ray.run import EXPERT_WEIGHTS, ROUTER_WEIGHTS
@@ -307,7 +307,7 @@ def test_a_missing_receipt_is_named(tmp_path: Path) -> None:
 
 def test_only_opened_is_opened() -> None:
     OPENED.require_opened()
-    for state in set(STATES) - {"OPENED"}:
+    for state in map(str, set(State) - {State.OPENED}):
         with pytest.raises(ReceiptError, match=f"state='{state}' is not allowed here: 'OPENED' is"):
             replace(OPENED, state=state).require_opened()
     for name in OPENED_NEEDS:
@@ -378,7 +378,7 @@ def test_an_opened_adapter_is_taken(
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        *(({"state": state}, f"state='{state}'") for state in STATES if state != "OPENED"),
+        *(({"state": state}, f"state='{state}'") for state in map(str, State) if state != "OPENED"),
         ({"weights_sha256": "9" * 64}, "weights_sha256='9{64}', but the weights: '"),
         ({"config_sha256": "9" * 64}, "config_sha256='9{64}', but the configuration: '"),
         ({"weights_sha256": None}, "weights_sha256=None does not go with state=OPENED"),

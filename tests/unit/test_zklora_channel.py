@@ -4,6 +4,7 @@ import contextlib
 import json
 import pickle
 import random
+import re
 import socket
 import ssl
 import struct
@@ -37,7 +38,7 @@ from paris_ray.errors import (
     VerificationError,
 )
 from paris_ray.zklora.identity import Identity
-from paris_ray.zklora.parties.channel import Channel, Peer, Server, connect, serve
+from paris_ray.zklora.parties.channel import Channel, Peer, Server, serve
 from paris_ray.zklora.parties.frames import (
     ConnectionLost,
     Limits,
@@ -273,11 +274,7 @@ def is_closed(connection: socket.socket) -> bool:
 
 
 def test_requests_are_answered_with_the_identity_of_who_asked(parties: dict):
-    certificate = parties["server"].certificate
-    with (
-        running(parties) as server,
-        connect(parties["client"], server.address, certificate) as client,
-    ):
+    with running(parties) as server, channel(parties, server) as client:
         for _ in range(3):
             answer = client.request("call", MESSAGE.fields, TENSORS)
             who = {"who": parties["client"].public_key}
@@ -474,11 +471,62 @@ def test_what_openssl_would_accept_is_compared_with_the_pinned_bytes(parties: di
 def test_only_the_pinned_server_is_spoken_to(parties: dict):
     wrong = parties["stranger"].certificate
     with running(parties) as server:
-        with pytest.raises(ProtocolError, match="is not the pinned server") as caught:
-            connect(parties["client"], server.address, wrong)
+        with (
+            Channel(parties["client"], server.address, wrong) as misled,
+            pytest.raises(ProtocolError, match="is not the pinned server") as caught,
+        ):
+            misled.request("k")
         assert not isinstance(caught.value, ConnectionLost)
-    with pytest.raises(ConnectionLost, match="cannot be reached"):
-        connect(parties["client"], server.address, parties["server"].certificate)
+    with (
+        channel(parties, server, attempts=1) as client,
+        pytest.raises(ConnectionLost, match="cannot be reached"),
+    ):
+        client.request("k")
+
+
+def refusal(address: tuple[str, int]) -> str:
+    question = "does it have your certificate.pem among its clients?"
+    return re.escape(f"{address[0]}:{address[1]} ended the connection: {question}") + "$"
+
+
+def test_who_is_not_among_the_clients_is_told(parties: dict):
+    with running(parties) as server:
+        address, pinned = server.address, parties["server"].certificate
+        for _ in range(5):  # whatever TLS sees first: the alert, the end, a broken pipe
+            with (
+                Channel(parties["stranger"], address, pinned, attempts=1) as stranger,
+                pytest.raises(ConnectionLost, match=refusal(address)),
+            ):
+                stranger.request("k")
+    with socket.create_server(("127.0.0.1", 0)) as listener:  # ends the handshake
+        closing = threading.Thread(target=lambda: listener.accept()[0].close())
+        closing.start()
+        with (
+            Channel(parties["client"], listener.getsockname(), pinned, attempts=1) as client,
+            pytest.raises(ConnectionLost, match=refusal(listener.getsockname())),
+        ):
+            client.request("k")
+        closing.join()
+
+
+def test_who_was_answered_is_not_told_to_show_a_certificate(parties: dict):
+    with running(parties) as server, channel(parties, server, attempts=1) as client:
+        client.request("k")
+        server.close()
+        with pytest.raises(ConnectionLost, match=r"the other side closed|connection broke"):
+            client.request("k")
+
+
+def test_a_slow_answer_is_no_refusal(parties: dict):
+    asked = threading.Event()
+    pinned = parties["server"].certificate
+    with (
+        running(parties, lambda _, message: (asked.wait(20), message)[1]) as server,
+        Channel(parties["client"], server.address, pinned, 0.2, attempts=1) as client,
+        pytest.raises(ConnectionLost, match=r"^the other side was too slow$"),
+    ):
+        client.request("k")
+    asked.set()
 
 
 def test_a_server_needs_clients_and_a_free_port(parties: dict):

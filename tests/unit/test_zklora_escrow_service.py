@@ -16,17 +16,19 @@ import pytest
 from paris_ray.artifacts import canonical_json
 from paris_ray.config import LoRAConfig
 from paris_ray.errors import ProtocolError, SignatureError, TradeError
+from paris_ray.receipts import State
 from paris_ray.signatures import SignedDocument
 from paris_ray.zklora.commitment import commit
-from paris_ray.zklora.escrow import STATEMENT, Escrow, State, Trade, check_opening
+from paris_ray.zklora.escrow import STATEMENT, Escrow, open_journal
 from paris_ray.zklora.fixed_point import QuantisedModule
 from paris_ray.zklora.identity import CERTIFICATE, Identity
-from paris_ray.zklora.ledger import Journal, SQLiteLedger
+from paris_ray.zklora.ledger import SQLiteLedger
 from paris_ray.zklora.manifest import MAX_BYTES, AdapterManifest, Base, build_manifest
 from paris_ray.zklora.parties.channel import Channel, serve
 from paris_ray.zklora.parties.escrow import LIMITS, EscrowClient, EscrowService
 from paris_ray.zklora.parties.frames import ConnectionLost, Message
-from paris_ray.zklora.sealing import seal
+from paris_ray.zklora.sealing import check_opening, seal
+from paris_ray.zklora.trade import Trade
 from paris_ray.zklora.transcript import Call, Transcript, closing_statement, new_nonce, session_id
 
 D_IN, R, D_OUT = 6, 2, 5
@@ -97,7 +99,7 @@ def sale(tmp_path: Path) -> Sale:
 
 @pytest.fixture
 def service(sale: Sale, tmp_path: Path) -> Iterator[EscrowService]:
-    journal = Journal(tmp_path / "journal.sqlite")
+    journal = open_journal(tmp_path / "journal.sqlite")
     escrow = Escrow(journal, sale.notary, SQLiteLedger(journal))
     clients = [sale.buyer.certificate, sale.seller.certificate]
     with EscrowService(escrow, "127.0.0.1", 0, clients) as result:
@@ -273,7 +275,7 @@ def test_an_escrow_that_lies_is_not_believed(
 
 
 def test_the_service_ends_silent_trades_by_itself(sale: Sale, tmp_path: Path) -> None:
-    journal = Journal(tmp_path / "journal.sqlite")
+    journal = open_journal(tmp_path / "journal.sqlite")
     now = 1e9
     escrow = Escrow(journal, sale.notary, SQLiteLedger(journal), clock=lambda: now)
     with EscrowService(escrow, "127.0.0.1", 0, [sale.seller.certificate]):

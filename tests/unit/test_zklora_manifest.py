@@ -32,6 +32,7 @@ from paris_ray.errors import (
     SignatureError,
     VerificationError,
 )
+from paris_ray.receipts import MAX_MODULES
 from paris_ray.signatures import SignedDocument, verify_signature
 from paris_ray.zklora import sealing
 from paris_ray.zklora.commitment import ModuleOpening, commit, open_commitments
@@ -40,7 +41,6 @@ from paris_ray.zklora.fixed_point import quantise
 from paris_ray.zklora.identity import CERTIFICATE, KEY, MAX_CERTIFICATE, Identity, public_key_of
 from paris_ray.zklora.manifest import (
     MAX_BYTES,
-    MAX_MODULES,
     MAX_POINTS,
     MAX_SEALED_BYTES,
     AdapterManifest,

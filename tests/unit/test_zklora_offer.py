@@ -11,9 +11,9 @@ from paris_ray.errors import ArtifactError
 from paris_ray.zklora.adapter import PeftAdapter
 from paris_ray.zklora.identity import Identity
 from paris_ray.zklora.manifest import MANIFEST, Base
-from paris_ray.zklora.offer import KEY, SEALED, Terms, load_offer, open_offer
+from paris_ray.zklora.offer import KEY, SEALED, AskedTerms, load_offer, open_offer
 
-TERMS = Terms(base=Base("0f" * 32, None, None), name="ink", price=3)
+TERMS = AskedTerms(base=Base("0f" * 32, None, None), name="ink", price=3)
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ def test_an_offer_is_its_owners_alone(
     assert list(offer.openings()) == ["block"]
     assert open_offer(folder, identity, adapter, TERMS) == load_offer(folder) == offer
     with pytest.raises(ArtifactError, match="another price"):
-        open_offer(folder, identity, adapter, Terms(base=TERMS.base, name="ink", price=4))
+        open_offer(folder, identity, adapter, AskedTerms(base=TERMS.base, name="ink", price=4))
 
 
 def test_the_key_is_on_disk_before_there_is_a_manifest(

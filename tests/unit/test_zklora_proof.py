@@ -579,7 +579,10 @@ def test_two_commitments_to_the_same_weights_share_no_point() -> None:
 
 def commit_field(vectors: Sequence[Sequence[int]], blinders: Sequence[int]) -> list[G1Point]:
     pairs = zip(vectors, blinders, strict=True)
-    return [curve.commit([value % ORDER for value in vector], blinder) for vector, blinder in pairs]
+    return [
+        curve.commit_scalars([value % ORDER for value in vector], blinder)
+        for vector, blinder in pairs
+    ]
 
 
 def commitment_to(
@@ -612,7 +615,7 @@ def prove_by_hand(
     u = [(dot(column, form.x) - s) % ORDER for column, s in zip(columns, shift, strict=True)]
     v = [dot(row, form.beta) for row in rows]
     w_u, w_v, r1, r2, r3, r4, m0, m1 = (draw() for _ in range(8))
-    first = [encode(curve.commit(u, w_u)), encode(curve.commit(v, w_v))]
+    first = [encode(curve.commit_scalars(u, w_u)), encode(curve.commit_scalars(v, w_v))]
     oracle.absorb("before gamma", *first)
     gamma = powers(oracle.challenge("gamma"), r)
     a = [dot(gamma, entries) for entries in zip(*columns, strict=True)]
@@ -621,7 +624,7 @@ def prove_by_hand(
     mask_a, mask_b, s, t = ([draw() for _ in range(n)] for n in (d_in, d_out, r, r))
     masks = ((mask_a, r1), (mask_b, r2), (s, r3), (t, r4))
     numbers = ((dot(s, t), m0), (dot(s, v) + dot(t, u), m1))
-    announced = [encode(curve.commit(mask, blinder)) for mask, blinder in masks]
+    announced = [encode(curve.commit_scalars(mask, blinder)) for mask, blinder in masks]
     announced += [encode(curve.multiply([VALUE, BLINDING], [n % ORDER, z])) for n, z in numbers]
     la = (dot(form.x, mask_a) - dot(gamma, s)) % ORDER
     lb = (dot(form.beta, mask_b) - dot(gamma, t)) % ORDER

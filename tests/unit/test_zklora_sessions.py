@@ -580,5 +580,5 @@ def test_the_file_is_private_versioned_and_no_other(journal: SessionJournal, pat
         SessionJournal(path)
     noise = path.with_name("noise.sqlite")
     noise.write_bytes(os.urandom(5000))
-    with pytest.raises(ArtifactError, match="is not a journal of sessions"):
+    with pytest.raises(ArtifactError, match="cannot be used as a journal"):
         SessionJournal(noise)

@@ -86,10 +86,10 @@ def simulate(
     U, V, M1 = (random_point() for _ in range(3))
     scaled = [e * power % ORDER for power in gamma]
     announced = [
-        curve.commit(za, z1) - multiply(columns, scaled),
-        curve.commit(zb, z2) - multiply(rows, scaled),
-        curve.commit(zu, z3) - multiply([U], [e]),
-        curve.commit(zv, z4) - multiply([V], [e]),
+        curve.commit_scalars(za, z1) - multiply(columns, scaled),
+        curve.commit_scalars(zb, z2) - multiply(rows, scaled),
+        curve.commit_scalars(zu, z3) - multiply([U], [e]),
+        curve.commit_scalars(zv, z4) - multiply([V], [e]),
         multiply([VALUE, BLINDING, M1], [(dot(zu, zv) - e * e * form.y) % ORDER, z5, ORDER - e]),
         M1,
     ]

@@ -12,7 +12,7 @@ for twice.
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -25,33 +25,32 @@ from numpy.typing import NDArray
 from paris_ray.artifacts import Folder, sha256_hex
 from paris_ray.bundle import load_bundle
 from paris_ray.errors import BudgetError, ConfigError, VerificationError
-from paris_ray.receipts import RECEIPT, Receipt
+from paris_ray.receipts import RECEIPT, Mode, Receipt, State
 from paris_ray.reports import picture_grid, png_bytes
-from paris_ray.zklora.escrow import State
 from paris_ray.zklora.identity import Identity, public_key_of
 from paris_ray.zklora.inference import NumericsLog
 from paris_ray.zklora.manifest import AdapterManifest
 from paris_ray.zklora.parties.channel import Channel
 from paris_ray.zklora.parties.escrow import EscrowClient
-from paris_ray.zklora.parties.messages import MIN_ROWS_A_PICTURE
-from paris_ray.zklora.parties.purchase import Receipts, complete, new_receipt, verified_facts
-from paris_ray.zklora.parties.results import result
-from paris_ray.zklora.parties.session import (
+from paris_ray.zklora.parties.evidence import (
     CLOSED,
     EVIDENCE,
     ClosedSession,
     Evidence,
-    Session,
     fetch_evidence,
     load_evidence,
     save_evidence,
 )
+from paris_ray.zklora.parties.messages import MIN_ROWS_A_PICTURE
+from paris_ray.zklora.parties.purchase import Receipts, complete, new_receipt, verified_facts
+from paris_ray.zklora.parties.results import result
+from paris_ray.zklora.parties.session import Session
 from paris_ray.zklora.parties.user import BaseUser, check_base, verify_evidence
 from paris_ray.zklora.transcript import new_nonce
 
 PLAN = "plan.json"
 NONCES = "nonces.json"
-EXACT, AUDIT = "exact", "audit"
+EXACT, AUDIT = Mode.EXACT.value, Mode.AUDIT.value
 RESULT = "result.json"
 AUDIT_PICTURES = "audit.png"
 ADAPTER = "adapter"
@@ -83,6 +82,7 @@ class Trial:
         audit_rows: Rows of each module that an audit opens; None: at most 64, and half of the
             budget if there are pictures.
         seed: Of the audit's pictures.
+        options: Of them: `num_inference_steps`, `guidance_scale`, `routing`; None: the bundle's.
         escrow: Host and port of the escrow; None: the adapter is tried and verified, not bought.
         escrow_certificate: That of the escrow that the user trusts, as PEM.
         threads: Torch threads.
@@ -100,6 +100,7 @@ class Trial:
     levels: Sequence[float] = (0.3, 0.7)
     audit_rows: int | None = None
     seed: int = 0
+    options: Mapping[str, str | float | None] = field(default_factory=dict)
     escrow: tuple[str, int] | None = None
     escrow_certificate: str | None = None
     threads: int = 1
@@ -114,14 +115,12 @@ class Outcome:
         receipt: How far the purchase is.
         without: `(levels, pictures)` losses of the base; None: none were computed.
         with_adapter: The same with the adapter.
-        unusual: Modules whose inputs had outliers, so that rounding may be above 5e-4.
         adapter: The folder of the weights; None: they were not bought.
     """
 
     receipt: Receipt
     without: NDArray[np.float32] | None = None
     with_adapter: NDArray[np.float32] | None = None
-    unusual: list[str] = field(default_factory=list)
     adapter: Path | None = None
 
 
@@ -162,6 +161,8 @@ class Buyer:
         if outcome.receipt.escrow_statement is not None:
             logger.info("purchase: already finished, kept: %s", self._folder.uri)
             outcome.adapter = self._trial.output / ADAPTER
+            if self._exact.exists(RESULT):
+                self._read_result(outcome)
             return outcome
         check_base(load_bundle(self._trial.bundle), self.manifest)
         plan = self._plan()
@@ -207,6 +208,7 @@ class Buyer:
             "captions": list(trial.captions),
             "levels": list(trial.levels),
             "seed": trial.seed,
+            "options": dict(trial.options),
             "audit_rows_wanted": trial.audit_rows,
             # Others may compute other last bits, and a call that was sent is repeated exactly.
             "threads": trial.threads,
@@ -220,7 +222,7 @@ class Buyer:
         if differ:
             raise ConfigError(
                 f"output={self._folder.uri!r} is not allowed: a trial with another "
-                f"{', '.join(differ)} was begun there"
+                f"{', '.join(differ)} was begun there; choose another --output for another trial"
             )
         return plan
 
@@ -263,10 +265,16 @@ class Buyer:
         least = MIN_ROWS_A_PICTURE * len(trial.prompts)
         share = left if trial.pictures is None else left // 2
         rows = min(max(AUDIT_ROWS, least), share) if trial.audit_rows is None else trial.audit_rows
-        if not least <= rows <= left:  # before it is planned: a plan stays
+        if trial.audit_rows is not None and not least <= rows <= left:
             raise BudgetError(
                 f"audit_rows={rows} is not allowed: {len(trial.prompts)} prompts take at least "
-                f"{least}, and {left} rows are left, half of them for pictures if there are some"
+                f"{least}, and {left} are left"
+            )
+        if rows < least:
+            raise BudgetError(
+                f"{len(trial.prompts)} prompts take at least {least} rows a module, and there are "
+                f"{share} of the {left} that are left: half of them are kept for pictures if there "
+                "are some; give fewer prompts, audit_rows, or no pictures"
             )
         noticed = 1 - (1 - NOTICED_SHARE) ** rows
         logger.info(
@@ -287,18 +295,24 @@ class Buyer:
             trial.bundle, self.manifest, trial.identity, trial.peer, trial.threads, device
         )
 
+    @property
+    def _exact(self) -> Folder:
+        return Folder(str(self._trial.output / EXACT))
+
     def _try_exact(self, plan: dict[str, Any], outcome: Outcome) -> Evidence:
         folder = self._trial.output / EXACT
-        if not Folder(str(folder)).exists(RESULT):
+        if not self._exact.exists(RESULT):
             self._infer(folder, plan)
-        found = Folder(str(folder)).read_json(RESULT)
+        self._read_result(outcome)
+        self._receipts.advance(State.INFERRED)
+        return self._prove(folder)
+
+    def _read_result(self, outcome: Outcome) -> None:
+        found = self._exact.read_json(RESULT)
         outcome.without = np.array(found["without"], np.float32)
         outcome.with_adapter = np.array(found["with_adapter"], np.float32)
         self._numerics = NumericsLog.from_json(found["numerics"])
-        outcome.unusual = self._numerics.unusual
         self._exact_bytes = found["bytes"]
-        self._receipts.advance(State.INFERRED)
-        return self._prove(folder)
 
     def _infer(self, folder: Path, plan: dict[str, Any]) -> None:
         trial, number = self._trial, plan["num_pictures"]
@@ -312,7 +326,7 @@ class Buyer:
         tried = result(reference)
         self._show("multi-party inference", total, total)
         tried.closed.save(folder)
-        Folder(str(folder)).write_json(
+        self._exact.write_json(
             RESULT,
             {
                 "without": tried.without.tolist(),
@@ -332,6 +346,7 @@ class Buyer:
                 plan["seed"],
                 plan["audit_rows"],
                 partial(self._show, "pictures by the contributor"),
+                **plan["options"],
             )
             scale = max(1, SHOWN_PIXELS // drawing.pictures.shape[1])
             grid = picture_grid(drawing.pictures, columns=4, scale=scale)

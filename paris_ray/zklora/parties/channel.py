@@ -28,8 +28,7 @@ from paris_ray.errors import (
     TradeError,
     VerificationError,
 )
-from paris_ray.zklora.identity import Identity, public_key_of
-from paris_ray.zklora.manifest import printable
+from paris_ray.zklora.identity import CERTIFICATE, KEY, Identity, public_key_of
 from paris_ray.zklora.parties.frames import (
     DEFAULTS,
     ConnectionLost,
@@ -39,6 +38,7 @@ from paris_ray.zklora.parties.frames import (
     encode,
     read_message,
 )
+from paris_ray.zklora.printable import printable
 
 MAX_ERROR = 2000  # characters
 CHUNK_BYTES = 2**20
@@ -92,6 +92,10 @@ class Traffic:
     bytes_received: int = 0
 
 
+class _Ended(ConnectionLost):
+    """The other side ended the connection."""
+
+
 class _Connection:
     """Frames over one TLS socket, each within its deadline."""
 
@@ -133,7 +137,7 @@ class _Connection:
             most = min(size - len(payload), RECORD_BYTES)
             piece = _in_time(self._tls, self._tls.recv, most, deadline)
             if not piece:
-                raise ConnectionLost("the other side closed the connection")
+                raise _Ended("the other side closed the connection")
             payload += piece
         self._traffic.bytes_received += size
         return payload
@@ -152,8 +156,10 @@ def _in_time(
     tls.settimeout(remaining)
     try:
         return transfer(piece)
-    except OSError as error:  # of TLS and time-outs too
-        raise ConnectionLost(f"the connection broke: {error}") from None
+    except TimeoutError:
+        raise ConnectionLost("the other side was too slow") from None
+    except OSError as error:  # of TLS too
+        raise _Ended(f"the connection broke: {error}") from None
 
 
 def _context(identity: Identity, side: int, pinned: Mapping[bytes, Peer]) -> ssl.SSLContext:
@@ -161,7 +167,7 @@ def _context(identity: Identity, side: int, pinned: Mapping[bytes, Peer]) -> ssl
     context.minimum_version = ssl.TLSVersion.TLSv1_3
     context.check_hostname = False  # keys are pinned, names mean nothing
     context.verify_mode = ssl.CERT_REQUIRED
-    context.load_cert_chain(identity.folder / "certificate.pem", identity.folder / "key.pem")
+    context.load_cert_chain(identity.folder / CERTIFICATE, identity.folder / KEY)
     for der in pinned:
         context.load_verify_locations(cadata=der)
     return context
@@ -390,6 +396,7 @@ class Channel:
         limits: Limits = DEFAULTS,
     ) -> None:
         self._address = address
+        self._where = f"{address[0]}:{address[1]}"
         self._timeout = timeout
         self._attempts = attempts
         self._limits = limits
@@ -410,16 +417,6 @@ class Channel:
         """Close the connection; the next request opens another."""
         with self._lock:
             self._drop()
-
-    def connect(self) -> None:
-        """Connect now, if there is no connection.
-
-        Raises:
-            ConnectionLost: if the server does not answer.
-            ProtocolError: if it is not the pinned one.
-        """
-        with self._lock:
-            self._connected()
 
     def request(
         self,
@@ -460,8 +457,11 @@ class Channel:
             n, answer = connection.receive()
             if n != self._last:
                 raise ProtocolError(f"request {self._last} was answered with number {n}")
-        except BaseException:
+        except BaseException as error:
             self._drop()  # whatever comes next on it belongs to no request
+            # TLS 1.3 tells a client that it was refused only after the handshake.
+            if isinstance(error, _Ended) and self._last == 1:
+                raise self._refused() from None
             raise
         if answer.kind == ERROR:
             raise _remote_error(answer.fields)
@@ -478,33 +478,31 @@ class Channel:
         return self._connection
 
     def _handshake(self) -> ssl.SSLSocket:
-        where = f"{self._address[0]}:{self._address[1]}"
         with contextlib.ExitStack() as undo:
             try:
                 seconds = self._limits.connect_s
                 plain = undo.enter_context(socket.create_connection(self._address, seconds))
                 tls = undo.enter_context(self._context.wrap_socket(plain))
             except ssl.SSLCertVerificationError as error:
-                raise ProtocolError(f"{where} is not the pinned server: {error}") from None
+                raise ProtocolError(f"{self._where} is not the pinned server: {error}") from None
+            except (ssl.SSLEOFError, ConnectionResetError):
+                raise self._refused() from None
             except OSError as error:
-                raise ConnectionLost(f"{where} cannot be reached: {error}") from None
+                raise ConnectionLost(f"{self._where} cannot be reached: {error}") from None
             _identify(tls, self._pinned)
             undo.pop_all()
         return tls
+
+    def _refused(self) -> ConnectionLost:
+        return ConnectionLost(
+            f"{self._where} ended the connection: does it have your {CERTIFICATE} among its "
+            "clients?"
+        )
 
     def _drop(self) -> None:
         if self._connection is not None:
             self._connection.close()
             self._connection = None
-
-
-def connect(
-    identity: Identity, address: tuple[str, int], server_certificate: str, timeout: float = 600
-) -> Channel:
-    """Return a channel to a server that was reached; arguments and errors as of `Channel`."""
-    channel = Channel(identity, address, server_certificate, timeout)
-    channel.connect()
-    return channel
 
 
 def _remote_error(fields: Mapping[str, Any]) -> ParisError:

@@ -22,8 +22,8 @@ from safetensors.numpy import load_file, save_file
 
 from paris_ray.artifacts import Folder
 from paris_ray.errors import ConfigError, ParisError, ProtocolError, TradeError
+from paris_ray.receipts import State
 from paris_ray.signatures import SignedDocument
-from paris_ray.zklora.escrow import State
 from paris_ray.zklora.fixed_point import Int16, Int64, check_rows
 from paris_ray.zklora.identity import Identity
 from paris_ray.zklora.manifest import MANIFEST, AdapterManifest
@@ -39,19 +39,18 @@ from paris_ray.zklora.parties.messages import (
     OpenRequest,
     ProveRequest,
     ReleaseRequest,
-    parse,
 )
 from paris_ray.zklora.parties.results import result
 from paris_ray.zklora.parties.workers import AuditWorker, LoRAWorker, prove_modules
-from paris_ray.zklora.sessions import Session, SessionJournal, SessionState
+from paris_ray.zklora.sessions import SessionJournal, SessionRecord, SessionState
 from paris_ray.zklora.transcript import (
+    CLOSE,
     Log,
     LogSummary,
     RowLog,
     closing_statement,
     new_nonce,
     proof_context,
-    session_id,
 )
 
 MODULES_AT_ONCE = 4  # that one task proves: enough to pay for its start, few enough to share out
@@ -251,15 +250,13 @@ class LoRAGateway:
             self._metrics.update(self._journal, self._manifest.adapter_id)
 
     def _open(self, user: str, message: Message) -> Message:
-        request, manifest = parse(OpenRequest, message.fields), self._manifest
+        request, manifest = OpenRequest(**message.fields), self._manifest
         if request.adapter_id != manifest.adapter_id:
             raise ProtocolError(f"adapter_id={request.adapter_id}: it is {manifest.adapter_id}")
         if request.mode == RowLog.mode and self._audit_worker is None:
             raise ProtocolError("mode='audit' is not allowed: the contributor has no base model")
         nonce_c = new_nonce()
-        sid = session_id(
-            manifest.protocol, manifest.adapter_id, manifest.base.digest, request.nonce_u, nonce_c
-        )
+        sid = manifest.session_id(request.nonce_u, nonce_c)
         session = self._journal.open_session(
             sid, manifest.adapter_id, user, request.nonce_u, nonce_c, request.mode
         )
@@ -269,7 +266,7 @@ class LoRAGateway:
         return Message("opened", {"nonce_c": session.nonce_c, "rows_left": left})
 
     def _call(self, user: str, message: Message) -> Message:
-        request = parse(CallRequest, message.fields)
+        request = CallRequest(**message.fields)
         x = message.tensors.get("x", np.empty(0))
         check_rows(x, np.int16, self._manifest.module(request.module).commitment.d_in, "x")
         worker = self._workers[request.seq % len(self._workers)]
@@ -285,7 +282,7 @@ class LoRAGateway:
         return Message("answer", tensors={"y": y})
 
     def _draw(self, user: str, message: Message) -> Message:
-        request = parse(DrawRequest, message.fields)
+        request = DrawRequest(**message.fields)
         if self._audit_worker is None:
             raise ProtocolError("nothing can be drawn: the contributor has no base model")
         with self._drawing_lock:
@@ -303,7 +300,7 @@ class LoRAGateway:
         finally:
             self._forget(session.sid, job)
 
-    def _pay(self, session: Session, request: DrawRequest) -> Session:
+    def _pay(self, session: SessionRecord, request: DrawRequest) -> SessionRecord:
         """Return the session, whose rows are paid for; not before it is known what they are for."""
         if session.log is None:
             result(self._audit_worker.check.remote(request))
@@ -317,7 +314,7 @@ class LoRAGateway:
             if job.was_told and self._drawings.get(sid, (None, None))[1] is job:
                 del self._drawings[sid]
 
-    def _make_drawing(self, session: Session, request: DrawRequest) -> Message:
+    def _make_drawing(self, session: SessionRecord, request: DrawRequest) -> Message:
         start = time.perf_counter()
         try:
             pictures, log = result(self._audit_worker.draw.remote(request))
@@ -336,25 +333,25 @@ class LoRAGateway:
         return Message("drawn", {"root": log.root, "rows": log.counts}, {"pictures": pictures})
 
     def _end(self, user: str, message: Message) -> Message:
-        request = parse(EndRequest, message.fields)
+        request = EndRequest(**message.fields)
         self._journal.end(request.session, user, "its user broke it off")
         self._say(request.session, user, "broken off")
         return Message("ended")
 
     def _close(self, user: str, message: Message) -> Message:
-        request = parse(CloseRequest, message.fields)
+        request = CloseRequest(**message.fields)
         by_user = SignedDocument.from_json(request.statement)
         session = self._journal.session(request.session, user)
         log: Log = session.log or self._journal.transcript(session.sid)
         statement = closing_statement(session.sid, session.adapter_id, log)
-        by_contributor = SignedDocument.sign("close", statement, self._identity)
+        by_contributor = SignedDocument.sign(CLOSE, statement, self._identity)
         self._journal.close(session.sid, user, by_user, by_contributor)
         if session.state == SessionState.OPEN:
             self._say(session.sid, user, f"closed, with {sum(log.counts.values())} rows in its log")
         return Message("closed", {"statement": by_contributor.to_json()})
 
     def _prove(self, user: str, message: Message) -> Message:
-        request = parse(ProveRequest, message.fields)
+        request = ProveRequest(**message.fields)
         session = self._journal.challenge(request.session, user, request.nonce_v)
         with self._lock:
             job = self._proofs.get(session.sid)
@@ -367,7 +364,7 @@ class LoRAGateway:
                 self._proofs[session.sid] = job
         return job.wait(ANSWER_WITHIN_S)
 
-    def _make_evidence(self, session: Session, count: Callable[[int], None]) -> Message:
+    def _make_evidence(self, session: SessionRecord, count: Callable[[int], None]) -> Message:
         start = time.perf_counter()
         rows, tensors = self._rows(session)
         assert session.closing is not None
@@ -385,7 +382,7 @@ class LoRAGateway:
         return Message("evidence", {"modules": list(rows)}, tensors)
 
     def _rows(
-        self, session: Session
+        self, session: SessionRecord
     ) -> tuple[dict[str, tuple[Int16, Int64]], dict[str, NDArray[Any]]]:
         """Return what is proved of each module, and what the user does not have of it yet."""
         if session.mode != RowLog.mode:
@@ -418,7 +415,7 @@ class LoRAGateway:
         return proofs
 
     def _release(self, user: str, message: Message) -> Message:
-        request = parse(ReleaseRequest, message.fields)
+        request = ReleaseRequest(**message.fields)
         session = self._journal.session(request.session, user)
         if self._escrow is None or session.state != SessionState.CHALLENGED:
             raise TradeError(f"session {session.sid} is {session.state}: nothing is for sale")

@@ -1,6 +1,6 @@
 """What user and contributor say to each other: the fields of every request, checked."""
 
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from pydantic_core import PydanticCustomError
 
 from paris_ray.errors import ProtocolError
+from paris_ray.zklora.parties.frames import Message
 from paris_ray.zklora.transcript import drawing_digest
 
 DIGEST = Field(pattern="^[0-9a-f]{64}$")
@@ -16,11 +17,25 @@ MAX_PROMPT = 1000  # characters
 MAX_SEED = 2**63 - 1
 MIN_ROWS_A_PICTURE = 16  # a picture is an answer too, and whoever has enough can train on them
 
-Request = TypeVar("Request", bound=BaseModel)
-
 
 class _Fields(BaseModel):
+    """Fields that one sends, or has been sent.
+
+    Raises:
+        ProtocolError: naming each field that is missing, unknown or not allowed.
+    """
+
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    def __init__(self, /, **fields: Any) -> None:
+        try:
+            super().__init__(**fields)
+        except ValidationError as error:
+            problems = "; ".join(
+                ": ".join(filter(None, (".".join(map(str, problem["loc"])), problem["msg"])))
+                for problem in error.errors()
+            )
+            raise ProtocolError(f"{type(self).__name__}: {problems}") from None
 
 
 class OpenRequest(_Fields):
@@ -28,7 +43,7 @@ class OpenRequest(_Fields):
 
     adapter_id: str = DIGEST
     nonce_u: str = DIGEST
-    mode: Literal["exact", "audit"]
+    mode: str = Field(pattern="^(exact|audit)$")
 
 
 class CallRequest(_Fields):
@@ -102,17 +117,12 @@ class ReleaseRequest(_Fields):
     session: str = DIGEST
 
 
-def parse(request: type[Request], fields: Any) -> Request:
-    """Return checked fields.
-
-    Raises:
-        ProtocolError: naming each field that is missing, unknown or not allowed.
-    """
-    try:
-        return request.model_validate(fields)
-    except ValidationError as error:
-        problems = "; ".join(
-            ": ".join(filter(None, (".".join(map(str, problem["loc"])), problem["msg"])))
-            for problem in error.errors()
+def tensor_of(message: Message, name: str, dtype: type[np.generic], ndim: int) -> NDArray[Any]:
+    """Return a tensor of an answer; raises ProtocolError if it has none of that type."""
+    tensor = message.tensors.get(name)
+    if tensor is None or tensor.dtype != dtype or tensor.ndim != ndim:
+        raise ProtocolError(
+            f"the answer {message.kind!r} has no {np.dtype(dtype).name} {name!r} of {ndim} "
+            "dimensions"
         )
-        raise ProtocolError(f"{request.__name__}: {problems}") from None
+    return tensor

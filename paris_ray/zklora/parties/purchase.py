@@ -18,21 +18,22 @@ from paris_ray.models.peft_layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS, LORA
 from paris_ray.receipts import (
     ADAPTER_ID,
     RECEIPT,
-    STATES,
     ModuleFacts,
     Receipt,
     SessionFacts,
+    State,
     file_sha256,
 )
 from paris_ray.zklora.adapter import write_peft
-from paris_ray.zklora.escrow import State, check_opening
 from paris_ray.zklora.fixed_point import QuantisedModule
 from paris_ray.zklora.identity import Identity, public_key_of
 from paris_ray.zklora.inference import ModuleNumerics, NumericsLog
 from paris_ray.zklora.manifest import AdapterManifest
 from paris_ray.zklora.parties.channel import Channel
 from paris_ray.zklora.parties.escrow import EscrowClient
-from paris_ray.zklora.parties.session import Evidence, Progress
+from paris_ray.zklora.parties.evidence import Evidence, Progress
+from paris_ray.zklora.parties.messages import ReleaseRequest
+from paris_ray.zklora.sealing import check_opening
 
 RELEASED_WITHIN_S = 120.0
 POLL_S = 0.5
@@ -54,7 +55,8 @@ class Receipts:
 
     def advance(self, state: State, **changes: Any) -> None:
         """Write the receipt of a later state; going through a finished step again changes none."""
-        if STATES.index(state) >= STATES.index(self.receipt.state):
+        order = list(State)
+        if order.index(state) >= order.index(State(self.receipt.state)):
             self.receipt = replace(self.receipt, state=state.value, **changes)
             self.write(self._folder)
 
@@ -113,7 +115,7 @@ def verified_facts(
                 rows=sum(len(part.rows[terms.name][0]) for part in evidence),
                 proof_bytes=sum(len(part.proofs[terms.name]) for part in evidence),
                 peak_to_rms=seen.peak_to_rms,
-                input_error=seen.quantisation_error,
+                input_error=seen.input_error,
             )
         )
     sessions = tuple(
@@ -205,7 +207,7 @@ def buy(
 
 def _await_key(escrow: EscrowClient, contributor: Channel, sid: str) -> None:
     deadline = time.monotonic() + RELEASED_WITHIN_S
-    contributor.request("release", {"session": sid})
+    contributor.request("release", ReleaseRequest(session=sid).model_dump())
     while (trade := escrow.trade(sid)).state not in (State.KEY_RELEASED, State.SETTLED):
         if trade.state in FAILED:
             raise TradeError(f"trade {sid} is {trade.state}: {trade.reason}")

@@ -22,8 +22,9 @@ from paris_ray.zklora.inference import NumericsLog, adapt, count_rows
 from paris_ray.zklora.manifest import AdapterManifest
 from paris_ray.zklora.offer import base_of_expert
 from paris_ray.zklora.parties.channel import Channel
+from paris_ray.zklora.parties.evidence import ClosedSession, Evidence, Progress
 from paris_ray.zklora.parties.results import result
-from paris_ray.zklora.parties.session import ClosedSession, Evidence, Progress, Session
+from paris_ray.zklora.parties.session import Session
 from paris_ray.zklora.proof import Claim, proof_equation
 
 MODULES_AT_ONCE = 8

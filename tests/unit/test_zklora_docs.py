@@ -1,0 +1,56 @@
+"""docs/zklora.md says what is so: its commands parse, its Python runs, its tables are printed."""
+
+import importlib
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+GUIDE = (REPOSITORY / "docs" / "zklora.md").read_text()
+JOBS = ("jobs.contribute_lora", "jobs.escrow", "jobs.verify_lora")
+
+
+def blocks(kind: str) -> list[str]:
+    return re.findall(rf"^```{kind}\n(.*?)^```", GUIDE, re.DOTALL | re.MULTILINE)
+
+
+def commands() -> list[list[str]]:
+    """Return module and arguments of every job in the shell blocks."""
+    lines = [line for block in blocks("sh") for line in re.sub(r"\\\n\s*", "", block).splitlines()]
+    return [shlex.split(line[len("python -m ") :]) for line in lines if line.startswith("python")]
+
+
+def test_every_command_parses() -> None:
+    found = {module: arguments for module, *arguments in commands()}
+    assert set(JOBS) <= found.keys()
+    for module in JOBS:
+        parsed = importlib.import_module(module)._parser().parse_args(found[module])
+        assert vars(parsed)
+
+
+def test_the_python_of_the_core_runs() -> None:
+    (core,) = [block for block in blocks("python") if "zklora.commit(" in block]
+    namespace: dict[str, object] = {}
+    exec(core, namespace)
+    assert len(namespace["proof"]) == 4288  # as its comment says
+
+
+@pytest.mark.parametrize("section", ["modules", "leakage"])
+def test_the_bench_prints_what_the_tables_have(section: str) -> None:
+    result = subprocess.run(
+        [sys.executable, "tests/benchmarks/bench_zklora.py", section, "--quick"],
+        cwd=REPOSITORY,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    quoted = GUIDE.split(f"<!-- bench: {section} -->")[1].split("<!-- end -->")[0]
+    heading = next(line for line in quoted.splitlines() if line.startswith("|"))
+    assert heading.split("|")[1] in result.stdout

@@ -99,7 +99,7 @@ def test_an_interrupted_demo_stops_its_parties_and_is_finished_by_the_next(
 def check_what_there_is(folder: Path, shown: str) -> None:
     receipt = json.loads((folder / "purchase" / "receipt.json").read_text())
     assert receipt["state"] == "OPENED"
-    assert {session["mode"] for session in receipt["document"]["sessions"]} == {"exact", "audit"}
+    assert {session["mode"] for session in receipt["sessions"]} == {"exact", "audit"}
     for name in ("pair.png", "pair.html", "purchase/receipt.json"):
         assert str(folder / name) in shown
     assert "stand-in for payment" in shown

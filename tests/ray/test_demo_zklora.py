@@ -79,18 +79,18 @@ def test_an_interrupted_demo_stops_its_parties_and_is_finished_by_the_next(
     parties = processes_of(folder)
     assert {"jobs.escrow", "jobs.contribute_lora"} <= {line.split()[2] for line in parties}
     demo.send_signal(signal.SIGTERM)  # a shell lets its background jobs ignore SIGINT
-    demo.communicate(timeout=60)
+    demo.communicate(timeout=240)
     assert demo.returncode == 128 + signal.SIGTERM
     assert not processes_of(folder)
 
-    shown, _ = start_demo(finished_run, folder).communicate(timeout=120)
+    shown, _ = start_demo(finished_run, folder).communicate(timeout=400)
     assert f"trained already, kept: {folder / 'night'}" in shown, shown
     check_what_there_is(folder, shown)
     assert not processes_of(folder)
 
     pair = (folder / "pair.png").read_bytes()
     demo = start_demo(finished_run, folder)
-    shown, _ = demo.communicate(timeout=60)
+    shown, _ = demo.communicate(timeout=240)
     assert demo.returncode == 0, shown
     assert f"bought already, kept: {folder / 'purchase'}" in shown
     assert (folder / "pair.png").read_bytes() == pair
@@ -116,7 +116,7 @@ def test_a_demo_with_another_bundle_needs_another_folder(
     folder = tmp_path / "demo"
     Folder(folder).write_json("subject.json", {"expert": 0, "prompt": "a cat", "bundle": "0" * 64})
     demo = start_demo(finished_run, folder)
-    shown, _ = demo.communicate(timeout=60)
+    shown, _ = demo.communicate(timeout=240)
     assert demo.returncode == 2
     assert "holds a demo with another bundle" in shown
 

@@ -282,7 +282,7 @@ def test_parties_that_are_killed_finish_the_purchase(  # noqa: PLR0915
     family = contributor.family()
     contributor.process.send_signal(signal.SIGTERM)
     assert contributor.finish() == 0
-    assert not psutil.wait_procs(family[1:], timeout=30)[1]
+    assert not psutil.wait_procs(family[1:], timeout=90)[1]
     spent = len(LEVELS) * len(CAPTIONS) * TOKENS + AUDIT_ROWS
     with SessionJournal(manifest_file.parent / "sessions.sqlite") as journal:
         assert journal.rows_left(manifest.adapter_id) == dict.fromkeys(modules, BUDGET - spent)

@@ -67,6 +67,8 @@ def url(tiny_bundle_path: Path, tmp_path: Path) -> Iterator[str]:
         | {"RAY_AUTH_MODE": "disabled", "RAY_TMPDIR": ray_folder, "PYTHONPATH": path},
         stdout=(tmp_path / "serve.log").open("wb"),
         stderr=subprocess.STDOUT,
+        # A shell's background jobs ignore SIGINT, and so would this, which is stopped by it.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     try:
         wait_until_served(f"http://127.0.0.1:{port}", server)

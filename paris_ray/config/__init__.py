@@ -12,6 +12,10 @@ from paris_ray.config.conversion import (
     to_dict,
     to_yaml,
 )
+from paris_ray.config.corpus import ClusterConfig, CorpusConfig
+from paris_ray.config.encoders import CodecConfig, FeaturesConfig, PoolConfig, TextConfig
+from paris_ray.config.evaluation import EvaluationConfig, SamplingConfig
+from paris_ray.config.fleet import FleetConfig, GpuConfig
 from paris_ray.config.loading import (
     load,
     load_lora,
@@ -21,28 +25,16 @@ from paris_ray.config.loading import (
     with_absolute_paths,
 )
 from paris_ray.config.lora import LoRAConfig, LoRARun
-from paris_ray.config.sections import (
+from paris_ray.config.models import (
     MAX_EXPERTS,
     MAX_TEXT_WIDTH,
     MODEL_LIMITS,
     PRESETS,
-    RESOURCE_KEYS,
-    ClusterConfig,
-    CodecConfig,
-    Config,
-    CorpusConfig,
-    EvaluationConfig,
     ExpertConfig,
-    FeaturesConfig,
-    FleetConfig,
-    GpuConfig,
-    PoolConfig,
-    Precision,
     RouterConfig,
-    SamplingConfig,
-    TextConfig,
-    TrainingConfig,
 )
+from paris_ray.config.sections import RESOURCE_KEYS, Config
+from paris_ray.config.training import Precision, TrainingConfig
 
 __all__ = [
     "MAX_EXPERTS",

@@ -3,20 +3,19 @@
 import math
 
 from paris_ray.config.conversion import expert_setup
+from paris_ray.config.corpus import ClusterConfig, CorpusConfig
+from paris_ray.config.encoders import CodecConfig
+from paris_ray.config.fleet import FleetConfig
 from paris_ray.config.lora import LoRARun
-from paris_ray.config.sections import (
+from paris_ray.config.models import (
     MAX_EXPERTS,
     MAX_TEXT_WIDTH,
     MODEL_LIMITS,
-    ClusterConfig,
-    CodecConfig,
-    Config,
-    CorpusConfig,
     ExpertConfig,
-    FleetConfig,
     RouterConfig,
-    TrainingConfig,
 )
+from paris_ray.config.sections import Config
+from paris_ray.config.training import TrainingConfig
 from paris_ray.errors import ConfigError
 
 

@@ -8,7 +8,9 @@ from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from paris_ray.artifacts import canonical_json, sha256_hex
 from paris_ray.config.lora import LoRARun
-from paris_ray.config.sections import RESOURCE_KEYS, Config, ExpertConfig, TrainingConfig
+from paris_ray.config.models import ExpertConfig
+from paris_ray.config.sections import RESOURCE_KEYS, Config
+from paris_ray.config.training import TrainingConfig
 from paris_ray.errors import ConfigError
 
 Section = TypeVar("Section")

@@ -5,7 +5,8 @@ import reprlib
 from dataclasses import dataclass, field
 from typing import Any
 
-from paris_ray.config.sections import CorpusConfig, TrainingConfig
+from paris_ray.config.corpus import CorpusConfig
+from paris_ray.config.training import TrainingConfig
 from paris_ray.errors import ConfigError
 
 # Every projection of every attention; "mlp.0" and "mlp.2" are the others worth naming.

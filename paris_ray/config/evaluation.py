@@ -1,0 +1,28 @@
+"""How pictures are drawn and judged."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SamplingConfig:
+    """Defaults of image generation; written into the bundle."""
+
+    num_inference_steps: int = 8
+    guidance_scale: float = 1.0
+    routing: str = "top-2"
+    router_temperature: float = 1.0  # divides the router's logits
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvaluationConfig:
+    """Caption accuracy over the training captions."""
+
+    max_captions: int | None = None  # captions to draw; null: all
+    max_gallery: int | None = None  # corpus pictures to compare with; null: all
+    dtype: Literal["float32", "bfloat16"] | None = None  # of experts and router; null: as stored
+    batch_size: int = 64
+    num_tasks: int = 2
+    num_cpus: float = 1.0
+    num_gpus: float = 0.0
+    threads: int = 1

@@ -30,20 +30,25 @@ class Clustering:
     Attributes:
         fine_centroids: `(M, D)` unit vectors.
         coarse_of_fine: `(M,)` the coarse cluster of each fine centre.
+        nuisance: What of the features is left out first.
     """
 
     fine_centroids: Features
     coarse_of_fine: NDArray[np.int64]
+    nuisance: "Nuisance"
 
     def assign(self, features: Features) -> NDArray[np.int64]:
         """Return the coarse cluster `(N,)` of unit-length features `(N, D)`."""
-        return self.coarse_of_fine[_nearest(features, self.fine_centroids)]
+        relevant = self.nuisance.remove(features)
+        return self.coarse_of_fine[_nearest(relevant, self.fine_centroids)]
 
     def save(self, folder: Folder) -> None:
         """Write the centres."""
         tensors: dict[str, NDArray[Any]] = {
             "fine_centroids": self.fine_centroids,
             "coarse_of_fine": self.coarse_of_fine,
+            "feature_mean": self.nuisance.mean,
+            "removed_directions": self.nuisance.directions,
         }
         folder.write(WEIGHTS, safetensors.numpy.save(tensors))
 
@@ -51,7 +56,47 @@ class Clustering:
     def load(cls, folder: Folder) -> "Clustering":
         """Read the centres."""
         tensors = safetensors.numpy.load(folder.read(WEIGHTS))
-        return cls(tensors["fine_centroids"], tensors["coarse_of_fine"])
+        nuisance = Nuisance(tensors["feature_mean"], tensors["removed_directions"])
+        return cls(tensors["fine_centroids"], tensors["coarse_of_fine"], nuisance)
+
+
+@dataclass(frozen=True, slots=True)
+class Nuisance:
+    """Directions of features in which they differ most, but not in what matters.
+
+    Attributes:
+        mean: `(D,)` mean of the features that it was fitted to.
+        directions: `(m, D)` orthonormal; m = 0 leaves features as they are.
+    """
+
+    mean: Features
+    directions: Features
+
+    @classmethod
+    def fit(cls, features: Features, count: int) -> "Nuisance":
+        """Return the first `count` principal directions of features `(N, D)`.
+
+        Raises:
+            ConfigError: if features have no more dimensions than that.
+        """
+        if count >= features.shape[1]:
+            raise ConfigError(
+                f"cluster.remove_directions={count} is not allowed: "
+                f"features have {features.shape[1]} dimensions"
+            )
+        mean = features.mean(axis=0)
+        _, vectors = np.linalg.eigh(np.cov(features, rowvar=False))
+        directions = vectors[:, ::-1][:, :count].T
+        return cls(mean, np.ascontiguousarray(directions, dtype=np.float32))
+
+    def remove(self, features: Features) -> Features:
+        """Return unit-length features `(N, D)` without these directions."""
+        if len(self.directions) == 0:
+            return features
+        centred = features - self.mean
+        rest = centred - centred @ self.directions.T @ self.directions
+        relevant: Features = rest / np.maximum(np.linalg.norm(rest, axis=1, keepdims=True), 1e-12)
+        return relevant
 
 
 def fit_clustering(features: Features, config: ClusterConfig, seed: int) -> Clustering:
@@ -63,7 +108,8 @@ def fit_clustering(features: Features, config: ClusterConfig, seed: int) -> Clus
         seed: Seed of faiss' initial centres.
 
     Raises:
-        ConfigError: if there are fewer rows than clusters.
+        ConfigError: if there are fewer rows than clusters, or not more dimensions than
+            `remove_directions`.
     """
     if len(features) < config.num_clusters:
         raise ConfigError(
@@ -71,6 +117,8 @@ def fit_clustering(features: Features, config: ClusterConfig, seed: int) -> Clus
             f"the corpus has only {len(features)} usable rows"
         )
     faiss.omp_set_num_threads(config.threads)
+    nuisance = Nuisance.fit(features, config.remove_directions)
+    features = nuisance.remove(features)
     num_fine = min(config.num_fine, len(features))
     kmeans = faiss.Kmeans(
         features.shape[1],
@@ -83,7 +131,7 @@ def fit_clustering(features: Features, config: ClusterConfig, seed: int) -> Clus
     kmeans.train(np.ascontiguousarray(features, dtype=np.float32))
     fine = np.asarray(kmeans.centroids, dtype=np.float32)
     sizes = np.bincount(_nearest(features, fine), minlength=num_fine)
-    return Clustering(fine, _group_balanced(fine, sizes, config))
+    return Clustering(fine, _group_balanced(fine, sizes, config), nuisance)
 
 
 def _nearest(features: Features, centroids: Features) -> NDArray[np.int64]:

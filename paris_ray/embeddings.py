@@ -9,6 +9,7 @@ Columns, one row an image:
     features            (D,)
     text_embedding      (V, D) float16, one row of it for each caption template, or
     token_ids           (V, L) uint16, if text is a sequence of states: those are too large to keep
+    attribute.NAME      strings, one column for each label of corpus.attributes; empty: it has none
 
 The first of V variants is the caption itself. Tensor columns use Arrow's canonical fixed-shape
 tensor type, which any Arrow implementation reads.
@@ -28,6 +29,7 @@ from paris_ray.errors import ArtifactError
 Column = NDArray[np.generic] | Sequence[str] | Sequence[bytes]
 LATENTS, LATENTS_FLIPPED = "latents", "latents_flipped"
 TEXT_EMBEDDING, TOKEN_IDS = "text_embedding", "token_ids"
+ATTRIBUTE = "attribute."
 NULL_TEXT = "null_text.safetensors"
 ROWS_PER_GROUP = 1024  # of a file that is written
 ROWS_PER_READ = 256

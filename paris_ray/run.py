@@ -5,7 +5,7 @@ from paris_ray.config import Config, run_folder
 from paris_ray.errors import ArtifactError
 
 EMBEDDINGS, ENCODERS, CLUSTERS, SHARD = "embeddings", "encoders", "clusters", "shard"
-EXPERT, ROUTER, EVALUATION, BUNDLE = "expert", "router", "evaluation", "bundle"
+SEED, EXPERT, ROUTER, EVALUATION, BUNDLE = "seed", "expert", "router", "evaluation", "bundle"
 
 # Where a bundle, and the encoders of a run, keep each kind of codec.
 CODEC_FOLDERS = {"patch_pca": "codec", "autoencoder_kl": "vae"}
@@ -28,8 +28,11 @@ class Run:
         self.folder = Folder(run_folder(config))
         self.encoders = self.folder / "encoders"
         self.embeddings = self.folder / "embeddings"
+        self.held_out = self.embeddings / "held_out"
         self.quarantine = self.folder / "quarantine"
         self.clusters = self.folder / "clusters"
+        self.shared = self.clusters / "shared"
+        self.seed = self.folder / "seed"
         self.router = self.folder / "router"
         self.evaluation = self.folder / "evaluation"
         self.bundle = self.folder / "bundle"
@@ -47,6 +50,15 @@ class Run:
     def shard(self, cluster: int) -> Folder:
         """The training data of one cluster."""
         return self.clusters / "shards" / f"cluster={cluster}"
+
+    def held_out_shard(self, cluster: int) -> Folder:
+        """The held-out rows of one cluster, which nothing is trained on."""
+        return self.clusters / "held_out" / f"cluster={cluster}"
+
+    def held_out_shards(self) -> dict[int, Folder]:
+        """The held-out rows of every cluster that has some."""
+        shards = {k: self.held_out_shard(k) for k in range(self.num_experts)}
+        return {k: shard for k, shard in shards.items() if shard.exists()}
 
     def expert(self, index: int) -> Folder:
         """The own folder of one expert."""

@@ -32,6 +32,7 @@ from paris_ray.config.models import (
     PRESETS,
     ExpertConfig,
     RouterConfig,
+    unlike_fields,
 )
 from paris_ray.config.sections import RESOURCE_KEYS, Config
 from paris_ray.config.training import Precision, TrainingConfig
@@ -72,5 +73,6 @@ __all__ = [
     "run_folder",
     "to_dict",
     "to_yaml",
+    "unlike_fields",
     "with_absolute_paths",
 ]

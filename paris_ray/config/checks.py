@@ -1,9 +1,10 @@
 """What the types of a configuration cannot express."""
 
 import math
+import re
 
 from paris_ray.config.conversion import expert_setup
-from paris_ray.config.corpus import ClusterConfig, CorpusConfig
+from paris_ray.config.corpus import COLUMN_NAMES, ClusterConfig, CorpusConfig
 from paris_ray.config.encoders import CodecConfig
 from paris_ray.config.fleet import FleetConfig
 from paris_ray.config.lora import LoRARun
@@ -13,6 +14,7 @@ from paris_ray.config.models import (
     MODEL_LIMITS,
     ExpertConfig,
     RouterConfig,
+    unlike_fields,
 )
 from paris_ray.config.sections import Config
 from paris_ray.config.training import TrainingConfig
@@ -25,8 +27,10 @@ def _require(holds: bool, field_name: str, value: object, allowed: str) -> None:
 
 
 def _check_training(name: str, training: TrainingConfig) -> None:
-    counts = ("steps", "batch_size", "accumulation_steps", "log_every", "checkpoint_every")
-    for key in (*counts, "threads"):
+    counts = ("batch_size", "accumulation_steps", "log_every", "checkpoint_every")
+    least = 0 if name == "seed_training" else 1
+    _require(training.steps >= least, f"{name}.steps", training.steps, f"at least {least}")
+    for key in (*counts, "validate_every", "threads"):
         value = getattr(training, key)
         _require(value >= 1, f"{name}.{key}", value, "at least 1")
     for key in ("epochs", "sample_every"):
@@ -109,11 +113,26 @@ def _check_experts(config: Config) -> dict[str, ExpertConfig]:
     return models
 
 
+def _check_seed(config: Config) -> None:
+    """Check that every expert can start from the seed, before that is trained."""
+    _check_training("seed_training", config.seed_training)
+    if not config.seed_training.steps:
+        return
+    for index in config.experts:
+        setup = expert_setup(config, int(index))
+        if setup.training.init_from is None:
+            fits = not unlike_fields(setup.expert, config.expert)
+            allowed = "tensors like those of the section expert; or its own init_from"
+            _require(fits, f"experts.{index}.expert", config.experts[index], allowed)
+
+
 def _check_clip(config: Config) -> None:
-    """Check what CLIP's token states ask of the experts, before days of encoding."""
+    """Check what CLIP's token states ask of the others, before days of encoding."""
     if config.text.kind == "minilm":
         return
     kind = f"text.kind={config.text.kind}"
+    features = config.cluster.features
+    _require(features == "image", "cluster.features", features, f"image for {kind}")
     _require(config.text.path is not None, "text.path", None, f"a path or a name for {kind}")
     names = [f"experts.{index}." for index in config.experts]
     setups = [config, *(expert_setup(config, int(index)) for index in config.experts)]
@@ -155,7 +174,22 @@ def _check_corpus(corpus: CorpusConfig) -> None:
     _require(corpus.image_size >= 8, "corpus.image_size", corpus.image_size, "at least 8 pixels")
     _require(corpus.rows_per_shard >= 1, "corpus.rows_per_shard", corpus.rows_per_shard, ">= 1")
     _require(corpus.limit is None or corpus.limit >= 1, "corpus.limit", corpus.limit, ">= 1, null")
+    share = corpus.held_out_share
+    _require(0 <= share < 1, "corpus.held_out_share", share, "0 <= x < 1; 0: no row")
+    for key in ("held_out_key", "attributes"):
+        _check_labelling(f"corpus.{key}", getattr(corpus, key))
     _require(0 <= corpus.max_bad_share <= 1, "corpus.max_bad_share", corpus.max_bad_share, "0..1")
+
+
+def _check_labelling(name: str, labelling: str | None) -> None:
+    allowed = "names of columns such as object,background, or a regular expression with groups"
+    if labelling is None or COLUMN_NAMES.fullmatch(labelling):
+        return
+    try:
+        groups = re.compile(labelling).groups
+    except re.error as error:
+        raise ConfigError(f"{name}={labelling!r} is not allowed: {allowed} ({error})") from None
+    _require(groups > 0, name, labelling, allowed)
 
 
 def _check_codec(codec: CodecConfig, image_size: int) -> None:
@@ -175,6 +209,10 @@ def _check_cluster(cluster: ClusterConfig) -> None:
     _require(count >= 1, "cluster.num_clusters", count, "at least 1")
     allowed = f"at least cluster.num_clusters={count}"
     _require(cluster.num_fine >= count, "cluster.num_fine", cluster.num_fine, allowed)
+    count = cluster.remove_directions
+    _require(0 <= count <= 1024, "cluster.remove_directions", count, "between 0 and 1024")
+    share = cluster.shared_share
+    _require(0 <= share <= 0.5, "cluster.shared_share", share, "between 0 and 0.5")
     _require(cluster.max_imbalance >= 1, "cluster.max_imbalance", cluster.max_imbalance, ">= 1")
 
 
@@ -195,7 +233,7 @@ def check(config: Config) -> None:
     Raises:
         ConfigError: naming the field, its value and what is allowed.
     """
-    if config.corpus.kind != "openmoji":
+    if config.corpus.kind not in ("openmoji", "scenes"):
         allowed = f"a path for kind={config.corpus.kind}"
         _require(config.corpus.path is not None, "corpus.path", None, allowed)
     _check_corpus(config.corpus)
@@ -209,6 +247,7 @@ def check(config: Config) -> None:
         _require(value >= 1, f"features.{key}", value, "at least 1")
     _check_training("training", config.training)
     _check_training("router_training", config.router_training)
+    _check_seed(config)
     _check_shapes(config)
     _check_clip(config)
     for key in ("batch_size", "num_tasks", "threads"):

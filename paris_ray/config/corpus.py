@@ -1,22 +1,34 @@
 """Which pictures, and how they are cut into clusters."""
 
+import re
 from dataclasses import dataclass, field
 from typing import Literal
+
+# Labels of rows are named by columns or by the groups of another pattern (`corpora.labels`).
+COLUMN_NAMES = re.compile(r"\w+(,\w+)*")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CorpusConfig:
     """Which captioned images to read, and what counts as a bad row."""
 
-    kind: Literal["openmoji", "image_folder", "parquet", "webdataset"] = "openmoji"
-    path: str | None = None  # folder, or folder of .parquet / .tar files; null for openmoji
+    kind: Literal["scenes", "openmoji", "image_folder", "parquet", "webdataset"] = "openmoji"
+    path: str | None = None  # folder, or folder of .parquet / .tar files; null: the packaged ones
     image_size: int = 32  # pixels; the shorter side is resized, then the centre is cropped
     resize: Literal["lanczos", "adm"] = "lanczos"  # adm: halve with a box, then bicubic, as DiT
     horizontal_flip: bool = False  # also encode the mirror image; training draws one of the two
     limit: int | None = None  # keep only the first rows, in corpus order
     rows_per_shard: int = 64  # the unit of reading, of resuming and of one output file
     caption_templates: list[str] = field(default_factory=lambda: ["{}"])  # first = the caption
-    attribution: str | None = None  # licence line to show beside pictures; openmoji has its own
+    attribution: str | None = None  # licence line to show beside pictures; packaged ones have one
+    # Rows set aside before anything is fitted, to measure with: a share of the corpus, but at least
+    # about 64 rows of a small one, up to a tenth of it; 0: none
+    held_out_share: float = 0.02
+    # What names groups that are withheld as a whole, and then the share is of groups: columns, such
+    # as object,background, or a pattern with groups that is searched in the caption; null: rows
+    held_out_key: str | None = None
+    # What the evaluation compares of drawn and asked pictures: columns, or a pattern with groups
+    attributes: str | None = None
     max_pixels: int = 64_000_000  # a larger image is taken for a decompression bomb
     max_bad_share: float = 0.1  # refuse to go on if more than this share is quarantined
 
@@ -26,8 +38,15 @@ class ClusterConfig:
     """Hierarchical spherical k-means: fine centres, then balanced coarse clusters."""
 
     num_clusters: int = 8
+    # What is clustered. Pictures may agree in what is of no matter, as a background; captions name
+    # what is shown: then every expert meets its subjects in all surroundings. both: side by side
+    features: Literal["image", "caption", "both"] = "image"
+    remove_directions: int = 0  # first principal directions of the features to leave out
     num_fine: int = 128
     iterations: int = 50
     max_imbalance: float = 1.25  # the largest cluster may have this multiple of rows / clusters
+    # Share of every expert's batches that is drawn from the whole corpus: rows written beside the
+    # shards, so that experts do not forget what their cluster lacks; 0: as Paris has it
+    shared_share: float = 0.0
     num_cpus: float = 1.0
     threads: int = 1

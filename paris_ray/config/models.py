@@ -1,6 +1,6 @@
 """The architectures of experts and router."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 from paris_ray.errors import ConfigError
@@ -24,6 +24,20 @@ MODEL_LIMITS = {
 }
 MAX_TEXT_WIDTH = 65_536
 MAX_EXPERTS = 1024
+
+# Fields that two models may differ in while their tensors fit.
+FREE_FIELDS = frozenset(
+    {
+        "prediction",
+        "cosine_offset",
+        "min_alpha",
+        "x0_clamp",
+        "layer_norm_eps",
+        "text_padding_mask",
+        "text_hidden_size",  # only spatial text has it, and does not load with another one
+        "head_activation",
+    }
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -81,3 +95,11 @@ class RouterConfig:
     text_embed_dim: int = 0  # 0: no text, as the released router
     head_activation: Literal["identity", "gelu"] = "identity"  # after the LayerNorm of the head
     layer_norm_eps: float = 1e-6
+
+
+def unlike_fields(
+    model: ExpertConfig | RouterConfig, start: ExpertConfig | RouterConfig
+) -> dict[str, tuple[Any, Any]]:
+    """Return the fields, with both values, for which a model cannot take another's tensors."""
+    both = {f.name: (getattr(model, f.name), getattr(start, f.name)) for f in fields(start)}
+    return {name: v for name, v in both.items() if name not in FREE_FIELDS and v[0] != v[1]}

@@ -23,6 +23,7 @@ RESOURCE_KEYS = frozenset(
         "max_retries",
         "log_every",
         "checkpoint_every",
+        "validate_every",
         "sample_every",
         "tensorboard",
         "accumulation_steps",
@@ -50,6 +51,8 @@ class Config:
     codec: CodecConfig = field(default_factory=CodecConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     expert: ExpertConfig = field(default_factory=ExpertConfig)
+    # One model trained on everything, from which all experts start; steps=0: none, as Paris has it
+    seed_training: TrainingConfig = field(default_factory=lambda: TrainingConfig(steps=0))
     training: TrainingConfig = field(default_factory=TrainingConfig)
     router: RouterConfig = field(default_factory=RouterConfig)
     router_training: TrainingConfig = field(default_factory=TrainingConfig)

@@ -40,6 +40,7 @@ class TrainingConfig:
     threads: int = 1  # torch threads of one training process, never taken from num_cpus
     log_every: int = 25  # steps
     checkpoint_every: int = 200  # steps
+    validate_every: int = 200  # steps between losses on held-out rows; at the next log
     sample_every: int | None = None  # steps between sample grids; null: at the end alone
     tensorboard: bool = False  # also write TensorBoard event files
     num_cpus: float = 1.0

@@ -1,6 +1,7 @@
-"""Captioned pictures in: four kinds of corpora behind one interface."""
+"""Captioned pictures in: all kinds of corpora behind one interface."""
 
 from paris_ray.config import CorpusConfig
+from paris_ray.corpora.held_out import HeldOut, held_out_rule
 from paris_ray.corpora.image_folder import ImageFolder
 from paris_ray.corpora.images import (
     REASONS,
@@ -12,17 +13,20 @@ from paris_ray.corpora.images import (
 from paris_ray.corpora.openmoji import OpenMoji
 from paris_ray.corpora.parquet import Parquet
 from paris_ray.corpora.rows import Corpus, RawRow, Shard
+from paris_ray.corpora.scenes import Scenes
 from paris_ray.corpora.webdataset import WebDataset
 
 __all__ = [
     "REASONS",
     "Corpus",
     "DecodedRow",
+    "HeldOut",
     "QuarantinedRow",
     "RawRow",
     "Shard",
     "decode_row",
     "find_duplicates",
+    "held_out_rule",
     "open_corpus",
 ]
 
@@ -34,6 +38,8 @@ def open_corpus(config: CorpusConfig) -> Corpus:
         CorpusError: if the path does not exist or a package is missing.
     """
     match config.kind:
+        case "scenes":
+            return Scenes(config)
         case "openmoji":
             return OpenMoji(config)
         case "image_folder":

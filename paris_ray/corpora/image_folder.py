@@ -4,11 +4,14 @@ Each line names a picture and its caption: `{"file_name": "cats/1.png", "text": 
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from itertools import islice, pairwise
 from pathlib import Path, PurePath
+from typing import Any
 
 from paris_ray.config import CorpusConfig
+from paris_ray.corpora.labels import label_columns, text_columns
 from paris_ray.corpora.paths import corpus_path
 from paris_ray.corpora.rows import RawRow, Shard
 from paris_ray.errors import CorpusError
@@ -29,6 +32,7 @@ class ImageFolder:
     def __init__(self, config: CorpusConfig) -> None:
         self.attribution: str | None = config.attribution
         self._config = config
+        self._label_columns = label_columns(config)
         self._folder = corpus_path(config)
         self._metadata = self._folder / METADATA
         if not self._metadata.is_file():
@@ -71,16 +75,19 @@ class ImageFolder:
         first = shard.index * self._config.rows_per_shard + 1
         for number, line in enumerate(lines, first):
             try:
-                file_name, caption = _parse(line)
+                entry = _parse(line)
             except (ValueError, RecursionError) as error:  # deep nesting exhausts the parser
                 detail = f"{type(error).__name__}: {error}"
                 yield RawRow(f"{METADATA}:{number}", None, None, "bad_metadata", detail), None
             else:
-                yield RawRow(file_name, None, caption), file_name
+                caption = entry.get("text", entry.get("caption"))
+                columns = text_columns(entry, self._label_columns)
+                file_name = entry["file_name"]
+                yield RawRow(file_name, None, caption, columns=columns), file_name
 
 
-def _parse(line: bytes) -> tuple[str, str | None]:
-    """Return a line's file name and caption.
+def _parse(line: bytes) -> Mapping[str, Any]:
+    """Return a line's fields; `file_name` is a usable one.
 
     Raises:
         ValueError: if the line is not a JSON object with a usable file name.
@@ -92,15 +99,15 @@ def _parse(line: bytes) -> tuple[str, str | None]:
     if not isinstance(file_name, str) or not file_name:
         raise ValueError(f"file_name is {file_name!r}")
     file_name.encode()  # a lone surrogate cannot be stored in a table
-    return file_name, entry.get("text", entry.get("caption"))
+    return entry
 
 
 def _with_image(row: RawRow, folder: Path, file_name: str) -> RawRow:
     try:
         path = _inside(folder, file_name)
-        return RawRow(row.key, path.read_bytes(), row.caption)
+        return replace(row, image=path.read_bytes())
     except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: a loop of symlinks
-        return RawRow(row.key, None, row.caption, "missing_file", str(error))
+        return replace(row, problem="missing_file", detail=str(error))
 
 
 def _inside(folder: Path, file_name: str) -> Path:

@@ -6,13 +6,14 @@ Bad input is expected at scale: nothing here raises for it. Each bad row becomes
 import io
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from paris_ray.config import CorpusConfig
+from paris_ray.corpora.labels import labels_of
 from paris_ray.corpora.rows import RawRow
 
 REASONS: Mapping[str, str] = {
@@ -41,11 +42,13 @@ class DecodedRow:
         key: Identity of the row.
         caption: Caption with single spaces.
         image: uint8 RGB of shape (image_size, image_size, 3).
+        attributes: Labels by name, as `corpus.attributes` says; empty if the row lacks one.
     """
 
     key: str
     caption: str
     image: NDArray[np.uint8]
+    attributes: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +89,10 @@ def decode_row(row: RawRow, config: CorpusConfig) -> DecodedRow | QuarantinedRow
     except _BadRow as bad:
         reason, detail = bad.args
         return QuarantinedRow(row.key, reason, detail)
-    return DecodedRow(row.key, caption, np.array(image))
+    labelling, attributes = config.attributes, None
+    if labelling is not None:
+        attributes = labels_of(labelling, row.columns, caption)
+    return DecodedRow(row.key, caption, np.array(image), attributes or {})
 
 
 def find_duplicates(keys_by_shard: Mapping[int, Sequence[str]]) -> dict[int, frozenset[int]]:

@@ -3,12 +3,14 @@
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from paris_ray.config import CorpusConfig
+from paris_ray.corpora.labels import label_columns, text_columns
 from paris_ray.corpora.paths import corpus_path, list_files
 from paris_ray.corpora.rows import RawRow, Shard
 from paris_ray.errors import CorpusError
@@ -68,11 +70,15 @@ class Parquet:
         problem = "the file was not readable when the corpus was listed"
         try:
             with pq.ParquetFile(shard.source) as file:
-                caption_column = _caption_column(file.schema_arrow.names)
-                for batch in _batches(file, shard, ["image", caption_column]):
+                names = file.schema_arrow.names
+                caption_column = _caption_column(names)
+                labels = [name for name in label_columns(self._config) if name in names]
+                for batch in _batches(file, shard, ["image", caption_column, *labels]):
+                    columns = batch.select(labels).to_pylist()
                     pairs = zip(batch.column("image"), batch.column(caption_column), strict=True)
-                    for image, caption in pairs:
-                        yield _row(next(remaining), image, caption)
+                    for (image, caption), found in zip(pairs, columns, strict=True):
+                        row = _row(next(remaining), image, caption)
+                        yield replace(row, columns=text_columns(found, labels))
         except _READ_ERRORS as error:
             problem = f"{type(error).__name__}: {error}"
         for key in remaining:

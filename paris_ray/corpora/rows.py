@@ -1,7 +1,7 @@
 """What every corpus looks like to the rest: shards of keyed rows, read one after the other."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Protocol
 
 
@@ -32,6 +32,7 @@ class RawRow:
         caption: Caption as written, None if there is none.
         problem: What the reader already knows to be wrong, one of `images.REASONS`.
         detail: The problem in words.
+        columns: What else the corpus says of the row, by name; see `corpora.labels`.
     """
 
     key: str
@@ -39,6 +40,7 @@ class RawRow:
     caption: str | None
     problem: str | None = None
     detail: str = ""
+    columns: Mapping[str, str] = field(default_factory=dict)
 
 
 class Corpus(Protocol):

@@ -3,13 +3,14 @@
 import json
 import sys
 import tarfile
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from paris_ray.config import CorpusConfig
+from paris_ray.corpora.labels import label_columns, text_columns
 from paris_ray.corpora.paths import corpus_path, list_files
 from paris_ray.corpora.rows import RawRow, Shard
 from paris_ray.errors import CorpusError
@@ -41,8 +42,8 @@ class WebDataset:
     """The samples of one tar file, or of a folder of them in the order of their names.
 
     A sample has a picture (`.jpg .jpeg .png .webp`) and a caption: UTF-8 in `.txt`, or `caption` or
-    `text` in `.json`. A tar is a shard. What can be read before damage is kept; the damage is one
-    more row, with the tar's name as its key. Nothing is extracted to disk.
+    `text` in `.json`, where labels are too. A tar is a shard. What can be read before damage is
+    kept; the damage is one more row, with the tar's name as its key. Nothing is extracted to disk.
 
     Args:
         config: `path`, `limit` and `attribution` are used.
@@ -54,6 +55,7 @@ class WebDataset:
     def __init__(self, config: CorpusConfig) -> None:
         self.attribution: str | None = config.attribution
         self._limit = config.limit
+        self._label_columns = label_columns(config)
         self._path = corpus_path(config)
 
     def shards(self) -> list[Shard]:
@@ -90,7 +92,7 @@ class WebDataset:
                 yield RawRow(sample.key, None, None, "unreadable_shard", sample.damage)
                 continue
             with path.open("rb") as stream:
-                row = _read_sample(stream, sample)
+                row = _read_sample(stream, sample, self._label_columns)
             yield row
 
 
@@ -142,14 +144,17 @@ def _members(path: Path) -> Iterator[_Member]:
             raise tarfile.ReadError(f"neither a header nor the end of the archive at byte {end}")
 
 
-def _read_sample(stream: BinaryIO, sample: _Sample) -> RawRow:
+def _read_sample(stream: BinaryIO, sample: _Sample, label_columns: Sequence[str]) -> RawRow:
     extension = next((e for e in IMAGE_EXTENSIONS if e in sample.members), None)
     if extension is None:
         found = ", ".join(sorted(sample.members))
         return RawRow(sample.key, None, None, "missing_file", f"no picture among: {found}")
     image = _bytes(stream, sample.members[extension])
     try:
-        return RawRow(sample.key, image, _caption(stream, sample))
+        row = RawRow(sample.key, image, _caption(stream, sample))
+        if not label_columns or "json" not in sample.members:
+            return row
+        return replace(row, columns=text_columns(_document(stream, sample), label_columns))
     except UnicodeDecodeError:
         return RawRow(sample.key, image, None, "missing_caption", "the caption is not UTF-8")
     except (ValueError, RecursionError) as error:  # deep nesting exhausts the parser
@@ -161,10 +166,15 @@ def _caption(stream: BinaryIO, sample: _Sample) -> str | None:
         return _bytes(stream, sample.members["txt"]).decode()
     if "json" not in sample.members:
         return None
+    entry = _document(stream, sample)
+    return entry.get("caption", entry.get("text"))
+
+
+def _document(stream: BinaryIO, sample: _Sample) -> dict[str, Any]:
     entry = json.loads(_bytes(stream, sample.members["json"]))
     if not isinstance(entry, dict):
         raise ValueError(f"a JSON object was expected, not {type(entry).__name__}")
-    return entry.get("caption", entry.get("text"))
+    return entry
 
 
 def _bytes(stream: BinaryIO, member: _Member) -> bytes:

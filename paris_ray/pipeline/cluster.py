@@ -13,6 +13,7 @@ from paris_ray.clustering import Clustering, fit_clustering
 from paris_ray.config import Config
 from paris_ray.embeddings import (
     NULL_TEXT,
+    TEXT_EMBEDDING,
     column_names,
     num_rows,
     part_names,
@@ -39,15 +40,24 @@ from paris_ray.seeding import derive_seed, numpy_generator
 logger = logging.getLogger("paris_ray")
 
 SECTIONS = ("seed", "cluster")
+FEATURE_COLUMNS = {
+    "image": ("features",),
+    "caption": (TEXT_EMBEDDING,),
+    "both": ("features", TEXT_EMBEDDING),
+}
 MAX_FIT_ROWS = 200_000
 MIN_SPLIT_TASKS = 64  # as many as there are files, if there are fewer; a shard has a file of each
 SPLIT_TASK_ROWS = 20_000  # about so many does one task hold in memory
+MAX_SHARED_ROWS = 100_000
 PICTURES_PER_CLUSTER = 60
 WORDS_PER_CLUSTER = 12
 
 
 def prepare_clusters(config: Config, embeddings: Manifest) -> Manifest:
-    """Publish `clusters/`: centroids, shards and `report.html`."""
+    """Publish `clusters/`: centroids, shards, held-out rows by cluster and `report.html`.
+
+    With `cluster.shared_share` also `shared/`, rows of the whole corpus for every expert.
+    """
     run = Run(config)
     parents = {"embeddings": embeddings.digest}
     stage = Stage(CLUSTERS, run.clusters, config, sections=SECTIONS, parents=parents)
@@ -57,11 +67,19 @@ def prepare_clusters(config: Config, embeddings: Manifest) -> Manifest:
     stage.begin()
     num_cpus = config.cluster.num_cpus
     ray.get(fit_clusters.options(num_cpus=num_cpus).remote(config))
-    num_tasks = max(MIN_SPLIT_TASKS, embeddings.facts["rows"] // SPLIT_TASK_ROWS)
-    groups = np.array_split(part_names(run.embeddings), num_tasks)
     split = split_parts.options(num_cpus=num_cpus)
-    ray.get([split.remote(config, i, list(map(str, g))) for i, g in enumerate(groups) if len(g)])
-    sizes = [_publish_shard(run, stage.config_digest, k) for k in range(run.num_experts)]
+    jobs = [
+        (held_out, index, names)
+        for held_out, folder in ((False, run.embeddings), (True, run.held_out))
+        for index, names in enumerate(_groups(folder, embeddings.facts["rows"]))
+    ]
+    ray.get([split.remote(config, *job) for job in jobs])
+    for folder in run.held_out_shards().values():
+        folder.write(NULL_TEXT, run.encoders.read(NULL_TEXT))
+    if config.cluster.shared_share:
+        _publish_shard(run, stage.config_digest, run.shared)
+    shards = [run.shard(k) for k in range(run.num_experts)]
+    sizes = [_publish_shard(run, stage.config_digest, shard) for shard in shards]
     logger.info("cluster: sizes %s", sizes)
     if not all(sizes):
         raise ConfigError(
@@ -73,6 +91,13 @@ def prepare_clusters(config: Config, embeddings: Manifest) -> Manifest:
     return stage.publish({"sizes": sizes})
 
 
+def _groups(folder: Folder, num_rows: int) -> list[list[str]]:
+    """Return the names of the files in groups, each for one task."""
+    num_tasks = max(MIN_SPLIT_TASKS, num_rows // SPLIT_TASK_ROWS)
+    groups = np.array_split(part_names(folder), num_tasks)
+    return [list(map(str, group)) for group in groups if len(group)]
+
+
 @ray.remote
 def fit_clusters(config: Config) -> None:
     """Fit the centres to a sample of the features."""
@@ -82,35 +107,61 @@ def fit_clusters(config: Config) -> None:
 
 
 def _sample_features(run: Run) -> NDArray[np.float32]:
-    """Return the features of MAX_FIT_ROWS random rows, or of all, in corpus order."""
+    """Return what is clustered of MAX_FIT_ROWS random rows, or of all, in corpus order."""
     count = sum(num_rows(run.embeddings, name) for name in part_names(run.embeddings))
     wanted = np.ones(count, bool)
     if count > MAX_FIT_ROWS:
         order = numpy_generator(run.config.seed, "cluster sample").permutation(count)
         wanted[order[MAX_FIT_ROWS:]] = False
+    names = FEATURE_COLUMNS[run.config.cluster.features]
     chunks, start = [], 0
-    for chunk in stream_column(run.embeddings, "features"):
-        chunks.append(chunk[wanted[start : start + len(chunk)]].astype(np.float32))
-        start += len(chunk)
+    for columns in zip(*(stream_column(run.embeddings, name) for name in names), strict=True):
+        rows = wanted[start : start + len(columns[0])]
+        chunks.append(_unit_length([column[rows] for column in columns]))
+        start += len(rows)
     return np.concatenate(chunks)
 
 
+def _unit_length(columns: Sequence[NDArray[np.generic]]) -> NDArray[np.float32]:
+    """Return unit-length features `(N, D)` of columns of features or of caption variants.
+
+    Of several columns each has an equal part; of caption variants the first counts.
+    """
+    parts = []
+    for column in columns:
+        part = (column[:, 0] if column.ndim == 3 else column).astype(np.float32)
+        norms = np.linalg.norm(part, axis=1, keepdims=True)
+        parts.append(part / np.maximum(norms * len(columns) ** 0.5, 1e-12))
+    return np.concatenate(parts, axis=1)
+
+
 @ray.remote
-def split_parts(config: Config, index: int, names: Sequence[str]) -> None:
-    """Send the rows of some embedding files to the shards of their clusters."""
-    run = Run(config)
-    table = read_parts(run.embeddings, names, column_names(run.embeddings))
-    features = tensor_column(table, "features").astype(np.float32)
-    clusters = Clustering.load(run.clusters).assign(features)
+def split_parts(config: Config, held_out: bool, index: int, names: Sequence[str]) -> None:
+    """Send the rows of some files, of training or held out, to the shards of their clusters."""
+    run, part = Run(config), f"part-{index:06d}.parquet"
+    source, target = (run.held_out, run.held_out_shard) if held_out else (run.embeddings, run.shard)
+    table = read_parts(source, names, column_names(source))
+    columns = [tensor_column(table, n) for n in FEATURE_COLUMNS[config.cluster.features]]
+    clusters = Clustering.load(run.clusters).assign(_unit_length(columns))
     for k in range(run.num_experts):
         rows = table.filter(pa.array(clusters == k))
         if rows.num_rows:
-            write_part(run.shard(k), f"part-{index:06d}.parquet", rows)
+            write_part(target(k), part, rows)
+    if config.cluster.shared_share and not held_out:
+        _share(run, index, table)
 
 
-def _publish_shard(run: Run, config_digest: str, cluster: int) -> int:
+def _share(run: Run, index: int, table: pa.Table) -> None:
+    """Write some rows, or all if there are not many, to the rows that every expert has."""
+    total = sum(num_rows(run.embeddings, name) for name in part_names(run.embeddings))
+    generator = numpy_generator(run.config.seed, "shared", index)
+    chosen = generator.random(table.num_rows) < MAX_SHARED_ROWS / total
+    if chosen.any():
+        write_part(run.shared, f"part-{index:06d}.parquet", table.filter(pa.array(chosen)))
+
+
+def _publish_shard(run: Run, config_digest: str, shard: Folder) -> int:
     """Make a shard an artefact of its own, so that an expert needs to read nothing else."""
-    shard = run.shard(cluster)
     shard.write(NULL_TEXT, run.encoders.read(NULL_TEXT))
     rows = sum(num_rows(shard, name) for name in part_names(shard))
     publish(shard, SHARD, config_digest=config_digest, parents={}, facts={"rows": rows})

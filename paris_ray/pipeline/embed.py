@@ -17,7 +17,7 @@ from ray.data import ActorPoolStrategy, DataContext
 
 from paris_ray.artifacts import Manifest
 from paris_ray.config import Config
-from paris_ray.corpora import Shard, find_duplicates, open_corpus
+from paris_ray.corpora import HeldOut, Shard, find_duplicates, held_out_rule, open_corpus
 from paris_ray.embeddings import num_rows, part_names, read_table
 from paris_ray.errors import CorpusError
 from paris_ray.pipeline.embedders import FeatureEmbedder, LatentEmbedder, TextEmbedder
@@ -35,10 +35,11 @@ PRINT_INTERVAL_S = 5.0
 
 
 def prepare_embeddings(config: Config, encoders: Manifest) -> Manifest:
-    """Publish `embeddings/` and `quarantine/`.
+    """Publish `embeddings/`, with `held_out/` in it, and `quarantine/`.
 
     Raises:
-        CorpusError: if more than `corpus.max_bad_share` of the rows are bad.
+        CorpusError: if more than `corpus.max_bad_share` of the rows are bad, or none are left for
+            training.
     """
     run = Run(config)
     parents = {"encoders": encoders.digest}
@@ -54,7 +55,8 @@ def prepare_embeddings(config: Config, encoders: Manifest) -> Manifest:
     pending = _pending(run, shards, keys)
     if pending:
         num_pending = sum(len(keys[shard.index]) for shard in pending)
-        _follow(_embedding(config, pending, duplicates), num_pending)
+        held_out = held_out_rule(config.corpus, corpus, config.seed)
+        _follow(_embedding(config, pending, duplicates, held_out), num_pending)
     counts = count_rows(run, sum(map(len, keys.values())))
     refuse_bad_corpus(config, counts)
     return stage.publish(counts | {"attribution": corpus.attribution})
@@ -66,7 +68,8 @@ def _pending(run: Run, shards: Sequence[Shard], keys: Mapping[int, Sequence[str]
     What it left of them is deleted: the next run may cut them into files elsewhere.
     """
     found: Counter[int] = Counter()
-    for folder in (run.embeddings, run.quarantine):
+    folders = (run.embeddings, run.held_out, run.quarantine)
+    for folder in folders:
         for name in part_names(folder):
             found[shard_of(name)] += num_rows(folder, name)
     read_to_the_end = {shard_of(name) for name in part_names(run.quarantine)}
@@ -76,7 +79,7 @@ def _pending(run: Run, shards: Sequence[Shard], keys: Mapping[int, Sequence[str]
         if shard.index not in read_to_the_end or found[shard.index] != len(keys[shard.index])
     ]
     indices = {shard.index for shard in pending}
-    for folder in (run.embeddings, run.quarantine):
+    for folder in folders:
         for name in part_names(folder):
             if shard_of(name) in indices:
                 folder.delete(name)
@@ -84,13 +87,16 @@ def _pending(run: Run, shards: Sequence[Shard], keys: Mapping[int, Sequence[str]
 
 
 def _embedding(
-    config: Config, shards: Sequence[Shard], duplicates: Mapping[int, frozenset[int]]
+    config: Config,
+    shards: Sequence[Shard],
+    duplicates: Mapping[int, frozenset[int]],
+    held_out: HeldOut,
 ) -> ray.data.Dataset:
     """Return the Ray Data pipeline over some shards; it runs when it is iterated."""
     items = [asdict(s) | {"duplicates": sorted(duplicates.get(s.index, ()))} for s in shards]
     _quiet_ray_data()
     dataset = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
-        ShardReader(config), batch_size=1, num_cpus=TASK_CPUS
+        ShardReader(config, held_out), batch_size=1, num_cpus=TASK_CPUS
     )
     for encoder, pool in (
         (TextEmbedder, config.text.pool),
@@ -138,25 +144,38 @@ def count_rows(run: Run, num_keys: int) -> dict[str, Any]:
     reasons: Counter[str] = Counter()
     if part_names(run.quarantine):
         reasons.update(read_table(run.quarantine, ["reason"])["reason"].to_pylist())
-    good = sum(num_rows(run.embeddings, name) for name in part_names(run.embeddings))
-    if good + reasons.total() != num_keys:
+    good, held_out = (
+        sum(num_rows(folder, name) for name in part_names(folder))
+        for folder in (run.embeddings, run.held_out)
+    )
+    read = good + held_out + reasons.total()
+    if read != num_keys:
         raise CorpusError(
-            f"{num_keys} rows were listed but {good + reasons.total()} were read: the corpus "
+            f"{num_keys} rows were listed but {read} were read: the corpus "
             "changed meanwhile; run again"
         )
     for reason, count in sorted(reasons.items()):
         logger.warning("quarantined: %d rows, %s", count, reason)
-    logger.info("embed: %d rows good, %d quarantined", good, reasons.total())
-    return {"rows": good, "quarantined": dict(sorted(reasons.items()))}
+    logger.info(
+        "embed: %d rows for training, %d held out, %d quarantined", good, held_out, reasons.total()
+    )
+    quarantined = dict(sorted(reasons.items()))
+    return {"rows": good, "held_out": held_out, "quarantined": quarantined}
 
 
 def refuse_bad_corpus(config: Config, counts: Mapping[str, Any]) -> None:
     """Raise CorpusError if a larger share of the rows is bad than `corpus.max_bad_share`."""
-    good, bad = counts["rows"], sum(counts["quarantined"].values())
+    good, bad = counts["rows"] + counts["held_out"], sum(counts["quarantined"].values())
     share = bad / max(1, good + bad)
     if share > config.corpus.max_bad_share or good == 0:
         raise CorpusError(
             f"{bad} of {good + bad} rows are bad ({share:.1%}, "
             f"corpus.max_bad_share={config.corpus.max_bad_share}): {counts['quarantined']}; "
             f"see {Run(config).quarantine.uri}"
+        )
+    if counts["rows"] == 0:
+        raise CorpusError(
+            f"all {good} usable rows are held out (corpus.held_out_share="
+            f"{config.corpus.held_out_share}, corpus.held_out_key={config.corpus.held_out_key!r}): "
+            "none are left to train on"
         )

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from paris_ray.artifacts import Manifest, VerifiedFolder
 from paris_ray.config import Config
-from paris_ray.corpora import DecodedRow, decode_row, open_corpus
+from paris_ray.corpora import DecodedRow, decode_row, held_out_rule, open_corpus
 from paris_ray.embeddings import write_null_text
 from paris_ray.encoders.autoencoder import copy_autoencoder_kl
 from paris_ray.encoders.clip import TEXT_ENCODER, TOKENIZER, ClipText
@@ -113,18 +113,24 @@ def _images(rows: list[DecodedRow]) -> NDArray[np.uint8]:
 
 
 def _first_valid_rows(config: Config) -> list[DecodedRow]:
-    """Return the pictures that something is fitted to; raises CorpusError if there is none."""
+    """Return the pictures that something is fitted to: none that is held out.
+
+    Raises:
+        CorpusError: if there is none, or `corpus.held_out_key` names no group.
+    """
     rows = list(islice(_valid_rows(config), config.features.max_images))
     if not rows:
-        raise CorpusError(f"corpus.path={config.corpus.path!r} has no usable row")
+        raise CorpusError(
+            f"corpus.path={config.corpus.path!r} has no usable row that is not held out"
+        )
     return rows
 
 
 def _valid_rows(config: Config) -> Iterator[DecodedRow]:
     """Yield usable rows in corpus order; the embedding pass counts and keeps the bad ones."""
     corpus = open_corpus(config.corpus)
-    for shard in corpus.shards():
-        for raw in corpus.read(shard):
-            row = decode_row(raw, config.corpus)
-            if isinstance(row, DecodedRow):
-                yield row
+    held_out = held_out_rule(config.corpus, corpus, config.seed)
+    for raw in (raw for shard in corpus.shards() for raw in corpus.read(shard)):
+        row = None if held_out.holds(raw) else decode_row(raw, config.corpus)
+        if isinstance(row, DecodedRow):
+            yield row

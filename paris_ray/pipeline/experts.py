@@ -1,8 +1,9 @@
 """Experts: K isolated Ray tasks, one a cluster.
 
-A task is a function of (config, shard, expert id, seed, output). It gets no reference to another
-expert, no actor and no collective; an expert trained alone and one trained beside the others are
-equal to the bit (same machine kind and thread count).
+A task is a function of (config, expert id, seed): its data and its output are folders of the run,
+and it reads no other's output but the seed's, which was finished before. It gets no reference to
+another expert, no actor and no collective; an expert trained alone and one trained beside the
+others are equal to the bit (same machine kind and thread count).
 """
 
 import json
@@ -25,9 +26,9 @@ from paris_ray.pipeline.placement import on_reserved_device, placed
 from paris_ray.pipeline.progress import ProgressFile, Task, watch
 from paris_ray.pipeline.samples import SampleGrid
 from paris_ray.pipeline.stage import Stage, start_parent
-from paris_ray.run import EXPERT, EXPERT_WEIGHTS, SHARD, Run
+from paris_ray.run import EXPERT, EXPERT_WEIGHTS, SEED, SHARD, Run
 from paris_ray.seeding import derive_seed
-from paris_ray.training.expert import train_expert
+from paris_ray.training.expert import ExpertData, train_expert
 
 logger = logging.getLogger("paris_ray")
 
@@ -46,7 +47,7 @@ def train_experts(config: Config, only: Sequence[int] | None = None) -> None:
 
     Raises:
         TrainingError: naming the experts that failed, after all others are done.
-        ArtifactError: if prepare has not finished.
+        ArtifactError: if prepare, or the seed where there is one, has not finished.
         ConfigError: if an expert's setup or place is not allowed.
     """
     run = Run(config)
@@ -55,7 +56,10 @@ def train_experts(config: Config, only: Sequence[int] | None = None) -> None:
     stages = {k: _expert_stage(run, k, setup) for k, setup in setups.items()}
     todo = [k for k, stage in stages.items() if stage.finished() is None]
     places = {k: placed(train_one_expert, f"expert-{k}", setups[k].training) for k in todo}
-    tasks = {f"expert {k}": _submit(run, k, setups[k], places[k]) for k in todo}
+    tasks = {
+        f"expert {k}": Task(place.remote(setups[k], k), run.expert(k), setups[k].training)
+        for k, place in places.items()
+    }
     failed = []
     for name, error in watch(tasks):
         if error is None:
@@ -69,38 +73,73 @@ def train_experts(config: Config, only: Sequence[int] | None = None) -> None:
 
 
 def _setup(run: Run, expert: int) -> Config:
+    """Return the setup of one expert, which starts from the seed unless it says otherwise."""
     if not 0 <= expert < run.num_experts:
         raise TrainingError(f"expert {expert} does not exist: allowed 0..{run.num_experts - 1}")
     setup = expert_setup(run.config, expert)
-    return replace(setup, training=on_reserved_device(setup.training))
+    training = on_reserved_device(setup.training)
+    if run.config.seed_training.steps and training.init_from is None:
+        read_manifest(run.seed, SEED)  # else a half-written one would do
+        training = replace(training, init_from=run.seed.uri)
+    return replace(setup, training=training)
 
 
 def _expert_stage(run: Run, expert: int, setup: Config) -> Stage:
-    parents = {"shard": read_manifest(run.shard(expert), SHARD).digest}
-    parents |= start_parent(setup.training, EXPERT_WEIGHTS)
+    parents = _data_digests(run, expert) | start_parent(setup.training, EXPERT_WEIGHTS)
     return Stage(EXPERT, run.expert(expert), setup, sections=SECTIONS, parents=parents)
 
 
-def _submit(run: Run, expert: int, setup: Config, place: Any) -> Task:
-    result = place.remote(
-        setup,
-        run.shard(expert).uri,
-        expert,
-        derive_seed(setup.seed, "expert", expert),
-        run.expert(expert).uri,
-        run.encoders.uri,
+def _data_digests(run: Run, expert: int) -> dict[str, str]:
+    """Return the digests of what an expert is trained on."""
+    digests = {"shard": read_manifest(run.shard(expert), SHARD).digest}
+    if run.config.cluster.shared_share:
+        digests["shared"] = read_manifest(run.shared, SHARD).digest
+    return digests
+
+
+def _expert_data(run: Run, expert: int) -> ExpertData:
+    held_out = run.held_out_shards()
+    own = [held_out.pop(expert)] if expert in held_out else []
+    share = run.config.cluster.shared_share
+    return ExpertData(
+        shards=[run.shard(expert)],
+        digests=_data_digests(run, expert),
+        shared=run.shared if share else None,
+        shared_share=share,
+        held_out=own,
+        held_out_others=list(held_out.values()),
     )
-    return Task(result, run.expert(expert), setup.training)
 
 
 @ray.remote
-def train_one_expert(
-    setup: Config, shard_uri: str, expert: int, seed: int, output_uri: str, encoders_uri: str
-) -> dict[str, Any]:
+def train_one_expert(setup: Config, expert: int) -> dict[str, Any]:
     """Train one expert on its shard and draw sample grids; return a small report."""
-    shard, output, encoders = Folder(shard_uri), Folder(output_uri), Folder(encoders_uri)
-    manifest = read_manifest(shard, SHARD)
-    grid = cache(partial(SampleGrid, setup, shard, encoders, seed))  # when the shard was checked
+    run = Run(setup)
+    report = train_and_draw(
+        setup,
+        _expert_data(run, expert),
+        name=f"expert-{expert}",
+        seed=derive_seed(setup.seed, "expert", expert),
+        output=run.expert(expert),
+    )
+    rows = read_manifest(run.shard(expert), SHARD).facts["rows"]
+    return {"expert": expert, "rows": rows, **report}
+
+
+def train_and_draw(
+    setup: Config, data: ExpertData, *, name: str, seed: int, output: Folder
+) -> dict[str, Any]:
+    """Train an expert in this process and draw sample grids; return its last metrics.
+
+    Args:
+        setup: Its configuration.
+        data: What it is trained on.
+        name: What its metrics are called.
+        seed: Decides weights, order, noise and the grids.
+        output: Its own folder.
+    """
+    encoders = Run(setup).encoders
+    grid = cache(partial(SampleGrid, setup, data.shards[0], encoders, seed))  # when data is checked
 
     def draw_samples(average: Expert, step: int) -> None:
         output.write(f"{SAMPLES}/step-{step:06d}.png", grid().draw(average))
@@ -108,16 +147,15 @@ def train_one_expert(
     train_expert(
         setup.expert,
         setup.training,
-        shard=shard,
-        shard_digest=manifest.digest,
+        data=data,
         seed=seed,
         output=output,
-        on_progress=ProgressFile(output, f"expert-{expert}"),
+        on_progress=ProgressFile(output, name),
         text_encoder=encoders,
         draw_samples=draw_samples,
     )
     assert not torch.distributed.is_initialized(), "experts must train without any collective"
     trained = load_expert(VerifiedFolder(output, None)).to(resolve_device(setup.training.device))
     output.write("samples.png", grid().draw(trained))
-    last_metrics = json.loads(output.read(METRICS).splitlines()[-1])
-    return {"expert": expert, "rows": manifest.facts["rows"], **last_metrics}
+    metrics: dict[str, Any] = json.loads(output.read(METRICS).splitlines()[-1])
+    return metrics

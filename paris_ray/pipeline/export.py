@@ -1,6 +1,6 @@
 """Export: the trained parts as one model folder, with a card of measured numbers only."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from paris_ray.artifacts import MANIFEST, Manifest, read_manifest
 from paris_ray.bundle import Bundle
@@ -9,7 +9,17 @@ from paris_ray.errors import ArtifactError
 from paris_ray.export import open_trained_parts, write_bundle
 from paris_ray.model_card import model_card
 from paris_ray.pipeline.stage import Stage
-from paris_ray.run import BUNDLE, CLUSTERS, EMBEDDINGS, EVALUATION, EXPERT, ROUTER, Run
+from paris_ray.run import (
+    BUNDLE,
+    CLUSTERS,
+    EMBEDDINGS,
+    EVALUATION,
+    EXPERT,
+    EXPERT_WEIGHTS,
+    ROUTER,
+    SEED,
+    Run,
+)
 
 SECTIONS = ("sampling",)
 
@@ -51,8 +61,18 @@ def _card(run: Run, bundle: Bundle, evaluation: Manifest | None) -> str:
         cluster_sizes=list(read_manifest(run.clusters, CLUSTERS).facts["sizes"]),
         router=read_manifest(run.router, ROUTER).facts,
         losses=[expert.facts["loss"] for expert in experts],
-        started_from={
-            f"expert_{k}": e.parents["init"] for k, e in enumerate(experts) if "init" in e.parents
-        },
+        started_from=_started_from(run, experts),
         evaluation=None if evaluation is None else evaluation.facts,
     )
+
+
+def _started_from(run: Run, experts: Sequence[Manifest]) -> dict[str, str]:
+    """Return the digests of the weights of elsewhere that parts started from, by part."""
+    parents = {f"expert_{k}": expert.parents for k, expert in enumerate(experts)}
+    starts = {name: p["init"] for name, p in parents.items() if "init" in p}
+    if run.config.seed_training.steps:
+        seed = read_manifest(run.seed, SEED)
+        own = seed.files[EXPERT_WEIGHTS]
+        starts = {name: digest for name, digest in starts.items() if digest != own}
+        starts |= {"seed": seed.parents["init"]} if "init" in seed.parents else {}
+    return starts

@@ -66,7 +66,9 @@ def train_lora(run: LoRARun, *, bundle: str, expert: int, data: str, output: str
     """
     opened = load_bundle(bundle)
     _check_fit(run, opened, expert)
-    corpus = replace(_corpus(run.corpus, data), image_size=opened.facts.picture_size)
+    # All pictures are trained on: there are few, and the adapter is judged by what it adds.
+    size = opened.facts.picture_size
+    corpus = replace(_corpus(run.corpus, data), image_size=size, held_out_share=0.0)
     run = replace(run, corpus=corpus, training=on_reserved_device(run.training))
     stage = Stage(LORA, Folder(output), run, sections=SECTIONS, parents=_parents(opened, expert))
     manifest = stage.finished()

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from paris_ray.artifacts import Manifest
 from paris_ray.bundle import Bundle
 from paris_ray.config import Config
-from paris_ray.corpora import find_duplicates, open_corpus
+from paris_ray.corpora import find_duplicates, held_out_rule, open_corpus
 from paris_ray.embeddings import (
     LATENTS,
     LATENTS_FLIPPED,
@@ -50,7 +50,8 @@ def embed_pictures(setup: Config, bundle: Bundle, parents: Mapping[str, str]) ->
     shards = corpus.shards()
     keys = {shard.index: corpus.keys(shard) for shard in shards}
     duplicates = find_duplicates(keys)
-    read, write = ShardReader(setup), ShardWriter(setup)
+    held_out = held_out_rule(setup.corpus, corpus, setup.seed)
+    read, write = ShardReader(setup, held_out), ShardWriter(setup)
     for shard in shards:
         item = asdict(shard) | {"duplicates": sorted(duplicates[shard.index])}
         for batch in read({name: np.array([value]) for name, value in item.items()}):

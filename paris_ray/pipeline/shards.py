@@ -5,6 +5,7 @@ an import of torch would take longer than their work.
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -14,8 +15,10 @@ from PIL import Image
 
 from paris_ray.artifacts import Folder
 from paris_ray.config import Config
-from paris_ray.corpora import DecodedRow, QuarantinedRow, Shard, decode_row, open_corpus
+from paris_ray.corpora import DecodedRow, HeldOut, QuarantinedRow, Shard, decode_row, open_corpus
+from paris_ray.corpora.labels import label_names
 from paris_ray.embeddings import (
+    ATTRIBUTE,
     LATENTS,
     LATENTS_FLIPPED,
     TEXT_EMBEDDING,
@@ -45,11 +48,27 @@ def shard_of(name: str) -> int:
     return int(name.split("-")[1])
 
 
-class ShardReader:
-    """Reads one corpus shard: good rows go on, bad rows go to `quarantine/`."""
+@dataclass(slots=True)
+class _Block:
+    """Good rows that wait to be passed on: those of training or those held out, never both."""
 
-    def __init__(self, config: Config) -> None:
-        self.config = config
+    shard: Shard
+    held_out: bool
+    first: int = 0
+    rows: list[DecodedRow] = field(default_factory=list)
+
+
+class ShardReader:
+    """Reads one corpus shard: good rows go on, bad rows go to `quarantine/`.
+
+    Args:
+        config: The run.
+        held_out: Which rows go on apart from the others, in blocks of their own.
+    """
+
+    def __init__(self, config: Config, held_out: HeldOut) -> None:
+        self.config, self.held_out = config, held_out
+        self.attributes = label_names(config.corpus.attributes)
 
     def __call__(self, batch: Batch) -> Iterator[Batch]:
         """Yield the good rows of the one shard that `batch` describes, some at a time.
@@ -64,36 +83,45 @@ class ShardReader:
             stop=int(batch["stop"][0]),
         )
         duplicates = set(np.asarray(batch["duplicates"][0]).tolist())
-        good: list[DecodedRow] = []
         bad: list[QuarantinedRow] = []
-        first = 0
-        for row in self._decode(shard, duplicates):
+        blocks = [_Block(shard, held_out) for held_out in (False, True)]
+        for row, held_out in self._decode(shard, duplicates):
             if isinstance(row, QuarantinedRow):
                 bad.append(row)
-            else:
-                good.append(row)
-            if len(good) == self.config.corpus.rows_per_shard:
-                yield self._columns(shard, first, good)
-                first, good = first + len(good), []
-        if good:
-            yield self._columns(shard, first, good)
+                continue
+            blocks[held_out].rows.append(row)
+            if len(blocks[held_out].rows) == self.config.corpus.rows_per_shard:
+                yield self._pass_on(blocks[held_out])
+        yield from (self._pass_on(block) for block in blocks if block.rows)
         _write_quarantine(Run(self.config).quarantine, shard, bad)
 
-    def _decode(self, shard: Shard, duplicates: set[int]) -> Iterator[DecodedRow | QuarantinedRow]:
+    def _decode(
+        self, shard: Shard, duplicates: set[int]
+    ) -> Iterator[tuple[DecodedRow | QuarantinedRow, bool]]:
+        """Yield every row and whether it is held out."""
         for i, raw in enumerate(open_corpus(self.config.corpus).read(shard)):
             if i in duplicates:
-                yield QuarantinedRow(raw.key, "duplicate_key", "an earlier row has this key")
+                detail = "an earlier row has this key"
+                yield QuarantinedRow(raw.key, "duplicate_key", detail), False
             else:
-                yield decode_row(raw, self.config.corpus)
+                yield decode_row(raw, self.config.corpus), self.held_out.holds(raw)
 
-    def _columns(self, shard: Shard, first: int, rows: list[DecodedRow]) -> Batch:
-        return {
-            "shard": np.full(len(rows), shard.index),
+    def _pass_on(self, block: _Block) -> Batch:
+        """Return the waiting rows as columns, and wait for the next ones."""
+        first, rows = block.first, block.rows
+        block.first, block.rows = first + len(rows), []
+        batch = {
+            "shard": np.full(len(rows), block.shard.index),
+            "held_out": np.full(len(rows), block.held_out),
             "row": np.arange(first, first + len(rows)),
             "key": np.array([row.key for row in rows], dtype=object),
             "caption": np.array([row.caption for row in rows], dtype=object),
             "image": np.stack([row.image for row in rows]),
         }
+        for name in self.attributes:
+            values = [row.attributes.get(name, "") for row in rows]
+            batch[f"{ATTRIBUTE}{name}"] = np.array(values, dtype=object)
+        return batch
 
 
 def _write_quarantine(folder: Folder, shard: Shard, rows: list[QuarantinedRow]) -> None:
@@ -103,10 +131,11 @@ def _write_quarantine(folder: Folder, shard: Shard, rows: list[QuarantinedRow]) 
 
 
 class ShardWriter:
-    """Writes rows as one file of `embeddings/`; returns how many."""
+    """Writes rows as one file of `embeddings/` or of its `held_out/`; returns how many."""
 
     def __init__(self, config: Config) -> None:
-        self.folder = Run(config).embeddings
+        run = Run(config)
+        self.folders = (run.embeddings, run.held_out)
 
     def __call__(self, batch: Batch) -> Batch:
         """Write rows that follow each other in one shard: Ray Data may have cut it into blocks."""
@@ -115,7 +144,9 @@ class ShardWriter:
             shard, first = int(batch["shard"][0]), int(batch["row"][0])
             assert (batch["shard"] == shard).all(), "a block holds rows of several shards"
             assert (batch["row"] == np.arange(first, first + count)).all(), "rows lost their order"
-            write_part(self.folder, part_name(shard, first), _embeddings_table(batch))
+            held_out = bool(batch["held_out"][0])
+            assert (batch["held_out"] == held_out).all(), "a block mixes held-out rows with others"
+            write_part(self.folders[held_out], part_name(shard, first), _embeddings_table(batch))
         return {"rows": np.array([count])}
 
 
@@ -123,9 +154,14 @@ def _embeddings_table(batch: Batch) -> pa.Table:
     thumbnails = [png_bytes(Image.fromarray(thumbnail(image))) for image in batch["image"]]
     return to_table(
         {
-            "key": [str(key) for key in batch["key"]],
-            "caption": [str(caption) for caption in batch["caption"]],
+            "key": _texts(batch["key"]),
+            "caption": _texts(batch["caption"]),
             "thumbnail": thumbnails,
+            **{name: _texts(batch[name]) for name in batch if name.startswith(ATTRIBUTE)},
             **{name: batch[name] for name in TENSORS if name in batch},
         }
     )
+
+
+def _texts(column: NDArray[Any]) -> list[str]:
+    return [str(value) for value in column]

@@ -1,4 +1,4 @@
-"""The verbs, in order: prepare, train_experts, train_router, evaluate, export; and all of them."""
+"""The verbs, in order, from prepare to export; and all of them."""
 
 import logging
 from collections.abc import Callable
@@ -12,6 +12,7 @@ from paris_ray.pipeline.evaluate import evaluate
 from paris_ray.pipeline.experts import train_experts
 from paris_ray.pipeline.export import export
 from paris_ray.pipeline.router import train_router
+from paris_ray.pipeline.seed import train_seed
 from paris_ray.pipeline.stage import StageTimer
 from paris_ray.run import EVALUATION, Run
 from paris_ray.sampling.routing import parse_routing
@@ -28,6 +29,7 @@ def prepare(config: Config) -> None:
 
 VERBS: dict[str, Callable[[Config], object]] = {
     "prepare": prepare,
+    "train_seed": train_seed,
     "train_experts": train_experts,
     "train_router": train_router,
     "evaluate": evaluate,

@@ -29,7 +29,7 @@ from paris_ray.embeddings import (
     read_null_text,
 )
 from paris_ray.errors import ConfigError, TrainingError
-from paris_ray.seeding import numpy_generator, torch_generator
+from paris_ray.seeding import derive_seed, numpy_generator, torch_generator
 from paris_ray.training.columns import map_column
 
 
@@ -193,6 +193,35 @@ class BatchOrder:
         return torch.from_numpy(np.concatenate(rows))
 
 
+class MixedOrder:
+    """Which rows make up each batch if a share of it is of rows that all experts have.
+
+    Args:
+        num_own: The first rows of the dataset are the expert's own.
+        num_shared: The rest are shared.
+        batch_size: Rows of a batch.
+        shared_share: Share of them that is shared, rounded to whole rows, at least one.
+        seed: Seed of the permutations.
+    """
+
+    def __init__(
+        self, num_own: int, num_shared: int, batch_size: int, shared_share: float, seed: int
+    ) -> None:
+        count = max(1, round(shared_share * batch_size))
+        self.num_own, self.seed = num_own, seed
+        self.own = BatchOrder(num_own, batch_size - count, seed)
+        self.shared = BatchOrder(num_shared, count, derive_seed(seed, "shared"))
+
+    def batch(self, step: int) -> Tensor:
+        """Return the row numbers `(batch_size,)` of batch `step`, both kinds shuffled together.
+
+        They must be: what is drawn for a row depends on its place, as pure noise on the first.
+        """
+        rows = torch.cat([self.own.batch(step), self.num_own + self.shared.batch(step)])
+        generator = torch_generator(self.seed, "mixed order", step)
+        return rows[torch.randperm(len(rows), generator=generator)]
+
+
 def batches(
     dataset: LatentDataset,
     config: TrainingConfig,
@@ -200,6 +229,7 @@ def batches(
     seed: int,
     purpose: str,
     expert: ExpertConfig | None = None,
+    order: BatchOrder | MixedOrder | None = None,
 ) -> Callable[[int], Batch]:
     """Return the function that draws the batch of a step, always the same one for a step.
 
@@ -209,16 +239,17 @@ def batches(
         seed: Decides the order of rows and, with the purpose, all that is drawn.
         purpose: Keeps the draws of trainings of one seed apart.
         expert: The expert to train; None draws times of the straight path.
+        order: Which rows make up each batch; None takes all rows alike.
 
     Raises:
         ConfigError: if `text_noise` is set for text that is token ids.
     """
     if dataset.has_token_ids and config.text_noise:
         raise ConfigError(f"text_noise={config.text_noise} is not allowed: 0 for token ids")
-    order = BatchOrder(len(dataset), config.batch_size, seed)
+    rows = order or BatchOrder(len(dataset), config.batch_size, seed)
 
     def draw(step: int) -> Batch:
         generator = torch_generator(seed, purpose, step)
-        return dataset.draw_batch(order.batch(step), config, generator, expert)
+        return dataset.draw_batch(rows.batch(step), config, generator, expert)
 
     return draw

@@ -1,4 +1,10 @@
-"""Training one expert on one shard, alone: nothing here knows that other experts exist."""
+"""Training one expert on its shard, alone: nothing here knows that other experts exist.
+
+The seed, from which experts may start, is an expert of all shards.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -7,32 +13,53 @@ from paris_ray.config import ExpertConfig, TrainingConfig
 from paris_ray.devices import resolve_device
 from paris_ray.diffusion import denoising_loss, sample_path
 from paris_ray.models import Expert
-from paris_ray.training.data import Batch, batches, load_dataset
+from paris_ray.training.data import Batch, MixedOrder, batches, load_dataset
 from paris_ray.training.loop import OnProgress, build_seeded
 from paris_ray.training.schedule import with_steps
 from paris_ray.training.text import text_reader
 from paris_ray.training.trainer import DrawSamples, train_model
+from paris_ray.training.validation import held_out_validation
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExpertData:
+    """What an expert reads.
+
+    Attributes:
+        shards: Folders with the latents and text that it is trained on: of one cluster, or of all.
+        digests: Digests of everything that it is trained on, by name; a checkpoint made on
+            something else is refused.
+        shared: Folder with rows of the whole corpus, of which batches have `shared_share`, or None.
+        shared_share: Share of every batch.
+        held_out: Folders with held-out rows of its clusters; it is measured on them, not trained.
+        held_out_others: Those of the other clusters.
+    """
+
+    shards: Sequence[Folder]
+    digests: Mapping[str, str]
+    shared: Folder | None = None
+    shared_share: float = 0.0
+    held_out: Sequence[Folder] = ()
+    held_out_others: Sequence[Folder] = ()
 
 
 def train_expert(
     expert_config: ExpertConfig,
     config: TrainingConfig,
     *,
-    shard: Folder,
-    shard_digest: str,
+    data: ExpertData,
     seed: int,
     output: Folder,
     on_progress: OnProgress,
     text_encoder: Folder | None = None,
     draw_samples: DrawSamples[Expert] | None = None,
 ) -> None:
-    """Train an expert on a shard and write its averaged weights, in the released layout.
+    """Train an expert and write its averaged weights, in the released layout.
 
     Args:
         expert_config: Architecture.
         config: Hyper-parameters.
-        shard: Folder with the latents and text of one cluster.
-        shard_digest: Digest of that shard; a checkpoint made on another is refused.
+        data: What it is trained on, and what it is measured on while it is trained.
         seed: Decides the initial weights, the order of data, times and noise.
         output: The expert's own folder; the loop continues from a checkpoint in it.
         on_progress: Called with the progress from time to time.
@@ -44,8 +71,15 @@ def train_expert(
         TrainingError: if the shard is empty or the loss stops being finite.
         ConfigError: if the configuration does not fit the shard or what it starts from.
     """
-    dataset = load_dataset([shard])
-    config = with_steps(config, len(dataset))
+    shared = () if data.shared is None else (data.shared,)
+    dataset = load_dataset([*data.shards, *shared])
+    num_own = int((dataset.clusters < len(data.shards)).sum())
+    config = with_steps(config, num_own)
+    order, inputs = None, {**data.digests, "seed": seed}
+    if shared:
+        num_shared, share = len(dataset) - num_own, data.shared_share
+        order = MixedOrder(num_own, num_shared, config.batch_size, share, seed)
+        inputs["shared_share"] = share
     expert = build_seeded(lambda: Expert(expert_config), seed)
     encode = text_reader(dataset, text_encoder, resolve_device(config.device))
 
@@ -55,12 +89,13 @@ def train_expert(
 
     train_model(
         expert,
-        batches(dataset, config, seed=seed, purpose="batch", expert=expert_config),
+        batches(dataset, config, seed=seed, purpose="batch", expert=expert_config, order=order),
         loss,
         config,
-        inputs={"shard": shard_digest, "seed": seed},
+        inputs=inputs,
         text_length=dataset.text_length,
         output=output,
         on_progress=on_progress,
         draw_samples=draw_samples,
+        validate=held_out_validation(data.held_out, data.held_out_others, encode, seed),
     )

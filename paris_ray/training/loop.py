@@ -7,7 +7,7 @@ the loss, a function of the batch, may run another one around it.
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -53,6 +53,8 @@ Draw = Callable[[int], Batch]
 Loss = Callable[[Batch], Tensor]
 # Receives the averaged state so far and the number of steps done.
 OnAverage = Callable[[dict[str, Tensor], int], None]
+# Returns measures of the averaged state, by name.
+Measure = Callable[[dict[str, Tensor]], Mapping[str, float]]
 
 
 Model = TypeVar("Model")
@@ -133,6 +135,8 @@ class TrainingLoop:
         on_progress: Called every `config.log_every` steps.
         flops_per_image: Of a training step, for the MFU; None if it is not to be told.
         on_average: Called every `config.sample_every` steps but the last, after the checkpoint.
+        measure: Called at the first log after every `config.validate_every` steps, and at the end;
+            what it returns joins the metrics. It must depend on the averaged state alone.
 
     Raises:
         ConfigError: if `config.tensorboard` is set and that package is missing.
@@ -150,10 +154,11 @@ class TrainingLoop:
         on_progress: OnProgress,
         flops_per_image: float | None = None,
         on_average: OnAverage | None = None,
+        measure: Measure | None = None,
     ) -> None:
         self.draw, self.loss, self.config = draw, loss, config
         self.folder, self.identity = folder, identity
-        self.on_progress, self.on_average = on_progress, on_average
+        self.on_progress, self.on_average, self.measure = on_progress, on_average, measure
         self.device = resolve_device(config.device)
         self.dtype = resolve_precision(config.precision, self.device)
         peak = peak_flops(self.device)
@@ -230,9 +235,17 @@ class TrainingLoop:
     def _record(self, progress: Progress) -> None:
         rate = learning_rate(progress.step - 1, self.config)
         seen = {"samples_seen": progress.samples_seen}
-        self.metrics.append(seen | {"loss": progress.loss, "learning_rate": rate})
+        validated = self._validate(progress)
+        self.metrics.append(seen | {"loss": progress.loss, "learning_rate": rate} | validated)
         measured = {"samples_per_second": progress.samples_per_second, "mfu": progress.mfu}
         self.timings.append(seen | {"unix_time": time.time()} | measured)
+
+    def _validate(self, progress: Progress) -> dict[str, float]:
+        """Return the measures of the average, if since the last log it became time to."""
+        every, size = self.config.validate_every, self.config.batch_size
+        last = self.metrics[-1]["samples_seen"] // size if self.metrics else 0
+        due = progress.step // every > last // every or progress.step == self.config.steps
+        return dict(self.measure(self.state.ema.state)) if self.measure and due else {}
 
     def _keep(self, done: int, loss: Tensor) -> None:
         """Checkpoint and pass on the average, if it is time to."""

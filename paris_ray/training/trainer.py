@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Mapping
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import safetensors.torch
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from paris_ray.artifacts import Folder
-from paris_ray.config import Precision, TrainingConfig, identity
+from paris_ray.config import Precision, TrainingConfig, identity, unlike_fields
 from paris_ray.devices import resolve_device, resolve_precision
 from paris_ray.encoders.pretrained import read_weights
 from paris_ray.errors import BundleError, ConfigError
@@ -26,19 +26,6 @@ DrawSamples = Callable[[Model, int], None]
 
 WEIGHTS: Mapping[type, str] = {Expert: EXPERT_WEIGHTS, Router: ROUTER_WEIGHTS}
 STORED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# Fields that two models may differ in while their tensors fit.
-FREE_FIELDS = frozenset(
-    {
-        "prediction",
-        "cosine_offset",
-        "min_alpha",
-        "x0_clamp",
-        "layer_norm_eps",
-        "text_padding_mask",
-        "text_hidden_size",  # only spatial text has it, and does not load with another one
-        "head_activation",
-    }
-)
 
 
 def train_model(
@@ -52,6 +39,7 @@ def train_model(
     output: Folder,
     on_progress: OnProgress,
     draw_samples: DrawSamples[Model] | None = None,
+    validate: Callable[[Model], Mapping[str, float]] | None = None,
 ) -> Model:
     """Train a model, write its averaged weights in the released layout, and return that average.
 
@@ -66,6 +54,8 @@ def train_model(
         on_progress: Called with the progress from time to time.
         draw_samples: Called every `config.sample_every` steps but the last, with the average so far
             in evaluation mode, which is good only during the call, and the number of steps done.
+        validate: Returns measures of such an average for the metrics, every
+            `config.validate_every` steps and at the end.
 
     Raises:
         TrainingError: if the loss or the state stops being finite.
@@ -82,6 +72,9 @@ def train_model(
         if draw_samples is not None:
             draw_samples(_with_weights(model, average, device), done)
 
+    def measure(average: Mapping[str, Tensor]) -> Mapping[str, float]:
+        return {} if validate is None else validate(_with_weights(model, average, device))
+
     loop = TrainingLoop(
         model,
         draw,
@@ -97,6 +90,7 @@ def train_model(
         on_progress=on_progress,
         flops_per_image=training_flops_per_image(model.config, text_length),
         on_average=pass_on,
+        measure=measure,
     )
     average = loop.run()
     weights = {name: value.cpu().contiguous() for name, value in average.items()}
@@ -141,13 +135,11 @@ def _start_from(location: str, model: Model) -> str:
         f"{folder.uri}/{MODEL_CONFIG}",
         defaults={"input_size": model.config.input_size},
     )
-    for field in fields(theirs):
-        found, wanted = getattr(theirs, field.name), getattr(model.config, field.name)
-        if field.name not in FREE_FIELDS and found != wanted:
-            raise ConfigError(
-                f"init_from={location!r} is not allowed: its {field.name} is {found!r}, "
-                f"of the model to train {wanted!r}"
-            )
+    for field, (wanted, found) in unlike_fields(model.config, theirs).items():
+        raise ConfigError(
+            f"init_from={location!r} is not allowed: its {field} is {found!r}, "
+            f"of the model to train {wanted!r}"
+        )
     with folder.reading(name) as path:
         state = read_weights(path)
         _check_fits(state, model, f"{folder.uri}/{name}")

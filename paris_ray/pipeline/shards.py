@@ -138,16 +138,20 @@ class ShardWriter:
         self.folders = (run.embeddings, run.held_out)
 
     def __call__(self, batch: Batch) -> Batch:
-        """Write rows that follow each other in one shard: Ray Data may have cut it into blocks."""
-        count = len(batch["row"])
-        if count:
-            shard, first = int(batch["shard"][0]), int(batch["row"][0])
-            assert (batch["shard"] == shard).all(), "a block holds rows of several shards"
-            assert (batch["row"] == np.arange(first, first + count)).all(), "rows lost their order"
-            held_out = bool(batch["held_out"][0])
-            assert (batch["held_out"] == held_out).all(), "a block mixes held-out rows with others"
-            write_part(self.folders[held_out], part_name(shard, first), _embeddings_table(batch))
-        return {"rows": np.array([count])}
+        """Write rows of one shard: Ray Data may have cut or joined what its reader passed on."""
+        for held_out, folder in enumerate(self.folders):
+            chosen = batch["held_out"] == bool(held_out)
+            if chosen.any():
+                _write_rows(folder, {name: column[chosen] for name, column in batch.items()})
+        return {"rows": np.array([len(batch["row"])])}
+
+
+def _write_rows(folder: Folder, batch: Batch) -> None:
+    shard, first = int(batch["shard"][0]), int(batch["row"][0])
+    assert (batch["shard"] == shard).all(), "a block holds rows of several shards"
+    following = np.arange(first, first + len(batch["row"]))
+    assert (batch["row"] == following).all(), "rows lost their order"
+    write_part(folder, part_name(shard, first), _embeddings_table(batch))
 
 
 def _embeddings_table(batch: Batch) -> pa.Table:

@@ -1,4 +1,4 @@
-"""Caption accuracy: is the nearest picture of the corpus the one with the asked-for caption?
+"""Caption recall: is the nearest picture of the corpus the one with the asked-for caption?
 
 Nearest by L2 distance on 32x32 RGB. Pictures of an identical caption count as hits, since nothing
 tells them apart. It measures recall of the training set, not the quality of new pictures.
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 
 @dataclass(frozen=True, slots=True)
-class NearestResult:
+class CaptionRecall:
     """Per drawn picture.
 
     Attributes:
@@ -28,12 +28,12 @@ class NearestResult:
     squared_error: NDArray[np.float32]
 
 
-def nearest_pictures(
+def caption_recall(
     drawn: NDArray[np.uint8],
     own: NDArray[np.int64],
     gallery: NDArray[np.uint8],
     captions: Sequence[str],
-) -> NearestResult:
+) -> CaptionRecall:
     """Compare drawn pictures with the corpus.
 
     Args:
@@ -49,7 +49,7 @@ def nearest_pictures(
     nearest: NDArray[np.int64] = found[:, 0]
     hit = np.array([captions[i] == captions[j] for i, j in zip(nearest, own, strict=True)])
     squared_error = ((flat_drawn - flat_gallery[own]) ** 2).mean(axis=1)
-    return NearestResult(nearest, hit, squared_error)
+    return CaptionRecall(nearest, hit, squared_error)
 
 
 def _flatten(images: NDArray[np.uint8]) -> NDArray[np.float32]:

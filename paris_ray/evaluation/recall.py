@@ -7,9 +7,10 @@ tells them apart. It measures recall of the training set, not the quality of new
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import faiss
 import numpy as np
 from numpy.typing import NDArray
+
+from paris_ray.evaluation.features import nearest_neighbours
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,10 +44,7 @@ def caption_recall(
         captions: The M captions.
     """
     flat_drawn, flat_gallery = _flatten(drawn), _flatten(gallery)
-    index = faiss.IndexFlatL2(flat_gallery.shape[1])
-    index.add(flat_gallery)
-    _, found = index.search(flat_drawn, 1)
-    nearest: NDArray[np.int64] = found[:, 0]
+    nearest = nearest_neighbours(flat_drawn, flat_gallery, 1)[1][:, 0]
     hit = np.array([captions[i] == captions[j] for i, j in zip(nearest, own, strict=True)])
     squared_error = ((flat_drawn - flat_gallery[own]) ** 2).mean(axis=1)
     return CaptionRecall(nearest, hit, squared_error)

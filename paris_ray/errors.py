@@ -29,6 +29,10 @@ class TrainingError(ParisError):
     """Training that cannot go on: a non-finite loss, an empty shard, failed experts."""
 
 
+class EvaluationError(ParisError):
+    """Features, pictures, labels or options that a measure is not defined for."""
+
+
 class SignatureError(ParisError):
     """A signed document that is malformed, changed, of another kind or by somebody else."""
 

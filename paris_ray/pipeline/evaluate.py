@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from paris_ray.artifacts import Manifest, read_manifest
 from paris_ray.config import Config
 from paris_ray.embeddings import num_rows, part_names, read_rows, write_part
-from paris_ray.evaluation.nearest import NearestResult, nearest_pictures
+from paris_ray.evaluation.recall import CaptionRecall, caption_recall
 from paris_ray.export import open_trained_parts
 from paris_ray.pipeline.stage import Stage
 from paris_ray.reports import (
@@ -62,7 +62,7 @@ def _evaluate(run: Run) -> dict[str, Any]:
     own = np.searchsorted(gallery_rows, drawn_rows)
     drawn, usage = _draw_all(run, drawn_rows, table["caption"].take(own).to_pylist())
     gallery = decode_thumbnails(table["thumbnail"].to_pylist())
-    result = nearest_pictures(drawn, own, gallery, table["caption"].to_pylist())
+    result = caption_recall(drawn, own, gallery, table["caption"].to_pylist())
     _write(run, table, own, result, drawn, gallery)
     return {
         "accuracy": float(result.hit.mean()),
@@ -120,7 +120,7 @@ def _write(
     run: Run,
     table: pa.Table,
     rows: NDArray[np.int64],
-    result: NearestResult,
+    result: CaptionRecall,
     drawn: NDArray[np.uint8],
     gallery: NDArray[np.uint8],
 ) -> None:

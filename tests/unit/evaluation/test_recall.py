@@ -1,8 +1,8 @@
-"""Caption accuracy: what is a hit, and the error that goes with it."""
+"""Caption recall: what is a hit, and the error that goes with it."""
 
 import numpy as np
 
-from paris_ray.evaluation.nearest import nearest_pictures
+from paris_ray.evaluation.recall import caption_recall
 
 CAPTIONS = ["flag", "cat", "flag"]
 
@@ -15,7 +15,7 @@ GALLERY = plain(0, 100, 200)
 
 
 def test_the_corpus_itself_is_all_hits() -> None:
-    result = nearest_pictures(GALLERY, np.arange(3), GALLERY, CAPTIONS)
+    result = caption_recall(GALLERY, np.arange(3), GALLERY, CAPTIONS)
     assert result.nearest.tolist() == [0, 1, 2]
     assert result.hit.all()
     assert not result.squared_error.any()
@@ -23,11 +23,11 @@ def test_the_corpus_itself_is_all_hits() -> None:
 
 def test_identical_captions_are_hits_and_others_are_not() -> None:
     drawn = plain(190, 190, 90)
-    result = nearest_pictures(drawn, np.array([0, 1, 2]), GALLERY, CAPTIONS)
+    result = caption_recall(drawn, np.array([0, 1, 2]), GALLERY, CAPTIONS)
     assert result.nearest.tolist() == [2, 2, 1]
     assert result.hit.tolist() == [True, False, False]
 
 
 def test_the_error_is_to_the_own_picture_in_unit_range() -> None:
-    result = nearest_pictures(plain(255, 51), np.array([0, 1]), GALLERY, CAPTIONS)
+    result = caption_recall(plain(255, 51), np.array([0, 1]), GALLERY, CAPTIONS)
     np.testing.assert_allclose(result.squared_error, [2.0**2, (49 / 127.5) ** 2], rtol=1e-5)

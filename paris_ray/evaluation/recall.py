@@ -1,4 +1,4 @@
-"""Caption accuracy: is the nearest picture of the corpus the one with the asked-for caption?
+"""Caption recall: is the nearest picture of the corpus the one with the asked-for caption?
 
 Nearest by L2 distance on 32x32 RGB. Pictures of an identical caption count as hits, since nothing
 tells them apart. It measures recall of the training set, not the quality of new pictures.
@@ -7,13 +7,14 @@ tells them apart. It measures recall of the training set, not the quality of new
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import faiss
 import numpy as np
 from numpy.typing import NDArray
 
+from paris_ray.evaluation.features import nearest_neighbours
+
 
 @dataclass(frozen=True, slots=True)
-class NearestResult:
+class CaptionRecall:
     """Per drawn picture.
 
     Attributes:
@@ -28,12 +29,12 @@ class NearestResult:
     squared_error: NDArray[np.float32]
 
 
-def nearest_pictures(
+def caption_recall(
     drawn: NDArray[np.uint8],
     own: NDArray[np.int64],
     gallery: NDArray[np.uint8],
     captions: Sequence[str],
-) -> NearestResult:
+) -> CaptionRecall:
     """Compare drawn pictures with the corpus.
 
     Args:
@@ -43,13 +44,10 @@ def nearest_pictures(
         captions: The M captions.
     """
     flat_drawn, flat_gallery = _flatten(drawn), _flatten(gallery)
-    index = faiss.IndexFlatL2(flat_gallery.shape[1])
-    index.add(flat_gallery)
-    _, found = index.search(flat_drawn, 1)
-    nearest: NDArray[np.int64] = found[:, 0]
+    nearest = nearest_neighbours(flat_drawn, flat_gallery, 1)[1][:, 0]
     hit = np.array([captions[i] == captions[j] for i, j in zip(nearest, own, strict=True)])
     squared_error = ((flat_drawn - flat_gallery[own]) ** 2).mean(axis=1)
-    return NearestResult(nearest, hit, squared_error)
+    return CaptionRecall(nearest, hit, squared_error)
 
 
 def _flatten(images: NDArray[np.uint8]) -> NDArray[np.float32]:

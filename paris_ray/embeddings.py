@@ -7,7 +7,8 @@ Columns, one row an image:
     latents             (C, H, W) float16
     latents_flipped     (C, H, W) float16, of the mirror image; only with corpus.horizontal_flip
     features            (D,)
-    text_embedding      (V, D) float16, one row of it for each caption template, or
+    text_embedding      (V, D) float16, one row of it for each caption template; with token states
+                        (V, 1 + L, D), as `TextConditioning.vectors` has them; or
     token_ids           (V, L) uint16, if text is a sequence of states: those are too large to keep
     attribute.NAME      strings, one column for each label of corpus.attributes; empty: it has none
 
@@ -147,7 +148,10 @@ def tensor_column(table: pa.Table, name: str) -> NDArray[np.generic]:
 
 
 def write_null_text(folder: Folder, null_text: NDArray[np.generic]) -> None:
-    """Store the empty string, which stands for "no text": encoded `(D,)`, or token ids `(L,)`."""
+    """Store the empty string, which stands for "no text": encoded, or token ids `(L,)`.
+
+    Encoded it is `(D,)` or, with token states, `(1 + L, D)`.
+    """
     if np.issubdtype(null_text.dtype, np.integer):
         stored = {TOKEN_IDS: null_text.astype(np.int32)}
     else:
@@ -156,6 +160,6 @@ def write_null_text(folder: Folder, null_text: NDArray[np.generic]) -> None:
 
 
 def read_null_text(folder: Folder) -> NDArray[np.generic]:
-    """Return the empty string: encoded, `(D,)` float32, or as token ids, `(L,)` int32."""
+    """Return the empty string as it was stored: encoded in float32, or token ids in int32."""
     (null_text,) = safetensors.numpy.load(folder.read(NULL_TEXT)).values()
     return null_text

@@ -210,18 +210,13 @@ class Bundle:
             BundleError: if the experts or the router cannot read what the text encoder writes.
         """
         text = self.encode_text([""])
-        _, num_tokens, width = text.text_embeddings.shape
+        width = text.text_embeddings.shape[2]
         for k, config in enumerate(self.expert_configs):
             where = f"expert_{k}/{MODEL_CONFIG}"
             if config.text_embed_dim != width:
                 raise BundleError(
                     f"{where}: text_embed_dim={config.text_embed_dim}, "
                     f"but the text encoder has {width}"
-                )
-            if config.text_injection == "spatial" and num_tokens > 1:
-                raise BundleError(
-                    f"{where}: text_injection='spatial' needs one vector a caption, "
-                    f"but the text encoder gives {num_tokens}"
                 )
         router_width = self.router_config.text_embed_dim
         if router_width not in (0, text.pooled_text.shape[1]):

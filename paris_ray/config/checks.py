@@ -128,8 +128,11 @@ def _check_seed(config: Config) -> None:
 
 def _check_clip(config: Config) -> None:
     """Check what CLIP's token states ask of the others, before days of encoding."""
+    states = config.text.token_states
+    _require(0 <= states <= 128, "text.token_states", states, "between 0 and 128")
     if config.text.kind == "minilm":
         return
+    _require(states == 0, "text.token_states", states, "0 for CLIP, which has no other text")
     kind = f"text.kind={config.text.kind}"
     features = config.cluster.features
     _require(features == "image", "cluster.features", features, f"image for {kind}")
@@ -137,9 +140,6 @@ def _check_clip(config: Config) -> None:
     names = [f"experts.{index}." for index in config.experts]
     setups = [config, *(expert_setup(config, int(index)) for index in config.experts)]
     for name, setup in zip(["", *names], setups, strict=True):
-        injection, allowed = setup.expert.text_injection, f"cross_attention for {kind}"
-        fits = injection == "cross_attention"
-        _require(fits, f"{name}expert.text_injection", injection, allowed)
         noise = setup.training.text_noise
         _require(noise == 0, f"{name}training.text_noise", noise, f"0 for {kind}")
     noise = config.router_training.text_noise

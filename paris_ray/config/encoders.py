@@ -23,6 +23,9 @@ class TextConfig:
     # such as openai/clip-vit-large-patch14. open_clip: a tag such as openai, or a local path.
     path: str | None = None
     model: str = "ViT-L-14"  # open_clip architecture
+    # minilm: states of the first so many tokens of a caption beside its sentence vector, for
+    # cross-attention; 0: the vector alone, which cross-attention then takes for the only token
+    token_states: int = 0
     pool: PoolConfig = field(default_factory=PoolConfig)
 
 

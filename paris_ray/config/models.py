@@ -52,7 +52,9 @@ class ExpertConfig:
     num_heads: int = 12
     mlp_ratio: float = 4.0
     text_embed_dim: int = 768
-    text_injection: Literal["cross_attention", "spatial"] = "cross_attention"
+    # cross_attention: to the text's tokens, as the release. spatial: a projection of its one vector
+    # onto the patch tokens, which learns layout in minutes. both: together
+    text_injection: Literal["cross_attention", "spatial", "both"] = "cross_attention"
     text_hidden_size: int = 256  # width of the spatial text projection
     text_padding_mask: bool = False  # cross-attention skips padding; the release attends to it
     layer_norm_eps: float = 1e-6

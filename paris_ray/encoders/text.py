@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
+from torch import Tensor
 from torch.nn import functional
 
 from paris_ray.artifacts import Folder, VerifiedFolder, parse_json
@@ -27,6 +28,7 @@ from paris_ray.models import TextConditioning
 
 MODEL_FILES = ("config.json", "model.safetensors", "tokenizer.json")
 MAX_TOKENS = 128
+TOKEN_STATES = "token_states"  # our own field of config.json: `TextConfig.token_states`
 
 
 class TextEncoder(Protocol):
@@ -47,10 +49,12 @@ class TextEncoder(Protocol):
 
 
 class MiniLM:
-    """all-MiniLM-L6-v2: one sentence vector a caption, read from a local model folder.
+    """all-MiniLM-L6-v2: a sentence vector a caption and, if asked for, the states of its tokens.
 
-    The vector is the mean token state, normalised and scaled by sqrt(D), so that its elements
-    have about unit variance like everything else that enters an expert.
+    The vector is the mean token state. It and every state are normalised and scaled by sqrt(D), so
+    that their elements have about unit variance like everything else that enters an expert. States
+    are those of the first `token_states` tokens, as `config.json` says (0 if it does not), always
+    so many: what a caption is does not depend on its batch.
 
     Args:
         folder: Holds `config.json`, `model.safetensors` and `tokenizer.json`.
@@ -70,6 +74,12 @@ class MiniLM:
         model_type = document.get("model_type") if isinstance(document, dict) else None
         if model_type != "bert":
             raise BundleError(f"{folder}/config.json: model_type={model_type!r}, expected 'bert'")
+        self.token_states = document.get(TOKEN_STATES, 0)
+        if type(self.token_states) is not int or not 0 <= self.token_states <= MAX_TOKENS:
+            raise BundleError(
+                f"{folder}/config.json: {TOKEN_STATES}={self.token_states!r}, "
+                f"allowed: 0 to {MAX_TOKENS}"
+            )
         state = read_weights(folder / "model.safetensors")
         self.model = load_transformer(
             BertModel,
@@ -93,7 +103,7 @@ class MiniLM:
 
     @torch.inference_mode()
     def encode(self, captions: Sequence[str]) -> TextConditioning:
-        """Return `text_embeddings (B, 1, D)` and `pooled_text (B, D)`."""
+        """Return `pooled_text (B, D)`, and it as the only token or `token_states` of them."""
         encodings = self.tokenizer.encode_batch(list(captions))
         mask = torch.tensor([encoding.attention_mask for encoding in encodings])
         mask = mask.to(self.model.device)
@@ -101,9 +111,16 @@ class MiniLM:
         states = self.model(input_ids=ids, attention_mask=mask).last_hidden_state  # (B, L, D)
         weights = mask[..., None].to(states.dtype)
         mean = (states * weights).sum(dim=1) / weights.sum(dim=1)
-        return TextConditioning.from_pooled(
-            functional.normalize(mean, dim=-1) * self.embed_dim**0.5
-        )
+        pooled = self._scaled(mean)
+        if not self.token_states:
+            return TextConditioning.from_pooled(pooled)
+        room = max(0, self.token_states - states.shape[1])
+        tokens = functional.pad(self._scaled(states) * weights, (0, 0, 0, room))
+        tokens = tokens[:, : self.token_states]
+        return TextConditioning(tokens, pooled, (tokens != 0).any(dim=-1))
+
+    def _scaled(self, vectors: Tensor) -> Tensor:
+        return functional.normalize(vectors, dim=-1) * self.embed_dim**0.5
 
     def to(self, device: torch.device) -> "MiniLM":
         """Move the model to a device."""
@@ -138,11 +155,19 @@ def text_encoder_folder(config: TextConfig) -> Path:
         ) from None
 
 
-def copy_text_encoder(source: Path, target: Folder) -> None:
-    """Copy the files that `MiniLM` reads; raises BundleError if one is missing."""
+def copy_text_encoder(source: Path, target: Folder, token_states: int = 0) -> None:
+    """Copy the files that `MiniLM` reads, and note in its `config.json` what it is to return.
+
+    Raises:
+        BundleError: if one is missing.
+        ArtifactError: if `config.json` is not JSON.
+    """
     check_model_files(source)
     for name in MODEL_FILES:
         target.write(name, (source / name).read_bytes())
+    document = target.read_json(CONFIG)
+    if token_states and isinstance(document, dict):
+        target.write_json(CONFIG, document | {TOKEN_STATES: token_states})
 
 
 def write_text_encoder(config: TextConfig, target: Folder) -> None:
@@ -153,7 +178,8 @@ def write_text_encoder(config: TextConfig, target: Folder) -> None:
         BundleError: if a file is missing or is not a model of the configured kind.
     """
     if config.kind == "minilm":
-        copy_text_encoder(text_encoder_folder(config), target / TEXT_ENCODER)
+        folder = text_encoder_folder(config)
+        copy_text_encoder(folder, target / TEXT_ENCODER, config.token_states)
         return
     if config.path is None:
         examples = {"clip": "openai/clip-vit-large-patch14", "open_clip": "openai"}

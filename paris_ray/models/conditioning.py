@@ -25,6 +25,24 @@ class TextConditioning:
         """Return the conditioning of an encoder with one vector a caption, `(B, D)`."""
         return cls(pooled_text[:, None], pooled_text)
 
+    @classmethod
+    def from_vectors(cls, vectors: Tensor) -> "TextConditioning":
+        """Return the conditioning of what `vectors` returned, or of sentence vectors `(B, D)`."""
+        if vectors.dim() == 2:
+            return cls.from_pooled(vectors)
+        states = vectors[:, 1:]
+        return cls(states, vectors[:, 0], (states != 0).any(dim=-1))
+
+    def vectors(self) -> Tensor:
+        """Return the text as one tensor, to be stored: `(B, D)` of one vector a caption.
+
+        With token states it is `(B, 1 + L, D)`, the pooled text first, and zero at padding.
+        """
+        if self.text_mask is None:
+            return self.pooled_text
+        states = self.text_embeddings * self.text_mask[..., None]
+        return torch.cat([self.pooled_text[:, None], states], dim=1)
+
     def __len__(self) -> int:
         return self.pooled_text.shape[0]
 

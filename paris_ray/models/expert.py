@@ -67,7 +67,7 @@ class ExpertBlock(nn.Module):
         self.scale_shift_table = nn.Parameter(torch.zeros(6, d))
         self.attn = Attention(d, config.num_heads)
         self.cross_attn: CrossAttention | None = None
-        if config.text_injection == "cross_attention":
+        if config.text_injection != "spatial":
             self.cross_attn = CrossAttention(d, config.num_heads)
         self.mlp = feed_forward(d, config.mlp_ratio)
 
@@ -131,19 +131,26 @@ class Expert(nn.Module):
         self.pos_embed = nn.Parameter(position_table(self.grid, d), requires_grad=False)
         self.time_embed = TimestepEmbed(d)
         self.t_block = nn.Sequential(nn.SiLU(), nn.Linear(d, 6 * d))
-        if config.text_injection == "cross_attention":
-            self.text_proj: nn.Module = nn.Linear(config.text_embed_dim, d)
+        if config.text_injection == "spatial":
+            self.text_proj: nn.Module = self._spatial_projection()
         else:
-            self.text_proj = nn.Sequential(
-                nn.Linear(config.text_embed_dim, config.text_hidden_size),
-                nn.SiLU(),
-                nn.Linear(config.text_hidden_size, self.grid**2 * d),
-            )
+            self.text_proj = nn.Linear(config.text_embed_dim, d)
+        if config.text_injection == "both":
+            self.pooled_text_proj = self._spatial_projection()
         self.layers: Any = nn.ModuleList(ExpertBlock(config) for _ in range(config.num_layers))
         self.final_layer = ExpertFinalLayer(config)
         self.gradient_checkpointing = False
         if not self.pos_embed.is_meta:
             self.initialise()
+
+    def _spatial_projection(self) -> nn.Module:
+        """From a text vector to an addition to every patch token: `(B, D) -> (B, N * d)`."""
+        config = self.config
+        return nn.Sequential(
+            nn.Linear(config.text_embed_dim, config.text_hidden_size),
+            nn.SiLU(),
+            nn.Linear(config.text_hidden_size, self.grid**2 * config.hidden_size),
+        )
 
     def initialise(self) -> None:
         """Start as PixArt-alpha does: small shared modulation, silent text and output paths."""
@@ -158,27 +165,25 @@ class Expert(nn.Module):
         """Return what does not depend on the noisy latents, to be computed once per image.
 
         Args:
-            text: A conditioning, or its `text_embeddings (B, L, D)` alone.
-
-        Raises:
-            ValueError: if spatial injection is given more than one text vector a caption.
+            text: A conditioning, or its `text_embeddings (B, L, D)` alone, of which spatial
+                injection takes the mean.
         """
         if isinstance(text, Tensor):
-            embeddings, mask = text, None
-        else:
-            embeddings, mask = text.text_embeddings, text.text_mask
-        embeddings = embeddings.to(self.pos_embed.dtype)
+            text = TextConditioning(text, text.mean(dim=1))
+        embeddings, pooled = (
+            part.to(self.pos_embed.dtype) for part in (text.text_embeddings, text.pooled_text)
+        )
+        if self.config.text_injection == "spatial":
+            return EncodedText((), None, self._spatial(self.text_proj, pooled))
+        context = self.text_proj(embeddings)
+        keys_values = tuple(block.cross_attn.keys_values(context) for block in self.layers)
+        mask = text.text_mask if self.config.text_padding_mask else None
         if self.config.text_injection == "cross_attention":
-            context = self.text_proj(embeddings)
-            keys_values = tuple(block.cross_attn.keys_values(context) for block in self.layers)
-            return EncodedText(keys_values, mask if self.config.text_padding_mask else None, None)
-        if embeddings.shape[1] != 1:
-            raise ValueError(
-                f"text_injection='spatial' needs one text vector a caption, "
-                f"got text_embeddings of shape {tuple(embeddings.shape)}"
-            )
-        projected = self.text_proj(embeddings[:, 0])
-        return EncodedText((), None, projected.view(len(embeddings), self.grid**2, -1))
+            return EncodedText(keys_values, mask, None)
+        return EncodedText(keys_values, mask, self._spatial(self.pooled_text_proj, pooled))
+
+    def _spatial(self, projection: nn.Module, pooled: Tensor) -> Tensor:
+        return projection(pooled).view(len(pooled), self.grid**2, -1)
 
     def forward(
         self, latents: Tensor, timesteps: Tensor, text: TextConditioning | Tensor | EncodedText

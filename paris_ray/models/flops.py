@@ -69,9 +69,10 @@ def _expert_macs(config: ExpertConfig, text_length: int) -> int:
     """Shared modulation, text and output."""
     d, tokens = config.hidden_size, num_tokens(config)
     shared = 6 * d * d + tokens * d * config.patch_size**2 * config.in_channels
+    if config.text_injection != "cross_attention":
+        shared += config.text_hidden_size * (config.text_embed_dim + tokens * d)
     if config.text_injection == "spatial":
-        inner = config.text_hidden_size
-        return shared + inner * (config.text_embed_dim + tokens * d)
+        return shared
     products = 2 * tokens * d * d + 2 * text_length * d * d + 2 * tokens * text_length * d
     return shared + text_length * config.text_embed_dim * d + config.num_layers * products
 

@@ -129,7 +129,9 @@ def _unit_length(columns: Sequence[NDArray[np.generic]]) -> NDArray[np.float32]:
     """
     parts = []
     for column in columns:
-        part = (column[:, 0] if column.ndim == 3 else column).astype(np.float32)
+        while column.ndim > 2:  # (N, V, D), or (N, V, 1 + L, D) with the sentence vector first
+            column = column[:, 0]
+        part = column.astype(np.float32)
         norms = np.linalg.norm(part, axis=1, keepdims=True)
         parts.append(part / np.maximum(norms * len(columns) ** 0.5, 1e-12))
     return np.concatenate(parts, axis=1)

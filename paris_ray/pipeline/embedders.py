@@ -29,8 +29,8 @@ from paris_ray.seeding import torch_generator
 class TextEmbedder:
     """Adds the text of every caption in every template.
 
-    Either `text_embedding (B, V, D)` or, for CLIP, whose states are too large to keep,
-    `token_ids (B, V, L)`.
+    Either `text_embedding (B, V, D)`, with token states `(B, V, 1 + L, D)`; or, for CLIP, whose
+    states are too large to keep, `token_ids (B, V, L)`.
     """
 
     def __init__(self, config: Config) -> None:
@@ -44,12 +44,12 @@ class TextEmbedder:
         """Return the batch with the column."""
         captions = [t.replace("{}", c) for c in batch["caption"] for t in self.templates]
         encoded = self.encode(captions)
-        shape = (len(batch["caption"]), len(self.templates), encoded.shape[1])
+        shape = (len(batch["caption"]), len(self.templates), *encoded.shape[1:])
         return batch | {self.column: encoded.reshape(shape)}
 
 
 class _SentenceEncoder:
-    """Returns sentence vectors `(N, D)` float16."""
+    """Returns sentence vectors `(N, D)` float16, with token states `(N, 1 + L, D)`."""
 
     def __init__(self, config: Config) -> None:
         folder = VerifiedFolder(Run(config).encoders / TEXT_ENCODER, None)
@@ -60,11 +60,13 @@ class _SentenceEncoder:
     def __call__(self, captions: Sequence[str]) -> NDArray[np.generic]:
         # Captions of like length together: padding is most of the work otherwise.
         order = sorted(range(len(captions)), key=lambda i: len(captions[i]))
-        embedded = np.empty((len(captions), self.encoder.embed_dim), np.float16)
+        states, width = self.encoder.token_states, self.encoder.embed_dim
+        shape = (len(captions), 1 + states, width) if states else (len(captions), width)
+        embedded = np.empty(shape, np.float16)
         for start in range(0, len(order), self.batch_size):
             index = order[start : start + self.batch_size]
             text = self.encoder.encode([captions[i] for i in index])
-            embedded[index] = text.pooled_text.cpu().numpy().astype(np.float16)
+            embedded[index] = text.vectors().cpu().numpy().astype(np.float16)
         return embedded
 
 

@@ -63,7 +63,7 @@ def _write_text(config: Config) -> None:
     if isinstance(encoder, ClipText):
         write_null_text(output, encoder.tokenize([""])[0])
     else:
-        write_null_text(output, encoder.encode([""]).pooled_text[0].numpy())
+        write_null_text(output, encoder.encode([""]).vectors()[0].numpy())
 
 
 def _check_width(config: Config, encoder: TextEncoder) -> None:

@@ -68,18 +68,18 @@ def _text(batch: Batch, setup: Config, bundle: Bundle) -> Batch:
     encoded = _encode_captions(
         bundle, [t.replace("{}", c) for c in batch["caption"] for t in templates]
     )
-    shape = (len(batch["caption"]), len(templates), encoded.shape[1])
+    shape = (len(batch["caption"]), len(templates), *encoded.shape[1:])
     if isinstance(bundle.text_encoder, ClipText):
         return {TOKEN_IDS: encoded.reshape(shape)}
     return {TEXT_EMBEDDING: encoded.reshape(shape).astype(np.float16)}
 
 
 def _encode_captions(bundle: Bundle, captions: Sequence[str]) -> NDArray[np.generic]:
-    """Return `(N, L)` token ids or, of an encoder of sentences, `(N, D)` vectors."""
+    """Return `(N, L)` token ids or, of an encoder of sentences, its vectors."""
     encoder = bundle.text_encoder
     if isinstance(encoder, ClipText):
         return encoder.tokenize(captions)
-    vectors: NDArray[np.float32] = encoder.encode(captions).pooled_text.cpu().numpy()
+    vectors: NDArray[np.float32] = encoder.encode(captions).vectors().cpu().numpy()
     return vectors
 
 

@@ -67,7 +67,7 @@ def _read_text(
     dtype = np.int64 if has_token_ids else np.float32
     text, null = (torch.from_numpy(array.astype(dtype)) for array in (captions, null_text))
     if not has_token_ids:
-        return TextConditioning.from_pooled(text), TextConditioning.from_pooled(null)
+        return TextConditioning.from_vectors(text), TextConditioning.from_vectors(null)
     encoder = load_text_encoder(
         VerifiedFolder(encoders / TEXT_ENCODER, None), VerifiedFolder(encoders / TOKENIZER, None)
     )

@@ -36,7 +36,8 @@ def trained_row_bytes(config: Config) -> dict[str, int]:
     mirrored = {"latents of the mirror image": latents} if corpus.horizontal_flip else {}
     name, width = "token ids", TOKEN_ID_BYTES * CLIP_TEXT_LENGTH
     if config.text.kind == "minilm":
-        name, width = "text embedding", FLOAT16 * expert.text_embed_dim
+        vectors = 1 + config.text.token_states
+        name, width = "text embedding", FLOAT16 * vectors * expert.text_embed_dim
     return {"latents": latents, **mirrored, name: width * len(corpus.caption_templates)}
 
 

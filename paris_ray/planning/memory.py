@@ -90,7 +90,7 @@ def activation_bytes(
         text_length: L.
     """
     values = num_tokens(model) * model.hidden_size
-    reads_text = isinstance(model, ExpertConfig) and model.text_injection == "cross_attention"
+    reads_text = isinstance(model, ExpertConfig) and model.text_injection != "spatial"
     in_products = 8 + 2 * model.mlp_ratio + 3 * reads_text
     block = round((4 * FLOAT32 + width * in_products) * values)
     text = 2 * width * text_length * model.hidden_size * reads_text

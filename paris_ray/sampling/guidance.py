@@ -44,6 +44,7 @@ class KeyedText:
 def _digest(row: TextConditioning) -> bytes:
     """Return a digest of what an expert reads of a caption."""
     digest = hashlib.sha256(_bytes(row.text_embeddings))
+    digest.update(_bytes(row.pooled_text))
     if row.text_mask is not None:
         digest.update(_bytes(row.text_mask))
     return digest.digest()

@@ -37,7 +37,7 @@ class Batch(NamedTuple):
     """What one step trains on.
 
     `latents` and `noise` are `(B, C, H, W)`, `t (B,)` in [0, 1], `clusters (B,)`; `text` is
-    `(B, D)` sentence vectors or `(B, L)` token ids.
+    `(B, D)` sentence vectors, `(B, 1 + L, D)` with token states, or `(B, L)` token ids.
     """
 
     latents: Tensor
@@ -66,8 +66,9 @@ class LatentDataset:
     Attributes:
         latents: `(N, C, H, W)`, floats.
         latents_flipped: Those of the mirror images, or None.
-        text: `(N, V, D)` sentence vectors or `(N, V, L)` token ids of V caption variants.
-        null_text: `(D,)` or `(L,)`, the same of the empty string.
+        text: `(N, V, D)` sentence vectors, `(N, V, 1 + L, D)` with token states, or `(N, V, L)`
+            token ids of V caption variants.
+        null_text: `(D,)`, `(1 + L, D)` or `(L,)`, the same of the empty string.
         clusters: `(N,)` int64, the cluster that each row is of.
     """
 
@@ -88,14 +89,16 @@ class LatentDataset:
     @property
     def text_length(self) -> int:
         """Text tokens a caption, as cross-attention sees them."""
-        return len(self.null_text) if self.has_token_ids else 1
+        if self.has_token_ids:
+            return len(self.null_text)
+        return len(self.null_text) - 1 if self.null_text.dim() == 2 else 1
 
     def read_latents(self, index: Tensor) -> Tensor:
         """Return the latents of rows `index (B,)`: `(B, C, H, W)` float32."""
         return torch.from_numpy(self.latents[index.numpy()].astype(np.float32))
 
     def read_text(self, index: Tensor, variant: Tensor | int) -> Tensor:
-        """Return the text of rows `index (B,)`: `(B, D)` float32 or `(B, L)` int32."""
+        """Return the text of rows `index (B,)` as in a batch: float32, or int32 token ids."""
         text = self.text[index.numpy(), np.asarray(variant)]
         return torch.from_numpy(text.astype(np.int32 if self.has_token_ids else np.float32))
 
@@ -131,10 +134,11 @@ class LatentDataset:
         count = len(index)
         variant = torch.randint(self.text.shape[1], (count,), generator=generator)
         text = self.read_text(index, variant)
-        if not self.has_token_ids:
-            text += config.text_noise * torch.randn(text.shape, generator=generator)
-        keep = torch.rand(count, 1, generator=generator) >= config.text_dropout
-        return torch.where(keep, text, self.null_text)
+        if config.text_noise:  # but not at padding, which is told by its zeros
+            noise = config.text_noise * torch.randn(text.shape, generator=generator)
+            text += noise * (text != 0)
+        keep = torch.rand(count, generator=generator) >= config.text_dropout
+        return torch.where(keep.view(-1, *[1] * (text.dim() - 1)), text, self.null_text)
 
 
 def load_dataset(shards: Sequence[Folder]) -> LatentDataset:

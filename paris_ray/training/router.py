@@ -60,7 +60,7 @@ def train_router(
     dataset = load_dataset(shards)
     config = with_steps(config, len(dataset))
     router = build_seeded(lambda: Router(router_config), seed)
-    encode: Encode = TextConditioning.from_pooled  # of no use to a router without text
+    encode: Encode = TextConditioning.from_vectors  # of no use to a router without text
     if router_config.text_embed_dim:
         encode = text_reader(dataset, text_encoder, resolve_device(config.device))
 

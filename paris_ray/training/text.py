@@ -31,7 +31,7 @@ def text_reader(
         BundleError: if its files do not fit.
     """
     if not dataset.has_token_ids:
-        return TextConditioning.from_pooled
+        return TextConditioning.from_vectors
     if encoders is None:
         raise TrainingError("text is token ids, but no folder with a text encoder is given")
     encoder = load_text_encoder(

@@ -1,5 +1,6 @@
 """From the trained parts of a run to a model folder in the layout of the public Paris release."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,7 @@ def open_trained_parts(run: Run, *, device: str = "cpu", dtype: Dtype | None = N
     parts |= {name: encoders.part(name) for name in shared if run.encoders.exists(name)}
     facts = BundleFacts(
         model_name=run.folder.uri.rstrip("/").rsplit("/", 1)[-1],
-        sampling=config.sampling,
+        sampling=replace(config.sampling, router_temperature=_temperature(run)),
         picture_size=config.corpus.image_size,
         attribution=read_manifest(run.embeddings, EMBEDDINGS).facts["attribution"],
         example_prompts=tuple(_middle_caption(run.shard(k)) for k in experts),
@@ -65,6 +66,15 @@ def open_trained_parts(run: Run, *, device: str = "cpu", dtype: Dtype | None = N
         text_encoder_name=text_encoder_name(config.text),
     )
     return Bundle(parts, facts, device=device, dtype=dtype)
+
+
+def _temperature(run: Run) -> float:
+    """Return the configured temperature of the router or, for 0, the one fitted to it."""
+    configured = run.config.sampling.router_temperature
+    if configured:
+        return configured
+    held_out = read_manifest(run.router, ROUTER).facts.get("held_out")
+    return 1.0 if held_out is None else float(held_out["temperature"])
 
 
 def _middle_caption(shard: Folder) -> str:

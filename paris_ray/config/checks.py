@@ -261,7 +261,8 @@ def check(config: Config) -> None:
     scale = config.sampling.guidance_scale
     _require(0 <= scale <= 100, "sampling.guidance_scale", scale, "between 0 and 100")
     temperature = config.sampling.router_temperature
-    _require(temperature > 0, "sampling.router_temperature", temperature, "> 0")
+    allowed = "> 0, or 0 for the fitted one"
+    _require(temperature >= 0, "sampling.router_temperature", temperature, allowed)
     _check_fleet(config.fleet)
 
 

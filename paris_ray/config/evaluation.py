@@ -11,7 +11,8 @@ class SamplingConfig:
     num_inference_steps: int = 8
     guidance_scale: float = 1.0
     routing: str = "top-2"
-    router_temperature: float = 1.0  # divides the router's logits
+    # Divides the router's logits; 0: as fitted on held-out rows, 1 if there are none
+    router_temperature: float = 1.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,6 +1,7 @@
 """The router: one more Ray task, on all shards, after and apart from the experts."""
 
 import logging
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -38,17 +39,30 @@ def train_router(config: Config) -> None:
     result = placed(train_the_router, "router", training).remote(config)
     facts = follow("router", Task(result, run.router, training))
     levels = ", ".join(f"{share:.3f} at t={t}" for t, share in facts["right_cluster"].items())
-    logger.info("router: share of rows sent to their own cluster: %s", levels)
+    logger.info("router: share of training rows sent to their own cluster: %s", levels)
+    if "held_out" in facts:
+        _say_held_out(facts["held_out"])
     stage.publish(facts)
+
+
+def _say_held_out(quality: Mapping[str, Any]) -> None:
+    """Say how it does on held-out rows, and whether one without training would do as well."""
+    rows = quality["levels"].items()
+    levels = ", ".join(f"{row['accuracy']:.3f} at t={t}" for t, row in rows)
+    logger.info("router: of %d held-out rows: %s", quality["rows"], levels)
+    beaten = [t for t, row in rows if row["prototype_accuracy"] > row["accuracy"]]
+    if beaten:
+        levels = ", ".join(f"t={t}" for t in beaten)
+        logger.warning("router: the cosine to cluster means routes better at %s", levels)
 
 
 @ray.remote
 def train_the_router(config: Config) -> dict[str, Any]:
-    """Train the router; return the share of rows it sends right, by noise level."""
+    """Train the router; return how well it routes training rows and held-out ones."""
     run = Run(config)
     shards: list[Folder] = [run.shard(k) for k in range(run.num_experts)]
     parent = read_manifest(run.clusters, CLUSTERS).digest
-    right_cluster = train(
+    return train(
         config.router,
         config.router_training,
         shards=shards,
@@ -56,6 +70,6 @@ def train_the_router(config: Config) -> dict[str, Any]:
         seed=derive_seed(config.seed, "router"),
         output=run.router,
         on_progress=ProgressFile(run.router, "router"),
+        held_out=run.held_out_shards(),
         text_encoder=run.encoders,
     )
-    return {"right_cluster": right_cluster}

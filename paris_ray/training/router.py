@@ -1,6 +1,9 @@
 """Training the router: which cluster does a noisy latent, with its caption, come from?"""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,18 +14,12 @@ from paris_ray.config import RouterConfig, TrainingConfig
 from paris_ray.devices import resolve_device
 from paris_ray.diffusion import router_logits, sample_path
 from paris_ray.models import Router, TextConditioning
-from paris_ray.seeding import torch_generator
-from paris_ray.training.data import Batch, LatentDataset, batches, load_dataset
+from paris_ray.training.data import Batch, batches, load_dataset
 from paris_ray.training.loop import OnProgress, build_seeded
+from paris_ray.training.router_quality import Encode, held_out_quality, right_cluster
 from paris_ray.training.schedule import with_steps
 from paris_ray.training.text import text_reader
 from paris_ray.training.trainer import train_model
-
-NOISE_LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9, 1.0)
-EVALUATION_BATCH_SIZE = 256
-MAX_EVALUATION_ROWS = 50_000
-
-Encode = Callable[[Tensor], TextConditioning]
 
 
 def train_router(
@@ -34,8 +31,9 @@ def train_router(
     seed: int,
     output: Folder,
     on_progress: OnProgress,
+    held_out: Mapping[int, Folder] = MappingProxyType({}),
     text_encoder: Folder | None = None,
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """Train the router on all shards and write its averaged weights, in the released layout.
 
     Args:
@@ -46,12 +44,13 @@ def train_router(
         seed: Decides the initial weights, the order of data, times and noise.
         output: The router's own folder.
         on_progress: Called with the progress from time to time.
+        held_out: Folders of rows to measure on, by cluster; the temperature is fitted to them.
         text_encoder: Folder with the run's encoders; needed if the router reads text and the
             shards hold token ids.
 
     Returns:
-        Share of training rows sent to their own cluster, by noise level t; of very many rows,
-        evenly spread ones count.
+        `right_cluster`, the share of training rows sent to their own cluster by noise level t;
+        with held-out rows also `held_out`, as `router_quality.held_out_quality` returns it.
 
     Raises:
         TrainingError: if a shard is empty or the loss stops being finite.
@@ -79,29 +78,9 @@ def train_router(
         output=output,
         on_progress=on_progress,
     )
-    return router_accuracy(average, dataset, encode, seed)
-
-
-@torch.no_grad()
-def router_accuracy(
-    router: Router, dataset: LatentDataset, encode: Encode, seed: int
-) -> dict[str, float]:
-    """Return the share of rows whose most likely cluster is their own, by noise level t."""
-    return {f"{t:g}": _accuracy_at(router, dataset, encode, t, seed) for t in NOISE_LEVELS}
-
-
-def _accuracy_at(
-    router: Router, dataset: LatentDataset, encode: Encode, t: float, seed: int
-) -> float:
-    device = next(router.parameters()).device
-    generator = torch_generator(seed, "router accuracy", round(1000 * t))
-    count = min(len(dataset), MAX_EVALUATION_ROWS)
-    hits = 0
-    for rows in (torch.arange(count) * len(dataset) // count).split(EVALUATION_BATCH_SIZE):
-        latents = dataset.read_latents(rows)
-        noise = torch.randn(latents.shape, generator=generator)
-        path = sample_path(latents, noise, torch.full((len(rows),), t))
-        text = encode(dataset.read_text(rows, 0).to(device))
-        logits = router_logits(router, path.x_t.to(device), path.t.to(device), text)
-        hits += int((logits.argmax(dim=1).cpu() == dataset.clusters[rows]).sum())
-    return hits / count
+    facts: dict[str, Any] = {"right_cluster": right_cluster(average, dataset, encode, seed)}
+    if held_out:
+        rows = load_dataset(list(held_out.values()))
+        rows = replace(rows, clusters=torch.tensor(list(held_out))[rows.clusters])
+        facts["held_out"] = held_out_quality(average, dataset, rows, encode, seed)
+    return facts

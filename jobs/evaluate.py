@@ -1,6 +1,6 @@
-"""Draw the training captions and measure caption accuracy.
+"""Draw captions that were trained on and captions that were held out, and measure.
 
-Writes evaluation/ (see evaluation/report.html).
+Writes evaluation/ (see evaluation/report.html; docs/evaluation.md says what each measure is).
 
     python -m jobs.evaluate --config quickstart run_dir=runs/mine
 """

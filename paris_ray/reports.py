@@ -18,6 +18,9 @@ img { image-rendering: pixelated; max-width: 100%; border-radius: .4rem; backgro
 section { margin: 2rem 0; }
 figure { display: inline-block; width: 7rem; margin: .3rem; vertical-align: top; }
 figcaption { font-size: .75rem; line-height: 1.2; overflow-wrap: anywhere; }
+table { border-collapse: collapse; margin: 1rem 0; font-size: .9rem; }
+td, th { padding: .15rem .6rem; text-align: right; }
+td:first-child, th:first-child { text-align: left; }
 footer { opacity: .7; font-size: .85rem; }
 """
 MIN_WORD_LENGTH = 3
@@ -84,6 +87,16 @@ def section(title: str, *parts: str) -> str:
 def paragraph(text: str) -> str:
     """Return text as an HTML paragraph."""
     return f"<p>{html.escape(text)}</p>"
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Return rows of text as an HTML table; the first row is its head."""
+    tags = ["th", *["td"] * (len(rows) - 1)]
+    lines = (
+        "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in row) + "</tr>"
+        for tag, row in zip(tags, rows, strict=True)
+    )
+    return f"<table>{''.join(lines)}</table>"
 
 
 def page(title: str, sections: Sequence[str], attribution: str | None) -> bytes:

@@ -1,5 +1,8 @@
 """Captioned pictures in: all kinds of corpora behind one interface."""
 
+import numpy as np
+from numpy.typing import NDArray
+
 from paris_ray.config import CorpusConfig
 from paris_ray.corpora.held_out import HeldOut, held_out_rule
 from paris_ray.corpora.image_folder import ImageFolder
@@ -13,7 +16,7 @@ from paris_ray.corpora.images import (
 from paris_ray.corpora.openmoji import OpenMoji
 from paris_ray.corpora.parquet import Parquet
 from paris_ray.corpora.rows import Corpus, RawRow, Shard
-from paris_ray.corpora.scenes import Scenes
+from paris_ray.corpora.scenes import Scenes, scene_compositions
 from paris_ray.corpora.webdataset import WebDataset
 
 __all__ = [
@@ -24,11 +27,23 @@ __all__ = [
     "QuarantinedRow",
     "RawRow",
     "Shard",
+    "compositions",
     "decode_row",
     "find_duplicates",
     "held_out_rule",
     "open_corpus",
 ]
+
+
+def compositions(
+    config: CorpusConfig,
+) -> tuple[NDArray[np.uint8], dict[str, list[str]]] | None:
+    """Return all that captions of a corpus can ask for, whether it is in the corpus or not.
+
+    Returns:
+        `(M, 32, 32, 3)` pictures and their attributes by name; None of a corpus that does not know.
+    """
+    return scene_compositions() if config.kind == "scenes" else None
 
 
 def open_corpus(config: CorpusConfig) -> Corpus:

@@ -21,7 +21,7 @@ from PIL import Image
 from paris_ray.config import CorpusConfig
 from paris_ray.corpora.rows import RawRow, Shard
 from paris_ray.errors import CorpusError
-from paris_ray.reports import png_bytes
+from paris_ray.reports import THUMBNAIL_SIZE, png_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,6 +185,14 @@ def render(scene: Scene, image_size: int) -> NDArray[np.uint8]:
     canvas = Image.new("RGBA", (image_size, image_size), f"#{COLOURS[scene.background]}")
     canvas.alpha_composite(sprite, (left, (image_size - sprite.height) // 2))
     return np.asarray(canvas.convert("RGB"))
+
+
+def scene_compositions() -> tuple[NDArray[np.uint8], dict[str, list[str]]]:
+    """Return every scene as a thumbnail, `(M, 32, 32, 3)`, and its attributes by name."""
+    scenes = all_scenes()
+    names = scenes[0].attributes()
+    pictures = np.stack([render(scene, THUMBNAIL_SIZE) for scene in scenes])
+    return pictures, {name: [scene.attributes()[name] for scene in scenes] for name in names}
 
 
 class Scenes:

@@ -247,3 +247,49 @@ def save_open_clip(model: Any, name: str, folder: Folder) -> None:
             "preprocess_cfg": {"mean": CLIP_MEAN, "std": CLIP_STD},
         },
     )
+
+
+class JointEmbedding:
+    """An open_clip model as a measure: pictures and captions in one space.
+
+    Args:
+        model: The model.
+        tokenizer: Its tokenizer.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any) -> None:
+        self.model, self.tokenizer = model.eval(), tokenizer
+
+    @classmethod
+    def load(
+        cls, config: FeaturesConfig, trained: Path | None, device: torch.device
+    ) -> "JointEmbedding":
+        """Return the model of a configuration; arguments and errors as of `load_features`.
+
+        Raises:
+            ConfigError: if the checkpoint is absent or is not safetensors.
+            BundleError: if its weights do not fit `model`.
+        """
+        checkpoint = config.checkpoint if trained is None else str(trained)
+        if checkpoint is None:
+            raise ConfigError("features.checkpoint is null and no model was trained")
+        model = load_open_clip(config.model, checkpoint, field="features.checkpoint")
+        return cls(model.to(device), open_clip.get_tokenizer(config.model))
+
+    @torch.inference_mode()
+    def encode_images(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """Return unit-length embeddings `(B, J)` of pictures `(B, S, S, 3)` uint8."""
+        visual = self.model.visual
+        size = visual.image_size[0] if isinstance(visual.image_size, tuple) else visual.image_size
+        pixels = preprocess(images, size, visual.image_mean, visual.image_std)
+        return _unit_length(self.model.encode_image(pixels.to(self._device)))
+
+    @torch.inference_mode()
+    def encode_captions(self, captions: Sequence[str]) -> NDArray[np.float32]:
+        """Return unit-length embeddings `(B, J)` of captions."""
+        tokens = self.tokenizer(list(captions)).to(self._device)
+        return _unit_length(self.model.encode_text(tokens))
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self.model.parameters()).device

@@ -117,12 +117,12 @@ def _sample_features(run: Run) -> NDArray[np.float32]:
     chunks, start = [], 0
     for columns in zip(*(stream_column(run.embeddings, name) for name in names), strict=True):
         rows = wanted[start : start + len(columns[0])]
-        chunks.append(_unit_length([column[rows] for column in columns]))
+        chunks.append(unit_length([column[rows] for column in columns]))
         start += len(rows)
     return np.concatenate(chunks)
 
 
-def _unit_length(columns: Sequence[NDArray[np.generic]]) -> NDArray[np.float32]:
+def unit_length(columns: Sequence[NDArray[np.generic]]) -> NDArray[np.float32]:
     """Return unit-length features `(N, D)` of columns of features or of caption variants.
 
     Of several columns each has an equal part; of caption variants the first counts.
@@ -144,7 +144,7 @@ def split_parts(config: Config, held_out: bool, index: int, names: Sequence[str]
     source, target = (run.held_out, run.held_out_shard) if held_out else (run.embeddings, run.shard)
     table = read_parts(source, names, column_names(source))
     columns = [tensor_column(table, n) for n in FEATURE_COLUMNS[config.cluster.features]]
-    clusters = Clustering.load(run.clusters).assign(_unit_length(columns))
+    clusters = Clustering.load(run.clusters).assign(unit_length(columns))
     for k in range(run.num_experts):
         rows = table.filter(pa.array(clusters == k))
         if rows.num_rows:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 from paris_ray.artifacts import read_manifest
 from paris_ray.config import Config
+from paris_ray.evaluation.summary import headline
 from paris_ray.pipeline.cluster import prepare_clusters
 from paris_ray.pipeline.embed import prepare_embeddings
 from paris_ray.pipeline.encoders import prepare_encoders
@@ -45,8 +46,8 @@ def run(config: Config, verb: str) -> None:
         return
     for each in VERBS:
         _run_one(config, each)
-    accuracy = read_manifest(Run(config).evaluation, EVALUATION).facts["accuracy"]
-    logger.info("pipeline finished: caption accuracy %.4f", accuracy)
+    recall, *_ = headline(read_manifest(Run(config).evaluation, EVALUATION).facts)
+    logger.info("pipeline finished: %s", recall)
 
 
 def _run_one(config: Config, verb: str) -> None:

@@ -1,0 +1,119 @@
+"""Drawing captions of a run with its trained parts: one Ray task a part of them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+import numpy as np
+import ray
+import torch
+from numpy.typing import NDArray
+
+from paris_ray.artifacts import Folder, VerifiedFolder
+from paris_ray.config import Config
+from paris_ray.embeddings import num_rows, part_names, read_rows
+from paris_ray.encoders.images import OPEN_CLIP_FILES, JointEmbedding, load_features
+from paris_ray.export import open_trained_parts
+from paris_ray.reports import thumbnail
+from paris_ray.run import Run
+from paris_ray.sampling.sampler import sample, sampling_options
+from paris_ray.seeding import derive_seed, numpy_generator
+
+Split = Literal["shown", "held_out"]
+
+
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """Pictures drawn from captions of a run.
+
+    Attributes:
+        rows: `(N,)` which rows of the split they are of.
+        pictures: `(N, 32, 32, 3)` uint8.
+        features: `(N, D)` of the run's image model, unit length.
+        image_embeddings: `(N, J)` in the joint space with text; `(N, 0)` if the model has none.
+        text_embeddings: `(N, J)` of the captions.
+        usage: `(N, K)` mean weight of each expert.
+    """
+
+    rows: NDArray[np.int64]
+    pictures: NDArray[np.uint8]
+    features: NDArray[np.float32]
+    image_embeddings: NDArray[np.float32]
+    text_embeddings: NDArray[np.float32]
+    usage: NDArray[np.float32]
+
+    @staticmethod
+    def join(parts: "Sequence[Drawn]") -> "Drawn":
+        """Return parts as one."""
+        names = [field.name for field in fields(Drawn)]
+        return Drawn(*(np.concatenate([getattr(part, name) for part in parts]) for name in names))
+
+
+def split_folder(run: Run, split: Split) -> Folder:
+    """Return where the rows of a split are."""
+    return run.embeddings if split == "shown" else run.held_out
+
+
+def chosen_rows(run: Run, split: Split, limit: int | None, purpose: str) -> NDArray[np.int64]:
+    """Return at most `limit` rows of a split, at random but always the same, in order."""
+    folder = split_folder(run, split)
+    total = sum(num_rows(folder, name) for name in part_names(folder))
+    if limit is None or limit >= total:
+        return np.arange(total)
+    generator = numpy_generator(run.config.seed, purpose)
+    return np.sort(generator.choice(total, limit, replace=False))
+
+
+@ray.remote
+def draw(config: Config, split: Split, part: int, num_parts: int) -> Drawn:
+    """Draw every `num_parts`-th of the chosen captions of a split."""
+    torch.set_num_threads(config.evaluation.threads)
+    run = Run(config)
+    rows = chosen_rows(run, split, config.evaluation.max_captions, "evaluation")[part::num_parts]
+    captions = read_rows(split_folder(run, split), rows, ["caption"])["caption"].to_pylist()
+    device = "auto" if config.evaluation.num_gpus else "cpu"
+    bundle = open_trained_parts(run, device=device, dtype=config.evaluation.dtype)
+    options, codec, judge = sampling_options(bundle), bundle.codec, _Judge(config)
+    seed, size = derive_seed(config.seed, f"evaluation {split}"), config.evaluation.batch_size
+    parts = []
+    for start in range(0, len(rows), size):
+        batch = slice(start, start + size)
+        seeds = [derive_seed(seed, "picture", int(row)) for row in rows[batch]]
+        text = bundle.text_encoder.encode(captions[batch]).to("cpu")
+        samples = sample(bundle, text, seeds, options)
+        images = codec.decode(samples.latents)
+        usage = samples.expert_usage.numpy()
+        parts.append(judge.look(rows[batch], images, captions[batch], usage))
+    return Drawn.join(parts)
+
+
+class _Judge:
+    """The run's image model, which sees drawn pictures as it saw the corpus."""
+
+    def __init__(self, config: Config) -> None:
+        trained = None
+        if config.features.checkpoint is None:
+            folder = VerifiedFolder(Run(config).encoders / "features", None)
+            trained = folder.local_path(OPEN_CLIP_FILES)
+        device = torch.device("cuda" if config.evaluation.num_gpus else "cpu")
+        self.features = load_features(config.features, trained).to(device)
+        self.joint: JointEmbedding | None = None
+        if config.features.kind == "open_clip":
+            self.joint = JointEmbedding.load(config.features, trained, device)
+
+    def look(
+        self,
+        rows: NDArray[np.int64],
+        images: NDArray[np.uint8],
+        captions: Sequence[str],
+        usage: NDArray[Any],
+    ) -> Drawn:
+        none = np.empty((len(rows), 0), np.float32)
+        return Drawn(
+            rows,
+            np.stack([thumbnail(image) for image in images]),
+            self.features.encode(images),
+            none if self.joint is None else self.joint.encode_images(images),
+            none if self.joint is None else self.joint.encode_captions(captions),
+            usage,
+        )

@@ -94,7 +94,7 @@ def by_cluster(
 
 
 def headline(facts: Mapping[str, Any]) -> list[str]:
-    """Return what an evaluation says, in a few lines: of what was trained on and of what was not."""
+    """Return what an evaluation says, in a few lines: trained on and never shown apart."""
     shown = facts["shown"]
     lines = [
         f"caption recall {shown['caption_recall']['mean']:.4f} ({shown['captions']} trained on)"

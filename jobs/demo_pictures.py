@@ -15,7 +15,7 @@ from paris_ray.embeddings import read_table
 from paris_ray.sampling import generate
 from paris_ray.sampling.sampler import sample, sampling_options
 
-MIDNIGHT = np.array([24, 40, 110])
+NIGHT_TINT = np.array([70, 90, 160])  # what white looks like by night
 NUM_HELD_OUT = 4
 SEED = 0
 SCALE = 8
@@ -59,9 +59,8 @@ def write_night_pictures(shard: Folder, prompt: str, training: Path, held_out: P
 
 
 def at_night(pictures: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Return pictures `(n, S, S, 3)` with midnight blue for all that is white in them."""
-    white = pictures.min(axis=-1, keepdims=True)
-    return (pictures - white * (1 - MIDNIGHT / 255)).round().astype(np.uint8)
+    """Return pictures `(n, S, S, 3)` as they look in the blue light of the night."""
+    return (pictures * (NIGHT_TINT / 255)).round().astype(np.uint8)
 
 
 def _write_image_folder(path: Path, pictures: dict[str, NDArray[np.uint8]]) -> None:

@@ -33,12 +33,13 @@ def render(plan: Plan) -> str:
 def _groups(trainings: Sequence[TrainingPlan]) -> list[tuple[str, TrainingPlan]]:
     """Return the trainings that differ, each with the names of all that equal it."""
     numbers: dict[TrainingPlan, list[int]] = {}
-    *experts, router = trainings
-    for training in experts:
-        assert training.expert is not None
-        numbers.setdefault(replace(training, expert=0), []).append(training.expert)
-    groups = [(f"expert {_ranges(members)}", training) for training, members in numbers.items()]
-    return [*groups, (router.name, router)]
+    for training in trainings:
+        if training.expert is not None:
+            numbers.setdefault(replace(training, expert=0), []).append(training.expert)
+    experts = [(f"expert {_ranges(members)}", training) for training, members in numbers.items()]
+    single = {training.stage: (training.name, training) for training in trainings}
+    first = [single["seed"]] if "seed" in single else []
+    return [*first, *experts, single["router"]]
 
 
 def _ranges(numbers: Sequence[int]) -> str:

@@ -19,7 +19,7 @@ class Plan:
         num_parameters: Of all experts and the router.
         row_bytes: Bytes of a row of `embeddings/` by what they hold; None is unknown.
         run_bytes: Bytes of a finished run by what they hold; an unknown part is not in them.
-        trainings: The experts and, last, the router.
+        trainings: The seed, if there is one, the experts and, last, the router.
         gpus: The fleet.
         schedule: None without a fleet.
     """
@@ -36,11 +36,13 @@ class Plan:
 def plan(config: Config) -> Plan:
     """Return what a run of this configuration will take."""
     num_rows = min(config.fleet.num_images, config.corpus.limit or config.fleet.num_images)
+    seed = config.seed_training
     trainings = [
+        *([plan_training(config, "seed", config.expert, seed, num_rows)] if seed.steps else []),
         *_plan_experts(config, num_rows),
-        plan_training(config, None, config.router, config.router_training, num_rows),
+        plan_training(config, "router", config.router, config.router_training, num_rows),
     ]
-    num_parameters = sum(training.num_parameters for training in trainings)
+    num_parameters = sum(t.num_parameters for t in trainings if t.stage != "seed")
     gpus = config.fleet.gpus
     return Plan(
         num_rows=num_rows,

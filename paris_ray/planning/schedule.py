@@ -2,9 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import get_args
 
 from paris_ray.config import GpuConfig
-from paris_ray.planning.training import TrainingPlan
+from paris_ray.planning.training import Stage, TrainingPlan
 
 SECONDS_PER_DAY = 86_400
 TERA = 10**12
@@ -55,20 +56,20 @@ class Schedule:
 
 
 def schedule(trainings: Sequence[TrainingPlan], gpus: Sequence[GpuConfig]) -> Schedule:
-    """Place the experts, longest first, each on the GPU that ends it first; then the router.
+    """Place a stage after the other: in each the longest first, on the GPU that ends it first.
 
-    Experts wait for nothing but a GPU: this greedy rule is never worse than 4/3 of the best
-    schedule on equal GPUs (Graham 1969).
+    Experts wait for the seed, if there is one, and then for nothing but a GPU: this greedy rule is
+    never worse than 4/3 of the best schedule on equal GPUs (Graham 1969).
 
     Args:
-        trainings: The experts and, last, the router.
+        trainings: The seed, if there is one, the experts and the router.
         gpus: The fleet, at least one GPU; `fits` of the trainings is in this order.
     """
-    *experts, router = trainings
-    fleet = _Fleet(gpus)
-    order = [*sorted(experts, key=lambda training: -training.flops), router]
-    placed = [fleet.place(training, wait=training is router) for training in order]
-    pairs = list(zip(order, placed, strict=True))
+    fleet, pairs = _Fleet(gpus), []
+    for stage in get_args(Stage):
+        earliest = fleet.busy_until
+        members = sorted((t for t in trainings if t.stage == stage), key=lambda t: -t.flops)
+        pairs += [(training, fleet.place(training, earliest)) for training in members]
     return Schedule(
         tuple(assignment for _, assignment in pairs if assignment is not None),
         tuple(training.name for training, assignment in pairs if assignment is None),
@@ -82,14 +83,13 @@ class _Fleet:
         self.gpus = gpus
         self.free_from = {(kind, i): 0.0 for kind, gpu in enumerate(gpus) for i in range(gpu.count)}
 
-    def place(self, training: TrainingPlan, *, wait: bool) -> Assignment | None:
-        """Train on the GPU that ends first; None if none is large enough.
+    @property
+    def busy_until(self) -> float:
+        """The day on which all that was placed is done."""
+        return max(self.free_from.values())
 
-        Args:
-            training: What to train.
-            wait: Whether all that was placed before must be done.
-        """
-        earliest = max(self.free_from.values()) if wait else 0.0
+    def place(self, training: TrainingPlan, earliest: float) -> Assignment | None:
+        """Train on the GPU that ends first, not before a day; None if none is large enough."""
         ends = {
             slot: max(free, earliest) + _days(training, self.gpus[slot[0]])
             for slot, free in self.free_from.items()

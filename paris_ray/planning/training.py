@@ -4,12 +4,14 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import product
-from typing import Any
+from typing import Any, Literal
 
 from paris_ray.config import Config, ExpertConfig, GpuConfig, RouterConfig, TrainingConfig
 from paris_ray.models.flops import CLIP_TEXT_LENGTH, parameter_count, training_flops_per_image
 from paris_ray.planning.disk import trained_row_bytes
 from paris_ray.planning.memory import Memory, text_tower_parameters, training_memory
+
+Stage = Literal["seed", "expert", "router"]
 
 GIGA = 10**9
 # The rest is for the CUDA context, the workspaces of libraries, and fragmentation.
@@ -31,7 +33,8 @@ class TrainingPlan:
     """The training of one model.
 
     Attributes:
-        expert: Its number; None is the router.
+        stage: Stages follow each other.
+        expert: Its number, of an expert.
         num_parameters: Position table included.
         num_rows: Rows of its training data.
         batch_size: Samples a step.
@@ -43,6 +46,7 @@ class TrainingPlan:
         fits: One answer for each entry of `fleet.gpus`.
     """
 
+    stage: Stage
     expert: int | None
     num_parameters: int
     num_rows: int
@@ -57,7 +61,7 @@ class TrainingPlan:
     @property
     def name(self) -> str:
         """What to call the model."""
-        return "router" if self.expert is None else f"expert {self.expert}"
+        return self.stage if self.expert is None else f"expert {self.expert}"
 
     @property
     def samples_seen(self) -> int:
@@ -72,7 +76,7 @@ class TrainingPlan:
 
 def plan_training(
     config: Config,
-    expert: int | None,
+    name: Stage | int,
     model: ExpertConfig | RouterConfig,
     training: TrainingConfig,
     num_rows: int,
@@ -81,13 +85,13 @@ def plan_training(
 
     Args:
         config: The run: its text encoder and its fleet.
-        expert: Number of the expert; None is the router.
+        name: Number of the expert, or which of the other stages.
         model: Its architecture.
         training: How it is trained.
         num_rows: Rows of its training data.
     """
     is_clip = config.text.kind != "minilm"
-    text_length = CLIP_TEXT_LENGTH if is_clip else 1
+    text_length = CLIP_TEXT_LENGTH if is_clip else max(1, config.text.token_states)
     reads_tokens = is_clip and model.text_embed_dim > 0
     text_encoder = text_tower_parameters(model.text_embed_dim) if reads_tokens else 0
 
@@ -97,7 +101,8 @@ def plan_training(
         )
 
     return TrainingPlan(
-        expert=expert,
+        stage="expert" if isinstance(name, int) else name,
+        expert=name if isinstance(name, int) else None,
         num_parameters=parameter_count(model),
         num_rows=num_rows,
         batch_size=training.batch_size,

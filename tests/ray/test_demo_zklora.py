@@ -13,7 +13,7 @@ import psutil
 import pytest
 from PIL import Image
 
-from jobs.demo_pictures import MIDNIGHT, at_night
+from jobs.demo_pictures import NIGHT_TINT, at_night
 from jobs.processes import run_job, service
 from paris_ray.artifacts import Folder
 from paris_ray.embeddings import to_table, write_part
@@ -121,9 +121,9 @@ def test_a_demo_with_another_bundle_needs_another_folder(
     assert "holds a demo with another bundle" in shown
 
 
-def test_at_night_white_is_blue_and_black_stays() -> None:
+def test_at_night_white_is_blue_and_all_else_darker() -> None:
     pictures = np.array([[[[255, 255, 255], [0, 0, 0], [255, 0, 0]]]], np.uint8)
-    assert at_night(pictures).tolist() == [[[MIDNIGHT.tolist(), [0, 0, 0], [255, 0, 0]]]]
+    assert at_night(pictures).tolist() == [[[NIGHT_TINT.tolist(), [0, 0, 0], [70, 0, 0]]]]
 
 
 def test_a_service_that_cannot_start_shows_why(tmp_path: Path) -> None:

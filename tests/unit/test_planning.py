@@ -199,7 +199,9 @@ def test_rows_of_the_paper_and_of_the_quickstart() -> None:
     assert "latents of the mirror image" not in unflipped
     quickstart = row_bytes(load("quickstart"))
     assert quickstart["latents"] == 96 * 4 * 4 * 2
-    assert quickstart["text embedding"] == 3 * 384 * 2  # three caption templates
+    assert quickstart["text embedding"] == 25 * 384 * 2  # a sentence vector and 24 token states
+    templates = load("quickstart", ["corpus.caption_templates=['{}', 'a {}']"])
+    assert row_bytes(templates)["text embedding"] == 2 * 25 * 384 * 2
 
 
 def test_features_of_an_unknown_model_are_said_to_be_unknown() -> None:
@@ -212,7 +214,7 @@ def test_features_of_an_unknown_model_are_said_to_be_unknown() -> None:
 
 def test_epochs_are_turned_into_the_steps_that_training_takes() -> None:
     config = load("quickstart", ["training.epochs=2.5", "fleet.num_images=8000"])
-    expert, router = plan(config).trainings[0], plan(config).trainings[-1]
+    _, expert, *_, router = plan(config).trainings
     assert expert.num_rows == 1000
     assert expert.num_steps == with_steps(config.training, 1000).steps == 40
     assert router.num_rows == 8000
@@ -226,7 +228,8 @@ def test_a_limited_corpus_has_fewer_rows() -> None:
 
 def test_experts_are_planned_with_their_own_overrides() -> None:
     changes = ["experts.2.expert.num_layers=8", "experts.5.training.steps=10"]
-    common, *_ = plan(load("quickstart")).trainings
+    changes.append("seed_training.steps=0")  # another expert could not start from the seed
+    common, *_ = plan(load("quickstart", ["seed_training.steps=0"])).trainings
     trainings = plan(load("quickstart", changes)).trainings
     assert trainings[2].num_parameters > common.num_parameters
     assert trainings[5].num_steps == 10
@@ -242,6 +245,7 @@ STEPS_OF_A_DAY = 86_400  # of one image of 1 TFLOP, on a GPU that reaches 1 TFLO
 
 def training(expert: int | None, days: float, fits: tuple[bool, ...]) -> TrainingPlan:
     return TrainingPlan(
+        stage="router" if expert is None else "expert",
         expert=expert,
         num_parameters=1,
         num_rows=1,
@@ -257,6 +261,20 @@ def training(expert: int | None, days: float, fits: tuple[bool, ...]) -> Trainin
 
 def gpu(name: str, tflops: float, count: int = 1) -> GpuConfig:
     return GpuConfig(name=name, count=count, peak_tflops=2 * tflops, mfu=0.5, dollars_per_hour=0.5)
+
+
+def test_experts_wait_for_the_seed_and_it_counts_no_parameters() -> None:
+    seed = replace(training(None, days=2.0, fits=(True,)), stage="seed")
+    trainings = [seed, training(0, days=1.0, fits=(True,)), training(None, days=1.0, fits=(True,))]
+    found = schedule(trainings, [GpuConfig(count=2, peak_tflops=1.0, mfu=1.0)])
+    assert [a.name for a in found.assignments] == ["seed", "expert 0", "router"]
+    assert [a.start for a in found.assignments] == pytest.approx([0.0, 2.0, 3.0])
+    without = plan(load("quickstart", ["seed_training.steps=0"]))
+    with_seed = plan(load("quickstart", ["seed_training.steps=10"]))
+    assert with_seed.num_parameters == without.num_parameters
+    assert [t.name for t in with_seed.trainings] == ["seed", *(t.name for t in without.trainings)]
+    assert "\nseed " in render(with_seed)
+    assert "\nseed " not in render(without)
 
 
 def test_experts_go_where_they_end_first_and_the_router_waits_for_all() -> None:

@@ -13,7 +13,7 @@ from paris_ray.config import ExpertConfig, TrainingConfig
 from paris_ray.embeddings import to_table, write_null_text, write_part
 from paris_ray.encoders.clip import ClipText
 from paris_ray.run import EXPERT_WEIGHTS
-from paris_ray.training.expert import train_expert
+from paris_ray.training.expert import ExpertData, train_expert
 from paris_ray.training.loop import Progress
 
 GEOMETRY = {"input_size": 2, "patch_size": 1, "in_channels": 3}
@@ -112,14 +112,14 @@ def train(
     digest: str = "shard",
     seed: int = 0,
     on_progress: Callable[[Progress], None] = carry_on,
+    data: dict[str, Any] | None = None,
     **more: Any,
 ) -> tuple[bytes, bytes]:
-    """Train and return the bytes of weights and metrics."""
+    """Train and return the bytes of weights and metrics; `data` is what else `ExpertData` has."""
     train_expert(
         expert,
         config,
-        shard=shard,
-        shard_digest=digest,
+        data=ExpertData(shards=[shard], digests={"shard": digest}, **(data or {})),
         seed=seed,
         output=output,
         on_progress=on_progress,

@@ -120,10 +120,11 @@ def _check_seed(config: Config) -> None:
         return
     for index in config.experts:
         setup = expert_setup(config, int(index))
-        if setup.training.init_from is None:
-            fits = not unlike_fields(setup.expert, config.expert)
-            allowed = "tensors like those of the section expert; or its own init_from"
-            _require(fits, f"experts.{index}.expert", config.experts[index], allowed)
+        if setup.training.init_from is not None:
+            continue
+        for field, (own, seeds) in unlike_fields(setup.expert, config.expert).items():
+            allowed = f"{seeds!r}, as the seed has it that it starts from; or its own init_from"
+            _require(False, f"experts.{index}.expert.{field}", own, allowed)
 
 
 def _check_clip(config: Config) -> None:
@@ -247,8 +248,8 @@ def check(config: Config) -> None:
         _require(value >= 1, f"features.{key}", value, "at least 1")
     _check_training("training", config.training)
     _check_training("router_training", config.router_training)
-    _check_seed(config)
     _check_shapes(config)
+    _check_seed(config)
     _check_clip(config)
     for key in ("batch_size", "num_tasks", "threads"):
         value = getattr(config.evaluation, key)

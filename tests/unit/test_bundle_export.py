@@ -1,7 +1,6 @@
 """Bundles that are written: the public layout both ways, and experts that differ."""
 
 import json
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import torch
 
 from paris_ray.artifacts import Folder, VerifiedFolder, publish
 from paris_ray.bundle import Bundle, load_bundle
-from paris_ray.config import CodecConfig, ExpertConfig, TextConfig
+from paris_ray.config import CodecConfig, TextConfig
 from paris_ray.diffusion import predict_velocity
 from paris_ray.errors import BundleError
 from paris_ray.export import codec_name, text_encoder_name, write_bundle
@@ -133,11 +132,17 @@ def card(bundle: Bundle, **facts: Any) -> str:
 
 
 def test_the_model_card_explains_what_was_measured_alone(tiny_bundle: Bundle) -> None:
-    assert "aption accuracy" not in card(tiny_bundle)
-    facts = {"captions": 9, "gallery": 10, "accuracy": 0.5, "expert_usage": [0.2, 0.3, 0.5]}
+    assert "aption recall" not in card(tiny_bundle)
+    share = {"mean": 0.5, "low": 0.25, "high": 0.75}
+    shown = {"captions": 9, "gallery": 10, "caption_recall": share, "attributes": {"all": share}}
+    held_out = {"captions": 3, "attributes": {"object": share}, "frechet": 2.0}
+    facts = {"shown": shown, "held_out": held_out, "expert_usage": [0.2, 0.3, 0.5]}
     text = card(tiny_bundle, evaluation=facts)
-    assert "| caption accuracy over 9 captions, among 10 pictures | 0.5000 |" in text
-    assert "Caption accuracy is the share" in text
+    interval = "| 0.5000 (0.2500 to 0.7500) |"
+    assert f"| caption recall over 9 training captions, among 10 pictures {interval}" in text
+    assert f"| all right over 9 shown captions {interval}" in text
+    assert f"| object right over 3 held-out captions {interval}" in text
+    assert "over 3 held-out captions | 2.0000 |" in text
 
 
 def test_the_model_card_tells_of_weights_of_others(tiny_bundle: Bundle) -> None:
@@ -173,21 +178,3 @@ def test_experts_of_other_latents_are_refused(
     )
     with pytest.raises(BundleError, match=message):
         Bundle(parts, tiny_bundle.facts).expert(1)
-
-
-def test_spatial_text_and_token_states_do_not_fit(release_path: Path, tmp_path: Path) -> None:
-    root = Path(shutil.copytree(release_path, tmp_path / "release"))
-    config = ExpertConfig(
-        text_injection="spatial",
-        input_size=4,
-        hidden_size=16,
-        num_layers=1,
-        num_heads=2,
-        text_embed_dim=16,
-    )
-    folder = Folder(root / "expert_0")
-    folder.write_json("config.json", write_document(config))
-    folder.write(EXPERT_WEIGHTS, safetensors.torch.save(Expert(config).state_dict()))
-    bundle = load_bundle(str(root))
-    with pytest.raises(BundleError, match=r"expert_0.*'spatial' needs one vector a caption.* 77"):
-        generate(bundle, ["a red cat"])

@@ -118,21 +118,33 @@ def test_unknown_keys_and_wrong_types_are_refused(override: str, fragments: list
         ("text.path", "null"),
         ("sampling.guidance_scale", "-4"),
         ("training.epochs", "0"),
-        ("sampling.router_temperature", "0"),
+        ("sampling.router_temperature", "-1"),
         ("fleet.num_images", "0"),
         ("features.checkpoint", "null"),
-        ("expert.text_injection", "spatial"),
+        ("text.token_states", "-1"),
+        ("text.token_states", "129"),
+        ("cluster.features", "caption"),
+        ("cluster.remove_directions", "-1"),
+        ("cluster.remove_directions", "1025"),
+        ("cluster.shared_share", "0.6"),
+        ("cluster.shared_share", "-0.1"),
+        ("corpus.held_out_share", "1"),
+        ("corpus.held_out_share", "-0.1"),
+        ("training.validate_every", "0"),
+        ("seed_training.steps", "-1"),
+        ("seed_training.batch_size", "0"),
+        ("evaluation.max_captions", "0"),
     ],
 )
 def test_values_that_do_not_fit_are_refused(field: str, value: str) -> None:
-    clip = ["text.kind=clip", "text.path=openai/clip-vit-large-patch14"]
-    crossed = [*clip, "expert.text_injection=cross_attention"]
+    other = ["text.kind=clip", "text.token_states=0", "cluster.features=image"]
+    clip = [*other, "text.path=openai/clip-vit-large-patch14"]
     extra = {
         "corpus.path": ["corpus.kind=parquet"],
         "features.checkpoint": ["features.kind=timm"],
-        "expert.text_injection": clip,
-        "text.path": ["text.kind=clip"],
-        "training.text_noise": crossed,
+        "text.path": other,
+        "cluster.features": [o for o in clip if not o.startswith("cluster")],
+        "training.text_noise": clip,
     }
     others = extra.get(field, [])
     assert refusal(f"{field}={value}", *others).startswith(f"{field}=")

@@ -29,6 +29,8 @@ def config(tmp_path: Path, release_path: Path) -> Config:
         "codec.num_components=4",
         "text.kind=clip",
         f"text.path={release_path}",
+        "text.token_states=0",
+        "cluster.features=image",
         "expert.text_embed_dim=16",
         "expert.text_injection=cross_attention",
         "training.text_noise=0",

@@ -13,6 +13,7 @@ SMALL = {"input_size": 16, "hidden_size": 64, "num_layers": 3, "num_heads": 4}
 MODELS = {
     "cross-attention": ExpertConfig(**SMALL, text_embed_dim=48),
     "spatial text": ExpertConfig(**SMALL, text_injection="spatial", text_hidden_size=24),
+    "both": ExpertConfig(**SMALL, text_embed_dim=48, text_injection="both", text_hidden_size=24),
     "single pixels as patches": ExpertConfig(**SMALL, patch_size=1, mlp_ratio=2.5),
     "router": RouterConfig(**SMALL, num_experts=5),
     "router with text": RouterConfig(**SMALL, text_embed_dim=48),

@@ -81,13 +81,6 @@ def test_text_is_accepted_in_three_forms(
     assert not torch.allclose(expert(latents, timesteps + 50, text), output)
 
 
-def test_spatial_injection_needs_one_vector_a_caption() -> None:
-    expert = Expert(ExpertConfig(text_injection="spatial", **SMALL))
-    latents, timesteps, text = inputs(length=3)
-    with pytest.raises(ValueError, match=r"spatial.*\(2, 3, 8\)"):
-        expert(latents, timesteps, text)
-
-
 def test_patches_keep_their_place(randomised: Randomise) -> None:
     """With nothing but the patch path open, a patch of latents only reaches its own output."""
     expert = randomised(Expert(ExpertConfig(text_injection="spatial", **SMALL)), 0)

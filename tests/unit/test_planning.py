@@ -38,6 +38,7 @@ EXPERT = ExpertConfig(hidden_size=64, num_layers=4, num_heads=4, text_embed_dim=
 SMALL_MODELS = {
     "expert": EXPERT,
     "expert of spatial text": replace(EXPERT, text_injection="spatial", text_hidden_size=4),
+    "expert of both": replace(EXPERT, text_injection="both", text_hidden_size=4),
     "expert with a wide MLP": replace(EXPERT, mlp_ratio=6.0, num_layers=2),
     "router": RouterConfig(hidden_size=64, num_layers=4, num_heads=4),
 }
@@ -228,6 +229,7 @@ def test_a_limited_corpus_has_fewer_rows() -> None:
 
 def test_experts_are_planned_with_their_own_overrides() -> None:
     changes = ["experts.2.expert.num_layers=8", "experts.5.training.steps=10"]
+    changes.append("seed_training.steps=0")  # from which only experts like it could start
     changes.append("seed_training.steps=0")  # another expert could not start from the seed
     common, *_ = plan(load("quickstart", ["seed_training.steps=0"])).trainings
     trainings = plan(load("quickstart", changes)).trainings

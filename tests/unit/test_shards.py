@@ -10,13 +10,16 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from paris_ray.artifacts import Folder
 from paris_ray.config import Config, load
-from paris_ray.corpora import open_corpus
-from paris_ray.embeddings import column_names, stream_column
+from paris_ray.corpora import HeldOut, open_corpus
+from paris_ray.embeddings import column_names, read_table, stream_column
 from paris_ray.pipeline.shards import Batch, ShardReader, ShardWriter
 from paris_ray.run import Run
 
 NUM_GOOD = 40
+NO_ROW = HeldOut(None, 0.0, 0)
+ATTRIBUTES = ["attribute.article", "attribute.group_2"]
 
 
 @pytest.fixture
@@ -37,16 +40,18 @@ def config(tmp_path: Path) -> Config:
         "corpus.kind=webdataset",
         f"corpus.path={tmp_path}",
         "corpus.rows_per_shard=16",
+        "corpus.held_out_key=null",
+        "corpus.attributes='(?P<article>an?) (square)'",
     ]
     return load("quickstart", overrides)
 
 
-def read(config: Config) -> list[Batch]:
+def read(config: Config, held_out: HeldOut = NO_ROW) -> list[Batch]:
     (shard,) = open_corpus(config.corpus).shards()
     description: Batch = {name: np.array([value]) for name, value in asdict(shard).items()}
     duplicates = np.empty(1, dtype=object)
     duplicates[0] = [NUM_GOOD + 1]
-    return list(ShardReader(config)(description | {"duplicates": duplicates}))
+    return list(ShardReader(config, held_out)(description | {"duplicates": duplicates}))
 
 
 def encoded(batch: Batch) -> Batch:
@@ -88,7 +93,7 @@ def test_mirrored_latents_and_token_ids_are_kept_as_they_are(config: Config) -> 
     }
     ShardWriter(config)(batch | tensors)
     folder = Run(config).embeddings
-    assert column_names(folder) == ["key", "caption", "thumbnail", *tensors]
+    assert column_names(folder) == ["key", "caption", "thumbnail", *ATTRIBUTES, *tensors]
     for name, expected in tensors.items():
         (stored,) = stream_column(folder, name)
         assert stored.dtype == expected.dtype
@@ -100,3 +105,40 @@ def test_rows_of_two_shards_in_one_block_are_an_error(config: Config) -> None:
     batch["shard"] = np.arange(16)
     with pytest.raises(AssertionError, match="several shards"):
         ShardWriter(config)(batch)
+
+
+def test_held_out_rows_go_into_a_folder_of_their_own(config: Config) -> None:
+    rule = HeldOut(None, 0.4, seed=0)
+    rows = open_corpus(config.corpus).read(open_corpus(config.corpus).shards()[0])
+    withheld = {row.key for row in rows if rule.holds(row)} - {"broken"}
+    assert 5 < len(withheld) < 35
+    batches, writer = read(config, rule), ShardWriter(config)
+    assert all(len(set(batch["held_out"])) == 1 for batch in batches)
+    for batch in batches:
+        writer(encoded(batch))
+    run = Run(config)
+    keys = [f"{i:03d}" for i in range(NUM_GOOD)]
+    assert keys_in(run.held_out) == [key for key in keys if key in withheld]
+    assert keys_in(run.embeddings) == [key for key in keys if key not in withheld]
+
+
+def test_a_block_of_both_kinds_is_parted_where_it_is_written(config: Config) -> None:
+    """Ray Data joins small blocks; each kind counts its own rows."""
+    batches = read(config, HeldOut(None, 0.4, seed=0))
+    last = {bool(batch["held_out"][0]): encoded(batch) for batch in batches}
+    joined = {name: np.concatenate([last[False][name], last[True][name]]) for name in last[True]}
+    written = ShardWriter(config)(joined)["rows"].tolist()
+    run = Run(config)
+    assert keys_in(run.embeddings) == last[False]["key"].tolist()
+    assert keys_in(run.held_out) == last[True]["key"].tolist()
+    assert written == [len(joined["key"])]
+
+
+def test_labels_are_kept_as_columns(config: Config) -> None:
+    batch = read(config)[0]
+    assert batch["attribute.article"].tolist() == ["a"] * 16
+    assert batch["attribute.group_2"].tolist() == ["square"] * 16
+
+
+def keys_in(folder: Folder) -> list[str]:
+    return read_table(folder, ["key"])["key"].to_pylist()

@@ -295,7 +295,7 @@ def test_the_router_learns_separable_clusters(tmp_path: Path) -> None:
         write_shard(Folder(tmp_path / f"shard {i}"), 12, mean=mean, spread=0.2, seed=i)
         for i, mean in enumerate(means)
     ]
-    accuracy = train_router(
+    facts = train_router(
         RouterConfig(num_experts=3, **GEOMETRY, **WIDTH),
         replace(TRAINING, steps=80, batch_size=32, log_every=80, learning_rate=5e-3),
         shards=shards,
@@ -304,6 +304,8 @@ def test_the_router_learns_separable_clusters(tmp_path: Path) -> None:
         output=Folder(tmp_path / "router"),
         on_progress=carry_on,
     )
+    assert facts.keys() == {"right_cluster"}  # no row was held out
+    accuracy = facts["right_cluster"]
     assert list(accuracy) == ["0.1", "0.3", "0.5", "0.7", "0.9", "1"]
     assert accuracy["0.1"] > 0.95
     assert accuracy["0.1"] >= accuracy["0.9"]

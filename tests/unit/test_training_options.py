@@ -159,14 +159,17 @@ def test_training_lasts_as_many_epochs_as_wanted(shard: Folder, tmp_path: Path) 
 
 @pytest.mark.parametrize("parts", [2, 4])
 def test_accumulated_parts_are_one_batch_up_to_rounding(
-    shard: Folder, trained: Folder, tmp_path: Path, parts: int
+    shard: Folder, tmp_path: Path, parts: int
 ) -> None:
-    output = Folder(tmp_path)
-    train(shard, output, config=replace(TRAINING, accumulation_steps=parts))
-    torch.testing.assert_close(weights_in(output), weights_in(trained), rtol=1e-4, atol=1e-5)
-    losses, expected = ([row["loss"] for row in rows_of(f, METRICS)] for f in (output, trained))
+    # The gradient of the keys' biases is rounding alone, which Adam must not make a step of.
+    config = replace(TRAINING, adam_eps=1e-6)
+    whole, output = Folder(tmp_path / "whole"), Folder(tmp_path / "parts")
+    train(shard, whole, config=config)
+    train(shard, output, config=replace(config, accumulation_steps=parts))
+    torch.testing.assert_close(weights_in(output), weights_in(whole), rtol=1e-4, atol=1e-5)
+    losses, expected = ([row["loss"] for row in rows_of(f, METRICS)] for f in (output, whole))
     assert losses == pytest.approx(expected, rel=1e-4)
-    assert output.read(EXPERT_WEIGHTS) != trained.read(EXPERT_WEIGHTS)  # it was cut
+    assert output.read(EXPERT_WEIGHTS) != whole.read(EXPERT_WEIGHTS)  # it was cut
 
 
 def test_blocks_are_run_again_in_the_backward_pass_if_wanted(shard: Folder) -> None:
@@ -450,7 +453,7 @@ def test_a_router_needs_an_encoder_for_token_ids_only_if_it_reads_text(
     encoders = tmp_path / "encoders"
     shard = write_token_shard(Folder(tmp_path / "shard"), write_clip(encoders))
     config = RouterConfig(num_experts=2, **GEOMETRY, **(WIDTH | {"text_embed_dim": text_embed_dim}))
-    accuracy = train_router(
+    facts = train_router(
         config,
         TRAINING,
         shards=[shard, shard],
@@ -460,7 +463,7 @@ def test_a_router_needs_an_encoder_for_token_ids_only_if_it_reads_text(
         on_progress=carry_on,
         text_encoder=Folder(encoders) if text_embed_dim else None,
     )
-    assert accuracy["0.5"] == 0.5  # the same rows twice
+    assert facts["right_cluster"]["0.5"] == 0.5  # the same rows twice
 
 
 # --- what is logged and shown ---

@@ -59,7 +59,7 @@ class Corpus:
         return captions
 
     def attributes(self) -> dict[str, list[str]]:
-        """Return the labels of `corpus.attributes`, M values of each; empty where a row has none."""
+        """Return the labels of `corpus.attributes`, M of each; empty where a row has none."""
         names = [name for name in self.table.column_names if name.startswith(ATTRIBUTE)]
         return {name.removeprefix(ATTRIBUTE): self.table[name].to_pylist() for name in names}
 

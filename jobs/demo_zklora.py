@@ -40,8 +40,8 @@ ADAPTER = "adapter"  # where jobs.verify_lora leaves the weights, in the folder 
 BUDGET_ROWS = 64  # a picture at two noise levels, and as many rows of an audit
 PRICE = 100
 READY_TIMEOUT_S = 120
-# Modules that see few rows, such as those of the time, would need more pictures to be audited; those
-# of the cross-attention see rows of patches and of words, more than a session's budget has.
+# Modules that see few rows, such as those of the time, would need more pictures to be audited; and
+# cross-attention sees rows of patches and of words, more than the budget of a session has.
 TRAINING = (
     "lora.target_modules=[attn.in_proj,attn.out_proj,final_layer.linear]",
     "training.steps=1000",

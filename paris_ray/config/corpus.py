@@ -1,7 +1,7 @@
 """Which pictures, and how they are cut into clusters."""
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 # Labels of rows are named by columns or by the groups of another pattern (`corpora.labels`).
@@ -25,12 +25,24 @@ class CorpusConfig:
     # about 64 rows of a small one, up to a tenth of it; 0: none
     held_out_share: float = 0.02
     # What names groups that are withheld as a whole, and then the share is of groups: columns, such
-    # as object,background, or a pattern with groups that is searched in the caption; null: rows
+    # as object,background, or a pattern with groups that is searched in the caption; null: rows.
+    # Of kind scenes null means object,background and, of attributes, all four
     held_out_key: str | None = None
     # What the evaluation compares of drawn and asked pictures: columns, or a pattern with groups
     attributes: str | None = None
     max_pixels: int = 64_000_000  # a larger image is taken for a decompression bomb
     max_bad_share: float = 0.1  # refuse to go on if more than this share is quarantined
+
+
+def with_own_labels(corpus: CorpusConfig) -> CorpusConfig:
+    """Return a corpus with the labels that a packaged one knows by itself, where none are given."""
+    if corpus.kind != "scenes":
+        return corpus
+    return replace(
+        corpus,
+        held_out_key=corpus.held_out_key or "object,background",
+        attributes=corpus.attributes or "object,colour,background,place",
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,7 +1,7 @@
 """A configuration from YAML and `key=value` overrides, and the paths in it."""
 
 from collections.abc import Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from functools import reduce
 from importlib import resources
 from operator import getitem
@@ -15,6 +15,7 @@ from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 from paris_ray.artifacts import absolute_uri
 from paris_ray.config.checks import check, check_lora_run
 from paris_ray.config.conversion import from_dict, to_dict
+from paris_ray.config.corpus import with_own_labels
 from paris_ray.config.lora import LoRARun
 from paris_ray.config.sections import Config
 from paris_ray.errors import ConfigError
@@ -75,6 +76,7 @@ def load(name_or_path: str, overrides: Sequence[str] = ()) -> Config:
         ConfigError: for an unknown key, a wrong type or a value that is not allowed.
     """
     config = _load(Config, name_or_path, packaged_configs(), overrides)
+    config = replace(config, corpus=with_own_labels(config.corpus))
     check(config)
     return config
 

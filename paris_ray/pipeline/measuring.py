@@ -59,7 +59,7 @@ class Corpus:
         return captions
 
     def attributes(self) -> dict[str, list[str]]:
-        """Return the labels of `corpus.attributes`, M values of each."""
+        """Return the labels of `corpus.attributes`, M of each; empty where a row has none."""
         names = [name for name in self.table.column_names if name.startswith(ATTRIBUTE)]
         return {name.removeprefix(ATTRIBUTE): self.table[name].to_pylist() for name in names}
 
@@ -144,7 +144,7 @@ def _measure_split(
         embeddings = drawn.image_embeddings, drawn.text_embeddings
         facts |= retrieval_summary(*embeddings, captions, seed)
     attributes = corpus.attributes()
-    if attributes:
+    if any(map(any, attributes.values())):  # a corpus may have none of the labels that are named
         wanted = {name: [values[i] for i in own] for name, values in attributes.items()}
         accuracy = attribute_accuracy(drawn.pictures, wanted, *_gallery(run, corpora))
         facts["attributes"] = attribute_summary(accuracy, seed)

@@ -14,6 +14,8 @@ from paris_ray.artifacts import Folder
 from paris_ray.config import Config, load
 from paris_ray.corpora import HeldOut, open_corpus
 from paris_ray.embeddings import column_names, read_table, stream_column
+from paris_ray.errors import CorpusError
+from paris_ray.pipeline.embed import count_rows, refuse_bad_corpus
 from paris_ray.pipeline.shards import Batch, ShardReader, ShardWriter
 from paris_ray.run import Run
 
@@ -41,6 +43,7 @@ def config(tmp_path: Path) -> Config:
         f"corpus.path={tmp_path}",
         "corpus.rows_per_shard=16",
         "corpus.held_out_key=null",
+        "corpus.held_out_share=0.02",
         "corpus.attributes='(?P<article>an?) (square)'",
     ]
     return load("quickstart", overrides)
@@ -142,3 +145,31 @@ def test_labels_are_kept_as_columns(config: Config) -> None:
 
 def keys_in(folder: Folder) -> list[str]:
     return read_table(folder, ["key"])["key"].to_pylist()
+
+
+def test_held_out_rows_are_counted_apart(config: Config) -> None:
+    writer = ShardWriter(config)
+    for batch in read(config, HeldOut(None, 0.4, seed=0)):
+        writer(encoded(batch))
+    run = Run(config)
+    withheld = len(keys_in(run.held_out))
+    counts = count_rows(run, NUM_GOOD + 2)
+    quarantined = {"duplicate_key": 1, "not_an_image": 1}
+    assert counts == {
+        "rows": NUM_GOOD - withheld,
+        "held_out": withheld,
+        "quarantined": quarantined,
+    }
+    refuse_bad_corpus(config, counts)
+    with pytest.raises(CorpusError, match="43 rows were listed but 42 were read"):
+        count_rows(run, NUM_GOOD + 3)
+
+
+def test_a_corpus_that_is_held_out_as_a_whole_is_refused(config: Config) -> None:
+    counts = {"rows": 0, "held_out": 40, "quarantined": {}}
+    with pytest.raises(CorpusError) as caught:
+        refuse_bad_corpus(config, counts)
+    assert str(caught.value) == (
+        "all 40 usable rows are held out (corpus.held_out_share=0.02, corpus.held_out_key=None): "
+        "none are left to train on"
+    )

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from paris_ray.artifacts import Folder
-from paris_ray.clustering import Clustering, fit_clustering
+from paris_ray.clustering import Clustering, Nuisance, fit_clustering
 from paris_ray.config import ClusterConfig
 from paris_ray.errors import ConfigError
 
@@ -86,3 +86,73 @@ def test_centres_are_saved_and_loaded(tmp_path: Path) -> None:
     loaded = Clustering.load(Folder(tmp_path))
     assert np.array_equal(loaded.assign(features), clustering.assign(features))
     assert loaded.fine_centroids.dtype == np.float32
+
+
+def swamped(count: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Two groups that differ by a little along one axis, and all rows by far more along another.
+
+    Returns the unit vectors, their group, and on which side of the other axis each is.
+    """
+    generator = np.random.default_rng(seed)
+    groups = generator.integers(0, 2, count)
+    side = np.where(generator.random(count) < 0.5, -1.0, 1.0)
+    rows = np.zeros((count, 4))
+    rows[:, 0] = side * generator.uniform(0.8, 1.0, count)
+    rows[:, 1] = np.where(groups, 0.2, -0.2)
+    rows[:, 2:] = 0.01 * generator.standard_normal((count, 2))
+    return unit_vectors(rows), groups, (side > 0).astype(int)
+
+
+def agreement(clusters: np.ndarray, labels: np.ndarray) -> float:
+    """Share of rows on which two partitions into two agree, whatever they are called."""
+    same = float((clusters == labels).mean())
+    return max(same, 1 - same)
+
+
+TWO = replace(CONFIG, num_clusters=2, num_fine=2, max_imbalance=2.0)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_clusters_follow_what_is_left_without_the_first_direction(seed: int) -> None:
+    features, groups, side = swamped(200, seed)
+    plain = fit_clustering(features, TWO, seed).assign(features)
+    assert agreement(plain, side) == 1.0 and agreement(plain, groups) < 0.7
+    clustering = fit_clustering(features, replace(TWO, remove_directions=1), seed)
+    assert agreement(clustering.assign(features), groups) == 1.0
+    unseen, their_groups, _ = swamped(50, seed + 100)
+    assert agreement(clustering.assign(unseen), their_groups) == 1.0
+
+
+def test_removed_directions_are_the_first_principal_ones() -> None:
+    features, _, _ = swamped(400)
+    nuisance = Nuisance.fit(features, 2)
+    assert nuisance.directions.shape == (2, 4) and nuisance.directions.dtype == np.float32
+    np.testing.assert_allclose(np.abs(nuisance.directions[:, :2]), np.eye(2), atol=0.05)
+    np.testing.assert_allclose(nuisance.mean, features.mean(axis=0), atol=1e-6)
+    first = Nuisance.fit(features, 1)
+    rest = first.remove(features)
+    np.testing.assert_allclose(np.linalg.norm(rest, axis=1), 1, rtol=1e-5)
+    np.testing.assert_allclose(rest @ first.directions.T, 0, atol=1e-4)
+
+
+def test_no_direction_leaves_features_as_they_are() -> None:
+    features, _, _ = swamped(20)
+    assert np.array_equal(Nuisance.fit(features, 0).remove(features), features)
+
+
+def test_as_many_directions_as_dimensions_are_refused() -> None:
+    features, _, _ = swamped(20)
+    with pytest.raises(ConfigError) as caught:
+        fit_clustering(features, replace(TWO, remove_directions=4), 0)
+    expected = "cluster.remove_directions=4 is not allowed: features have 4 dimensions"
+    assert str(caught.value) == expected
+
+
+def test_what_is_removed_is_saved_and_loaded(tmp_path: Path) -> None:
+    features, groups, _ = swamped(200)
+    clustering = fit_clustering(features, replace(TWO, remove_directions=1), 0)
+    clustering.save(Folder(tmp_path))
+    loaded = Clustering.load(Folder(tmp_path))
+    assert np.array_equal(loaded.nuisance.mean, clustering.nuisance.mean)
+    assert np.array_equal(loaded.nuisance.directions, clustering.nuisance.directions)
+    assert agreement(loaded.assign(features), groups) == 1.0

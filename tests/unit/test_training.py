@@ -23,6 +23,7 @@ from paris_ray.errors import ArtifactError, TrainingError
 from paris_ray.models.release import read_document
 from paris_ray.run import EXPERT_WEIGHTS, MODEL_CONFIG
 from paris_ray.training.data import BatchOrder
+from paris_ray.training.expert import ExpertData, train_expert
 from paris_ray.training.loop import Progress
 from paris_ray.training.router import train_router
 from paris_ray.training.schedule import learning_rate
@@ -309,3 +310,78 @@ def test_the_router_learns_separable_clusters(tmp_path: Path) -> None:
     assert list(accuracy) == ["0.1", "0.3", "0.5", "0.7", "0.9", "1"]
     assert accuracy["0.1"] > 0.95
     assert accuracy["0.1"] >= accuracy["0.9"]
+
+
+# --- rows that all experts have, and several shards ---
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Folder:
+    return write_shard(Folder(tmp_path_factory.mktemp("shared")), 6, mean=1.0, seed=1)
+
+
+def test_shared_rows_are_trained_on(
+    shard: Folder, shared: Folder, tmp_path: Path, uninterrupted: tuple[bytes, bytes]
+) -> None:
+    weights = [
+        train(shard, Folder(tmp_path / str(share)), data={"shared": shared, "shared_share": share})
+        for share in (0.25, 0.5)
+    ]
+    assert len({*weights, uninterrupted}) == 3
+    unlike = write_shard(Folder(tmp_path / "unlike"), 6, mean=-1.0, seed=1)
+    data = {"shared": unlike, "shared_share": 0.25}
+    assert train(shard, Folder(tmp_path / "other"), data=data)[0] != weights[0][0]
+
+
+def test_with_shared_rows_a_run_is_resumed_to_the_bit(
+    shard: Folder, shared: Folder, tmp_path: Path
+) -> None:
+    data, output = {"shared": shared, "shared_share": 0.5}, Folder(tmp_path / "output")
+    with pytest.raises(Stop):
+        train(shard, output, data=data, on_progress=stop_at(6))
+    whole = train(shard, Folder(tmp_path / "whole"), data=data)
+    assert train(shard, output, data=data) == whole
+
+
+def test_a_checkpoint_of_another_share_is_refused(
+    shard: Folder, shared: Folder, tmp_path: Path, half_done: Folder
+) -> None:
+    half = {"shared": shared, "shared_share": 0.5}
+    quarter = {"shared": shared, "shared_share": 0.25}
+    output = Folder(tmp_path / "output")
+    with pytest.raises(Stop):
+        train(shard, output, data=half, on_progress=stop_at(6))
+    for folder, data in ((output, quarter), (output, None), (half_done, half)):
+        with pytest.raises(ArtifactError, match=f"{CHECKPOINT} belongs to another configuration"):
+            train(shard, folder, data=data)
+
+
+def test_epochs_are_those_of_an_experts_own_rows(
+    shard: Folder, shared: Folder, tmp_path: Path
+) -> None:
+    seen: list[Progress] = []
+    train(
+        shard,
+        Folder(tmp_path),
+        config=replace(TRAINING, epochs=2.0),
+        data={"shared": shared, "shared_share": 0.25},
+        on_progress=seen.append,
+    )
+    assert seen[-1].num_steps == 5  # of ten rows, four a batch
+
+
+def test_a_seed_is_trained_on_several_shards(
+    shard: Folder, shared: Folder, tmp_path: Path, uninterrupted: tuple[bytes, bytes]
+) -> None:
+    seen: list[Progress] = []
+    output = Folder(tmp_path)
+    train_expert(
+        EXPERT,
+        replace(TRAINING, epochs=1.0),
+        data=ExpertData(shards=[shard, shared], digests={"clusters": "both"}),
+        seed=0,
+        output=output,
+        on_progress=seen.append,
+    )
+    assert seen[-1].num_steps == 4  # of sixteen rows
+    assert output.read(EXPERT_WEIGHTS) != uninterrupted[0]

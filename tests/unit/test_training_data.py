@@ -26,7 +26,7 @@ from training_shards import (
 from paris_ray.artifacts import Folder
 from paris_ray.embeddings import ROWS_PER_GROUP, to_table, write_null_text, write_part
 from paris_ray.errors import ArtifactError, ConfigError, TrainingError
-from paris_ray.training.data import Batch, batches, load_dataset
+from paris_ray.training.data import Batch, MixedOrder, batches, load_dataset
 from paris_ray.training.prefetch import draw_ahead
 
 
@@ -226,3 +226,71 @@ def test_an_error_in_drawing_comes_at_its_step(depth: int) -> None:
     assert [next(items) for _ in range(3)] == [0, 1, 2]
     with pytest.raises(OSError, match="the disk is gone"):
         next(items)
+
+
+def write_states(folder: Folder) -> np.ndarray:
+    """A shard whose text is a sentence vector and three token states, of which one is padding."""
+    text = np.random.default_rng(0).standard_normal((6, 2, 1 + 3, 4)).astype(np.float16)
+    text[:, :, 3] = 0
+    latents = np.zeros((6, 3, 2, 2), np.float32)
+    write_columns(folder, {"latents": latents, "text_embedding": text})
+    null_text = np.zeros((1 + 3, 4), np.float32)
+    null_text[:2] = 7
+    write_null_text(folder, null_text)
+    return text
+
+
+def test_token_states_are_drawn_dropped_and_noised_but_not_at_padding(tmp_path: Path) -> None:
+    stored = torch.from_numpy(write_states(Folder(tmp_path)).astype(np.float32))
+    dataset, index = load_dataset([Folder(tmp_path)]), torch.arange(6).repeat(30)
+    assert (dataset.text_length, dataset.has_token_ids) == (3, False)
+
+    def draw(dropout: float, noise: float) -> torch.Tensor:
+        config = replace(TRAINING, text_dropout=dropout, text_noise=noise)
+        return dataset.draw_text(index, config, torch.Generator().manual_seed(0))
+
+    plain = draw(0.0, 0.0)
+    assert plain.shape == (180, 4, 4)
+    variants = (plain[:, None] == stored[index]).flatten(2).all(dim=2)
+    assert variants.any(dim=1).all() and variants.any(dim=0).all()
+    moved = draw(0.0, 0.5) - plain
+    assert (moved[:, 3] == 0).all()
+    assert moved[:, :3].std().item() == pytest.approx(0.5, rel=0.1)
+    dropped = (draw(0.3, 0.5) == dataset.null_text).flatten(1).all(dim=1)
+    assert 0.15 < dropped.float().mean() < 0.45  # and the null text has no noise
+
+
+# --- rows that all experts have ---
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "share", "shared"), [(8, 0.25, 2), (8, 0.5, 4), (10, 0.01, 1), (10, 0.34, 3)]
+)
+def test_every_batch_has_its_share_of_shared_rows(
+    batch_size: int, share: float, shared: int
+) -> None:
+    order = MixedOrder(20, 7, batch_size, share, seed=0)
+    for step in range(40):
+        rows = order.batch(step)
+        assert rows.shape == (batch_size,)
+        assert int((rows >= 20).sum()) == shared
+        assert int(rows.min()) >= 0 and int(rows.max()) < 27
+
+
+def test_every_row_of_its_own_is_seen_once_an_epoch_and_shared_ones_in_turn() -> None:
+    order = MixedOrder(12, 4, 8, 0.25, seed=0)  # six own rows and two shared ones a batch
+    rows = [order.batch(step) for step in range(8)]
+    for epoch in range(4):
+        both = torch.cat(rows[2 * epoch : 2 * epoch + 2])
+        assert sorted(both[both < 12].tolist()) == list(range(12))
+        assert sorted(both[both >= 12].tolist()) == list(range(12, 16))
+
+
+def test_mixed_batches_depend_on_seed_and_step_alone_and_have_no_place_for_shared_rows() -> None:
+    order = MixedOrder(12, 4, 8, 0.25, seed=3)
+    forward = [order.batch(step).tolist() for step in range(50)]
+    fresh = MixedOrder(12, 4, 8, 0.25, seed=3)
+    assert [fresh.batch(step).tolist() for step in reversed(range(50))] == forward[::-1]
+    assert [MixedOrder(12, 4, 8, 0.25, seed=4).batch(i).tolist() for i in range(50)] != forward
+    places = [i for rows in forward for i, row in enumerate(rows) if row >= 12]
+    assert set(places) == set(range(8))

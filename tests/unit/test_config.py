@@ -21,6 +21,7 @@ from paris_ray.config import (
     packaged_configs,
     to_dict,
     to_yaml,
+    unlike_fields,
     with_absolute_paths,
 )
 from paris_ray.errors import ConfigError
@@ -293,3 +294,65 @@ def test_from_dict_refuses(section: type, values: object, fragment: str) -> None
     assert "there/config.json" in message
     assert fragment in message
     assert os.environ["HOME"] not in message
+
+
+QUICKSTART_CLIP = ["text.kind=clip", "text.path=openai/clip-vit-large-patch14"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["experts.2.expert.num_layers=8"],
+            "experts.2.expert.num_layers=8 is not allowed: 4, as the seed has it that it starts "
+            "from; or its own init_from",
+        ),
+        (
+            ["experts.2.expert.text_injection=spatial"],
+            "experts.2.expert.text_injection='spatial' is not allowed: 'both', as the seed has it "
+            "that it starts from; or its own init_from",
+        ),
+        (
+            [*QUICKSTART_CLIP, "cluster.features=image"],
+            "text.token_states=24 is not allowed: 0 for CLIP, which has no other text",
+        ),
+        (
+            [*QUICKSTART_CLIP, "text.token_states=0"],
+            "cluster.features='caption' is not allowed: image for text.kind=clip",
+        ),
+        (["seed_training.steps=-1"], "seed_training.steps=-1 is not allowed: at least 0"),
+        (["training.steps=0"], "training.steps=0 is not allowed: at least 1"),
+    ],
+)
+def test_what_does_not_go_together_is_said_in_whole(overrides: list[str], message: str) -> None:
+    assert refusal(*overrides) == message
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["experts.2.expert.num_layers=8", "seed_training.steps=0"],
+        ["experts.2.expert.num_layers=8", "experts.2.training.init_from=/other"],
+        ["experts.2.expert.prediction=velocity"],  # its tensors are like the seed's
+        ["experts.2.training.steps=5"],
+    ],
+)
+def test_experts_that_the_seed_fits_or_that_do_not_need_it(overrides: list[str]) -> None:
+    assert expert_setup(load("quickstart", overrides), 2) != expert_setup(load("quickstart"), 2)
+
+
+@pytest.mark.parametrize("injection", ["cross_attention", "spatial", "both"])
+def test_clip_has_a_vector_and_tokens_for_every_injection(injection: str) -> None:
+    others = ["text.token_states=0", "cluster.features=image", "router_training.text_noise=0"]
+    others += ["training.text_noise=0", "seed_training.text_noise=0"]
+    config = load("quickstart", [*QUICKSTART_CLIP, *others, f"expert.text_injection={injection}"])
+    assert config.expert.text_injection == injection
+
+
+def test_unlike_fields_are_those_that_decide_shapes_or_meaning() -> None:
+    model = ExpertConfig(num_layers=4)
+    assert unlike_fields(model, model) == {}
+    other = replace(model, num_layers=8, prediction="epsilon", layer_norm_eps=1e-5)
+    assert unlike_fields(model, other) == {"num_layers": (4, 8)}
+    router = RouterConfig(text_embed_dim=8)
+    assert unlike_fields(router, RouterConfig()) == {"text_embed_dim": (8, 0)}

@@ -12,6 +12,7 @@ from paris_ray.embeddings import write_null_text
 from paris_ray.encoders.autoencoder import copy_autoencoder_kl
 from paris_ray.encoders.clip import ClipText, copy_clip
 from paris_ray.encoders.codec import PatchPCA, load_codec
+from paris_ray.encoders.text import MiniLM, write_text_encoder
 from paris_ray.pipeline.embedders import LatentEmbedder, TextEmbedder
 from paris_ray.pipeline.shards import Batch
 from paris_ray.run import Run
@@ -66,6 +67,29 @@ def test_clip_text_is_kept_as_token_ids_of_every_template(
     expected = [clip.tokenize([c, f"a picture of {c}"]) for c in CAPTIONS]
     assert batch["token_ids"].dtype == np.uint16
     np.testing.assert_array_equal(batch["token_ids"], np.stack(expected))
+
+
+@pytest.mark.parametrize("token_states", [0, 4])
+def test_sentences_are_kept_as_vectors_and_their_tokens_states(
+    tmp_path: Path, tiny_parts: Path, token_states: int
+) -> None:
+    overrides = [
+        f"run_dir={tmp_path / 'run'}",
+        f"text.path={tiny_parts / 'text_encoder'}",
+        f"text.token_states={token_states}",
+        "text.pool.batch_size=2",
+        "corpus.caption_templates=['{}','a {}']",
+    ]
+    config = load("quickstart", overrides)
+    write_text_encoder(config.text, Run(config).encoders)
+    captions = ["red cat", "a green circle a blue square", "", "dog"]
+    batch = TextEmbedder(config)({"caption": np.array(captions, dtype=object)})
+    found = batch["text_embedding"]
+    assert found.dtype == np.float16
+    assert found.shape == ((4, 2, 1 + 4, 16) if token_states else (4, 2, 16))
+    encoder = MiniLM(tmp_path / "run" / "encoders" / "text_encoder")
+    expected = [encoder.encode([c, f"a {c}"]).vectors().numpy() for c in captions]
+    np.testing.assert_allclose(found.astype(np.float32), np.stack(expected), atol=4e-3)
 
 
 def test_the_mirror_image_is_encoded_beside_the_picture(config: Config, pictures: Batch) -> None:

@@ -14,6 +14,7 @@ from paris_ray.encoders.codec import PatchPCA, load_codec
 from paris_ray.encoders.images import CONFIG, WEIGHTS, load_features
 from paris_ray.encoders.text import MiniLM, copy_text_encoder, text_encoder_folder
 from paris_ray.errors import BundleError, ConfigError
+from paris_ray.models import TextConditioning
 from paris_ray.training.contrastive import train_open_clip
 from paris_ray.training.loop import Progress
 
@@ -107,6 +108,89 @@ def test_captions_mean_the_same_in_a_batch_and_alone(text_encoder: MiniLM) -> No
     for i, caption in enumerate(CAPTIONS):
         alone = text_encoder.encode([caption]).pooled_text[0]
         torch.testing.assert_close(alone, together.pooled_text[i], rtol=1e-5, atol=1e-5)
+
+
+STATES = 6
+
+
+@pytest.fixture(scope="module")
+def token_encoder(tiny_parts: Path, tmp_path_factory: pytest.TempPathFactory) -> MiniLM:
+    folder = tmp_path_factory.mktemp("states")
+    copy_text_encoder(tiny_parts / "text_encoder", Folder(folder), STATES)
+    return MiniLM(folder)
+
+
+def test_token_states_are_the_same_in_every_batch(token_encoder: MiniLM) -> None:
+    assert token_encoder.token_states == STATES
+    together = token_encoder.encode(CAPTIONS)
+    assert together.text_embeddings.shape == (5, STATES, 16)
+    assert together.text_mask is not None
+    for i, caption in enumerate(CAPTIONS):
+        alone, pair = token_encoder.encode([caption]), token_encoder.encode([caption, "a cat"])
+        for text in (alone, pair):
+            assert text.text_mask is not None
+            assert torch.equal(text.text_mask[0], together.text_mask[i])
+            for name in ("text_embeddings", "pooled_text"):
+                one, other = getattr(text, name)[0], getattr(together, name)[i]
+                torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+def test_token_states_are_cut_padded_with_zeros_and_of_unit_variance(
+    token_encoder: MiniLM, text_encoder: MiniLM
+) -> None:
+    text = token_encoder.encode(CAPTIONS)
+    assert text.text_mask is not None
+    # Beginning and end of a caption are tokens too.
+    assert text.text_mask.sum(dim=1).tolist() == [5, 2, 3, STATES, STATES]
+    assert all(row.tolist() == sorted(row.tolist(), reverse=True) for row in text.text_mask)
+    norms = text.text_embeddings.norm(dim=2)
+    torch.testing.assert_close(norms, 4.0 * text.text_mask)  # sqrt(16), and 0 at padding
+    vectors = text_encoder.encode(CAPTIONS)
+    torch.testing.assert_close(text.pooled_text, vectors.pooled_text)
+    assert vectors.text_mask is None
+    first = text.text_embeddings[0, :5]
+    assert torch.cdist(first, first).add(torch.eye(5)).min() > 1e-2  # tokens differ
+
+
+def test_without_token_states_config_json_stays_as_it_was(tiny_parts: Path, tmp_path: Path) -> None:
+    source = tiny_parts / "text_encoder"
+    copy_text_encoder(source, Folder(tmp_path))
+    assert (tmp_path / "config.json").read_bytes() == (source / "config.json").read_bytes()
+    assert MiniLM(tmp_path).token_states == 0
+
+
+@pytest.mark.parametrize("value", [-1, 129, "6", True, 1.5, None])
+def test_other_numbers_of_token_states_are_refused(
+    tiny_parts: Path, tmp_path: Path, value: object
+) -> None:
+    copy_text_encoder(tiny_parts / "text_encoder", Folder(tmp_path))
+    folder = Folder(tmp_path)
+    folder.write_json("config.json", folder.read_json("config.json") | {"token_states": value})
+    with pytest.raises(BundleError) as caught:
+        MiniLM(tmp_path)
+    expected = f"{tmp_path}/config.json: token_states={value!r}, allowed: 0 to 128"
+    assert str(caught.value) == expected
+
+
+def test_text_is_stored_as_vectors_and_comes_back(
+    token_encoder: MiniLM, text_encoder: MiniLM
+) -> None:
+    for encoder, shape in ((token_encoder, (5, 1 + STATES, 16)), (text_encoder, (5, 16))):
+        text = encoder.encode(CAPTIONS)
+        assert text.vectors().shape == shape
+        back = TextConditioning.from_vectors(text.vectors())
+        assert torch.equal(back.text_embeddings, text.text_embeddings)
+        assert torch.equal(back.pooled_text, text.pooled_text)
+        assert (back.text_mask is None) == (text.text_mask is None)
+        if text.text_mask is not None and back.text_mask is not None:
+            assert torch.equal(back.text_mask, text.text_mask)
+
+
+def test_what_is_at_padding_is_not_stored() -> None:
+    states, mask = torch.ones(2, 3, 4), torch.tensor([[True, True, False], [True, False, False]])
+    vectors = TextConditioning(states, 2 * torch.ones(2, 4), mask).vectors()
+    assert (vectors[:, 0] == 2).all()
+    assert (vectors[:, 1:] != 0).any(dim=2).tolist() == mask.tolist()
 
 
 def test_text_vectors_have_unit_variance_and_differ(text_encoder: MiniLM) -> None:

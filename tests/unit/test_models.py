@@ -15,6 +15,7 @@ from paris_ray.models import (
     RouterConfig,
     TextConditioning,
 )
+from paris_ray.models.flops import forward_macs, parameter_count
 from paris_ray.models.layers import Attention, CrossAttention
 
 Randomise = Callable[[nn.Module, int], nn.Module]
@@ -57,7 +58,7 @@ def inputs(length: int = 3) -> tuple[Tensor, Tensor, TextConditioning]:
     return latents, torch.tensor([100.0, 900.0]), TextConditioning(text, text[:, 0])
 
 
-@pytest.mark.parametrize("injection", ["cross_attention", "spatial"])
+@pytest.mark.parametrize("injection", ["cross_attention", "spatial", "both"])
 def test_state_dicts_load_strictly_and_mean_the_same(injection: str, randomised: Randomise) -> None:
     config = ExpertConfig(text_injection=injection, **SMALL)
     expert, other = randomised(Expert(config), 0), randomised(Expert(config), 1)
@@ -67,7 +68,9 @@ def test_state_dicts_load_strictly_and_mean_the_same(injection: str, randomised:
     assert torch.equal(expert(latents, timesteps, text), other(latents, timesteps, text))
 
 
-@pytest.mark.parametrize(("injection", "length"), [("cross_attention", 3), ("spatial", 1)])
+@pytest.mark.parametrize(
+    ("injection", "length"), [("cross_attention", 3), ("spatial", 1), ("both", 1)]
+)
 def test_text_is_accepted_in_three_forms(
     injection: str, length: int, randomised: Randomise
 ) -> None:
@@ -149,7 +152,7 @@ def test_padding_counts_unless_it_is_masked(masked: bool, randomised: Randomise)
 
 
 def test_encoded_texts_join(randomised: Randomise) -> None:
-    for injection, length in (("cross_attention", 3), ("spatial", 1)):
+    for injection, length in (("cross_attention", 3), ("spatial", 1), ("both", 3)):
         expert = randomised(Expert(ExpertConfig(text_injection=injection, **SMALL)), 0)
         latents, timesteps, text = inputs(length)
         parts = [expert.encode_text(text.rows(slice(i, i + 1))) for i in range(len(text))]
@@ -186,3 +189,55 @@ def test_stored_half_precision_is_computed_in(randomised: Randomise) -> None:
     rounded = expert.to(torch.bfloat16)(latents, timesteps, text)
     assert rounded.dtype == torch.bfloat16
     assert (rounded - exact).norm() / exact.norm() < 0.05
+
+
+def reads(injection: str, randomised: Randomise) -> tuple[bool, ...]:
+    """Whether an expert's answer depends on token states, and on the sentence vector."""
+    expert = randomised(Expert(ExpertConfig(text_injection=injection, **SMALL)), 0)
+    latents, timesteps, text = inputs(length=3)
+    output = expert(latents, timesteps, text)
+    changed = [replace(text, text_embeddings=-text.text_embeddings)]
+    changed.append(replace(text, pooled_text=-text.pooled_text))
+    return tuple(not torch.allclose(expert(latents, timesteps, t), output) for t in changed)
+
+
+def test_each_injection_reads_what_it_is_for(randomised: Randomise) -> None:
+    assert reads("cross_attention", randomised) == (True, False)
+    assert reads("spatial", randomised) == (False, True)
+    assert reads("both", randomised) == (True, True)
+
+
+def test_both_have_the_names_of_cross_attention_and_a_projection_more() -> None:
+    both, crossed = (
+        Expert(ExpertConfig(text_injection=injection, **SMALL)).state_dict().keys()
+        for injection in ("both", "cross_attention")
+    )
+    more = {f"pooled_text_proj.{i}.{part}" for i in (0, 2) for part in ("weight", "bias")}
+    assert set(both) == set(crossed) | more
+
+
+def test_both_cost_more_than_either() -> None:
+    costs = {
+        injection: (parameter_count(config), forward_macs(config, 3))
+        for injection in ("spatial", "cross_attention", "both")
+        for config in [ExpertConfig(text_injection=injection, **SMALL)]
+    }
+    for i in range(2):
+        either = costs["spatial"][i], costs["cross_attention"][i]
+        assert 0 < max(either) < costs["both"][i] < sum(either)
+
+
+def test_padding_is_skipped_by_both_as_by_cross_attention(randomised: Randomise) -> None:
+    config = ExpertConfig(text_injection="both", text_padding_mask=True, **SMALL)
+    expert = randomised(Expert(config), 0)
+    latents, timesteps, text = inputs(length=4)
+    mask = torch.tensor([[True, True, False, False]]).expand(2, 4)
+    masked, other = replace(text, text_mask=mask), text.text_embeddings.clone()
+    other[:, 2:] += 1
+    first = expert(latents, timesteps, masked)
+    second = expert(latents, timesteps, replace(masked, text_embeddings=other))
+    assert torch.equal(first, second)
+    parts = [expert.encode_text(masked.rows(slice(i, i + 1))) for i in range(2)]
+    joined = EncodedText.concatenate(parts)
+    assert joined.mask is not None and joined.spatial is not None
+    torch.testing.assert_close(expert(latents, timesteps, joined), first)

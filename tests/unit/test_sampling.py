@@ -310,6 +310,9 @@ def test_keys_tell_texts_and_masks_apart(release_bundle: Bundle) -> None:
     assert text.text_mask is not None
     for mask in (None, torch.ones_like(text.text_mask)):
         assert KeyedText.of(replace(text, text_mask=mask)).keys[0] != keys[0]
+    for name in ("text_embeddings", "pooled_text"):  # an expert may read either
+        moved = replace(text, **{name: getattr(text, name) + 1})
+        assert not set(KeyedText.of(moved).keys) & set(keys)
 
 
 def test_offloaded_experts_are_asked_before_others_load(

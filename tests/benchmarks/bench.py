@@ -28,7 +28,7 @@ import psutil
 from jobs.command import ray_session
 from paris_ray.artifacts import Folder, read_manifest
 from paris_ray.config import Config, load
-from paris_ray.corpora import open_corpus
+from paris_ray.corpora import held_out_rule, open_corpus
 from paris_ray.evaluation.summary import headline
 from paris_ray.run import EVALUATION, SHARD, Run
 
@@ -190,7 +190,8 @@ def embed_in_a_loop(config: Config) -> dict[str, float]:
 
     with _scratch_run(config) as scratch:
         started = time.monotonic()
-        reader = ShardReader(scratch)
+        corpus = open_corpus(scratch.corpus)
+        reader = ShardReader(scratch, held_out_rule(scratch.corpus, corpus, scratch.seed))
         encoders = (TextEmbedder, FeatureEmbedder, LatentEmbedder)
         steps = [*(encoder(scratch) for encoder in encoders), ShardWriter(scratch)]
         torch.set_num_threads(os.cpu_count() or 1)  # as many cores as Ray Data has

@@ -33,7 +33,7 @@ from paris_ray.run import BUNDLE, EMBEDDINGS, EVALUATION, Run
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 # Held-out captions are of (object, background) pairs that no training caption has.
-NUM_HELD_OUT = 28
+NUM_CAPTIONS = 28
 # Wordings, too, that the corpus does not have; every one asks for a pair that may be held out.
 FREE_PROMPTS = (
     "a purple cat on the left, yellow background",
@@ -140,7 +140,7 @@ def _is_healthy(url: str) -> bool:
 
 def _draw_samples(run: Run, url: str) -> None:
     """Ask the API for pictures; write `samples.png` and `report.html`."""
-    prompts = [*_held_out_captions(run), *FREE_PROMPTS]
+    prompts = [*_captions(run), *FREE_PROMPTS]
     with ThreadPoolExecutor(max_workers=COLUMNS) as pool:
         images = list(pool.map(lambda prompt: _request_image(url, prompt), prompts))
     grid = reports.picture_grid(np.stack(images), columns=COLUMNS, scale=4)
@@ -148,10 +148,16 @@ def _draw_samples(run: Run, url: str) -> None:
     run.folder.write("report.html", _report(run, prompts, images))
 
 
-def _held_out_captions(run: Run) -> list[str]:
-    captions = read_table(run.held_out, ["caption"])["caption"].to_pylist()
-    chosen = np.linspace(0, len(captions) - 1, min(NUM_HELD_OUT, len(captions))).astype(int)
+def _captions(run: Run) -> list[str]:
+    """Return captions that were never trained on or, if none was held out, some that were."""
+    folder = run.held_out if _holds_out(run) else run.embeddings
+    captions = read_table(folder, ["caption"])["caption"].to_pylist()
+    chosen = np.linspace(0, len(captions) - 1, min(NUM_CAPTIONS, len(captions))).astype(int)
     return [captions[i] for i in chosen]
+
+
+def _holds_out(run: Run) -> bool:
+    return bool(read_manifest(run.embeddings, EMBEDDINGS).facts["held_out"])
 
 
 def _request_image(url: str, prompt: str) -> np.ndarray:
@@ -168,11 +174,12 @@ def _request_image(url: str, prompt: str) -> np.ndarray:
 
 def _report(run: Run, prompts: list[str], images: list[np.ndarray]) -> bytes:
     figures = [reports.figure(Image.fromarray(i), p) for p, i in zip(prompts, images, strict=True)]
-    num_held_out = len(prompts) - len(FREE_PROMPTS)
+    num_captions = len(prompts) - len(FREE_PROMPTS)
+    title = "Captions that were never shown" if _holds_out(run) else "Captions of the corpus"
     measured = headline(read_manifest(run.evaluation, EVALUATION).facts)
     sections = [
-        reports.section("Captions that were never shown", *figures[:num_held_out]),
-        reports.section("Free prompts", *figures[num_held_out:]),
+        reports.section(title, *figures[:num_captions]),
+        reports.section("Free prompts", *figures[num_captions:]),
         reports.section("Measured", *map(reports.paragraph, measured)),
     ]
     attribution = read_manifest(run.embeddings, EMBEDDINGS).facts["attribution"]

@@ -15,6 +15,7 @@ from paris_ray.errors import CorpusError
 
 MIN_ROWS = 64  # of a smaller corpus a larger share is held out, to measure anything
 MAX_SMALL_SHARE = 0.1  # but not more than this
+MAX_ROWS_WITHOUT_GROUP = 256
 HASH_RANGE = 1 << 256
 
 
@@ -49,7 +50,7 @@ def held_out_rule(config: CorpusConfig, corpus: Corpus, seed: int) -> HeldOut:
     Of a large corpus no more rows are listed than tell that it is large.
 
     Raises:
-        CorpusError: if `held_out_key` names no group in the first shard.
+        CorpusError: if `held_out_key` names no group in any of the first rows.
     """
     share = config.held_out_share
     if share == 0:
@@ -63,15 +64,16 @@ def held_out_rule(config: CorpusConfig, corpus: Corpus, seed: int) -> HeldOut:
 
 
 def _check_key(config: CorpusConfig, corpus: Corpus) -> None:
-    """Refuse a key that no row of the first shard has, before hours of encoding."""
-    key = config.held_out_key
+    """Refuse a key that none of the first rows has, before hours of encoding."""
+    key, captions = config.held_out_key, []
     if key is None:
         return
-    rows = list(corpus.read(corpus.shards()[0]))
-    if any(labels_of(key, row.columns, row.caption) is not None for row in rows):
-        return
-    captions = next((row.caption for row in rows if row.caption), None)
+    for row in islice(corpus.read(corpus.shards()[0]), MAX_ROWS_WITHOUT_GROUP):
+        if labels_of(key, row.columns, row.caption) is not None:
+            return
+        captions.append(row.caption)
+    example = next(filter(None, captions), None)
     raise CorpusError(
-        f"corpus.held_out_key={key!r} names no group in the first {len(rows)} rows: expected "
-        f"columns that they have, or a pattern that their captions hold, such as {captions!r}"
+        f"corpus.held_out_key={key!r} names no group in the first {len(captions)} rows: expected "
+        f"columns that they have, or a pattern that their captions hold, such as {example!r}"
     )

@@ -8,7 +8,7 @@ import pyarrow as pa
 import ray
 from numpy.typing import NDArray
 
-from paris_ray.artifacts import Folder, Manifest, publish
+from paris_ray.artifacts import Folder, Manifest, publish, read_manifest
 from paris_ray.clustering import Clustering, fit_clustering
 from paris_ray.config import Config
 from paris_ray.embeddings import (
@@ -34,7 +34,7 @@ from paris_ray.reports import (
     picture_grid,
     section,
 )
-from paris_ray.run import CLUSTERS, SHARD, Run
+from paris_ray.run import CLUSTERS, EMBEDDINGS, SHARD, Run
 from paris_ray.seeding import derive_seed, numpy_generator
 
 logger = logging.getLogger("paris_ray")
@@ -155,7 +155,7 @@ def split_parts(config: Config, held_out: bool, index: int, names: Sequence[str]
 
 def _share(run: Run, index: int, table: pa.Table) -> None:
     """Write some rows, or all if there are not many, to the rows that every expert has."""
-    total = sum(num_rows(run.embeddings, name) for name in part_names(run.embeddings))
+    total = read_manifest(run.embeddings, EMBEDDINGS).facts["rows"]
     generator = numpy_generator(run.config.seed, "shared", index)
     chosen = generator.random(table.num_rows) < MAX_SHARED_ROWS / total
     if chosen.any():

@@ -5,6 +5,7 @@ row is on the driver: tasks draw, one task measures.
 """
 
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -63,40 +64,44 @@ def _evaluate(config: Config, splits: list[Split]) -> dict[str, Any]:
     }
     losses = None
     if "held_out" in splits:
-        experts = range(config.cluster.num_clusters)
-        tasks = [held_out_losses.options(**resources).remote(config, k) for k in experts]
-        losses = ray.get(tasks)
-    task = measure.options(num_cpus=settings.num_cpus)
-    facts: dict[str, Any] = ray.get(task.remote(config, drawn, losses))
+        # A few experts a task: starting one takes longer than asking a small expert.
+        groups = np.array_split(np.arange(config.cluster.num_clusters), parts)
+        task = held_out_losses.options(**resources)
+        rows = ray.get([task.remote(config, group.tolist()) for group in groups])
+        losses = [row for group in rows for row in group]
+    measuring = measure.options(num_cpus=settings.num_cpus)
+    facts: dict[str, Any] = ray.get(measuring.remote(config, drawn, losses))
     return facts
 
 
 @ray.remote
-def held_out_losses(config: Config, expert: int) -> list[float | None]:
-    """Return an expert's mean velocity error on the held-out rows of every cluster.
+def held_out_losses(config: Config, experts: Sequence[int]) -> list[list[float | None]]:
+    """Return experts' mean velocity errors on the held-out rows of every cluster.
 
     None stands for a cluster without any.
     """
     torch.set_num_threads(config.evaluation.threads)
     run = Run(config)
     device = torch.device("cuda" if config.evaluation.num_gpus else "cpu")
-    model = load_expert(VerifiedFolder(run.expert(expert), None)).to(device)
     shards = run.held_out_shards()
     data = load_dataset(list(shards.values()))
     count = min(len(data), MAX_LOSS_ROWS)
     rows = torch.arange(count) * len(data) // count
-    positions = data.clusters[rows].unique(return_inverse=True)
-    encode = text_reader(data, run.encoders, device)
-    losses = cluster_losses(
-        model,
-        data.read_latents(rows),
-        encode(data.read_text(rows, 0).to(device)),
-        positions[1],
-        NOISE_LEVELS,
-        num_clusters=len(positions[0]),
-        seed=derive_seed(config.seed, "held-out losses"),
-        batch_size=config.evaluation.batch_size,
-    )
-    clusters = np.array(list(shards))[positions[0].numpy()]
-    found = dict(zip(clusters.tolist(), losses.tolist(), strict=True))
-    return [found.get(k) for k in range(run.num_experts)]
+    present, positions = data.clusters[rows].unique(return_inverse=True)
+    clusters = [list(shards)[i] for i in present.tolist()]
+    text = text_reader(data, run.encoders, device)(data.read_text(rows, 0).to(device))
+    matrix = []
+    for k in experts:
+        losses = cluster_losses(
+            load_expert(VerifiedFolder(run.expert(k), None)).to(device),
+            data.read_latents(rows),
+            text,
+            positions,
+            NOISE_LEVELS,
+            num_clusters=len(clusters),
+            seed=derive_seed(config.seed, "held-out losses"),
+            batch_size=config.evaluation.batch_size,
+        )
+        found = dict(zip(clusters, losses.tolist(), strict=True))
+        matrix.append([found.get(cluster) for cluster in range(run.num_experts)])
+    return matrix

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,6 +22,9 @@ NOISE_LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9, 1.0)
 BATCH_SIZE = 256
 MAX_ROWS = 50_000
 MAX_PROTOTYPE_ROWS = 20_000
+# If all held-out rows are routed right, the likelihood asks for no doubt at all about any prompt
+# ever, and if all are routed at random, for nothing but doubt: more than so few rows can tell.
+TEMPERATURES = (0.2, 5.0)
 
 Encode = Callable[[Tensor], TextConditioning]
 
@@ -62,7 +66,8 @@ def held_out_quality(
 ) -> dict[str, Any]:
     """Return temperature, accuracy and calibration on held-out rows.
 
-    The temperature minimises the negative log likelihood over all noise levels together. Beside
+    The temperature minimises the negative log likelihood over all noise levels together, within
+    TEMPERATURES. Beside
     the router stands one without training, by the cosine to the mean of every cluster: of pooled
     text and noisy latents, or of noisy latents alone if the router reads no text.
 
@@ -82,7 +87,7 @@ def held_out_quality(
     levels = {t: _at(router, prototypes, held_out, encode, t, seed) for t in NOISE_LEVELS}
     logits = torch.cat([noisy.logits for noisy in levels.values()])
     clusters = torch.cat([noisy.clusters for noisy in levels.values()])
-    temperature = fit_temperature(logits, clusters)
+    temperature = float(np.clip(fit_temperature(logits, clusters), *TEMPERATURES))
     table = {f"{t:g}": _row(noisy, temperature) for t, noisy in levels.items()}
     return {"rows": len(held_out), "temperature": temperature, "levels": table}
 

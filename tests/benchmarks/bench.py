@@ -28,12 +28,13 @@ import psutil
 from jobs.command import ray_session
 from paris_ray.artifacts import Folder, read_manifest
 from paris_ray.config import Config, load
-from paris_ray.corpora import open_corpus
+from paris_ray.corpora import held_out_rule, open_corpus
+from paris_ray.evaluation.summary import headline
 from paris_ray.run import EVALUATION, SHARD, Run
 
 # ray reads its authentication mode when it is imported, so only functions import it here, after
 # `ray_session` has set the mode.
-VERBS = ("prepare", "train_experts", "train_router", "evaluate", "export")
+VERBS = ("prepare", "train_seed", "train_experts", "train_router", "evaluate", "export")
 MEMORY_INTERVAL_S = 0.5
 TRAINING_STEPS = 150
 PAIRS = 3
@@ -79,12 +80,12 @@ def bench_stages(run_dir: Path) -> None:
         memory.join()
         print(f"| {verb} | {seconds:.0f} | {memory.peak_bytes / 1e9:.1f} |", flush=True)
     facts = read_manifest(Folder(run_dir) / "evaluation", EVALUATION).facts
-    print(f"\ncaption accuracy {facts['accuracy']:.4f} over {facts['captions']} captions")
+    print("", *headline(facts), sep="\n")
 
 
 def train_for_a_while(config: Config, expert: int) -> dict[str, float]:
     """Train an expert for some steps; return CPU seconds and samples a second of the loop."""
-    from paris_ray.training.expert import train_expert
+    from paris_ray.training.expert import ExpertData, train_expert
 
     run, timings = Run(config), []
     shard = run.shard(expert)
@@ -93,8 +94,7 @@ def train_for_a_while(config: Config, expert: int) -> dict[str, float]:
         train_expert(
             config.expert,
             config.training,
-            shard=shard,
-            shard_digest=read_manifest(shard, SHARD).digest,
+            data=ExpertData(shards=[shard], digests={"shard": read_manifest(shard, SHARD).digest}),
             seed=0,
             output=Folder(output),
             on_progress=timings.append,
@@ -190,7 +190,8 @@ def embed_in_a_loop(config: Config) -> dict[str, float]:
 
     with _scratch_run(config) as scratch:
         started = time.monotonic()
-        reader = ShardReader(scratch)
+        corpus = open_corpus(scratch.corpus)
+        reader = ShardReader(scratch, held_out_rule(scratch.corpus, corpus, scratch.seed))
         encoders = (TextEmbedder, FeatureEmbedder, LatentEmbedder)
         steps = [*(encoder(scratch) for encoder in encoders), ShardWriter(scratch)]
         torch.set_num_threads(os.cpu_count() or 1)  # as many cores as Ray Data has

@@ -1,5 +1,6 @@
 """The pipeline on a real Ray, from an image folder to a bundle."""
 
+import json
 import logging
 import shutil
 import time
@@ -25,6 +26,7 @@ from paris_ray.run import (
     EXPERT,
     EXPERT_WEIGHTS,
     ROUTER,
+    SEED,
     SHARD,
     Run,
 )
@@ -60,7 +62,8 @@ def test_every_row_is_embedded_or_quarantined_with_its_reason(
     finished: Run, bad_rows: dict[str, str], num_good_rows: int
 ) -> None:
     facts = read_manifest(finished.embeddings, EMBEDDINGS).facts
-    assert facts["rows"] == num_good_rows
+    assert facts["rows"] + facts["held_out"] == num_good_rows
+    assert 1 <= facts["held_out"] <= 20
     rows = pq.read_table(finished.quarantine.uri).to_pylist()
     assert {row["key"]: row["reason"] for row in rows} == bad_rows
     assert sum(facts["quarantined"].values()) == len(bad_rows)
@@ -70,10 +73,76 @@ def test_shards_are_disjoint_and_complete(finished: Run, num_good_rows: int) -> 
     keys = [
         key for k in range(3) for key in read_table(finished.shard(k), ["key"])["key"].to_pylist()
     ]
-    assert len(keys) == len(set(keys)) == num_good_rows
+    facts = read_manifest(finished.embeddings, EMBEDDINGS).facts
+    assert len(keys) == len(set(keys)) == facts["rows"] == num_good_rows - facts["held_out"]
     assert read_manifest(finished.clusters, CLUSTERS).facts["sizes"] == [
         read_manifest(finished.shard(k), SHARD).facts["rows"] for k in range(3)
     ]
+
+
+def test_held_out_rows_are_in_no_shard_but_by_cluster_beside_them(finished: Run) -> None:
+    held_out = read_table(finished.held_out, ["key"])["key"].to_pylist()
+    shards = [finished.shard(k) for k in range(3)]
+    trained = {key for shard in shards for key in read_table(shard, ["key"])["key"].to_pylist()}
+    assert trained.isdisjoint(held_out)
+    beside = [
+        key
+        for shard in finished.held_out_shards().values()
+        for key in read_table(shard, ["key"])["key"].to_pylist()
+    ]
+    assert sorted(beside) == sorted(held_out)
+    assert read_manifest(finished.encoders, "encoders").facts["rows_fitted_to"] == len(trained)
+
+
+def test_the_evaluation_tells_training_captions_from_held_out_ones(finished: Run) -> None:
+    facts = read_manifest(finished.evaluation, EVALUATION).facts
+    counts = read_manifest(finished.embeddings, EMBEDDINGS).facts
+    assert facts["shown"]["captions"] == counts["rows"]
+    assert facts["held_out"]["captions"] == counts["held_out"]
+    assert set(facts["shown"]["attributes"]) == {"colour", "shape", "all"}
+    assert "caption_recall" not in facts["held_out"]  # there is nothing to recall
+    losses = facts["held_out_losses"]
+    assert len(losses) == 3
+    assert {len(row) for row in losses} == {3}
+    clusters = finished.held_out_shards()
+    assert all((loss is None) == (k not in clusters) for k, loss in enumerate(losses[0]))
+    rows = pq.read_table(f"{finished.evaluation.uri}/held_out.parquet")
+    assert rows.num_rows == counts["held_out"]
+    shares = [row["captions"] for row in facts["held_out"]["by_cluster"]]
+    assert sum(shares) == counts["held_out"]
+
+
+def test_experts_are_measured_on_held_out_rows_while_they_train(finished: Run) -> None:
+    for k in range(3):
+        last = json.loads(finished.expert(k).read("metrics.jsonl").splitlines()[-1])
+        own = k in finished.held_out_shards()
+        assert ("held_out_loss" in last) == own
+        assert "held_out_loss_others" in last
+
+
+def test_experts_start_from_the_seed_and_see_shared_rows(copy_of: Callable[..., Run]) -> None:
+    from paris_ray.pipeline.cluster import prepare_clusters
+    from paris_ray.pipeline.experts import train_experts
+    from paris_ray.pipeline.seed import train_seed
+
+    run = copy_of("clusters", "experts", "seed", "router", "evaluation", "bundle")
+    cluster = replace(run.config.cluster, shared_share=0.25)
+    training = replace(run.config.training, steps=2)
+    seed = replace(run.config.seed_training, steps=5)
+    config = replace(run.config, cluster=cluster, training=training, seed_training=seed)
+    run = Run(config)
+    embeddings = read_manifest(run.embeddings, EMBEDDINGS)
+    prepare_clusters(config, embeddings)
+    shared = read_table(run.shared, ["key"])["key"].to_pylist()
+    assert len(set(shared)) == embeddings.facts["rows"]  # few enough to be shared all
+    with pytest.raises(ArtifactError, match="no finished seed"):
+        train_experts(config, only=[0])
+    train_seed(config)
+    train_experts(config, only=[0])
+    manifest = read_manifest(run.expert(0), EXPERT)
+    weights = read_manifest(run.seed, SEED).files[EXPERT_WEIGHTS]
+    assert manifest.parents["init"] == weights
+    assert manifest.parents["shared"] == read_manifest(run.shared, SHARD).digest
 
 
 def test_centres_are_fitted_to_some_of_very_many_rows(
@@ -81,7 +150,8 @@ def test_centres_are_fitted_to_some_of_very_many_rows(
 ) -> None:
     from paris_ray.pipeline import cluster
 
-    every = tensor_column(read_table(finished.embeddings, ["features"]), "features")
+    captions = tensor_column(read_table(finished.embeddings, ["text_embedding"]), "text_embedding")
+    every = cluster.unit_length([captions])  # the quickstart clusters those
     monkeypatch.setattr(cluster, "MAX_FIT_ROWS", 10)
     sample = cluster._sample_features(finished)
     assert len(sample) == 10 < len(every)
@@ -95,21 +165,28 @@ def test_reports_and_sample_grids_are_there(finished: Run) -> None:
     assert "data:image/png" in report
     for k in range(3):
         assert finished.expert(k).read("samples.png").startswith(b"\x89PNG")
-    assert b"Caption accuracy" in finished.evaluation.read("report.html")
+    report = finished.evaluation.read("report.html").decode()
+    assert "never shown" in report
+    assert "Held-out loss, expert by cluster" in report
 
 
 def test_the_router_reports_accuracy_by_noise_level(finished: Run) -> None:
-    right = read_manifest(finished.router, ROUTER).facts["right_cluster"]
-    assert set(right) == {"0.1", "0.3", "0.5", "0.7", "0.9", "1"}
-    assert all(0 <= share <= 1 for share in right.values())
+    facts = read_manifest(finished.router, ROUTER).facts
+    assert set(facts["right_cluster"]) == {"0.1", "0.3", "0.5", "0.7", "0.9", "1"}
+    assert all(0 <= share <= 1 for share in facts["right_cluster"].values())
+    held_out = facts["held_out"]
+    assert set(held_out["levels"]) == set(facts["right_cluster"])
+    assert held_out["rows"] == read_manifest(finished.embeddings, EMBEDDINGS).facts["held_out"]
+    bundle = load_bundle(finished.bundle.uri)
+    assert bundle.facts.sampling.router_temperature == held_out["temperature"] > 0
 
 
 def test_the_bundle_draws_and_its_card_shows_measured_numbers(finished: Run) -> None:
     bundle = load_bundle(finished.bundle.uri)
     images = generate(bundle, ["a red square number 1", "a blue circle number 0"], seed=1)
     assert [image.size for image in images] == [(32, 32), (32, 32)]
-    accuracy = read_manifest(finished.evaluation, EVALUATION).facts["accuracy"]
-    assert f"{accuracy:.4f}" in finished.bundle.read("README.md").decode()
+    recall = read_manifest(finished.evaluation, EVALUATION).facts["shown"]["caption_recall"]
+    assert f"{recall['mean']:.4f}" in finished.bundle.read("README.md").decode()
 
 
 def test_running_again_keeps_everything(finished: Run, caplog: pytest.LogCaptureFixture) -> None:
@@ -118,8 +195,8 @@ def test_running_again_keeps_everything(finished: Run, caplog: pytest.LogCapture
     before = {name: finished.folder.read(name) for name in finished.folder.files()}
     with caplog.at_level(logging.INFO, "paris_ray"):
         run(finished.config, "pipeline")
-    assert caplog.text.count("already finished, kept") == 9
-    assert "accuracy" in caplog.records[-1].message
+    assert caplog.text.count("already finished, kept") == 10
+    assert "caption recall" in caplog.records[-1].message
     after = {name: finished.folder.read(name) for name in finished.folder.files()}
     assert {n for n in before if before[n] != after[n]} == {"timings.jsonl"}
 
@@ -219,7 +296,7 @@ def test_embedding_resumes_with_the_missing_shards(
     kept_at = kept.stat().st_mtime_ns
     encoders = read_manifest(run.encoders, "encoders")
     manifest = prepare_embeddings(run.config, encoders)
-    assert manifest.facts["rows"] == num_good_rows
+    assert manifest.facts["rows"] + manifest.facts["held_out"] == num_good_rows
     assert kept.stat().st_mtime_ns == kept_at
     assert manifest.digest == before.digest
 
@@ -234,7 +311,8 @@ def test_what_another_configuration_left_unfinished_is_not_mixed_in(
     cluster = replace(run.config.cluster, num_clusters=2)
     fewer = Run(replace(run.config, cluster=cluster))
     manifest = prepare_clusters(fewer.config, read_manifest(run.embeddings, EMBEDDINGS))
-    assert sum(manifest.facts["sizes"]) == num_good_rows
+    held_out = read_manifest(run.embeddings, EMBEDDINGS).facts["held_out"]
+    assert sum(manifest.facts["sizes"]) == num_good_rows - held_out
     assert not fewer.shard(2).exists()
 
 

@@ -35,7 +35,14 @@ def test_quickstart_draws_over_http_and_stops_what_it_started(
             check=False,
         )
         assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
-        for printed in ("samples.png", "report.html", "Ray dashboard", "caption accuracy", "stop"):
+        for printed in (
+            "samples.png",
+            "report.html",
+            "Ray dashboard",
+            "caption recall",
+            "never shown",
+            "stop",
+        ):
             assert printed in result.stdout
         assert (run_dir / "samples.png").read_bytes().startswith(b"\x89PNG")
         served = yaml.safe_load((run_dir / "serve.yaml").read_text())

@@ -1,0 +1,79 @@
+"""Measures of a set, as numbers for a manifest."""
+
+import numpy as np
+import pytest
+
+from paris_ray.evaluation.attributes import AttributeAccuracy
+from paris_ray.evaluation.summary import (
+    attribute_summary,
+    by_cluster,
+    distribution_summary,
+    headline,
+    mean_with_interval,
+    retrieval_summary,
+)
+
+
+def test_an_interval_holds_the_mean_and_shrinks_to_it_when_all_are_alike() -> None:
+    values = np.array([0.0, 1.0] * 50)
+    found = mean_with_interval(values, seed=0)
+    assert found["mean"] == 0.5
+    assert 0.3 < found["low"] < 0.5 < found["high"] < 0.7
+    assert mean_with_interval(np.ones(5), seed=0) == {"mean": 1.0, "low": 1.0, "high": 1.0}
+
+
+def test_attributes_are_summed_up_one_by_one_and_together() -> None:
+    right = np.array([[True, True], [True, False], [False, True], [True, True]])
+    accuracy = AttributeAccuracy(("object", "colour"), right, right.all(axis=1))
+    found = attribute_summary(accuracy, seed=0)
+    assert {name: value["mean"] for name, value in found.items()} == {
+        "object": 0.75,
+        "colour": 0.75,
+        "all": 0.5,
+    }
+
+
+def test_equal_distributions_are_close_and_shifted_ones_far() -> None:
+    generator = np.random.default_rng(0)
+    real, alike, other = (generator.standard_normal((60, 4)) for _ in range(3))
+    near, far = (distribution_summary(x, real, seed=0) for x in (alike, other + 3))
+    assert near["frechet"] < 1 < 30 < far["frechet"]
+    assert near["kid"] < far["kid"]
+    assert near["precision"] > 0.8 > far["precision"]
+    assert far["coverage"] < 0.2
+    assert distribution_summary(alike[:3], real, seed=0) == {}
+
+
+def test_captions_that_find_their_pictures_have_full_recall() -> None:
+    embeddings = np.eye(3, dtype=np.float32)
+    found = retrieval_summary(embeddings, embeddings, ["a", "b", "c"], seed=0)
+    assert found["image_to_text_r1"] == found["text_to_image_r1"] == 1.0
+    assert found["clip_score"]["mean"] == pytest.approx(100.0)
+    turned = retrieval_summary(embeddings, embeddings[[1, 2, 0]], ["a", "b", "c"], seed=0)
+    assert turned["image_to_text_r1"] == 0.0
+
+
+def test_clusters_show_where_the_bad_pictures_are_and_an_empty_one_its_count() -> None:
+    clusters, error = np.array([0, 0, 2]), np.array([1.0, 3.0, 5.0])
+    assert by_cluster(clusters, {"error": error}, 3) == [
+        {"captions": 2, "error": 2.0},
+        {"captions": 0},
+        {"captions": 1, "error": 5.0},
+    ]
+
+
+def test_the_headline_tells_trained_on_and_never_shown_apart() -> None:
+    interval = {"low": 0.0, "high": 1.0}
+    shown = {
+        "captions": 9,
+        "caption_recall": {"mean": 0.875, **interval},
+        "attributes": {"object": {"mean": 1.0, **interval}, "all": {"mean": 0.5, **interval}},
+    }
+    held_out = {"captions": 4, "attributes": {"all": {"mean": 0.25, **interval}}}
+    assert headline({"shown": shown, "held_out": held_out}) == [
+        "caption recall 0.8750 (9 trained on)",
+        "right of 9 captions trained on: object 1.000, all 0.500",
+        "right of 4 captions never shown: all 0.250",
+    ]
+    del shown["attributes"]
+    assert headline({"shown": shown}) == ["caption recall 0.8750 (9 trained on)"]

@@ -9,16 +9,17 @@ import pytest
 import safetensors.torch
 import torch
 
-from paris_ray.artifacts import Folder, VerifiedFolder, publish
+from paris_ray.artifacts import Folder, Manifest, VerifiedFolder, publish
 from paris_ray.bundle import Bundle, load_bundle
-from paris_ray.config import CodecConfig, TextConfig
+from paris_ray.config import CodecConfig, TextConfig, load
 from paris_ray.diffusion import predict_velocity
 from paris_ray.errors import BundleError
 from paris_ray.export import codec_name, text_encoder_name, write_bundle
 from paris_ray.model_card import model_card
 from paris_ray.models import Expert
 from paris_ray.models.release import write_document
-from paris_ray.run import BUNDLE, EXPERT_WEIGHTS
+from paris_ray.pipeline.export import _started_from
+from paris_ray.run import BUNDLE, EXPERT, EXPERT_WEIGHTS, SEED, Run
 from paris_ray.sampling import generate
 from paris_ray.sampling.sampler import initial_noise, sample, sampling_options
 
@@ -178,3 +179,24 @@ def test_experts_of_other_latents_are_refused(
     )
     with pytest.raises(BundleError, match=message):
         Bundle(parts, tiny_bundle.facts).expert(1)
+
+
+def test_starting_from_the_runs_own_seed_is_no_start_from_elsewhere(tmp_path: Path) -> None:
+    """What the seed itself started from is, and an expert's own other start."""
+    run = Run(load("quickstart", [f"run_dir={tmp_path}"]))
+    run.seed.write(EXPERT_WEIGHTS, b"the seed's weights")
+
+    def expert(k: int, start: str | None) -> Manifest:
+        parents = {"shard": "s"} | ({} if start is None else {"init": start})
+        return publish(run.expert(k), EXPERT, config_digest="", parents=parents, facts={})
+
+    def seed(**parents: str) -> Manifest:
+        return publish(run.seed, SEED, config_digest="", parents=parents, facts={})
+
+    own = seed(clusters="c").files[EXPERT_WEIGHTS]
+    experts = [expert(0, own), expert(1, "another"), expert(2, None)]
+    assert _started_from(run, experts) == {"expert_1": "another"}
+    seed(clusters="c", init="a stranger's")
+    assert _started_from(run, experts) == {"expert_1": "another", "seed": "a stranger's"}
+    without = Run(load("quickstart", [f"run_dir={tmp_path}", "seed_training.steps=0"]))
+    assert _started_from(without, experts) == {"expert_0": own, "expert_1": "another"}

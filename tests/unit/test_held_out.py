@@ -258,3 +258,18 @@ def test_a_share_of_0_asks_for_no_group(tmp_path: Path) -> None:
         kind="image_folder", path=config.path, held_out_key="size", held_out_share=0
     )
     assert held_out_rule(wrong, open_corpus(wrong), seed=0) == HeldOut("size", 0.0, 0)
+
+
+def test_a_group_is_looked_for_in_the_first_rows(tmp_path: Path) -> None:
+    """Of a shard with a million rows not all are read before the key is called wrong."""
+    lines = [{"file_name": "absent.png", "text": "a"} for _ in range(300)]
+    lines[255]["object"] = "cat"
+    path = tmp_path / "metadata.jsonl"
+    config = CorpusConfig(
+        kind="image_folder", path=str(tmp_path), held_out_key="object", rows_per_shard=1000
+    )
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert held_out_rule(config, open_corpus(config), seed=0).key == "object"
+    path.write_text("".join(json.dumps(line) + "\n" for line in [lines[0], *lines]))
+    with pytest.raises(CorpusError, match="names no group in the first 256 rows"):
+        held_out_rule(config, open_corpus(config), seed=0)

@@ -143,8 +143,23 @@ def _check_clip(config: Config) -> None:
     for name, setup in zip(["", *names], setups, strict=True):
         noise = setup.training.text_noise
         _require(noise == 0, f"{name}training.text_noise", noise, f"0 for {kind}")
-    noise = config.router_training.text_noise
-    _require(noise == 0, "router_training.text_noise", noise, f"0 for {kind}")
+    for name in ("seed_training", "router_training"):
+        training = getattr(config, name)
+        noise = training.text_noise if training.steps else 0
+        _require(noise == 0, f"{name}.text_noise", noise, f"0 for {kind}")
+
+
+def _check_shared(config: Config) -> None:
+    """Check that batches have room for an expert's own rows beside those that all have."""
+    if not config.cluster.shared_share:
+        return
+    sizes = {"training": config.training.batch_size}
+    for index in config.experts:
+        setup = expert_setup(config, int(index))
+        sizes[f"experts.{index}.training"] = setup.training.batch_size
+    for name, size in sizes.items():
+        allowed = "at least 2, as cluster.shared_share is not 0"
+        _require(size >= 2, f"{name}.batch_size", size, allowed)
 
 
 def _check_shapes(config: Config) -> None:
@@ -250,6 +265,7 @@ def check(config: Config) -> None:
     _check_training("router_training", config.router_training)
     _check_shapes(config)
     _check_seed(config)
+    _check_shared(config)
     _check_clip(config)
     for key in ("batch_size", "num_tasks", "threads"):
         value = getattr(config.evaluation, key)

@@ -34,7 +34,6 @@ FREE_FIELDS = frozenset(
         "x0_clamp",
         "layer_norm_eps",
         "text_padding_mask",
-        "text_hidden_size",  # only spatial text has it, and does not load with another one
         "head_activation",
     }
 )
@@ -103,5 +102,8 @@ def unlike_fields(
     model: ExpertConfig | RouterConfig, start: ExpertConfig | RouterConfig
 ) -> dict[str, tuple[Any, Any]]:
     """Return the fields, with both values, for which a model cannot take another's tensors."""
+    free = FREE_FIELDS
+    if isinstance(model, ExpertConfig) and model.text_injection == "cross_attention":
+        free |= {"text_hidden_size"}  # which only a projection of the sentence vector has
     both = {f.name: (getattr(model, f.name), getattr(start, f.name)) for f in fields(start)}
-    return {name: v for name, v in both.items() if name not in FREE_FIELDS and v[0] != v[1]}
+    return {name: v for name, v in both.items() if name not in free and v[0] != v[1]}

@@ -297,6 +297,7 @@ def test_from_dict_refuses(section: type, values: object, fragment: str) -> None
 
 
 QUICKSTART_CLIP = ["text.kind=clip", "text.path=openai/clip-vit-large-patch14"]
+SILENT = ["training.text_noise=0", "router_training.text_noise=0"]
 
 
 @pytest.mark.parametrize(
@@ -319,6 +320,24 @@ QUICKSTART_CLIP = ["text.kind=clip", "text.path=openai/clip-vit-large-patch14"]
         (
             [*QUICKSTART_CLIP, "text.token_states=0"],
             "cluster.features='caption' is not allowed: image for text.kind=clip",
+        ),
+        (
+            [*QUICKSTART_CLIP, "text.token_states=0", "cluster.features=image", *SILENT],
+            "seed_training.text_noise=0.1 is not allowed: 0 for text.kind=clip",
+        ),
+        (
+            ["experts.2.expert.text_hidden_size=8"],
+            "experts.2.expert.text_hidden_size=8 is not allowed: 256, as the seed has it that it "
+            "starts from; or its own init_from",
+        ),
+        (
+            ["cluster.shared_share=0.25", "training.batch_size=1"],
+            "training.batch_size=1 is not allowed: at least 2, as cluster.shared_share is not 0",
+        ),
+        (
+            ["cluster.shared_share=0.25", "experts.3.training.batch_size=1"],
+            "experts.3.training.batch_size=1 is not allowed: at least 2, as cluster.shared_share "
+            "is not 0",
         ),
         (["seed_training.steps=-1"], "seed_training.steps=-1 is not allowed: at least 0"),
         (["training.steps=0"], "training.steps=0 is not allowed: at least 1"),
@@ -354,5 +373,9 @@ def test_unlike_fields_are_those_that_decide_shapes_or_meaning() -> None:
     assert unlike_fields(model, model) == {}
     other = replace(model, num_layers=8, prediction="epsilon", layer_norm_eps=1e-5)
     assert unlike_fields(model, other) == {"num_layers": (4, 8)}
+    narrow = replace(model, text_hidden_size=8)
+    assert unlike_fields(narrow, model) == {}  # cross-attention has no such layer
+    spatial = replace(model, text_injection="both"), replace(narrow, text_injection="both")
+    assert unlike_fields(*spatial) == {"text_hidden_size": (256, 8)}
     router = RouterConfig(text_embed_dim=8)
     assert unlike_fields(router, RouterConfig()) == {"text_embed_dim": (8, 0)}

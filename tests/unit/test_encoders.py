@@ -11,7 +11,14 @@ import torch
 from paris_ray.artifacts import Folder, VerifiedFolder
 from paris_ray.config import CodecConfig, FeaturesConfig, TextConfig
 from paris_ray.encoders.codec import PatchPCA, load_codec
-from paris_ray.encoders.images import CONFIG, WEIGHTS, load_features
+from paris_ray.encoders.images import (
+    CONFIG,
+    WEIGHTS,
+    JointEmbedding,
+    load_features,
+    load_open_clip,
+    preprocess,
+)
 from paris_ray.encoders.text import MiniLM, copy_text_encoder, text_encoder_folder
 from paris_ray.errors import BundleError, ConfigError
 from paris_ray.models import TextConditioning
@@ -281,6 +288,24 @@ def test_trained_features_are_unit_vectors_that_differ(trained: Path) -> None:
     assert (features @ features.T - np.eye(6)).max() < 1 - 1e-4
     alone = encoder.encode(random_pictures(6, size=32)[2:3])
     np.testing.assert_allclose(alone[0], features[2], atol=1e-5)
+
+
+def test_pictures_and_captions_share_a_space(trained: Path) -> None:
+    joint = JointEmbedding.load(FeaturesConfig(), trained, torch.device("cpu"))
+    images = joint.encode_images(random_pictures(5, size=32))
+    captions = joint.encode_captions(["a red square", "a blue circle"])
+    assert images.shape == (5, captions.shape[1])
+    lengths = np.linalg.norm(np.concatenate([images, captions]), axis=1)
+    np.testing.assert_allclose(lengths, 1, atol=1e-5)
+    assert not np.allclose(captions[0], captions[1])
+    # It is the model that the features are of, not another one.
+    model = load_open_clip("paris-tiny", str(trained), field="features.checkpoint").eval()
+    pixels = preprocess(
+        random_pictures(5, size=32), 32, model.visual.image_mean, model.visual.image_std
+    )
+    with torch.inference_mode():
+        expected = torch.nn.functional.normalize(model.encode_image(pixels), dim=-1)
+    np.testing.assert_allclose(images, expected.numpy(), atol=1e-5)
 
 
 def test_pictures_of_another_size_are_resized(trained: Path) -> None:

@@ -1,9 +1,9 @@
-"""Write a corpus that the recipe was not made for: an image folder of other drawings and colours.
+r"""Write a corpus that the recipe was not made for: an image folder of other drawings and colours.
 
     python tests/benchmarks/other_corpus.py /tmp/other
+    LABELS='"an? (?P<object>.+) on an? (?P<colour>.+) background"'
     python -m jobs.pipeline --config quickstart run_dir=/tmp/other_run corpus.kind=image_folder \
-        corpus.path=/tmp/other 'corpus.held_out_key="an? (.+) on an? (.+) background"' \
-        'corpus.attributes="an? (?P<object>.+) on an? (?P<colour>.+) background"'
+        corpus.path=/tmp/other "corpus.held_out_key=$LABELS" "corpus.attributes=$LABELS"
 
 120 OpenMoji pictures that `corpora.scenes` does not have, as they are, on each of 8 backgrounds
 that it does not have either; captions in one wording.

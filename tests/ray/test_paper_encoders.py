@@ -64,6 +64,9 @@ def config(
         "router.text_embed_dim=0",
         "router_training.steps=4",
         "router_training.text_noise=0",
+        "seed_training.steps=0",
+        "text.token_states=0",
+        "cluster.features=image",
         "sampling.guidance_scale=2",
     ]
     return load("quickstart", overrides)

@@ -36,6 +36,7 @@ def config(tmp_path: Path, release_path: Path) -> Config:
         "expert.text_injection=cross_attention",
         "training.text_noise=0",
         "router_training.text_noise=0",
+        "seed_training.text_noise=0",
         "corpus.caption_templates=['{}','a picture of {}']",
     ]
     config = load("quickstart", overrides)

@@ -95,7 +95,8 @@ def test_captions_name_everything_that_is_shown_in_many_wordings(place: str) -> 
         assert named <= {"middle", "centre", "center"} if place == "middle" else named == {place}
     unsaid = [text for text in texts if not words(text) & {"left", "right", "middle", "centre"}]
     assert bool(unsaid) == (place == "middle")
-    assert any(re.search(r"an orange elephant.* on a blue background", text) for text in texts)
+    assert any("an orange elephant" in text for text in texts)
+    assert any("a blue background" in text for text in texts)
 
 
 def test_no_caption_means_two_scenes() -> None:

@@ -98,11 +98,15 @@ def test_the_encoders_are_copied_and_nothing_is_fitted(finished: Run, release_pa
 def test_the_shards_hold_latents_of_both_sides_and_token_ids(
     finished: Run, release_path: Path, num_good_rows: int
 ) -> None:
-    assert read_manifest(finished.embeddings, EMBEDDINGS).facts["rows"] == num_good_rows
-    columns = ["key", "caption", "thumbnail", "latents", "latents_flipped", "features", "token_ids"]
+    facts = read_manifest(finished.embeddings, EMBEDDINGS).facts
+    assert facts["held_out"] > 0
+    assert facts["rows"] + facts["held_out"] == num_good_rows
+    labels = ["attribute.colour", "attribute.shape"]
+    tensors = ["latents", "latents_flipped", "features", "token_ids"]
+    columns = ["key", "caption", "thumbnail", *labels, *tensors]
     tables = [read_table(finished.shard(k), columns) for k in range(3)]
     assert column_names(finished.shard(0)) == columns
-    assert sum(table.num_rows for table in tables) == num_good_rows
+    assert sum(table.num_rows for table in tables) == facts["rows"]
     latents, flipped = (tensor_column(tables[0], n) for n in ("latents", "latents_flipped"))
     assert latents.shape[1:] == flipped.shape[1:] == (4, 4, 4)
     assert latents.dtype == flipped.dtype == np.float16

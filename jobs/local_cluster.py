@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -104,7 +105,8 @@ class LocalCluster:
             head.terminate()
         _, alive = psutil.wait_procs(family, timeout=STOP_TIMEOUT_S if head else 0)
         for process in alive:
-            process.kill()
+            with suppress(psutil.NoSuchProcess):  # it ended just now
+                process.kill()
         psutil.wait_procs(alive, timeout=STOP_TIMEOUT_S)
         shutil.rmtree(temp_dir, ignore_errors=True)
         self.state_file.unlink()

@@ -1,4 +1,4 @@
-r"""All stages in order: prepare, train_experts, train_router, evaluate, export.
+r"""All stages in order: prepare, train_seed, train_experts, train_router, evaluate, export.
 
     python -m jobs.pipeline --config quickstart run_dir=runs/mine
     python -m jobs.pipeline --config quickstart corpus.kind=image_folder corpus.path=/data/mine \

@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 
-.PHONY: help quickstart demo-zklora stop test lint fuzz bench clean
+.PHONY: help quickstart demo-zklora stop test lint fuzz bench study clean
 
 help:
 	@echo "make quickstart   from a bare machine to pictures over HTTP"
@@ -12,6 +12,7 @@ help:
 	@echo "make test         linters, types, architecture and all tests"
 	@echo "make fuzz         change 10,000 bytes of everything that ZKLoRA's strangers send"
 	@echo "make bench        print the numbers of docs/results.md and docs/zklora.md"
+	@echo "make study        one dense model against isolated experts: hours, writes docs/study.md"
 
 quickstart: $(VENV)/quickstart
 	@$(PY) -m jobs.quickstart
@@ -39,6 +40,9 @@ bench: $(VENV)/test
 	$(PY) tests/benchmarks/bench_memory.py
 	$(PY) tests/benchmarks/bench.py
 	$(PY) tests/benchmarks/bench_zklora.py --write docs/zklora.md
+
+study: $(VENV)/test
+	$(PY) -m jobs.study --config quickstart
 
 clean:
 	rm -rf $(VENV)

@@ -4,6 +4,7 @@ Fine centres follow the data; the coarse grouping is balanced, so that no expert
 the data of another. Source: the two-level scheme of DDM and MetaCLIP (Paris, section on data).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 from paris_ray.artifacts import Folder
 from paris_ray.config import ClusterConfig
 from paris_ray.errors import ConfigError
+from paris_ray.seeding import derive_seed
 
 WEIGHTS = "centroids.safetensors"
 MAX_COARSE_ITERATIONS = 100
@@ -97,6 +99,12 @@ class Nuisance:
         rest = centred - centred @ self.directions.T @ self.directions
         relevant: Features = rest / np.maximum(np.linalg.norm(rest, axis=1, keepdims=True), 1e-12)
         return relevant
+
+
+def random_clusters(keys: Sequence[str], num_clusters: int, seed: int) -> NDArray[np.int64]:
+    """Return a cluster `(N,)` of every row that only its key and the seed decide, all as likely."""
+    drawn = (derive_seed(seed, f"random cluster of {key}") % num_clusters for key in keys)
+    return np.fromiter(drawn, np.int64, len(keys))
 
 
 def fit_clustering(features: Features, config: ClusterConfig, seed: int) -> Clustering:

@@ -20,21 +20,25 @@ class Run:
     """The folders of one run.
 
     Args:
-        config: Its configuration; `run_dir` says where.
+        config: Its configuration; `run_dir` says where, and `prepared_from` where encoders and
+            embeddings of another run are.
     """
 
     def __init__(self, config: Config) -> None:
         self.config = config
         self.folder = Folder(run_folder(config))
-        self.encoders = self.folder / "encoders"
-        self.embeddings = self.folder / "embeddings"
+        source = config.prepared_from
+        prepared = self.folder if source is None else Folder(source)
+        self.encoders = prepared / "encoders"
+        self.embeddings = prepared / "embeddings"
         self.held_out = self.embeddings / "held_out"
-        self.quarantine = self.folder / "quarantine"
+        self.quarantine = prepared / "quarantine"
         self.clusters = self.folder / "clusters"
         self.shared = self.clusters / "shared"
         self.seed = self.folder / "seed"
         self.router = self.folder / "router"
-        self.evaluation = self.folder / "evaluation"
+        name = config.evaluation.name
+        self.evaluation = self.folder / ("evaluation" if name is None else f"evaluations/{name}")
         self.bundle = self.folder / "bundle"
 
     @property

@@ -22,7 +22,10 @@ def test_the_core_imports_without_ray() -> None:
     subprocess.run([sys.executable, "-c", f"{imports}; {check}"], check=True, cwd=REPOSITORY)
 
 
-@pytest.mark.parametrize("target", ["quickstart", "stop", "test", "bench", "demo-zklora", "fuzz"])
+TARGETS = ("quickstart", "stop", "test", "bench", "demo-zklora", "fuzz", "study")
+
+
+@pytest.mark.parametrize("target", TARGETS)
 def test_the_readmes_commands_exist(target: str) -> None:
     makefile = (REPOSITORY / "Makefile").read_text()
     assert f"\n{target}:" in makefile

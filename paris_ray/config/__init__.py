@@ -23,6 +23,7 @@ from paris_ray.config.loading import (
     packaged_configs,
     run_folder,
     with_absolute_paths,
+    with_overrides,
 )
 from paris_ray.config.lora import LoRAConfig, LoRARun
 from paris_ray.config.models import (
@@ -75,4 +76,5 @@ __all__ = [
     "to_yaml",
     "unlike_fields",
     "with_absolute_paths",
+    "with_overrides",
 ]

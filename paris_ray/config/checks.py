@@ -6,6 +6,7 @@ import re
 from paris_ray.config.conversion import expert_setup
 from paris_ray.config.corpus import COLUMN_NAMES, ClusterConfig, CorpusConfig
 from paris_ray.config.encoders import CodecConfig
+from paris_ray.config.evaluation import EvaluationConfig
 from paris_ray.config.fleet import FleetConfig
 from paris_ray.config.lora import LoRARun
 from paris_ray.config.models import (
@@ -19,6 +20,8 @@ from paris_ray.config.models import (
 from paris_ray.config.sections import Config
 from paris_ray.config.training import TrainingConfig
 from paris_ray.errors import ConfigError
+
+FOLDER_NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
 
 
 def _require(holds: bool, field_name: str, value: object, allowed: str) -> None:
@@ -136,7 +139,8 @@ def _check_clip(config: Config) -> None:
     _require(states == 0, "text.token_states", states, "0 for CLIP, which has no other text")
     kind = f"text.kind={config.text.kind}"
     features = config.cluster.features
-    _require(features == "image", "cluster.features", features, f"image for {kind}")
+    allowed = f"image or random for {kind}"
+    _require(features in ("image", "random"), "cluster.features", features, allowed)
     _require(config.text.path is not None, "text.path", None, f"a path or a name for {kind}")
     names = [f"experts.{index}." for index in config.experts]
     setups = [config, *(expert_setup(config, int(index)) for index in config.experts)]
@@ -227,9 +231,24 @@ def _check_cluster(cluster: ClusterConfig) -> None:
     _require(cluster.num_fine >= count, "cluster.num_fine", cluster.num_fine, allowed)
     count = cluster.remove_directions
     _require(0 <= count <= 1024, "cluster.remove_directions", count, "between 0 and 1024")
+    if cluster.features == "random":
+        allowed = "0 for cluster.features=random, which has no features"
+        _require(count == 0, "cluster.remove_directions", count, allowed)
     share = cluster.shared_share
     _require(0 <= share <= 0.5, "cluster.shared_share", share, "between 0 and 0.5")
     _require(cluster.max_imbalance >= 1, "cluster.max_imbalance", cluster.max_imbalance, ">= 1")
+
+
+def _check_evaluation(evaluation: EvaluationConfig) -> None:
+    for key in ("batch_size", "num_tasks", "threads"):
+        value = getattr(evaluation, key)
+        _require(value >= 1, f"evaluation.{key}", value, "at least 1")
+    for key in ("max_captions", "max_gallery"):
+        value = getattr(evaluation, key)
+        _require(value is None or value >= 1, f"evaluation.{key}", value, "at least 1, or null")
+    name, allowed = evaluation.name, "letters, digits and _ . - of which a letter or digit is first"
+    is_plain = name is None or FOLDER_NAME.fullmatch(name) is not None
+    _require(is_plain, "evaluation.name", name, allowed)
 
 
 def _check_fleet(fleet: FleetConfig) -> None:
@@ -267,12 +286,7 @@ def check(config: Config) -> None:
     _check_seed(config)
     _check_shared(config)
     _check_clip(config)
-    for key in ("batch_size", "num_tasks", "threads"):
-        value = getattr(config.evaluation, key)
-        _require(value >= 1, f"evaluation.{key}", value, "at least 1")
-    for key in ("max_captions", "max_gallery"):
-        value = getattr(config.evaluation, key)
-        _require(value is None or value >= 1, f"evaluation.{key}", value, "at least 1, or null")
+    _check_evaluation(config.evaluation)
     steps = config.sampling.num_inference_steps
     _require(steps >= 1, "sampling.num_inference_steps", steps, "at least 1")
     scale = config.sampling.guidance_scale

@@ -51,8 +51,9 @@ class ClusterConfig:
 
     num_clusters: int = 8
     # What is clustered. Pictures may agree in what is of no matter, as a background; captions name
-    # what is shown: then every expert meets its subjects in all surroundings. both: side by side
-    features: Literal["image", "caption", "both"] = "image"
+    # what is shown: then every expert meets its subjects in all surroundings. both: side by side.
+    # random: nothing, the hash of a row's key decides; what clustering must beat
+    features: Literal["image", "caption", "both", "random"] = "image"
     remove_directions: int = 0  # first principal directions of the features to leave out
     num_fine: int = 128
     iterations: int = 50

@@ -17,8 +17,14 @@ class SamplingConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EvaluationConfig:
-    """Caption accuracy over the training captions."""
+    """How drawn pictures are compared with the corpus."""
 
+    # Of several evaluations of the same experts each has a name: it is written to
+    # evaluations/<name>/ of the run; null: to evaluation/, which the bundle tells of
+    name: str | None = None
+    # Draw every caption with the expert of its own picture's cluster alone, without the router, as
+    # if that were never wrong
+    oracle: bool = False
     max_captions: int | None = None  # captions to draw; null: all
     max_gallery: int | None = None  # corpus pictures to compare with; null: all
     dtype: Literal["float32", "bfloat16"] | None = None  # of experts and router; null: as stored

@@ -81,6 +81,22 @@ def load(name_or_path: str, overrides: Sequence[str] = ()) -> Config:
     return config
 
 
+def with_overrides(config: Config, overrides: Sequence[str]) -> Config:
+    """Return a configuration with other values, given as to `load`, checked.
+
+    Raises:
+        ConfigError: like `load`.
+    """
+    try:
+        changes = OmegaConf.from_dotlist(list(overrides))
+        changed = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(config), changes))
+    except OmegaConfBaseException as error:
+        raise _explain(Config, error) from None
+    assert isinstance(changed, Config)
+    check(changed)
+    return changed
+
+
 def load_lora(name_or_path: str = LORA, overrides: Sequence[str] = ()) -> LoRARun:
     """Return the configuration of `jobs.train_lora`: the packaged `lora`, or a YAML file.
 
@@ -129,7 +145,11 @@ def local_paths(config: Config) -> dict[str, str]:
     for index, overrides in config.experts.items():
         key = f"experts.{index}.training.init_from"
         models[key] = (overrides or {}).get("training", {}).get("init_from")
-    paths = {"run_dir": config.run_dir, "corpus.path": config.corpus.path}
+    paths = {
+        "run_dir": config.run_dir,
+        "prepared_from": config.prepared_from,
+        "corpus.path": config.corpus.path,
+    }
     paths |= {key: path for key, path in models.items() if Path(path or "").exists()}
     return {key: path for key, path in paths.items() if path}
 

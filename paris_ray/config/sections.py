@@ -44,6 +44,9 @@ class Config:
     """A whole run. `run_dir` is a path or a pyarrow.fs URI that every node can reach."""
 
     run_dir: str = "runs/quickstart"
+    # run_dir of a run whose encoders and embeddings are read, instead of own ones being made: many
+    # runs of one corpus need it encoded once
+    prepared_from: str | None = None
     seed: int = 0
     corpus: CorpusConfig = field(default_factory=CorpusConfig)
     text: TextConfig = field(default_factory=TextConfig)

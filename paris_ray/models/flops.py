@@ -8,7 +8,7 @@ from functools import cache
 
 import torch
 
-from paris_ray.config import ExpertConfig, RouterConfig
+from paris_ray.config import Config, ExpertConfig, RouterConfig
 from paris_ray.models.expert import Expert
 from paris_ray.models.layers import FREQUENCY_DIM
 from paris_ray.models.router import Router
@@ -16,6 +16,11 @@ from paris_ray.models.router import Router
 CLIP_TEXT_LENGTH = 77
 # A backward pass is two products where the forward pass is one: by the input and by the weight.
 PASSES_OF_A_TRAINING_STEP = 3
+
+
+def text_length(config: Config) -> int:
+    """Return how many text tokens a caption has for the experts of a run."""
+    return CLIP_TEXT_LENGTH if config.text.kind != "minilm" else max(1, config.text.token_states)
 
 
 def num_tokens(config: ExpertConfig | RouterConfig) -> int:

@@ -9,7 +9,7 @@ import ray
 from numpy.typing import NDArray
 
 from paris_ray.artifacts import Folder, Manifest, publish, read_manifest
-from paris_ray.clustering import Clustering, fit_clustering
+from paris_ray.clustering import Clustering, fit_clustering, random_clusters
 from paris_ray.config import Config
 from paris_ray.embeddings import (
     NULL_TEXT,
@@ -40,10 +40,11 @@ from paris_ray.seeding import derive_seed, numpy_generator
 logger = logging.getLogger("paris_ray")
 
 SECTIONS = ("seed", "cluster")
-FEATURE_COLUMNS = {
+FEATURE_COLUMNS: dict[str, tuple[str, ...]] = {
     "image": ("features",),
     "caption": (TEXT_EMBEDDING,),
     "both": ("features", TEXT_EMBEDDING),
+    "random": (),
 }
 MAX_FIT_ROWS = 200_000
 MIN_SPLIT_TASKS = 64  # as many as there are files, if there are fewer; a shard has a file of each
@@ -56,7 +57,8 @@ WORDS_PER_CLUSTER = 12
 def prepare_clusters(config: Config, embeddings: Manifest) -> Manifest:
     """Publish `clusters/`: centroids, shards, held-out rows by cluster and `report.html`.
 
-    With `cluster.shared_share` also `shared/`, rows of the whole corpus for every expert.
+    Of random clusters there are no centroids. With `cluster.shared_share` also `shared/`, rows of
+    the whole corpus for every expert.
     """
     run = Run(config)
     parents = {"embeddings": embeddings.digest}
@@ -66,7 +68,8 @@ def prepare_clusters(config: Config, embeddings: Manifest) -> Manifest:
         return manifest
     stage.begin()
     num_cpus = config.cluster.num_cpus
-    ray.get(fit_clusters.options(num_cpus=num_cpus).remote(config))
+    if FEATURE_COLUMNS[config.cluster.features]:
+        ray.get(fit_clusters.options(num_cpus=num_cpus).remote(config))
     split = split_parts.options(num_cpus=num_cpus)
     jobs = [
         (held_out, index, names)
@@ -137,14 +140,27 @@ def unit_length(columns: Sequence[NDArray[np.generic]]) -> NDArray[np.float32]:
     return np.concatenate(parts, axis=1)
 
 
+def clusters_of(run: Run, table: pa.Table) -> NDArray[np.int64]:
+    """Return the cluster `(N,)` of rows.
+
+    Args:
+        run: Its clusters have been fitted.
+        table: The rows, with `key` and the columns that are clustered (`FEATURE_COLUMNS`).
+    """
+    names = FEATURE_COLUMNS[run.config.cluster.features]
+    if not names:
+        return random_clusters(table["key"].to_pylist(), run.num_experts, run.config.seed)
+    columns = [tensor_column(table, name) for name in names]
+    return Clustering.load(run.clusters).assign(unit_length(columns))
+
+
 @ray.remote
 def split_parts(config: Config, held_out: bool, index: int, names: Sequence[str]) -> None:
     """Send the rows of some files, of training or held out, to the shards of their clusters."""
     run, part = Run(config), f"part-{index:06d}.parquet"
     source, target = (run.held_out, run.held_out_shard) if held_out else (run.embeddings, run.shard)
     table = read_parts(source, names, column_names(source))
-    columns = [tensor_column(table, n) for n in FEATURE_COLUMNS[config.cluster.features]]
-    clusters = Clustering.load(run.clusters).assign(unit_length(columns))
+    clusters = clusters_of(run, table)
     for k in range(run.num_experts):
         rows = table.filter(pa.array(clusters == k))
         if rows.num_rows:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import ray
@@ -10,13 +10,22 @@ import torch
 from numpy.typing import NDArray
 
 from paris_ray.artifacts import Folder, VerifiedFolder
+from paris_ray.bundle import Bundle
 from paris_ray.config import Config
 from paris_ray.embeddings import num_rows, part_names, read_rows
 from paris_ray.encoders.images import OPEN_CLIP_FILES, JointEmbedding, load_features
 from paris_ray.export import open_trained_parts
+from paris_ray.models import TextConditioning
+from paris_ray.pipeline.cluster import FEATURE_COLUMNS, clusters_of
 from paris_ray.reports import thumbnail
 from paris_ray.run import Run
-from paris_ray.sampling.sampler import sample, sampling_options
+from paris_ray.sampling.sampler import (
+    Samples,
+    SamplingOptions,
+    sample,
+    sample_one_expert,
+    sampling_options,
+)
 from paris_ray.seeding import derive_seed, numpy_generator
 
 Split = Literal["shown", "held_out"]
@@ -33,6 +42,7 @@ class Drawn:
         image_embeddings: `(N, J)` in the joint space with text; `(N, 0)` if the model has none.
         text_embeddings: `(N, J)` of the captions.
         usage: `(N, K)` mean weight of each expert.
+        experts_asked: `(N,)` mean number of experts that a step asked.
     """
 
     rows: NDArray[np.int64]
@@ -41,6 +51,7 @@ class Drawn:
     image_embeddings: NDArray[np.float32]
     text_embeddings: NDArray[np.float32]
     usage: NDArray[np.float32]
+    experts_asked: NDArray[np.float32]
 
     @staticmethod
     def join(parts: "Sequence[Drawn]") -> "Drawn":
@@ -70,7 +81,10 @@ def draw(config: Config, split: Split, part: int, num_parts: int) -> Drawn:
     torch.set_num_threads(config.evaluation.threads)
     run = Run(config)
     rows = chosen_rows(run, split, config.evaluation.max_captions, "evaluation")[part::num_parts]
-    captions = read_rows(split_folder(run, split), rows, ["caption"])["caption"].to_pylist()
+    columns = dict.fromkeys(["key", "caption", *FEATURE_COLUMNS[config.cluster.features]])
+    table = read_rows(split_folder(run, split), rows, list(columns))
+    captions = table["caption"].to_pylist()
+    clusters = clusters_of(run, table) if config.evaluation.oracle else None
     device = "auto" if config.evaluation.num_gpus else "cpu"
     bundle = open_trained_parts(run, device=device, dtype=config.evaluation.dtype)
     options, codec, judge = sampling_options(bundle), bundle.codec, _Judge(config)
@@ -80,11 +94,37 @@ def draw(config: Config, split: Split, part: int, num_parts: int) -> Drawn:
         batch = slice(start, start + size)
         seeds = [derive_seed(seed, "picture", int(row)) for row in rows[batch]]
         text = bundle.text_encoder.encode(captions[batch]).to("cpu")
-        samples = sample(bundle, text, seeds, options)
+        if clusters is None:
+            samples = sample(bundle, text, seeds, options)
+        else:
+            samples = sample_own_experts(bundle, text, seeds, options, clusters[batch])
         images = codec.decode(samples.latents)
-        usage = samples.expert_usage.numpy()
-        parts.append(judge.look(rows[batch], images, captions[batch], usage))
+        parts.append(judge.look(rows[batch], images, captions[batch], samples))
     return Drawn.join(parts)
+
+
+def sample_own_experts(
+    bundle: Bundle,
+    text: TextConditioning,
+    seeds: Sequence[int],
+    options: SamplingOptions,
+    clusters: NDArray[np.int64],
+) -> Samples:
+    """Return what `sample` would, were the router always sure that row i is of `clusters[i]`."""
+    own = torch.from_numpy(clusters)
+    latents = torch.empty(len(seeds), *bundle.latent_shape)
+    for k in own.unique().tolist():
+        rows = (own == k).nonzero()[:, 0]
+        latents[rows] = sample_one_expert(
+            bundle.expert(k),
+            text.rows(rows),
+            bundle.null_text,
+            seeds=[seeds[row] for row in rows.tolist()],
+            num_inference_steps=options.num_inference_steps,
+            guidance_scale=options.guidance_scale,
+        )
+    usage = torch.nn.functional.one_hot(own, bundle.num_experts).float()
+    return Samples(latents, usage, torch.ones(len(seeds)))
 
 
 class _Judge:
@@ -106,7 +146,7 @@ class _Judge:
         rows: NDArray[np.int64],
         images: NDArray[np.uint8],
         captions: Sequence[str],
-        usage: NDArray[Any],
+        samples: Samples,
     ) -> Drawn:
         none = np.empty((len(rows), 0), np.float32)
         return Drawn(
@@ -115,5 +155,6 @@ class _Judge:
             self.features.encode(images),
             none if self.joint is None else self.joint.encode_images(images),
             none if self.joint is None else self.joint.encode_captions(captions),
-            usage,
+            samples.expert_usage.numpy(),
+            samples.experts_asked.numpy(),
         )

@@ -11,7 +11,6 @@ import ray
 from numpy.typing import NDArray
 
 from paris_ray.artifacts import read_manifest
-from paris_ray.clustering import Clustering
 from paris_ray.config import Config
 from paris_ray.corpora import compositions
 from paris_ray.corpora.labels import label_names
@@ -27,7 +26,7 @@ from paris_ray.evaluation.summary import (
     mean_with_interval,
     retrieval_summary,
 )
-from paris_ray.pipeline.cluster import FEATURE_COLUMNS, unit_length
+from paris_ray.pipeline.cluster import FEATURE_COLUMNS, clusters_of
 from paris_ray.pipeline.drawing import Drawn, Split, chosen_rows, split_folder
 from paris_ray.reports import decode_thumbnails, png_bytes
 from paris_ray.run import EMBEDDINGS, Run
@@ -88,6 +87,8 @@ def measure(
         facts["held_out_losses"] = losses
     usage = np.concatenate([part.usage for part in pictures.values()])
     facts["expert_usage"] = usage.mean(axis=0).tolist()
+    asked = np.concatenate([part.experts_asked for part in pictures.values()])
+    facts["experts_asked"] = float(asked.mean())
     attribution = read_manifest(run.embeddings, EMBEDDINGS).facts["attribution"]
     pairs: dict[str, NDArray[np.uint8]] = {
         split: _pairs(corpora[split], part) for split, part in pictures.items()
@@ -106,13 +107,12 @@ def _read(run: Run, split: Split, drawn_rows: NDArray[np.int64]) -> Corpus:
     clustered = FEATURE_COLUMNS[run.config.cluster.features]
     columns = dict.fromkeys(["key", "caption", "thumbnail", "features", *labels, *clustered])
     table = read_rows(split_folder(run, split), rows, list(columns))
-    clustering = Clustering.load(run.clusters)
     return Corpus(
         rows,
         table.select(["key", "caption", *labels]),
         decode_thumbnails(table["thumbnail"].to_pylist()),
         tensor_column(table, "features").astype(np.float32),
-        clustering.assign(unit_length([tensor_column(table, name) for name in clustered])),
+        clusters_of(run, table),
     )
 
 

@@ -3,8 +3,9 @@
 import logging
 from collections.abc import Callable
 
-from paris_ray.artifacts import read_manifest
-from paris_ray.config import Config
+from paris_ray.artifacts import RESOLVED_CONFIG, Manifest, read_manifest
+from paris_ray.config import Config, digest, load
+from paris_ray.errors import ArtifactError
 from paris_ray.evaluation.summary import headline
 from paris_ray.pipeline.cluster import prepare_clusters
 from paris_ray.pipeline.embed import prepare_embeddings
@@ -15,17 +16,40 @@ from paris_ray.pipeline.export import export
 from paris_ray.pipeline.router import train_router
 from paris_ray.pipeline.seed import train_seed
 from paris_ray.pipeline.stage import StageTimer
-from paris_ray.run import EVALUATION, Run
+from paris_ray.run import EMBEDDINGS, EVALUATION, Run
 from paris_ray.sampling.routing import parse_routing
 
 logger = logging.getLogger("paris_ray")
 
+# What decides encoders and embeddings, beside the seed.
+PREPARED = ("corpus", "text", "features", "codec")
+
 
 def prepare(config: Config) -> None:
-    """Encode and cluster the corpus."""
-    encoders = prepare_encoders(config)
-    embeddings = prepare_embeddings(config, encoders)
+    """Encode and cluster the corpus; only cluster it if another run has encoded it."""
+    if config.prepared_from is None:
+        embeddings = prepare_embeddings(config, prepare_encoders(config))
+    else:
+        embeddings = _prepared_elsewhere(config)
     prepare_clusters(config, embeddings)
+
+
+def _prepared_elsewhere(config: Config) -> Manifest:
+    """Return the manifest of another run's embeddings; that run may have another seed.
+
+    Raises:
+        ArtifactError: if they are not finished, or of another corpus or other encoders.
+    """
+    source = Run(config).embeddings
+    manifest = read_manifest(source, EMBEDDINGS)
+    with source.reading(RESOLVED_CONFIG) as path:
+        made = load(str(path))
+    if digest(made, *PREPARED) != digest(config, *PREPARED):
+        raise ArtifactError(
+            f"prepared_from={config.prepared_from!r}: its {', '.join(PREPARED)} are not those of "
+            f"this run (compare {source.uri}/{RESOLVED_CONFIG})"
+        )
+    return manifest
 
 
 VERBS: dict[str, Callable[[Config], object]] = {

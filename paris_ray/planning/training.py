@@ -7,7 +7,7 @@ from itertools import product
 from typing import Any, Literal
 
 from paris_ray.config import Config, ExpertConfig, GpuConfig, RouterConfig, TrainingConfig
-from paris_ray.models.flops import CLIP_TEXT_LENGTH, parameter_count, training_flops_per_image
+from paris_ray.models.flops import parameter_count, text_length, training_flops_per_image
 from paris_ray.planning.disk import trained_row_bytes
 from paris_ray.planning.memory import Memory, text_tower_parameters, training_memory
 
@@ -90,14 +90,13 @@ def plan_training(
         training: How it is trained.
         num_rows: Rows of its training data.
     """
-    is_clip = config.text.kind != "minilm"
-    text_length = CLIP_TEXT_LENGTH if is_clip else max(1, config.text.token_states)
-    reads_tokens = is_clip and model.text_embed_dim > 0
+    length = text_length(config)
+    reads_tokens = config.text.kind != "minilm" and model.text_embed_dim > 0
     text_encoder = text_tower_parameters(model.text_embed_dim) if reads_tokens else 0
 
     def memory(setting: TrainingConfig) -> Memory:
         return training_memory(
-            model, setting, text_encoder_parameters=text_encoder, text_length=text_length
+            model, setting, text_encoder_parameters=text_encoder, text_length=length
         )
 
     return TrainingPlan(
@@ -108,7 +107,7 @@ def plan_training(
         batch_size=training.batch_size,
         accumulation_steps=training.accumulation_steps,
         num_steps=_num_steps(training, num_rows),
-        flops_per_image=training_flops_per_image(model, text_length),
+        flops_per_image=training_flops_per_image(model, length),
         memory=memory(training),
         temporary_bytes=num_rows * sum(trained_row_bytes(config).values()),
         fits=tuple(_fit(training, memory, gpu) for gpu in config.fleet.gpus),

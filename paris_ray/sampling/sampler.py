@@ -62,10 +62,12 @@ class Samples:
     Attributes:
         latents: `(B, C, H, W)` at t = 0.
         expert_usage: `(B, K)` mean weight of each expert over the steps; rows sum to 1.
+        experts_asked: `(B,)` mean number of experts that a step asked.
     """
 
     latents: Tensor
     expert_usage: Tensor
+    experts_asked: Tensor
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -139,6 +141,7 @@ def denoise(
     latents, keyed_text = noise, KeyedText.of(text)
     text = text.to(router.pos_embed.device)
     usage = torch.zeros(len(noise), router.config.num_experts, device=noise.device)
+    asked = torch.zeros(len(noise), device=noise.device)
     for t, t_next in pairwise(sampling_times(options.num_inference_steps).tolist()):
         logits = _ask_router(router, latents, t, text) / options.router_temperature
         weights = expert_weights(logits, options.routing)
@@ -148,9 +151,10 @@ def denoise(
             velocity[call.rows] += weights[call.rows, call.expert, None, None, None] * answer
         latents = euler_step(latents, velocity, t, t_next)
         usage += weights / options.num_inference_steps
+        asked += (weights > 0).sum(dim=1) / options.num_inference_steps
     if not latents.isfinite().all():
         raise SamplingError("the experts gave latents that are not finite: try dtype=float32")
-    return Samples(latents, usage)
+    return Samples(latents, usage, asked)
 
 
 def _ask_router(router: Router, latents: Tensor, t: float, text: TextConditioning) -> Tensor:

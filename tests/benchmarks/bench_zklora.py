@@ -314,7 +314,7 @@ def bench_sweeps(options: Any) -> str:
 
 def _draw(folder: Path, name: str, label: str, costs: dict[int, Figures]) -> str:
     """Draw one sweep, and return the Markdown that shows it."""
-    from line_chart import draw_line_chart  # not at the top: a verifier needs no Pillow
+    from paris_ray.charts import draw_line_chart  # not at the top: a verifier needs no Pillow
 
     series = {line: [(float(x), cost[line]) for x, cost in costs.items()] for line in LINES}
     picture = f"images/zklora_{name}.png"

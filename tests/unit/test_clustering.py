@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from paris_ray.artifacts import Folder
-from paris_ray.clustering import Clustering, Nuisance, fit_clustering
+from paris_ray.clustering import Clustering, Nuisance, fit_clustering, random_clusters
 from paris_ray.config import ClusterConfig
 from paris_ray.errors import ConfigError
 
@@ -86,6 +86,14 @@ def test_centres_are_saved_and_loaded(tmp_path: Path) -> None:
     loaded = Clustering.load(Folder(tmp_path))
     assert np.array_equal(loaded.assign(features), clustering.assign(features))
     assert loaded.fine_centroids.dtype == np.float32
+
+
+def test_random_clusters_depend_on_key_and_seed_and_are_about_as_large() -> None:
+    keys = [f"row {i}" for i in range(4000)]
+    clusters = random_clusters(keys, 4, seed=1)
+    assert np.array_equal(clusters[::-1], random_clusters(keys[::-1], 4, seed=1))
+    assert (np.abs(np.bincount(clusters, minlength=4) - 1000) < 5 * 750**0.5).all()
+    assert (clusters != random_clusters(keys, 4, seed=2)).mean() > 0.6
 
 
 def swamped(count: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

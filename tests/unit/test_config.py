@@ -23,6 +23,7 @@ from paris_ray.config import (
     to_yaml,
     unlike_fields,
     with_absolute_paths,
+    with_overrides,
 )
 from paris_ray.errors import ConfigError
 
@@ -294,6 +295,25 @@ def test_from_dict_refuses(section: type, values: object, fragment: str) -> None
     assert "there/config.json" in message
     assert fragment in message
     assert os.environ["HOME"] not in message
+
+
+def test_random_clusters_have_no_directions_to_remove() -> None:
+    assert load("paris_b2", ["cluster.features=random"]).cluster.features == "random"
+    message = refusal("cluster.features=random", "cluster.remove_directions=2")
+    assert message.startswith("cluster.remove_directions=2 is not allowed: 0 for")
+
+
+@pytest.mark.parametrize("name", ["", "../x", ".x", "a/b"])
+def test_the_name_of_an_evaluation_is_a_plain_folder(name: str) -> None:
+    assert refusal(f"evaluation.name='{name}'").startswith("evaluation.name=")
+
+
+def test_a_configuration_is_changed_as_it_is_loaded() -> None:
+    overrides = ["training.steps=7", "training.epochs=null", "cluster.features=both"]
+    assert with_overrides(load("quickstart"), overrides) == load("quickstart", overrides)
+    for override in ("training.stepz=5", "training.steps=0", "training.steps=x"):
+        with pytest.raises(ConfigError, match=r"training\.step"):
+            with_overrides(load("quickstart"), [override])
 
 
 QUICKSTART_CLIP = ["text.kind=clip", "text.path=openai/clip-vit-large-patch14"]

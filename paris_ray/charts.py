@@ -42,7 +42,7 @@ class _Canvas:
         self._draw.circle([part * SCALE for part in centre], 3 * SCALE, colour)
 
     def text(self, place: tuple[float, float], words: str, anchor: str, colour: str = INK) -> None:
-        scaled = [part * SCALE for part in place]
+        scaled = (place[0] * SCALE, place[1] * SCALE)
         self._draw.text(scaled, words, colour, self._font, anchor)
 
     def text_width(self, words: str) -> float:
@@ -51,6 +51,8 @@ class _Canvas:
 
 def _round_up(value: float) -> float:
     """Return the next number of which a quarter has few digits."""
+    if value <= 0:
+        return 1.0
     unit: float = 10.0 ** math.floor(math.log10(value))
     return next(step * unit for step in (1, 1.2, 1.6, 2, 2.4, 4, 6, 8, 10) if step * unit >= value)
 

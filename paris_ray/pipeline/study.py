@@ -1,0 +1,165 @@
+"""A study: many small runs of one corpus, encoded once, and the page that compares them.
+
+Every arm is a normal run, in `arms/` of the study's folder, made by the normal stages: so it
+resumes, is kept when it is finished and isolates its experts as any other. A task without a CPU of
+its own drives each.
+"""
+
+import json
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from paris_ray.artifacts import MANIFEST, Folder, read_manifest
+from paris_ray.config import Config, run_folder, with_overrides
+from paris_ray.errors import TrainingError
+from paris_ray.pipeline.embed import prepare_embeddings
+from paris_ray.pipeline.encoders import prepare_encoders
+from paris_ray.pipeline.evaluate import evaluate
+from paris_ray.pipeline.stages import run
+from paris_ray.run import ROUTER, Run
+from paris_ray.study.numbers import arm_numbers, paris_order, samples_to_target
+from paris_ray.study.page import draw_charts, study_page
+from paris_ray.study.plan import Arm, Form, study_arms, study_config
+
+logger = logging.getLogger("paris_ray")
+
+VERBS = ("prepare", "train_seed", "train_experts", "train_router", "evaluate")
+POLL_INTERVAL_S = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedArm:
+    """An arm with its configurations.
+
+    Attributes:
+        arm: The arm.
+        config: Of its run.
+        drawings: Of the evaluations beside the default, by name.
+    """
+
+    arm: Arm
+    config: Config
+    drawings: dict[str, Config]
+
+    @property
+    def finished(self) -> bool:
+        """Whether everything of it is there."""
+        evaluations = [Run(config).evaluation for config in (self.config, *self.drawings.values())]
+        return all(folder.exists(MANIFEST) for folder in evaluations)
+
+
+def run_study(config: Config, form: Form, output: Path, *, command: str) -> dict[str, Any]:
+    """Run what is not finished of a study and write its page, charts and `.json`.
+
+    Args:
+        config: What the arms vary; `run_dir` is the study's folder.
+        form: How large the study is.
+        output: The page, a `.md` file; the `.json` stands beside it, charts in `images/`.
+        command: What the page says that it was written by.
+
+    Returns:
+        What the `.json` holds.
+
+    Raises:
+        ConfigError: if the configuration does not suit a study.
+        TrainingError: naming the arms that failed, after all others are done.
+    """
+    config = study_config(config)
+    arms = plan_arms(config, form)
+    encoders = prepare_encoders(config)
+    prepare_embeddings(config, encoders)
+    numbers = _run_arms(arms)
+    study = {
+        "command": command,
+        "form": form.name,
+        "features": config.cluster.features,
+        "image_size": config.corpus.image_size,
+        "samples": form.total_steps * config.training.batch_size,
+        "arms": numbers,
+        "samples_to_target": samples_to_target(numbers),
+        "paris_order": paris_order(numbers),
+    }
+    _write(study, output)
+    return study
+
+
+def plan_arms(config: Config, form: Form) -> list[PlannedArm]:
+    """Return the arms of a study with their configurations, all checked before anything runs."""
+    study = run_folder(config)
+    planned = []
+    for arm in study_arms(config, form):
+        place = replace(config, run_dir=f"{study}/arms/{arm.folder}", prepared_from=study)
+        own = with_overrides(place, arm.overrides)
+        drawings = {each.name: with_overrides(own, each.overrides) for each in arm.drawings}
+        planned.append(PlannedArm(arm, own, drawings))
+    return planned
+
+
+@ray.remote(num_cpus=0)
+def run_arm(planned: PlannedArm) -> dict[str, Any]:
+    """Run the stages of an arm, each as tasks of its own; return its numbers."""
+    for verb in VERBS:
+        run(planned.config, verb)
+    evaluations = {planned.arm.routing: planned.config, **planned.drawings}
+    drawn = {name: (config, evaluate(config).facts) for name, config in evaluations.items()}
+    router = read_manifest(Run(planned.config).router, ROUTER).facts
+    return arm_numbers(planned.arm, planned.config, router, drawn)
+
+
+def _run_arms(arms: Sequence[PlannedArm]) -> list[dict[str, Any]]:
+    """Run arms, as many at a time as there are CPUs; return their numbers, in order."""
+    room = max(1, int(ray.cluster_resources().get("CPU", 1)))
+    progress = _Progress(arms)
+    waiting = list(enumerate(arms))
+    running: dict[ray.ObjectRef[dict[str, Any]], int] = {}
+    numbers: dict[int, dict[str, Any]] = {}
+    failed: list[str] = []
+    while waiting or running:
+        while waiting and len(running) < room:
+            index, arm = waiting.pop(0)
+            running[run_arm.options(name=f"arm {arm.arm.folder}").remote(arm)] = index
+        finished, _ = ray.wait(list(running), timeout=POLL_INTERVAL_S)
+        for result in finished:
+            index = running.pop(result)
+            try:
+                numbers[index] = ray.get(result)
+            except ray.exceptions.RayError as error:
+                failed.append(f"{arms[index].arm.folder}: {getattr(error, 'cause', error)}")
+            progress.say(arms[index])
+    if failed:
+        raise TrainingError(f"{len(failed)} of {len(arms)} arms failed: {'; '.join(failed)}")
+    return [numbers[index] for index in range(len(arms))]
+
+
+class _Progress:
+    """Says how many arms are done and how long the others will take, by their steps."""
+
+    def __init__(self, arms: Sequence[PlannedArm]) -> None:
+        self._started, self._count, self._done = time.monotonic(), len(arms), 0
+        self._steps = {a.arm.folder: a.arm.total_steps for a in arms if not a.finished}
+        self._rest = self._all = sum(self._steps.values())
+        logger.info("study: %d arms, %d to run", len(arms), len(self._steps))
+
+    def say(self, arm: PlannedArm) -> None:
+        self._done += 1
+        self._rest -= self._steps.get(arm.arm.folder, 0)
+        done = self._all - self._rest
+        eta = (time.monotonic() - self._started) * self._rest / done if done else 0.0
+        line = "study: %d/%d arms done (%s), ETA %.0f min"
+        logger.info(line, self._done, self._count, arm.arm.folder, eta / 60)
+
+
+def _write(study: dict[str, Any], output: Path) -> None:
+    target = Folder(output.parent)
+    charts = draw_charts(study, output.parent / "images", output.stem)
+    links = {name: f"images/{path.name}" for name, path in charts.items()}
+    target.write(output.name, study_page(study, links).encode())
+    payload = json.dumps(study, indent=1, allow_nan=False) + "\n"
+    target.write(f"{output.stem}.json", payload.encode())
+    logger.info("study: written to %s", output)

@@ -1,0 +1,326 @@
+"""From evaluations of arms to what a study says: rows, curves, and the order of the paper."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from typing import Any
+
+from paris_ray.config import Config
+from paris_ray.models.flops import forward_macs, text_length, training_flops_per_image
+from paris_ray.study.plan import DENSE, FULL, ONE_MODEL, PAPER, SCRATCH, SEEDED, TOP_1, TOP_2, Arm
+
+TARGET = 0.8  # attribute accuracy of the headline
+# FID-50K of B/2, lower is better: Paris, arXiv 2510.03434.
+PUBLISHED = {ONE_MODEL: 29.64, TOP_1: 30.60, TOP_2: 22.60, FULL: 47.89}
+REPRODUCED, NOT_REPRODUCED, UNDECIDED = "reproduced", "not reproduced", "undecided"
+NOT_MEASURED = "not measured"
+MEASURES = ("held-out error", "held-out Frechet", "shown Frechet")
+
+
+def flops_per_picture(config: Config, experts_asked: float) -> float:
+    """Return the FLOPs of drawing one picture: experts, and the router where there is a choice.
+
+    Args:
+        config: Of the evaluation.
+        experts_asked: Mean number of experts that a step asked.
+    """
+    passes = 1 if config.sampling.guidance_scale == 1 else 2
+    macs = experts_asked * passes * forward_macs(config.expert, text_length(config))
+    if config.cluster.num_clusters > 1 and not config.evaluation.oracle:
+        macs += forward_macs(config.router)
+    return 2 * macs * config.sampling.num_inference_steps
+
+
+def arm_numbers(
+    arm: Arm,
+    config: Config,
+    router: Mapping[str, Any],
+    drawn: Mapping[str, tuple[Config, Mapping[str, Any]]],
+) -> dict[str, Any]:
+    """Return what a study keeps of an arm.
+
+    Args:
+        arm: The arm.
+        config: Its configuration.
+        router: Facts of its router's manifest.
+        drawn: Of every way to draw, the configuration and the facts of its evaluation.
+    """
+    batch, router_training = config.training.batch_size, config.router_training
+    samples = arm.total_steps * batch
+    length = text_length(config)
+    flops = samples * training_flops_per_image(config.expert, length)
+    routed = 0 if arm.num_experts == 1 else router_training.steps * router_training.batch_size
+    return {
+        **asdict(arm),
+        "samples": samples,
+        "router_samples": routed,
+        "training_flops": flops + routed * training_flops_per_image(config.router),
+        "router_temperature": router.get("held_out", {}).get("temperature"),
+        "router_accuracy": router["right_cluster"],
+        "drawn": {name: _evaluation_numbers(*evaluated) for name, evaluated in drawn.items()},
+    }
+
+
+def _evaluation_numbers(config: Config, facts: Mapping[str, Any]) -> dict[str, Any]:
+    splits = {split: facts[split] for split in ("shown", "held_out")}
+    kept = ("captions", "attributes", "frechet", "kid", "coverage", "caption_recall")
+    return {
+        "steps": config.sampling.num_inference_steps,
+        "experts_asked": facts["experts_asked"],
+        "flops_per_picture": flops_per_picture(config, facts["experts_asked"]),
+        "memorisation": facts["memorisation"],
+        **{split: {k: v[k] for k in kept if k in v} for split, v in splits.items()},
+    }
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Spread:
+    """A number over the seeds of an arm.
+
+    Attributes:
+        mean: Over seeds.
+        low: The lowest.
+        high: The highest.
+    """
+
+    mean: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Row:
+    """One way to draw with one arm, over its seeds.
+
+    Attributes:
+        arm: Its name.
+        drawing: How it is drawn.
+        num_experts: K.
+        seed_share: Share of the samples that the seed had.
+        samples: That the arm was trained on.
+        seeds: How many runs.
+        held_out: Share of held-out captions of which everything is right.
+        held_out_interval: Over captions, 95 %: the ends, each averaged over seeds.
+        shown: The same share of captions that were trained on.
+        held_out_frechet: Frechet distance to the held-out pictures; None of too few.
+        shown_frechet: To pictures that were trained on.
+        experts_asked: A step.
+        flops_per_picture: Of drawing.
+        training_flops: Of the arm, router included.
+    """
+
+    arm: str
+    drawing: str
+    num_experts: int
+    seed_share: float
+    samples: int
+    seeds: int
+    held_out: Spread
+    held_out_interval: tuple[float, float]
+    shown: Spread
+    held_out_frechet: Spread | None
+    shown_frechet: Spread | None
+    experts_asked: float
+    flops_per_picture: float
+    training_flops: float
+
+
+def _mean(values: Iterable[float]) -> float:
+    numbers = list(values)
+    return sum(numbers) / len(numbers)
+
+
+def _spread(values: Sequence[float | None]) -> Spread | None:
+    """Return the spread of numbers; None if one was not measured."""
+    known = [value for value in values if value is not None]
+    if len(known) < len(values):
+        return None
+    return Spread(mean=_mean(known), low=min(known), high=max(known))
+
+
+def rows(arms: Sequence[Mapping[str, Any]], table: str) -> list[Row]:
+    """Return the rows of a table: of `routing` every way to draw, of others the default alone."""
+    of_table: dict[str, list[Mapping[str, Any]]] = {}
+    for arm in arms:
+        if table in arm["tables"]:
+            of_table.setdefault(arm["name"], []).append(arm)
+    return [
+        _row(seeds, drawing)
+        for seeds in of_table.values()
+        for drawing in (seeds[0]["drawn"] if table == "routing" else [seeds[0]["routing"]])
+    ]
+
+
+def _row(seeds: Sequence[Mapping[str, Any]], drawing: str) -> Row:
+    arm, drawn = seeds[0], [arm["drawn"][drawing] for arm in seeds]
+    held_out = [each["held_out"]["attributes"]["all"] for each in drawn]
+    accuracy, shown = (
+        _spread([each[split]["attributes"]["all"]["mean"] for each in drawn])
+        for split in ("held_out", "shown")
+    )
+    assert accuracy is not None
+    assert shown is not None
+    total = arm["seed_steps"] + arm["num_experts"] * arm["expert_steps"]
+    return Row(
+        arm=arm["name"],
+        drawing=drawing,
+        num_experts=arm["num_experts"],
+        seed_share=arm["seed_steps"] / total,
+        samples=arm["samples"],
+        seeds=len(seeds),
+        held_out=accuracy,
+        held_out_interval=(_mean(x["low"] for x in held_out), _mean(x["high"] for x in held_out)),
+        shown=shown,
+        held_out_frechet=_spread([each["held_out"].get("frechet") for each in drawn]),
+        shown_frechet=_spread([each["shown"].get("frechet") for each in drawn]),
+        experts_asked=_mean(each["experts_asked"] for each in drawn),
+        flops_per_picture=_mean(each["flops_per_picture"] for each in drawn),
+        training_flops=arm["training_flops"],
+    )
+
+
+# --- samples to quality --------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Reached:
+    """When a curve reaches a target.
+
+    Attributes:
+        samples: Between two measured points as on a straight line; None if it never does.
+        at_most: Whether the first point is above already, so that fewer may do.
+        best: The highest value of the curve.
+    """
+
+    samples: float | None
+    at_most: bool
+    best: float
+
+
+def samples_until(points: Sequence[tuple[float, float]], target: float) -> Reached:
+    """Return after how many samples a curve first reaches a target.
+
+    Args:
+        points: `(samples, value)`, one or more.
+        target: The value.
+    """
+    ordered = sorted(points)
+    best = max(value for _, value in ordered)
+    if ordered[0][1] >= target:
+        return Reached(samples=ordered[0][0], at_most=True, best=best)
+    for (x, low), (x_next, high) in pairwise(ordered):
+        if high >= target:
+            samples = x + (target - low) / (high - low) * (x_next - x)
+            return Reached(samples=samples, at_most=False, best=best)
+    return Reached(samples=None, at_most=False, best=best)
+
+
+def curves(arms: Sequence[Mapping[str, Any]]) -> dict[str, dict[int, list[tuple[float, float]]]]:
+    """Return of every recipe and seed the points `(samples, held-out accuracy)`, in order."""
+    found: dict[str, dict[int, list[tuple[float, float]]]] = {}
+    for arm in arms:
+        if "samples" in arm["tables"]:
+            accuracy = arm["drawn"][arm["routing"]]["held_out"]["attributes"]["all"]["mean"]
+            of_seed = found.setdefault(arm["recipe"], {}).setdefault(arm["seed"], [])
+            of_seed.append((arm["samples"], accuracy))
+    return {
+        recipe: {seed: sorted(points) for seed, points in seeds.items()}
+        for recipe, seeds in found.items()
+    }
+
+
+def mean_curve(seeds: Mapping[int, Sequence[tuple[float, float]]]) -> list[tuple[float, float]]:
+    """Return the mean over seeds of curves with the same samples."""
+    return [
+        (points[0][0], _mean(value for _, value in points))
+        for points in zip(*seeds.values(), strict=True)
+    ]
+
+
+def samples_to_target(arms: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Return of every recipe when it reaches TARGET: of the mean curve, and of every seed."""
+    return {
+        recipe: {
+            "mean": asdict(samples_until(mean_curve(seeds), TARGET)),
+            "seeds": {
+                str(seed): asdict(samples_until(points, TARGET)) for seed, points in seeds.items()
+            },
+        }
+        for recipe, seeds in curves(arms).items()
+    }
+
+
+# --- the order of the paper ----------------------------------------------------------------------
+
+
+def published_relations() -> list[tuple[str, str]]:
+    """Return all pairs of ways to draw of which the paper has the first better than the second."""
+    order = sorted(PUBLISHED, key=PUBLISHED.__getitem__)
+    return [(a, b) for i, a in enumerate(order) for b in order[i + 1 :]]
+
+
+def paris_order(arms: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return, of arms that are drawn in all four ways, which published relations hold.
+
+    A relation is reproduced if it holds in every seed, not reproduced if in none, else undecided.
+    """
+    found = []
+    for name in (PAPER, SCRATCH, SEEDED):
+        for measure in MEASURES:
+            seeds = _four_ways(arms, name, measure)
+            if seeds:
+                found.append({"arm": name, "measure": measure, **_order(seeds)})
+    return found
+
+
+def _four_ways(
+    arms: Sequence[Mapping[str, Any]], name: str, measure: str
+) -> list[dict[str, float | None]]:
+    """Return of every seed the measure of the four ways that the paper compares."""
+    dense = {arm["seed"]: arm for arm in arms if arm["name"] == DENSE}
+    experts = [arm for arm in arms if arm["name"] == name and arm["seed"] in dense]
+    return [
+        {ONE_MODEL: _measure(dense[arm["seed"]]["drawn"][ONE_MODEL], measure)}
+        | {way: _measure(arm["drawn"][way], measure) for way in PUBLISHED if way != ONE_MODEL}
+        for arm in experts
+    ]
+
+
+def _measure(drawn: Mapping[str, Any], measure: str) -> float | None:
+    """Return a measure of which less is better; None if it was not taken."""
+    split = "shown" if measure.startswith("shown") else "held_out"
+    if measure.endswith("error"):
+        return 1 - float(drawn[split]["attributes"]["all"]["mean"])
+    found: float | None = drawn[split].get("frechet")
+    return found
+
+
+def _order(seeds: Sequence[Mapping[str, float | None]]) -> dict[str, Any]:
+    means = {way: _spread([seed[way] for seed in seeds]) for way in PUBLISHED}
+    relations = []
+    for better, worse in published_relations():
+        pairs = [(seed[better], seed[worse]) for seed in seeds]
+        known = [(a, b) for a, b in pairs if a is not None and b is not None]
+        holds = sum(a < b for a, b in known)
+        opposite = sum(a > b for a, b in known)
+        relations.append(
+            {
+                "better": better,
+                "worse": worse,
+                "holds": holds,
+                "seeds": len(known),
+                "verdict": _verdict(holds, opposite, len(known)),
+            }
+        )
+    return {
+        "means": {way: None if spread is None else spread.mean for way, spread in means.items()},
+        "relations": relations,
+    }
+
+
+def _verdict(holds: int, opposite: int, count: int) -> str:
+    if count == 0:
+        return NOT_MEASURED
+    if holds == count:
+        return REPRODUCED
+    return NOT_REPRODUCED if opposite == count else UNDECIDED

@@ -1,0 +1,277 @@
+"""The page of a study: Markdown and pictures of nothing but its numbers."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from paris_ray.charts import draw_line_chart
+from paris_ray.study.numbers import (
+    PUBLISHED,
+    REPRODUCED,
+    TARGET,
+    Row,
+    Spread,
+    curves,
+    mean_curve,
+    rows,
+)
+from paris_ray.study.plan import DENSE, PAPER, SCRATCH, SEEDED
+
+NONE = "-"
+TABLES = {
+    "experts": (
+        "How many experts",
+        "Equal samples in all: K experts share what the dense model sees alone.",
+    ),
+    "clusters": (
+        "What is clustered",
+        "`image`, `caption` and `both` are what k-means sees; `minus` leaves principal directions "
+        "of the pictures out; `random` is the control: the hash of a row's key decides. Arms "
+        "without a word for it cluster what the configuration says: {features}.",
+    ),
+    "shared": (
+        "Rows of the whole corpus",
+        "Share of every expert's batches that is drawn from all clusters, from scratch.",
+    ),
+    "seed": (
+        "The seed",
+        "Share of the samples that one model of everything has before experts branch, and the "
+        "experts' learning rate after it, as a multiple of that of the other arms.",
+    ),
+    "routing": (
+        "Routing, and equal FLOPs a picture",
+        "The same experts, drawn in other ways. The dense model is also drawn in so many steps "
+        "that a picture costs what experts cost with top-1, top-2 and full. `oracle` asks the "
+        "expert of the caption's own cluster, without the router.",
+    ),
+    "samples": (
+        "Samples to quality",
+        "Shorter and longer trainings, each with a whole schedule of its own.",
+    ),
+}
+CAN_SHOW = """\
+It can show, on this corpus and at this size, whether isolated experts follow captions as well as
+one model of the same samples does; what a seed, shared rows, clusters and routing change; and
+which of the paper's relations hold.
+
+It cannot show the paper's numbers: corpus, size, image model and number of pictures are others,
+and a Frechet distance of so few pictures is too large for all alike. K experts have K times the
+parameters of the dense model; samples and FLOPs a picture are equal, memory is not. A picture of
+{size} pixels is learnt from few samples, so experts here may lack samples where larger ones would
+lack capacity. The router's samples are not counted with the experts', its FLOPs are. Seeds change
+clusters, first weights, order and noise; held-out rows and encoders are the same in all. An
+interval is over captions and does not know of seeds; a row of one seed has no spread. Differences
+smaller than the spread of the arms with several seeds say nothing."""
+
+
+def study_page(study: Mapping[str, Any], pictures: Mapping[str, str]) -> str:
+    """Return the page as Markdown.
+
+    Args:
+        study: What `study.json` holds.
+        pictures: Links of the charts, by name.
+    """
+    arms = study["arms"]
+    parts = [
+        "# One dense model against isolated experts",
+        _intro(study),
+        "## In short",
+        _headline(study["samples_to_target"], arms),
+        *(_chart(link, name) for name, link in pictures.items()),
+        *(_table_part(arms, name, study["features"]) for name in TABLES),
+        "## The published order",
+        _paris(study["paris_order"]),
+        "## What this corpus can and cannot show",
+        CAN_SHOW.format(size=study["image_size"]),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def draw_charts(study: Mapping[str, Any], folder: Path, stem: str) -> dict[str, Path]:
+    """Draw the charts of a study into a folder; return them by what they show."""
+    arms = study["arms"]
+    by_samples = {
+        recipe: [(samples / 1000, value) for samples, value in mean_curve(seeds)]
+        for recipe, seeds in curves(arms).items()
+    }
+    charts = {
+        "samples": ("samples, thousands", by_samples),
+        "experts": ("experts", _by_count(rows(arms, "experts"))),
+    }
+    paths = {}
+    for name, (label, series) in charts.items():
+        paths[name] = folder / f"{stem}_{name}.png"
+        draw_line_chart(paths[name], label, "held-out, all right", series)
+    return paths
+
+
+def _by_count(found: Sequence[Row]) -> dict[str, list[tuple[float, float]]]:
+    """Return accuracy by K, from scratch and from a seed; one model begins both lines."""
+    lines = {}
+    for recipe in (SCRATCH, SEEDED):
+        members = [row for row in found if row.arm == DENSE or row.arm.startswith(recipe)]
+        lines[recipe] = sorted((float(row.num_experts), row.held_out.mean) for row in members)
+    return lines
+
+
+def _chart(link: str, name: str) -> str:
+    return f'<img src="{link}" width="380" alt="held-out accuracy against {name}">'
+
+
+def _intro(study: Mapping[str, Any]) -> str:
+    arms = study["arms"]
+    drawn = arms[0]["drawn"][arms[0]["routing"]]
+    return (
+        f"Written by `{study['command']}`, the {study['form']} form; nothing here is typed. "
+        f"{len(arms)} runs, seeds {_range(arm['seed'] for arm in arms)}; {study['samples']:,} "
+        "samples in every arm, but for those of the curve. "
+        f"Drawn: {drawn['held_out']['captions']} captions that were held out and "
+        f"{drawn['shown']['captions']} that were trained on. *Right*: all attributes of the "
+        "caption, as [evaluation.md](evaluation.md) has it. `scratch` is the paper's way, the "
+        f"control of every table; `{PAPER}` also clusters what the paper clusters."
+    )
+
+
+def _range(numbers: Any) -> str:
+    found = sorted(set(numbers))
+    return str(found[0]) if len(found) == 1 else f"{found[0]} to {found[-1]}"
+
+
+def _headline(reached: Mapping[str, Any], arms: Sequence[Mapping[str, Any]]) -> str:
+    head = ["recipe", f"samples until held-out accuracy {TARGET:g}", "by seed", "best"]
+    cells = [
+        [
+            f"`{recipe}`",
+            _reached(found["mean"]),
+            ", ".join(map(_reached, found["seeds"].values())),
+            f"{found['mean']['best']:.3f}",
+        ]
+        for recipe, found in reached.items()
+    ]
+    return f"{_markdown([head, *cells])}\n\n{_comparison(rows(arms, 'experts'))}"
+
+
+def _reached(found: Mapping[str, Any]) -> str:
+    if found["samples"] is None:
+        return f"missed ({found['best']:.3f})"
+    return f"{'at most ' if found['at_most'] else ''}{found['samples']:,.0f}"
+
+
+def _comparison(found: Sequence[Row]) -> str:
+    """Say which arms draw more captions right than the dense model, and which control is where."""
+    controls = {row.arm: row.held_out.mean for row in found if row.arm in (DENSE, SCRATCH)}
+    others = [row for row in found if row.arm != DENSE]
+    ahead = [f"`{row.arm}`" for row in others if row.held_out.low > _of(found, DENSE).high]
+    best = max(others, key=lambda row: row.held_out.mean)
+    return (
+        f"Held-out, all right: dense {controls[DENSE]:.3f}, experts from scratch "
+        f"{controls[SCRATCH]:.3f}, the best arm with experts `{best.arm}` "
+        f"{best.held_out.mean:.3f}. Ahead of the dense model in every seed: "
+        f"{', '.join(ahead) or 'none'}."
+    )
+
+
+def _of(found: Sequence[Row], arm: str) -> Spread:
+    return next(row.held_out for row in found if row.arm == arm)
+
+
+def _table_part(arms: Sequence[Mapping[str, Any]], name: str, features: str) -> str:
+    title, text = TABLES[name]
+    found = rows(arms, name)
+    parts = [f"## {title}", text.format(features=features), _table(found, name)]
+    if name == "routing":
+        parts.append(_temperatures(arms))
+    else:
+        parts.append(_comparison(found))
+    return "\n\n".join(parts)
+
+
+def _temperatures(arms: Sequence[Mapping[str, Any]]) -> str:
+    """Say how sure routers were: what `full` depends on."""
+    routed = [arm for arm in arms if "routing" in arm["tables"] and arm["num_experts"] > 1]
+    said = [
+        f"`{arm['name']}`, seed {arm['seed']}: {_number(arm['router_temperature'], 2)}"
+        for arm in routed
+    ]
+    return f"Temperatures fitted to the routers on held-out rows: {'; '.join(said)}."
+
+
+def _table(found: Sequence[Row], name: str) -> str:
+    head = ["arm", "drawn", "K", "seed", "samples", "runs", "held-out right", "lowest to highest"]
+    head += ["95 % over captions", "trained-on right", "Frechet held-out", "Frechet trained-on"]
+    head += ["experts a step", "MFLOP a picture", "training PFLOP"]
+    return _markdown([head, *map(_cells, found)])
+
+
+def _cells(row: Row) -> list[str]:
+    low, high = row.held_out_interval
+    return [
+        f"`{row.arm}`",
+        row.drawing,
+        str(row.num_experts),
+        f"{row.seed_share:.0%}",
+        f"{row.samples:,}",
+        str(row.seeds),
+        f"{row.held_out.mean:.3f}",
+        f"{row.held_out.low:.3f} to {row.held_out.high:.3f}" if row.seeds > 1 else NONE,
+        f"{low:.3f} to {high:.3f}",
+        f"{row.shown.mean:.3f}",
+        _number(_mean(row.held_out_frechet), 4),
+        _number(_mean(row.shown_frechet), 4),
+        f"{row.experts_asked:.2f}",
+        f"{row.flops_per_picture / 1e6:,.0f}",
+        f"{row.training_flops / 1e15:.3f}",
+    ]
+
+
+def _mean(spread: Spread | None) -> float | None:
+    return None if spread is None else spread.mean
+
+
+def _number(value: float | None, digits: int) -> str:
+    return NONE if value is None else f"{value:.{digits}f}"
+
+
+def _paris(orders: Sequence[Mapping[str, Any]]) -> str:
+    published = ", ".join(f"{way} {value:.2f}" for way, value in PUBLISHED.items())
+    intro = (
+        f"Paris (arXiv 2510.03434) has, as FID of its B/2 study: {published}; lower is better. "
+        "Here *error* is the share of captions of which something is wrong. A relation is "
+        "reproduced if it holds in every seed, not reproduced if it is the other way round in "
+        "every seed, and undecided otherwise."
+    )
+    if not orders:
+        return intro
+    relations = orders[0]["relations"]
+    head = ["arm", "measure", *PUBLISHED]
+    head += [f"{each['better']} < {each['worse']}" for each in relations]
+    cells = [
+        [
+            f"`{order['arm']}`",
+            order["measure"],
+            *(_number(order["means"][way], 4) for way in PUBLISHED),
+            *(
+                f"{each['verdict']} ({each['holds']}/{each['seeds']})"
+                for each in order["relations"]
+            ),
+        ]
+        for order in orders
+    ]
+    summary = [_paris_summary(order) for order in orders]
+    return "\n\n".join([intro, _markdown([head, *cells]), "\n".join(summary)])
+
+
+def _paris_summary(order: Mapping[str, Any]) -> str:
+    relations = order["relations"]
+    by_verdict: dict[str, list[str]] = {}
+    for each in relations:
+        by_verdict.setdefault(each["verdict"], []).append(f"{each['better']} < {each['worse']}")
+    whole = "the whole order is reproduced" if set(by_verdict) == {REPRODUCED} else None
+    said = "; ".join(f"{verdict}: {', '.join(pairs)}" for verdict, pairs in by_verdict.items())
+    return f"- `{order['arm']}`, {order['measure']}: {whole or said}."
+
+
+def _markdown(cells: Sequence[Sequence[str]]) -> str:
+    head, *body = cells
+    lines = [head, ["---"] * len(head), *body]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

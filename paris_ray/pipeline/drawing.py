@@ -10,10 +10,11 @@ import torch
 from numpy.typing import NDArray
 
 from paris_ray.artifacts import Folder, VerifiedFolder
+from paris_ray.bundle import Bundle
 from paris_ray.config import Config
 from paris_ray.embeddings import num_rows, part_names, read_rows
 from paris_ray.encoders.images import OPEN_CLIP_FILES, JointEmbedding, load_features
-from paris_ray.export import open_trained_parts
+from paris_ray.export import open_student, open_trained_parts
 from paris_ray.reports import thumbnail
 from paris_ray.run import Run
 from paris_ray.sampling.sampler import sample, sampling_options
@@ -65,14 +66,22 @@ def chosen_rows(run: Run, split: Split, limit: int | None, purpose: str) -> NDAr
 
 
 @ray.remote
-def draw(config: Config, split: Split, part: int, num_parts: int) -> Drawn:
-    """Draw every `num_parts`-th of the chosen captions of a split."""
+def draw(config: Config, split: Split, part: int, num_parts: int, student: str | None) -> Drawn:
+    """Draw every `num_parts`-th of the chosen captions of a split.
+
+    Args:
+        config: The run.
+        split: Which captions.
+        part: Which of the parts.
+        num_parts: How many parts there are.
+        student: The distilled model that draws; None: the ensemble.
+    """
     torch.set_num_threads(config.evaluation.threads)
     run = Run(config)
     rows = chosen_rows(run, split, config.evaluation.max_captions, "evaluation")[part::num_parts]
     captions = read_rows(split_folder(run, split), rows, ["caption"])["caption"].to_pylist()
     device = "auto" if config.evaluation.num_gpus else "cpu"
-    bundle = open_trained_parts(run, device=device, dtype=config.evaluation.dtype)
+    bundle = _open(run, student, device)
     options, codec, judge = sampling_options(bundle), bundle.codec, _Judge(config)
     seed, size = derive_seed(config.seed, f"evaluation {split}"), config.evaluation.batch_size
     parts = []
@@ -85,6 +94,13 @@ def draw(config: Config, split: Split, part: int, num_parts: int) -> Drawn:
         usage = samples.expert_usage.numpy()
         parts.append(judge.look(rows[batch], images, captions[batch], usage))
     return Drawn.join(parts)
+
+
+def _open(run: Run, student: str | None, device: str) -> Bundle:
+    dtype = run.config.evaluation.dtype
+    if student is None:
+        return open_trained_parts(run, device=device, dtype=dtype)
+    return open_student(run, student, device=device, dtype=dtype)
 
 
 class _Judge:

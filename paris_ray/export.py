@@ -1,12 +1,13 @@
 """From the trained parts of a run to a model folder in the layout of the public Paris release."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from paris_ray.artifacts import Folder, VerifiedFolder, open_finished, read_manifest
 from paris_ray.bundle import CONFIG, MODEL_INDEX, Bundle, BundleFacts, Dtype, facts_to_json
-from paris_ray.config import CodecConfig, TextConfig
+from paris_ray.config import CodecConfig, Config, SamplingConfig, TextConfig
 from paris_ray.embeddings import read_table
 from paris_ray.encoders import codec
 from paris_ray.encoders.autoencoder import VAE_FILES
@@ -14,10 +15,12 @@ from paris_ray.encoders.clip import TEXT_ENCODER, TEXT_ENCODER_FILES, TOKENIZER,
 from paris_ray.encoders.hub import HUB_NAME
 from paris_ray.encoders.text import MODEL_FILES
 from paris_ray.run import (
+    DISTILLED,
     EMBEDDINGS,
     ENCODERS,
     EXPERT,
     EXPERT_WEIGHTS,
+    FEW_STEP,
     MODEL_CONFIG,
     ROUTER,
     ROUTER_WEIGHTS,
@@ -49,23 +52,70 @@ def open_trained_parts(run: Run, *, device: str = "cpu", dtype: Dtype | None = N
     Raises:
         ArtifactError: naming the part that is not finished.
     """
-    config, encoders = run.config, open_finished(run.encoders, ENCODERS)
     experts = range(run.num_experts)
     parts = {f"expert_{k}": open_finished(run.expert(k), EXPERT) for k in experts}
     parts["router"] = open_finished(run.router, ROUTER)
+    sampling = replace(run.config.sampling, router_temperature=_temperature(run))
+    return _as_bundle(run, parts, _name(run), sampling, device=device, dtype=dtype)
+
+
+def open_student(
+    run: Run, student: str, *, device: str = "cpu", dtype: Dtype | None = None
+) -> Bundle:
+    """Return a distilled model of a run, with the run's encoders, as a bundle of one expert.
+
+    Args:
+        run: The run.
+        student: Which model, `STUDENT` or `FEW_STEP`.
+        device: Where the parts run: `cpu`, `cuda` or `auto`.
+        dtype: Data type of expert and router; None keeps the stored one.
+
+    Raises:
+        ArtifactError: if it, or the encoders, are not finished.
+    """
+    source = open_finished(run.student(student), DISTILLED)
+    parts = {name: source.part(name) for name in ("expert_0", "router")}
+    sampling = student_sampling(run.config, student)
+    name = f"{_name(run)}-{DISTILLED}"
+    return _as_bundle(run, parts, name, sampling, device=device, dtype=dtype)
+
+
+def student_sampling(config: Config, student: str) -> SamplingConfig:
+    """Return how a distilled model draws: one of few steps has the guidance in its weights."""
+    sampling = replace(config.sampling, routing="top-1", router_temperature=1.0)
+    steps = config.distillation.num_inference_steps
+    if student != FEW_STEP or steps is None:
+        return sampling
+    return replace(sampling, num_inference_steps=steps, guidance_scale=1.0)
+
+
+def _name(run: Run) -> str:
+    return run.folder.uri.rstrip("/").rsplit("/", 1)[-1]
+
+
+def _as_bundle(
+    run: Run,
+    models: Mapping[str, VerifiedFolder],
+    name: str,
+    sampling: SamplingConfig,
+    *,
+    device: str,
+    dtype: Dtype | None,
+) -> Bundle:
+    config, encoders = run.config, open_finished(run.encoders, ENCODERS)
     codec_folder = run.codec.uri.rsplit("/", 1)[-1]
     shared = (codec_folder, TEXT_ENCODER, TOKENIZER)
-    parts |= {name: encoders.part(name) for name in shared if run.encoders.exists(name)}
+    found = {name: encoders.part(name) for name in shared if run.encoders.exists(name)}
     facts = BundleFacts(
-        model_name=run.folder.uri.rstrip("/").rsplit("/", 1)[-1],
-        sampling=replace(config.sampling, router_temperature=_temperature(run)),
+        model_name=name,
+        sampling=sampling,
         picture_size=config.corpus.image_size,
         attribution=read_manifest(run.embeddings, EMBEDDINGS).facts["attribution"],
-        example_prompts=tuple(_middle_caption(run.shard(k)) for k in experts),
+        example_prompts=tuple(_middle_caption(run.shard(k)) for k in range(run.num_experts)),
         vae_name=codec_name(config.codec),
         text_encoder_name=text_encoder_name(config.text),
     )
-    return Bundle(parts, facts, device=device, dtype=dtype)
+    return Bundle({**models, **found}, facts, device=device, dtype=dtype)
 
 
 def _temperature(run: Run) -> float:

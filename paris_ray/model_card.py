@@ -5,7 +5,7 @@ from types import MappingProxyType
 from typing import Any
 
 from paris_ray.bundle import Bundle
-from paris_ray.config import PRESETS, ExpertConfig
+from paris_ray.config import PRESETS, ExpertConfig, SamplingConfig
 
 TEMPLATE = """\
 # {name}
@@ -14,17 +14,7 @@ A Paris-style ensemble of {num_experts} diffusion experts ({parameters} paramete
 apart on one cluster of the data each, and a router ({router_parameters:,} parameters) that chooses
 among them at every denoising step. Made with paris_ray.
 {unlike_experts}{origin}
-## Use
-
-```python
-from paris_ray.bundle import load_bundle
-from paris_ray.sampling import generate
-
-images = generate(load_bundle("path/to/this/folder"), ["{prompt}"], seed=0)
-```
-
-Defaults: {steps} Euler steps, guidance_scale {guidance}, routing {routing}; pictures of
-{size} x {size} pixels.
+{use}
 
 ## Data
 
@@ -38,6 +28,38 @@ Defaults: {steps} Euler steps, guidance_scale {guidance}, routing {routing}; pic
 |---|---|
 {measured}
 """
+DISTILLED = """\
+# {name}
+
+One diffusion expert ({parameters:,} parameters), distilled with paris_ray from a Paris-style
+ensemble of {num_experts} experts ({ensemble_parameters:,} parameters in all) that were trained
+apart. Its router has one expert to choose; it is there for the layout.
+{origin}
+{use}
+
+## Data
+
+{rows:,} captioned pictures.
+{attribution}
+
+## Measured
+
+The same captions, from the same noise.
+
+{measured}
+"""
+USE = """\
+## Use
+
+```python
+from paris_ray.bundle import load_bundle
+from paris_ray.sampling import generate
+
+images = generate(load_bundle("path/to/this/folder"), ["{prompt}"], seed=0)
+```
+
+Defaults: {steps} Euler steps, guidance_scale {guidance}, routing {routing}; pictures of
+{size} x {size} pixels."""
 ACCURACY = """
 Caption recall is the share of training captions whose drawn picture is nearest to that caption's
 own picture (L2, 32x32 RGB): it measures the training set, not new pictures. An attribute is right
@@ -76,7 +98,6 @@ def model_card(
         evaluation: Facts of the evaluation, or None if there was none.
         started_from: SHA-256 of the weights that parts were started from, by name of the part.
     """
-    defaults = bundle.facts.sampling
     parameters, router_parameters = bundle.num_parameters()
     least, most = min(parameters), max(parameters)
     attribution = embeddings["attribution"]
@@ -87,11 +108,7 @@ def model_card(
         router_parameters=router_parameters,
         unlike_experts=_unlike_experts(bundle.expert_configs, parameters),
         origin=_origin(started_from),
-        prompt=bundle.facts.example_prompts[0].replace('"', "'"),
-        steps=defaults.num_inference_steps,
-        guidance=defaults.guidance_scale,
-        routing=defaults.routing,
-        size=bundle.facts.picture_size,
+        use=_use(bundle),
         rows=embeddings["rows"],
         quarantined=sum(embeddings["quarantined"].values()),
         sizes=", ".join(map(str, cluster_sizes)),
@@ -99,6 +116,73 @@ def model_card(
         measured="\n".join(_measurements(router, losses, evaluation)),
     )
     return card if evaluation is None else card + ACCURACY
+
+
+def distilled_card(
+    bundle: Bundle,
+    ensemble: Bundle,
+    *,
+    embeddings: Mapping[str, Any],
+    measured: Mapping[str, Mapping[str, Any]],
+    sampling: Mapping[str, SamplingConfig],
+    started_from: Mapping[str, str] = MappingProxyType({}),
+) -> str:
+    """Return the card of a distilled model as Markdown.
+
+    Args:
+        bundle: The model.
+        ensemble: What it was distilled from.
+        embeddings: Facts of the embeddings: `rows`, `attribution`.
+        measured: Facts of the evaluations of the ensemble, first, and of the distilled models.
+        sampling: How each of the distilled models draws, by the same names.
+        started_from: SHA-256 of the weights that the ensemble's parts were started from.
+    """
+    (own,), _ = bundle.num_parameters()
+    theirs, _ = ensemble.num_parameters()
+    steps = [ensemble.facts.sampling.num_inference_steps]
+    steps += [options.num_inference_steps for options in sampling.values()]
+    columns = [("", *measured), ("---", *["---"] * len(measured))]
+    columns += [("parameters of the experts", f"{sum(theirs):,}", *[f"{own:,}"] * len(sampling))]
+    columns += [("Euler steps", *map(str, steps)), *_compared(measured)]
+    return DISTILLED.format(
+        name=bundle.facts.model_name,
+        parameters=own,
+        num_experts=ensemble.num_experts,
+        ensemble_parameters=sum(theirs),
+        origin=_origin(started_from),
+        use=_use(bundle),
+        rows=embeddings["rows"],
+        attribution=f"\n{embeddings['attribution']}" if embeddings["attribution"] else "",
+        measured="\n".join(f"| {' | '.join(cells)} |" for cells in columns),
+    ) + (ACCURACY)
+
+
+def _compared(measured: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, ...]]:
+    """Return a row a measure that all have, a column a model."""
+    rows = []
+    for split, name in (("shown", "training"), ("held_out", "held-out")):
+        facts = [model.get(split, {}) for model in measured.values()]
+        for attribute in facts[0].get("attributes", {}):
+            what = f"{attribute} right over {facts[0]['captions']:,} {name} captions"
+            rows.append((what, *(_interval(f["attributes"][attribute]) for f in facts)))
+        if "frechet" in facts[0]:
+            what = f"Frechet distance (own features) over {facts[0]['captions']:,} {name} captions"
+            rows.append((what, *(f"{f['frechet']:.4f}" for f in facts)))
+        if "caption_recall" in facts[0]:
+            what = f"caption recall over {facts[0]['captions']:,} {name} captions"
+            rows.append((what, *(_interval(f["caption_recall"]) for f in facts)))
+    return rows
+
+
+def _use(bundle: Bundle) -> str:
+    defaults = bundle.facts.sampling
+    return USE.format(
+        prompt=bundle.facts.example_prompts[0].replace('"', "'"),
+        steps=defaults.num_inference_steps,
+        guidance=defaults.guidance_scale,
+        routing=defaults.routing,
+        size=bundle.facts.picture_size,
+    )
 
 
 def _measurements(

@@ -6,6 +6,8 @@ from paris_ray.errors import ArtifactError
 
 EMBEDDINGS, ENCODERS, CLUSTERS, SHARD = "embeddings", "encoders", "clusters", "shard"
 SEED, EXPERT, ROUTER, EVALUATION, BUNDLE = "seed", "expert", "router", "evaluation", "bundle"
+# Kind of a distilled model, and the names of the two that there may be.
+DISTILLED, STUDENT, FEW_STEP = "distilled", "student", "few_step"
 
 # Where a bundle, and the encoders of a run, keep each kind of codec.
 CODEC_FOLDERS = {"patch_pca": "codec", "autoencoder_kl": "vae"}
@@ -40,6 +42,8 @@ class Run:
         name = config.evaluation.name
         self.evaluation = self.folder / ("evaluation" if name is None else f"evaluations/{name}")
         self.bundle = self.folder / "bundle"
+        self.distilled = self.folder / "distilled"
+        self.distilled_bundle = self.distilled / "bundle"
 
     @property
     def codec(self) -> Folder:
@@ -67,6 +71,14 @@ class Run:
     def expert(self, index: int) -> Folder:
         """The own folder of one expert."""
         return self.folder / "experts" / f"expert_{index}"
+
+    def student(self, name: str) -> Folder:
+        """The folder of one distilled model, with the parts `expert_0` and `router`."""
+        return self.distilled / name
+
+    def evaluation_of(self, student: str | None) -> Folder:
+        """The evaluation of one distilled model, or of the ensemble for None."""
+        return self.evaluation if student is None else self.distilled / "evaluation" / student
 
     def parents(self) -> dict[str, str]:
         """Return the digests of all parts of the model.

@@ -6,6 +6,7 @@ import secrets
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +29,7 @@ from paris_ray.export import write_bundle
 from paris_ray.models import Expert, Router
 from paris_ray.models.release import write_document
 from paris_ray.run import BUNDLE, EXPERT_WEIGHTS, ROUTER_WEIGHTS
+from paris_ray.training.distil import write_single_router
 
 # Ray reads these when it is imported; unset, a local Ray would write a token to the home folder.
 os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)} | LOOPBACK_ONLY
@@ -121,6 +123,22 @@ def tiny_bundle_path(tiny_parts: Path, tmp_path_factory: pytest.TempPathFactory)
     publish(Folder(path), BUNDLE, config_digest="", parents={}, facts={})
     assert json.loads((path / "model_index.json").read_text())["_class_name"] == "Bundle"
     return path
+
+
+@pytest.fixture(scope="session")
+def single_bundle_path(tiny_parts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The path of a bundle of one of the tiny experts, as distillation writes it."""
+    root = tmp_path_factory.mktemp("single")
+    for name, part in {"expert_0": "expert_1", "codec": "codec"}.items():
+        shutil.copytree(tiny_parts / part, root / "parts" / name)
+    shutil.copytree(tiny_parts / "text_encoder", root / "parts" / "text_encoder")
+    expert = ExpertConfig(text_injection="spatial", **GEOMETRY, **WIDTH)
+    write_single_router(expert, Folder(root / "parts" / "router"))
+    loose = open_parts(root / "parts")
+    facts = replace(loose.facts, sampling=replace(loose.facts.sampling, routing="top-1"))
+    write_bundle(Bundle(loose.parts, facts), Folder(root / "bundle"), model_card="# single\n")
+    publish(Folder(root / "bundle"), BUNDLE, config_digest="", parents={}, facts={})
+    return root / "bundle"
 
 
 @pytest.fixture(scope="session")

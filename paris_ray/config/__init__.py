@@ -3,7 +3,7 @@
 Unknown keys, wrong types and values that are not allowed are refused with the allowed ones.
 """
 
-from paris_ray.config.checks import check, check_model
+from paris_ray.config.checks import check, check_distillation, check_model
 from paris_ray.config.conversion import (
     digest,
     expert_setup,
@@ -13,6 +13,7 @@ from paris_ray.config.conversion import (
     to_yaml,
 )
 from paris_ray.config.corpus import ClusterConfig, CorpusConfig
+from paris_ray.config.distillation import DistillationConfig
 from paris_ray.config.encoders import CodecConfig, FeaturesConfig, PoolConfig, TextConfig
 from paris_ray.config.evaluation import EvaluationConfig, SamplingConfig
 from paris_ray.config.fleet import FleetConfig, GpuConfig
@@ -48,6 +49,7 @@ __all__ = [
     "CodecConfig",
     "Config",
     "CorpusConfig",
+    "DistillationConfig",
     "EvaluationConfig",
     "ExpertConfig",
     "FeaturesConfig",
@@ -62,6 +64,7 @@ __all__ = [
     "TextConfig",
     "TrainingConfig",
     "check",
+    "check_distillation",
     "check_model",
     "digest",
     "expert_setup",

@@ -130,6 +130,37 @@ def _check_seed(config: Config) -> None:
             _require(False, f"experts.{index}.expert.{field}", own, allowed)
 
 
+def _check_students(config: Config) -> None:
+    _check_training("distil_training", config.distil_training)
+    _check_training("few_step_training", config.few_step_training)
+    start = config.few_step_training.init_from
+    _require(
+        start is None, "few_step_training.init_from", start, "null, it starts from the student"
+    )
+    share = config.distillation.routed_share
+    _require(0 <= share <= 1, "distillation.routed_share", share, "between 0 and 1")
+    steps = config.distillation.num_inference_steps
+    allowed = "at least 1, or null"
+    _require(steps is None or steps >= 1, "distillation.num_inference_steps", steps, allowed)
+
+
+def check_distillation(config: Config) -> None:
+    """Check what only a distillation asks of the other sections, before anything is trained.
+
+    Raises:
+        ConfigError: naming the field, its value and what is allowed.
+    """
+    steps, most = config.distillation.num_inference_steps, config.sampling.num_inference_steps
+    if steps is None:
+        return
+    name = "distillation.num_inference_steps"
+    allowed = f"a divisor of sampling.num_inference_steps={most}, or null"
+    _require(most % steps == 0, name, steps, allowed)
+    # At t = 1, where pictures begin, all of x_t is noise: whoever predicts that learns nothing.
+    allowed = "null for expert.prediction=epsilon, as the first of few steps is at pure noise"
+    _require(config.expert.prediction != "epsilon", name, steps, allowed)
+
+
 def _check_clip(config: Config) -> None:
     """Check what CLIP's token states ask of the others, before days of encoding."""
     states = config.text.token_states
@@ -147,7 +178,7 @@ def _check_clip(config: Config) -> None:
     for name, setup in zip(["", *names], setups, strict=True):
         noise = setup.training.text_noise
         _require(noise == 0, f"{name}training.text_noise", noise, f"0 for {kind}")
-    for name in ("seed_training", "router_training"):
+    for name in ("seed_training", "router_training", "distil_training", "few_step_training"):
         training = getattr(config, name)
         noise = training.text_noise if training.steps else 0
         _require(noise == 0, f"{name}.text_noise", noise, f"0 for {kind}")
@@ -282,6 +313,7 @@ def check(config: Config) -> None:
         _require(value >= 1, f"features.{key}", value, "at least 1")
     _check_training("training", config.training)
     _check_training("router_training", config.router_training)
+    _check_students(config)
     _check_shapes(config)
     _check_seed(config)
     _check_shared(config)

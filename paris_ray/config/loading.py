@@ -141,6 +141,7 @@ def local_paths(config: Config) -> dict[str, str]:
         "codec.path": config.codec.path,
         "training.init_from": config.training.init_from,
         "router_training.init_from": config.router_training.init_from,
+        "distil_training.init_from": config.distil_training.init_from,
     }
     for index, overrides in config.experts.items():
         key = f"experts.{index}.training.init_from"

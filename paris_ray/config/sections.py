@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from paris_ray.config.corpus import ClusterConfig, CorpusConfig
+from paris_ray.config.distillation import DistillationConfig
 from paris_ray.config.encoders import CodecConfig, FeaturesConfig, TextConfig
 from paris_ray.config.evaluation import EvaluationConfig, SamplingConfig
 from paris_ray.config.fleet import FleetConfig
@@ -59,6 +60,10 @@ class Config:
     training: TrainingConfig = field(default_factory=TrainingConfig)
     router: RouterConfig = field(default_factory=RouterConfig)
     router_training: TrainingConfig = field(default_factory=TrainingConfig)
+    # One expert from all of them (jobs.distil, which the pipeline does not run)
+    distillation: DistillationConfig = field(default_factory=DistillationConfig)
+    distil_training: TrainingConfig = field(default_factory=TrainingConfig)
+    few_step_training: TrainingConfig = field(default_factory=TrainingConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     # What differs for single experts, by number: `3: {expert: {...}, training: {...}}`

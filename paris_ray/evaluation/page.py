@@ -88,7 +88,7 @@ def _losses(matrix: Sequence[Sequence[float | None]]) -> str:
         "Mean velocity error of every expert on held-out rows of every cluster. The diagonal is "
         "what it was trained for; the rest is what it has not forgotten."
     )
-    head = ["expert", *(f"cluster {k}" for k in range(len(matrix)))]
+    head = ["expert", *(f"cluster {k}" for k in range(len(matrix[0])))]
     rows = [
         [str(k), *("" if loss is None else f"{loss:.4f}" for loss in losses)]
         for k, losses in enumerate(matrix)

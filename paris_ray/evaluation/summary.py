@@ -105,3 +105,33 @@ def headline(facts: Mapping[str, Any]) -> list[str]:
         if shares:
             lines.append(f"right of {facts[split]['captions']} captions {name}: {shares}")
     return lines
+
+
+def comparison(measured: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Return the measures of several models beside each other, a line a measure.
+
+    Args:
+        measured: Facts of their evaluations, by name.
+    """
+    lines = []
+    for split, name in (("shown", "trained on"), ("held_out", "never shown")):
+        shares = {n: f.get(split, {}).get("attributes", {}).get("all") for n, f in measured.items()}
+        if all(shares.values()):
+            found = ", ".join(f"{n} {share['mean']:.4f}" for n, share in shares.items() if share)
+            lines.append(f"all right of captions {name}: {found}")
+    losses = {n: own_cluster_loss(f) for n, f in measured.items() if f.get("held_out_losses")}
+    if losses:
+        found = ", ".join(f"{n} {loss:.4f}" for n, loss in losses.items())
+        lines.append(f"held-out velocity error: {found}")
+    return lines
+
+
+def own_cluster_loss(facts: Mapping[str, Any]) -> float:
+    """Return the mean held-out velocity error over clusters, of the expert that each belongs to.
+
+    Args:
+        facts: Of an evaluation; a model of one expert has all clusters.
+    """
+    matrix = facts["held_out_losses"]
+    own = [matrix[k % len(matrix)][k] for k in range(len(matrix[0]))]
+    return float(np.mean([loss for loss in own if loss is not None]))

@@ -14,7 +14,7 @@ from paris_ray.bundle import Bundle
 from paris_ray.config import Config
 from paris_ray.embeddings import num_rows, part_names, read_rows
 from paris_ray.encoders.images import OPEN_CLIP_FILES, JointEmbedding, load_features
-from paris_ray.export import open_trained_parts
+from paris_ray.export import open_student, open_trained_parts
 from paris_ray.models import TextConditioning
 from paris_ray.pipeline.cluster import FEATURE_COLUMNS, clusters_of
 from paris_ray.reports import thumbnail
@@ -76,8 +76,16 @@ def chosen_rows(run: Run, split: Split, limit: int | None, purpose: str) -> NDAr
 
 
 @ray.remote
-def draw(config: Config, split: Split, part: int, num_parts: int) -> Drawn:
-    """Draw every `num_parts`-th of the chosen captions of a split."""
+def draw(config: Config, split: Split, part: int, num_parts: int, student: str | None) -> Drawn:
+    """Draw every `num_parts`-th of the chosen captions of a split.
+
+    Args:
+        config: The run.
+        split: Which captions.
+        part: Which of the parts.
+        num_parts: How many parts there are.
+        student: The distilled model that draws; None: the ensemble.
+    """
     torch.set_num_threads(config.evaluation.threads)
     run = Run(config)
     rows = chosen_rows(run, split, config.evaluation.max_captions, "evaluation")[part::num_parts]
@@ -86,7 +94,7 @@ def draw(config: Config, split: Split, part: int, num_parts: int) -> Drawn:
     captions = table["caption"].to_pylist()
     clusters = clusters_of(run, table) if config.evaluation.oracle else None
     device = "auto" if config.evaluation.num_gpus else "cpu"
-    bundle = open_trained_parts(run, device=device, dtype=config.evaluation.dtype)
+    bundle = _open(run, student, device)
     options, codec, judge = sampling_options(bundle), bundle.codec, _Judge(config)
     seed, size = derive_seed(config.seed, f"evaluation {split}"), config.evaluation.batch_size
     parts = []
@@ -125,6 +133,13 @@ def sample_own_experts(
         )
     usage = torch.nn.functional.one_hot(own, bundle.num_experts).float()
     return Samples(latents, usage, torch.ones(len(seeds)))
+
+
+def _open(run: Run, student: str | None, device: str) -> Bundle:
+    dtype = run.config.evaluation.dtype
+    if student is None:
+        return open_trained_parts(run, device=device, dtype=dtype)
+    return open_student(run, student, device=device, dtype=dtype)
 
 
 class _Judge:

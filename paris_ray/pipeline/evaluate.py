@@ -12,7 +12,7 @@ import numpy as np
 import ray
 import torch
 
-from paris_ray.artifacts import Manifest, VerifiedFolder, read_manifest
+from paris_ray.artifacts import Folder, Manifest, VerifiedFolder, read_manifest
 from paris_ray.bundle import load_expert
 from paris_ray.config import Config
 from paris_ray.evaluation.denoising import cluster_losses
@@ -20,7 +20,7 @@ from paris_ray.evaluation.summary import headline
 from paris_ray.pipeline.drawing import Split, draw
 from paris_ray.pipeline.measuring import measure
 from paris_ray.pipeline.stage import Stage
-from paris_ray.run import EMBEDDINGS, EVALUATION, Run
+from paris_ray.run import DISTILLED, EMBEDDINGS, ENCODERS, EVALUATION, Run
 from paris_ray.seeding import derive_seed
 from paris_ray.training.data import load_dataset
 from paris_ray.training.text import text_reader
@@ -32,53 +32,76 @@ SECTIONS = ("seed", "sampling", "evaluation")
 MAX_LOSS_ROWS = 2_000
 
 
-def evaluate(config: Config) -> Manifest:
+def evaluate(config: Config, student: str | None = None) -> Manifest:
     """Publish `evaluation/`: measures, a row a caption, and pictures.
 
+    Args:
+        config: The run.
+        student: A distilled model to measure likewise, in `distilled/evaluation/`; None: the
+            ensemble.
+
     Raises:
-        ArtifactError: if an expert or the router has not finished.
+        ArtifactError: if a model has not finished.
     """
     run = Run(config)
     embeddings = read_manifest(run.embeddings, EMBEDDINGS)
-    parents = run.parents() | {"embeddings": embeddings.digest}
-    stage = Stage(EVALUATION, run.evaluation, config, sections=SECTIONS, parents=parents)
+    parents = _models(run, student) | {"embeddings": embeddings.digest}
+    folder = run.evaluation_of(student)
+    stage = Stage(EVALUATION, folder, config, sections=SECTIONS, parents=parents)
     manifest = stage.finished()
     if manifest is None:
         stage.begin()
         splits: list[Split] = ["shown"]
         if embeddings.facts["held_out"]:
             splits.append("held_out")
-        manifest = stage.publish(_evaluate(config, splits))
+        manifest = stage.publish(_evaluate(config, splits, student))
     for line in headline(manifest.facts):
         logger.info("%s", line)
     return manifest
 
 
-def _evaluate(config: Config, splits: list[Split]) -> dict[str, Any]:
+def _models(run: Run, student: str | None) -> dict[str, str]:
+    """Return the digests of what draws."""
+    if student is None:
+        return run.parents()
+    parts = {student: (run.student(student), DISTILLED), "encoders": (run.encoders, ENCODERS)}
+    return {name: read_manifest(*where).digest for name, where in parts.items()}
+
+
+def _evaluate(config: Config, splits: list[Split], student: str | None) -> dict[str, Any]:
     settings = config.evaluation
     resources = {"num_cpus": settings.num_cpus, "num_gpus": settings.num_gpus}
     parts = settings.num_tasks
     drawn = {
-        split: [draw.options(**resources).remote(config, split, i, parts) for i in range(parts)]
+        split: [
+            draw.options(**resources).remote(config, split, i, parts, student) for i in range(parts)
+        ]
         for split in splits
     }
     losses = None
     if "held_out" in splits:
         # A few experts a task: starting one takes longer than asking a small expert.
-        groups = np.array_split(np.arange(config.cluster.num_clusters), parts)
+        groups = np.array_split(np.array(_expert_uris(Run(config), student)), parts)
         task = held_out_losses.options(**resources)
-        rows = ray.get([task.remote(config, group.tolist()) for group in groups])
+        rows = ray.get([task.remote(config, group.tolist()) for group in groups if len(group)])
         losses = [row for group in rows for row in group]
     measuring = measure.options(num_cpus=settings.num_cpus)
-    facts: dict[str, Any] = ray.get(measuring.remote(config, drawn, losses))
+    facts: dict[str, Any] = ray.get(measuring.remote(config, drawn, losses, student))
     return facts
 
 
+def _expert_uris(run: Run, student: str | None) -> list[str]:
+    """Return the folders of the models that are asked for velocities."""
+    if student is not None:
+        return [(run.student(student) / "expert_0").uri]
+    return [run.expert(k).uri for k in range(run.num_experts)]
+
+
 @ray.remote
-def held_out_losses(config: Config, experts: Sequence[int]) -> list[list[float | None]]:
+def held_out_losses(config: Config, experts: Sequence[str]) -> list[list[float | None]]:
     """Return experts' mean velocity errors on the held-out rows of every cluster.
 
-    None stands for a cluster without any.
+    None stands for a cluster without any; experts are given by their folders.
     """
     torch.set_num_threads(config.evaluation.threads)
     run = Run(config)
@@ -91,9 +114,9 @@ def held_out_losses(config: Config, experts: Sequence[int]) -> list[list[float |
     clusters = [list(shards)[i] for i in present.tolist()]
     text = text_reader(data, run.encoders, device)(data.read_text(rows, 0).to(device))
     matrix = []
-    for k in experts:
+    for uri in experts:
         losses = cluster_losses(
-            load_expert(VerifiedFolder(run.expert(k), None)).to(device),
+            load_expert(VerifiedFolder(Folder(uri), None)).to(device),
             data.read_latents(rows),
             text,
             positions,

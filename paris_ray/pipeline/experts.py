@@ -8,7 +8,7 @@ others are equal to the bit (same machine kind and thread count).
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache, partial
 from typing import Any
@@ -127,7 +127,13 @@ def train_one_expert(setup: Config, expert: int) -> dict[str, Any]:
 
 
 def train_and_draw(
-    setup: Config, data: ExpertData, *, name: str, seed: int, output: Folder
+    setup: Config,
+    data: ExpertData,
+    *,
+    name: str,
+    seed: int,
+    output: Folder,
+    train: Callable[..., None] = train_expert,
 ) -> dict[str, Any]:
     """Train an expert in this process and draw sample grids; return its last metrics.
 
@@ -137,6 +143,7 @@ def train_and_draw(
         name: What its metrics are called.
         seed: Decides weights, order, noise and the grids.
         output: Its own folder.
+        train: `train_expert`, or what is called in its place.
     """
     encoders = Run(setup).encoders
     grid = cache(partial(SampleGrid, setup, data.shards[0], encoders, seed))  # when data is checked
@@ -144,7 +151,7 @@ def train_and_draw(
     def draw_samples(average: Expert, step: int) -> None:
         output.write(f"{SAMPLES}/step-{step:06d}.png", grid().draw(average))
 
-    train_expert(
+    train(
         setup.expert,
         setup.training,
         data=data,

@@ -61,12 +61,12 @@ def _card(run: Run, bundle: Bundle, evaluation: Manifest | None) -> str:
         cluster_sizes=list(read_manifest(run.clusters, CLUSTERS).facts["sizes"]),
         router=read_manifest(run.router, ROUTER).facts,
         losses=[expert.facts["loss"] for expert in experts],
-        started_from=_started_from(run, experts),
+        started_from=started_from(run, experts),
         evaluation=None if evaluation is None else evaluation.facts,
     )
 
 
-def _started_from(run: Run, experts: Sequence[Manifest]) -> dict[str, str]:
+def started_from(run: Run, experts: Sequence[Manifest]) -> dict[str, str]:
     """Return the digests of the weights of elsewhere that parts started from, by part."""
     parents = {f"expert_{k}": expert.parents for k, expert in enumerate(experts)}
     starts = {name: p["init"] for name, p in parents.items() if "init" in p}

@@ -10,7 +10,7 @@ import pyarrow as pa
 import ray
 from numpy.typing import NDArray
 
-from paris_ray.artifacts import read_manifest
+from paris_ray.artifacts import Folder, read_manifest
 from paris_ray.config import Config
 from paris_ray.corpora import compositions
 from paris_ray.corpora.labels import label_names
@@ -68,6 +68,7 @@ def measure(
     config: Config,
     drawn: "Mapping[Split, Sequence[ray.ObjectRef[Drawn]]]",
     losses: Sequence[Sequence[float | None]] | None,
+    student: str | None,
 ) -> dict[str, Any]:
     """Write rows, pictures and the page of an evaluation; return its measures.
 
@@ -75,12 +76,14 @@ def measure(
         config: The run.
         drawn: What was drawn of every split.
         losses: Held-out velocity errors, experts by clusters, or None.
+        student: The distilled model that drew; None: the ensemble.
     """
     run = Run(config)
+    output = run.evaluation_of(student)
     pictures = {split: Drawn.join(ray.get(list(parts))) for split, parts in drawn.items()}
     corpora = {split: _read(run, split, part.rows) for split, part in pictures.items()}
     facts: dict[str, Any] = {
-        split: _measure_split(run, split, part, corpora) for split, part in pictures.items()
+        split: _measure_split(run, split, part, corpora, output) for split, part in pictures.items()
     }
     if "held_out" in pictures:
         facts["memorisation"] = _memorisation(pictures["held_out"], corpora)
@@ -94,8 +97,8 @@ def measure(
         split: _pairs(corpora[split], part) for split, part in pictures.items()
     }
     report, grid = evaluation_page(facts, pairs, attribution)
-    run.evaluation.write("report.html", report)
-    run.evaluation.write("samples.png", png_bytes(grid))
+    output.write("report.html", report)
+    output.write("samples.png", png_bytes(grid))
     return facts
 
 
@@ -117,7 +120,7 @@ def _read(run: Run, split: Split, drawn_rows: NDArray[np.int64]) -> Corpus:
 
 
 def _measure_split(
-    run: Run, split: Split, drawn: Drawn, corpora: Mapping[Split, Corpus]
+    run: Run, split: Split, drawn: Drawn, corpora: Mapping[Split, Corpus], output: Folder
 ) -> dict[str, Any]:
     corpus, seed = corpora[split], derive_seed(run.config.seed, "evaluation interval")
     own = np.searchsorted(corpus.rows, drawn.rows)
@@ -151,7 +154,7 @@ def _measure_split(
         columns["attributes_right"] = accuracy.all_right
     measured = {n: np.asarray(columns[n], float) for n in columns if n in PER_CLUSTER}
     facts["by_cluster"] = by_cluster(corpus.clusters[own], measured, run.num_experts)
-    write_part(run.evaluation, f"{split}.parquet", pa.table(columns))
+    write_part(output, f"{split}.parquet", pa.table(columns))
     return facts
 
 

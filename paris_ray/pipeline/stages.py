@@ -1,4 +1,4 @@
-"""The verbs, in order, from prepare to export; and all of them."""
+"""The verbs, in order, from prepare to export; all of them; and what may follow."""
 
 import logging
 from collections.abc import Callable
@@ -8,6 +8,7 @@ from paris_ray.config import Config, digest, load
 from paris_ray.errors import ArtifactError
 from paris_ray.evaluation.summary import headline
 from paris_ray.pipeline.cluster import prepare_clusters
+from paris_ray.pipeline.distil import distil
 from paris_ray.pipeline.embed import prepare_embeddings
 from paris_ray.pipeline.encoders import prepare_encoders
 from paris_ray.pipeline.evaluate import evaluate
@@ -60,6 +61,7 @@ VERBS: dict[str, Callable[[Config], object]] = {
     "evaluate": evaluate,
     "export": export,
 }
+OPTIONAL_VERBS: dict[str, Callable[[Config], object]] = {"distil": distil}
 
 
 def run(config: Config, verb: str) -> None:
@@ -77,4 +79,4 @@ def run(config: Config, verb: str) -> None:
 def _run_one(config: Config, verb: str) -> None:
     logger.info("%s ...", verb)
     with StageTimer(config, verb):
-        VERBS[verb](config)
+        (VERBS | OPTIONAL_VERBS)[verb](config)

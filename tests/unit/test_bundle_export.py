@@ -18,7 +18,7 @@ from paris_ray.export import codec_name, text_encoder_name, write_bundle
 from paris_ray.model_card import model_card
 from paris_ray.models import Expert
 from paris_ray.models.release import write_document
-from paris_ray.pipeline.export import _started_from
+from paris_ray.pipeline.export import started_from
 from paris_ray.run import BUNDLE, EXPERT, EXPERT_WEIGHTS, SEED, Run
 from paris_ray.sampling import generate
 from paris_ray.sampling.sampler import initial_noise, sample, sampling_options
@@ -195,8 +195,8 @@ def test_starting_from_the_runs_own_seed_is_no_start_from_elsewhere(tmp_path: Pa
 
     own = seed(clusters="c").files[EXPERT_WEIGHTS]
     experts = [expert(0, own), expert(1, "another"), expert(2, None)]
-    assert _started_from(run, experts) == {"expert_1": "another"}
+    assert started_from(run, experts) == {"expert_1": "another"}
     seed(clusters="c", init="a stranger's")
-    assert _started_from(run, experts) == {"expert_1": "another", "seed": "a stranger's"}
+    assert started_from(run, experts) == {"expert_1": "another", "seed": "a stranger's"}
     without = Run(load("quickstart", [f"run_dir={tmp_path}", "seed_training.steps=0"]))
-    assert _started_from(without, experts) == {"expert_0": own, "expert_1": "another"}
+    assert started_from(without, experts) == {"expert_0": own, "expert_1": "another"}

@@ -42,7 +42,7 @@ def run_job(verb: str, *arguments: str, **environment: str) -> subprocess.Comple
     return run([sys.executable, "-m", f"jobs.{verb}", *arguments], **environment)
 
 
-@pytest.mark.parametrize("verb", [*VERBS, "quickstart", "study"])
+@pytest.mark.parametrize("verb", [*VERBS, "quickstart", "study", "distil"])
 def test_help_shows_the_command(verb: str) -> None:
     result = run_job(verb, "--help")
     assert result.returncode == 0

@@ -7,9 +7,11 @@ from paris_ray.evaluation.attributes import AttributeAccuracy
 from paris_ray.evaluation.summary import (
     attribute_summary,
     by_cluster,
+    comparison,
     distribution_summary,
     headline,
     mean_with_interval,
+    own_cluster_loss,
     retrieval_summary,
 )
 
@@ -77,3 +79,19 @@ def test_the_headline_tells_trained_on_and_never_shown_apart() -> None:
     ]
     del shown["attributes"]
     assert headline({"shown": shown}) == ["caption recall 0.8750 (9 trained on)"]
+
+
+def test_models_are_compared_on_what_all_of_them_have() -> None:
+    def facts(mean: float, losses: list[list[float | None]]) -> dict[str, object]:
+        split = {"attributes": {"all": {"mean": mean}}}
+        return {"shown": {}, "held_out": split, "held_out_losses": losses}
+
+    ensemble = facts(0.75, [[0.5, 9.0, None], [9.0, 0.25, None], [9.0, 9.0, None]])
+    student = facts(0.5, [[0.5, 1.0, None]])
+    assert own_cluster_loss(ensemble) == 0.375
+    assert own_cluster_loss(student) == 0.75
+    assert comparison({"ensemble": ensemble, "student": student}) == [
+        "all right of captions never shown: ensemble 0.7500, student 0.5000",
+        "held-out velocity error: ensemble 0.3750, student 0.7500",
+    ]
+    assert comparison({"ensemble": {"shown": {}}, "student": {"shown": {}}}) == []

@@ -1,0 +1,172 @@
+"""Distillation: the ensemble into one expert, a Ray task that reads every expert and the router.
+
+`distilled/student/` is the expert that predicts velocities, `distilled/few_step/`, if wanted, the
+one that was trained on from it. Both are measured as the ensemble is, on the same captions from the
+same noise; the last of them becomes `distilled/bundle/`, a bundle of one expert.
+"""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import ray
+
+from paris_ray.artifacts import read_manifest
+from paris_ray.config import Config, TrainingConfig, check_distillation, digest
+from paris_ray.evaluation.summary import comparison
+from paris_ray.export import open_student, open_trained_parts, student_sampling, write_bundle
+from paris_ray.model_card import distilled_card
+from paris_ray.pipeline.evaluate import evaluate
+from paris_ray.pipeline.experts import train_and_draw
+from paris_ray.pipeline.export import started_from
+from paris_ray.pipeline.placement import on_reserved_device, placed
+from paris_ray.pipeline.progress import Task, follow
+from paris_ray.pipeline.stage import Stage, start_parent
+from paris_ray.run import (
+    BUNDLE,
+    CLUSTERS,
+    DISTILLED,
+    EMBEDDINGS,
+    EXPERT,
+    EXPERT_WEIGHTS,
+    FEW_STEP,
+    SEED,
+    STUDENT,
+    Run,
+)
+from paris_ray.sampling.sampler import sampling_options
+from paris_ray.sampling.teacher import EnsembleTeacher
+from paris_ray.seeding import derive_seed
+from paris_ray.training.distil import (
+    Lesson,
+    few_steps,
+    train_student,
+    velocities,
+    write_single_router,
+)
+from paris_ray.training.expert import ExpertData
+
+logger = logging.getLogger("paris_ray")
+
+SECTIONS = ("seed", "expert", "training", "distillation", "sampling")
+ENSEMBLE = "ensemble"
+
+
+def distil(config: Config) -> None:
+    """Publish `distilled/`: one or two models, their evaluations and a bundle.
+
+    Raises:
+        ArtifactError: if an expert or the router has not finished.
+        ConfigError: if the distillation, or the place that it asks for, is not allowed.
+    """
+    check_distillation(config)
+    run = Run(config)
+    measured = {ENSEMBLE: evaluate(config).facts}
+    few = config.distillation.num_inference_steps is not None
+    for name in (STUDENT, FEW_STEP) if few else (STUDENT,):
+        _train(run, name)
+        measured[name] = evaluate(config, name).facts
+    _publish(run, name, measured)
+    for line in comparison(measured):
+        logger.info("distil: %s", line)
+
+
+def _train(run: Run, name: str) -> None:
+    setup = _setup(run, name)
+    inputs = run.parents() | {"clusters": read_manifest(run.clusters, CLUSTERS).digest}
+    parents = inputs | start_parent(setup.training, EXPERT_WEIGHTS)
+    folder = run.student(name)
+    stage = Stage(DISTILLED, folder, setup, sections=SECTIONS, parents=parents)
+    if stage.finished() is None:
+        stage.begin()
+        task = placed(train_one_student, f"distilled-{name}", setup.training)
+        result = task.remote(setup, name, inputs | {"sampling": digest(setup, "sampling")})
+        stage.publish(follow(name, Task(result, folder / "expert_0", setup.training)))
+
+
+def _setup(run: Run, name: str) -> Config:
+    """Return the configuration of one model: its training, and of the distillation its part."""
+    config = run.config
+    if name == FEW_STEP:
+        start = (run.student(STUDENT) / "expert_0").uri
+        training = replace(config.few_step_training, init_from=start)
+        return replace(config, training=on_reserved_device(training))
+    velocities_only = replace(config.distillation, num_inference_steps=None)
+    training = on_reserved_device(_from_seed(run, config.distil_training))
+    return replace(config, training=training, distillation=velocities_only)
+
+
+def _from_seed(run: Run, training: TrainingConfig) -> TrainingConfig:
+    """Return a training that starts from the seed, if there is one and nothing else is said."""
+    if training.init_from is not None or run.config.seed_training.steps == 0:
+        return training
+    read_manifest(run.seed, SEED)  # else a half-written one would do
+    return replace(training, init_from=run.seed.uri)
+
+
+@ray.remote
+def train_one_student(setup: Config, name: str, inputs: Mapping[str, str]) -> dict[str, Any]:
+    """Train a student and draw sample grids; return its last metrics.
+
+    Args:
+        setup: What `_setup` returned.
+        name: `STUDENT` or `FEW_STEP`.
+        inputs: Digests of everything that it learns from.
+    """
+    run, output = Run(setup), Run(setup).student(name)
+    data = ExpertData(
+        shards=[run.shard(k) for k in range(run.num_experts)],
+        digests=inputs,
+        held_out=list(run.held_out_shards().values()),
+    )
+    report = train_and_draw(
+        replace(setup, sampling=student_sampling(setup, name)),
+        data,
+        name=f"distilled-{name}",
+        seed=derive_seed(setup.seed, f"distilled {name}"),
+        output=output / "expert_0",
+        train=partial(train_student, lesson=_lesson(run)),
+    )
+    write_single_router(setup.expert, output / "router")
+    return report
+
+
+def _lesson(run: Run) -> Lesson:
+    config = run.config
+    ensemble = open_trained_parts(run, device=config.training.device)
+    options = sampling_options(ensemble)
+    teacher, steps = EnsembleTeacher(ensemble, options), config.distillation.num_inference_steps
+    if steps is None:
+        return velocities(teacher, config.distillation.routed_share)
+    return few_steps(teacher, steps, options.num_inference_steps)
+
+
+def _publish(run: Run, name: str, measured: Mapping[str, Mapping[str, Any]]) -> None:
+    """Publish the bundle of the model `name`, with all measurements in its card and facts."""
+    folders = {
+        n: read_manifest(run.student(n), DISTILLED).digest for n in measured if n != ENSEMBLE
+    }
+    stage = Stage(
+        BUNDLE,
+        run.distilled_bundle,
+        run.config,
+        sections=("sampling", "evaluation", "distillation"),
+        parents=run.parents() | folders,
+    )
+    if stage.finished() is not None:
+        return
+    bundle = open_student(run, name)
+    experts = [read_manifest(run.expert(k), EXPERT) for k in range(run.num_experts)]
+    card = distilled_card(
+        bundle,
+        open_trained_parts(run),
+        embeddings=read_manifest(run.embeddings, EMBEDDINGS).facts,
+        measured=measured,
+        sampling={n: student_sampling(run.config, n) for n in folders},
+        started_from=started_from(run, experts),
+    )
+    stage.begin()
+    write_bundle(bundle, run.distilled_bundle, model_card=card)
+    stage.publish(measured)

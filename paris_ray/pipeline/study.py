@@ -113,10 +113,14 @@ def run_arm(planned: PlannedArm) -> dict[str, Any]:
 
 
 def _run_arms(arms: Sequence[PlannedArm]) -> list[dict[str, Any]]:
-    """Run arms, as many at a time as there are CPUs; return their numbers, in order."""
+    """Run arms, as many at a time as there are CPUs; return their numbers, in order.
+
+    Every arm has a first seed before one has a second; of a seed, the longest go first, so that
+    none is left to run alone.
+    """
     room = max(1, int(ray.cluster_resources().get("CPU", 1)))
     progress = _Progress(arms)
-    waiting = list(enumerate(arms))
+    waiting = sorted(enumerate(arms), key=lambda each: (each[1].arm.seed, -each[1].arm.total_steps))
     running: dict[ray.ObjectRef[dict[str, Any]], int] = {}
     numbers: dict[int, dict[str, Any]] = {}
     failed: list[str] = []

@@ -24,7 +24,8 @@ class ImagesRequest(BaseModel):
         seed: Seed of the first picture; None draws one, which the response tells.
         num_inference_steps: Euler steps; None takes the model's default, like the next two.
         guidance_scale: Classifier-free guidance; 1 switches it off.
-        routing: `top-1`, `top-2`, ..., `full` (or `full-ensemble`) or `threshold:x`.
+        routing: `top-1`, `top-2`, ..., `full` (or `full-ensemble`), `threshold:x`
+            or `top-p:x`.
         lora: Name of an adapter that one expert draws with; None: all draw as they are.
         response_format: Only `b64_json`; nothing is stored, so there is no `url` to give.
     """

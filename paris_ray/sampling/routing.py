@@ -8,7 +8,7 @@ from torch import Tensor
 
 from paris_ray.errors import RoutingError
 
-ALLOWED = "'top-1', 'top-2' ... 'top-K', 'full' or 'threshold:x' with 0 < x < 1"
+ALLOWED = "'top-1', 'top-2' ... 'top-K', 'full', 'threshold:x' or 'top-p:x' with 0 < x < 1"
 FULL = ("full", "full-ensemble")  # ours, and that of the model card of the release
 NEGLIGIBLE_WEIGHT = 1e-6
 MAX_DIGITS = 9  # int() of thousands of digits is slow or refused
@@ -22,11 +22,13 @@ class Routing:
         kind: Which experts take part.
         top_k: Their number, for `top-k`.
         threshold: The least router probability, for `threshold`.
+        top_p: The probability that the chosen ones have together at least, for `top-p`.
     """
 
-    kind: Literal["top-k", "full", "threshold"]
+    kind: Literal["top-k", "full", "threshold", "top-p"]
     top_k: int = 0
     threshold: float = 0.0
+    top_p: float = 0.0
 
 
 def parse_routing(text: str, num_experts: int) -> Routing:
@@ -38,13 +40,10 @@ def parse_routing(text: str, num_experts: int) -> Routing:
     name, _, argument = text.partition(":")
     if text in FULL:
         return Routing("full")
-    if name == "threshold":
-        try:
-            threshold = float(argument)
-        except ValueError:
-            threshold = 0.0
-        if 0 < threshold < 1:
-            return Routing("threshold", threshold=threshold)
+    if name in ("threshold", "top-p") and (share := _share(argument)) is not None:
+        if name == "threshold":
+            return Routing("threshold", threshold=share)
+        return Routing("top-p", top_p=share)
     count = text.removeprefix("top-")
     if text.startswith("top-") and count.isascii() and count.isdigit():
         if len(count) <= MAX_DIGITS and 1 <= int(count) <= num_experts:
@@ -53,13 +52,25 @@ def parse_routing(text: str, num_experts: int) -> Routing:
     raise RoutingError(f"routing={text!r} is not allowed: use {ALLOWED}")
 
 
+def _share(text: str) -> float | None:
+    """Return a number between 0 and 1, ends excluded; None if the text is none."""
+    try:
+        share = float(text)
+    except ValueError:
+        return None
+    return share if 0 < share < 1 else None
+
+
 def expert_weights(router_logits: Tensor, routing: Routing) -> Tensor:
     """Return `(B, K)` weights that sum to 1 over the chosen experts and are 0 elsewhere.
 
     `top-k` keeps the k most likely experts, `threshold` those of at least that probability (and
-    always the most likely one); both renormalise. `full` takes the probabilities as they are.
+    always the most likely one), `top-p` the fewest that have that probability together, so that
+    as many are asked as the router is in doubt about; all three renormalise. `full` takes the
+    probabilities as they are.
     An expert with less than a millionth of the weight is never asked, whatever the strategy.
-    Source: the strategies of the released Paris model card.
+    Source: the strategies of the released Paris model card; top-p as in nucleus sampling, Holtzman
+    et al. 2019 (arXiv:1904.09751).
 
     Args:
         router_logits: `(B, K)`.
@@ -72,6 +83,10 @@ def expert_weights(router_logits: Tensor, routing: Routing) -> Tensor:
     if routing.kind == "top-k":
         chosen = probabilities.topk(routing.top_k, dim=-1).indices
         keep &= torch.zeros_like(keep).scatter(-1, chosen, True)
+    elif routing.kind == "top-p":
+        ordered, order = probabilities.sort(dim=-1, descending=True)
+        before = ordered.cumsum(dim=-1) - ordered  # what the more likely ones have together
+        keep &= torch.zeros_like(keep).scatter(-1, order, before < routing.top_p)
     else:
         largest = probabilities.max(dim=-1, keepdim=True).values
         keep &= (probabilities >= routing.threshold) | (probabilities == largest)

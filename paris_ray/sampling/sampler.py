@@ -299,7 +299,8 @@ def generate(
         seed: Seed of the first picture.
         num_inference_steps: Euler steps; None takes the bundle's default, like the others.
         guidance_scale: Classifier-free guidance; 1 switches it off.
-        routing: `top-1`, `top-2`, ..., `full` (or `full-ensemble`) or `threshold:x`.
+        routing: `top-1`, `top-2`, ..., `full` (or `full-ensemble`), `threshold:x`
+            or `top-p:x`.
         lora: Name of an adapter (`bundle.add_lora`), which its expert draws with; the others and
             the router draw as ever.
 

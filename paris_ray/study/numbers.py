@@ -14,6 +14,15 @@ TARGET = 0.8  # attribute accuracy of the headline
 PUBLISHED = {ONE_MODEL: 29.64, TOP_1: 30.60, TOP_2: 22.60, FULL: 47.89}
 REPRODUCED, NOT_REPRODUCED, UNDECIDED = "reproduced", "not reproduced", "undecided"
 NOT_MEASURED = "not measured"
+KEPT = (
+    "captions",
+    "attributes",
+    "squared_error",
+    "frechet",
+    "kid",
+    "coverage",
+    "caption_recall",
+)
 MEASURES = ("held-out error", "held-out Frechet", "shown Frechet")
 
 
@@ -63,13 +72,12 @@ def arm_numbers(
 
 def _evaluation_numbers(config: Config, facts: Mapping[str, Any]) -> dict[str, Any]:
     splits = {split: facts[split] for split in ("shown", "held_out")}
-    kept = ("captions", "attributes", "frechet", "kid", "coverage", "caption_recall")
     return {
         "steps": config.sampling.num_inference_steps,
         "experts_asked": facts["experts_asked"],
         "flops_per_picture": flops_per_picture(config, facts["experts_asked"]),
         "memorisation": facts["memorisation"],
-        **{split: {k: v[k] for k in kept if k in v} for split, v in splits.items()},
+        **{split: {k: v[k] for k in KEPT if k in v} for split, v in splits.items()},
     }
 
 
@@ -102,6 +110,9 @@ class Row:
         held_out: Share of held-out captions of which everything is right.
         held_out_interval: Over captions, 95 %: the ends, each averaged over seeds.
         shown: The same share of captions that were trained on.
+        held_out_error: Root of the mean squared error to the captions' own pictures, in levels
+            of 255.
+        shown_error: The same of captions that were trained on.
         held_out_frechet: Frechet distance to the held-out pictures; None of too few.
         shown_frechet: To pictures that were trained on.
         experts_asked: A step.
@@ -118,6 +129,8 @@ class Row:
     held_out: Spread
     held_out_interval: tuple[float, float]
     shown: Spread
+    held_out_error: Spread
+    shown_error: Spread
     held_out_frechet: Spread | None
     shown_frechet: Spread | None
     experts_asked: float
@@ -130,12 +143,23 @@ def _mean(values: Iterable[float]) -> float:
     return sum(numbers) / len(numbers)
 
 
-def _spread(values: Sequence[float | None]) -> Spread | None:
+def _spread(values: Sequence[float]) -> Spread:
+    return Spread(mean=_mean(values), low=min(values), high=max(values))
+
+
+def _spread_if_known(values: Sequence[float | None]) -> Spread | None:
     """Return the spread of numbers; None if one was not measured."""
     known = [value for value in values if value is not None]
-    if len(known) < len(values):
-        return None
-    return Spread(mean=_mean(known), low=min(known), high=max(known))
+    return _spread(known) if len(known) == len(values) else None
+
+
+def _accuracy(drawn: Mapping[str, Any], split: str) -> float:
+    return float(drawn[split]["attributes"]["all"]["mean"])
+
+
+def _pixel_error(drawn: Mapping[str, Any], split: str) -> float:
+    """Return the root mean squared error in levels of 255; pixels were in [-1, 1]."""
+    return float(drawn[split]["squared_error"]["mean"]) ** 0.5 * 127.5
 
 
 def rows(arms: Sequence[Mapping[str, Any]], table: str) -> list[Row]:
@@ -154,12 +178,6 @@ def rows(arms: Sequence[Mapping[str, Any]], table: str) -> list[Row]:
 def _row(seeds: Sequence[Mapping[str, Any]], drawing: str) -> Row:
     arm, drawn = seeds[0], [arm["drawn"][drawing] for arm in seeds]
     held_out = [each["held_out"]["attributes"]["all"] for each in drawn]
-    accuracy, shown = (
-        _spread([each[split]["attributes"]["all"]["mean"] for each in drawn])
-        for split in ("held_out", "shown")
-    )
-    assert accuracy is not None
-    assert shown is not None
     total = arm["seed_steps"] + arm["num_experts"] * arm["expert_steps"]
     return Row(
         arm=arm["name"],
@@ -168,11 +186,13 @@ def _row(seeds: Sequence[Mapping[str, Any]], drawing: str) -> Row:
         seed_share=arm["seed_steps"] / total,
         samples=arm["samples"],
         seeds=len(seeds),
-        held_out=accuracy,
+        held_out=_spread([_accuracy(each, "held_out") for each in drawn]),
         held_out_interval=(_mean(x["low"] for x in held_out), _mean(x["high"] for x in held_out)),
-        shown=shown,
-        held_out_frechet=_spread([each["held_out"].get("frechet") for each in drawn]),
-        shown_frechet=_spread([each["shown"].get("frechet") for each in drawn]),
+        shown=_spread([_accuracy(each, "shown") for each in drawn]),
+        held_out_error=_spread([_pixel_error(each, "held_out") for each in drawn]),
+        shown_error=_spread([_pixel_error(each, "shown") for each in drawn]),
+        held_out_frechet=_spread_if_known([each["held_out"].get("frechet") for each in drawn]),
+        shown_frechet=_spread_if_known([each["shown"].get("frechet") for each in drawn]),
         experts_asked=_mean(each["experts_asked"] for each in drawn),
         flops_per_picture=_mean(each["flops_per_picture"] for each in drawn),
         training_flops=arm["training_flops"],
@@ -220,7 +240,7 @@ def curves(arms: Sequence[Mapping[str, Any]]) -> dict[str, dict[int, list[tuple[
     found: dict[str, dict[int, list[tuple[float, float]]]] = {}
     for arm in arms:
         if "samples" in arm["tables"]:
-            accuracy = arm["drawn"][arm["routing"]]["held_out"]["attributes"]["all"]["mean"]
+            accuracy = _accuracy(arm["drawn"][arm["routing"]], "held_out")
             of_seed = found.setdefault(arm["recipe"], {}).setdefault(arm["seed"], [])
             of_seed.append((arm["samples"], accuracy))
     return {
@@ -290,13 +310,13 @@ def _measure(drawn: Mapping[str, Any], measure: str) -> float | None:
     """Return a measure of which less is better; None if it was not taken."""
     split = "shown" if measure.startswith("shown") else "held_out"
     if measure.endswith("error"):
-        return 1 - float(drawn[split]["attributes"]["all"]["mean"])
+        return 1 - _accuracy(drawn, split)
     found: float | None = drawn[split].get("frechet")
     return found
 
 
 def _order(seeds: Sequence[Mapping[str, float | None]]) -> dict[str, Any]:
-    means = {way: _spread([seed[way] for seed in seeds]) for way in PUBLISHED}
+    means = {way: _spread_if_known([seed[way] for seed in seeds]) for way in PUBLISHED}
     relations = []
     for better, worse in published_relations():
         pairs = [(seed[better], seed[worse]) for seed in seeds]

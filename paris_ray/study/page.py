@@ -127,7 +127,8 @@ def _intro(study: Mapping[str, Any]) -> str:
         "samples in every arm, but for those of the curve. "
         f"Drawn: {drawn['held_out']['captions']} captions that were held out and "
         f"{drawn['shown']['captions']} that were trained on. *Right*: all attributes of the "
-        "caption, as [evaluation.md](evaluation.md) has it. `scratch` is the paper's way, the "
+        "caption, as [evaluation.md](evaluation.md) has it; *RMSE*: of pixels, to the "
+        "caption's own picture, in levels of 255. `scratch` is the paper's way, the "
         f"control of every table; `{PAPER}` also clusters what the paper clusters."
     )
 
@@ -158,21 +159,22 @@ def _reached(found: Mapping[str, Any]) -> str:
 
 
 def _comparison(found: Sequence[Row]) -> str:
-    """Say which arms draw more captions right than the dense model, and which control is where."""
-    controls = {row.arm: row.held_out.mean for row in found if row.arm in (DENSE, SCRATCH)}
+    """Say which arms draw better than the dense model, and which control is where."""
+    dense, scratch = (next(row for row in found if row.arm == name) for name in (DENSE, SCRATCH))
     others = [row for row in found if row.arm != DENSE]
-    ahead = [f"`{row.arm}`" for row in others if row.held_out.low > _of(found, DENSE).high]
+    ahead = [f"`{row.arm}`" for row in others if row.held_out.low > dense.held_out.high]
     best = max(others, key=lambda row: row.held_out.mean)
+    nearer = [f"`{row.arm}`" for row in others if row.shown_error.high < dense.shown_error.low]
+    nearest = min(others, key=lambda row: row.shown_error.mean)
     return (
-        f"Held-out, all right: dense {controls[DENSE]:.3f}, experts from scratch "
-        f"{controls[SCRATCH]:.3f}, the best arm with experts `{best.arm}` "
+        f"Held-out, all right: dense {dense.held_out.mean:.3f}, experts from scratch "
+        f"{scratch.held_out.mean:.3f}, the best arm with experts `{best.arm}` "
         f"{best.held_out.mean:.3f}. Ahead of the dense model in every seed: "
-        f"{', '.join(ahead) or 'none'}."
+        f"{', '.join(ahead) or 'none'}. RMSE to pictures that were trained on: dense "
+        f"{dense.shown_error.mean:.1f}, experts from scratch {scratch.shown_error.mean:.1f}, the "
+        f"nearest arm with experts `{nearest.arm}` {nearest.shown_error.mean:.1f}. Nearer than the "
+        f"dense model in every seed: {', '.join(nearer) or 'none'}."
     )
-
-
-def _of(found: Sequence[Row], arm: str) -> Spread:
-    return next(row.held_out for row in found if row.arm == arm)
 
 
 def _table_part(arms: Sequence[Mapping[str, Any]], name: str, features: str) -> str:
@@ -198,7 +200,8 @@ def _temperatures(arms: Sequence[Mapping[str, Any]]) -> str:
 
 def _table(found: Sequence[Row], name: str) -> str:
     head = ["arm", "drawn", "K", "seed", "samples", "runs", "held-out right", "lowest to highest"]
-    head += ["95 % over captions", "trained-on right", "Frechet held-out", "Frechet trained-on"]
+    head += ["95 % over captions", "trained-on right", "RMSE held-out", "RMSE trained-on"]
+    head += ["Frechet held-out", "Frechet trained-on"]
     head += ["experts a step", "MFLOP a picture", "training PFLOP"]
     return _markdown([head, *map(_cells, found)])
 
@@ -216,6 +219,8 @@ def _cells(row: Row) -> list[str]:
         f"{row.held_out.low:.3f} to {row.held_out.high:.3f}" if row.seeds > 1 else NONE,
         f"{low:.3f} to {high:.3f}",
         f"{row.shown.mean:.3f}",
+        f"{row.held_out_error.mean:.1f}",
+        f"{row.shown_error.mean:.1f}",
         _number(_mean(row.held_out_frechet), 4),
         _number(_mean(row.shown_frechet), 4),
         f"{row.experts_asked:.2f}",

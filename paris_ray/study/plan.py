@@ -17,7 +17,7 @@ DENSE, SCRATCH, SEEDED, PAPER = "dense", "scratch", "seeded", "scratch-image"
 # Every table has one dense model and the experts from scratch beside what it varies.
 CONTROLS = ("experts", "clusters", "shared", "seed", "samples")
 ONE_MODEL, TOP_1, TOP_2, FULL = "one model", "top-1", "top-2", "full"
-ORACLE, THRESHOLD = "oracle", "threshold:0.1"
+ORACLE, THRESHOLD, ADAPTIVE = "oracle", "threshold:0.1", "top-p:0.9"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -295,7 +295,7 @@ def _unless_default(
 
 def routing_drawings() -> list[Drawing]:
     """Return the ways to draw with several experts beside top-2."""
-    routings = {TOP_1: TOP_1, FULL: FULL, THRESHOLD: THRESHOLD, ORACLE: TOP_1}
+    routings = {way: way for way in (TOP_1, FULL, THRESHOLD, ADAPTIVE)} | {ORACLE: TOP_1}
     return [
         Drawing(
             name=name,

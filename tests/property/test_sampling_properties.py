@@ -32,6 +32,7 @@ def test_weights_are_a_distribution_over_the_chosen_experts(
             st.just("full"),
             st.integers(1, count).map(lambda k: f"top-{k}"),
             st.floats(0.01, 0.99).map(lambda x: f"threshold:{x}"),
+            st.floats(0.01, 0.99).map(lambda x: f"top-p:{x}"),
         )
     )
     routing = parse_routing(text, count)
@@ -66,6 +67,19 @@ def test_threshold_keeps_those_above_it_and_the_most_likely(
         assert all(a == b or c for a, b, c in zip(chosen, expected, close, strict=True))
 
 
+@given(LOGITS, st.floats(0.01, 0.99))
+@settings(deadline=None)
+def test_top_p_asks_the_fewest_that_have_so_much_together(
+    logits: list[list[float]], top_p: float
+) -> None:
+    probabilities = torch.tensor(logits).softmax(dim=1)
+    asked = (expert_weights(torch.tensor(logits), Routing("top-p", top_p=top_p)) > 0).sum(dim=1)
+    for row, count in zip(probabilities.tolist(), asked.tolist(), strict=True):
+        likeliest = sorted(row, reverse=True)[:count]
+        assert sum(likeliest[:-1]) < top_p + 1e-5  # one fewer would not do
+        assert sum(likeliest) > min(top_p, 0.999) - 1e-5  # negligible experts are never asked
+
+
 @given(LOGITS, st.integers(1, 8))
 @settings(deadline=None)
 def test_no_expert_left_out_is_likelier_than_one_that_is_asked(
@@ -79,7 +93,9 @@ def test_no_expert_left_out_is_likelier_than_one_that_is_asked(
     assert (worst_asked >= best_left_out - 1e-5).all()  # ties, up to the rounding of the softmax
 
 
-@given(st.from_regex(r"(top-|threshold:|full|)[^\n]{0,6}", fullmatch=True), st.integers(1, 8))
+@given(
+    st.from_regex(r"(top-|top-p:|threshold:|full|)[^\n]{0,6}", fullmatch=True), st.integers(1, 8)
+)
 def test_any_text_is_parsed_or_refused(text: str, num_experts: int) -> None:
     try:
         routing = parse_routing(text, num_experts)
@@ -91,6 +107,8 @@ def test_any_text_is_parsed_or_refused(text: str, num_experts: int) -> None:
     elif routing.kind == "threshold":
         assert 0 < routing.threshold < 1
         assert float(text.removeprefix("threshold:")) == routing.threshold
+    elif routing.kind == "top-p":
+        assert float(text.removeprefix("top-p:")) == routing.top_p
     else:
         assert text == "full"
 

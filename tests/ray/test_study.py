@@ -71,7 +71,8 @@ def test_all_arms_are_in_the_results(page: Path) -> None:
     }
     full = {arm["samples"] for name, arm in arms.items() if not name.endswith("-x0.5")}
     assert full == {48 * 16}
-    assert set(arms["scratch"]["drawn"]) == {"top-2", "top-1", "full", "threshold:0.1", "oracle"}
+    ways = {"top-2", "top-1", "full", "threshold:0.1", "top-p:0.9", "oracle"}
+    assert set(arms["scratch"]["drawn"]) == ways
     asked = {way: drawn["experts_asked"] for way, drawn in arms["scratch"]["drawn"].items()}
     assert asked["oracle"] == asked["top-1"] == 1
     assert 1 < asked["top-2"] <= 2 < asked["full"] <= 3

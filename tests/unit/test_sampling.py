@@ -38,6 +38,7 @@ SEEDS = [3, 14, 15]
         ("full", Routing("full")),
         ("full-ensemble", Routing("full")),
         ("threshold:0.25", Routing("threshold", threshold=0.25)),
+        ("top-p:0.9", Routing("top-p", top_p=0.9)),
     ],
 )
 def test_routing_is_parsed(text: str, expected: Routing) -> None:
@@ -66,6 +67,10 @@ def test_routing_is_parsed(text: str, expected: Routing) -> None:
         "threshold:-1",
         "threshold:nan",
         "threshold:x",
+        "top-p",
+        "top-p:0",
+        "top-p:1",
+        "top-p:nan",
         "nothing",
         "",
         " full",

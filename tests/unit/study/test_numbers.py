@@ -25,7 +25,8 @@ CONTROLS = ["experts", "clusters", "shared", "seed", "samples", "routing"]
 
 def drawn(accuracy: float, frechet: float | None) -> dict[str, Any]:
     interval = {"mean": accuracy, "low": accuracy - 0.05, "high": accuracy + 0.05}
-    split = {"captions": 40, "attributes": {"all": interval}}
+    error = {"mean": 1 - accuracy, "low": 0.0, "high": 1.0}
+    split = {"captions": 40, "attributes": {"all": interval}, "squared_error": error}
     split |= {} if frechet is None else {"frechet": frechet}
     return {
         "steps": 8,
@@ -201,11 +202,22 @@ def test_the_table_has_the_numbers_of_the_results() -> None:
     top_2 = cells["scratch", "top-2"]
     assert top_2[3:] == [
         *("4", "0%", "1,000", "2", "0.800", "0.800 to 0.800", "0.750 to 0.850", "0.800"),
-        *("0.2000", "0.2000", "2.00", "350", "2.000", ""),
+        *(
+            "57.0",
+            "57.0",
+            "0.2000",
+            "0.2000",
+            "2.00",
+            "350",
+            "2.000",
+            "",
+        ),  # 127.5 of the root of 0.2
     ]
-    assert cells["scratch", "oracle"][11] == "-"
+    assert cells["scratch", "oracle"][13] == "-"
     assert "dense 0.600, experts from scratch 0.800" in text
     assert "Ahead of the dense model in every seed: `scratch`" in text
+    assert "trained on: dense 80.6, experts from scratch 57.0" in text
+    assert "Nearer than the dense model in every seed: `scratch`" in text
 
 
 def test_charts_are_drawn_of_the_curves(tmp_path: Path) -> None:

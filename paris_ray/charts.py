@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
@@ -17,18 +16,19 @@ Series = Mapping[str, Sequence[tuple[float, float]]]
 
 
 class _Canvas:
-    """Draws in the units of the finished picture; x is logarithmic, y starts at zero."""
+    """Draws in the units of the finished picture; y starts at zero."""
 
-    def __init__(self, series: Series) -> None:
+    def __init__(self, series: Series, logarithmic: bool) -> None:
         self.image = Image.new("RGB", (WIDTH * SCALE, HEIGHT * SCALE), "white")
         self._draw = ImageDraw.Draw(self.image)
         self._font = ImageFont.load_default(11 * SCALE)
         points = [point for line in series.values() for point in line]
-        self._low, self._high = (f(math.log2(x) for x, _ in points) for f in (min, max))
+        self._along = math.log2 if logarithmic else float
+        self._low, self._high = (f(self._along(x) for x, _ in points) for f in (min, max))
         self.top = _round_up(max(y for _, y in points))
 
     def place(self, x: float, y: float) -> tuple[float, float]:
-        across = (math.log2(x) - self._low) / (self._high - self._low)
+        across = (self._along(x) - self._low) / (self._high - self._low)
         return (
             LEFT + across * (WIDTH - LEFT - RIGHT),
             HEIGHT - BOTTOM - y / self.top * (HEIGHT - TOP - BOTTOM),
@@ -57,16 +57,18 @@ def _round_up(value: float) -> float:
     return next(step * unit for step in (1, 1.2, 1.6, 2, 2.4, 4, 6, 8, 10) if step * unit >= value)
 
 
-def draw_line_chart(path: Path, x_label: str, y_label: str, series: Series) -> None:
-    """Write a PNG.
+def line_chart(
+    x_label: str, y_label: str, series: Series, *, logarithmic: bool = True
+) -> Image.Image:
+    """Return a picture of some lines.
 
     Args:
-        path: The file.
-        x_label: What is on the logarithmic axis.
+        x_label: What is on the horizontal axis.
         y_label: What is measured, with its unit.
-        series: The points `(x, y)` of each line, by its name; all have the same x.
+        series: The points `(x, y)` of each line, by its name; the first has a tick for each x.
+        logarithmic: Whether the horizontal axis is.
     """
-    canvas = _Canvas(series)
+    canvas = _Canvas(series, logarithmic)
     ticks = [x for x, _ in next(iter(series.values()))]
     for number in range(GRID_LINES + 1):
         value = canvas.top * number / GRID_LINES
@@ -84,5 +86,4 @@ def draw_line_chart(path: Path, x_label: str, y_label: str, series: Series) -> N
             canvas.dot(place, colour)
         canvas.text((right, 8), name, "ra", colour)
         right -= canvas.text_width(name) + 12
-    path.parent.mkdir(parents=True, exist_ok=True)
-    canvas.image.resize((WIDTH * 2, HEIGHT * 2), Image.Resampling.LANCZOS).save(path, optimize=True)
+    return canvas.image.resize((WIDTH * 2, HEIGHT * 2), Image.Resampling.LANCZOS)

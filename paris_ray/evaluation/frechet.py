@@ -15,6 +15,7 @@ from paris_ray.errors import EvaluationError
 from paris_ray.evaluation.features import Features, check_features, row_blocks
 from paris_ray.seeding import numpy_generator
 
+MIN_SUBSET = 5000  # of an extrapolation
 MIN_ROWS_PER_FEATURE = 10  # below it the bias is too large to be passed over in silence
 
 
@@ -135,7 +136,7 @@ def frechet_distance(drawn: Gaussian, real: Gaussian) -> FrechetDistance:
 
 
 def frechet_distance_infinity(
-    drawn: Features, real: Gaussian, *, seed: int, min_count: int = 5000, num_points: int = 15
+    drawn: Features, real: Gaussian, *, seed: int, min_count: int = MIN_SUBSET, num_points: int = 15
 ) -> FrechetInfinity:
     """Return the Frechet distance that endless drawn pictures would have, by extrapolation.
 

@@ -7,12 +7,14 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from paris_ray.charts import line_chart
 from paris_ray.reports import inline_image, page, paragraph, picture_grid, section, table
 
 PAIRS_OF_A_KIND = 16  # nearest, farthest and random ones
 TITLES = {"held_out": "Captions that were never shown", "shown": "Captions that were trained on"}
 DISTRIBUTION = {
     "frechet": "Frechet distance of the run's image features (0: alike)",
+    "frechet_infinity": "Frechet distance, extrapolated to endless pictures",
     "kid": "kernel distance, KID (0: alike)",
     "cmmd": "kernel distance, CMMD (0: alike)",
     "precision": "precision",
@@ -22,6 +24,7 @@ DISTRIBUTION = {
     "image_to_text_r1": "retrieval R@1, picture to caption",
     "text_to_image_r1": "retrieval R@1, caption to picture",
 }
+ROUTER = ("accuracy", "prototype_accuracy", "ece", "ece_calibrated")
 MEANS = {
     "caption_recall": "caption recall: the nearest training picture has the caption",
     "squared_error": "mean squared error to the caption's own picture, pixels in [-1, 1]",
@@ -30,7 +33,10 @@ MEANS = {
 
 
 def evaluation_page(
-    facts: Mapping[str, Any], pairs: Mapping[str, NDArray[np.uint8]], attribution: str | None
+    facts: Mapping[str, Any],
+    pairs: Mapping[str, NDArray[np.uint8]],
+    attribution: str | None,
+    router: Mapping[str, Any] | None = None,
 ) -> tuple[bytes, Image.Image]:
     """Return the page, and a grid of pictures of the first split on it.
 
@@ -38,6 +44,7 @@ def evaluation_page(
         facts: What `pipeline.measuring.measure` returns.
         pairs: Of every split, `(N, 2, S, S, 3)` corpus pictures and drawn ones, best pair first.
         attribution: Licence line of the corpus, or None.
+        router: What `training.router_quality.held_out_quality` returned, or None.
     """
     splits = [split for split in TITLES if split in pairs]
     grids = {split: _grid(pairs[split]) for split in splits}
@@ -46,6 +53,8 @@ def evaluation_page(
         sections.append(_losses(facts["held_out_losses"]))
     if "memorisation" in facts:
         sections.append(_memorisation(facts["memorisation"]))
+    if router is not None:
+        sections.append(_router(router))
     usage = ", ".join(f"{share:.1%}" for share in facts["expert_usage"])
     sections.append(section("Experts", paragraph(f"Mean weight of each expert: {usage}.")))
     return page("Evaluation", sections, attribution), grids[splits[0]]
@@ -94,6 +103,28 @@ def _losses(matrix: Sequence[Sequence[float | None]]) -> str:
         for k, losses in enumerate(matrix)
     ]
     return section("Held-out loss, expert by cluster", paragraph(text), table([head, *rows]))
+
+
+def _router(quality: Mapping[str, Any]) -> str:
+    levels = quality["levels"]
+    text = (
+        f"Of {quality['rows']} held-out rows at noise level t: how often the most likely cluster "
+        "is right, beside a router without training, and the expected calibration error before "
+        f"and after dividing by the fitted temperature, {quality['temperature']:.2f}."
+    )
+    rows = [["t", *(name.replace("_", " ") for name in ROUTER)]]
+    rows += [[t, *(f"{level[name]:.4f}" for name in ROUTER)] for t, level in levels.items()]
+    diagonal = [(x, x) for x in (0.0, 0.25, 0.5, 0.75, 1.0)]
+    lines = {"as sure as right": diagonal}
+    lines |= {f"t = {t}": _reliability(levels[t]["reliability"]) for t in list(levels)[-2:]}
+    chart = line_chart("confidence after temperature", "right", lines, logarithmic=False)
+    return section("Router", paragraph(text), table(rows), inline_image(chart, "reliability", 380))
+
+
+def _reliability(table: Mapping[str, Sequence[float]]) -> list[tuple[float, float]]:
+    """Return confidence and accuracy of the bins that are not empty."""
+    bins = zip(table["counts"], table["confidence"], table["accuracy"], strict=True)
+    return [(confidence, accuracy) for count, confidence, accuracy in bins if count]
 
 
 def _memorisation(shares: Mapping[str, float]) -> str:

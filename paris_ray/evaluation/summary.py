@@ -10,7 +10,12 @@ from paris_ray.evaluation.attributes import AttributeAccuracy
 from paris_ray.evaluation.bootstrap import bootstrap_mean
 from paris_ray.evaluation.coverage import coverage
 from paris_ray.evaluation.features import Features
-from paris_ray.evaluation.frechet import fit_gaussian, frechet_distance
+from paris_ray.evaluation.frechet import (
+    MIN_SUBSET,
+    fit_gaussian,
+    frechet_distance,
+    frechet_distance_infinity,
+)
 from paris_ray.evaluation.kernel import cmmd, kid
 from paris_ray.evaluation.retrieval import clip_scores, retrieval
 
@@ -41,17 +46,23 @@ def distribution_summary(drawn: Features, real: Features, seed: int) -> dict[str
         seed: Decides subsets.
 
     Returns:
-        Empty if there are too few.
+        Empty if there are too few; with `frechet_infinity` if there are enough to extrapolate.
     """
     fewest = min(len(drawn), len(real))
     if fewest < MIN_ROWS:
         return {}
-    frechet = frechet_distance(fit_gaussian(drawn), fit_gaussian(real))
+    reference = fit_gaussian(real)
+    frechet = frechet_distance(fit_gaussian(drawn), reference)
+    limit = {}
+    if len(drawn) > MIN_SUBSET:
+        endless = frechet_distance_infinity(drawn, reference, seed=seed)
+        limit["frechet_infinity"] = endless.distance
     kernel = kid(drawn, real, seed=seed, subset_size=min(KID_SUBSET, fewest))
     covered = coverage(drawn, real, k=NEIGHBOUR)
     return {
         "frechet": frechet.distance,
         "frechet_note": frechet.bias_note,
+        **limit,
         "kid": kernel.mean,
         "cmmd": cmmd(drawn, real),
         "precision": covered.precision,

@@ -5,6 +5,7 @@ row is on the driver: tasks draw, one task measures.
 """
 
 import logging
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,9 +21,11 @@ from paris_ray.evaluation.summary import headline
 from paris_ray.pipeline.drawing import Split, draw
 from paris_ray.pipeline.measuring import measure
 from paris_ray.pipeline.stage import Stage
-from paris_ray.run import DISTILLED, EMBEDDINGS, ENCODERS, EVALUATION, Run
+from paris_ray.run import DISTILLED, EMBEDDINGS, ENCODERS, EVALUATION, EXPERT, Run
 from paris_ray.seeding import derive_seed
 from paris_ray.training.data import load_dataset
+from paris_ray.training.loop import TENSORBOARD
+from paris_ray.training.tensorboard import AXIS, CLOCK, event_file
 from paris_ray.training.text import text_reader
 from paris_ray.training.validation import NOISE_LEVELS
 
@@ -87,7 +90,19 @@ def _evaluate(config: Config, splits: list[Split], student: str | None) -> dict[
         losses = [row for group in rows for row in group]
     measuring = measure.options(num_cpus=settings.num_cpus)
     facts: dict[str, Any] = ray.get(measuring.remote(config, drawn, losses, student))
+    if losses and student is None and config.training.tensorboard:
+        Run(config).evaluation.write(TENSORBOARD, event_file(_loss_rows(Run(config), losses)))
     return facts
+
+
+def _loss_rows(run: Run, losses: Sequence[Sequence[float | None]]) -> list[dict[str, Any]]:
+    """Return a row of metrics an expert: its losses, by cluster, where its own curves end."""
+    now = time.time()
+    return [
+        {f"held_out_loss/expert_{k}/cluster_{j}": loss for j, loss in enumerate(row)}
+        | {AXIS: read_manifest(run.expert(k), EXPERT).facts[AXIS], CLOCK: now}
+        for k, row in enumerate(losses)
+    ]
 
 
 def _expert_uris(run: Run, student: str | None) -> list[str]:

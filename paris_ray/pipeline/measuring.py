@@ -29,7 +29,7 @@ from paris_ray.evaluation.summary import (
 from paris_ray.pipeline.cluster import FEATURE_COLUMNS, clusters_of
 from paris_ray.pipeline.drawing import Drawn, Split, chosen_rows, split_folder
 from paris_ray.reports import decode_thumbnails, png_bytes
-from paris_ray.run import EMBEDDINGS, Run
+from paris_ray.run import EMBEDDINGS, ROUTER, Run
 from paris_ray.seeding import derive_seed
 
 
@@ -96,7 +96,10 @@ def measure(
     pairs: dict[str, NDArray[np.uint8]] = {
         split: _pairs(corpora[split], part) for split, part in pictures.items()
     }
-    report, grid = evaluation_page(facts, pairs, attribution)
+    router = None
+    if student is None:
+        router = read_manifest(run.router, ROUTER).facts.get("held_out")
+    report, grid = evaluation_page(facts, pairs, attribution, router)
     output.write("report.html", report)
     output.write("samples.png", png_bytes(grid))
     return facts

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from paris_ray.charts import draw_line_chart
+from paris_ray.charts import line_chart
 from paris_ray.study.numbers import (
     PUBLISHED,
     REPRODUCED,
@@ -88,7 +88,7 @@ def study_page(study: Mapping[str, Any], pictures: Mapping[str, str]) -> str:
 
 
 def draw_charts(study: Mapping[str, Any], folder: Path, stem: str) -> dict[str, Path]:
-    """Draw the charts of a study into a folder; return them by what they show."""
+    """Draw the charts of a study into a folder; return their files by what they show."""
     arms = study["arms"]
     by_samples = {
         recipe: [(samples / 1000, value) for samples, value in mean_curve(seeds)]
@@ -98,10 +98,11 @@ def draw_charts(study: Mapping[str, Any], folder: Path, stem: str) -> dict[str, 
         "samples": ("samples, thousands", by_samples),
         "experts": ("experts", _by_count(rows(arms, "experts"))),
     }
+    folder.mkdir(parents=True, exist_ok=True)
     paths = {}
     for name, (label, series) in charts.items():
         paths[name] = folder / f"{stem}_{name}.png"
-        draw_line_chart(paths[name], label, "held-out, all right", series)
+        line_chart(label, "held-out, all right", series).save(paths[name], optimize=True)
     return paths
 
 

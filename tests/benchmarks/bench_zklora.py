@@ -314,11 +314,11 @@ def bench_sweeps(options: Any) -> str:
 
 def _draw(folder: Path, name: str, label: str, costs: dict[int, Figures]) -> str:
     """Draw one sweep, and return the Markdown that shows it."""
-    from paris_ray.charts import draw_line_chart  # not at the top: a verifier needs no Pillow
+    from paris_ray.charts import line_chart  # not at the top: a verifier needs no Pillow
 
     series = {line: [(float(x), cost[line]) for x, cost in costs.items()] for line in LINES}
     picture = f"images/zklora_{name}.png"
-    draw_line_chart(folder / picture, label, "CPU s", series)
+    line_chart(label, "CPU s", series).save(folder / picture, optimize=True)
     return f'<img src="{picture}" width="380" alt="CPU seconds against {label}">'
 
 

@@ -13,6 +13,7 @@ import numpy as np
 import psutil
 import pyarrow.parquet as pq
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from paris_ray.artifacts import Folder, read_manifest
 from paris_ray.bundle import load_bundle
@@ -112,6 +113,25 @@ def test_the_evaluation_tells_training_captions_from_held_out_ones(finished: Run
     assert rows.num_rows == counts["held_out"]
     shares = [row["captions"] for row in facts["held_out"]["by_cluster"]]
     assert sum(shares) == counts["held_out"]
+
+
+def test_tensorboard_shows_every_expert_on_every_cluster(copy_of: Callable[..., Run]) -> None:
+    from paris_ray.pipeline.evaluate import evaluate
+
+    run = copy_of("evaluation")
+    training = replace(run.config.training, tensorboard=True)
+    losses = evaluate(replace(run.config, training=training)).facts["held_out_losses"]
+    events = EventAccumulator(f"{run.evaluation.uri}/tensorboard").Reload()
+    shown = {
+        (k, j): events.Scalars(f"held_out_loss/expert_{k}/cluster_{j}")
+        for k in range(3)
+        for j in run.held_out_shards()
+    }
+    for (k, j), points in shown.items():
+        (point,) = points
+        assert point.value == pytest.approx(losses[k][j])
+        assert point.step == read_manifest(run.expert(k), EXPERT).facts["samples_seen"]
+    assert len(events.Tags()["scalars"]) == len(shown)
 
 
 def test_experts_are_measured_on_held_out_rows_while_they_train(finished: Run) -> None:

@@ -41,6 +41,20 @@ def test_held_out_captions_come_first_with_their_pictures_and_numbers() -> None:
     assert np.asarray(grid).min() == 255  # the first split's pictures, all of them
 
 
+def test_the_router_stands_beside_its_baseline_with_a_diagram() -> None:
+    level = {"accuracy": 0.75, "prototype_accuracy": 0.5, "ece": 0.2, "ece_calibrated": 0.0125}
+    bins = {"counts": [0, 4], "confidence": [0.0, 0.7], "accuracy": [0.0, 0.75]}
+    levels = {t: level | {"reliability": bins} for t in ("0.5", "1")}
+    quality = {"rows": 4, "temperature": 1.5, "levels": levels}
+    facts = {"shown": split(caption_recall=INTERVAL), "expert_usage": [1.0]}
+    report, _ = evaluation_page(facts, {"shown": pairs(40, 7)}, None, quality)
+    text = report.decode()
+    assert "Of 4 held-out rows" in text
+    assert "fitted temperature, 1.50" in text
+    assert "<td>1</td><td>0.7500</td><td>0.5000</td><td>0.2000</td><td>0.0125</td>" in text
+    assert 'alt="reliability"' in text
+
+
 def test_without_held_out_rows_there_is_one_part() -> None:
     facts = {"shown": split(caption_recall=INTERVAL), "expert_usage": [1.0]}
     report, _ = evaluation_page(facts, {"shown": pairs(40, 7)}, None)

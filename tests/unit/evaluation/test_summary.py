@@ -46,6 +46,14 @@ def test_equal_distributions_are_close_and_shifted_ones_far() -> None:
     assert distribution_summary(alike[:3], real, seed=0) == {}
 
 
+def test_of_thousands_of_pictures_the_distance_is_extrapolated() -> None:
+    generator = np.random.default_rng(0)
+    real, drawn = (generator.standard_normal((20_000, 24)) for _ in range(2))
+    found = distribution_summary(drawn, real, seed=0)
+    assert found["frechet_infinity"] < 0.8 * found["frechet"] < 0.03  # part of it is the bias
+    assert "frechet_infinity" not in distribution_summary(drawn[:5000], real, seed=0)
+
+
 def test_captions_that_find_their_pictures_have_full_recall() -> None:
     embeddings = np.eye(3, dtype=np.float32)
     found = retrieval_summary(embeddings, embeddings, ["a", "b", "c"], seed=0)

@@ -11,7 +11,7 @@ help:
 	@echo "make stop         stop what quickstart started, nothing else"
 	@echo "make test         linters, types, architecture and all tests"
 	@echo "make fuzz         change 10,000 bytes of everything that ZKLoRA's strangers send"
-	@echo "make bench        print the numbers of docs/results.md and docs/zklora.md"
+	@echo "make bench        write the numbers of docs/results.md and docs/zklora.md"
 	@echo "make study        one dense model against isolated experts: hours, writes docs/study.md"
 
 quickstart: $(VENV)/quickstart
@@ -36,9 +36,7 @@ fuzz: $(VENV)/test
 	$(PY) tests/zklora_fuzz.py --mutations 10000
 
 bench: $(VENV)/test
-	$(PY) tests/benchmarks/bench_models.py
-	$(PY) tests/benchmarks/bench_memory.py
-	$(PY) tests/benchmarks/bench.py
+	$(PY) tests/benchmarks/results.py --write docs/results.md
 	$(PY) tests/benchmarks/bench_zklora.py --write docs/zklora.md
 
 study: $(VENV)/test

@@ -78,7 +78,10 @@ class Run:
 
     def evaluation_of(self, student: str | None) -> Folder:
         """The evaluation of one distilled model, or of the ensemble for None."""
-        return self.evaluation if student is None else self.distilled / "evaluation" / student
+        if student is None:
+            return self.evaluation
+        name = self.config.evaluation.name
+        return self.distilled / "evaluation" / (student if name is None else f"{student}_{name}")
 
     def parents(self) -> dict[str, str]:
         """Return the digests of all parts of the model.

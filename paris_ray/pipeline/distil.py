@@ -2,7 +2,8 @@
 
 `distilled/student/` is the expert that predicts velocities, `distilled/few_step/`, if wanted, the
 one that was trained on from it. Both are measured as the ensemble is, on the same captions from the
-same noise; the last of them becomes `distilled/bundle/`, a bundle of one expert.
+same noise, and so is the student in few steps without that training: what it is worth is seen
+beside it. The last of them becomes `distilled/bundle/`, a bundle of one expert.
 """
 
 import logging
@@ -14,7 +15,7 @@ from typing import Any
 import ray
 
 from paris_ray.artifacts import read_manifest
-from paris_ray.config import Config, TrainingConfig, check_distillation, digest
+from paris_ray.config import Config, SamplingConfig, TrainingConfig, check_distillation, digest
 from paris_ray.evaluation.summary import comparison
 from paris_ray.export import open_student, open_trained_parts, student_sampling, write_bundle
 from paris_ray.model_card import distilled_card
@@ -52,6 +53,7 @@ logger = logging.getLogger("paris_ray")
 
 SECTIONS = ("seed", "expert", "training", "distillation", "sampling")
 ENSEMBLE = "ensemble"
+UNTAUGHT = f"{STUDENT}_in_few_steps"
 
 
 def distil(config: Config) -> None:
@@ -64,11 +66,15 @@ def distil(config: Config) -> None:
     check_distillation(config)
     run = Run(config)
     measured = {ENSEMBLE: evaluate(config).facts}
-    few = config.distillation.num_inference_steps is not None
-    for name in (STUDENT, FEW_STEP) if few else (STUDENT,):
-        _train(run, name)
-        measured[name] = evaluate(config, name).facts
-    _publish(run, name, measured)
+    last = STUDENT
+    _train(run, STUDENT)
+    measured[STUDENT] = evaluate(config, STUDENT).facts
+    if config.distillation.num_inference_steps is not None:
+        last = FEW_STEP
+        _train(run, FEW_STEP)
+        measured[UNTAUGHT] = evaluate(_in_few_steps(config), STUDENT).facts
+        measured[FEW_STEP] = evaluate(config, FEW_STEP).facts
+    _publish(run, last, measured)
     for line in comparison(measured):
         logger.info("distil: %s", line)
 
@@ -104,6 +110,12 @@ def _from_seed(run: Run, training: TrainingConfig) -> TrainingConfig:
         return training
     read_manifest(run.seed, SEED)  # else a half-written one would do
     return replace(training, init_from=run.seed.uri)
+
+
+def _sampling(config: Config, measured: str) -> SamplingConfig:
+    if measured == UNTAUGHT:
+        return student_sampling(_in_few_steps(config), STUDENT)
+    return student_sampling(config, measured)
 
 
 @ray.remote
@@ -143,11 +155,19 @@ def _lesson(run: Run) -> Lesson:
     return few_steps(teacher, steps, options.num_inference_steps)
 
 
+def _in_few_steps(config: Config) -> Config:
+    steps = config.distillation.num_inference_steps
+    assert steps is not None
+    sampling = replace(config.sampling, num_inference_steps=steps)
+    return replace(
+        config, sampling=sampling, evaluation=replace(config.evaluation, name="in_few_steps")
+    )
+
+
 def _publish(run: Run, name: str, measured: Mapping[str, Mapping[str, Any]]) -> None:
     """Publish the bundle of the model `name`, with all measurements in its card and facts."""
-    folders = {
-        n: read_manifest(run.student(n), DISTILLED).digest for n in measured if n != ENSEMBLE
-    }
+    students = [each for each in (STUDENT, FEW_STEP) if each in measured]
+    folders = {each: read_manifest(run.student(each), DISTILLED).digest for each in students}
     stage = Stage(
         BUNDLE,
         run.distilled_bundle,
@@ -164,7 +184,7 @@ def _publish(run: Run, name: str, measured: Mapping[str, Mapping[str, Any]]) -> 
         open_trained_parts(run),
         embeddings=read_manifest(run.embeddings, EMBEDDINGS).facts,
         measured=measured,
-        sampling={n: student_sampling(run.config, n) for n in folders},
+        sampling={n: _sampling(run.config, n) for n in measured if n != ENSEMBLE},
         started_from=started_from(run, experts),
     )
     stage.begin()

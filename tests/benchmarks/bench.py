@@ -1,6 +1,6 @@
 """Print the numbers of docs/results.md, from one run on this machine.
 
-    make bench        or        python tests/benchmarks/bench.py [--run-dir runs/bench]
+    python tests/benchmarks/bench.py [--run-dir runs/bench]        (results.py does)
 
 Ratios are taken in one run, in alternation, because machines are noisy. Nothing is asserted.
 """

@@ -1,6 +1,6 @@
 """Print how much resident memory grows while a bundle of eight S/2 experts loads.
 
-    make bench        or        python tests/benchmarks/bench_memory.py
+    python tests/benchmarks/bench_memory.py        (results.py does)
 
 Every parameter is read, so that no page of the files is left on the disk.
 """

@@ -1,6 +1,6 @@
 """Print the numbers of docs/results.md that concern single models: speed and memory.
 
-    make bench        or        python tests/benchmarks/bench_models.py
+    python tests/benchmarks/bench_models.py        (results.py does)
 
 Ratios are taken in one run, in alternation, because machines are noisy. Nothing is asserted.
 """

@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from sections import write_section
 
 from paris_ray import zklora
 from paris_ray.errors import ParisError
@@ -339,16 +340,6 @@ SECTIONS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "sweeps": ("ZKLoRA: CPU seconds against rows, rank and width", bench_sweeps),
     "leakage": ("ZKLoRA: error of an attacker who has seen some rows", bench_leakage),
 }
-
-
-def write_section(path: Path, name: str, body: str) -> None:
-    """Replace one section of the document."""
-    text = path.read_text()
-    start, end = f"<!-- bench: {name} -->\n", "<!-- end -->"
-    if text.count(start) != 1 or end not in text.split(start)[1]:
-        sys.exit(f"{path} has no place for {name}: {start}{end}")
-    before, rest = text.split(start)
-    path.write_text(f"{before}{start}\n{body}\n\n{end}{rest.split(end, 1)[1]}")
 
 
 def main() -> None:

@@ -82,7 +82,10 @@ def test_the_bundle_is_a_normal_one_of_one_expert(distilled: Run) -> None:
     drawn = [[image.tobytes() for image in generate(bundle, PROMPTS, seed=1)] for _ in range(2)]
     assert drawn[0] == drawn[1]
     facts = read_manifest(distilled.distilled_bundle, BUNDLE).facts
-    assert list(facts) == ["ensemble", FEW_STEP, STUDENT]  # as JSON sorts them
+    untaught = f"{STUDENT}_in_few_steps"
+    assert list(facts) == ["ensemble", FEW_STEP, STUDENT, untaught]  # as JSON sorts them
+    errors = [facts[name]["held_out"]["squared_error"]["mean"] for name in (untaught, STUDENT)]
+    assert errors[0] != errors[1]
     card = distilled.distilled_bundle.read("README.md").decode()
     for measured in facts.values():
         assert f"{measured['held_out']['attributes']['all']['mean']:.4f}" in card
@@ -94,7 +97,7 @@ def test_running_again_keeps_everything(distilled: Run, caplog: pytest.LogCaptur
     before = {name: distilled.distilled.read(name) for name in distilled.distilled.files()}
     with caplog.at_level(logging.INFO, "paris_ray"):
         run(distilled.config, "distil")
-    assert caplog.text.count("already finished, kept") == 6
+    assert caplog.text.count("already finished, kept") == 7
     assert "ensemble" in caplog.text
     after = {name: distilled.distilled.read(name) for name in distilled.distilled.files()}
     assert before == after

@@ -38,6 +38,20 @@ VOCABULARY = ("a</w>", "b</w>", "c</w>", "<|startoftext|>", "<|endoftext|>")  # 
 CLIP_WIDTH, CLIP_LENGTH = 8, 5
 
 
+class Stop(Exception):
+    """Stands for a killed process."""
+
+
+def stop_at(step: int) -> Callable[[Progress], None]:
+    """Return what ends a training at a step."""
+
+    def on_progress(progress: Progress) -> None:
+        if progress.step == step:
+            raise Stop
+
+    return on_progress
+
+
 def carry_on(progress: Progress) -> None:
     """Receives progress and does nothing."""
 

@@ -66,6 +66,12 @@ def preprocess(
     return (pixels - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
 
 
+def _preprocess_for(tower: Any, images: NDArray[np.uint8]) -> Tensor:
+    """Return what an open_clip image tower expects of pictures."""
+    size = tower.image_size[0] if isinstance(tower.image_size, tuple) else int(tower.image_size)
+    return preprocess(images, size, tower.image_mean, tower.image_std)
+
+
 def _unit_length(features: Tensor) -> NDArray[np.float32]:
     array: NDArray[np.float32] = functional.normalize(features.float(), dim=-1).cpu().numpy()
     return array
@@ -86,14 +92,11 @@ class OpenClipFeatures:
                 "use an open_clip model with a vision transformer"
             )
         self.visual.proj = None
-        size = self.visual.image_size
-        self.image_size = size[0] if isinstance(size, tuple) else int(size)
 
     @torch.inference_mode()
     def encode(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Return unit-length features `(B, D)` of pictures `(B, S, S, 3)` uint8."""
-        mean, std = self.visual.image_mean, self.visual.image_std
-        pixels = preprocess(images, self.image_size, mean, std)
+        pixels = _preprocess_for(self.visual, images)
         device = next(self.visual.parameters()).device
         return _unit_length(self.visual(pixels.to(device)))
 
@@ -139,12 +142,17 @@ def load_features(config: FeaturesConfig, trained: Path | None = None) -> ImageF
         ConfigError: if the checkpoint is absent or is not safetensors.
         BundleError: if its weights do not fit `model`.
     """
-    checkpoint = config.checkpoint if trained is None else str(trained)
-    if checkpoint is None:
-        raise ConfigError("features.checkpoint is null and no model was trained")
+    checkpoint = _checkpoint(config, trained)
     if config.kind == "timm":
         return TimmFeatures(load_timm(config.model, checkpoint))
     return OpenClipFeatures(load_open_clip(config.model, checkpoint, field="features.checkpoint"))
+
+
+def _checkpoint(config: FeaturesConfig, trained: Path | None) -> str:
+    checkpoint = config.checkpoint if trained is None else str(trained)
+    if checkpoint is None:
+        raise ConfigError("features.checkpoint is null and no model was trained")
+    return checkpoint
 
 
 def load_open_clip(model: str, checkpoint: str, *, field: str) -> Any:
@@ -270,18 +278,15 @@ class JointEmbedding:
             ConfigError: if the checkpoint is absent or is not safetensors.
             BundleError: if its weights do not fit `model`.
         """
-        checkpoint = config.checkpoint if trained is None else str(trained)
-        if checkpoint is None:
-            raise ConfigError("features.checkpoint is null and no model was trained")
-        model = load_open_clip(config.model, checkpoint, field="features.checkpoint")
+        model = load_open_clip(
+            config.model, _checkpoint(config, trained), field="features.checkpoint"
+        )
         return cls(model.to(device), open_clip.get_tokenizer(config.model))
 
     @torch.inference_mode()
     def encode_images(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Return unit-length embeddings `(B, J)` of pictures `(B, S, S, 3)` uint8."""
-        visual = self.model.visual
-        size = visual.image_size[0] if isinstance(visual.image_size, tuple) else visual.image_size
-        pixels = preprocess(images, size, visual.image_mean, visual.image_std)
+        pixels = _preprocess_for(self.model.visual, images)
         return _unit_length(self.model.encode_image(pixels.to(self._device)))
 
     @torch.inference_mode()

@@ -1,7 +1,6 @@
 """Distillation: what a student is taught, that it is learnt, and a bundle of one expert."""
 
 import json
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from training_shards import EXPERT, TRAINING, carry_on, write_shard
+from training_shards import EXPERT, TRAINING, Stop, carry_on, stop_at, write_shard
 
 from paris_ray.artifacts import CHECKPOINT, METRICS, Folder, VerifiedFolder
 from paris_ray.bundle import Bundle, load_bundle, load_expert
@@ -35,7 +34,7 @@ from paris_ray.training.distil import (
     write_single_router,
 )
 from paris_ray.training.expert import ExpertData
-from paris_ray.training.loop import OnProgress, Progress
+from paris_ray.training.loop import OnProgress
 
 PROMPTS = ["a red cat", "blue dog", "a green square", "a circle"]
 SEEDS = [3, 14, 15, 92]
@@ -184,18 +183,6 @@ class PlainTeacher:
         self, latents: Tensor, t: Tensor, text: TextConditioning, num_steps: int
     ) -> Tensor:
         return num_steps * self.routed(latents, t, text)
-
-
-class Stop(Exception):
-    """Stands for a killed process."""
-
-
-def stop_at(step: int) -> Callable[[Progress], None]:
-    def on_progress(progress: Progress) -> None:
-        if progress.step == step:
-            raise Stop
-
-    return on_progress
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,7 @@ import peft
 import pytest
 import torch
 from torch import Tensor, nn
+from training_shards import Stop, stop_at
 
 from paris_ray.artifacts import METRICS, Folder, VerifiedFolder
 from paris_ray.bundle import Bundle
@@ -53,18 +54,6 @@ TRAINING = TrainingConfig(
     device="cpu",
 )
 LORA = LoRAConfig(r=2, target_modules=("in_proj", "mlp.2"))
-
-
-class Stop(Exception):
-    """Stands for a killed process."""
-
-
-def stop_at(step: int) -> Callable[[Progress], None]:
-    def on_progress(progress: Progress) -> None:
-        if progress.step == step:
-            raise Stop
-
-    return on_progress
 
 
 def carry_on(progress: Progress) -> None:

@@ -2,7 +2,6 @@
 
 import itertools
 import json
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +11,17 @@ import safetensors.torch
 import torch
 from pyarrow import fs
 from safetensors import safe_open
-from training_shards import EXPERT, GEOMETRY, TRAINING, WIDTH, carry_on, train, write_shard
+from training_shards import (
+    EXPERT,
+    GEOMETRY,
+    TRAINING,
+    WIDTH,
+    Stop,
+    carry_on,
+    stop_at,
+    train,
+    write_shard,
+)
 
 from paris_ray.artifacts import CHECKPOINT, METRICS, TIMINGS, Folder, VerifiedFolder
 from paris_ray.bundle import load_expert
@@ -27,18 +36,6 @@ from paris_ray.training.expert import ExpertData, train_expert
 from paris_ray.training.loop import Progress
 from paris_ray.training.router import train_router
 from paris_ray.training.schedule import learning_rate
-
-
-class Stop(Exception):
-    """Stands for a killed process."""
-
-
-def stop_at(step: int) -> Callable[[Progress], None]:
-    def on_progress(progress: Progress) -> None:
-        if progress.step == step:
-            raise Stop
-
-    return on_progress
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,6 @@
 """Losses on held-out rows: what they are, when they come, and that nothing is trained on them."""
 
 import json
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,30 +9,17 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from training_shards import EXPERT, TRAINING, train, write_shard
+from training_shards import EXPERT, TRAINING, Stop, stop_at, train, write_shard
 
 from paris_ray.artifacts import CHECKPOINT, METRICS, Folder, VerifiedFolder
 from paris_ray.bundle import load_expert
 from paris_ray.evaluation.denoising import denoising_losses
 from paris_ray.models import Expert, TextConditioning
 from paris_ray.training.data import load_dataset
-from paris_ray.training.loop import Progress
 from paris_ray.training.validation import MAX_ROWS, NOISE_LEVELS, held_out_validation
 
 NAMES = ("held_out_loss", "held_out_loss_others")
 encode = TextConditioning.from_vectors
-
-
-class Stop(Exception):
-    """Stands for a killed process."""
-
-
-def stop_at(step: int) -> Callable[[Progress], None]:
-    def on_progress(progress: Progress) -> None:
-        if progress.step == step:
-            raise Stop
-
-    return on_progress
 
 
 @pytest.fixture(scope="module")

@@ -236,17 +236,24 @@ def samples_until(points: Sequence[tuple[float, float]], target: float) -> Reach
 
 
 def curves(arms: Sequence[Mapping[str, Any]]) -> dict[str, dict[int, list[tuple[float, float]]]]:
-    """Return of every recipe and seed the points `(samples, held-out accuracy)`, in order."""
+    """Return of every recipe and seed the points `(samples, held-out accuracy)`, in order.
+
+    Seeds of which a shorter or a longer training is missing are left out.
+    """
     found: dict[str, dict[int, list[tuple[float, float]]]] = {}
     for arm in arms:
         if "samples" in arm["tables"]:
             accuracy = _accuracy(arm["drawn"][arm["routing"]], "held_out")
             of_seed = found.setdefault(arm["recipe"], {}).setdefault(arm["seed"], [])
             of_seed.append((arm["samples"], accuracy))
-    return {
-        recipe: {seed: sorted(points) for seed, points in seeds.items()}
-        for recipe, seeds in found.items()
-    }
+    return {recipe: _whole_curves(seeds) for recipe, seeds in found.items()}
+
+
+def _whole_curves(
+    seeds: Mapping[int, Sequence[tuple[float, float]]],
+) -> dict[int, list[tuple[float, float]]]:
+    longest = max(map(len, seeds.values()))
+    return {seed: sorted(points) for seed, points in seeds.items() if len(points) == longest}
 
 
 def mean_curve(seeds: Mapping[int, Sequence[tuple[float, float]]]) -> list[tuple[float, float]]:

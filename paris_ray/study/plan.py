@@ -37,7 +37,8 @@ class Form:
         removed_directions: Principal directions that image features are clustered without.
         shared_shares: Shares of rows of the whole corpus.
         totals: Multiples of `total_steps` that the curve has beside 1.
-        seeds: Runs of the main arms and of those of the curve.
+        seeds: Runs of the main arms.
+        curve_seeds: Runs of those of the curve.
         sweep_seeds: Runs of the others.
     """
 
@@ -54,6 +55,7 @@ class Form:
     shared_shares: tuple[float, ...]
     totals: tuple[Fraction, ...]
     seeds: int
+    curve_seeds: int
     sweep_seeds: int
 
 
@@ -71,6 +73,7 @@ FULL_FORM = Form(
     shared_shares=(0.05, 0.1, 0.25),
     totals=(Fraction(1, 2), Fraction(3)),
     seeds=3,
+    curve_seeds=2,
     sweep_seeds=1,
 )
 SMALL_FORM = Form(
@@ -98,6 +101,7 @@ SMALL_FORM = Form(
     shared_shares=(0.1,),
     totals=(Fraction(1, 2),),
     seeds=1,
+    curve_seeds=1,
     sweep_seeds=1,
 )
 
@@ -194,9 +198,10 @@ def study_arms(config: Config, form: Form) -> list[Arm]:
     Raises:
         ConfigError: if the steps cannot be divided among the experts without a rest.
     """
-    main = _Recipes(config, form, form.seeds)
-    sweep = _Recipes(config, form, form.sweep_seeds)
-    arms = [*_main_arms(main), *_curve_arms(main), *_count_arms(sweep)]
+    main, curve, sweep = (
+        _Recipes(config, form, seeds) for seeds in (form.seeds, form.curve_seeds, form.sweep_seeds)
+    )
+    arms = [*_main_arms(main), *_curve_arms(curve), *_count_arms(sweep)]
     arms += [*_cluster_arms(sweep), *_shared_arms(sweep), *_seed_arms(sweep)]
     return arms
 

@@ -10,6 +10,7 @@ from PIL import Image
 from paris_ray.config import load, with_overrides
 from paris_ray.models.flops import forward_macs, text_length
 from paris_ray.study.numbers import (
+    curves,
     flops_per_picture,
     mean_curve,
     paris_order,
@@ -113,6 +114,12 @@ def test_a_target_is_missed_or_reached_before_the_first_point() -> None:
     assert (missed.samples, missed.best) == (None, 0.79)
     early = samples_until([(100.0, 0.85), (200.0, 0.9)], 0.8)
     assert (early.samples, early.at_most) == (100, True)
+
+
+def test_a_curve_leaves_out_seeds_without_all_of_its_points() -> None:
+    arms = as_published(top_2=0.2, full=0.7)
+    arms.append(arm("dense", 2, {"one model": (0.9, None)}))
+    assert curves(arms)["dense"] == {seed: [(500, 0.2), (1000, 0.6)] for seed in (0, 1)}
 
 
 def test_curves_are_averaged_point_by_point() -> None:

@@ -67,10 +67,10 @@ def test_one_expert_is_the_dense_model_and_it_and_scratch_are_in_every_table() -
     assert shares == {0, 0.05, 0.1, 0.25}
 
 
-def test_main_arms_and_the_curve_have_all_seeds() -> None:
+def test_main_arms_have_more_seeds_than_the_curve() -> None:
     arms = study_arms(study_config(load("quickstart", ["seed=5"])), FULL_FORM)
     seeds = {name: [a.seed for a in arms if a.name == name] for name in ("dense", "scratch-x0.5")}
-    assert set(map(tuple, seeds.values())) == {(5, 6, 7)}
+    assert seeds == {"dense": [5, 6, 7], "scratch-x0.5": [5, 6]}
     assert [arm.seed for arm in arms if arm.name == "scratch-k2"] == [5]
 
 

@@ -5,7 +5,9 @@ r"""One dense model against isolated experts: many small runs, and the page that
 
 Writes docs/study.md, study.json beside it and charts in images/ (`--output`), and the runs to
 run_dir (runs/study, or runs/study_small). Every arm is a run of its own, on encoders and embeddings
-of one: arms that are finished are kept, an interrupted one continues. docs/training.md says more.
+of one: arms that are finished are kept, an interrupted one continues. `--dry-run` lists them. What
+arms decide (experts, steps, clusters, shares, routing) is not taken from the configuration.
+docs/training.md says more.
 """
 
 import argparse
@@ -33,7 +35,8 @@ def main() -> None:
 
 def _study(arguments: argparse.Namespace) -> None:
     # Imported only now: it imports torch, and --help is quick.
-    from paris_ray.study.plan import FULL_FORM, SMALL_FORM, study_arms, study_config
+    from paris_ray.study.forms import FULL_FORM, SMALL_FORM
+    from paris_ray.study.plan import study_arms, study_config
 
     form, output = SMALL_FORM if arguments.small else FULL_FORM, arguments.output
     config = load(arguments.config, [*form.overrides, *arguments.overrides])

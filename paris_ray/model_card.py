@@ -135,7 +135,7 @@ def distilled_card(
         embeddings: Facts of the embeddings: `rows`, `attribution`.
         measured: Facts of the evaluations of the ensemble, first, and of the distilled models.
         sampling: How each of the distilled models draws, by the same names.
-        started_from: SHA-256 of the weights that the ensemble's parts were started from.
+        started_from: SHA-256 of the weights that the ensemble's parts, and it, were started from.
     """
     (own,), _ = bundle.num_parameters()
     theirs, _ = ensemble.num_parameters()
@@ -144,17 +144,20 @@ def distilled_card(
     columns = [("", *measured), ("---", *["---"] * len(measured))]
     columns += [("parameters of the experts", f"{sum(theirs):,}", *[f"{own:,}"] * len(sampling))]
     columns += [("Euler steps", *map(str, steps)), *_compared(measured)]
-    return DISTILLED.format(
-        name=bundle.facts.model_name,
-        parameters=own,
-        num_experts=ensemble.num_experts,
-        ensemble_parameters=sum(theirs),
-        origin=_origin(started_from),
-        use=_use(bundle),
-        rows=embeddings["rows"],
-        attribution=f"\n{embeddings['attribution']}" if embeddings["attribution"] else "",
-        measured="\n".join(f"| {' | '.join(cells)} |" for cells in columns),
-    ) + (ACCURACY)
+    return (
+        DISTILLED.format(
+            name=bundle.facts.model_name,
+            parameters=own,
+            num_experts=ensemble.num_experts,
+            ensemble_parameters=sum(theirs),
+            origin=_origin(started_from),
+            use=_use(bundle),
+            rows=embeddings["rows"],
+            attribution=f"\n{embeddings['attribution']}" if embeddings["attribution"] else "",
+            measured="\n".join(f"| {' | '.join(cells)} |" for cells in columns),
+        )
+        + ACCURACY
+    )
 
 
 def _compared(measured: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, ...]]:

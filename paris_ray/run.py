@@ -40,7 +40,8 @@ class Run:
         self.seed = self.folder / "seed"
         self.router = self.folder / "router"
         name = config.evaluation.name
-        self.evaluation = self.folder / ("evaluation" if name is None else f"evaluations/{name}")
+        self.main_evaluation = self.folder / "evaluation"  # what a bundle tells of
+        self.evaluation = self.folder / f"evaluations/{name}" if name else self.main_evaluation
         self.bundle = self.folder / "bundle"
         self.distilled = self.folder / "distilled"
         self.distilled_bundle = self.distilled / "bundle"

@@ -150,6 +150,8 @@ def check_distillation(config: Config) -> None:
     Raises:
         ConfigError: naming the field, its value and what is allowed.
     """
+    oracle = config.evaluation.oracle
+    _require(not oracle, "evaluation.oracle", oracle, "false: one expert has no choice")
     steps, most = config.distillation.num_inference_steps, config.sampling.num_inference_steps
     if steps is None:
         return
@@ -280,6 +282,8 @@ def _check_evaluation(evaluation: EvaluationConfig) -> None:
     name, allowed = evaluation.name, "letters, digits and _ . - of which a letter or digit is first"
     is_plain = name is None or FOLDER_NAME.fullmatch(name) is not None
     _require(is_plain, "evaluation.name", name, allowed)
+    allowed = "false, or true with an evaluation.name: it is not how the model draws"
+    _require(name is not None or not evaluation.oracle, "evaluation.oracle", True, allowed)
 
 
 def _check_fleet(fleet: FleetConfig) -> None:

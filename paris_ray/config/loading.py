@@ -139,6 +139,7 @@ def local_paths(config: Config) -> dict[str, str]:
         "text.path": config.text.path,
         "features.checkpoint": config.features.checkpoint,
         "codec.path": config.codec.path,
+        "seed_training.init_from": config.seed_training.init_from,
         "training.init_from": config.training.init_from,
         "router_training.init_from": config.router_training.init_from,
         "distil_training.init_from": config.distil_training.init_from,

@@ -93,10 +93,9 @@ def _by_cluster(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _losses(matrix: Sequence[Sequence[float | None]]) -> str:
-    text = (
-        "Mean velocity error of every expert on held-out rows of every cluster. The diagonal is "
-        "what it was trained for; the rest is what it has not forgotten."
-    )
+    text = "Mean velocity error of every expert on held-out rows of every cluster."
+    if len(matrix) > 1:
+        text += " The diagonal is what it was trained for; the rest is what it has not forgotten."
     head = ["expert", *(f"cluster {k}" for k in range(len(matrix[0])))]
     rows = [
         [str(k), *("" if loss is None else f"{loss:.4f}" for loss in losses)]

@@ -41,6 +41,23 @@ def forward_macs(config: ExpertConfig | RouterConfig, text_length: int = CLIP_TE
     return _trunk_macs(config) + _expert_macs(config, text_length)
 
 
+def step_macs(config: Config, experts_asked: float) -> float:
+    """Return the MACs of one sampling step of one picture: experts, and a router if it chooses.
+
+    Text encoder and codec, which are asked once a picture, are left out; text is counted as if it
+    were projected in every step.
+
+    Args:
+        config: Of the run that draws.
+        experts_asked: Mean number of experts that a step asks.
+    """
+    passes = 1 if config.sampling.guidance_scale == 1 else 2
+    macs = experts_asked * passes * forward_macs(config.expert, text_length(config))
+    if config.cluster.num_clusters > 1 and not config.evaluation.oracle:
+        macs += forward_macs(config.router)
+    return macs
+
+
 def training_flops_per_image(
     config: ExpertConfig | RouterConfig, text_length: int = CLIP_TEXT_LENGTH
 ) -> int:

@@ -21,7 +21,7 @@ from paris_ray.export import open_student, open_trained_parts, student_sampling,
 from paris_ray.model_card import distilled_card
 from paris_ray.pipeline.evaluate import evaluate
 from paris_ray.pipeline.experts import train_and_draw
-from paris_ray.pipeline.export import started_from
+from paris_ray.pipeline.export import expert_manifests, started_from
 from paris_ray.pipeline.placement import on_reserved_device, placed
 from paris_ray.pipeline.progress import Task, follow
 from paris_ray.pipeline.stage import Stage, start_parent
@@ -30,7 +30,6 @@ from paris_ray.run import (
     CLUSTERS,
     DISTILLED,
     EMBEDDINGS,
-    EXPERT,
     EXPERT_WEIGHTS,
     FEW_STEP,
     SEED,
@@ -41,13 +40,11 @@ from paris_ray.sampling.sampler import sampling_options
 from paris_ray.sampling.teacher import EnsembleTeacher
 from paris_ray.seeding import derive_seed
 from paris_ray.training.distil import (
-    Lesson,
     few_steps,
-    train_student,
     velocities,
     write_single_router,
 )
-from paris_ray.training.expert import ExpertData
+from paris_ray.training.expert import ExpertData, Lesson, train_expert
 
 logger = logging.getLogger("paris_ray")
 
@@ -139,7 +136,7 @@ def train_one_student(setup: Config, name: str, inputs: Mapping[str, str]) -> di
         name=f"distilled-{name}",
         seed=derive_seed(setup.seed, f"distilled {name}"),
         output=output / "expert_0",
-        train=partial(train_student, lesson=_lesson(run)),
+        train=partial(train_expert, lesson=_lesson(run)),
     )
     write_single_router(setup.expert, output / "router")
     return report
@@ -159,9 +156,8 @@ def _in_few_steps(config: Config) -> Config:
     steps = config.distillation.num_inference_steps
     assert steps is not None
     sampling = replace(config.sampling, num_inference_steps=steps)
-    return replace(
-        config, sampling=sampling, evaluation=replace(config.evaluation, name="in_few_steps")
-    )
+    evaluation = replace(config.evaluation, name=f"in_{steps}_steps")
+    return replace(config, sampling=sampling, evaluation=evaluation)
 
 
 def _publish(run: Run, name: str, measured: Mapping[str, Mapping[str, Any]]) -> None:
@@ -178,14 +174,14 @@ def _publish(run: Run, name: str, measured: Mapping[str, Mapping[str, Any]]) -> 
     if stage.finished() is not None:
         return
     bundle = open_student(run, name)
-    experts = [read_manifest(run.expert(k), EXPERT) for k in range(run.num_experts)]
+    student = read_manifest(run.student(STUDENT), DISTILLED)
     card = distilled_card(
         bundle,
         open_trained_parts(run),
         embeddings=read_manifest(run.embeddings, EMBEDDINGS).facts,
         measured=measured,
         sampling={n: _sampling(run.config, n) for n in measured if n != ENSEMBLE},
-        started_from=started_from(run, experts),
+        started_from=started_from(run, expert_manifests(run) | {STUDENT: student}),
     )
     stage.begin()
     write_bundle(bundle, run.distilled_bundle, model_card=card)

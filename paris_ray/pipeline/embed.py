@@ -21,13 +21,13 @@ from paris_ray.corpora import HeldOut, Shard, find_duplicates, held_out_rule, op
 from paris_ray.embeddings import num_rows, part_names, read_table
 from paris_ray.errors import CorpusError
 from paris_ray.pipeline.embedders import FeatureEmbedder, LatentEmbedder, TextEmbedder
+from paris_ray.pipeline.encoders import SECTIONS
 from paris_ray.pipeline.shards import ShardReader, ShardWriter, shard_of
 from paris_ray.pipeline.stage import Stage
 from paris_ray.run import EMBEDDINGS, Run
 
 logger = logging.getLogger("paris_ray")
 
-SECTIONS = ("seed", "corpus", "text", "features", "codec")
 # Small, since readers and writers share a small machine with the encoders' actors; and unlike the
 # encoders' default, else Ray Data would fuse reading into the text encoder's actor.
 TASK_CPUS = 0.3

@@ -22,7 +22,8 @@ from paris_ray.pipeline.stage import Stage
 from paris_ray.run import ENCODERS, Run
 from paris_ray.seeding import derive_seed
 
-SECTIONS = ("seed", "corpus", "text", "features", "codec")
+PREPARED = ("corpus", "text", "features", "codec")  # what decides encoders and embeddings
+SECTIONS = ("seed", *PREPARED)
 
 
 def prepare_encoders(config: Config) -> Manifest:

@@ -1,6 +1,6 @@
 """Export: the trained parts as one model folder, with a card of measured numbers only."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from paris_ray.artifacts import MANIFEST, Manifest, read_manifest
 from paris_ray.bundle import Bundle
@@ -45,31 +45,36 @@ def export(config: Config) -> None:
 
 def _evaluation(run: Run, parents: Mapping[str, str]) -> Manifest | None:
     """Return the evaluation of these very parts, or None if none was made."""
-    if not run.evaluation.exists(MANIFEST):
+    folder = run.main_evaluation
+    if not folder.exists(MANIFEST):
         return None
-    evaluation = read_manifest(run.evaluation, EVALUATION)
+    evaluation = read_manifest(folder, EVALUATION)
     if any(evaluation.parents.get(name) != digest for name, digest in parents.items()):
-        raise ArtifactError(f"{run.evaluation.uri} is of other experts: delete it, evaluate again")
+        raise ArtifactError(f"{folder.uri} is of other experts: delete it, evaluate again")
     return evaluation
 
 
 def _card(run: Run, bundle: Bundle, evaluation: Manifest | None) -> str:
-    experts = [read_manifest(run.expert(k), EXPERT) for k in range(run.num_experts)]
+    experts = expert_manifests(run)
     return model_card(
         bundle,
         embeddings=read_manifest(run.embeddings, EMBEDDINGS).facts,
         cluster_sizes=list(read_manifest(run.clusters, CLUSTERS).facts["sizes"]),
         router=read_manifest(run.router, ROUTER).facts,
-        losses=[expert.facts["loss"] for expert in experts],
+        losses=[expert.facts["loss"] for expert in experts.values()],
         started_from=started_from(run, experts),
         evaluation=None if evaluation is None else evaluation.facts,
     )
 
 
-def started_from(run: Run, experts: Sequence[Manifest]) -> dict[str, str]:
+def expert_manifests(run: Run) -> dict[str, Manifest]:
+    """Return the manifests of all experts, by part."""
+    return {f"expert_{k}": read_manifest(run.expert(k), EXPERT) for k in range(run.num_experts)}
+
+
+def started_from(run: Run, parts: Mapping[str, Manifest]) -> dict[str, str]:
     """Return the digests of the weights of elsewhere that parts started from, by part."""
-    parents = {f"expert_{k}": expert.parents for k, expert in enumerate(experts)}
-    starts = {name: p["init"] for name, p in parents.items() if "init" in p}
+    starts = {name: m.parents["init"] for name, m in parts.items() if "init" in m.parents}
     if run.config.seed_training.steps:
         seed = read_manifest(run.seed, SEED)
         own = seed.files[EXPERT_WEIGHTS]

@@ -10,7 +10,7 @@ from paris_ray.evaluation.summary import headline
 from paris_ray.pipeline.cluster import prepare_clusters
 from paris_ray.pipeline.distil import distil
 from paris_ray.pipeline.embed import prepare_embeddings
-from paris_ray.pipeline.encoders import prepare_encoders
+from paris_ray.pipeline.encoders import PREPARED, prepare_encoders
 from paris_ray.pipeline.evaluate import evaluate
 from paris_ray.pipeline.experts import train_experts
 from paris_ray.pipeline.export import export
@@ -21,9 +21,6 @@ from paris_ray.run import EMBEDDINGS, EVALUATION, Run
 from paris_ray.sampling.routing import parse_routing
 
 logger = logging.getLogger("paris_ray")
-
-# What decides encoders and embeddings, beside the seed.
-PREPARED = ("corpus", "text", "features", "codec")
 
 
 def prepare(config: Config) -> None:

@@ -23,9 +23,11 @@ from paris_ray.pipeline.encoders import prepare_encoders
 from paris_ray.pipeline.evaluate import evaluate
 from paris_ray.pipeline.stages import run
 from paris_ray.run import ROUTER, Run
-from paris_ray.study.numbers import arm_numbers, paris_order, samples_to_target
+from paris_ray.study.forms import Form
+from paris_ray.study.numbers import arm_numbers, samples_to_target
+from paris_ray.study.order import paris_order
 from paris_ray.study.page import draw_charts, study_page
-from paris_ray.study.plan import Arm, Form, study_arms, study_config
+from paris_ray.study.plan import Arm, study_arms, study_config
 
 logger = logging.getLogger("paris_ray")
 

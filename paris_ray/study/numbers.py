@@ -1,4 +1,4 @@
-"""From evaluations of arms to what a study says: rows, curves, and the order of the paper."""
+"""From evaluations of arms to what a study says of them: rows of tables, and curves."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -6,14 +6,10 @@ from itertools import pairwise
 from typing import Any
 
 from paris_ray.config import Config
-from paris_ray.models.flops import forward_macs, text_length, training_flops_per_image
-from paris_ray.study.plan import DENSE, FULL, ONE_MODEL, PAPER, SCRATCH, SEEDED, TOP_1, TOP_2, Arm
+from paris_ray.models.flops import step_macs, text_length, training_flops_per_image
+from paris_ray.study.plan import Arm
 
 TARGET = 0.8  # attribute accuracy of the headline
-# FID-50K of B/2, lower is better: Paris, arXiv 2510.03434.
-PUBLISHED = {ONE_MODEL: 29.64, TOP_1: 30.60, TOP_2: 22.60, FULL: 47.89}
-REPRODUCED, NOT_REPRODUCED, UNDECIDED = "reproduced", "not reproduced", "undecided"
-NOT_MEASURED = "not measured"
 KEPT = (
     "captions",
     "attributes",
@@ -23,21 +19,6 @@ KEPT = (
     "coverage",
     "caption_recall",
 )
-MEASURES = ("held-out error", "held-out Frechet", "shown Frechet")
-
-
-def flops_per_picture(config: Config, experts_asked: float) -> float:
-    """Return the FLOPs of drawing one picture: experts, and the router where there is a choice.
-
-    Args:
-        config: Of the evaluation.
-        experts_asked: Mean number of experts that a step asked.
-    """
-    passes = 1 if config.sampling.guidance_scale == 1 else 2
-    macs = experts_asked * passes * forward_macs(config.expert, text_length(config))
-    if config.cluster.num_clusters > 1 and not config.evaluation.oracle:
-        macs += forward_macs(config.router)
-    return 2 * macs * config.sampling.num_inference_steps
 
 
 def arm_numbers(
@@ -61,6 +42,7 @@ def arm_numbers(
     routed = 0 if arm.num_experts == 1 else router_training.steps * router_training.batch_size
     return {
         **asdict(arm),
+        "total_steps": arm.total_steps,
         "samples": samples,
         "router_samples": routed,
         "training_flops": flops + routed * training_flops_per_image(config.router),
@@ -75,7 +57,9 @@ def _evaluation_numbers(config: Config, facts: Mapping[str, Any]) -> dict[str, A
     return {
         "steps": config.sampling.num_inference_steps,
         "experts_asked": facts["experts_asked"],
-        "flops_per_picture": flops_per_picture(config, facts["experts_asked"]),
+        "flops_per_picture": 2
+        * step_macs(config, facts["experts_asked"])
+        * config.sampling.num_inference_steps,
         "memorisation": facts["memorisation"],
         **{split: {k: v[k] for k in KEPT if k in v} for split, v in splits.items()},
     }
@@ -153,7 +137,14 @@ def _spread_if_known(values: Sequence[float | None]) -> Spread | None:
     return _spread(known) if len(known) == len(values) else None
 
 
-def _accuracy(drawn: Mapping[str, Any], split: str) -> float:
+def mean_if_known(values: Sequence[float | None]) -> float | None:
+    """Return the mean of numbers; None if one was not measured."""
+    found = _spread_if_known(values)
+    return None if found is None else found.mean
+
+
+def accuracy(drawn: Mapping[str, Any], split: str) -> float:
+    """Return the share of a split's captions of which everything is right."""
     return float(drawn[split]["attributes"]["all"]["mean"])
 
 
@@ -178,17 +169,16 @@ def rows(arms: Sequence[Mapping[str, Any]], table: str) -> list[Row]:
 def _row(seeds: Sequence[Mapping[str, Any]], drawing: str) -> Row:
     arm, drawn = seeds[0], [arm["drawn"][drawing] for arm in seeds]
     held_out = [each["held_out"]["attributes"]["all"] for each in drawn]
-    total = arm["seed_steps"] + arm["num_experts"] * arm["expert_steps"]
     return Row(
         arm=arm["name"],
         drawing=drawing,
         num_experts=arm["num_experts"],
-        seed_share=arm["seed_steps"] / total,
+        seed_share=arm["seed_steps"] / arm["total_steps"],
         samples=arm["samples"],
         seeds=len(seeds),
-        held_out=_spread([_accuracy(each, "held_out") for each in drawn]),
+        held_out=_spread([accuracy(each, "held_out") for each in drawn]),
         held_out_interval=(_mean(x["low"] for x in held_out), _mean(x["high"] for x in held_out)),
-        shown=_spread([_accuracy(each, "shown") for each in drawn]),
+        shown=_spread([accuracy(each, "shown") for each in drawn]),
         held_out_error=_spread([_pixel_error(each, "held_out") for each in drawn]),
         shown_error=_spread([_pixel_error(each, "shown") for each in drawn]),
         held_out_frechet=_spread_if_known([each["held_out"].get("frechet") for each in drawn]),
@@ -243,9 +233,9 @@ def curves(arms: Sequence[Mapping[str, Any]]) -> dict[str, dict[int, list[tuple[
     found: dict[str, dict[int, list[tuple[float, float]]]] = {}
     for arm in arms:
         if "samples" in arm["tables"]:
-            accuracy = _accuracy(arm["drawn"][arm["routing"]], "held_out")
+            right = accuracy(arm["drawn"][arm["routing"]], "held_out")
             of_seed = found.setdefault(arm["recipe"], {}).setdefault(arm["seed"], [])
-            of_seed.append((arm["samples"], accuracy))
+            of_seed.append((arm["samples"], right))
     return {recipe: _whole_curves(seeds) for recipe, seeds in found.items()}
 
 
@@ -275,79 +265,3 @@ def samples_to_target(arms: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, 
         }
         for recipe, seeds in curves(arms).items()
     }
-
-
-# --- the order of the paper ----------------------------------------------------------------------
-
-
-def published_relations() -> list[tuple[str, str]]:
-    """Return all pairs of ways to draw of which the paper has the first better than the second."""
-    order = sorted(PUBLISHED, key=PUBLISHED.__getitem__)
-    return [(a, b) for i, a in enumerate(order) for b in order[i + 1 :]]
-
-
-def paris_order(arms: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return, of arms that are drawn in all four ways, which published relations hold.
-
-    A relation is reproduced if it holds in every seed, not reproduced if in none, else undecided.
-    """
-    found = []
-    for name in (PAPER, SCRATCH, SEEDED):
-        for measure in MEASURES:
-            seeds = _four_ways(arms, name, measure)
-            if seeds:
-                found.append({"arm": name, "measure": measure, **_order(seeds)})
-    return found
-
-
-def _four_ways(
-    arms: Sequence[Mapping[str, Any]], name: str, measure: str
-) -> list[dict[str, float | None]]:
-    """Return of every seed the measure of the four ways that the paper compares."""
-    dense = {arm["seed"]: arm for arm in arms if arm["name"] == DENSE}
-    experts = [arm for arm in arms if arm["name"] == name and arm["seed"] in dense]
-    return [
-        {ONE_MODEL: _measure(dense[arm["seed"]]["drawn"][ONE_MODEL], measure)}
-        | {way: _measure(arm["drawn"][way], measure) for way in PUBLISHED if way != ONE_MODEL}
-        for arm in experts
-    ]
-
-
-def _measure(drawn: Mapping[str, Any], measure: str) -> float | None:
-    """Return a measure of which less is better; None if it was not taken."""
-    split = "shown" if measure.startswith("shown") else "held_out"
-    if measure.endswith("error"):
-        return 1 - _accuracy(drawn, split)
-    found: float | None = drawn[split].get("frechet")
-    return found
-
-
-def _order(seeds: Sequence[Mapping[str, float | None]]) -> dict[str, Any]:
-    means = {way: _spread_if_known([seed[way] for seed in seeds]) for way in PUBLISHED}
-    relations = []
-    for better, worse in published_relations():
-        pairs = [(seed[better], seed[worse]) for seed in seeds]
-        known = [(a, b) for a, b in pairs if a is not None and b is not None]
-        holds = sum(a < b for a, b in known)
-        opposite = sum(a > b for a, b in known)
-        relations.append(
-            {
-                "better": better,
-                "worse": worse,
-                "holds": holds,
-                "seeds": len(known),
-                "verdict": _verdict(holds, opposite, len(known)),
-            }
-        )
-    return {
-        "means": {way: None if spread is None else spread.mean for way, spread in means.items()},
-        "relations": relations,
-    }
-
-
-def _verdict(holds: int, opposite: int, count: int) -> str:
-    if count == 0:
-        return NOT_MEASURED
-    if holds == count:
-        return REPRODUCED
-    return NOT_REPRODUCED if opposite == count else UNDECIDED

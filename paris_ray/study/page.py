@@ -5,16 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from paris_ray.charts import line_chart
-from paris_ray.study.numbers import (
-    PUBLISHED,
-    REPRODUCED,
-    TARGET,
-    Row,
-    Spread,
-    curves,
-    mean_curve,
-    rows,
-)
+from paris_ray.study.numbers import TARGET, Row, Spread, curves, mean_curve, rows
+from paris_ray.study.order import PUBLISHED, REPRODUCED
 from paris_ray.study.plan import DENSE, PAPER, SCRATCH, SEEDED
 
 NONE = "-"
@@ -41,8 +33,9 @@ TABLES = {
     "routing": (
         "Routing, and equal FLOPs a picture",
         "The same experts, drawn in other ways. The dense model is also drawn in so many steps "
-        "that a picture costs what experts cost with top-1, top-2 and full. `oracle` asks the "
-        "expert of the caption's own cluster, without the router.",
+        "that a picture costs as much as 1, 2 and all experts and the router, if a step asks them; "
+        "how many it asked is in the column. `oracle` asks the expert of the caption's own "
+        "cluster, without the router.",
     ),
     "samples": (
         "Samples to quality",
@@ -56,10 +49,13 @@ which of the paper's relations hold.
 
 It cannot show the paper's numbers: corpus, size, image model and number of pictures are others,
 and a Frechet distance of so few pictures is too large for all alike. K experts have K times the
-parameters of the dense model; samples and FLOPs a picture are equal, memory is not. A picture of
+parameters of the dense model. Samples in training are equal; FLOPs a picture are in the column, and
+equal only in the rows of the dense model that say so. They are those of experts and router, without
+text encoder and codec, with the text projected anew in every step. A picture of
 {size} pixels is learnt from few samples, so experts here may lack samples where larger ones would
 lack capacity. The router's samples are not counted with the experts', its FLOPs are. Seeds change
-clusters, first weights, order and noise; held-out rows and encoders are the same in all. An
+clusters, first weights, order, noise and which captions are drawn; held-out rows and encoders are
+the same in all. An
 interval is over captions and does not know of seeds; a row of one seed has no spread. Differences
 smaller than the spread of the arms with several seeds say nothing."""
 
@@ -122,6 +118,7 @@ def _chart(link: str, name: str) -> str:
 def _intro(study: Mapping[str, Any]) -> str:
     arms = study["arms"]
     drawn = arms[0]["drawn"][arms[0]["routing"]]
+    paper = f"; `{PAPER}` also clusters what the paper clusters"
     return (
         f"Written by `{study['command']}`, the {study['form']} form; nothing here is typed. "
         f"{len(arms)} runs, seeds {_range(arm['seed'] for arm in arms)}; {study['samples']:,} "
@@ -130,7 +127,7 @@ def _intro(study: Mapping[str, Any]) -> str:
         f"{drawn['shown']['captions']} that were trained on. *Right*: all attributes of the "
         "caption, as [evaluation.md](evaluation.md) has it; *RMSE*: of pixels, to the "
         "caption's own picture, in levels of 255. `scratch` is the paper's way, the "
-        f"control of every table; `{PAPER}` also clusters what the paper clusters."
+        f"control of every table{paper if any(arm['name'] == PAPER for arm in arms) else ''}."
     )
 
 
@@ -162,7 +159,7 @@ def _reached(found: Mapping[str, Any]) -> str:
 def _comparison(found: Sequence[Row]) -> str:
     """Say which arms draw better than the dense model, and which control is where."""
     dense, scratch = (next(row for row in found if row.arm == name) for name in (DENSE, SCRATCH))
-    others = [row for row in found if row.arm != DENSE]
+    others = [row for row in found if row.num_experts > 1]
     ahead = [f"`{row.arm}`" for row in others if row.held_out.low > dense.held_out.high]
     best = max(others, key=lambda row: row.held_out.mean)
     nearer = [f"`{row.arm}`" for row in others if row.shown_error.high < dense.shown_error.low]
@@ -170,11 +167,11 @@ def _comparison(found: Sequence[Row]) -> str:
     return (
         f"Held-out, all right: dense {dense.held_out.mean:.3f}, experts from scratch "
         f"{scratch.held_out.mean:.3f}, the best arm with experts `{best.arm}` "
-        f"{best.held_out.mean:.3f}. Ahead of the dense model in every seed: "
+        f"{best.held_out.mean:.3f}. With the lowest run above the dense model's highest: "
         f"{', '.join(ahead) or 'none'}. RMSE to pictures that were trained on: dense "
         f"{dense.shown_error.mean:.1f}, experts from scratch {scratch.shown_error.mean:.1f}, the "
-        f"nearest arm with experts `{nearest.arm}` {nearest.shown_error.mean:.1f}. Nearer than the "
-        f"dense model in every seed: {', '.join(nearer) or 'none'}."
+        f"nearest arm with experts `{nearest.arm}` {nearest.shown_error.mean:.1f}. With the "
+        f"farthest run nearer than the dense model's nearest: {', '.join(nearer) or 'none'}."
     )
 
 
@@ -183,27 +180,30 @@ def _table_part(arms: Sequence[Mapping[str, Any]], name: str, features: str) -> 
     found = rows(arms, name)
     parts = [f"## {title}", text.format(features=features), _table(found, name)]
     if name == "routing":
-        parts.append(_temperatures(arms))
-    else:
+        parts.append(_certainty(arms))
+    elif name != "samples":
         parts.append(_comparison(found))
     return "\n\n".join(parts)
 
 
-def _temperatures(arms: Sequence[Mapping[str, Any]]) -> str:
-    """Say how sure routers were: what `full` depends on."""
+def _certainty(arms: Sequence[Mapping[str, Any]]) -> str:
+    """Say how sure routers were, which decides what routings differ in."""
     routed = [arm for arm in arms if "routing" in arm["tables"] and arm["num_experts"] > 1]
     said = [
         f"`{arm['name']}`, seed {arm['seed']}: {_number(arm['router_temperature'], 2)}"
         for arm in routed
     ]
-    return f"Temperatures fitted to the routers on held-out rows: {'; '.join(said)}."
+    return (
+        f"Temperatures fitted to the routers on held-out rows: {'; '.join(said)}. A surer router "
+        "has a lower one; where every way asked one expert, all draw the same pictures."
+    )
 
 
 def _table(found: Sequence[Row], name: str) -> str:
     head = ["arm", "drawn", "K", "seed", "samples", "runs", "held-out right", "lowest to highest"]
     head += ["95 % over captions", "trained-on right", "RMSE held-out", "RMSE trained-on"]
     head += ["Frechet held-out", "Frechet trained-on"]
-    head += ["experts a step", "MFLOP a picture", "training PFLOP"]
+    head += ["experts a step", "MFLOP a picture", "training TFLOP"]
     return _markdown([head, *map(_cells, found)])
 
 
@@ -226,7 +226,7 @@ def _cells(row: Row) -> list[str]:
         _number(_mean(row.shown_frechet), 4),
         f"{row.experts_asked:.2f}",
         f"{row.flops_per_picture / 1e6:,.0f}",
-        f"{row.training_flops / 1e15:.3f}",
+        f"{row.training_flops / 1e12:,.0f}",
     ]
 
 
@@ -244,7 +244,8 @@ def _paris(orders: Sequence[Mapping[str, Any]]) -> str:
         f"Paris (arXiv 2510.03434) has, as FID of its B/2 study: {published}; lower is better. "
         "Here *error* is the share of captions of which something is wrong. A relation is "
         "reproduced if it holds in every seed, not reproduced if it is the other way round in "
-        "every seed, and undecided otherwise."
+        "every seed, the same if both ways are equal in every seed, undecided otherwise; in "
+        "brackets: seeds in which it holds, in which the opposite does, and all."
     )
     if not orders:
         return intro
@@ -257,7 +258,7 @@ def _paris(orders: Sequence[Mapping[str, Any]]) -> str:
             order["measure"],
             *(_number(order["means"][way], 4) for way in PUBLISHED),
             *(
-                f"{each['verdict']} ({each['holds']}/{each['seeds']})"
+                f"{each['verdict']} ({each['holds']}, {each['opposite']} of {each['seeds']})"
                 for each in order["relations"]
             ),
         ]

@@ -6,104 +6,19 @@ shorter and longer ones that a curve is made of.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 
 from paris_ray.config import Config, with_overrides
 from paris_ray.errors import ConfigError
-from paris_ray.models.flops import forward_macs, text_length
+from paris_ray.models.flops import step_macs
+from paris_ray.study.forms import Form
 
 DENSE, SCRATCH, SEEDED, PAPER = "dense", "scratch", "seeded", "scratch-image"
 # Every table has one dense model and the experts from scratch beside what it varies.
 CONTROLS = ("experts", "clusters", "shared", "seed", "samples")
 ONE_MODEL, TOP_1, TOP_2, FULL = "one model", "top-1", "top-2", "full"
 ORACLE, THRESHOLD, ADAPTIVE = "oracle", "threshold:0.1", "top-p:0.9"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Form:
-    """How large a study is.
-
-    Attributes:
-        name: What it is called.
-        overrides: Of the configuration that it is given, before a user's own.
-        total_steps: Optimiser steps of an arm: of the seed and all experts, not of the router.
-        num_experts: K of all tables but the first.
-        expert_counts: Other K of the first table, from scratch and from a seed.
-        seed_share: Share of the samples that the seed has, in arms that have one.
-        seed_shares: Others.
-        rate_factors: Multiples of the experts' learning rate, after a seed.
-        features: What else may be clustered than the configuration has it.
-        removed_directions: Principal directions that image features are clustered without.
-        shared_shares: Shares of rows of the whole corpus.
-        totals: Multiples of `total_steps` that the curve has beside 1.
-        seeds: Runs of the main arms.
-        curve_seeds: Runs of those of the curve.
-        sweep_seeds: Runs of the others.
-    """
-
-    name: str
-    overrides: tuple[str, ...]
-    total_steps: int
-    num_experts: int
-    expert_counts: tuple[int, ...]
-    seed_share: Fraction
-    seed_shares: tuple[Fraction, ...]
-    rate_factors: tuple[float, ...]
-    features: tuple[str, ...]
-    removed_directions: int
-    shared_shares: tuple[float, ...]
-    totals: tuple[Fraction, ...]
-    seeds: int
-    curve_seeds: int
-    sweep_seeds: int
-
-
-FULL_FORM = Form(
-    name="full",
-    overrides=("run_dir=runs/study",),
-    total_steps=2048,  # the curve ends at three times as many: what the quickstart trains
-    num_experts=8,
-    expert_counts=(2, 4, 16),
-    seed_share=Fraction(1, 4),
-    seed_shares=(Fraction(1, 8), Fraction(1, 2)),
-    rate_factors=(0.5, 0.25),
-    features=("image", "caption", "both"),
-    removed_directions=4,
-    shared_shares=(0.05, 0.1, 0.25),
-    totals=(Fraction(1, 2), Fraction(3)),
-    seeds=3,
-    curve_seeds=2,
-    sweep_seeds=1,
-)
-SMALL_FORM = Form(
-    name="small",
-    overrides=(
-        "run_dir=runs/study_small",
-        "corpus.limit=1024",
-        "features.steps=30",
-        "expert.num_layers=2",
-        "expert.hidden_size=64",
-        "router.hidden_size=48",
-        "router_training.steps=60",
-        "evaluation.max_captions=64",
-        "evaluation.max_gallery=512",
-        "evaluation.num_tasks=1",
-    ),
-    total_steps=256,
-    num_experts=4,
-    expert_counts=(2,),
-    seed_share=Fraction(1, 4),
-    seed_shares=(Fraction(1, 2),),
-    rate_factors=(0.5,),
-    features=("image",),
-    removed_directions=4,
-    shared_shares=(0.1,),
-    totals=(Fraction(1, 2),),
-    seeds=1,
-    curve_seeds=1,
-    sweep_seeds=1,
-)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -166,6 +81,7 @@ def study_config(config: Config) -> Config:
     """
     if config.experts:
         raise ConfigError(f"experts={config.experts} is not allowed: a study compares like experts")
+    _check_left_to_arms(config)
     for key, value in (
         ("corpus.attributes", config.corpus.attributes),
         ("corpus.held_out_share", config.corpus.held_out_share),
@@ -186,6 +102,25 @@ def study_config(config: Config) -> Config:
             "sampling.routing=top-1",
         ],
     )
+
+
+def _check_left_to_arms(config: Config) -> None:
+    """Refuse what would make an arm another one than its name says."""
+    for key, value in (
+        ("prepared_from", config.prepared_from),
+        ("seed_training.init_from", config.seed_training.init_from),
+        ("training.init_from", config.training.init_from),
+        ("router_training.init_from", config.router_training.init_from),
+        ("evaluation.name", config.evaluation.name),
+    ):
+        if value is not None:
+            raise ConfigError(f"{key}={value!r} is not allowed: the arms of a study decide it")
+    for key, given in (
+        ("cluster.features=random", config.cluster.features == "random"),
+        ("evaluation.oracle=true", config.evaluation.oracle),
+    ):
+        if given:
+            raise ConfigError(f"{key} is not allowed: an arm of a study does it")
 
 
 def study_arms(config: Config, form: Form) -> list[Arm]:
@@ -260,8 +195,8 @@ class _Recipes:
 def _whole(name: str, steps: Fraction) -> int:
     if steps.denominator != 1:
         raise ConfigError(
-            f"arm {name}: {float(steps):g} steps are not a whole number: choose a total_steps that "
-            "shares and numbers of experts divide"
+            f"arm {name}: {float(steps):g} steps are not a whole number: shares and numbers of "
+            "experts must divide the form's total_steps"
         )
     return int(steps)
 
@@ -269,10 +204,10 @@ def _whole(name: str, steps: Fraction) -> int:
 def _main_arms(recipes: _Recipes) -> list[Arm]:
     """One model, experts from scratch, from a seed, of random clusters, and as the paper's."""
     share, routings = recipes.form.seed_share, routing_drawings()
-    as_dear = equal_flops_drawings(recipes.config, recipes.form.num_experts)
+    equal_flops = equal_flops_drawings(recipes.config, recipes.form.num_experts)
     random, image = ["cluster.features=random"], ["cluster.features=image"]
     return [
-        *recipes.arms(DENSE, (*CONTROLS, "routing"), count=1, drawings=as_dear),
+        *recipes.arms(DENSE, (*CONTROLS, "routing"), count=1, drawings=equal_flops),
         *recipes.arms(SCRATCH, (*CONTROLS, "routing"), drawings=routings),
         *recipes.arms(SEEDED, (*CONTROLS, "routing"), share=share, drawings=routings),
         *recipes.arms("scratch-random", ["clusters"], overrides=random),
@@ -315,16 +250,18 @@ def routing_drawings() -> list[Drawing]:
 
 
 def equal_flops_drawings(config: Config, num_experts: int) -> list[Drawing]:
-    """Return ways to draw with one model that cost what routed experts cost, in more steps."""
-    expert = forward_macs(config.expert, text_length(config))
-    router = forward_macs(config.router)
-    passes = 1 if config.sampling.guidance_scale == 1 else 2
+    """Return ways to draw with one model, in more steps, that cost as much as experts.
+
+    As 1, 2 and all of them, each asked in every step, and the router.
+    """
+    alone = step_macs(replace(config, cluster=replace(config.cluster, num_clusters=1)), 1)
     drawings = []
     for name, asked in ((TOP_1, 1), (TOP_2, 2), (FULL, num_experts)):
-        share = (asked * passes * expert + router) / (passes * expert)
+        share = step_macs(config, asked) / alone
         steps = round(config.sampling.num_inference_steps * share)
         overrides = (f"sampling.num_inference_steps={steps}", f"evaluation.name=as-{name}")
-        drawings.append(Drawing(name=f"{ONE_MODEL}, {steps} steps", overrides=overrides))
+        said = f"{ONE_MODEL}, {steps} steps: as {asked} experts"
+        drawings.append(Drawing(name=said, overrides=overrides))
     return drawings
 
 

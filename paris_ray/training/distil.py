@@ -12,28 +12,20 @@ Salimans and Ho 2022 (arXiv:2202.00512), here on the straight path and all halvi
 the guidance in it, Meng et al. 2022 (arXiv:2210.03142).
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import safetensors.torch
 import torch
 from torch import Tensor
 
 from paris_ray.artifacts import Folder
-from paris_ray.config import ExpertConfig, RouterConfig, TrainingConfig
-from paris_ray.devices import resolve_device
-from paris_ray.diffusion import PathSample, denoising_loss, sample_path
-from paris_ray.models import Expert, Router, TextConditioning
+from paris_ray.config import ExpertConfig, RouterConfig
+from paris_ray.models import Router, TextConditioning
 from paris_ray.models.release import write_document
 from paris_ray.run import MODEL_CONFIG, ROUTER_WEIGHTS
-from paris_ray.training.data import Batch, batches, load_dataset
-from paris_ray.training.expert import ExpertData
-from paris_ray.training.loop import OnProgress, build_seeded
-from paris_ray.training.schedule import with_steps
-from paris_ray.training.text import text_reader
-from paris_ray.training.trainer import DrawSamples, train_model
-from paris_ray.training.validation import held_out_validation
+from paris_ray.training.data import Batch
+from paris_ray.training.expert import Lesson
+from paris_ray.training.loop import build_seeded
 
 ROUTED = -1  # in place of a row's cluster: the target is the routed mixture
 
@@ -53,22 +45,6 @@ class Teacher(Protocol):
         self, latents: Tensor, t: Tensor, text: TextConditioning, num_steps: int
     ) -> Tensor:
         """Return the mean velocity of the next Euler steps of the sampler."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Lesson:
-    """What a student is taught.
-
-    Attributes:
-        prepare: From the share of the training that is done, in [0, 1), and the batch drawn to the
-            batch that is learnt from.
-        target: From a batch's noisy latents, times, text and clusters to the velocities to learn.
-        identity: What tells this lesson from others.
-    """
-
-    prepare: Callable[[float, Batch], Batch]
-    target: Callable[[Tensor, Tensor, TextConditioning, Tensor], Tensor]
-    identity: Mapping[str, Any]
 
 
 def velocities(teacher: Teacher, routed_share: float) -> Lesson:
@@ -119,73 +95,6 @@ def few_steps(teacher: Teacher, num_inference_steps: int, num_teacher_steps: int
 def round_up(t: Tensor, num_steps: int) -> Tensor:
     """Return the least of 1 / num_steps, 2 / num_steps ... 1 that is not below each `t (B,)`."""
     return (t * num_steps).ceil().clamp(min=1) / num_steps
-
-
-def distillation_loss(
-    student: Expert, batch: Batch, text: TextConditioning, lesson: Lesson
-) -> Tensor:
-    """Return the student's loss, a scalar: as an expert's, with the lesson's velocity for target.
-
-    It is 0 for a student that answers what the lesson says.
-
-    Args:
-        student: The network.
-        batch: What `lesson.prepare` returned.
-        text: Its conditioning.
-        lesson: What is taught.
-    """
-    path = sample_path(batch.latents, batch.noise, batch.t)
-    target = lesson.target(path.x_t, path.t, text, batch.clusters)
-    return denoising_loss(student, PathSample(path.t, path.x_t, target), text)
-
-
-def train_student(
-    expert_config: ExpertConfig,
-    config: TrainingConfig,
-    *,
-    lesson: Lesson,
-    data: ExpertData,
-    seed: int,
-    output: Folder,
-    on_progress: OnProgress,
-    text_encoder: Folder | None = None,
-    draw_samples: DrawSamples[Expert] | None = None,
-) -> None:
-    """Train a student and write its averaged weights, in the released layout.
-
-    Args:
-        expert_config: Architecture.
-        config: Hyper-parameters.
-        lesson: What is taught; its teacher is on the device of the training.
-        data: Shards of all clusters, in the order of the experts, the digests of them and of the
-            teacher, and held-out rows.
-        seed: Decides the initial weights, the order of data, times and noise.
-        output: The student's own folder; the loop continues from a checkpoint in it.
-        on_progress: Called with the progress from time to time.
-        text_encoder: Folder with the run's encoders; needed if the shards hold token ids.
-        draw_samples: As of `train_expert`.
-
-    Raises:
-        TrainingError: if a shard is empty or the loss stops being finite.
-        ConfigError: if the configuration does not fit the shards or what it starts from.
-    """
-    dataset = load_dataset(data.shards)
-    config = with_steps(config, len(dataset))
-    student = build_seeded(lambda: Expert(expert_config), seed)
-    encode = text_reader(dataset, text_encoder, resolve_device(config.device))
-    drawn = batches(dataset, config, seed=seed, purpose="student batch", expert=expert_config)
-    train_model(
-        student,
-        lambda step: lesson.prepare(step / config.steps, drawn(step)),
-        lambda batch: distillation_loss(student, batch, encode(batch.text), lesson),
-        config,
-        inputs={**data.digests, **lesson.identity, "seed": seed},
-        text_length=dataset.text_length,
-        output=output,
-        on_progress=on_progress,
-        draw_samples=draw_samples,
-        validate=held_out_validation(data.held_out, data.held_out_others, encode, seed),
-    )
 
 
 def write_single_router(expert: ExpertConfig, output: Folder) -> None:

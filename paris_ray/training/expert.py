@@ -3,8 +3,9 @@
 The seed, from which experts may start, is an expert of all shards.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -12,7 +13,7 @@ from paris_ray.artifacts import Folder
 from paris_ray.config import ExpertConfig, TrainingConfig
 from paris_ray.devices import resolve_device
 from paris_ray.diffusion import denoising_loss, sample_path
-from paris_ray.models import Expert
+from paris_ray.models import Expert, TextConditioning
 from paris_ray.training.data import Batch, MixedOrder, batches, load_dataset
 from paris_ray.training.loop import OnProgress, build_seeded
 from paris_ray.training.schedule import with_steps
@@ -43,6 +44,22 @@ class ExpertData:
     held_out_others: Sequence[Folder] = ()
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Lesson:
+    """What an expert learns in place of the velocity of the data.
+
+    Attributes:
+        prepare: From the share of the training that is done, in [0, 1), and the batch drawn to the
+            batch that is learnt from.
+        target: From a batch's noisy latents, times, text and clusters to the velocities to learn.
+        identity: What tells this lesson from others; a checkpoint made in another one is refused.
+    """
+
+    prepare: Callable[[float, Batch], Batch]
+    target: Callable[[Tensor, Tensor, TextConditioning, Tensor], Tensor]
+    identity: Mapping[str, Any]
+
+
 def train_expert(
     expert_config: ExpertConfig,
     config: TrainingConfig,
@@ -53,6 +70,7 @@ def train_expert(
     on_progress: OnProgress,
     text_encoder: Folder | None = None,
     draw_samples: DrawSamples[Expert] | None = None,
+    lesson: Lesson | None = None,
 ) -> None:
     """Train an expert and write its averaged weights, in the released layout.
 
@@ -66,6 +84,7 @@ def train_expert(
         text_encoder: Folder with the run's encoders; needed if the shard holds token ids.
         draw_samples: Called every `config.sample_every` steps but the last, with the averaged
             expert in evaluation mode, which is good only during the call, and the steps done.
+        lesson: What it learns; None: the velocity of the data.
 
     Raises:
         TrainingError: if the shard is empty or the loss stops being finite.
@@ -75,7 +94,7 @@ def train_expert(
     dataset = load_dataset([*data.shards, *shared])
     num_own = int((dataset.clusters < len(data.shards)).sum())
     config = with_steps(config, num_own)
-    order, inputs = None, {**data.digests, "seed": seed}
+    order, inputs = None, {**data.digests, **(lesson.identity if lesson else {}), "seed": seed}
     if shared:
         num_shared, share = len(dataset) - num_own, data.shared_share
         order = MixedOrder(num_own, num_shared, config.batch_size, share, seed)
@@ -83,14 +102,15 @@ def train_expert(
     expert = build_seeded(lambda: Expert(expert_config), seed)
     encode = text_reader(dataset, text_encoder, resolve_device(config.device))
 
-    def loss(batch: Batch) -> Tensor:
-        path = sample_path(batch.latents, batch.noise, batch.t)
-        return denoising_loss(expert, path, encode(batch.text))
+    batch = batches(dataset, config, seed=seed, purpose="batch", expert=expert_config, order=order)
+
+    def draw(step: int) -> Batch:
+        return lesson.prepare(step / config.steps, batch(step)) if lesson else batch(step)
 
     train_model(
         expert,
-        batches(dataset, config, seed=seed, purpose="batch", expert=expert_config, order=order),
-        loss,
+        draw,
+        lambda batch: expert_loss(expert, batch, encode(batch.text), lesson),
         config,
         inputs=inputs,
         text_length=dataset.text_length,
@@ -99,3 +119,20 @@ def train_expert(
         draw_samples=draw_samples,
         validate=held_out_validation(data.held_out, data.held_out_others, encode, seed),
     )
+
+
+def expert_loss(
+    expert: Expert, batch: Batch, text: TextConditioning, lesson: Lesson | None = None
+) -> Tensor:
+    """Return the loss of a batch, a scalar; 0 for an expert that answers what the lesson says.
+
+    Args:
+        expert: The network.
+        batch: What `lesson.prepare` returned, if there is a lesson.
+        text: Its conditioning.
+        lesson: What is learnt; None: the velocity of the data.
+    """
+    path = sample_path(batch.latents, batch.noise, batch.t)
+    if lesson is not None:
+        path = path._replace(velocity=lesson.target(path.x_t, path.t, text, batch.clusters))
+    return denoising_loss(expert, path, text)

@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from sections import write_section
+from sections import check_sections, write_section
 
 from paris_ray.artifacts import TIMINGS, Folder, read_manifest
 from paris_ray.config import load
@@ -35,8 +35,10 @@ def quickstart(runs: Path) -> str:
     """Run the quickstart in a fresh folder, as `make quickstart` does, and stop it."""
     run_dir = runs / "quickstart"
     shutil.rmtree(run_dir, ignore_errors=True)
-    printed = _run("-m", "jobs.quickstart", f"run_dir={run_dir}")
-    _run("-m", "jobs.stop", str(run_dir))
+    try:
+        printed = _run("-m", "jobs.quickstart", f"run_dir={run_dir}")
+    finally:
+        _run("-m", "jobs.stop", str(run_dir))
     last_lines = printed[printed.index("\ndone in") :].split("\n  pictures ")[0].strip()
     run = Run(load("quickstart", [f"run_dir={run_dir}"]))
     stages = [json.loads(line) for line in run.folder.read(TIMINGS).splitlines()]
@@ -144,6 +146,8 @@ def main() -> None:
     options = parser.parse_args()
     if unknown := set(options.sections) - SECTIONS.keys():
         parser.error(f"unknown: {', '.join(sorted(unknown))}; there are {', '.join(SECTIONS)}")
+    if options.write:  # before half an hour of work, not after it
+        check_sections(options.write, options.sections or list(SECTIONS))
     print(f"# {platform.processor() or platform.machine()}, {os.cpu_count()} CPUs")
     for name in options.sections or SECTIONS:
         body = SECTIONS[name](options.runs.resolve())

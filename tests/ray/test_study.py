@@ -12,11 +12,11 @@ import torch
 from paris_ray.artifacts import read_manifest
 from paris_ray.config import Config, load, with_overrides
 from paris_ray.embeddings import read_table
-from paris_ray.errors import ArtifactError
+from paris_ray.errors import ArtifactError, TrainingError
 from paris_ray.export import open_trained_parts
 from paris_ray.run import EMBEDDINGS, EVALUATION, Run
 from paris_ray.sampling.sampler import sample_one_expert, sampling_options
-from paris_ray.study.plan import SMALL_FORM
+from paris_ray.study.forms import SMALL_FORM
 
 pytestmark = pytest.mark.ray
 
@@ -31,6 +31,7 @@ FORM = replace(
     removed_directions=2,
     shared_shares=(0.25,),
     totals=(Fraction(1, 2),),
+    seeds=2,
 )
 OVERRIDES = ["cluster.features=caption", "router_training.steps=10", "evaluation.max_captions=16"]
 
@@ -81,6 +82,9 @@ def test_all_arms_are_in_the_results(page: Path) -> None:
     for name, arm in arms.items():
         for drawn in arm["drawn"].values():
             assert 0 <= drawn["held_out"]["attributes"]["all"]["mean"] <= 1, name
+    seeds = {name: [a["seed"] for a in study["arms"] if a["name"] == name] for name in arms}
+    assert seeds["scratch"] == seeds["scratch-image"] == [0, 1]
+    assert seeds["dense-x0.5"] == seeds["scratch-shared-0.25"] == [0]
     assert set(study["samples_to_target"]) == {"dense", "scratch", "seeded"}
     assert len(study["paris_order"]) == 9  # three kinds of experts by three measures
 
@@ -104,7 +108,7 @@ def test_a_second_call_keeps_everything_and_says_the_same(page: Path, config: Co
 
 def test_arms_read_one_set_of_embeddings(page: Path, config: Config) -> None:
     arms = list((Path(config.run_dir) / "arms").iterdir())
-    assert len(arms) == 13
+    assert len(arms) == 13 + 6  # the main arms twice
     assert not any((arm / "embeddings").exists() or (arm / "encoders").exists() for arm in arms)
 
 
@@ -142,6 +146,18 @@ def test_the_oracle_asks_the_expert_of_the_captions_cluster(page: Path, config: 
         for k in range(3)
     ]
     assert facts["expert_usage"] == pytest.approx([c / sum(counts) for c in counts])
+
+
+def test_an_arm_that_fails_is_named_after_all_others_are_done(page: Path, config: Config) -> None:
+    from paris_ray.pipeline.study import run_study
+
+    broken = Run(arm_config(config, "scratch.1")).evaluation
+    whole, said = broken.read("manifest.json"), page.read_text()
+    broken.write("manifest.json", whole.replace(b'"config_digest": "', b'"config_digest": "0'))
+    with pytest.raises(TrainingError, match=r"1 of 19 arms failed: scratch\.1: .*another config"):
+        run_study(config, FORM, page, command="a test")
+    broken.write("manifest.json", whole)
+    assert page.read_text() == said
 
 
 def test_embeddings_of_another_corpus_are_refused(page: Path, config: Config) -> None:

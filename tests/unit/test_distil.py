@@ -25,15 +25,12 @@ from paris_ray.sampling.teacher import EnsembleTeacher
 from paris_ray.training.data import Batch
 from paris_ray.training.distil import (
     ROUTED,
-    Lesson,
-    distillation_loss,
     few_steps,
     round_up,
-    train_student,
     velocities,
     write_single_router,
 )
-from paris_ray.training.expert import ExpertData
+from paris_ray.training.expert import ExpertData, Lesson, expert_loss, train_expert
 from paris_ray.training.loop import OnProgress
 
 PROMPTS = ["a red cat", "blue dog", "a green square", "a circle"]
@@ -103,8 +100,8 @@ def test_a_student_equal_to_its_teacher_has_no_loss(
 ) -> None:
     lesson = velocities(teacher_of(tiny_bundle), routed_share=0.5)
     batch = batch._replace(clusters=torch.ones(4, dtype=torch.long))
-    assert distillation_loss(tiny_bundle.expert(1), batch, text, lesson) == 0
-    assert distillation_loss(tiny_bundle.expert(0), batch, text, lesson) > 0
+    assert expert_loss(tiny_bundle.expert(1), batch, text, lesson) == 0
+    assert expert_loss(tiny_bundle.expert(0), batch, text, lesson) > 0
 
 
 def test_a_student_that_predicts_noise_is_taught_the_noise_of_the_velocity(
@@ -114,8 +111,8 @@ def test_a_student_that_predicts_noise_is_taught_the_noise_of_the_velocity(
     ddpm, other = (randomised(Expert(config), seed) for seed in (1, 2))
     lesson = velocities(PlainTeacher([ddpm]), routed_share=1.0)
     batch = lesson.prepare(0.0, batch._replace(t=torch.tensor([0.9, 0.75, 0.5, 0.25])))
-    assert distillation_loss(ddpm, batch, text, lesson) < 1e-9
-    assert distillation_loss(other, batch, text, lesson) > 1e-2
+    assert expert_loss(ddpm, batch, text, lesson) < 1e-9
+    assert expert_loss(other, batch, text, lesson) > 1e-2
 
 
 def test_a_student_of_as_many_steps_learns_the_guided_velocity(
@@ -125,7 +122,7 @@ def test_a_student_of_as_many_steps_learns_the_guided_velocity(
     for guidance_scale, equal in ((1.0, True), (3.0, False)):
         options = {"num_inference_steps": 4, "guidance_scale": guidance_scale}
         lesson = few_steps(teacher_of(single, **options), 4, 4)
-        loss = distillation_loss(single.expert(0), lesson.prepare(0.0, batch), text, lesson)
+        loss = expert_loss(single.expert(0), lesson.prepare(0.0, batch), text, lesson)
         assert (loss == 0) == equal
 
 
@@ -206,7 +203,7 @@ def train(
     on_progress: OnProgress = carry_on,
 ) -> tuple[bytes, bytes]:
     """Train on two shards, measure on the third; return the bytes of weights and metrics."""
-    train_student(
+    train_expert(
         expert,
         config,
         lesson=lesson,

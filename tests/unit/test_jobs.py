@@ -42,6 +42,17 @@ def run_job(verb: str, *arguments: str, **environment: str) -> subprocess.Comple
     return run([sys.executable, "-m", f"jobs.{verb}", *arguments], **environment)
 
 
+def test_a_study_lists_its_arms() -> None:
+    result = run_job("study", "--small", "--dry-run")
+    assert result.returncode == 0
+    lines = result.stdout.splitlines()
+    assert lines[0].split() == ["dense.0", "256", "steps,", "drawn", "4", "x"]
+    assert any(line.startswith("seeded-share-0.5.0 ") for line in lines)
+    refused = run_job("study", "--small", "--dry-run", "--output", "study.txt")
+    assert refused.returncode == 2
+    assert "--output='study.txt' is not allowed: a name that ends in .md" in refused.stderr
+
+
 @pytest.mark.parametrize("verb", [*VERBS, "quickstart", "study", "distil"])
 def test_help_shows_the_command(verb: str) -> None:
     result = run_job(verb, "--help")

@@ -51,7 +51,7 @@ def test_of_thousands_of_pictures_the_distance_is_extrapolated() -> None:
     real, drawn = (generator.standard_normal((20_000, 24)) for _ in range(2))
     found = distribution_summary(drawn, real, seed=0)
     assert found["frechet_infinity"] < 0.8 * found["frechet"] < 0.03  # part of it is the bias
-    assert "frechet_infinity" not in distribution_summary(drawn[:5000], real, seed=0)
+    assert "frechet_infinity" not in distribution_summary(drawn[:9999], real, seed=0)
 
 
 def test_captions_that_find_their_pictures_have_full_recall() -> None:
@@ -100,6 +100,6 @@ def test_models_are_compared_on_what_all_of_them_have() -> None:
     assert own_cluster_loss(student) == 0.75
     assert comparison({"ensemble": ensemble, "student": student}) == [
         "all right of captions never shown: ensemble 0.7500, student 0.5000",
-        "held-out velocity error: ensemble 0.3750, student 0.7500",
+        "held-out velocity error, each cluster's own expert: ensemble 0.3750, student 0.7500",
     ]
     assert comparison({"ensemble": {"shown": {}}, "student": {"shown": {}}}) == []

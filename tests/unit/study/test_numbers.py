@@ -8,16 +8,15 @@ import pytest
 from PIL import Image
 
 from paris_ray.config import load, with_overrides
-from paris_ray.models.flops import forward_macs, text_length
+from paris_ray.models.flops import forward_macs, step_macs, text_length
 from paris_ray.study.numbers import (
     curves,
-    flops_per_picture,
     mean_curve,
-    paris_order,
     rows,
     samples_to_target,
     samples_until,
 )
+from paris_ray.study.order import paris_order
 from paris_ray.study.page import draw_charts, study_page
 
 ROUTED = ("top-2", "top-1", "full", "oracle")
@@ -25,18 +24,24 @@ CONTROLS = ["experts", "clusters", "shared", "seed", "samples", "routing"]
 
 
 def drawn(accuracy: float, frechet: float | None) -> dict[str, Any]:
-    interval = {"mean": accuracy, "low": accuracy - 0.05, "high": accuracy + 0.05}
-    error = {"mean": 1 - accuracy, "low": 0.0, "high": 1.0}
-    split = {"captions": 40, "attributes": {"all": interval}, "squared_error": error}
-    split |= {} if frechet is None else {"frechet": frechet}
+    """What was drawn; a tenth fewer captions that were shown are right, every number differs."""
     return {
         "steps": 8,
-        "experts_asked": 2.0,
-        "flops_per_picture": 3.5e8,
+        "experts_asked": 1 + accuracy,
+        "flops_per_picture": 1e9 * accuracy,
         "memorisation": {"0.05": 0.1},
-        "held_out": split,
-        "shown": split | {"caption_recall": interval},
+        "held_out": split(accuracy, 1 - accuracy, frechet),
+        "shown": split(
+            0.9 * accuracy, (1 - accuracy) / 4, None if frechet is None else 2 * frechet
+        ),
     }
+
+
+def split(accuracy: float, error: float, frechet: float | None) -> dict[str, Any]:
+    interval = {"mean": accuracy, "low": accuracy - 0.05, "high": accuracy + 0.05}
+    found: dict[str, Any] = {"captions": 40, "attributes": {"all": interval}}
+    found["squared_error"] = {"mean": error, "low": 0.0, "high": 1.0}
+    return found if frechet is None else found | {"frechet": frechet}
 
 
 def arm(
@@ -56,6 +61,7 @@ def arm(
         "num_experts": count,
         "seed_steps": 0,
         "expert_steps": 64 // count,
+        "total_steps": 64,
         "routing": next(iter(ways)),
         "samples": samples,
         "training_flops": 2e15,
@@ -139,17 +145,17 @@ def test_rows_have_the_mean_and_the_ends_of_the_seeds() -> None:
     assert row.held_out_interval == pytest.approx((0.65, 0.75))
     assert row.seeds == 3
     assert row.shown_frechet is not None
-    assert row.shown_frechet.mean == pytest.approx(0.35)
+    assert row.shown_frechet.mean == pytest.approx(0.7)
 
 
 def test_a_picture_costs_the_experts_that_were_asked_and_the_router_once_a_step() -> None:
     config = load("quickstart")
     expert, router = forward_macs(config.expert, text_length(config)), forward_macs(config.router)
-    assert flops_per_picture(config, 1.5) == 2 * 8 * (1.5 * expert + router)
+    assert step_macs(config, 1.5) == 1.5 * expert + router
     guided = with_overrides(config, ["sampling.guidance_scale=2"])
-    assert flops_per_picture(guided, 1) == 2 * 8 * (2 * expert + router)
-    oracle = with_overrides(config, ["evaluation.oracle=true"])
-    assert flops_per_picture(oracle, 1) == 2 * 8 * expert
+    assert step_macs(guided, 1) == 2 * expert + router
+    oracle = with_overrides(config, ["evaluation.oracle=true", "evaluation.name=oracle"])
+    assert step_macs(oracle, 1) == expert
 
 
 # --- the published order -------------------------------------------------------------------------
@@ -171,7 +177,7 @@ def test_the_page_says_what_is_not_reproduced_and_what_is_missed() -> None:
     arms = as_published(top_2=0.2, full=0.1)
     assert verdicts(arms, "held-out error")["top-1 < full"] == "not reproduced"
     text = page(arms)
-    assert "not reproduced (0/2)" in text
+    assert "not reproduced (0, 2 of 2)" in text
     assert "not reproduced: " in text
     assert "missed (0.600)" in text  # dense ends at 0.6
     assert "ndecided" not in text.split("## The published order")[1].split("| arm |")[1]
@@ -181,6 +187,12 @@ def test_seeds_that_disagree_decide_nothing() -> None:
     arms = as_published(top_2=0.2, full=0.7)
     arms[3]["drawn"]["top-2"] = drawn(0.1, 0.9)
     assert verdicts(arms, "shown Frechet")["top-2 < one model"] == "undecided"
+
+
+def test_ways_that_draw_the_same_are_no_disagreement() -> None:
+    arms = as_published(top_2=0.2, full=0.2)
+    assert verdicts(arms, "held-out error")["top-2 < full"] == "the same"
+    assert "the same (0, 0 of 2)" in page(arms)
 
 
 def test_a_measure_that_was_not_taken_has_no_verdict() -> None:
@@ -208,23 +220,24 @@ def test_the_table_has_the_numbers_of_the_results() -> None:
     assert set(cells) == {("dense", "one model"), *(("scratch", way) for way in ROUTED)}
     top_2 = cells["scratch", "top-2"]
     assert top_2[3:] == [
-        *("4", "0%", "1,000", "2", "0.800", "0.800 to 0.800", "0.750 to 0.850", "0.800"),
-        *(
-            "57.0",
-            "57.0",
-            "0.2000",
-            "0.2000",
-            "2.00",
-            "350",
-            "2.000",
-            "",
-        ),  # 127.5 of the root of 0.2
+        *("4", "0%", "1,000", "2", "0.800", "0.800 to 0.800", "0.750 to 0.850", "0.720"),
+        *("57.0", "28.5", "0.2000", "0.4000"),  # 127.5 of the root of 0.2, and of 0.05
+        *("1.80", "800", "2,000", ""),
     ]
     assert cells["scratch", "oracle"][13] == "-"
     assert "dense 0.600, experts from scratch 0.800" in text
-    assert "Ahead of the dense model in every seed: `scratch`" in text
-    assert "trained on: dense 80.6, experts from scratch 57.0" in text
-    assert "Nearer than the dense model in every seed: `scratch`" in text
+    assert "the lowest run above the dense model's highest: `scratch`" in text
+    assert "trained on: dense 40.3, experts from scratch 28.5" in text
+    assert "farthest run nearer than the dense model's nearest: `scratch`" in text
+
+
+def test_only_experts_are_compared_with_the_dense_model() -> None:
+    arms = as_published(top_2=0.2, full=0.7)
+    arms.append(arm("dense-x3", 0, {"one model": (0.99, 0.1)}, tables=["samples", "experts"]))
+    text = page(arms)
+    assert "the best arm with experts `scratch` 0.800" in text
+    assert "`dense-x3`" in text.split("## Samples to quality")[1]
+    assert "best arm" not in text.split("## Samples to quality")[1]
 
 
 def test_charts_are_drawn_of_the_curves(tmp_path: Path) -> None:

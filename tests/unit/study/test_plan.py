@@ -7,17 +7,9 @@ import pytest
 
 from paris_ray.config import load, with_overrides
 from paris_ray.errors import ConfigError
-from paris_ray.models.flops import forward_macs, text_length
-from paris_ray.study.numbers import flops_per_picture
-from paris_ray.study.plan import (
-    CONTROLS,
-    FULL_FORM,
-    SMALL_FORM,
-    Form,
-    equal_flops_drawings,
-    study_arms,
-    study_config,
-)
+from paris_ray.models.flops import forward_macs, step_macs, text_length
+from paris_ray.study.forms import FULL_FORM, SMALL_FORM, Form
+from paris_ray.study.plan import CONTROLS, equal_flops_drawings, study_arms, study_config
 
 FORMS = [FULL_FORM, SMALL_FORM]
 
@@ -89,12 +81,27 @@ def test_a_study_needs_like_experts_and_something_to_measure_with() -> None:
         study_config(load("quickstart", ["corpus.held_out_share=0"]))
 
 
+@pytest.mark.parametrize(
+    "override",
+    [
+        "prepared_from=/data/other",
+        "training.init_from=/data/expert",
+        "seed_training.init_from=/data/expert",
+        "evaluation.name=mine",
+        "cluster.features=random",
+    ],
+)
+def test_what_arms_decide_is_refused(override: str) -> None:
+    with pytest.raises(ConfigError, match=f"{override.partition('=')[0]}=.* is not allowed"):
+        study_config(load("quickstart", [override]))
+
+
 def test_one_model_in_more_steps_costs_what_routed_experts_cost() -> None:
     config = study_config(load("quickstart"))
     dense = with_overrides(config, ["cluster.num_clusters=1", "router.num_experts=1"])
     drawings = equal_flops_drawings(config, 8)
     for asked, drawing in zip((1, 2, 8), drawings, strict=True):
         more = with_overrides(dense, drawing.overrides)
-        wanted = flops_per_picture(config, asked)
-        one_step = 2 * forward_macs(config.expert, text_length(config))
-        assert abs(flops_per_picture(more, 1) - wanted) <= one_step / 2
+        wanted = config.sampling.num_inference_steps * step_macs(config, asked)
+        one_step = forward_macs(config.expert, text_length(config))
+        assert abs(more.sampling.num_inference_steps * step_macs(more, 1) - wanted) <= one_step / 2

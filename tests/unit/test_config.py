@@ -339,7 +339,7 @@ SILENT = ["training.text_noise=0", "router_training.text_noise=0"]
         ),
         (
             [*QUICKSTART_CLIP, "text.token_states=0"],
-            "cluster.features='caption' is not allowed: image for text.kind=clip",
+            "cluster.features='caption' is not allowed: image or random for text.kind=clip",
         ),
         (
             [*QUICKSTART_CLIP, "text.token_states=0", "cluster.features=image", *SILENT],

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from hypothesis import settings
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import BertConfig, BertModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -33,6 +34,10 @@ from paris_ray.training.distil import write_single_router
 
 # Ray reads these when it is imported; unset, a local Ray would write a token to the home folder.
 os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)} | LOOPBACK_ONLY
+
+# Seconds are no property of the code, and a busy machine is no failure.
+settings.register_profile("no deadline", deadline=None)
+settings.load_profile("no deadline")
 
 NUM_EXPERTS = 3
 WORDS = [

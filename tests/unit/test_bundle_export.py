@@ -194,7 +194,8 @@ def test_starting_from_the_runs_own_seed_is_no_start_from_elsewhere(tmp_path: Pa
         return publish(run.seed, SEED, config_digest="", parents=parents, facts={})
 
     own = seed(clusters="c").files[EXPERT_WEIGHTS]
-    experts = [expert(0, own), expert(1, "another"), expert(2, None)]
+    starts = [own, "another", None]
+    experts = {f"expert_{k}": expert(k, start) for k, start in enumerate(starts)}
     assert started_from(run, experts) == {"expert_1": "another"}
     seed(clusters="c", init="a stranger's")
     assert started_from(run, experts) == {"expert_1": "another", "seed": "a stranger's"}

@@ -33,8 +33,8 @@ TABLES = {
     "routing": (
         "Routing, and equal FLOPs a picture",
         "The same experts, drawn in other ways. The dense model is also drawn in so many steps "
-        "that a picture costs as much as 1, 2 and all experts and the router, if a step asks them; "
-        "how many it asked is in the column. `oracle` asks the expert of the caption's own "
+        "that a picture costs as much as 1, 2 and all of K experts and the router, if a step asks "
+        "them; how many it asked is in the column. `oracle` asks the expert of the caption's own "
         "cluster, without the router.",
     ),
     "samples": (

@@ -260,7 +260,7 @@ def equal_flops_drawings(config: Config, num_experts: int) -> list[Drawing]:
         share = step_macs(config, asked) / alone
         steps = round(config.sampling.num_inference_steps * share)
         overrides = (f"sampling.num_inference_steps={steps}", f"evaluation.name=as-{name}")
-        said = f"{ONE_MODEL}, {steps} steps: as {asked} experts"
+        said = f"{ONE_MODEL}, {steps} steps, as {asked} of {num_experts}"
         drawings.append(Drawing(name=said, overrides=overrides))
     return drawings
 

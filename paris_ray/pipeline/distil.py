@@ -39,11 +39,7 @@ from paris_ray.run import (
 from paris_ray.sampling.sampler import sampling_options
 from paris_ray.sampling.teacher import EnsembleTeacher
 from paris_ray.seeding import derive_seed
-from paris_ray.training.distil import (
-    few_steps,
-    velocities,
-    write_single_router,
-)
+from paris_ray.training.distil import few_steps, velocities, write_single_router
 from paris_ray.training.expert import ExpertData, Lesson, train_expert
 
 logger = logging.getLogger("paris_ray")

@@ -359,6 +359,11 @@ SILENT = ["training.text_noise=0", "router_training.text_noise=0"]
             "experts.3.training.batch_size=1 is not allowed: at least 2, as cluster.shared_share "
             "is not 0",
         ),
+        (
+            ["evaluation.oracle=true"],
+            "evaluation.oracle=True is not allowed: false, or true with an evaluation.name: it is "
+            "not how the model draws",
+        ),
         (["seed_training.steps=-1"], "seed_training.steps=-1 is not allowed: at least 0"),
         (["training.steps=0"], "training.steps=0 is not allowed: at least 1"),
     ],

@@ -1,0 +1,72 @@
+"""What the Ingress asks of a Sampler, and what it is told."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from paris_ray.sampling.sampler import SamplingOptions
+
+Pixels = NDArray[np.uint8]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DrawRequest:
+    """One request, checked; drawing it again elsewhere gives the same pictures.
+
+    Attributes:
+        id: What the client calls it, or we for it; unique among the requests of a client.
+        client: Whose it is: the name of a key, or `local` where there are none.
+        prompts: One a picture.
+        seeds: One a picture.
+        options: Steps, guidance, routing and adapters.
+        timeout_s: Seconds after which nobody waits for it any more.
+        partial_images: How many unfinished states of each picture are sent before the last.
+        allow_degraded: Whether it may be finished without an expert that is lost.
+    """
+
+    id: str
+    client: str
+    prompts: Sequence[str]
+    seeds: Sequence[int]
+    options: SamplingOptions
+    timeout_s: float
+    partial_images: int = 0
+    allow_degraded: bool = True
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Partial:
+    """An unfinished picture: what the velocity at its present step points to.
+
+    Attributes:
+        picture: Which of the request's.
+        index: Which of its `partial_images`, from 0.
+        step: How many steps are done.
+        pixels: `(S, S, 3)`.
+    """
+
+    picture: int
+    index: int
+    step: int
+    pixels: Pixels
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Drawing:
+    """The pictures of a request.
+
+    Attributes:
+        pictures: `(n, S, S, 3)`.
+        expert_usage: `(n, K)` mean weight of each expert over the steps; rows sum to 1.
+        expert_weights: `(n, steps, K)` its weight in each step.
+        missing_experts: Those that were lost and drawn without, in order; of all pictures.
+        queued_s: Seconds from its arrival at the Sampler to its first step.
+    """
+
+    pictures: Pixels
+    expert_usage: list[list[float]]
+    expert_weights: list[list[list[float]]]
+    missing_experts: list[int]
+    queued_s: float

@@ -17,11 +17,14 @@ from ray.serve import Application
 from paris_ray.artifacts import absolute_uri
 from paris_ray.bundle import Dtype
 from paris_ray.errors import ConfigError
+from paris_ray.sampling.engine import Limits
 from serve.expert import ExpertServer
 from serve.ingress import Ingress, create_api
 from serve.sampler import Sampler
 from serve.source import BundleSource, LoRASource
 
+MAX_ONGOING_REQUESTS = 1_000  # of a replica
+LIMITS = Limits()
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 
@@ -62,6 +65,24 @@ class LoRAOptions(BaseModel):
     receipt_key: str | None = Field(default=None, pattern="^[0-9a-f]{64}$")
 
 
+class LimitOptions(BaseModel):
+    """What each Sampler takes on; see `paris_ray.sampling.engine.Limits`.
+
+    Attributes:
+        max_batch_rows: Samples of one forward pass; a guided picture is two.
+        max_active_pictures: Pictures that are drawn at the same time.
+        max_waiting_pictures: Pictures that wait to be drawn; more are refused with 429.
+        lost_after_s: How long an expert may fail before pictures are drawn without it.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    max_batch_rows: int = Field(default=LIMITS.max_batch_rows, ge=2)
+    max_active_pictures: int = Field(default=LIMITS.max_active_pictures, ge=1)
+    max_waiting_pictures: int = Field(default=LIMITS.max_waiting_pictures, ge=0)
+    lost_after_s: float = Field(default=LIMITS.lost_after_s, gt=0)
+
+
 class AppArgs(BaseModel):
     """The `args:` of `serve/config.yaml`.
 
@@ -81,6 +102,7 @@ class AppArgs(BaseModel):
         threads: Torch threads of each Sampler and expert replica.
         loras: Adapters by the name that requests give. Serve loads one anew when its name or its
             path changes.
+        limits: What each Sampler takes on.
         api_key_file: A file with the key that clients must send; relative like `bundle`. Null
             serves requests from this machine alone.
         ingress: Size of the HTTP side.
@@ -99,6 +121,7 @@ class AppArgs(BaseModel):
     offload: bool = False
     threads: int = Field(default=1, ge=1)
     loras: dict[str, LoRAOptions] = {}
+    limits: LimitOptions = LimitOptions()
     api_key_file: str | None = None
     ingress: DeploymentOptions = DeploymentOptions()
     sampler: DeploymentOptions = DeploymentOptions()
@@ -139,7 +162,10 @@ def build(args: AppArgs) -> Application:
             raise ConfigError(f"experts: {index} is not allowed: the bundle has {num_experts}")
     experts = None if args.colocated else _bind_experts(args, source, num_experts)
     sampler = _deploy(Sampler, "Sampler", args.sampler).bind(
-        _on_reserved_device(source, args.sampler), experts, threads=args.threads
+        _on_reserved_device(source, args.sampler),
+        experts,
+        threads=args.threads,
+        limits=Limits(**args.limits.model_dump()),
     )
     key_file = None if args.api_key_file is None else _from_repository(args.api_key_file)
     ingress_class = serve.ingress(create_api())(Ingress)
@@ -184,6 +210,9 @@ def _deploy(deployment_class: type[Any], name: str, options: DeploymentOptions) 
     return serve.deployment(
         name=name,
         num_replicas=options.num_replicas,
+        # Who is admitted is decided by the application: Serve's own limit would keep the rest
+        # waiting, health checks and refusals among them.
+        max_ongoing_requests=MAX_ONGOING_REQUESTS,
         ray_actor_options={"num_cpus": options.num_cpus, "num_gpus": options.num_gpus},
         # HTTP requests are logged; a line for every call of an expert would drown them.
         logging_config={"enable_access_log": name == "Ingress"},

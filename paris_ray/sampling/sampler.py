@@ -204,21 +204,23 @@ class _Mixture:
         self, weights: Tensor, latents: Tensor, t: float
     ) -> tuple[list[ExpertCall], list[Tensor]]:
         """Return a call for each expert that has weight, and the rows of the batch it is about."""
-        chosen = [weights[:, expert].nonzero()[:, 0] for expert in range(weights.shape[1])]
+        chosen: dict[int, list[int]] = {}
+        for row, expert in weights.nonzero().tolist():
+            chosen.setdefault(expert, []).append(row)
+        rows = [torch.tensor(chosen[expert]) for expert in sorted(chosen)]
         calls = [
             ExpertCall(
                 expert=expert,
                 lora=self._options.loras.get(expert),
-                latents=latents[rows],
+                latents=latents[index],
                 t=t,
-                text=self._text.rows(rows),
+                text=self._text.rows(index),
                 null_text=self._null_text,
                 guidance_scale=self._options.guidance_scale,
             )
-            for expert, rows in enumerate(chosen)
-            if len(rows)
+            for expert, index in zip(sorted(chosen), rows, strict=True)
         ]
-        return calls, [rows for rows in chosen if len(rows)]
+        return calls, rows
 
 
 def start_denoising(

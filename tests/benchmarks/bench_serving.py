@@ -55,7 +55,9 @@ class Load:
         return sorted(self.seconds)[min(len(self.seconds) - 1, int(share * len(self.seconds)))]
 
 
-async def load(url: str, bodies: Callable[[int], dict[str, object]], clients: int, s: float) -> Load:
+async def load(
+    url: str, bodies: Callable[[int], dict[str, object]], clients: int, s: float
+) -> Load:
     """Let some clients ask one request after the other for some seconds."""
     result, number = Load(), iter(range(10**9))
     began = time.perf_counter()
@@ -113,7 +115,9 @@ while time.perf_counter() - began < {seconds}:
     count += 1
 print(count / (time.perf_counter() - began))
 """
-    return float(subprocess.run([sys.executable, "-c", code], check=True, stdout=-1, text=True).stdout)
+    return float(
+        subprocess.run([sys.executable, "-c", code], check=True, stdout=-1, text=True).stdout
+    )
 
 
 def throughput(bundle: str, seconds: float, colocated: bool) -> None:
@@ -129,9 +133,14 @@ def throughput(bundle: str, seconds: float, colocated: bool) -> None:
             many = asyncio.run(load(url, bodies, CLIENTS, seconds))
             rates["one"].append(one.rate)
             rates["many"].append(many.rate)
-            print(f"  one {one.rate:.1f}/s p50 {one.quantile(.5)*1e3:.0f} ms; many {many.rate:.1f}/s p50 {many.quantile(.5)*1e3:.0f} p95 {many.quantile(.95)*1e3:.0f} ms {many.statuses}; generate {rates['generate'][-1]:.1f}/s", flush=True)
+            print(
+                f"  one {one.rate:.1f}/s p50 {one.quantile(0.5) * 1e3:.0f} ms; many {many.rate:.1f}/s p50 {many.quantile(0.5) * 1e3:.0f} p95 {many.quantile(0.95) * 1e3:.0f} ms {many.statuses}; generate {rates['generate'][-1]:.1f}/s",
+                flush=True,
+            )
     middle = {name: statistics.median(each) for name, each in rates.items()}
-    print(f"{'colocated' if colocated else 'separate'}: {middle['many'] / middle['one']:.2f} 16 clients over one (bar 3); {middle['generate'] / middle['one']:.2f} one client's time over generate's (bar 1.2)")
+    print(
+        f"{'colocated' if colocated else 'separate'}: {middle['many'] / middle['one']:.2f} 16 clients over one (bar 3); {middle['generate'] / middle['one']:.2f} one client's time over generate's (bar 1.2)"
+    )
 
 
 def main() -> None:

@@ -8,21 +8,21 @@ application answers them through replicas.
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from itertools import pairwise
 from threading import Lock
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from PIL import Image
 from torch import Tensor
 
 from paris_ray.bundle import Bundle
-from paris_ray.diffusion import router_logits, sampling_times
+from paris_ray.config import SolverName, TimeGrid
+from paris_ray.diffusion import num_evaluations, router_logits, sampling_times
 from paris_ray.errors import ParisError
 from paris_ray.models import Expert, Router, TextConditioning
 from paris_ray.sampling.guidance import KeyedText, TextCache, guided_velocity
 from paris_ray.sampling.routing import Routing, expert_weights, parse_routing
-from paris_ray.sampling.solvers import euler_step
+from paris_ray.sampling.solvers import integrate, proceed, solve
 from paris_ray.seeding import torch_generator
 
 MAX_BATCH = 10  # pictures at once: with more, eight XL/2 experts' texts outgrow `TextCache`
@@ -78,6 +78,8 @@ class SamplingOptions:
     guidance_scale: float
     routing: Routing
     router_temperature: float
+    solver: SolverName = "euler"
+    time_grid: TimeGrid = "linspace"
     loras: Mapping[int, str] = field(default_factory=dict)
 
 
@@ -90,6 +92,8 @@ def sampling_options(
     num_inference_steps: int | None = None,
     guidance_scale: float | None = None,
     routing: str | None = None,
+    solver: str | None = None,
+    time_grid: str | None = None,
     lora: str | None = None,
 ) -> SamplingOptions:
     """Fill in the bundle's defaults and check.
@@ -110,8 +114,18 @@ def sampling_options(
         guidance_scale=scale,
         routing=parse_routing(routing or defaults.routing, bundle.num_experts),
         router_temperature=defaults.router_temperature,
+        solver=_named(SolverName, "solver", solver or defaults.solver),
+        time_grid=_named(TimeGrid, "time_grid", time_grid or defaults.time_grid),
         loras={} if lora is None else {bundle.loras[lora]: lora},
     )
+
+
+def _named(names: Any, option: str, value: str) -> Any:
+    """Return a value that is one of the names of a `Literal`; raises ParisError otherwise."""
+    if value not in get_args(names):
+        allowed = ", ".join(get_args(names))
+        raise ParisError(f"{option}={value!r} is not allowed: one of {allowed}")
+    return value
 
 
 def initial_noise(shape: Sequence[int], seeds: Sequence[int]) -> Tensor:
@@ -138,23 +152,27 @@ def denoise(
     Raises:
         SamplingError: if the latents are not finite in the end.
     """
-    latents, keyed_text = noise, KeyedText.of(text)
-    text = text.to(router.pos_embed.device)
+    keyed_text, text = KeyedText.of(text), text.to(router.pos_embed.device)
     usage = torch.zeros(len(noise), router.config.num_experts, device=noise.device)
     asked = torch.zeros(len(noise), device=noise.device)
-    for t, t_next in pairwise(sampling_times(options.num_inference_steps).tolist()):
+    times = sampling_times(options.num_inference_steps, options.time_grid).tolist()
+    evaluations = num_evaluations(options.solver, options.num_inference_steps)
+    solver = solve(options.solver, noise, times)
+    step: tuple[Tensor, float] | Tensor = next(solver)
+    while isinstance(step, tuple):
+        latents, t = step
         logits = _ask_router(router, latents, t, text) / options.router_temperature
         weights = expert_weights(logits, options.routing)
         calls = _expert_calls(weights, latents, t, keyed_text, options)
         velocity = torch.zeros_like(latents)
         for call, answer in zip(calls, (yield calls), strict=True):
             velocity[call.rows] += weights[call.rows, call.expert, None, None, None] * answer
-        latents = euler_step(latents, velocity, t, t_next)
-        usage += weights / options.num_inference_steps
-        asked += (weights > 0).sum(dim=1) / options.num_inference_steps
-    if not latents.isfinite().all():
+        step = proceed(solver, velocity)
+        usage += weights / evaluations
+        asked += (weights > 0).sum(dim=1) / evaluations
+    if not step.isfinite().all():
         raise SamplingError("the experts gave latents that are not finite: try dtype=float32")
-    return Samples(latents, usage, asked)
+    return Samples(step, usage, asked)
 
 
 def _ask_router(router: Router, latents: Tensor, t: float, text: TextConditioning) -> Tensor:
@@ -261,6 +279,8 @@ def sample_one_expert(
     seeds: Sequence[int],
     num_inference_steps: int,
     guidance_scale: float,
+    solver: SolverName = "euler",
+    time_grid: TimeGrid = "linspace",
 ) -> Tensor:
     """Return latents `(B, C, H, W)`, on the CPU, that one expert draws without a router.
 
@@ -269,16 +289,19 @@ def sample_one_expert(
         text: Conditioning of the B captions.
         null_text: Conditioning of the empty string, a batch of one.
         seeds: One a picture.
-        num_inference_steps: Euler steps.
+        num_inference_steps: Steps of the solver.
         guidance_scale: 1 switches guidance off.
+        solver: Which one.
+        time_grid: Its times.
     """
     config, device = expert.config, expert.pos_embed.device
-    latents = initial_noise((config.in_channels, config.input_size, config.input_size), seeds)
+    noise = initial_noise((config.in_channels, config.input_size, config.input_size), seeds)
     encoded, null = (expert.encode_text(part.to(device)) for part in (text, null_text))
-    for t, t_next in pairwise(sampling_times(num_inference_steps).tolist()):
-        velocity = guided_velocity(expert, latents, t, encoded, null, guidance_scale)
-        latents = euler_step(latents, velocity, t, t_next)
-    return latents
+    times = sampling_times(num_inference_steps, time_grid).tolist()
+    return integrate(
+        solve(solver, noise, times),
+        lambda latents, t: guided_velocity(expert, latents, t, encoded, null, guidance_scale),
+    )
 
 
 def generate(
@@ -289,6 +312,8 @@ def generate(
     num_inference_steps: int | None = None,
     guidance_scale: float | None = None,
     routing: str | None = None,
+    solver: str | None = None,
+    time_grid: str | None = None,
     lora: str | None = None,
 ) -> list[Image.Image]:
     """Draw one picture a prompt; picture i uses `seed + i`.
@@ -297,10 +322,12 @@ def generate(
         bundle: What `load_bundle` returned.
         prompts: Captions.
         seed: Seed of the first picture.
-        num_inference_steps: Euler steps; None takes the bundle's default, like the others.
+        num_inference_steps: Steps of the solver; None takes the bundle's default, like the others.
         guidance_scale: Classifier-free guidance; 1 switches it off.
         routing: `top-1`, `top-2`, ..., `full` (or `full-ensemble`), `threshold:x`
             or `top-p:x`.
+        solver: `euler`, `heun`, `ab2` or `dpm++2m`.
+        time_grid: `linspace`, `half-last` or `flow-match-euler`.
         lora: Name of an adapter (`bundle.add_lora`), which its expert draws with; the others and
             the router draw as ever.
 
@@ -313,6 +340,8 @@ def generate(
         num_inference_steps=num_inference_steps,
         guidance_scale=guidance_scale,
         routing=routing,
+        solver=solver,
+        time_grid=time_grid,
         lora=lora,
     )
     codec = bundle.codec  # now: one that is damaged must not cost a whole sampling

@@ -18,6 +18,7 @@ from paris_ray.artifacts import absolute_uri
 from paris_ray.bundle import Dtype
 from paris_ray.errors import ConfigError
 from serve.expert import ExpertServer
+from serve.gate import MAX_ONGOING_REQUESTS, MAX_QUEUED_REQUESTS
 from serve.ingress import Ingress, create_api
 from serve.sampler import Sampler
 from serve.source import BundleSource, LoRASource
@@ -81,8 +82,11 @@ class AppArgs(BaseModel):
         threads: Torch threads of each Sampler and expert replica.
         loras: Adapters by the name that requests give. Serve loads one anew when its name or its
             path changes.
-        api_key_file: A file with the key that clients must send; relative like `bundle`. Null
-            serves requests from this machine alone.
+        api_key_file: A file with the key or, if it is called *.yaml, with the keys that clients
+            must send (`serve.keys`); relative like `bundle`. Null serves requests from this machine
+            alone, and only where Serve listens on loopback.
+        cors_origins: Origins whose web pages may use the API from a browser, such as
+            `https://example.com`; `*` means all.
         ingress: Size of the HTTP side.
         sampler: Size of the Sampler.
         expert: Size of every expert.
@@ -100,6 +104,7 @@ class AppArgs(BaseModel):
     threads: int = Field(default=1, ge=1)
     loras: dict[str, LoRAOptions] = {}
     api_key_file: str | None = None
+    cors_origins: list[str] = []
     ingress: DeploymentOptions = DeploymentOptions()
     sampler: DeploymentOptions = DeploymentOptions()
     expert: DeploymentOptions = DeploymentOptions()
@@ -142,10 +147,11 @@ def build(args: AppArgs) -> Application:
         _on_reserved_device(source, args.sampler), experts, threads=args.threads
     )
     key_file = None if args.api_key_file is None else _from_repository(args.api_key_file)
-    ingress_class = serve.ingress(create_api())(Ingress)
-    application: Application = _deploy(ingress_class, "Ingress", args.ingress).bind(
-        source, sampler, key_file
+    ingress_class = serve.ingress(create_api(args.cors_origins))(Ingress)
+    ingress = _deploy(ingress_class, "Ingress", args.ingress).options(
+        max_ongoing_requests=MAX_ONGOING_REQUESTS, max_queued_requests=MAX_QUEUED_REQUESTS
     )
+    application: Application = ingress.bind(source, sampler, key_file)
     return application
 
 

@@ -3,6 +3,8 @@
     serve deploy serve/config.yaml        # onto a running cluster
     serve run serve/config.yaml           # or in the foreground, on a local one
 
+Ray must have been started with RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=serve.gate:edge.
+
 Ingress -> Sampler -> Expert-0 ... Expert-K-1: each a deployment, with its own replicas and
 resources.
 """

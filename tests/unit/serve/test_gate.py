@@ -15,7 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from paris_ray.errors import ConfigError
 from serve import gate
-from serve.access import Access, Frontage
+from serve.access import Access, Frontage, is_loopback
 from serve.errors import too_many
 from serve.gate import MAX_BODIES, MAX_BODY_BYTES, MAX_HEAD_BYTES, Edge, Gate, at_most, edge
 from serve.keys import LOCAL
@@ -260,6 +260,11 @@ def test_without_keys_this_machine_is_answered(host: str) -> None:
     app = Application()
     assert ask(keyless(app), scope_of(headers=[(b"host", host.encode())])).status == 200
     assert app.requests[0]["state"]["client"] == LOCAL
+
+
+@pytest.mark.parametrize("host", ["", "0.0.0.0", "192.0.2.1", "localhost.evil.example", "::2", "1"])
+def test_other_hosts_are_not_this_machine(host: str) -> None:
+    assert not is_loopback(host)
 
 
 def test_with_keys_only_their_holders_are_answered(keyed: Callable[..., Gate]) -> None:

@@ -21,8 +21,10 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import HTTPConnection
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from starlette.websockets import WebSocket
+from uvicorn.protocols.http import auto
 
 from serve.access import Access
+from serve.connection import Connection
 from serve.errors import ApiError, as_response, error_of, malformed, too_large, too_many, too_slow
 
 logger = logging.getLogger(__name__)
@@ -168,7 +170,8 @@ class Edge:
 
 
 def edge() -> list[Middleware]:
-    """Return the layers that Ray puts around its HTTP proxy; Ray calls this."""
+    """Return the layers that Ray puts around its HTTP proxy; Ray calls this before it starts it."""
+    auto.AutoHTTPProtocol = Connection
     return [Middleware(Edge)]
 
 

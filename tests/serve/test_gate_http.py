@@ -294,10 +294,25 @@ def test_head(client: httpx.Client) -> None:
 
 def test_a_slow_head_holds_up_nobody(server: Server, client: httpx.Client) -> None:
     slow = [Raw(server).send("POST / HTTP/1.1\r\nHost: local") for _ in range(50)]
+    silent = Raw(server)
     assert client.get("/open/healthz").status_code == 200
     assert client.post(f"/open{IMAGES}", json=BODY).status_code == 200
     for raw in slow:
-        raw.close()
+        assert raw.error(408)["type"] == "timeout_error"
+    assert silent.read() == b""
+
+
+def test_an_endless_head_is_cut(server: Server) -> None:
+    raw = Raw(server).send("GET / HTTP/1.1\r\nHost: localhost\r\nX: ")
+    with contextlib.suppress(ConnectionError):
+        for _ in range(1000):
+            raw.send(b"x" * 100_000)
+    assert raw.error(431)["code"] == "headers_too_large"
+
+
+@pytest.mark.parametrize("text", ["nonsense\r\n\r\n", "GET / HTTP/1.1\r\nbad header\r\n\r\n"])
+def test_what_is_no_http_is_refused_in_our_shape(server: Server, text: str) -> None:
+    assert Raw(server).send(text).error(400)["code"] == "malformed_request"
 
 
 def test_what_ray_answers_is_in_our_shape(client: httpx.Client) -> None:

@@ -9,13 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import uvicorn
 from hypothesis import given
 from hypothesis import strategies as st
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn.protocols.http import auto
 
 from paris_ray.errors import ConfigError
 from serve import gate
 from serve.access import Access, Frontage, is_loopback
+from serve.connection import Connection
 from serve.errors import too_many
 from serve.gate import MAX_BODIES, MAX_BODY_BYTES, MAX_HEAD_BYTES, Edge, Gate, at_most, edge
 from serve.keys import LOCAL
@@ -515,9 +518,14 @@ def test_web_sockets_are_refused(app: ASGIApp) -> None:
     assert json.loads(messages[1]["body"])["error"]["type"] == "invalid_request_error"
 
 
-def test_ray_is_given_the_edge() -> None:
+def test_ray_is_given_the_edge(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(auto, "AutoHTTPProtocol", None)
     (middleware,) = edge()
     assert middleware.cls is Edge
+    config = uvicorn.Config("", lifespan="off")
+    config.load_app = lambda: None
+    config.load()
+    assert config.http_protocol_class is Connection
 
 
 SAFE = Frontage(host="127.0.0.1", direct=False, has_edge=True)

@@ -103,8 +103,11 @@ class LocalCluster:
         head, temp_dir = self._process(), str(self._state()["temp_dir"])
         family = _processes_of(temp_dir)
         if head is not None:
-            family += [head, *head.children(recursive=True)]
-            head.terminate()
+            family.append(head)
+            with suppress(psutil.NoSuchProcess):  # on a busy machine any may end meanwhile
+                family += head.children(recursive=True)
+            with suppress(psutil.NoSuchProcess):
+                head.terminate()
         _, alive = psutil.wait_procs(family, timeout=STOP_TIMEOUT_S if head else 0)
         for process in alive:
             with suppress(psutil.NoSuchProcess):  # it ended just now
@@ -140,10 +143,10 @@ class LocalCluster:
             return None
         try:
             process = psutil.Process(int(self._state()["pid"]))
+            same = process.create_time() == self._state()["created"]
+            return process if same and process.status() != psutil.STATUS_ZOMBIE else None
         except psutil.NoSuchProcess:
             return None
-        same = process.create_time() == self._state()["created"]
-        return process if same and process.status() != psutil.STATUS_ZOMBIE else None
 
 
 def _processes_of(temp_dir: str) -> list[psutil.Process]:

@@ -19,12 +19,15 @@ from ray.serve import Application
 from paris_ray.artifacts import absolute_uri
 from paris_ray.bundle import Dtype
 from paris_ray.errors import ConfigError
+from paris_ray.sampling.engine import Limits
+from serve import gate
 from serve.expert import ExpertServer
-from serve.gate import MAX_ONGOING_REQUESTS, MAX_QUEUED_REQUESTS
 from serve.ingress import Ingress, create_api
 from serve.sampler import Sampler
 from serve.source import BundleSource, LoRASource
 
+MAX_ONGOING_REQUESTS = 1_000  # of a replica
+LIMITS = Limits()
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 
@@ -65,6 +68,24 @@ class LoRAOptions(BaseModel):
     receipt_key: str | None = Field(default=None, pattern="^[0-9a-f]{64}$")
 
 
+class LimitOptions(BaseModel):
+    """What each Sampler takes on; see `paris_ray.sampling.engine.Limits`.
+
+    Attributes:
+        max_batch_rows: Samples of one forward pass; a guided picture is two.
+        max_active_pictures: Pictures that are drawn at the same time.
+        max_waiting_pictures: Pictures that wait to be drawn; more are refused with 429.
+        lost_after_s: How long an expert may fail before pictures are drawn without it.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    max_batch_rows: int = Field(default=LIMITS.max_batch_rows, ge=2)
+    max_active_pictures: int = Field(default=LIMITS.max_active_pictures, ge=1)
+    max_waiting_pictures: int = Field(default=LIMITS.max_waiting_pictures, ge=0)
+    lost_after_s: float = Field(default=LIMITS.lost_after_s, gt=0)
+
+
 class AppArgs(BaseModel):
     """The `args:` of `serve/config.yaml`.
 
@@ -84,6 +105,7 @@ class AppArgs(BaseModel):
         threads: Torch threads of each Sampler and expert replica.
         loras: Adapters by the name that requests give. Serve loads one anew when its name or its
             path changes.
+        limits: What each Sampler takes on.
         api_key_file: A file with the key or, if it is called *.yaml, with the keys that clients
             must send (`serve.keys`); relative like `bundle`. Null serves requests from this machine
             alone, and only where Serve listens on loopback.
@@ -105,6 +127,7 @@ class AppArgs(BaseModel):
     offload: bool = False
     threads: int = Field(default=1, ge=1)
     loras: dict[str, LoRAOptions] = {}
+    limits: LimitOptions = LimitOptions()
     api_key_file: str | None = None
     cors_origins: list[str] = []
     ingress: DeploymentOptions = DeploymentOptions()
@@ -146,12 +169,16 @@ def build(args: AppArgs) -> Application:
             raise ConfigError(f"experts: {index} is not allowed: the bundle has {num_experts}")
     experts = None if args.colocated else _bind_experts(args, source, num_experts)
     sampler = _deploy(Sampler, "Sampler", args.sampler).bind(
-        _on_reserved_device(source, args.sampler), experts, threads=args.threads
+        _on_reserved_device(source, args.sampler),
+        experts,
+        threads=args.threads,
+        limits=Limits(**args.limits.model_dump()),
     )
     key_file = None if args.api_key_file is None else _from_repository(args.api_key_file)
     ingress_class = serve.ingress(create_api(args.cors_origins))(Ingress)
     ingress = _deploy(ingress_class, "Ingress", args.ingress).options(
-        max_ongoing_requests=MAX_ONGOING_REQUESTS, max_queued_requests=MAX_QUEUED_REQUESTS
+        max_ongoing_requests=gate.MAX_ONGOING_REQUESTS,
+        max_queued_requests=gate.MAX_QUEUED_REQUESTS,
     )
     application: Application = ingress.bind(source, sampler, key_file)
     return application
@@ -192,6 +219,9 @@ def _deploy(deployment_class: type[Any], name: str, options: DeploymentOptions) 
     return serve.deployment(
         name=name,
         num_replicas=options.num_replicas,
+        # Who is admitted is decided by the application: Serve's own limit would keep the rest
+        # waiting, health checks and refusals among them.
+        max_ongoing_requests=MAX_ONGOING_REQUESTS,
         ray_actor_options={"num_cpus": options.num_cpus, "num_gpus": options.num_gpus},
         # HTTP requests are logged; a line for every call of an expert would drown them.
         logging_config={"enable_access_log": name == "Ingress"},

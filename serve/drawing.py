@@ -70,3 +70,18 @@ class Drawing:
     expert_weights: list[list[list[float]]]
     missing_experts: list[int]
     queued_s: float
+
+
+class RequestCancelledError(RuntimeError):
+    """Somebody cancelled a request.
+
+    Args:
+        step: How many evaluations of the velocity were done.
+    """
+
+    def __init__(self, step: int) -> None:
+        super().__init__(f"cancelled after {step} steps")
+        self.step = step
+
+    def __reduce__(self) -> tuple[type["RequestCancelledError"], tuple[int]]:
+        return type(self), (self.step,)

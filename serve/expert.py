@@ -1,53 +1,82 @@
 """One expert behind a handle: a stateless function from noisy latents to velocities.
 
-Tensors travel as contiguous numpy arrays by value, which Ray sends without copying.
+Tensors travel as contiguous numpy arrays by value. Texts travel once: later calls name them by
+digest, and a replica that does not know one says so.
 """
 
-from typing import NamedTuple
+import asyncio
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from ray.serve.handle import DeploymentHandle
+from torch import Tensor
 
-from paris_ray.models import EncodedText, TextConditioning
-from paris_ray.sampling.guidance import KeyedText, TextCache, guided_velocity
+from paris_ray.models import TextConditioning
+from paris_ray.sampling.calls import ExpertCall
+from paris_ray.sampling.guidance import KeyedText
+from paris_ray.sampling.local import LocalModels
 from serve.source import BundleSource
 
 Floats = NDArray[np.float32]
+MAX_TEXTS = 256  # that a replica keeps, and that a client takes for known
 
 
 class TextArrays(NamedTuple):
-    """A `KeyedText` on its way between processes: each distinct caption once.
+    """The text of one caption on its way between processes.
 
     Attributes:
-        text_embeddings: `(d, L, D)` of the d distinct captions, like the next three.
-        pooled_text: `(d, D)`.
-        text_mask: `(d, L)`, or None.
-        keys: Their keys.
-        rows: Which of them each row of the batch has.
+        text_embeddings: `(1, L, D)`.
+        pooled_text: `(1, D)`.
+        text_mask: `(1, L)`, or None.
     """
 
     text_embeddings: Floats
     pooled_text: Floats
     text_mask: NDArray[np.bool_] | None
-    keys: tuple[bytes, ...]
-    rows: tuple[int, ...]
 
     @classmethod
-    def pack(cls, keyed: KeyedText) -> "TextArrays":
-        """Return the arrays of a conditioning, and its keys."""
-        keys = tuple(dict.fromkeys(keyed.keys))
-        text = keyed.rows(torch.tensor([keyed.keys.index(key) for key in keys])).text
+    def pack(cls, text: TextConditioning) -> "TextArrays":
+        """Return the arrays of a conditioning of one caption."""
         mask = None if text.text_mask is None else text.text_mask.numpy()
-        embeddings, pooled = to_array(text.text_embeddings), to_array(text.pooled_text)
-        return cls(embeddings, pooled, mask, keys, tuple(map(keys.index, keyed.keys)))
+        return cls(to_array(text.text_embeddings), to_array(text.pooled_text), mask)
 
-    def unpack(self) -> KeyedText:
-        """Return the conditioning of the arrays, under the same keys."""
+    def unpack(self) -> TextConditioning:
+        """Return the conditioning of the arrays."""
         mask = None if self.text_mask is None else torch.tensor(self.text_mask)
         embeddings, pooled = torch.tensor(self.text_embeddings), torch.tensor(self.pooled_text)
-        distinct = KeyedText(TextConditioning(embeddings, pooled, mask), self.keys)
-        return distinct.rows(torch.tensor(self.rows))
+        return TextConditioning(embeddings, pooled, mask)
+
+
+class Question(NamedTuple):
+    """Calls of one expert on their way between processes, one picture each.
+
+    Attributes:
+        latents: `(B, C, H, W)`.
+        t: `(B,)` float64: what a Python number is.
+        guidance_scale: `(B,)` float64.
+        texts: The digest of each one's text.
+        null_texts: The digest of the text that guidance subtracts, or None.
+        loras: The name of each one's adapter, or None.
+        new_texts: Texts that the replica may not know, by digest.
+    """
+
+    latents: Floats
+    t: NDArray[np.float64]
+    guidance_scale: NDArray[np.float64]
+    texts: tuple[bytes, ...]
+    null_texts: tuple[bytes | None, ...]
+    loras: tuple[str | None, ...]
+    new_texts: dict[bytes, TextArrays]
+
+
+class MissingTexts(NamedTuple):
+    """What a replica answers that does not know some texts."""
+
+    keys: tuple[bytes, ...]
 
 
 def to_array(tensor: torch.Tensor) -> Floats:
@@ -57,11 +86,13 @@ def to_array(tensor: torch.Tensor) -> Floats:
 
 
 class ExpertUnavailableError(RuntimeError):
-    """An expert is being replaced; the request may be sent again."""
+    """An expert is being replaced; the call may be made again."""
 
 
 class ExpertServer:
     """A deployment that holds one expert; any replica can answer any call.
+
+    Everything that has come while it computed is computed together, whoever asked.
 
     Args:
         source: Where the bundle is; only this expert and its adapters are read.
@@ -71,44 +102,137 @@ class ExpertServer:
 
     def __init__(self, source: BundleSource, index: int, *, threads: int) -> None:
         torch.set_num_threads(threads)
-        bundle = source.open()
-        names = (None, *(name for name, expert in bundle.loras.items() if expert == index))
-        self._experts = {name: bundle.expert(index, name) for name in names}
-        self._texts = TextCache()
+        self._index, self._bundle = index, source.open()
+        self._models = LocalModels(self._bundle)
+        self._texts: OrderedDict[bytes, TextConditioning] = OrderedDict()
+        self._waiting: list[tuple[list[ExpertCall], asyncio.Future[list[Tensor]]]] = []
+        self._computing: asyncio.Task[None] | None = None
+        self._load()
 
-    @torch.inference_mode()
-    def velocity(
-        self,
-        latents: Floats,
-        t: float,
-        text: TextArrays,
-        null_text: TextArrays | None,
-        guidance_scale: float,
-        lora: str | None = None,
-    ) -> Floats:
-        """Return the guided velocity `(B, C, H, W)`; arguments as in `guided_velocity`.
+    def _load(self) -> None:
+        """Load now what calls will need."""
+        self._bundle.mixed_expert(self._index)
+        for name in self._bundle.loras:
+            self._bundle.expert(self._index, name)
 
-        Captions are encoded when they come for the first time, and so once per image. `lora` names
-        an adapter of this expert.
+    async def velocity(self, question: Question) -> Floats | MissingTexts:
+        """Return the guided velocities `(B, C, H, W)` of the calls, or which texts to send along.
 
         Raises:
-            ExpertUnavailableError: if it is not known here, while Serve replaces the replicas.
+            ExpertUnavailableError: if an adapter is not known here, while Serve replaces replicas.
         """
-        if lora not in self._experts:
-            raise ExpertUnavailableError(f"lora={lora!r} is not known to all replicas yet")
-        velocity = guided_velocity(
-            self._experts[lora],
-            torch.tensor(latents),
-            t,
-            self._encode(text, lora),
-            None if null_text is None else self._encode(null_text, lora),
-            guidance_scale,
-        )
-        return to_array(velocity)
+        for name in question.loras:
+            if name is not None and name not in self._bundle.loras:
+                raise ExpertUnavailableError(f"lora={name!r} is not known to all replicas yet")
+        self._learn(question.new_texts)
+        named = (*question.texts, *(key for key in question.null_texts if key is not None))
+        missing = tuple(key for key in dict.fromkeys(named) if key not in self._texts)
+        if missing:
+            return MissingTexts(missing)
+        answered: asyncio.Future[list[Tensor]] = asyncio.get_running_loop().create_future()
+        self._waiting.append((self._calls(question), answered))
+        if self._computing is None:
+            self._computing = asyncio.create_task(self._compute())
+        return to_array(torch.cat(await answered))
 
     def check_health(self) -> None:
         """Raise if the device has failed: CUDA errors stick, so the process must be replaced."""
-        torch.ones((), device=self._experts[None].pos_embed.device).item()
+        torch.ones((), device=self._bundle.device).item()
 
-    def _encode(self, text: TextArrays, lora: str | None) -> EncodedText:
-        return self._texts.encode(self._experts[lora], text.unpack(), owner=lora)
+    def _learn(self, texts: dict[bytes, TextArrays]) -> None:
+        for key, arrays in texts.items():
+            self._texts[key] = arrays.unpack()
+        while len(self._texts) > MAX_TEXTS:
+            self._texts.popitem(last=False)
+
+    def _calls(self, question: Question) -> list[ExpertCall]:
+        latents = torch.tensor(question.latents)
+        return [
+            ExpertCall(
+                expert=self._index,
+                lora=question.loras[i],
+                latents=latents[i : i + 1],
+                t=float(question.t[i]),
+                text=self._keyed(question.texts[i]),
+                null_text=None if null is None else self._keyed(null),
+                guidance_scale=float(question.guidance_scale[i]),
+            )
+            for i, null in enumerate(question.null_texts)
+        ]
+
+    def _keyed(self, key: bytes) -> KeyedText:
+        self._texts.move_to_end(key)
+        return KeyedText(self._texts[key], (key,))
+
+    async def _compute(self) -> None:
+        """Compute until nothing waits."""
+        while self._waiting:
+            taken, self._waiting = self._waiting, []
+            calls = [call for calls, _ in taken for call in calls]
+            try:
+                answers = iter(await asyncio.to_thread(self._models.answer, calls))
+            except Exception as error:  # whoever asked is told
+                for _, answered in taken:
+                    if not answered.cancelled():
+                        answered.set_exception(error)
+                continue
+            for asked, answered in taken:
+                own = [next(answers) for _ in asked]
+                if not answered.cancelled():
+                    answered.set_result(own)
+        self._computing = None
+
+
+class ExpertClient:
+    """Asks one expert through its handle.
+
+    Args:
+        handle: The deployment's.
+    """
+
+    def __init__(self, handle: DeploymentHandle[Any]) -> None:
+        self._handle = handle
+        self._known: OrderedDict[bytes, None] = OrderedDict()  # texts that were sent
+
+    async def ask(self, calls: Sequence[ExpertCall]) -> list[Tensor]:
+        """Return the velocity `(1, C, H, W)` of each call, which is about one picture.
+
+        Raises:
+            RayActorError: if the replica died meanwhile.
+            ExpertUnavailableError: if it is being replaced.
+        """
+        texts = {key: text.text for text in _texts(calls) for key in text.keys}
+        new = {key: text for key, text in texts.items() if key not in self._known}
+        answer = await self._handle.velocity.remote(_question(calls, new))
+        if isinstance(answer, MissingTexts):  # a replica that has not seen them, or forgot
+            missing = {key: texts[key] for key in answer.keys}
+            answer = await self._handle.velocity.remote(_question(calls, missing))
+        if isinstance(answer, MissingTexts):  # another replica than before
+            answer = await self._handle.velocity.remote(_question(calls, texts))
+        assert not isinstance(answer, MissingTexts), "all texts were sent"
+        self._remember(texts)
+        return list(torch.tensor(answer).split(1))
+
+    def _remember(self, keys: Iterable[bytes]) -> None:
+        for key in keys:
+            self._known[key] = None
+            self._known.move_to_end(key)
+        while len(self._known) > MAX_TEXTS:
+            self._known.popitem(last=False)
+
+
+def _texts(calls: Sequence[ExpertCall]) -> list[KeyedText]:
+    nulls = (call.null_text for call in calls if call.null_text is not None)
+    return [*(call.text for call in calls), *nulls]
+
+
+def _question(calls: Sequence[ExpertCall], texts: dict[bytes, TextConditioning]) -> Question:
+    return Question(
+        latents=to_array(torch.cat([call.latents for call in calls])),
+        t=np.array([call.t for call in calls]),
+        guidance_scale=np.array([call.guidance_scale for call in calls]),
+        texts=tuple(call.text.keys[0] for call in calls),
+        null_texts=tuple(None if c.null_text is None else c.null_text.keys[0] for c in calls),
+        loras=tuple(call.lora for call in calls),
+        new_texts={key: TextArrays.pack(text) for key, text in texts.items()},
+    )

@@ -23,10 +23,10 @@ from paris_ray.errors import ParisError
 from paris_ray.reports import png_bytes
 from paris_ray.sampling.sampler import SamplingOptions, sampling_options
 from serve.access import Access, Frontage
+from serve.drawing import Drawing, DrawRequest
 from serve.errors import install_error_handlers, invalid, unavailable
 from serve.expert import ExpertUnavailableError
 from serve.gate import Gate
-from serve.sampler import Drawing
 from serve.schemas import (
     ErrorResponse,
     ImageData,
@@ -176,8 +176,16 @@ class Ingress:
         self, request: ImagesRequest, seed: int, options: SamplingOptions
     ) -> Drawing:
         seeds = list(range(seed, seed + request.n))
+        wanted = DrawRequest(
+            id=secrets.token_hex(8),
+            client="local",
+            prompts=[request.prompt] * request.n,
+            seeds=seeds,
+            options=options,
+            timeout_s=110,
+        )
         try:
-            drawing: Drawing = await self._sampler.draw.remote(request.prompt, seeds, options)
+            drawing: Drawing = await self._sampler.draw.remote(wanted)
         except TRANSIENT as error:
             reason = getattr(error, "cause", error)  # Ray wraps what a replica raised
             raise unavailable(f"{reason}. Send the request again") from error

@@ -1,47 +1,37 @@
-"""The Sampler: text encoder, router, loop and codec; it asks the experts for velocities.
+"""The Sampler: text encoder, router, engine and codec; it asks the experts for velocities.
 
-It drives the generator that `paris_ray.sampling.generate` drives, with the same batch, so a served
-picture equals the one that `generate` draws with the same arguments, seed and thread count.
+It drives `paris_ray.sampling.engine`: lanes, one for each computation that can run at a time, take
+what waits for their models, have it answered, and give the answers back. A served picture equals
+the one that `generate` draws with the same arguments, seed and thread count, whatever else is
+being drawn.
 """
 
 import asyncio
-from collections.abc import Sequence
-from dataclasses import dataclass
+import os
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from ray.exceptions import RayActorError
 from ray.serve.handle import DeploymentHandle
-from ray.util.metrics import Counter
+from ray.util.metrics import Gauge, Histogram
 from torch import Tensor
 
-from paris_ray.sampling.guidance import KeyedText
-from paris_ray.sampling.sampler import (
-    Denoising,
-    ExpertCall,
-    LocalExperts,
-    Samples,
-    SamplingOptions,
-    advance,
-    start_denoising,
-)
-from serve.expert import ExpertUnavailableError, TextArrays, to_array
+from paris_ray.sampling.calls import ROUTER, Call
+from paris_ray.sampling.engine import Engine, Event, Failed, Finished, Limits, Previewed, Ticket
+from paris_ray.sampling.local import LocalModels
+from paris_ray.sampling.sampler import Denoising, start_denoising
+from serve.drawing import Drawing, DrawRequest, Partial, Pixels, RequestCancelledError
+from serve.expert import ExpertClient, ExpertUnavailableError
 from serve.source import BundleSource
 
+EXPIRY_PERIOD_S = 0.25
+ROW_BUCKETS = [1.0, 2, 4, 8, 16, 32, 64]
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Drawing:
-    """What the Sampler answers.
-
-    Attributes:
-        pictures: `(n, S, S, 3)`.
-        expert_usage: `(n, K)` mean weight of each expert over the steps; rows sum to 1.
-    """
-
-    pictures: NDArray[np.uint8]
-    expert_usage: list[list[float]]
+Answer = Callable[[Sequence[Any]], Awaitable[list[Tensor]]]
 
 
 class Sampler:
@@ -51,6 +41,7 @@ class Sampler:
         source: Where the bundle is.
         experts: Handles of the experts, in order; None keeps the experts in this process.
         threads: Torch threads of one computation.
+        limits: What is drawn at a time, and what may wait.
     """
 
     def __init__(
@@ -59,21 +50,33 @@ class Sampler:
         experts: Sequence[DeploymentHandle[Any]] | None,
         *,
         threads: int,
+        limits: Limits,
     ) -> None:
         torch.set_num_threads(threads)
-        self._bundle = source.open()
-        self._experts = experts
-        self._null_text = TextArrays.pack(KeyedText.of(self._bundle.null_text))
-        self._local_experts = LocalExperts(self._bundle)
-        self._calls = Counter("paris_expert_calls", "Calls of an expert.", tag_keys=("expert",))
+        self._bundle, self._limits = source.open(), limits
+        self._models = LocalModels(self._bundle)
+        self._experts = None if experts is None else [ExpertClient(handle) for handle in experts]
+        self._threads = threads
+        self._engine = Engine((ROUTER, *range(self._bundle.num_experts)), limits)
+        self._requests: dict[tuple[str, str], list[tuple[Ticket, asyncio.Queue[Event]]]] = {}
+        self._changed = asyncio.Event()
+        self._tasks: list[asyncio.Task[None]] = []
+        self._rows = Histogram(
+            "paris_batch_rows",
+            "Samples of one forward pass.",
+            boundaries=ROW_BUCKETS,
+            tag_keys=("model",),
+        )
+        self._active = Gauge("paris_active_pictures", "Pictures that are being drawn.")
+        self._waiting = Gauge("paris_waiting_pictures", "Pictures that wait to be drawn.")
         self._load()
 
     def _load(self) -> None:
         """Load what requests need now: a broken bundle must not become a broken request."""
-        _ = self._bundle.router, self._bundle.codec
+        _ = self._bundle.router, self._bundle.codec, self._bundle.null_text
         if self._experts is None:
             for k in range(self._bundle.num_experts):
-                self._bundle.expert(k)
+                self._bundle.mixed_expert(k)
             for name, k in self._bundle.loras.items():
                 self._bundle.expert(k, name)
 
@@ -81,47 +84,160 @@ class Sampler:
         """Raise if the device has failed: CUDA errors stick, so the process must be replaced."""
         torch.ones((), device=self._bundle.device).item()
 
-    async def draw(self, prompt: str, seeds: Sequence[int], options: SamplingOptions) -> Drawing:
-        """Draw one picture of the prompt for each seed.
+    async def draw(self, request: DrawRequest) -> Drawing:
+        """Draw the pictures of a request.
 
         Raises:
-            ExpertUnavailableError: if a chosen expert died meanwhile.
+            QueueFullError: if there is no room for it.
+            DeadlineError: if it took too long.
+            ExpertsLostError: if experts are lost that it may not be drawn without.
+            RequestCancelledError: if it was cancelled.
         """
-        # Torch runs in threads: the event loop stays free for the other requests.
-        denoising = await asyncio.to_thread(self._start, prompt, seeds, options)
-        step = await asyncio.to_thread(advance, denoising)
-        while not isinstance(step, Samples):
-            answers = await self._ask_all(step)
-            step = await asyncio.to_thread(advance, denoising, answers)
-        pictures = await asyncio.to_thread(self._bundle.codec.decode, step.latents)
-        return Drawing(pictures=pictures, expert_usage=step.expert_usage.tolist())
+        async for message in self.stream(request):
+            if isinstance(message, Drawing):
+                return message
+        raise AssertionError("a stream ends with the drawing")
 
-    def _start(self, prompt: str, seeds: Sequence[int], options: SamplingOptions) -> Denoising:
-        text = self._bundle.encode_text([prompt] * len(seeds))
-        return start_denoising(self._bundle, text, seeds, options)
-
-    async def _ask_all(self, calls: list[ExpertCall]) -> list[Tensor]:
-        for call in calls:
-            self._calls.inc(tags={"expert": str(call.expert)})
-        if self._bundle.offload:  # one after the other, in the order that loads the fewest
-            return await asyncio.to_thread(self._local_experts.answer_all, calls)
-        return await asyncio.gather(*map(self._ask, calls))
-
-    async def _ask(self, call: ExpertCall) -> Tensor:
-        if self._experts is None:
-            return await asyncio.to_thread(self._local_experts.answer, call)
-        null_text = None if call.guidance_scale == 1.0 else self._null_text
+    async def stream(self, request: DrawRequest) -> AsyncIterator[Partial | Drawing]:
+        """Draw the pictures of a request and tell of unfinished ones; raises as `draw`."""
+        events: asyncio.Queue[Event] = asyncio.Queue()
+        preview_at = _preview_steps(request)
+        ticket = self._engine.admit(
+            request.client,
+            num_pictures=len(request.seeds),
+            evaluations=request.options.num_inference_steps,
+            timeout_s=request.timeout_s,
+            listener=events.put_nowait,
+            now=time.monotonic(),
+            preview_at=preview_at,
+            allow_missing=request.allow_degraded,
+        )
+        key, entry = (request.client, request.id), (ticket, events)
+        self._requests.setdefault(key, []).append(entry)
         try:
-            velocity = await self._experts[call.expert].velocity.remote(
-                to_array(call.latents),
-                call.t,
-                TextArrays.pack(call.text),
-                null_text,
-                call.guidance_scale,
-                call.lora,
-            )
-        except RayActorError:
-            raise ExpertUnavailableError(
-                f"Expert {call.expert} stopped while it drew; it is being replaced"
-            ) from None
-        return torch.tensor(velocity)
+            self._start_lanes()
+            # Torch runs in threads: the event loop stays free for the other requests.
+            denoisings = await asyncio.to_thread(self._begin, request)
+            self._engine.start(ticket, denoisings, time.monotonic())
+            self._wake()
+            async for message in self._follow(events, preview_at):
+                yield message
+        finally:
+            self._engine.cancel(ticket)
+            self._requests[key].remove(entry)
+            if not self._requests[key]:
+                del self._requests[key]
+            self._wake()
+
+    async def cancel(self, client: str, request_id: str) -> int | None:
+        """End a request; return after how many steps it stopped, or None if it is not here."""
+        steps = []
+        for ticket, events in self._requests.get((client, request_id), []):
+            steps.append(self._engine.cancel(ticket))
+            events.put_nowait(Failed(RequestCancelledError(steps[-1])))
+        return max(steps, default=None)
+
+    def _begin(self, request: DrawRequest) -> list[Denoising]:
+        """Return each picture's `denoise`."""
+        text = self._bundle.encode_text(request.prompts)
+        return [
+            start_denoising(self._bundle, text.rows(slice(i, i + 1)), [seed], request.options)
+            for i, seed in enumerate(request.seeds)
+        ]
+
+    async def _follow(
+        self, events: "asyncio.Queue[Event]", preview_at: Sequence[int]
+    ) -> AsyncIterator[Partial | Drawing]:
+        while True:
+            match await events.get():
+                case Previewed(picture, evaluations, latents):
+                    (pixels,) = await self._decode([latents])
+                    index = preview_at.index(evaluations)
+                    yield Partial(picture=picture, index=index, step=evaluations, pixels=pixels)
+                case Finished(samples, queued_s):
+                    weights = [one.expert_weights[0].tolist() for one in samples]
+                    usage = [one.expert_usage[0].tolist() for one in samples]
+                    yield Drawing(
+                        pictures=await self._decode([one.latents for one in samples]),
+                        expert_usage=usage,
+                        expert_weights=weights,
+                        missing_experts=sorted({k for one in samples for k in one.missing_experts}),
+                        queued_s=queued_s,
+                    )
+                    return
+                case Failed(error):
+                    raise error
+
+    async def _decode(self, latents: Sequence[Tensor]) -> Pixels:
+        """Decode pictures one by one: a codec's last bits depend on the batch."""
+        codec = self._bundle.codec
+        return await asyncio.to_thread(lambda: np.concatenate([codec.decode(x) for x in latents]))
+
+    # -- Lanes ---------------------------------------------------------------------------------
+
+    def _start_lanes(self) -> None:
+        if self._tasks:
+            return
+        every = (ROUTER, *range(self._bundle.num_experts))
+        if self._experts is None:
+            count = self._num_computations()
+            lanes = [self._run_lane(every, self._answer_here, None) for _ in range(count)]
+        else:
+            lost_after_s = self._limits.lost_after_s
+            lanes = [self._run_lane((ROUTER,), self._answer_here, None)]
+            for k, client in enumerate(self._experts):
+                # While a replica computes, the next batch is on its way.
+                lanes += [self._run_lane((k,), client.ask, lost_after_s) for _ in range(2)]
+        self._tasks = [asyncio.create_task(lane) for lane in lanes]
+        self._tasks.append(asyncio.create_task(self._expire()))
+
+    def _num_computations(self) -> int:
+        """How many batches are computed here at a time."""
+        if self._bundle.device.type != "cpu" or self._bundle.offload:
+            return 1
+        return max(1, (os.cpu_count() or 1) // self._threads)
+
+    async def _answer_here(self, calls: Sequence[Call]) -> list[Tensor]:
+        return await asyncio.to_thread(self._models.answer, calls)
+
+    async def _run_lane(
+        self, models: Collection[int], ask: Answer, timeout_s: float | None
+    ) -> None:
+        while True:
+            batch = self._engine.take(models, time.monotonic())
+            if batch is None:
+                await self._wait(self._engine.retry_in(models, time.monotonic()))
+                continue
+            self._rows.observe(sum(c.num_rows for c in batch.calls), {"model": str(batch.model)})
+            try:
+                answers = await asyncio.wait_for(ask(batch.calls), timeout_s)
+            except (RayActorError, ExpertUnavailableError, TimeoutError):
+                self._engine.fail(batch, time.monotonic())
+            except Exception as error:  # its requests are over, and the lane goes on
+                self._engine.reject(batch, error)
+            else:
+                self._engine.answer(batch, answers, time.monotonic())
+            self._wake()
+
+    async def _expire(self) -> None:
+        while True:
+            await asyncio.sleep(EXPIRY_PERIOD_S)
+            self._engine.expire(time.monotonic())
+            self._active.set(self._engine.num_active)
+            self._waiting.set(self._engine.num_waiting)
+            self._wake()
+
+    def _wake(self) -> None:
+        """Let every lane look for work."""
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    async def _wait(self, timeout_s: float | None) -> None:
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._changed.wait(), timeout_s)
+
+
+def _preview_steps(request: DrawRequest) -> list[int]:
+    """Return after how many steps of a request its partial images are due, evenly spread."""
+    steps, count = request.options.num_inference_steps, request.partial_images
+    return sorted({steps * (i + 1) // (count + 1) for i in range(count)} - {0})

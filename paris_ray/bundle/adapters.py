@@ -34,12 +34,13 @@ class LoRA:
 
     @torch.inference_mode(False)  # see `Bundle`: a view may be trained on later
     def adapt(self, expert: Expert) -> Expert:
-        """Return the expert with the adapter; what is not adapted is shared with it.
-
-        The adapter on the expert's device is a copy, which goes when the view goes.
-        """
-        adapter = copy.deepcopy(self.adapter).to(expert.pos_embed.device)
+        """Return the expert with the adapter; what is not adapted is shared with it."""
+        adapter = self.beside(expert)
         return merge(expert, adapter) if self.merged else attach(expert, adapter)
+
+    def beside(self, expert: Expert) -> Adapter:
+        """Return the adapter on the expert's device: a copy, which goes when its view goes."""
+        return copy.deepcopy(self.adapter).to(expert.pos_embed.device)
 
 
 def read_lora(

@@ -19,6 +19,7 @@ from paris_ray.encoders.codec import Codec, load_codec
 from paris_ray.encoders.text import TextEncoder, load_text_encoder
 from paris_ray.errors import BundleError, ConfigError, ParisError
 from paris_ray.models import Expert, Router, TextConditioning
+from paris_ray.models.lora import attach_all
 from paris_ray.receipts import file_sha256
 from paris_ray.run import EXPERT_WEIGHTS, MODEL_CONFIG, ROUTER_WEIGHTS
 
@@ -84,6 +85,20 @@ class Bundle:
         """
         assert lora is None or self._loras[lora].expert == index, (index, lora)
         return self._resident.get(index, lora)
+
+    def mixed_expert(self, index: int) -> Expert:
+        """Return expert `index` for batches of which each sample names its adapter, or none.
+
+        Only those that `mixes` allows: see `models.lora.adapted_samples`.
+        """
+        return self._resident.get_mixed(index)
+
+    def mixes(self, lora: str | None) -> bool:
+        """Return whether samples with this adapter can be in a batch with others.
+
+        A merged one has weights of its own, and a view of the caller's is a model of its own.
+        """
+        return lora is None or _mixes(self._loras[lora])
 
     def add_lora(
         self,
@@ -303,7 +318,7 @@ class _Resident:
         self, load: Callable[[int], Expert], loras: Mapping[str, LoRA | View], most: int
     ) -> None:
         self._load, self._loras, self._most = load, loras, most
-        self._experts: OrderedDict[int, dict[str | None, Expert]] = OrderedDict()
+        self._experts: OrderedDict[int, dict[str | tuple[str, ...] | None, Expert]] = OrderedDict()
         self._lock = Lock()
 
     def __contains__(self, index: int) -> bool:
@@ -311,15 +326,40 @@ class _Resident:
 
     def get(self, index: int, lora: str | None) -> Expert:
         with self._lock:
-            if index not in self._experts:
-                while len(self._experts) >= self._most:
-                    self._experts.popitem(last=False)
-                self._experts[index] = {None: self._load(index)}
-            self._experts.move_to_end(index)
-            views = self._experts[index]
+            views = self._views(index)
             if lora is not None and lora not in views:
                 views[lora] = self._loras[lora].adapt(views[None])
             return views[lora]
+
+    def get_mixed(self, index: int) -> Expert:
+        with self._lock:
+            views = self._views(index)
+            expert = views[None]
+            loras = {
+                name: lora
+                for name, lora in self._loras.items()
+                if isinstance(lora, LoRA) and lora.expert == index and _mixes(lora)
+            }
+            if not loras:
+                return expert
+            names = tuple(loras)  # another view once an adapter has been added
+            if names not in views:
+                adapters = {name: lora.beside(expert) for name, lora in loras.items()}
+                with torch.inference_mode(False):
+                    views[names] = attach_all(expert, adapters)
+            return views[names]
+
+    def _views(self, index: int) -> dict[str | tuple[str, ...] | None, Expert]:
+        if index not in self._experts:
+            while len(self._experts) >= self._most:
+                self._experts.popitem(last=False)
+            self._experts[index] = {None: self._load(index)}
+        self._experts.move_to_end(index)
+        return self._experts[index]
+
+
+def _mixes(lora: LoRA | View) -> bool:
+    return isinstance(lora, LoRA) and not lora.merged
 
 
 def load_expert(part: VerifiedFolder) -> Expert:

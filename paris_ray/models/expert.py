@@ -17,6 +17,7 @@ from paris_ray.models.layers import (
     CrossAttention,
     PatchEmbed,
     TimestepEmbed,
+    VectorLinear,
     feed_forward,
     initialise_linear,
     modulate,
@@ -130,7 +131,7 @@ class Expert(nn.Module):
         self.patch_embed = PatchEmbed(config.in_channels, config.patch_size, d)
         self.pos_embed = nn.Parameter(position_table(self.grid, d), requires_grad=False)
         self.time_embed = TimestepEmbed(d)
-        self.t_block = nn.Sequential(nn.SiLU(), nn.Linear(d, 6 * d))
+        self.t_block = nn.Sequential(nn.SiLU(), VectorLinear(d, 6 * d))
         if config.text_injection == "spatial":
             self.text_proj: nn.Module = self._spatial_projection()
         else:

@@ -51,15 +51,44 @@ def unpatchify(tokens: Tensor, grid: int, patch_size: int) -> Tensor:
     )
 
 
+def apply_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Return `x W^T + b`; without gradients, a sample's bits do not depend on its batch.
+
+    Of tokens `(B, N, d)` every sample is many rows of one product, and libraries compute each row
+    as in any other product of many rows. Of one vector a sample, `(B, d)`, a batch of one would be
+    a product of a matrix with a vector, which is summed in another order: so all are.
+    """
+    if x.dim() > 2 or torch.is_grad_enabled():
+        return functional.linear(x, weight, bias)
+    weights = weight.t().expand(len(x), -1, -1)
+    if bias is None:
+        return torch.bmm(x[:, None], weights)[:, 0]
+    return torch.baddbmm(bias, x[:, None], weights)[:, 0]
+
+
+class VectorLinear(nn.Linear):
+    """A linear layer of one vector a sample."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(B, in) -> (B, out)`."""
+        return apply_linear(x, self.weight, self.bias)
+
+
 class PatchEmbed(nn.Conv2d):
-    """Cut latents into patches and project each: `(B, C, H, W) -> (B, N, d)`."""
+    """Cut latents into patches and project each: `(B, C, H, W) -> (B, N, d)`.
+
+    A convolution in state dicts, as released. It is computed as a product of matrices: what a
+    convolution makes of a sample depends on the size of the batch, in the last bits.
+    """
 
     def __init__(self, in_channels: int, patch_size: int, hidden_size: int) -> None:
         super().__init__(in_channels, hidden_size, kernel_size=patch_size, stride=patch_size)
 
     def forward(self, latents: Tensor) -> Tensor:
         """`(B, C, H, W) -> (B, N, d)`."""
-        return super().forward(latents).flatten(2).transpose(1, 2)
+        p = self.kernel_size[0]
+        patches = rearrange(latents, "b c (h p) (w q) -> b (h w) (c p q)", p=p, q=p)
+        return apply_linear(patches, self.weight.flatten(1), self.bias)
 
 
 class TimestepEmbed(nn.Module):
@@ -68,13 +97,15 @@ class TimestepEmbed(nn.Module):
     def __init__(self, hidden_size: int) -> None:
         super().__init__()
         self.mlp = nn.Sequential(
-            nn.Linear(FREQUENCY_DIM, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size)
+            VectorLinear(FREQUENCY_DIM, hidden_size),
+            nn.SiLU(),
+            VectorLinear(hidden_size, hidden_size),
         )
 
     def initialise(self) -> None:
         """Small weights, as DiT."""
-        for linear in (self.mlp[0], self.mlp[2]):
-            nn.init.normal_(linear.weight, std=0.02)  # type: ignore[arg-type]
+        for layer in (self.mlp[0], self.mlp[2]):
+            nn.init.normal_(layer.weight, std=0.02)  # type: ignore[arg-type]
 
     def forward(self, timesteps: Tensor) -> Tensor:
         """`(B,) -> (B, d)`."""

@@ -10,15 +10,18 @@ arXiv 2312.03732).
 import copy
 import math
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from itertools import chain
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from paris_ray.config import LoRAConfig
 from paris_ray.config.lora import require
+from paris_ray.models.layers import apply_linear
 from paris_ray.seeding import torch_generator
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -44,24 +47,19 @@ class LowRankUpdate(nn.Module):
 
     def forward(self, x: Tensor, start: int, stop: int | None) -> Tensor:
         """`(..., in_features) -> (..., stop - start)`, in the precision of `x`."""
-        narrow = self.scale * functional.linear(x, self.A.to(x.dtype))  # (..., r)
-        return functional.linear(narrow, self.B[start:stop].to(x.dtype))
+        narrow = self.scale * apply_linear(x, self.A.to(x.dtype))  # (..., r)
+        return apply_linear(narrow, self.B[start:stop].to(x.dtype))
 
 
-class LoRALinear(nn.Linear):
-    """A linear with a low-rank update; the weight and bias are those of the linear it replaces.
+class _AdaptedLinear(nn.Linear):
+    """A stand-in with the weight and bias of the linear that it replaces, which is left as it is.
 
     Also stands in for the fused projection of an attention, whose rows are applied separately.
-
-    Args:
-        linear: The linear to replace; it is left as it is.
-        lora: The update.
     """
 
-    def __init__(self, linear: nn.Linear, lora: LowRankUpdate) -> None:
+    def __init__(self, linear: nn.Linear) -> None:
         super().__init__(linear.in_features, linear.out_features, device="meta")
         self.weight, self.bias = linear.weight, linear.bias
-        self.lora = lora
 
     def forward(self, x: Tensor) -> Tensor:
         """`(..., in_features) -> (..., out_features)`."""
@@ -70,7 +68,66 @@ class LoRALinear(nn.Linear):
     def rows(self, x: Tensor, start: int, stop: int | None) -> Tensor:
         """Return output features `start` to `stop` only: `(..., stop - start)`."""
         bias = None if self.bias is None else self.bias[start:stop]
-        return functional.linear(x, self.weight[start:stop], bias) + self.lora(x, start, stop)
+        return apply_linear(x, self.weight[start:stop], bias)
+
+
+class LoRALinear(_AdaptedLinear):
+    """A linear with a low-rank update.
+
+    Args:
+        linear: The linear to replace.
+        lora: The update.
+    """
+
+    def __init__(self, linear: nn.Linear, lora: LowRankUpdate) -> None:
+        super().__init__(linear)
+        self.lora = lora
+
+    def rows(self, x: Tensor, start: int, stop: int | None) -> Tensor:
+        """Return output features `start` to `stop` only: `(..., stop - start)`."""
+        return super().rows(x, start, stop) + self.lora(x, start, stop)
+
+
+class MixedLoRALinear(_AdaptedLinear):
+    """A linear with the updates of several adapters, each for its own samples of a batch.
+
+    Which those are, `adapted_samples` says around the call of the model.
+
+    Args:
+        linear: The linear to replace.
+        loras: The update of each adapter that has one here, by the adapter's name.
+    """
+
+    def __init__(self, linear: nn.Linear, loras: Mapping[str, LowRankUpdate]) -> None:
+        super().__init__(linear)
+        self._loras = dict(loras)
+
+    def rows(self, x: Tensor, start: int, stop: int | None) -> Tensor:
+        """Return output features `start` to `stop` only: `(..., stop - start)`."""
+        y = super().rows(x, start, stop)
+        for name, samples in _SAMPLES.get().items():
+            if name in self._loras:
+                y = y.index_add(0, samples, self._loras[name](x[samples], start, stop))
+        return y
+
+
+_SAMPLES: ContextVar[Mapping[str, Tensor]] = ContextVar(
+    "samples of each adapter", default=MappingProxyType({})
+)
+
+
+@contextmanager
+def adapted_samples(samples: Mapping[str, Tensor]) -> Iterator[None]:
+    """Say which samples of the batch each adapter of a model of `attach_all` is for.
+
+    Args:
+        samples: Their numbers `(b,)`, by the adapter's name; the others are drawn without one.
+    """
+    token = _SAMPLES.set(samples)
+    try:
+        yield
+    finally:
+        _SAMPLES.reset(token)
 
 
 class Adapter(nn.Module):
@@ -148,6 +205,25 @@ def attach(model: Model, adapter: Adapter) -> Model:
     return view
 
 
+def attach_all(model: Model, adapters: Mapping[str, Adapter]) -> Model:
+    """Return a view of a model as `attach` does, with several adapters for different samples.
+
+    Args:
+        model: The model that the adapters were created or loaded for, with none attached.
+        adapters: The adapters, by a name for `adapted_samples`.
+    """
+    view = share(model)
+    linears: dict[str, nn.Linear] = {}
+    loras: dict[str, dict[str, LowRankUpdate]] = {}
+    for adapter_name, adapter in adapters.items():
+        for name, linear, update in _pairs(model, adapter):
+            linears[name] = linear
+            loras.setdefault(name, {})[adapter_name] = update
+    for name, updates in loras.items():
+        view.set_submodule(name, MixedLoRALinear(linears[name], updates))
+    return view
+
+
 @torch.no_grad()
 def merge(model: Model, adapter: Adapter) -> Model:
     """Return a model whose targeted weights are `W + scale * B A`; it shares all others.
@@ -176,6 +252,6 @@ def _pairs(model: nn.Module, adapter: Adapter) -> Iterator[tuple[str, nn.Linear,
     for name, update in adapter.updates().items():
         linear = model.get_submodule(name)
         assert isinstance(linear, nn.Linear), name
-        assert not isinstance(linear, LoRALinear), f"{name} has an adapter already"
+        assert not isinstance(linear, _AdaptedLinear), f"{name} has an adapter already"
         assert linear.weight.shape == (len(update.B), update.A.shape[1]), name
         yield name, linear, update

@@ -131,8 +131,8 @@ def sample_own_experts(
             num_inference_steps=options.num_inference_steps,
             guidance_scale=options.guidance_scale,
         )
-    usage = torch.nn.functional.one_hot(own, bundle.num_experts).float()
-    return Samples(latents, usage, torch.ones(len(seeds)))
+    weights = torch.nn.functional.one_hot(own, bundle.num_experts).float()
+    return Samples(latents, weights[:, None])  # the same in every step
 
 
 def _open(run: Run, student: str | None, device: str) -> Bundle:

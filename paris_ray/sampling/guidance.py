@@ -111,10 +111,11 @@ def _num_bytes(row: EncodedText) -> int:
 def guided_velocity(
     expert: Expert,
     latents: Tensor,
-    t: float,
+    t: Tensor,
     text: EncodedText,
     null_text: EncodedText | None,
-    guidance_scale: float,
+    guidance_scale: Tensor,
+    guided: Tensor,
 ) -> Tensor:
     """Return uncond + guidance_scale * (cond - uncond), `(B, C, H, W)`, in one forward pass.
 
@@ -123,19 +124,22 @@ def guided_velocity(
     Args:
         expert: The network.
         latents: `(B, C, H, W)` noisy latents.
-        t: The time, in [0, 1].
+        t: `(B,)` in [0, 1].
         text: Its encoding of the B captions.
-        null_text: Its encoding of the null text, a batch of one; may be None at a scale of 1.
-        guidance_scale: 1 asks for the conditional velocity alone.
+        null_text: Its encoding of the null text of each of the G guided rows, in order; None if
+            there are none.
+        guidance_scale: `(B,)`.
+        guided: `(G,)` the rows that have guidance; the others get the conditional velocity alone.
 
     Source: classifier-free guidance, Ho and Salimans 2022 (arXiv:2207.12598).
     """
-    count, home, device = len(latents), latents.device, expert.pos_embed.device
-    latents, times = latents.to(device), torch.full((count,), t, device=device)
-    if guidance_scale == 1.0:
-        return predict_velocity(expert, latents, times, text).to(home)
-    assert null_text is not None
-    both = EncodedText.concatenate([text, *[null_text] * count])
-    velocity = predict_velocity(expert, latents.repeat(2, 1, 1, 1), times.repeat(2), both)
-    conditional, unconditional = velocity.chunk(2)
-    return (unconditional + guidance_scale * (conditional - unconditional)).to(home)
+    home, device = latents.device, expert.pos_embed.device
+    latents, t, guided = latents.to(device), t.to(device), guided.to(device)
+    if null_text is None:
+        return predict_velocity(expert, latents, t, text).to(home)
+    both = EncodedText.concatenate([text, null_text])
+    every, times = torch.cat([latents, latents[guided]]), torch.cat([t, t[guided]])
+    velocity, unconditional = predict_velocity(expert, every, times, both).tensor_split([len(t)])
+    scale = guidance_scale.to(device)[guided, None, None, None]
+    difference = velocity[guided] - unconditional
+    return velocity.index_copy(0, guided, unconditional + scale * difference).to(home)

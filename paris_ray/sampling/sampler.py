@@ -1,26 +1,25 @@
-"""The sampling loop: route, ask the chosen experts, combine, step.
+"""The sampling loop: ask the router, ask the experts that it chooses, combine, step.
 
 `denoise` is a generator that yields the calls it wants made and is sent their answers. It does no
-I/O, so one loop serves both drivers: `generate` answers the calls in this process, the Serve
-application answers them through replicas.
+I/O, so one loop serves both drivers: `generate` answers the calls of its pictures in this process,
+`engine` answers those of many requests together, wherever the models are.
 """
 
 from collections.abc import Generator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from itertools import pairwise
-from threading import Lock
-from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 
 from paris_ray.bundle import Bundle
-from paris_ray.diffusion import router_logits, sampling_times
+from paris_ray.diffusion import sampling_times
 from paris_ray.errors import ParisError
-from paris_ray.models import Expert, Router, TextConditioning
-from paris_ray.sampling.guidance import KeyedText, TextCache, guided_velocity
+from paris_ray.models import EncodedText, Expert, TextConditioning
+from paris_ray.sampling.calls import Call, ExpertCall, RouterCall
+from paris_ray.sampling.guidance import KeyedText, guided_velocity
+from paris_ray.sampling.local import LocalModels
 from paris_ray.sampling.routing import Routing, expert_weights, parse_routing
 from paris_ray.sampling.solvers import euler_step
 from paris_ray.seeding import torch_generator
@@ -32,27 +31,23 @@ class SamplingError(RuntimeError):
     """The experts gave latents that are no picture."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ExpertCall:
-    """One question to one expert: the velocity of some rows of the batch at one time.
+class ExpertsLostError(RuntimeError):
+    """No expert is left that could draw."""
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What a picture waits for.
 
     Attributes:
-        expert: Which expert.
-        lora: Name of its adapter, or None.
-        rows: `(b,)` the rows of the batch.
-        latents: `(b, C, H, W)` their noisy latents.
-        t: The time, in [0, 1].
-        text: Their text.
-        guidance_scale: 1 asks for the conditional velocity alone.
+        calls: What to ask; the answers go back in their order.
+        evaluations: How often the velocity is known already.
+        preview: `(B, C, H, W)` the pictures that the last velocity points to; None before it.
     """
 
-    expert: int
-    lora: str | None
-    rows: Tensor
-    latents: Tensor
-    t: float
-    text: KeyedText
-    guidance_scale: float
+    calls: list[Call]
+    evaluations: int
+    preview: Tensor | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,13 +56,24 @@ class Samples:
 
     Attributes:
         latents: `(B, C, H, W)` at t = 0.
-        expert_usage: `(B, K)` mean weight of each expert over the steps; rows sum to 1.
-        experts_asked: `(B,)` mean number of experts that a step asked.
+        expert_weights: `(B, E, K)` the weight of each expert in each of E evaluations of the
+            velocity; sums to 1 over the experts.
+        missing_experts: Those that were lost and drawn without.
     """
 
     latents: Tensor
-    expert_usage: Tensor
-    experts_asked: Tensor
+    expert_weights: Tensor
+    missing_experts: tuple[int, ...] = ()
+
+    @property
+    def expert_usage(self) -> Tensor:
+        """`(B, K)` mean weight of each expert over the evaluations; rows sum to 1."""
+        return self.expert_weights.mean(dim=1)
+
+    @property
+    def experts_asked(self) -> Tensor:
+        """`(B,)` mean number of experts that an evaluation asked."""
+        return (self.expert_weights > 0).sum(dim=2).float().mean(dim=1)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -81,7 +87,8 @@ class SamplingOptions:
     loras: Mapping[int, str] = field(default_factory=dict)
 
 
-Denoising = Generator[list[ExpertCall], list[Tensor], Samples]
+Answers = Sequence[Tensor | None]
+Denoising = Generator[Step, Answers, Samples]
 
 
 def sampling_options(
@@ -122,66 +129,98 @@ def initial_noise(shape: Sequence[int], seeds: Sequence[int]) -> Tensor:
 
 
 def denoise(
-    noise: Tensor, text: TextConditioning, router: Router, options: SamplingOptions
+    noise: Tensor, text: TextConditioning, null_text: TextConditioning, options: SamplingOptions
 ) -> Denoising:
-    """Integrate from noise to latents, yielding each step's expert calls.
+    """Integrate from noise to latents, yielding the calls of each evaluation of the velocity.
 
-    The router is asked once a step for the whole picture, and its choice serves both halves of
-    the guidance. Send the generator one velocity `(b, C, H, W)` a call, in order.
+    First comes the router's, then those of the experts that it chooses; the choice serves both
+    halves of the guidance. Send one answer a call, in order; None where an expert is lost: the
+    pictures are then drawn without it to the end.
 
     Args:
-        noise: `(B, C, H, W)` latents at t = 1; the picture stays on their device.
+        noise: `(B, C, H, W)` latents at t = 1; the pictures stay on their device.
         text: Conditioning of the B prompts.
-        router: Chooses and weighs the experts, on any device.
+        null_text: Conditioning of the empty string, a batch of one.
         options: Steps, guidance and routing.
 
     Raises:
         SamplingError: if the latents are not finite in the end.
+        ExpertsLostError: if no expert is left.
     """
-    latents, keyed_text = noise, KeyedText.of(text)
-    text = text.to(router.pos_embed.device)
-    usage = torch.zeros(len(noise), router.config.num_experts, device=noise.device)
-    asked = torch.zeros(len(noise), device=noise.device)
+    mixture = _Mixture(KeyedText.of(text), KeyedText.of(null_text), options)
+    latents = noise
     for t, t_next in pairwise(sampling_times(options.num_inference_steps).tolist()):
-        logits = _ask_router(router, latents, t, text) / options.router_temperature
-        weights = expert_weights(logits, options.routing)
-        calls = _expert_calls(weights, latents, t, keyed_text, options)
-        velocity = torch.zeros_like(latents)
-        for call, answer in zip(calls, (yield calls), strict=True):
-            velocity[call.rows] += weights[call.rows, call.expert, None, None, None] * answer
+        velocity = yield from mixture.velocity(latents, t)
         latents = euler_step(latents, velocity, t, t_next)
-        usage += weights / options.num_inference_steps
-        asked += (weights > 0).sum(dim=1) / options.num_inference_steps
     if not latents.isfinite().all():
         raise SamplingError("the experts gave latents that are not finite: try dtype=float32")
-    return Samples(latents, usage, asked)
+    return Samples(latents, torch.stack(mixture.weights, dim=1), tuple(sorted(mixture.missing)))
 
 
-def _ask_router(router: Router, latents: Tensor, t: float, text: TextConditioning) -> Tensor:
-    device = router.pos_embed.device
-    times = torch.full((len(latents),), t, device=device)
-    return router_logits(router, latents.to(device), times, text).to(latents.device)
+class _Mixture:
+    """The velocity of the ensemble at some latents, and what became known on the way."""
 
+    def __init__(self, text: KeyedText, null_text: KeyedText, options: SamplingOptions) -> None:
+        self._text, self._options = text, options
+        self._null_text = None if options.guidance_scale == 1.0 else null_text
+        self.weights: list[Tensor] = []
+        self.missing: set[int] = set()
+        self._preview: Tensor | None = None
 
-def _expert_calls(
-    weights: Tensor, latents: Tensor, t: float, text: KeyedText, options: SamplingOptions
-) -> list[ExpertCall]:
-    calls = []
-    for expert in range(weights.shape[1]):
-        rows = weights[:, expert].nonzero()[:, 0]
-        if len(rows):
-            calls.append(
-                ExpertCall(
-                    expert=expert,
-                    lora=options.loras.get(expert),
-                    rows=rows,
-                    latents=latents[rows],
-                    t=t,
-                    text=text.rows(rows),
-                    guidance_scale=options.guidance_scale,
-                )
+    def velocity(self, latents: Tensor, t: float) -> Generator[Step, Answers, Tensor]:
+        """Yield calls and return the velocity `(B, C, H, W)`."""
+        (logits,) = yield self._step([RouterCall(latents=latents, t=t, text=self._text)])
+        assert logits is not None, "a lost router is none that can be drawn without"
+        while True:
+            weights = self._weigh(logits)
+            calls, rows = self._expert_calls(weights, latents, t)
+            answers = yield self._step(calls)
+            lost = {
+                call.expert for call, given in zip(calls, answers, strict=True) if given is None
+            }
+            if not lost:
+                break
+            self.missing |= lost
+        velocity = torch.zeros_like(latents)
+        for call, index, answer in zip(calls, rows, answers, strict=True):
+            assert answer is not None
+            velocity[index] += weights[index, call.expert, None, None, None] * answer
+        self.weights.append(weights)
+        self._preview = latents - t * velocity
+        return velocity
+
+    def _step(self, calls: Sequence[Call]) -> Step:
+        return Step(list(calls), len(self.weights), self._preview)
+
+    def _weigh(self, logits: Tensor) -> Tensor:
+        if len(self.missing) == logits.shape[1]:
+            raise ExpertsLostError("all experts are lost")
+        logits = logits / self._options.router_temperature
+        if self.missing:
+            logits = logits.index_fill(1, torch.tensor(sorted(self.missing)), -torch.inf)
+        return expert_weights(logits, self._options.routing)
+
+    def _expert_calls(
+        self, weights: Tensor, latents: Tensor, t: float
+    ) -> tuple[list[ExpertCall], list[Tensor]]:
+        """Return a call for each expert that has weight, and the rows of the batch it is about."""
+        chosen: dict[int, list[int]] = {}
+        for row, expert in weights.nonzero().tolist():
+            chosen.setdefault(expert, []).append(row)
+        rows = [torch.tensor(chosen[expert]) for expert in sorted(chosen)]
+        calls = [
+            ExpertCall(
+                expert=expert,
+                lora=self._options.loras.get(expert),
+                latents=latents[index],
+                t=t,
+                text=self._text.rows(index),
+                null_text=self._null_text,
+                guidance_scale=self._options.guidance_scale,
             )
-    return calls
+            for expert, index in zip(sorted(chosen), rows, strict=True)
+        ]
+        return calls, rows
 
 
 def start_denoising(
@@ -189,14 +228,12 @@ def start_denoising(
 ) -> Denoising:
     """Return `denoise` at its beginning: picture i starts from the noise of `seeds[i]`."""
     noise = initial_noise(bundle.latent_shape, seeds)
-    return denoise(noise, text, bundle.router, options)
+    return denoise(noise, text, bundle.null_text, options)
 
 
 @torch.inference_mode()
-def advance(
-    denoising: Denoising, answers: list[Tensor] | None = None
-) -> list[ExpertCall] | Samples:
-    """Send the answers to the last calls; return the next calls, or the samples at the end."""
+def advance(denoising: Denoising, answers: Answers | None = None) -> Step | Samples:
+    """Send the answers to the last calls; return what is wanted next, or the samples at the end."""
     try:
         # A generator is started by sending None, which its type does not tell.
         return denoising.send(answers)  # type: ignore[arg-type]
@@ -205,50 +242,18 @@ def advance(
         return samples
 
 
-class LocalExperts:
-    """Answers calls with a bundle's experts in this process, from any thread.
-
-    Args:
-        bundle: Its experts load when they are first asked.
-    """
-
-    def __init__(self, bundle: Bundle) -> None:
-        self._bundle, self._texts = bundle, TextCache()
-        self._null_text = KeyedText.of(bundle.null_text)
-        # An expert in use cannot leave the device: only one at a time, if there is little room.
-        self._turn: AbstractContextManager[Any] = Lock() if bundle.offload else nullcontext()
-
-    @torch.inference_mode()
-    def answer(self, call: ExpertCall) -> Tensor:
-        """Return the velocities `(b, C, H, W)` that a call asks for."""
-        with self._turn:
-            expert, owner = self._bundle.expert(call.expert, call.lora), (call.expert, call.lora)
-            text = self._texts.encode(expert, call.text, owner=owner)
-            null_text = None
-            if call.guidance_scale != 1.0:
-                null_text = self._texts.encode(expert, self._null_text, owner=owner)
-            scale = call.guidance_scale
-            return guided_velocity(expert, call.latents, call.t, text, null_text, scale)
-
-    def answer_all(self, calls: Sequence[ExpertCall]) -> list[Tensor]:
-        """Answer the calls of a step, the experts first that are loaded: no expert loads twice."""
-        order = sorted(range(len(calls)), key=lambda i: not self._bundle.holds(calls[i].expert))
-        answers = {i: self.answer(calls[i]) for i in order}
-        return [answers[i] for i in range(len(calls))]
-
-
 def sample(
     bundle: Bundle,
     text: TextConditioning,
     seeds: Sequence[int],
     options: SamplingOptions,
 ) -> Samples:
-    """Run `denoise` with the bundle's experts in this process."""
-    experts = LocalExperts(bundle)
+    """Run `denoise` with the bundle's models in this process."""
+    models = LocalModels(bundle)
     denoising = start_denoising(bundle, text, seeds, options)
     step = advance(denoising)
     while not isinstance(step, Samples):
-        step = advance(denoising, experts.answer_all(step))
+        step = advance(denoising, models.answer_all(step.calls))
     return step
 
 
@@ -275,8 +280,12 @@ def sample_one_expert(
     config, device = expert.config, expert.pos_embed.device
     latents = initial_noise((config.in_channels, config.input_size, config.input_size), seeds)
     encoded, null = (expert.encode_text(part.to(device)) for part in (text, null_text))
+    count, is_guided = len(latents), guidance_scale != 1.0
+    nulls = EncodedText.concatenate([null] * count) if is_guided else None
+    scales, guided = torch.full((count,), guidance_scale), torch.arange(count * is_guided)
     for t, t_next in pairwise(sampling_times(num_inference_steps).tolist()):
-        velocity = guided_velocity(expert, latents, t, encoded, null, guidance_scale)
+        times = torch.full((count,), t)
+        velocity = guided_velocity(expert, latents, times, encoded, nulls, scales, guided)
         latents = euler_step(latents, velocity, t, t_next)
     return latents
 
@@ -321,5 +330,6 @@ def generate(
         batch = prompts[start : start + MAX_BATCH]
         seeds = range(seed + start, seed + start + len(batch))
         samples = sample(bundle, bundle.encode_text(batch), seeds, options)
-        images.extend(map(Image.fromarray, codec.decode(samples.latents)))
+        # One by one: the last bits of a codec's picture depend on the batch that it is in.
+        images.extend(Image.fromarray(codec.decode(row[None])[0]) for row in samples.latents)
     return images

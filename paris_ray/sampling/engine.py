@@ -1,0 +1,543 @@
+"""Many requests at once: what is admitted, which calls run together, and what a failure costs.
+
+Every picture has a `denoise` of its own, so pictures enter, leave and wait without the others. The
+calls that they want made queue by model; whoever computes for a model takes everything that waits
+for it whenever he is free (continuous batching: Orca, Yu et al. 2022; here by step of denoising and
+by expert). A slow or dead expert delays the pictures that want it and no others.
+
+This is a scheduler alone: no clock of its own (each method is told the time, in seconds), no
+threads, no event loop, no Ray. `serve.sampler` drives it; tests drive it by simulation.
+"""
+
+import heapq
+import math
+from collections import OrderedDict, deque
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from itertools import count
+from typing import Generic, TypeVar
+
+from torch import Tensor
+
+from paris_ray.sampling.calls import Call
+from paris_ray.sampling.sampler import Denoising, ExpertsLostError, Samples, advance
+
+FIRST_RETRY_S, LONGEST_RETRY_S = 0.05, 1.0
+HALF_LIFE_S = 10.0  # of what the measured speed remembers
+
+Item = TypeVar("Item")
+
+
+class QueueFullError(RuntimeError):
+    """There is no room for a request now.
+
+    Args:
+        reason: For a person.
+        position: How many pictures wait already.
+        retry_after_s: When there may be room.
+    """
+
+    def __init__(self, reason: str, position: int, retry_after_s: float) -> None:
+        super().__init__(reason)
+        self.position, self.retry_after_s = position, retry_after_s
+
+    def __reduce__(self) -> tuple[type["QueueFullError"], tuple[str, int, float]]:
+        return type(self), (str(self), self.position, self.retry_after_s)
+
+
+class DeadlineError(RuntimeError):
+    """A request took longer than it was allowed to."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Limits:
+    """What an engine takes on.
+
+    Attributes:
+        max_batch_rows: Samples of one forward pass; a guided picture is two.
+        max_active_pictures: Pictures that are drawn at the same time.
+        max_waiting_pictures: Pictures that wait to be drawn.
+        lost_after_s: How long a model may fail before pictures are drawn without it.
+    """
+
+    max_batch_rows: int = 64
+    max_active_pictures: int = 64
+    max_waiting_pictures: int = 256
+    lost_after_s: float = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class Previewed:
+    """A picture has reached a step of which a preview was asked for.
+
+    Attributes:
+        picture: Which of the request's.
+        evaluations: How many evaluations of the velocity are done.
+        latents: `(1, C, H, W)` what the last one points to.
+    """
+
+    picture: int
+    evaluations: int
+    latents: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """All pictures of a request are drawn.
+
+    Attributes:
+        samples: One a picture.
+        queued_s: Seconds from its admission to its first step.
+    """
+
+    samples: list[Samples]
+    queued_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """A request is over without pictures."""
+
+    error: Exception
+
+
+Event = Previewed | Finished | Failed
+
+
+class Turns(Generic[Item]):
+    """Items of several requests that are taken in turn, one of each."""
+
+    def __init__(self) -> None:
+        self._queues: OrderedDict[Ticket, deque[Item]] = OrderedDict()
+        self._count = 0
+
+    def __len__(self) -> int:
+        return self._count
+
+    def push(self, ticket: "Ticket", item: Item) -> None:
+        """Put an item last of its request's, and a new request last of all."""
+        self._queues.setdefault(ticket, deque()).append(item)
+        self._count += 1
+
+    def peek(self) -> Item:
+        """Return what `pop` would."""
+        return next(iter(self._queues.values()))[0]
+
+    def pop(self) -> Item:
+        """Return the next item; its request has its next turn after all others."""
+        ticket, queue = self._queues.popitem(last=False)
+        item = queue.popleft()
+        if queue:
+            self._queues[ticket] = queue
+        self._count -= 1
+        return item
+
+    def discard(self, ticket: "Ticket") -> int:
+        """Forget a request; return how many items it had."""
+        dropped = len(self._queues.pop(ticket, ()))
+        self._count -= dropped
+        return dropped
+
+
+class Ticket:
+    """A request that was admitted.
+
+    Args:
+        client: Whose it is.
+        num_pictures: How many pictures it wants.
+        evaluations: Of the velocity, for each of them.
+        preview_at: After how many evaluations a preview is wanted.
+        allow_missing: Whether it may be drawn without an expert that is lost.
+        admitted: When.
+        deadline: When nobody waits for it any more.
+        listener: Is told what happens.
+    """
+
+    def __init__(
+        self,
+        client: str,
+        *,
+        num_pictures: int,
+        evaluations: int,
+        preview_at: Collection[int],
+        allow_missing: bool,
+        admitted: float,
+        deadline: float,
+        listener: Callable[[Event], None],
+    ) -> None:
+        self.client, self.num_pictures, self.evaluations = client, num_pictures, evaluations
+        self.preview_at, self.allow_missing = preview_at, allow_missing
+        self.admitted, self.deadline, self.tell = admitted, deadline, listener
+        self.began: float | None = None
+        self.is_open, self.is_started = True, False
+        self.num_active = 0
+        self.done = [0] * num_pictures  # evaluations of each picture
+        self.samples: dict[int, Samples] = {}
+
+    @property
+    def left(self) -> int:
+        """How many evaluations are left."""
+        return self.num_pictures * self.evaluations - sum(self.done)
+
+
+class _Picture:
+    """A picture that is being drawn."""
+
+    def __init__(self, ticket: Ticket, index: int, denoising: Denoising) -> None:
+        self.ticket, self.index, self.denoising = ticket, index, denoising
+        self.answers: list[Tensor | None] = []
+        self.unanswered = 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Waiting:
+    """A call of a picture, and the place of its answer."""
+
+    picture: _Picture
+    place: int
+    call: Call
+    since: float
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Calls of one model that are to be answered together.
+
+    Attributes:
+        model: Which.
+        waiting: The calls, and whose they are.
+        taken: When.
+    """
+
+    model: int
+    waiting: list[_Waiting]
+    taken: float
+
+    @property
+    def calls(self) -> list[Call]:
+        """The calls, in the order that their answers are to have."""
+        return [waiting.call for waiting in self.waiting]
+
+
+class _Lane:
+    """What waits for one model, and how it does."""
+
+    def __init__(self) -> None:
+        self.waiting: Turns[_Waiting] = Turns()
+        self.failing_since: float | None = None
+        self.retry_s, self.closed_until = FIRST_RETRY_S, -math.inf
+
+    def take(self, max_rows: int) -> list[_Waiting]:
+        taken, rows = [self.waiting.pop()], 0
+        rows = taken[0].call.num_rows
+        while self.waiting and rows + self.waiting.peek().call.num_rows <= max_rows:
+            taken.append(self.waiting.pop())
+            rows += taken[-1].call.num_rows
+        return taken
+
+    def recover(self) -> None:
+        self.failing_since, self.retry_s, self.closed_until = None, FIRST_RETRY_S, -math.inf
+
+    def back_off(self, since: float, now: float) -> None:
+        if self.failing_since is None:
+            self.failing_since = since
+        self.closed_until = now + self.retry_s
+        self.retry_s = min(2 * self.retry_s, LONGEST_RETRY_S)
+
+
+class Speed:
+    """Evaluations a second while there is work; old measurements fade."""
+
+    def __init__(self) -> None:
+        self._count = self._seconds = 0.0
+        self._last: float | None = None
+
+    def begin(self, now: float) -> None:
+        """There is work from now on, if there was none."""
+        if self._last is None:
+            self._last = now
+
+    def record(self, evaluations: int, now: float) -> None:
+        """Some evaluations are done."""
+        assert self._last is not None, "work was recorded that has not begun"
+        passed = now - self._last
+        kept = 0.5 ** (passed / HALF_LIFE_S)
+        self._count = kept * self._count + evaluations
+        self._seconds = kept * self._seconds + passed
+        self._last = now
+
+    def pause(self) -> None:
+        """There is no work any more."""
+        self._last = None
+
+    def seconds(self, evaluations: int) -> float:
+        """Return how long so many will take; 0 as long as nothing is known."""
+        return evaluations * self._seconds / self._count if self._count else 0.0
+
+
+class Engine:
+    """The scheduler.
+
+    Args:
+        models: `ROUTER` and the numbers of the experts.
+        limits: What it takes on.
+    """
+
+    def __init__(self, models: Collection[int], limits: Limits) -> None:
+        self._limits = limits
+        self._lanes = {model: _Lane() for model in models}
+        self._waiting: Turns[_Picture] = Turns()
+        self._active = 0
+        self._reserved = 0  # pictures that were admitted and have not started
+        self._left = 0  # evaluations of all that was admitted
+        self._of_client: dict[str, int] = {}  # pictures that are admitted
+        self._deadlines: list[tuple[float, int, Ticket]] = []
+        self._numbers = count()
+        self._speed = Speed()
+
+    # -- Requests ------------------------------------------------------------------------------
+
+    def admit(
+        self,
+        client: str,
+        *,
+        num_pictures: int,
+        evaluations: int,
+        timeout_s: float,
+        listener: Callable[[Event], None],
+        now: float,
+        preview_at: Collection[int] = (),
+        allow_missing: bool = True,
+        max_pictures_of_client: int | None = None,
+    ) -> Ticket:
+        """Take a request on, before anything is computed for it; `start` begins it.
+
+        Args: see `Ticket`; `max_pictures_of_client` are the most that its client may have here.
+
+        Raises:
+            QueueFullError: if there is no room, or it would not be done in time.
+        """
+        self._check_room(client, num_pictures, max_pictures_of_client)
+        self._check_time(num_pictures * evaluations, timeout_s)
+        ticket = Ticket(
+            client,
+            num_pictures=num_pictures,
+            evaluations=evaluations,
+            preview_at=preview_at,
+            allow_missing=allow_missing,
+            admitted=now,
+            deadline=now + timeout_s,
+            listener=listener,
+        )
+        self._reserved += num_pictures
+        self._left += ticket.left
+        self._of_client[client] = self._of_client.get(client, 0) + num_pictures
+        heapq.heappush(self._deadlines, (ticket.deadline, next(self._numbers), ticket))
+        return ticket
+
+    def _check_room(self, client: str, num_pictures: int, most: int | None) -> None:
+        queued = self.num_waiting
+        room = self._limits.max_active_pictures + self._limits.max_waiting_pictures
+        wait = max(1.0, self._speed.seconds(self._left))
+        if self._active + queued + num_pictures > room:
+            raise QueueFullError(
+                f"{self._active + queued} pictures are in work or wait", queued, wait
+            )
+        theirs = self._of_client.get(client, 0)
+        if most is not None and theirs + num_pictures > most:
+            raise QueueFullError(
+                f"you have {theirs} pictures in work or waiting; the most at once are {most}",
+                queued,
+                wait,
+            )
+
+    def _check_time(self, evaluations: int, timeout_s: float) -> None:
+        wait = self._speed.seconds(self._left + evaluations)
+        if self._left and wait > timeout_s:
+            raise QueueFullError(
+                f"it would be done in {wait:.0f} s, and {timeout_s:.0f} s are allowed",
+                self.num_waiting,
+                max(1.0, wait - timeout_s),
+            )
+
+    def start(self, ticket: Ticket, denoisings: Sequence[Denoising], now: float) -> None:
+        """Begin a request, unless it is over already.
+
+        Args:
+            ticket: What `admit` returned.
+            denoisings: `denoise` of each picture, at its beginning.
+            now: The time.
+        """
+        assert len(denoisings) == ticket.num_pictures
+        if not ticket.is_open:
+            return
+        ticket.is_started = True
+        self._reserved -= ticket.num_pictures
+        for index, denoising in enumerate(denoisings):
+            self._waiting.push(ticket, _Picture(ticket, index, denoising))
+        self._speed.begin(now)
+        self._fill(now)
+
+    def cancel(self, ticket: Ticket) -> int:
+        """End a request; return after how many evaluations its furthest picture stopped."""
+        self._close(ticket)
+        return max(ticket.done)
+
+    def expire(self, now: float) -> None:
+        """End the requests that nobody waits for any more."""
+        while self._deadlines and self._deadlines[0][0] <= now:
+            _, _, ticket = heapq.heappop(self._deadlines)
+            self._end(ticket, Failed(DeadlineError("it was not done in time")))
+        self._fill(now)
+
+    # -- Models --------------------------------------------------------------------------------
+
+    def take(self, models: Collection[int], now: float) -> Batch | None:
+        """Return what waits for one of some models, for the one that was kept waiting longest.
+
+        Whoever takes a batch calls `answer` or `fail` with it.
+        """
+        ready = [
+            model
+            for model in models
+            if self._lanes[model].waiting and self._lanes[model].closed_until <= now
+        ]
+        if not ready:
+            return None
+        model = min(ready, key=lambda model: self._lanes[model].waiting.peek().since)
+        return Batch(model, self._lanes[model].take(self._limits.max_batch_rows), now)
+
+    def retry_in(self, models: Collection[int], now: float) -> float | None:
+        """Return in how many seconds a model that failed may be asked again; None: none waits."""
+        times = [
+            self._lanes[model].closed_until - now for model in models if self._lanes[model].waiting
+        ]
+        return max(0.0, min(times)) if times else None
+
+    def answer(self, batch: Batch, answers: Sequence[Tensor], now: float) -> None:
+        """Give the answers to a batch, in the order of its calls."""
+        self._lanes[batch.model].recover()
+        for waiting, answer in zip(batch.waiting, answers, strict=True):
+            self._give(waiting, answer, now)
+        self._fill(now)
+
+    def reject(self, batch: Batch, error: Exception) -> None:
+        """Say that a batch cannot be answered at all, now or later: its requests are over."""
+        for waiting in batch.waiting:
+            self._end(waiting.picture.ticket, Failed(error))
+
+    def fail(self, batch: Batch, now: float) -> None:
+        """Say that a model could not be asked: its calls wait again, or it is given up."""
+        lane = self._lanes[batch.model]
+        lane.back_off(batch.taken, now)
+        assert lane.failing_since is not None
+        is_lost = now - lane.failing_since >= self._limits.lost_after_s
+        for waiting in batch.waiting:
+            ticket = waiting.picture.ticket
+            if not is_lost and ticket.is_open:
+                lane.waiting.push(ticket, waiting)
+            elif ticket.allow_missing and batch.model >= 0:
+                self._give(waiting, None, now)
+            else:
+                self._end(ticket, Failed(ExpertsLostError(f"expert {batch.model} is lost")))
+        self._fill(now)
+
+    # -- Facts ---------------------------------------------------------------------------------
+
+    @property
+    def num_active(self) -> int:
+        """How many pictures are being drawn."""
+        return self._active
+
+    @property
+    def num_waiting(self) -> int:
+        """How many pictures wait to be drawn."""
+        return len(self._waiting) + self._reserved
+
+    @property
+    def num_left(self) -> int:
+        """How many evaluations of the velocity all that was admitted still needs."""
+        return self._left
+
+    def num_calls(self, model: int) -> int:
+        """Return how many calls wait for a model."""
+        return len(self._lanes[model].waiting)
+
+    # -- Pictures ------------------------------------------------------------------------------
+
+    def _fill(self, now: float) -> None:
+        while self._waiting and self._active < self._limits.max_active_pictures:
+            picture = self._waiting.pop()
+            self._active += 1
+            picture.ticket.num_active += 1
+            if picture.ticket.began is None:
+                picture.ticket.began = now
+            self._advance(picture, None, now)
+
+    def _give(self, waiting: _Waiting, answer: Tensor | None, now: float) -> None:
+        picture = waiting.picture
+        picture.answers[waiting.place] = answer
+        picture.unanswered -= 1
+        if picture.ticket.is_open and picture.unanswered == 0:
+            self._advance(picture, picture.answers, now)
+
+    def _advance(
+        self, picture: _Picture, answers: Sequence[Tensor | None] | None, now: float
+    ) -> None:
+        ticket = picture.ticket
+        try:
+            step = advance(picture.denoising, answers)
+        except Exception as error:  # of this picture alone: the others go on
+            self._end(ticket, Failed(error))
+            return
+        if isinstance(step, Samples):
+            self._count(picture, ticket.evaluations, now)
+            self._keep(picture, step)
+            return
+        is_new = step.evaluations > ticket.done[picture.index]
+        self._count(picture, step.evaluations, now)
+        picture.answers, picture.unanswered = [None] * len(step.calls), len(step.calls)
+        for place, call in enumerate(step.calls):
+            self._lanes[call.model].waiting.push(ticket, _Waiting(picture, place, call, now))
+        if is_new and step.preview is not None and step.evaluations in ticket.preview_at:
+            ticket.tell(Previewed(picture.index, step.evaluations, step.preview))
+
+    def _count(self, picture: _Picture, evaluations: int, now: float) -> None:
+        new = evaluations - picture.ticket.done[picture.index]
+        picture.ticket.done[picture.index] = evaluations
+        self._left -= new
+        self._speed.record(new, now)
+
+    def _keep(self, picture: _Picture, samples: Samples) -> None:
+        ticket = picture.ticket
+        assert ticket.began is not None
+        self._active -= 1
+        ticket.num_active -= 1
+        ticket.samples[picture.index] = samples
+        if len(ticket.samples) == ticket.num_pictures:
+            everything = [ticket.samples[index] for index in range(ticket.num_pictures)]
+            self._end(ticket, Finished(everything, ticket.began - ticket.admitted))
+
+    def _end(self, ticket: Ticket, event: Event) -> None:
+        if ticket.is_open:
+            self._close(ticket)
+            ticket.tell(event)
+
+    def _close(self, ticket: Ticket) -> None:
+        """Forget a request: its pictures, its calls and its place; batches under way go on."""
+        if not ticket.is_open:
+            return
+        ticket.is_open = False
+        self._left -= ticket.left
+        if not self._left:
+            self._speed.pause()
+        self._of_client[ticket.client] -= ticket.num_pictures
+        if not self._of_client[ticket.client]:
+            del self._of_client[ticket.client]
+        if not ticket.is_started:
+            self._reserved -= ticket.num_pictures
+        self._waiting.discard(ticket)
+        self._active -= ticket.num_active
+        ticket.num_active = 0
+        for lane in self._lanes.values():
+            lane.waiting.discard(ticket)

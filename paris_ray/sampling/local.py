@@ -1,0 +1,134 @@
+"""A bundle's router and experts in this process: batches of calls in, answers out."""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from itertools import chain
+from threading import Lock
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from paris_ray.bundle import Bundle
+from paris_ray.diffusion import router_logits
+from paris_ray.models import EncodedText, TextConditioning
+from paris_ray.models.lora import adapted_samples
+from paris_ray.sampling.calls import Call, ExpertCall, RouterCall
+from paris_ray.sampling.guidance import KeyedText, TextCache, guided_velocity
+
+
+class LocalModels:
+    """Answers calls with a bundle's models in this process, from any thread.
+
+    What a sample gets does not depend on the batch that it is in: see `models.layers`.
+
+    Args:
+        bundle: Its models load when they are first asked.
+    """
+
+    def __init__(self, bundle: Bundle) -> None:
+        self._bundle, self._texts = bundle, TextCache()
+        # An expert in use cannot leave the device: only one at a time, if there is little room.
+        self._turn: AbstractContextManager[Any] = Lock() if bundle.offload else nullcontext()
+
+    def answer_all(self, calls: Sequence[Call]) -> list[Tensor]:
+        """Answer calls of any models, the loaded experts first, so that none loads twice."""
+        models = dict.fromkeys(call.model for call in calls)
+        answers: dict[int, Tensor] = {}
+        for model in sorted(models, key=lambda model: not self._bundle.holds(model)):
+            asked = [i for i, call in enumerate(calls) if call.model == model]
+            answers |= zip(asked, self.answer([calls[i] for i in asked]), strict=True)
+        return [answers[i] for i in range(len(calls))]
+
+    @torch.inference_mode()
+    def answer(self, calls: Sequence[Call]) -> list[Tensor]:
+        """Answer calls of one model, in one forward pass where their adapters allow it.
+
+        Returns:
+            `(b, K)` router logits or `(b, C, H, W)` velocities of each call.
+        """
+        router_calls = [call for call in calls if isinstance(call, RouterCall)]
+        if router_calls:
+            assert len(router_calls) == len(calls), "a batch is for one model"
+            return self._ask_router(router_calls)
+        answers: dict[int, Tensor] = {}
+        expert_calls = [call for call in calls if isinstance(call, ExpertCall)]
+        for lora in dict.fromkeys(map(self._apart, expert_calls)):
+            batch = [i for i, call in enumerate(expert_calls) if self._apart(call) == lora]
+            given = self._ask_expert([expert_calls[i] for i in batch], lora)
+            answers |= zip(batch, given, strict=True)
+        return [answers[i] for i in range(len(calls))]
+
+    def _apart(self, call: ExpertCall) -> str | None:
+        """Return the adapter of a call if it cannot share a forward pass with others."""
+        return None if self._bundle.mixes(call.lora) else call.lora
+
+    def _ask_router(self, calls: list[RouterCall]) -> list[Tensor]:
+        router = self._bundle.router
+        device = router.pos_embed.device
+        latents = torch.cat([call.latents for call in calls])
+        text = TextConditioning.concatenate([call.text.text for call in calls])
+        logits = router_logits(
+            router, latents.to(device), _times(calls).to(device), text.to(device)
+        )
+        return _split(logits.to(latents.device), calls)
+
+    def _ask_expert(self, calls: list[ExpertCall], lora: str | None) -> list[Tensor]:
+        with self._turn:
+            index = calls[0].expert
+            expert = self._bundle.expert(index, lora) if lora else self._bundle.mixed_expert(index)
+            rows = _Rows(calls)
+            with adapted_samples(rows.samples_of_loras(expert.pos_embed.device)):
+                velocity = guided_velocity(
+                    expert,
+                    torch.cat([call.latents for call in calls]),
+                    _times(calls),
+                    self._encode([(call.lora, call.text) for call in calls], index),
+                    self._encode(rows.null_texts, index) if rows.null_texts else None,
+                    rows.scales,
+                    rows.guided,
+                )
+        return _split(velocity, calls)
+
+    def _encode(self, texts: list[tuple[str | None, KeyedText]], index: int) -> EncodedText:
+        """Encode each text with its own adapter, once: a row's keys and values are its own."""
+        return EncodedText.concatenate(
+            [
+                self._texts.encode(self._bundle.expert(index, lora), text, owner=(index, lora))
+                for lora, text in texts
+            ]
+        )
+
+
+class _Rows:
+    """Which rows of a forward pass, guided ones twice, have which scale, null text and adapter."""
+
+    def __init__(self, calls: list[ExpertCall]) -> None:
+        owners = list(chain.from_iterable([call] * len(call.latents) for call in calls))
+        guided = [i for i, call in enumerate(owners) if call.null_text is not None]
+        self._loras = [call.lora for call in (*owners, *(owners[i] for i in guided))]
+        self.guided = torch.tensor(guided, dtype=torch.long)
+        self.scales = torch.tensor([call.guidance_scale for call in owners])
+        self.null_texts = [
+            (call.lora, call.null_text)
+            for call in (owners[i] for i in guided)
+            if call.null_text is not None
+        ]
+
+    def samples_of_loras(self, device: torch.device) -> dict[str, Tensor]:
+        """Return the rows of each adapter, on a device."""
+        return {
+            name: torch.tensor(
+                [row for row, lora in enumerate(self._loras) if lora == name], device=device
+            )
+            for name in dict.fromkeys(self._loras)
+            if name is not None
+        }
+
+
+def _times(calls: Sequence[Call]) -> Tensor:
+    return torch.tensor([call.t for call in calls for _ in range(len(call.latents))])
+
+
+def _split(answers: Tensor, calls: Sequence[Call]) -> list[Tensor]:
+    return list(answers.split([len(call.latents) for call in calls]))

@@ -25,6 +25,8 @@ LOOPBACK = "127.0.0.1"
 # or on all interfaces. Despite its name this switch works on Linux too: every port, Prometheus
 # included, then listens on loopback only. Ray reads it when it is imported.
 LOOPBACK_ONLY = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+# Ray's HTTP proxy reads it when it starts; serve/gate.py says what for.
+SERVE_EDGE = {"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serve.gate:edge"}
 DASHBOARD_PORT = 8265
 START_TIMEOUT_S = 60
 STOP_TIMEOUT_S = 30
@@ -57,7 +59,7 @@ class LocalCluster:
             "RAY_AUTH_TOKEN_PATH": str(self.token_file),
             "RAY_ADDRESS": self.dashboard_url,
         }
-        return others | LOOPBACK_ONLY | ours
+        return others | LOOPBACK_ONLY | SERVE_EDGE | ours
 
     def headers(self) -> dict[str, str]:
         """Return the HTTP headers that the dashboard's APIs ask for."""

@@ -3,6 +3,8 @@
     serve deploy serve/config.yaml        # onto a running cluster
     serve run serve/config.yaml           # or in the foreground, on a local one
 
+Ray must have been started with RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=serve.gate:edge.
+
 Ingress -> Sampler -> Expert-0 ... Expert-K-1: each a deployment, with its own replicas and
 resources.
 """
@@ -18,6 +20,7 @@ from paris_ray.artifacts import absolute_uri
 from paris_ray.bundle import Dtype
 from paris_ray.errors import ConfigError
 from paris_ray.sampling.engine import Limits
+from serve import gate
 from serve.expert import ExpertServer
 from serve.ingress import Ingress, create_api
 from serve.sampler import Sampler
@@ -103,8 +106,11 @@ class AppArgs(BaseModel):
         loras: Adapters by the name that requests give. Serve loads one anew when its name or its
             path changes.
         limits: What each Sampler takes on.
-        api_key_file: A file with the key that clients must send; relative like `bundle`. Null
-            serves requests from this machine alone.
+        api_key_file: A file with the key or, if it is called *.yaml, with the keys that clients
+            must send (`serve.keys`); relative like `bundle`. Null serves requests from this machine
+            alone, and only where Serve listens on loopback.
+        cors_origins: Origins whose web pages may use the API from a browser, such as
+            `https://example.com`; `*` means all.
         ingress: Size of the HTTP side.
         sampler: Size of the Sampler.
         expert: Size of every expert.
@@ -123,6 +129,7 @@ class AppArgs(BaseModel):
     loras: dict[str, LoRAOptions] = {}
     limits: LimitOptions = LimitOptions()
     api_key_file: str | None = None
+    cors_origins: list[str] = []
     ingress: DeploymentOptions = DeploymentOptions()
     sampler: DeploymentOptions = DeploymentOptions()
     expert: DeploymentOptions = DeploymentOptions()
@@ -168,10 +175,12 @@ def build(args: AppArgs) -> Application:
         limits=Limits(**args.limits.model_dump()),
     )
     key_file = None if args.api_key_file is None else _from_repository(args.api_key_file)
-    ingress_class = serve.ingress(create_api())(Ingress)
-    application: Application = _deploy(ingress_class, "Ingress", args.ingress).bind(
-        source, sampler, key_file
+    ingress_class = serve.ingress(create_api(args.cors_origins))(Ingress)
+    ingress = _deploy(ingress_class, "Ingress", args.ingress).options(
+        max_ongoing_requests=gate.MAX_ONGOING_REQUESTS,
+        max_queued_requests=gate.MAX_QUEUED_REQUESTS,
     )
+    application: Application = ingress.bind(source, sampler, key_file)
     return application
 
 

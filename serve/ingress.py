@@ -4,11 +4,12 @@ import asyncio
 import base64
 import secrets
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
-from fastapi import APIRouter, Depends, FastAPI, Request
+from fastapi import APIRouter, Depends, FastAPI
 from fastapi.responses import HTMLResponse
 from numpy.typing import NDArray
 from PIL import Image
@@ -21,10 +22,11 @@ from ray.util.metrics import Counter, Histogram
 from paris_ray.errors import ParisError
 from paris_ray.reports import png_bytes
 from paris_ray.sampling.sampler import SamplingOptions, sampling_options
-from serve.access import check_key, check_local, read_api_key
+from serve.access import Access, Frontage
 from serve.drawing import Drawing, DrawRequest
 from serve.errors import install_error_handlers, invalid, unavailable
 from serve.expert import ExpertUnavailableError
+from serve.gate import Gate
 from serve.schemas import (
     ErrorResponse,
     ImageData,
@@ -42,6 +44,7 @@ PAGE = Path(__file__).parent / "web" / "index.html"
 RANDOM_SEEDS = 2**32  # seeds we draw: short for people, and exact as JavaScript numbers
 LATENCY_BUCKETS_S = [0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100]
 HEALTH_TIMEOUT_S = 5
+OPEN_PATHS = ("/", "/healthz", "/readyz", "/openapi.json")  # need no key
 TRANSIENT = (ExpertUnavailableError, RayActorError, BackPressureError)
 
 
@@ -51,11 +54,11 @@ class Ingress:
     Args:
         source: Where the bundle is; only its description is read.
         sampler: Handle of the Sampler.
-        api_key_file: A file with the key that `/v1` asks for; None serves this machine alone.
+        api_key_file: A file with the keys that are asked for; None serves this machine alone.
 
     Raises:
         RoutingError: if the routing that the bundle has as its default is not allowed.
-        ConfigError: if the key cannot be read.
+        ConfigError: if the keys cannot be read, or strangers could pass for local clients.
     """
 
     def __init__(
@@ -65,7 +68,8 @@ class Ingress:
         # Defaults that are not allowed must fail the deployment, not every request without its own.
         sampling_options(self._bundle)
         self._sampler = sampler
-        self.api_key = None if api_key_file is None else read_api_key(api_key_file)
+        self.access = Access(api_key_file)
+        Frontage.of_ray().check(keyless=self.access.keyless)
         self.page = PAGE.read_text()
         self._loaded = False
         self._began = int(time.time())
@@ -193,6 +197,12 @@ def _encode(picture: NDArray[np.uint8]) -> ImageData:
     return ImageData(b64_json=base64.b64encode(png).decode())
 
 
+def _current_access() -> Access:
+    ingress = serve.get_replica_context().servable_object
+    assert isinstance(ingress, Ingress)
+    return ingress.access
+
+
 async def current_ingress() -> Ingress:
     """Return the Ingress of this replica; the routes below are plain functions of it."""
     ingress = serve.get_replica_context().servable_object
@@ -203,19 +213,7 @@ async def current_ingress() -> Ingress:
 Current = Annotated[Ingress, Depends(current_ingress)]
 
 
-async def require_local(request: Request, ingress: Current) -> None:
-    """Without a key, serve this machine alone."""
-    if ingress.api_key is None:
-        check_local(request)
-
-
-async def require_key(request: Request, ingress: Current) -> None:
-    """With a key, ask for it."""
-    if ingress.api_key is not None:
-        check_key(request, ingress.api_key)
-
-
-v1 = APIRouter(prefix="/v1", dependencies=[Depends(require_key)])
+v1 = APIRouter(prefix="/v1")
 
 
 @v1.post("/images/generations")
@@ -246,14 +244,20 @@ async def page(ingress: Current) -> str:
     return ingress.page
 
 
-def create_api() -> FastAPI:
-    """Return the HTTP application."""
+def create_api(cors_origins: Sequence[str] = ()) -> FastAPI:
+    """Return the HTTP application.
+
+    Args:
+        cors_origins: Origins whose pages may use it.
+    """
     api = FastAPI(
         title="paris_ray",
-        dependencies=[Depends(require_local)],
         responses={"4XX": {"model": ErrorResponse}, "5XX": {"model": ErrorResponse}},
         docs_url=None,  # these pages load scripts from other servers
         redoc_url=None,
+    )
+    api.add_middleware(
+        Gate, find_access=_current_access, open_paths=OPEN_PATHS, cors_origins=cors_origins
     )
     install_error_handlers(api)
     api.include_router(v1)

@@ -101,7 +101,7 @@ def test_a_student_equal_to_its_teacher_has_no_loss(
 ) -> None:
     lesson = velocities(teacher_of(tiny_bundle), routed_share=0.5)
     batch = batch._replace(clusters=torch.ones(4, dtype=torch.long))
-    assert expert_loss(tiny_bundle.expert(1), batch, text, lesson) == 0
+    assert expert_loss(tiny_bundle.expert(1), batch, text, lesson) < 1e-9
     assert expert_loss(tiny_bundle.expert(0), batch, text, lesson) > 0
 
 
@@ -124,7 +124,7 @@ def test_a_student_of_as_many_steps_learns_the_guided_velocity(
         options = {"num_inference_steps": 4, "guidance_scale": guidance_scale}
         lesson = few_steps(teacher_of(single, **options), 4, 4)
         loss = expert_loss(single.expert(0), lesson.prepare(0.0, batch), text, lesson)
-        assert (loss == 0) == equal
+        assert (loss < 1e-9) == equal
 
 
 def test_clusters_teach_before_the_routed_share_and_the_mixture_in_it(

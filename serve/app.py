@@ -19,7 +19,7 @@ from paris_ray.bundle import Dtype
 from paris_ray.errors import ConfigError
 from paris_ray.sampling.engine import Limits
 from serve.expert import ExpertServer
-from serve.ingress import Ingress, create_api
+from serve.ingress import HttpOptions, Ingress, create_api
 from serve.sampler import Sampler
 from serve.source import BundleSource, LoRASource
 
@@ -103,6 +103,14 @@ class AppArgs(BaseModel):
         loras: Adapters by the name that requests give. Serve loads one anew when its name or its
             path changes.
         limits: What each Sampler takes on.
+        aliases: Other names that requests may give the model: `{gpt-image-1: quickstart}`. Many
+            tools cannot change the name.
+        max_size: The largest width and height, in pixels, that pictures are resized to where a
+            request asks for another size than the model's; null refuses such requests.
+        public_url: What links to pictures begin with, for a server behind a proxy; null: as the
+            request was addressed.
+        timeout_s: Seconds after which a request is given up; less than
+            `http_options.request_timeout_s`.
         api_key_file: A file with the key that clients must send; relative like `bundle`. Null
             serves requests from this machine alone.
         ingress: Size of the HTTP side.
@@ -122,6 +130,10 @@ class AppArgs(BaseModel):
     threads: int = Field(default=1, ge=1)
     loras: dict[str, LoRAOptions] = {}
     limits: LimitOptions = LimitOptions()
+    aliases: dict[str, str] = {}
+    max_size: int | None = Field(default=2048, ge=1, le=8192)
+    public_url: str | None = Field(default=None, pattern="^https?://")
+    timeout_s: float = Field(default=110, gt=0)
     api_key_file: str | None = None
     ingress: DeploymentOptions = DeploymentOptions()
     sampler: DeploymentOptions = DeploymentOptions()
@@ -149,7 +161,8 @@ def build(args: AppArgs) -> Application:
     Raises:
         BundleError: if there is no bundle, or an adapter does not fit it.
         ReceiptError: if an adapter was bought, and its receipt does not allow it.
-        ConfigError: if `experts` names one that the bundle does not have.
+        ConfigError: if `experts` names one that the bundle does not have, or `aliases` another
+            model.
     """
     source = _source(args)
     bundle = source.open()
@@ -160,6 +173,7 @@ def build(args: AppArgs) -> Application:
     for index in args.experts:
         if not 0 <= index < num_experts:
             raise ConfigError(f"experts: {index} is not allowed: the bundle has {num_experts}")
+    options = _http_options(args, bundle.facts.model_name)
     experts = None if args.colocated else _bind_experts(args, source, num_experts)
     sampler = _deploy(Sampler, "Sampler", args.sampler).bind(
         _on_reserved_device(source, args.sampler),
@@ -170,7 +184,7 @@ def build(args: AppArgs) -> Application:
     key_file = None if args.api_key_file is None else _from_repository(args.api_key_file)
     ingress_class = serve.ingress(create_api())(Ingress)
     application: Application = _deploy(ingress_class, "Ingress", args.ingress).bind(
-        source, sampler, key_file
+        source, sampler, key_file, options
     )
     return application
 
@@ -187,6 +201,20 @@ def _source(args: AppArgs) -> BundleSource:
         args.device,
         args.offload,
         tuple(loras),
+    )
+
+
+def _http_options(args: AppArgs, model_name: str) -> HttpOptions:
+    for alias, name in args.aliases.items():
+        if name != model_name or alias == model_name:
+            raise ConfigError(
+                f"aliases: {alias}={name!r} is not allowed: the model is {model_name!r}"
+            )
+    return HttpOptions(
+        aliases=tuple(args.aliases),
+        max_size=args.max_size,
+        public_url=args.public_url,
+        timeout_s=args.timeout_s,
     )
 
 

@@ -72,6 +72,7 @@ class PictureRecord:
         expert_weights: For each evaluation of the velocity, the weight of every expert that has
             any, by its number; a single row, their mean, where a JPEG has no room for more.
         missing_experts: Those that were lost and drawn without.
+        unfinished_at: After how many evaluations an unfinished picture was sent; None: finished.
         attribution: Licence line to show beside the picture, or None.
     """
 
@@ -81,7 +82,7 @@ class PictureRecord:
     software: str
     model: str
     bundle: str | None
-    dtype: str | None
+    dtype: Literal["float32", "bfloat16", "float16"] | None
     prompt: str
     seed: int
     sampling: Sampling
@@ -92,6 +93,7 @@ class PictureRecord:
     output_compression: int | None
     expert_weights: list[dict[int, float]]
     missing_experts: list[int]
+    unfinished_at: int | None
     attribution: str | None
 
     def averaged(self) -> "PictureRecord":

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Literal
 
-from paris_ray.bundle import Bundle
+from paris_ray.bundle import Bundle, Dtype
 from paris_ray.encoders.inspection import TextInspector, TextReport, is_blank
 from paris_ray.errors import ParisError
 from paris_ray.pictures import LoRARecord, PictureFormat, Sampling
@@ -50,7 +50,7 @@ class Served:
 
     bundle: Bundle
     digest: str | None
-    dtype: str | None
+    dtype: Dtype | None
     inspector: TextInspector
     loras: Mapping[str, LoRARecord]
     aliases: Sequence[str]

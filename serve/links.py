@@ -65,9 +65,9 @@ class Links:
         """
         try:
             payload = self._fernet.decrypt_at_time(token, LIFETIME_S, int(self._clock()))
-        except (InvalidToken, UnicodeEncodeError):
+            return LinkTarget.model_validate_json(payload)
+        except (InvalidToken, ValueError):  # the latter: no ASCII, or made by another version
             raise LinkError("The link has expired, or is not one of this server's") from None
-        return LinkTarget.model_validate_json(payload)
 
 
 class FileCache:

@@ -3,6 +3,7 @@
 import base64
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Literal
 from urllib.parse import quote
 
@@ -14,7 +15,7 @@ from paris_ray.pictures import (
     sparse_weights,
 )
 from serve.checking import Order, Served
-from serve.drawing import Drawing, Partial, Pixels
+from serve.drawing import Drawing, Partial
 from serve.schemas import (
     CompletedEvent,
     EventPlace,
@@ -34,17 +35,23 @@ HEADER_PREFIX = "X-Paris-"
 def encode_all(order: Order, drawing: Drawing, served: Served) -> list[bytes]:
     """Return the files of all pictures; slow, so not for an event loop."""
     return [
-        _encode(order, pixels, served, i, drawing.expert_weights[i], drawing.missing_experts)
+        encode_picture(
+            pixels,
+            replace(
+                _record(order, served, i),
+                expert_weights=sparse_weights(drawing.expert_weights[i]),
+                missing_experts=drawing.missing_experts,
+            ),
+            order.output_format,
+        )
         for i, pixels in enumerate(drawing.pictures)
     ]
 
 
 def encode_partial(order: Order, partial: Partial, served: Served) -> PartialImageEvent:
-    """Return the event of an unfinished picture; slow like `encode_all`.
-
-    Its file's record has no weights: nothing draws an unfinished picture again.
-    """
-    file = _encode(order, partial.pixels, served, partial.picture, [], [])
+    """Return the event of an unfinished picture; slow like `encode_all`."""
+    record = replace(_record(order, served, partial.picture), unfinished_at=partial.step)
+    file = encode_picture(partial.pixels, record, order.output_format)
     return PartialImageEvent(
         b64_json=base64.b64encode(file).decode(),
         created_at=int(time.time()),
@@ -56,16 +63,9 @@ def encode_partial(order: Order, partial: Partial, served: Served) -> PartialIma
     )
 
 
-def _encode(
-    order: Order,
-    pixels: Pixels,
-    served: Served,
-    picture: int,
-    weights: list[list[float]],
-    missing_experts: list[int],
-) -> bytes:
+def _record(order: Order, served: Served, picture: int) -> PictureRecord:
     facts, lora = served.bundle.facts, order.sampling.lora
-    record = PictureRecord(
+    return PictureRecord(
         software=SOFTWARE,
         model=facts.model_name,
         bundle=served.digest,
@@ -78,11 +78,11 @@ def _encode(
         size=order.size,
         resize_filter=_resize_filter(order, served),
         output_compression=order.output_compression,
-        expert_weights=sparse_weights(weights),
-        missing_experts=missing_experts,
+        expert_weights=[],
+        missing_experts=[],
+        unfinished_at=None,
         attribution=facts.attribution,
     )
-    return encode_picture(pixels, record, order.output_format)
 
 
 def response(

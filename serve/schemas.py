@@ -17,6 +17,8 @@ Name = Annotated[str, Field(max_length=200)]  # refusals repeat it, and must sta
 Prompt = Annotated[str, Field(min_length=1, max_length=1000)]
 # Picture i uses seed + i, which must stay a 63-bit number.
 MAX_SEED = 2**63 - 1 - MAX_BATCH_PICTURES
+# Left out rather than null: tools ask which of two keys there is.
+OnlyIfAny = Annotated[str | None, Field(exclude_if=lambda value: value is None)]
 Quality = Literal["auto", "low", "medium", "high", "standard", "hd"]
 
 
@@ -96,12 +98,12 @@ class ImageData(BaseModel):
     """One picture.
 
     Attributes:
-        b64_json: The file in base64, or None.
-        url: Where the file is for an hour, or None.
+        b64_json: The file in base64; left out where there is a link.
+        url: Where the file is for an hour; left out where the file is here.
     """
 
-    b64_json: str | None = None
-    url: str | None = None
+    b64_json: OnlyIfAny = None
+    url: OnlyIfAny = None
 
 
 class Usage(BaseModel):
@@ -251,8 +253,8 @@ class CompletedEvent(BaseModel):
     """
 
     type: Literal["image_generation.completed"] = "image_generation.completed"
-    b64_json: str | None
-    url: str | None
+    b64_json: OnlyIfAny = None
+    url: OnlyIfAny = None
     created_at: int
     size: str
     quality: str

@@ -411,9 +411,17 @@ def _event(event: BaseModel) -> str:
     return f"event: {name}\ndata: {event.model_dump_json()}\n\n"
 
 
+class Api(FastAPI):
+    """The HTTP application."""
+
+    def openapi(self) -> dict[str, Any]:
+        """Return the OpenAPI document."""
+        return openapi.complete(super().openapi())
+
+
 def create_api() -> FastAPI:
     """Return the HTTP application."""
-    api = FastAPI(
+    api = Api(
         title="paris_ray",
         dependencies=[Depends(require_local)],
         docs_url=None,  # these pages load scripts from other servers

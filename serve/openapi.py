@@ -3,10 +3,13 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from pydantic.json_schema import models_json_schema
+
 from serve.schemas import CompletedEvent, ErrorResponse, PartialImageEvent
 
 Document = dict[str, Any]
 
+EVENTS = (PartialImageEvent, CompletedEvent)
 # By status: what it means, and the error of an example.
 ERRORS: Mapping[int, tuple[str, Document]] = {
     400: (
@@ -140,8 +143,26 @@ def file_responses(media_types: Sequence[str]) -> dict[int | str, Document]:
     return found | {200: {"description": "The file", "content": content}}
 
 
+def complete(document: Document) -> Document:
+    """Return FastAPI's document with the events of a stream, and without the answer 422.
+
+    FastAPI adds that to every route; ours is 400.
+    """
+    for operations in document["paths"].values():
+        for operation in operations.values():
+            operation["responses"].pop("422", None)
+    schemas = document["components"]["schemas"]
+    for name in ("HTTPValidationError", "ValidationError"):
+        schemas.pop(name, None)
+    _, events = models_json_schema(
+        [(event, "serialization") for event in EVENTS], ref_template="#/components/schemas/{model}"
+    )
+    document["components"]["schemas"] = events["$defs"] | schemas
+    return document
+
+
 def _events() -> Document:
-    shapes = " or ".join(shape.__name__ for shape in (PartialImageEvent, CompletedEvent))
+    shapes = " or ".join(event.__name__ for event in EVENTS)
     text = f"With stream=true. The data of each event is a {shapes}, or an ErrorResponse."
     return {"type": "string", "description": text}
 

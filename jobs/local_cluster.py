@@ -25,6 +25,8 @@ LOOPBACK = "127.0.0.1"
 # or on all interfaces. Despite its name this switch works on Linux too: every port, Prometheus
 # included, then listens on loopback only. Ray reads it when it is imported.
 LOOPBACK_ONLY = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+# Ray's HTTP proxy reads it when it starts; serve/gate.py says what for.
+SERVE_EDGE = {"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serve.gate:edge"}
 DASHBOARD_PORT = 8265
 START_TIMEOUT_S = 60
 STOP_TIMEOUT_S = 30
@@ -57,7 +59,7 @@ class LocalCluster:
             "RAY_AUTH_TOKEN_PATH": str(self.token_file),
             "RAY_ADDRESS": self.dashboard_url,
         }
-        return others | LOOPBACK_ONLY | ours
+        return others | LOOPBACK_ONLY | SERVE_EDGE | ours
 
     def headers(self) -> dict[str, str]:
         """Return the HTTP headers that the dashboard's APIs ask for."""
@@ -101,8 +103,11 @@ class LocalCluster:
         head, temp_dir = self._process(), str(self._state()["temp_dir"])
         family = _processes_of(temp_dir)
         if head is not None:
-            family += [head, *head.children(recursive=True)]
-            head.terminate()
+            family.append(head)
+            with suppress(psutil.NoSuchProcess):  # on a busy machine any may end meanwhile
+                family += head.children(recursive=True)
+            with suppress(psutil.NoSuchProcess):
+                head.terminate()
         _, alive = psutil.wait_procs(family, timeout=STOP_TIMEOUT_S if head else 0)
         for process in alive:
             with suppress(psutil.NoSuchProcess):  # it ended just now
@@ -138,10 +143,10 @@ class LocalCluster:
             return None
         try:
             process = psutil.Process(int(self._state()["pid"]))
+            same = process.create_time() == self._state()["created"]
+            return process if same and process.status() != psutil.STATUS_ZOMBIE else None
         except psutil.NoSuchProcess:
             return None
-        same = process.create_time() == self._state()["created"]
-        return process if same and process.status() != psutil.STATUS_ZOMBIE else None
 
 
 def _processes_of(temp_dir: str) -> list[psutil.Process]:

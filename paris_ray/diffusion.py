@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from paris_ray.config import ExpertConfig, TrainingConfig
+from paris_ray.config import ExpertConfig, SolverName, TimeGrid, TrainingConfig
 from paris_ray.models import EncodedText, Expert, Router, TextConditioning
 
 TIME_SCALE = 1000.0
@@ -81,9 +81,27 @@ def sample_times(
     return t
 
 
-def sampling_times(num_inference_steps: int) -> Tensor:
-    """Return the `(num_inference_steps + 1,)` times of a sample, from 1 down to 0."""
-    return torch.linspace(1.0, 0.0, num_inference_steps + 1)
+def sampling_times(num_inference_steps: int, grid: TimeGrid = "linspace") -> Tensor:
+    """Return the `(num_inference_steps + 1,)` times of a sample, from 1 down to 0.
+
+    Args:
+        num_inference_steps: At least 1.
+        grid: `linspace`, in equal steps; `half-last`, of which the last is half as long;
+            `flow-match-euler`, to 1/1000 and then to 0, as diffusers' scheduler
+            FlowMatchEulerDiscreteScheduler has them without a shift.
+    """
+    if grid == "linspace":
+        return torch.linspace(1.0, 0.0, num_inference_steps + 1)
+    last = 1 / TIME_SCALE if grid == "flow-match-euler" else 1 / (2 * num_inference_steps - 1)
+    return torch.cat([torch.linspace(1.0, last, num_inference_steps), torch.zeros(1)])
+
+
+def num_evaluations(solver: SolverName, num_inference_steps: int) -> int:
+    """Return how many velocities a sample asks for: one a step; of Heun's steps, two but the last.
+
+    This, and not the number of steps, is what a picture costs.
+    """
+    return 2 * num_inference_steps - 1 if solver == "heun" else num_inference_steps
 
 
 def _path_variance(t: Tensor) -> Tensor:

@@ -81,12 +81,15 @@ def open_student(
 
 
 def student_sampling(config: Config, student: str) -> SamplingConfig:
-    """Return how a distilled model draws: one of few steps has the guidance in its weights."""
+    """Return how a distilled model draws.
+
+    One of few steps has the guidance in its weights, and is good at no other number of steps.
+    """
     sampling = replace(config.sampling, routing="top-1", router_temperature=1.0)
     steps = config.distillation.num_inference_steps
     if student != FEW_STEP or steps is None:
         return sampling
-    return replace(sampling, num_inference_steps=steps, guidance_scale=1.0)
+    return replace(sampling, num_inference_steps=steps, guidance_scale=1.0, presets={})
 
 
 def _name(run: Run) -> str:

@@ -58,7 +58,7 @@ from paris_ray.sampling import generate
 images = generate(load_bundle("path/to/this/folder"), ["{prompt}"], seed=0)
 ```
 
-Defaults: {steps} Euler steps, guidance_scale {guidance}, routing {routing}; pictures of
+Defaults: {steps} steps of {solver}, guidance_scale {guidance}, routing {routing}; pictures of
 {size} x {size} pixels."""
 ACCURACY = """
 Caption recall is the share of training captions whose drawn picture is nearest to that caption's
@@ -143,7 +143,7 @@ def distilled_card(
     steps += [options.num_inference_steps for options in sampling.values()]
     columns = [("", *measured), ("---", *["---"] * len(measured))]
     columns += [("parameters of the experts", f"{sum(theirs):,}", *[f"{own:,}"] * len(sampling))]
-    columns += [("Euler steps", *map(str, steps)), *_compared(measured)]
+    columns += [("steps", *map(str, steps)), *_compared(measured)]
     return (
         DISTILLED.format(
             name=bundle.facts.model_name,
@@ -182,6 +182,7 @@ def _use(bundle: Bundle) -> str:
     return USE.format(
         prompt=bundle.facts.example_prompts[0].replace('"', "'"),
         steps=defaults.num_inference_steps,
+        solver=defaults.solver,
         guidance=defaults.guidance_scale,
         routing=defaults.routing,
         size=bundle.facts.picture_size,

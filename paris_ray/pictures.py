@@ -15,6 +15,7 @@ from PIL import Image, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
+from paris_ray.config import SolverName, TimeGrid
 from paris_ray.errors import PictureError
 
 PictureFormat = Literal["png", "jpeg", "webp"]
@@ -32,6 +33,8 @@ class Sampling:
     """How a picture is sampled: the arguments of `paris_ray.sampling.generate` of these names."""
 
     num_inference_steps: int
+    solver: SolverName
+    time_grid: TimeGrid
     guidance_scale: float
     routing: str
     lora: str | None = None
@@ -63,7 +66,7 @@ class PictureRecord:
         dtype: Data type of experts and router; None: as stored.
         prompt: The text.
         seed: The picture's own.
-        sampling: Steps, guidance, routing and adapter.
+        sampling: Steps, solver, guidance, routing and adapter.
         lora: What is known of the adapter, or None.
         native_size: Height and width that it was drawn at, in pixels.
         size: Height and width of the file.

@@ -1,68 +1,165 @@
-"""Who may use the API: holders of the key or, where there is none, this machine alone."""
+"""Who may use the API: holders of a key or, where there are none, this machine alone."""
 
-import hmac
+import logging
+from dataclasses import dataclass
 from ipaddress import ip_address
-from pathlib import Path
 from urllib.parse import urlsplit
 
-from fastapi import Request
+from ray.serve._private import constants
+from ray.serve.context import _get_global_client
+from starlette.requests import HTTPConnection
 
 from paris_ray.errors import ConfigError
-from serve.errors import ApiError
+from serve.errors import ApiError, too_many
+from serve.keys import LOCAL, Client, KeyRing
 from serve.schemas import ErrorDetail
 
+logger = logging.getLogger(__name__)
 
-def read_api_key(path: str) -> str:
-    """Return the key in a file, without surrounding white space.
+# A proxy that says so in any of these speaks for somebody else.
+FORWARDING_HEADERS = ("forwarded", "via", "x-real-ip")
+FORWARDING_PREFIX = "x-forwarded-"
+EDGE_VARIABLE = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"
+EDGE = "serve.gate:edge"
+
+
+class Access:
+    """The rule by which one application answers.
+
+    Args:
+        api_key_file: A file of keys, see `serve.keys`; None serves this machine alone.
 
     Raises:
-        ConfigError: if the file cannot be read, or is empty.
+        ConfigError: if the keys cannot be read.
     """
-    try:
-        key = Path(path).read_text().strip()
-    except OSError as error:
-        raise ConfigError(f"api_key_file={path!r} cannot be read: {error}") from None
-    if not key:
-        raise ConfigError(f"api_key_file={path!r} is empty: put the key in it")
-    return key
+
+    def __init__(self, api_key_file: str | None) -> None:
+        self._keys = None if api_key_file is None else KeyRing(api_key_file)
+
+    @property
+    def keyless(self) -> bool:
+        """Whether there are no keys, and so this machine alone is answered."""
+        return self._keys is None
+
+    def check(self, connection: HTTPConnection, *, is_open: bool) -> Client | None:
+        """Return who sent a request; None for an open route of a server with keys.
+
+        Args:
+            connection: The request's head; its body is not read.
+            is_open: Whether the route needs no key.
+
+        Raises:
+            ApiError: 401 without a key, 403 from elsewhere, 429 for one request too many.
+        """
+        if self._keys is None:
+            check_local(connection)
+            return LOCAL
+        if is_open:
+            return None
+        client = check_key(connection, self._keys)
+        wait_s = self._keys.wait_s(client)
+        if wait_s > 0:
+            rate = client.quotas.requests_per_minute
+            raise too_many(f"The key {client.name!r} may send {rate} requests a minute", wait_s)
+        return client
 
 
-def check_local(request: Request) -> None:
-    """Refuse requests from other machines, and those meant for another host.
+def check_local(connection: HTTPConnection) -> None:
+    """Refuse requests from other machines, through proxies, and for other hosts.
 
     The client's address protects a server without a key that someone bound to a public interface:
     the proxy that binds is Ray's, so the application can only refuse what comes through it. The
     Host header protects against DNS rebinding, where a web page that the user visits has its own
-    name resolved to 127.0.0.1 and lets the browser, a local client, send the requests.
+    name resolved to 127.0.0.1 and lets the browser, a local client, send the requests. Behind a
+    proxy on this machine everybody is a local client: nearly all of them say whom they speak for,
+    in a header or, as nginx does by default, by HTTP/1.0. One that does not cannot be told from a
+    local client.
 
     Raises:
         ApiError: with status 403.
     """
-    client = request.client.host if request.client else ""
-    host = _host_name(request.headers.get("host", ""))
-    if not (is_loopback(client) and is_loopback(host)):
+    client = connection.client.host if connection.client else ""
+    host = _host_name(connection.headers.get("host", ""))
+    forwarded = sorted(name for name in connection.headers if _is_forwarding(name))
+    if connection.scope["http_version"] == "1.0":
+        forwarded.append("HTTP/1.0")
+    if forwarded or not (is_loopback(client) and is_loopback(host)):
+        reason = f"sent through a proxy: {forwarded[0]}" if forwarded else f"host {host[:80]!r}"
         message = (
             "Without api_key_file this server answers only requests from its own machine to "
-            f"localhost (client {client!r}, host {host!r})"
+            f"localhost, not through a proxy ({reason})"
         )
         raise ApiError(403, ErrorDetail(message=message, type="permission_error"))
 
 
-def check_key(request: Request, key: str) -> None:
-    """Refuse requests without the key.
+def check_key(connection: HTTPConnection, keys: KeyRing) -> Client:
+    """Return whose key a request has.
 
     Raises:
-        ApiError: with status 401.
+        ApiError: with status 401, if it has none of ours.
     """
-    scheme, _, given = request.headers.get("authorization", "").partition(" ")
-    # Compared in constant time: the answer's delay must not tell how many characters fit.
-    if scheme.lower() != "bearer" or not hmac.compare_digest(given.encode(), key.encode()):
+    scheme, _, secret = connection.headers.get("authorization", "").partition(" ")
+    client = keys.find(secret) if scheme.lower() == "bearer" else None
+    if client is None:
         detail = ErrorDetail(
             message="Send the API key as 'Authorization: Bearer KEY'",
             type="authentication_error",
             code="invalid_api_key",
         )
         raise ApiError(401, detail, {"WWW-Authenticate": "Bearer"})
+    return client
+
+
+@dataclass(frozen=True)
+class Frontage:
+    """What stands between clients and the application.
+
+    Attributes:
+        host: The address that Serve listens on; None: it does not.
+        direct: Whether requests reach a replica without Ray's proxy (HAProxy, direct ingress): from
+            an address that says nothing.
+        has_edge: Whether Ray's proxy was started with `serve.gate.edge`.
+    """
+
+    host: str | None
+    direct: bool
+    has_edge: bool
+
+    @classmethod
+    def of_ray(cls) -> "Frontage":
+        """Return that of the Serve that this process is a replica of."""
+        # Ray has no public way to ask any of these.
+        client = _get_global_client()
+        assert client is not None
+        callback = constants.RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH
+        direct = constants.RAY_SERVE_ENABLE_HA_PROXY or constants.RAY_SERVE_ENABLE_DIRECT_INGRESS
+        return cls(client.http_config.host, direct, callback == EDGE)
+
+    def check(self, *, keyless: bool) -> None:
+        """Refuse to start where strangers could pass for local clients, or without the edge.
+
+        Raises:
+            ConfigError: with what to change.
+        """
+        make_key = "Make a key: python -m jobs.new_key NAME --file keys.yaml"
+        if keyless and self.direct:
+            raise ConfigError(
+                "RAY_SERVE_ENABLE_HA_PROXY=1 and RAY_SERVE_ENABLE_DIRECT_INGRESS=1 are not allowed "
+                "without api_key_file: all machines' requests then look like local ones "
+                f"(RAY_SERVE_THROUGHPUT_OPTIMIZED=1 sets the second). {make_key}"
+            )
+        if keyless and not is_loopback(self.host or ""):
+            raise ConfigError(
+                f"http_options.host={self.host!r} is not allowed without api_key_file: only "
+                f"127.0.0.1, ::1 or localhost. {make_key}"
+            )
+        if self.direct:
+            logger.warning("requests do not pass %s: clients may set Ray's own headers", EDGE)
+        elif not self.has_edge:
+            raise ConfigError(
+                f"Start every node of Ray with {EDGE_VARIABLE}={EDGE} in its environment: without "
+                "it Ray's proxy lets clients override http_options.request_timeout_s"
+            )
 
 
 def is_loopback(host: str) -> bool:
@@ -73,6 +170,10 @@ def is_loopback(host: str) -> bool:
         return ip_address(host).is_loopback
     except ValueError:
         return False
+
+
+def _is_forwarding(header: str) -> bool:
+    return header in FORWARDING_HEADERS or header.startswith(FORWARDING_PREFIX)
 
 
 def _host_name(header: str) -> str:

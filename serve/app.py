@@ -3,6 +3,8 @@
     serve deploy serve/config.yaml        # onto a running cluster
     serve run serve/config.yaml           # or in the foreground, on a local one
 
+Ray must have been started with RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=serve.gate:edge.
+
 Ingress -> Sampler -> Expert-0 ... Expert-K-1: each a deployment, with its own replicas and
 resources.
 """
@@ -18,8 +20,10 @@ from paris_ray.artifacts import absolute_uri
 from paris_ray.bundle import Dtype
 from paris_ray.errors import ConfigError
 from paris_ray.sampling.engine import Limits
+from serve import gate
 from serve.expert import ExpertServer
-from serve.ingress import HttpOptions, Ingress, create_api
+from serve.ingress import HttpOptions, Ingress
+from serve.routes import create_api
 from serve.sampler import Sampler
 from serve.source import BundleSource, LoRASource
 
@@ -111,8 +115,11 @@ class AppArgs(BaseModel):
             request was addressed.
         timeout_s: Seconds after which a request is given up; less than
             `http_options.request_timeout_s`.
-        api_key_file: A file with the key that clients must send; relative like `bundle`. Null
-            serves requests from this machine alone.
+        api_key_file: A file with the key or, if it is called *.yaml, with the keys that clients
+            must send (`serve.keys`); relative like `bundle`. Null serves requests from this machine
+            alone, and only where Serve listens on loopback.
+        cors_origins: Origins whose web pages may use the API from a browser, such as
+            `https://example.com`; `*` means all.
         ingress: Size of the HTTP side.
         sampler: Size of the Sampler.
         expert: Size of every expert.
@@ -135,6 +142,7 @@ class AppArgs(BaseModel):
     public_url: str | None = Field(default=None, pattern="^https?://")
     timeout_s: float = Field(default=110, gt=0)
     api_key_file: str | None = None
+    cors_origins: list[str] = []
     ingress: DeploymentOptions = DeploymentOptions()
     sampler: DeploymentOptions = DeploymentOptions()
     expert: DeploymentOptions = DeploymentOptions()
@@ -182,10 +190,12 @@ def build(args: AppArgs) -> Application:
         limits=Limits(**args.limits.model_dump()),
     )
     key_file = None if args.api_key_file is None else _from_repository(args.api_key_file)
-    ingress_class = serve.ingress(create_api())(Ingress)
-    application: Application = _deploy(ingress_class, "Ingress", args.ingress).bind(
-        source, sampler, key_file, options
+    ingress_class = serve.ingress(create_api(args.cors_origins))(Ingress)
+    ingress = _deploy(ingress_class, "Ingress", args.ingress).options(
+        max_ongoing_requests=gate.MAX_ONGOING_REQUESTS,
+        max_queued_requests=gate.MAX_QUEUED_REQUESTS,
     )
+    application: Application = ingress.bind(source, sampler, key_file, options)
     return application
 
 

@@ -1,7 +1,7 @@
 """From the body of a request to what the Sampler draws: one pure function, without Ray or HTTP."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Literal
 
@@ -14,22 +14,23 @@ from serve.drawing import DrawRequest
 from serve.errors import invalid
 from serve.schemas import (
     MAX_BATCH_PICTURES,
-    MAX_STEPS,
     BatchesRequest,
     DrawingFields,
     ImagesRequest,
     RequestWarning,
 )
 
-# Each quality under OpenAI's present name, and its share of the model's default steps.
-QUALITIES: Mapping[str, tuple[Literal["low", "medium", "high"], float]] = {
-    "low": ("low", 0.5),
-    "auto": ("medium", 1.0),
-    "medium": ("medium", 1.0),
-    "standard": ("medium", 1.0),
-    "high": ("high", 2.0),
-    "hd": ("high", 2.0),
+QualityName = Literal["auto", "low", "medium", "high"]
+# What requests say, and DALL-E's names: `standard` was its default.
+QUALITIES: Mapping[str, QualityName] = {
+    "auto": "auto",
+    "low": "low",
+    "medium": "medium",
+    "high": "high",
+    "standard": "auto",
+    "hd": "high",
 }
+PRESET_FIELDS = ("num_inference_steps", "solver", "time_grid")
 SQUARE = re.compile(r"([1-9][0-9]{0,4})x\1")
 LONGEST_QUOTE = 40  # characters of a prompt that a warning repeats
 
@@ -68,7 +69,7 @@ class Order:
         seed: Seed of the first picture.
         sampling: How they are sampled, for people.
         options: The same, for the Sampler.
-        quality: `low`, `medium` or `high`, or `auto` where the request says how many steps.
+        quality: The preset, or `auto`.
         size: Width and height of the files.
         output_format: Kind of file.
         output_compression: Quality of a JPEG or WebP, or None.
@@ -76,7 +77,7 @@ class Order:
         stream: Whether the answer is a stream of events.
         partial_images: How many unfinished states of each picture it has.
         allow_degraded: Whether pictures may be finished without an expert that is lost.
-        has_style: Whether the request asks for a style.
+        unused: Warnings about fields that change nothing.
     """
 
     prompts: tuple[str, ...]
@@ -85,7 +86,7 @@ class Order:
     seed: int
     sampling: Sampling
     options: SamplingOptions
-    quality: Literal["auto", "low", "medium", "high"]
+    quality: QualityName
     size: int
     output_format: PictureFormat
     output_compression: int | None
@@ -93,7 +94,7 @@ class Order:
     stream: bool
     partial_images: int
     allow_degraded: bool
-    has_style: bool
+    unused: tuple[RequestWarning, ...]
 
     def draw_request(self, *, id: str, client: str, timeout_s: float) -> DrawRequest:
         """Return what the Sampler is asked."""
@@ -122,11 +123,7 @@ class Order:
 
     def warnings(self, prompt: int) -> list[RequestWarning]:
         """Return what the request does not get of what it asks for, by the number of a prompt."""
-        found = _text_warnings(self.reports[prompt])
-        if self.has_style:
-            message = "style changes nothing here: describe it in the prompt"
-            found.append(RequestWarning(code="style_unused", message=message))
-        return found
+        return [*_text_warnings(self.reports[prompt]), *self.unused]
 
 
 def check(request: ImagesRequest | BatchesRequest, served: Served, *, random_seed: int) -> Order:
@@ -161,7 +158,7 @@ def check(request: ImagesRequest | BatchesRequest, served: Served, *, random_see
         stream=stream,
         partial_images=partial_images,
         allow_degraded=request.allow_degraded is not False,
-        has_style=request.style is not None,
+        unused=tuple(_unused(request, quality)),
     )
 
 
@@ -191,34 +188,28 @@ def _prompts(request: ImagesRequest | BatchesRequest, n: int) -> tuple[str, ...]
     return prompts
 
 
-def _sampling(
-    request: DrawingFields, served: Served
-) -> tuple[Sampling, Literal["auto", "low", "medium", "high"]]:
-    defaults = served.bundle.facts.sampling
-    name, share = QUALITIES[request.quality or "auto"]
-    steps = request.num_inference_steps
-    if steps is not None and share != 1:
-        message = f"quality={request.quality!r} is not allowed beside num_inference_steps={steps}"
-        raise invalid(f"{message}: both say how many", param="quality", code="invalid_value")
+def _sampling(request: DrawingFields, served: Served) -> tuple[Sampling, QualityName]:
+    """Return how to sample, and the preset that says so."""
     try:
         served.bundle.check_lora(request.lora)
     except ParisError as error:
         raise invalid(str(error), param="lora", code="invalid_value") from None
+    defaults, quality = served.bundle.facts.sampling, QUALITIES[request.quality or "auto"]
+    preset = defaults.presets.get(quality)
+    own = {name: getattr(request, name) for name in PRESET_FIELDS}
+    own = {name: value for name, value in own.items() if value is not None}
+    if preset is not None and own:
+        message = f"quality={request.quality!r} is not allowed beside {', '.join(own)}"
+        raise invalid(f"{message}: send one or the other", param="quality", code="invalid_value")
+    source = defaults if preset is None else preset
     scale = request.guidance_scale
     sampling = Sampling(
-        num_inference_steps=_quality_steps(defaults.num_inference_steps, share)
-        if steps is None
-        else steps,
+        **{name: own.get(name, getattr(source, name)) for name in PRESET_FIELDS},
         guidance_scale=defaults.guidance_scale if scale is None else float(scale),
         routing=defaults.routing if request.routing is None else request.routing,
         lora=request.lora,
     )
-    return sampling, name if steps is None else "auto"
-
-
-def _quality_steps(default: int, share: float) -> int:
-    """Return a share of the default steps; more than a request may ask for only by default."""
-    return min(max(1, round(default * share)), max(MAX_STEPS, default))
+    return sampling, "auto" if preset is None else quality
 
 
 def _size(size: str | None, served: Served) -> int:
@@ -253,6 +244,15 @@ def _streaming(request: ImagesRequest | BatchesRequest) -> tuple[bool, int]:
         message = f"partial_images={count} is not allowed: 0, or stream=true beside it"
         raise invalid(message, param="partial_images", code="invalid_value")
     return stream, count
+
+
+def _unused(request: DrawingFields, quality: QualityName) -> Iterator[RequestWarning]:
+    if QUALITIES[request.quality or "auto"] != quality:
+        message = f"the model has no preset for quality={request.quality!r}: it draws by default"
+        yield RequestWarning(code="quality_unused", message=message)
+    if request.style is not None:
+        message = "style changes nothing here: describe it in the prompt"
+        yield RequestWarning(code="style_unused", message=message)
 
 
 def _text_warnings(report: TextReport) -> list[RequestWarning]:

@@ -1,5 +1,6 @@
 """Every failure in the OpenAI error shape: `{"error": {"message", "type", "param", "code"}}`."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -38,27 +39,84 @@ def invalid(message: str, *, param: str, code: str, status: int = 400) -> ApiErr
 
 def unavailable(message: str) -> ApiError:
     """Return the answer to a request that may succeed when sent again."""
-    return ApiError(503, ErrorDetail(message=message, type="unavailable_error", code="unavailable"))
+    detail = ErrorDetail(message=message, type="unavailable_error", code="unavailable")
+    return ApiError(503, detail, retry_after(1))
+
+
+def too_many(message: str, retry_after_s: float) -> ApiError:
+    """Return the refusal of a client that asks for more than it may at the moment."""
+    detail = ErrorDetail(message=message, type="rate_limit_error", code="rate_limit_exceeded")
+    return ApiError(429, detail, retry_after(retry_after_s))
+
+
+def retry_after(seconds: float) -> dict[str, str]:
+    """Return the header that says when to ask again: whole seconds, at least one."""
+    return {"Retry-After": str(max(1, math.ceil(seconds)))}
+
+
+def malformed(message: str) -> ApiError:
+    """Return the refusal of what is no proper HTTP request."""
+    return ApiError(400, ErrorDetail(message=message, type=INVALID, code="malformed_request"))
+
+
+def too_large(message: str, *, status: int, code: str) -> ApiError:
+    """Return the refusal of a request that is too long: 413 for its body, 431 for its head."""
+    return ApiError(status, ErrorDetail(message=message, type=INVALID, code=code))
+
+
+def too_slow(message: str) -> ApiError:
+    """Return the answer to a request that did not arrive in time, or took too long."""
+    return ApiError(408, ErrorDetail(message=message, type="timeout_error", code="timeout"))
+
+
+def failed() -> ApiError:
+    """Return the answer where something broke; the log says what, and it is not for the client."""
+    message = "The server failed on this request; its log says why."
+    return ApiError(500, ErrorDetail(message=message, type="server_error"))
+
+
+def error_of(status: int) -> ApiError:
+    """Return, in our words, an error that Ray or a library answers in its own.
+
+    Theirs may hold addresses, process ids and names of classes.
+    """
+    match status:
+        case 404:
+            return ApiError(404, ErrorDetail(message="There is no such route", type=INVALID))
+        case 408:
+            return too_slow("The request took longer than this server allows")
+        case 429:
+            return too_many("The server has too much to do. Send the request again", 1)
+        case 502 | 503 | 504:
+            return unavailable("The server cannot take this request now. Send it again")
+        case _ if status < 500:
+            return ApiError(status, ErrorDetail(message="The request is refused", type=INVALID))
+        case _:
+            return failed()
 
 
 def install_error_handlers(api: FastAPI) -> None:
-    """Make an application answer every failure in the OpenAI error shape."""
+    """Make an application answer every refusal in the OpenAI error shape; bugs are the gate's."""
     api.add_exception_handler(ApiError, _on_api_error)
     api.add_exception_handler(RequestValidationError, _on_validation_error)
     api.add_exception_handler(ParisError, _on_paris_error)
     api.add_exception_handler(HTTPException, _on_http_exception)
-    api.add_exception_handler(Exception, _on_bug)
+
+
+def as_response(error: ApiError) -> JSONResponse:
+    """Return the answer that a refusal is."""
+    return JSONResponse(ErrorResponse(error=error.detail).model_dump(), error.status, error.headers)
 
 
 def _respond(
     status: int, detail: ErrorDetail, headers: Mapping[str, str] | None = None
 ) -> JSONResponse:
-    return JSONResponse(ErrorResponse(error=detail).model_dump(), status, headers)
+    return as_response(ApiError(status, detail, headers))
 
 
 async def _on_api_error(_: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, ApiError)
-    return _respond(error.status, error.detail, error.headers)
+    return as_response(error)
 
 
 async def _on_validation_error(_: Request, error: Exception) -> JSONResponse:
@@ -76,12 +134,6 @@ async def _on_http_exception(request: Request, error: Exception) -> JSONResponse
     assert isinstance(error, HTTPException)
     message = f"{request.method} {request.url.path}: {error.detail}"
     return _respond(error.status_code, ErrorDetail(message=message, type=INVALID), error.headers)
-
-
-async def _on_bug(_: Request, __: Exception) -> JSONResponse:
-    # The traceback goes to the log; it may hold what the client must not see.
-    message = "The server failed on this request; its log says why."
-    return _respond(500, ErrorDetail(message=message, type="server_error"))
 
 
 def describe_violation(violation: Mapping[str, Any]) -> ErrorDetail:

@@ -79,7 +79,7 @@ ERRORS: Mapping[int, tuple[str, Document]] = {
         "There is no room, or too many requests came; the header Retry-After says when to ask",
         {
             "message": "There is no room for the request: 256 pictures wait already. "
-            "Send it again in 3 s",
+            "Send it again when Retry-After says",
             "type": "rate_limit_error",
             "param": None,
             "code": "queue_full",
@@ -174,6 +174,8 @@ HEADERS: Document = {
         "Bundle": "Digest of its bundle",
         "Seed": "Seed of the first picture",
         "Steps": "num_inference_steps",
+        "Solver": "solver",
+        "Time-Grid": "time_grid",
         "Guidance": "guidance_scale",
         "Routing": "routing",
         "Lora": "Name of the adapter",

@@ -14,7 +14,7 @@ from ray.serve.handle import DeploymentHandle
 from paris_ray.sampling.engine import DeadlineError, QueueFullError
 from paris_ray.sampling.sampler import ExpertsLostError
 from serve.drawing import Drawing, DrawRequest, Partial, RequestCancelledError
-from serve.errors import ApiError, unavailable
+from serve.errors import ApiError, retry_after, too_slow, unavailable
 from serve.expert import ExpertUnavailableError
 from serve.schemas import ErrorDetail
 
@@ -138,11 +138,9 @@ def _errors_for_clients() -> Iterator[None]:
     except BackPressureError as error:
         raise _queue_full(None, 1) from error
     except (DeadlineError, TimeoutError) as error:
-        message = "The pictures were not finished in the time that a request has"
+        refusal = too_slow("The pictures were not finished in the time that a request has")
         # What did not fit once would not fit again: OpenAI's clients obey this header.
-        headers = {"x-should-retry": "false"}
-        detail = ErrorDetail(message=message, type="timeout_error", code="timeout")
-        raise ApiError(408, detail, headers) from error
+        raise ApiError(refusal.status, refusal.detail, {"x-should-retry": "false"}) from error
     except RequestCancelledError as error:
         message = f"The request was cancelled after {error.step} steps"
         detail = ErrorDetail(message=message, type="cancelled_error", code="cancelled")
@@ -154,9 +152,8 @@ def _errors_for_clients() -> Iterator[None]:
 
 def _queue_full(position: int | None, retry_after_s: float) -> ApiError:
     place = "" if position is None else f": {position} pictures wait already"
-    seconds = max(1, round(retry_after_s))
-    message = f"There is no room for the request{place}. Send it again in {seconds} s"
-    headers = {"Retry-After": str(seconds)}
+    headers = retry_after(retry_after_s)
+    message = f"There is no room for the request{place}. Send it again when Retry-After says"
     if position is not None:
         headers["X-Paris-Queue-Position"] = str(position)
     detail = ErrorDetail(message=message, type="rate_limit_error", code="queue_full")

@@ -20,6 +20,7 @@ from ray.serve.handle import DeploymentHandle
 from ray.util.metrics import Gauge, Histogram
 from torch import Tensor
 
+from paris_ray.diffusion import num_evaluations
 from paris_ray.sampling.calls import ROUTER, Call
 from paris_ray.sampling.engine import Engine, Event, Failed, Finished, Limits, Previewed, Ticket
 from paris_ray.sampling.local import LocalModels
@@ -105,7 +106,7 @@ class Sampler:
         ticket = self._engine.admit(
             request.client,
             num_pictures=len(request.seeds),
-            evaluations=request.options.num_inference_steps,
+            evaluations=_evaluations(request),
             timeout_s=request.timeout_s,
             listener=events.put_nowait,
             now=time.monotonic(),
@@ -237,7 +238,12 @@ class Sampler:
             await asyncio.wait_for(self._changed.wait(), timeout_s)
 
 
+def _evaluations(request: DrawRequest) -> int:
+    """Return how often the velocity of each picture of a request is evaluated."""
+    return num_evaluations(request.options.solver, request.options.num_inference_steps)
+
+
 def _preview_steps(request: DrawRequest) -> list[int]:
     """Return after how many steps of a request its partial images are due, evenly spread."""
-    steps, count = request.options.num_inference_steps, request.partial_images
+    steps, count = _evaluations(request), request.partial_images
     return sorted({steps * (i + 1) // (count + 1) for i in range(count)} - {0})

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from paris_ray.config import SolverName, TimeGrid
 from paris_ray.pictures import PictureFormat
 
 MAX_PICTURES = 10
@@ -29,7 +30,8 @@ class DrawingFields(BaseModel):
         model: The served model's name or an alias; None means that one.
         n: How many pictures of a prompt, 1 by default; picture i uses `seed + i`.
         size: `auto` (the model's own), that or another square such as `1024x1024`, resized.
-        quality: How many steps, as a share of the model's default.
+        quality: One of the model's presets of steps and solver; `hd` is `high`. `auto`, `standard`
+            and those that the model has not draw by default.
         response_format: `b64_json`, or `url`: a link to this server that expires.
         output_format: Kind of file, `png` by default.
         output_compression: Quality of a JPEG or WebP, 100 by default.
@@ -39,7 +41,9 @@ class DrawingFields(BaseModel):
         user: The caller's own user; changes nothing.
         safety_identifier: The same under its newer name.
         seed: Seed of the first picture; None draws one, which the response tells.
-        num_inference_steps: Steps of the solver; None takes the model's default, like the next two.
+        num_inference_steps: Steps of the solver; None takes the model's default, as below.
+        solver: How steps are made.
+        time_grid: Where they are.
         guidance_scale: Classifier-free guidance; 1 switches it off.
         routing: `top-1`, `top-2`, ..., `full` (or `full-ensemble`), `threshold:x`
             or `top-p:x`.
@@ -64,6 +68,8 @@ class DrawingFields(BaseModel):
     safety_identifier: Name | None = None
     seed: int | None = Field(default=None, ge=0, le=MAX_SEED)
     num_inference_steps: int | None = Field(default=None, ge=1, le=MAX_STEPS)
+    solver: SolverName | None = None
+    time_grid: TimeGrid | None = None
     guidance_scale: float | None = Field(default=None, ge=0, le=20)
     routing: Annotated[Name, Field(min_length=1)] | None = None
     lora: Name | None = None
@@ -126,11 +132,12 @@ class RequestWarning(BaseModel):
     """What a request does not get of what it asks for.
 
     Attributes:
-        code: For a program: `text_cut`, `unknown_text`, `empty_text` or `style_unused`.
+        code: For a program: `text_cut`, `unknown_text`, `empty_text`, `quality_unused` or
+            `style_unused`.
         message: For a person.
     """
 
-    code: Literal["text_cut", "unknown_text", "empty_text", "style_unused"]
+    code: Literal["text_cut", "unknown_text", "empty_text", "quality_unused", "style_unused"]
     message: str
 
 
@@ -143,6 +150,8 @@ class Provenance(BaseModel):
         bundle: Digest of its bundle, or None if it has none.
         seed: Seed of the first picture.
         num_inference_steps: Steps of the solver.
+        solver: How steps were made.
+        time_grid: Where they were.
         guidance_scale: Classifier-free guidance.
         routing: How experts were chosen.
         lora: Name of the adapter, or None.
@@ -161,6 +170,8 @@ class Provenance(BaseModel):
     bundle: str | None
     seed: int
     num_inference_steps: int
+    solver: SolverName
+    time_grid: TimeGrid
     guidance_scale: float
     routing: str
     lora: str | None
@@ -182,7 +193,7 @@ class ImagesResponse(BaseModel):
         data: The pictures.
         background: Always `opaque`.
         output_format: Kind of file.
-        quality: `low`, `medium` or `high`, or `auto` where the request says how many steps.
+        quality: The preset that drew them, or `auto`.
         size: Width and height, for example `32x32`.
         usage: How much was read and drawn.
         paris: How the pictures came about.
@@ -282,6 +293,8 @@ class SamplingDefaults(BaseModel):
     """What a request gets that does not say otherwise; fields as in `ImagesRequest`."""
 
     num_inference_steps: int
+    solver: SolverName
+    time_grid: TimeGrid
     guidance_scale: float
     routing: str
 
@@ -293,6 +306,7 @@ class ModelFacts(BaseModel):
         num_experts: How many experts it has.
         picture_size: Height and width of its pictures, in pixels.
         defaults: Its sampling defaults.
+        qualities: The values of `quality` that it has presets for.
         example_prompts: A few captions of its corpus.
         loras: Number of the expert of each adapter that a request may name.
         attribution: Licence line to show beside the pictures, or None.
@@ -301,6 +315,7 @@ class ModelFacts(BaseModel):
     num_experts: int
     picture_size: int
     defaults: SamplingDefaults
+    qualities: list[str]
     example_prompts: list[str]
     loras: dict[str, int]
     attribution: str | None

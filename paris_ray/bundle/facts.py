@@ -6,7 +6,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from paris_ray.artifacts import VerifiedFolder
-from paris_ray.config import MODEL_LIMITS, SamplingConfig, from_dict, to_dict
+from paris_ray.config import (
+    MODEL_LIMITS,
+    QUALITIES,
+    Preset,
+    SamplingConfig,
+    from_dict,
+    to_dict,
+)
 from paris_ray.encoders.autoencoder import MAX_BLOCKS, downsampling
 from paris_ray.errors import BundleError, ConfigError
 
@@ -15,7 +22,17 @@ OURS = "paris_ray"
 MAX_STEPS = 1000
 MAX_PICTURE_SIZE = 65_536
 # What the release does not say: the defaults of its authors' comparisons (HDDM, arXiv 2603.06741).
-RELEASE_SAMPLING = SamplingConfig(num_inference_steps=50, guidance_scale=7.5, routing="top-2")
+# Its presets are the quickstart's shares of the steps, which were not measured on the release.
+RELEASE_SAMPLING = SamplingConfig(
+    num_inference_steps=50,
+    guidance_scale=7.5,
+    routing="top-2",
+    presets={
+        "low": Preset(num_inference_steps=19),
+        "medium": Preset(num_inference_steps=25),
+        "high": Preset(num_inference_steps=50),
+    },
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -137,12 +154,20 @@ def _texts(value: object, field: str) -> tuple[str, ...]:
 
 def _check_sampling(sampling: SamplingConfig, where: str) -> None:
     """Check what types cannot express; the routing is checked when it is used."""
-    allowed = {
-        "num_inference_steps": (1 <= sampling.num_inference_steps <= MAX_STEPS, "1 to 1000"),
-        "guidance_scale": (0 <= sampling.guidance_scale <= 100, "0 to 100"),
-        "router_temperature": (0 < sampling.router_temperature < math.inf, "above 0"),
-    }
-    for field, (holds, values) in allowed.items():
-        if not holds:
-            value = getattr(sampling, field)
-            raise BundleError(f"{where}: {field}={value!r}, allowed: {values}")
+    qualities = list(sampling.presets)
+    known = set(qualities) <= set(QUALITIES)
+    _require(known, f"{where}: presets", qualities, ", ".join(QUALITIES))
+    steps = {"num_inference_steps": sampling.num_inference_steps}
+    for quality, preset in sampling.presets.items():
+        steps[f"presets.{quality}.num_inference_steps"] = preset.num_inference_steps
+    for field, count in steps.items():
+        _require(1 <= count <= MAX_STEPS, f"{where}: {field}", count, f"1 to {MAX_STEPS}")
+    scale, temperature = sampling.guidance_scale, sampling.router_temperature
+    _require(0 <= scale <= 100, f"{where}: guidance_scale", scale, "0 to 100")
+    warm = 0 < temperature < math.inf
+    _require(warm, f"{where}: router_temperature", temperature, "above 0")
+
+
+def _require(holds: bool, field: str, value: object, allowed: str) -> None:
+    if not holds:
+        raise BundleError(f"{field}={value!r}, allowed: {allowed}")

@@ -15,7 +15,14 @@ from paris_ray.config.conversion import (
 from paris_ray.config.corpus import ClusterConfig, CorpusConfig
 from paris_ray.config.distillation import DistillationConfig
 from paris_ray.config.encoders import CodecConfig, FeaturesConfig, PoolConfig, TextConfig
-from paris_ray.config.evaluation import EvaluationConfig, SamplingConfig
+from paris_ray.config.evaluation import (
+    QUALITIES,
+    EvaluationConfig,
+    Preset,
+    SamplingConfig,
+    SolverName,
+    TimeGrid,
+)
 from paris_ray.config.fleet import FleetConfig, GpuConfig
 from paris_ray.config.loading import (
     load,
@@ -44,6 +51,7 @@ __all__ = [
     "MAX_TEXT_WIDTH",
     "MODEL_LIMITS",
     "PRESETS",
+    "QUALITIES",
     "RESOURCE_KEYS",
     "ClusterConfig",
     "CodecConfig",
@@ -59,9 +67,12 @@ __all__ = [
     "LoRARun",
     "PoolConfig",
     "Precision",
+    "Preset",
     "RouterConfig",
     "SamplingConfig",
+    "SolverName",
     "TextConfig",
+    "TimeGrid",
     "TrainingConfig",
     "check",
     "check_distillation",

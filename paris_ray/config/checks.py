@@ -6,7 +6,7 @@ import re
 from paris_ray.config.conversion import expert_setup
 from paris_ray.config.corpus import COLUMN_NAMES, ClusterConfig, CorpusConfig
 from paris_ray.config.encoders import CodecConfig
-from paris_ray.config.evaluation import EvaluationConfig
+from paris_ray.config.evaluation import QUALITIES, EvaluationConfig, SamplingConfig
 from paris_ray.config.fleet import FleetConfig
 from paris_ray.config.lora import LoRARun
 from paris_ray.config.models import (
@@ -158,6 +158,10 @@ def check_distillation(config: Config) -> None:
     name = "distillation.num_inference_steps"
     allowed = f"a divisor of sampling.num_inference_steps={most}, or null"
     _require(most % steps == 0, name, steps, allowed)
+    # Each of few steps is to lead where several of the ensemble's equal Euler steps lead.
+    for key, allowed in (("solver", "euler"), ("time_grid", "linspace")):
+        own = getattr(config.sampling, key)
+        _require(own == allowed, f"sampling.{key}", own, f"{allowed}, or null for {name}")
     # At t = 1, where pictures begin, all of x_t is noise: whoever predicts that learns nothing.
     allowed = "null for expert.prediction=epsilon, as the first of few steps is at pure noise"
     _require(config.expert.prediction != "epsilon", name, steps, allowed)
@@ -286,6 +290,21 @@ def _check_evaluation(evaluation: EvaluationConfig) -> None:
     _require(name is not None or not evaluation.oracle, "evaluation.oracle", True, allowed)
 
 
+def _check_sampling(sampling: SamplingConfig) -> None:
+    steps = {"sampling": sampling.num_inference_steps}
+    for quality, preset in sampling.presets.items():
+        known = quality in QUALITIES
+        _require(known, "sampling.presets", quality, f"only {', '.join(QUALITIES)}")
+        steps[f"sampling.presets.{quality}"] = preset.num_inference_steps
+    for name, count in steps.items():
+        _require(count >= 1, f"{name}.num_inference_steps", count, "at least 1")
+    scale = sampling.guidance_scale
+    _require(0 <= scale <= 100, "sampling.guidance_scale", scale, "between 0 and 100")
+    temperature = sampling.router_temperature
+    allowed = "> 0, or 0 for the fitted one"
+    _require(temperature >= 0, "sampling.router_temperature", temperature, allowed)
+
+
 def _check_fleet(fleet: FleetConfig) -> None:
     _require(fleet.num_images >= 1, "fleet.num_images", fleet.num_images, "at least 1")
     for i, gpu in enumerate(fleet.gpus):
@@ -323,13 +342,7 @@ def check(config: Config) -> None:
     _check_shared(config)
     _check_clip(config)
     _check_evaluation(config.evaluation)
-    steps = config.sampling.num_inference_steps
-    _require(steps >= 1, "sampling.num_inference_steps", steps, "at least 1")
-    scale = config.sampling.guidance_scale
-    _require(0 <= scale <= 100, "sampling.guidance_scale", scale, "between 0 and 100")
-    temperature = config.sampling.router_temperature
-    allowed = "> 0, or 0 for the fitted one"
-    _require(temperature >= 0, "sampling.router_temperature", temperature, allowed)
+    _check_sampling(config.sampling)
     _check_fleet(config.fleet)
 
 

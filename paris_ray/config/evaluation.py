@@ -1,7 +1,22 @@
 """How pictures are drawn and judged."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
+
+SolverName = Literal["euler", "heun", "ab2", "dpm++2m"]
+TimeGrid = Literal["linspace", "half-last", "flow-match-euler"]
+
+
+QUALITIES = ("low", "medium", "high")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Preset:
+    """A way to draw that a request can ask for by a word."""
+
+    num_inference_steps: int
+    solver: SolverName = "ab2"
+    time_grid: TimeGrid = "half-last"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -9,10 +24,17 @@ class SamplingConfig:
     """Defaults of image generation; written into the bundle."""
 
     num_inference_steps: int = 8
+    # euler: of first order; heun (two velocities a step), ab2 and dpm++2m (one): of second
+    solver: SolverName = "euler"
+    # Equal steps of time from 1 to 0 (linspace), of which the last is half as long (half-last), or
+    # from 1 to 1/1000 and then to 0, as diffusers' scheduler has them (flow-match-euler)
+    time_grid: TimeGrid = "linspace"
     guidance_scale: float = 1.0
     routing: str = "top-2"
     # Divides the router's logits; 0: as fitted on held-out rows, 1 if there are none
     router_temperature: float = 1.0
+    # What the qualities `low`, `medium` and `high` mean; one that is left out cannot be asked for
+    presets: dict[str, Preset] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

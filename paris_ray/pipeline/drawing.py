@@ -130,6 +130,8 @@ def sample_own_experts(
             seeds=[seeds[row] for row in rows.tolist()],
             num_inference_steps=options.num_inference_steps,
             guidance_scale=options.guidance_scale,
+            solver=options.solver,
+            time_grid=options.time_grid,
         )
     weights = torch.nn.functional.one_hot(own, bundle.num_experts).float()
     return Samples(latents, weights[:, None])  # the same in every step

@@ -48,6 +48,8 @@ class SampleGrid:
             seeds=range(self.seed, self.seed + len(self.text)),
             num_inference_steps=sampling.num_inference_steps,
             guidance_scale=sampling.guidance_scale,
+            solver=sampling.solver,
+            time_grid=sampling.time_grid,
         )
         # Read each time: a codec that stayed on the device would take room from training.
         codec = load_codec(self.codec, self.config.corpus.image_size).to(device)

@@ -1,7 +1,8 @@
 """The questions that sampling asks of the router and the experts, and batches of them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from paris_ray.sampling.guidance import KeyedText
@@ -32,6 +33,14 @@ class RouterCall:
     def num_rows(self) -> int:
         """How many samples the model computes."""
         return len(self.latents)
+
+    def row(self, index: int) -> "RouterCall":
+        """Return the question about one of the pictures."""
+        return replace(
+            self,
+            latents=self.latents[index : index + 1],
+            text=self.text.rows(torch.tensor([index])),
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,6 +74,14 @@ class ExpertCall:
     def num_rows(self) -> int:
         """How many samples the model computes."""
         return len(self.latents) * (1 if self.null_text is None else 2)
+
+    def row(self, index: int) -> "ExpertCall":
+        """Return the question about one of the pictures."""
+        return replace(
+            self,
+            latents=self.latents[index : index + 1],
+            text=self.text.rows(torch.tensor([index])),
+        )
 
 
 Call = RouterCall | ExpertCall

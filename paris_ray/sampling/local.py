@@ -1,5 +1,6 @@
 """A bundle's router and experts in this process: batches of calls in, answers out."""
 
+import logging
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import chain
@@ -13,21 +14,25 @@ from paris_ray.bundle import Bundle
 from paris_ray.diffusion import router_logits
 from paris_ray.models import EncodedText, TextConditioning
 from paris_ray.models.lora import adapted_samples
-from paris_ray.sampling.calls import Call, ExpertCall, RouterCall
+from paris_ray.sampling.calls import ROUTER, Call, ExpertCall, RouterCall
+from paris_ray.sampling.exactness import rows_are_independent
 from paris_ray.sampling.guidance import KeyedText, TextCache, guided_velocity
+
+logger = logging.getLogger("paris_ray")
 
 
 class LocalModels:
     """Answers calls with a bundle's models in this process, from any thread.
 
-    What a sample gets does not depend on the batch that it is in: see `models.layers`.
-
     Args:
         bundle: Its models load when they are first asked.
+        exact: What a sample gets must not depend on the batch that it is in. Where a machine does
+            not compute rows of a batch independently, samples are computed one by one.
     """
 
-    def __init__(self, bundle: Bundle) -> None:
-        self._bundle, self._texts = bundle, TextCache()
+    def __init__(self, bundle: Bundle, *, exact: bool = True) -> None:
+        self._bundle, self._exact, self._texts = bundle, exact, TextCache()
+        self._batches: dict[int, bool] = {}  # whether a model's samples may be batched
         # An expert in use cannot leave the device: only one at a time, if there is little room.
         self._turn: AbstractContextManager[Any] = Lock() if bundle.offload else nullcontext()
 
@@ -47,9 +52,29 @@ class LocalModels:
         Returns:
             `(b, K)` router logits or `(b, C, H, W)` velocities of each call.
         """
+        assert len({call.model for call in calls}) == 1, "a batch is for one model"
+        if self.batches(calls[0].model):
+            return self._ask(calls)
+        rows = [call.row(i) for call in calls for i in range(len(call.latents))]
+        return _split(torch.cat([self._ask([row])[0] for row in rows]), calls)
+
+    def batches(self, model: int) -> bool:
+        """Return whether samples of a model are computed together; loads it."""
+        if not self._exact:
+            return True
+        if model not in self._batches:
+            tried = self._bundle.router if model == ROUTER else self._bundle.mixed_expert(model)
+            self._batches[model] = rows_are_independent(tried)
+            if not self._batches[model]:
+                logger.warning(
+                    "On this machine the last bits of a sample depend on its batch: samples are "
+                    "computed one by one. exact=false gives up equal bytes, and is faster."
+                )
+        return self._batches[model]
+
+    def _ask(self, calls: Sequence[Call]) -> list[Tensor]:
         router_calls = [call for call in calls if isinstance(call, RouterCall)]
         if router_calls:
-            assert len(router_calls) == len(calls), "a batch is for one model"
             return self._ask_router(router_calls)
         answers: dict[int, Tensor] = {}
         expert_calls = [call for call in calls if isinstance(call, ExpertCall)]

@@ -7,13 +7,14 @@ I/O, so one loop serves both drivers: `generate` answers the calls of its pictur
 
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
+from typing import Any, get_args
 
 import torch
 from PIL import Image
 from torch import Tensor
 
 from paris_ray.bundle import Bundle
+from paris_ray.config import SolverName, TimeGrid
 from paris_ray.diffusion import sampling_times
 from paris_ray.errors import ParisError
 from paris_ray.models import EncodedText, Expert, TextConditioning
@@ -21,7 +22,7 @@ from paris_ray.sampling.calls import Call, ExpertCall, RouterCall
 from paris_ray.sampling.guidance import KeyedText, guided_velocity
 from paris_ray.sampling.local import LocalModels
 from paris_ray.sampling.routing import Routing, expert_weights, parse_routing
-from paris_ray.sampling.solvers import euler_step
+from paris_ray.sampling.solvers import integrate, proceed, solve
 from paris_ray.seeding import torch_generator
 
 MAX_BATCH = 10  # pictures at once: with more, eight XL/2 experts' texts outgrow `TextCache`
@@ -84,6 +85,8 @@ class SamplingOptions:
     guidance_scale: float
     routing: Routing
     router_temperature: float
+    solver: SolverName = "euler"
+    time_grid: TimeGrid = "linspace"
     loras: Mapping[int, str] = field(default_factory=dict)
 
 
@@ -97,6 +100,8 @@ def sampling_options(
     num_inference_steps: int | None = None,
     guidance_scale: float | None = None,
     routing: str | None = None,
+    solver: str | None = None,
+    time_grid: str | None = None,
     lora: str | None = None,
 ) -> SamplingOptions:
     """Fill in the bundle's defaults and check.
@@ -117,8 +122,18 @@ def sampling_options(
         guidance_scale=scale,
         routing=parse_routing(routing or defaults.routing, bundle.num_experts),
         router_temperature=defaults.router_temperature,
+        solver=_named(SolverName, "solver", solver or defaults.solver),
+        time_grid=_named(TimeGrid, "time_grid", time_grid or defaults.time_grid),
         loras={} if lora is None else {bundle.loras[lora]: lora},
     )
+
+
+def _named(names: Any, option: str, value: str) -> Any:
+    """Return a value that is one of the names of a `Literal`; raises ParisError otherwise."""
+    if value not in get_args(names):
+        allowed = ", ".join(get_args(names))
+        raise ParisError(f"{option}={value!r} is not allowed: one of {allowed}")
+    return value
 
 
 def initial_noise(shape: Sequence[int], seeds: Sequence[int]) -> Tensor:
@@ -148,13 +163,15 @@ def denoise(
         ExpertsLostError: if no expert is left.
     """
     mixture = _Mixture(KeyedText.of(text), KeyedText.of(null_text), options)
-    latents = noise
-    for t, t_next in pairwise(sampling_times(options.num_inference_steps).tolist()):
-        velocity = yield from mixture.velocity(latents, t)
-        latents = euler_step(latents, velocity, t, t_next)
-    if not latents.isfinite().all():
+    times = sampling_times(options.num_inference_steps, options.time_grid).tolist()
+    solver = solve(options.solver, noise, times)
+    step: tuple[Tensor, float] | Tensor = next(solver)
+    while isinstance(step, tuple):
+        velocity = yield from mixture.velocity(*step)
+        step = proceed(solver, velocity)
+    if not step.isfinite().all():
         raise SamplingError("the experts gave latents that are not finite: try dtype=float32")
-    return Samples(latents, torch.stack(mixture.weights, dim=1), tuple(sorted(mixture.missing)))
+    return Samples(step, torch.stack(mixture.weights, dim=1), tuple(sorted(mixture.missing)))
 
 
 class _Mixture:
@@ -204,21 +221,23 @@ class _Mixture:
         self, weights: Tensor, latents: Tensor, t: float
     ) -> tuple[list[ExpertCall], list[Tensor]]:
         """Return a call for each expert that has weight, and the rows of the batch it is about."""
-        chosen = [weights[:, expert].nonzero()[:, 0] for expert in range(weights.shape[1])]
+        chosen: dict[int, list[int]] = {}
+        for row, expert in weights.nonzero().tolist():
+            chosen.setdefault(expert, []).append(row)
+        rows = [torch.tensor(chosen[expert]) for expert in sorted(chosen)]
         calls = [
             ExpertCall(
                 expert=expert,
                 lora=self._options.loras.get(expert),
-                latents=latents[rows],
+                latents=latents[index],
                 t=t,
-                text=self._text.rows(rows),
+                text=self._text.rows(index),
                 null_text=self._null_text,
                 guidance_scale=self._options.guidance_scale,
             )
-            for expert, rows in enumerate(chosen)
-            if len(rows)
+            for expert, index in zip(sorted(chosen), rows, strict=True)
         ]
-        return calls, [rows for rows in chosen if len(rows)]
+        return calls, rows
 
 
 def start_denoising(
@@ -264,6 +283,8 @@ def sample_one_expert(
     seeds: Sequence[int],
     num_inference_steps: int,
     guidance_scale: float,
+    solver: SolverName = "euler",
+    time_grid: TimeGrid = "linspace",
 ) -> Tensor:
     """Return latents `(B, C, H, W)`, on the CPU, that one expert draws without a router.
 
@@ -272,20 +293,24 @@ def sample_one_expert(
         text: Conditioning of the B captions.
         null_text: Conditioning of the empty string, a batch of one.
         seeds: One a picture.
-        num_inference_steps: Euler steps.
+        num_inference_steps: Steps of the solver.
         guidance_scale: 1 switches guidance off.
+        solver: Which one.
+        time_grid: Its times.
     """
     config, device = expert.config, expert.pos_embed.device
-    latents = initial_noise((config.in_channels, config.input_size, config.input_size), seeds)
+    noise = initial_noise((config.in_channels, config.input_size, config.input_size), seeds)
     encoded, null = (expert.encode_text(part.to(device)) for part in (text, null_text))
-    count, is_guided = len(latents), guidance_scale != 1.0
+    count, is_guided = len(noise), guidance_scale != 1.0
     nulls = EncodedText.concatenate([null] * count) if is_guided else None
     scales, guided = torch.full((count,), guidance_scale), torch.arange(count * is_guided)
-    for t, t_next in pairwise(sampling_times(num_inference_steps).tolist()):
+
+    def velocity(latents: Tensor, t: float) -> Tensor:
         times = torch.full((count,), t)
-        velocity = guided_velocity(expert, latents, times, encoded, nulls, scales, guided)
-        latents = euler_step(latents, velocity, t, t_next)
-    return latents
+        return guided_velocity(expert, latents, times, encoded, nulls, scales, guided)
+
+    times = sampling_times(num_inference_steps, time_grid).tolist()
+    return integrate(solve(solver, noise, times), velocity)
 
 
 def generate(
@@ -296,6 +321,8 @@ def generate(
     num_inference_steps: int | None = None,
     guidance_scale: float | None = None,
     routing: str | None = None,
+    solver: str | None = None,
+    time_grid: str | None = None,
     lora: str | None = None,
 ) -> list[Image.Image]:
     """Draw one picture a prompt; picture i uses `seed + i`.
@@ -304,10 +331,12 @@ def generate(
         bundle: What `load_bundle` returned.
         prompts: Captions.
         seed: Seed of the first picture.
-        num_inference_steps: Euler steps; None takes the bundle's default, like the others.
+        num_inference_steps: Steps of the solver; None takes the bundle's default, like the others.
         guidance_scale: Classifier-free guidance; 1 switches it off.
         routing: `top-1`, `top-2`, ..., `full` (or `full-ensemble`), `threshold:x`
             or `top-p:x`.
+        solver: `euler`, `heun`, `ab2` or `dpm++2m`.
+        time_grid: `linspace`, `half-last` or `flow-match-euler`.
         lora: Name of an adapter (`bundle.add_lora`), which its expert draws with; the others and
             the router draw as ever.
 
@@ -320,6 +349,8 @@ def generate(
         num_inference_steps=num_inference_steps,
         guidance_scale=guidance_scale,
         routing=routing,
+        solver=solver,
+        time_grid=time_grid,
         lora=lora,
     )
     codec = bundle.codec  # now: one that is damaged must not cost a whole sampling

@@ -6,6 +6,7 @@ from itertools import pairwise
 from typing import Any
 
 from paris_ray.config import Config
+from paris_ray.diffusion import num_evaluations
 from paris_ray.models.flops import step_macs, text_length, training_flops_per_image
 from paris_ray.study.plan import Arm
 
@@ -59,7 +60,7 @@ def _evaluation_numbers(config: Config, facts: Mapping[str, Any]) -> dict[str, A
         "experts_asked": facts["experts_asked"],
         "flops_per_picture": 2
         * step_macs(config, facts["experts_asked"])
-        * config.sampling.num_inference_steps,
+        * num_evaluations(config.sampling.solver, config.sampling.num_inference_steps),
         "memorisation": facts["memorisation"],
         **{split: {k: v[k] for k in KEPT if k in v} for split, v in splits.items()},
     }

@@ -1,12 +1,13 @@
 """Properties of the path and of the times."""
 
 import math
+from typing import get_args
 
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from paris_ray.config import ExpertConfig, TrainingConfig
+from paris_ray.config import ExpertConfig, TimeGrid, TrainingConfig
 from paris_ray.diffusion import predict_velocity, sample_path, sample_times, sampling_times
 from paris_ray.seeding import derive_seed, torch_generator
 
@@ -60,10 +61,10 @@ def test_training_times_start_with_their_share_of_pure_noise(
     assert (t[pure:] < 1).all()
 
 
-@given(st.integers(1, 1000))
-def test_sampling_times_fall_from_1_to_0(steps: int) -> None:
-    times = sampling_times(steps)
-    assert (times[0], times[-1]) == (1, 0)
+@given(st.integers(1, 1000), st.sampled_from(get_args(TimeGrid)))
+def test_sampling_times_fall_from_1_to_0(steps: int, grid: TimeGrid) -> None:
+    times = sampling_times(steps, grid)
+    assert (times[0], times[-1], len(times)) == (1, 0, steps + 1)
     assert (times.diff() < 0).all()
 
 

@@ -82,7 +82,7 @@ def test_response_tells_how_to_draw_the_pictures_again(client: httpx.Client) -> 
     assert told["attribution"] == "All pictures by nobody."
     assert np.shape(told["experts"]) == (2, 3)
     np.testing.assert_allclose(np.sum(told["experts"], axis=1), 1, rtol=1e-5)
-    keys = ("seed", "num_inference_steps", "guidance_scale", "routing")
+    keys = ("seed", "num_inference_steps", "solver", "time_grid", "guidance_scale", "routing")
     again = draw(client, prompt="a cat", n=2, **{key: told[key] for key in keys})
     assert again["data"] == first["data"]
     assert again["paris"] == told | {"id": again["paris"]["id"]}
@@ -107,7 +107,14 @@ def test_models(client: httpx.Client) -> None:
     assert model["paris"] == {
         "num_experts": 3,
         "picture_size": 32,
-        "defaults": {"num_inference_steps": 3, "guidance_scale": 1.0, "routing": "top-2"},
+        "defaults": {
+            "num_inference_steps": 3,
+            "solver": "euler",
+            "time_grid": "linspace",
+            "guidance_scale": 1.0,
+            "routing": "top-2",
+        },
+        "qualities": [],
         "example_prompts": ["a red cat", "a blue dog"],
         "loras": {},
         "attribution": "All pictures by nobody.",
@@ -296,7 +303,14 @@ def test_files_and_sizes(client: httpx.Client, bundle: Bundle) -> None:
 
 
 def test_links(client: httpx.Client, start_app: Callable[..., str]) -> None:
-    body = {"prompt": "a cat", "seed": 5, "n": 2, "output_format": "webp", "quality": "hd"}
+    body = {
+        "prompt": "a cat",
+        "seed": 5,
+        "n": 2,
+        "output_format": "webp",
+        "quality": "hd",
+        "solver": "heun",
+    }
     files = [base64.b64decode(d["b64_json"]) for d in draw(client, **body)["data"]]
     answer = draw(client, **body, response_format="url")
     assert [set(picture) for picture in answer["data"]] == [{"url"}, {"url"}]
@@ -360,6 +374,8 @@ def test_headers_tell_what_proxies_drop(client: httpx.Client) -> None:
         "x-paris-bundle": response.json()["paris"]["bundle"],
         "x-paris-seed": "5",
         "x-paris-steps": "3",
+        "x-paris-solver": "euler",
+        "x-paris-time-grid": "linspace",
         "x-paris-guidance": "2.5",
         "x-paris-routing": "top-1",
         "x-paris-warnings": "style_unused",

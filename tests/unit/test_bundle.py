@@ -182,6 +182,7 @@ def test_a_router_for_other_experts_is_refused(unsigned: Path) -> None:
         ({"image_size": 8}, "image_size=8, but the router reads 4"),
         ({"use_latents": False}, "use_latents=False, expected True"),
         ({"paris_ray": {"sampling": {"steps": 3}}}, "paris_ray.sampling: unknown key 'steps'"),
+        ({"paris_ray": {"sampling": {"solver": "rk4"}}}, "expected one of ['euler', 'heun', 'ab2'"),
         ({"paris_ray": {"sampling": {"routing": "${oc.env:HOME}"}}}, "interpolation"),
     ],
 )

@@ -19,7 +19,7 @@ import torch
 
 from paris_ray.artifacts import Folder
 from paris_ray.bundle import Bundle, load_bundle
-from paris_ray.config import SamplingConfig
+from paris_ray.config import QUALITIES, SamplingConfig
 from paris_ray.errors import ArtifactError, BundleError, ConfigError
 from paris_ray.models import Expert
 from paris_ray.run import EXPERT_WEIGHTS, ROUTER_WEIGHTS
@@ -65,9 +65,10 @@ def test_it_is_read_as_it_is(release_bundle: Bundle, release_path: Path) -> None
 
 def test_what_it_does_not_say_has_defaults(release_bundle: Bundle) -> None:
     facts = release_bundle.facts
-    assert facts.sampling == SamplingConfig(
+    assert replace(facts.sampling, presets={}) == SamplingConfig(
         num_inference_steps=50, guidance_scale=7.5, routing="top-2"
     )
+    assert list(facts.sampling.presets) == list(QUALITIES)
     assert (facts.model_name, facts.picture_size) == ("paris-small", 32)
     assert (facts.attribution, facts.example_prompts) == (None, ())
     assert facts.vae_name == "stabilityai/sd-vae-ft-mse"

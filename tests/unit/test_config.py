@@ -12,6 +12,7 @@ from paris_ray.config import (
     RESOURCE_KEYS,
     Config,
     ExpertConfig,
+    Preset,
     RouterConfig,
     SamplingConfig,
     digest,
@@ -240,7 +241,7 @@ def another(value: Any, hint: Any) -> Any:
     if isinstance(value, str):
         return value + "x"
     if isinstance(value, dict):
-        return value | {"0": "x"}
+        return value | {"0": Preset(num_inference_steps=1) if "Preset" in str(hint) else "x"}
     if isinstance(value, list):
         return [*value, {"a": "b"} if "dict" in str(hint) else "a {}"]
     if isinstance(value, tuple):
@@ -269,6 +270,20 @@ def test_the_digest_depends_on_the_named_sections_only() -> None:
     assert digest(config, "expert") == digest(other, "expert") != digest(config, "router")
 
 
+def test_from_dict_reads_presets() -> None:
+    sampling = SamplingConfig(solver="ab2", presets={"low": Preset(num_inference_steps=3)})
+    assert from_dict(SamplingConfig, to_dict(sampling), "config.json") == sampling
+
+
+def test_presets_have_the_names_of_qualities() -> None:
+    given = "sampling.presets.low.num_inference_steps=3"
+    assert load("quickstart", [given]).sampling.presets["low"] == Preset(num_inference_steps=3)
+    message = refusal("sampling.presets.best.num_inference_steps=3")
+    assert message == "sampling.presets='best' is not allowed: only low, medium, high"
+    message = refusal("sampling.presets.low.num_inference_steps=0")
+    assert message == "sampling.presets.low.num_inference_steps=0 is not allowed: at least 1"
+
+
 def test_from_dict_reads_what_to_dict_writes() -> None:
     config = ExpertConfig(hidden_size=96, text_injection="spatial")
     assert from_dict(ExpertConfig, to_dict(config), "config.json") == config
@@ -285,6 +300,15 @@ def test_from_dict_reads_what_to_dict_writes() -> None:
         (ExpertConfig, {"prediction": "x0"}, "prediction"),
         (RouterConfig, {"num_experts": 2.5}, "num_experts"),
         (SamplingConfig, {"routing": "${oc.env:HOME}"}, "interpolation"),
+        (
+            SamplingConfig,
+            {"solver": "rk4"},
+            "'rk4', expected one of ['euler'",
+        ),
+        (SamplingConfig, {"time_grid": "karras"}, "expected one of ['linspace'"),
+        (SamplingConfig, {"presets": {"low": 3}}, "presets.low"),
+        (SamplingConfig, {"presets": {"low": {}}}, "presets.low.num_inference_steps"),
+        (SamplingConfig, {"presets": {"low": {"steps": 3}}}, "unknown key 'presets.low.steps'"),
         (SamplingConfig, {"routing": ["${oc.env:HOME}"]}, "interpolation"),
     ],
 )

@@ -111,3 +111,10 @@ def test_sampling_goes_from_noise_to_data_in_equal_steps(steps: int) -> None:
     times = sampling_times(steps)
     assert (times[0], times[-1], len(times)) == (1, 0, steps + 1)
     torch.testing.assert_close(times.diff(), torch.full((steps,), -1 / steps))
+
+
+@pytest.mark.parametrize("steps", [1, 2, 8, 50])
+def test_the_last_step_may_be_half_as_long(steps: int) -> None:
+    sizes = -sampling_times(steps, "half-last").diff()
+    torch.testing.assert_close(sizes[:-1], torch.full((steps - 1,), 1 / (steps - 0.5)))
+    torch.testing.assert_close(sizes[-1], torch.tensor(0.5 / (steps - 0.5)))

@@ -6,6 +6,7 @@ pods inside are checked with the JSON schemas of Kubernetes itself.
 """
 
 import copy
+import importlib
 import importlib.util
 import json
 import re
@@ -23,6 +24,7 @@ import pytest
 import yaml
 
 from jobs.command import parser
+from jobs.local_cluster import SERVE_EDGE
 from paris_ray.config import Config, expert_setup, load
 from paris_ray.errors import ConfigError
 
@@ -249,6 +251,16 @@ def test_kuberay_clusters_ask_for_a_token_and_run_without_rights(name: str) -> N
             assert container["securityContext"]["allowPrivilegeEscalation"] is False
             assert container["securityContext"]["capabilities"] == {"drop": ["ALL"]}
             assert container["resources"]["requests"] == container["resources"]["limits"]
+
+
+def test_every_ray_has_the_edge_around_its_http_proxy() -> None:
+    (variable,) = [f"{name}={value}" for name, value in SERVE_EDGE.items()]
+    for name in (AWS, LOCAL):
+        for key in ("head_start_ray_commands", "worker_start_ray_commands"):
+            assert f" {variable} ray start" in read(name)[key][-1]
+    assert f"\nENV {variable}\n" in (REPOSITORY / DOCKERFILE).read_text()
+    module, function = SERVE_EDGE["RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"].split(":")
+    assert callable(getattr(importlib.import_module(module), function))
 
 
 def test_workers_on_aws_are_spot_gpus_of_two_families() -> None:

@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -12,6 +13,8 @@ import torch
 from torch import Tensor
 
 from paris_ray.bundle import Bundle, load_bundle
+from paris_ray.config import SolverName, TimeGrid
+from paris_ray.diffusion import predict_velocity, router_logits, sampling_times
 from paris_ray.errors import ParisError, RoutingError
 from paris_ray.models import EncodedText, Expert, TextConditioning
 from paris_ray.sampling import generate
@@ -25,6 +28,7 @@ from paris_ray.sampling.sampler import (
     sample_one_expert,
     sampling_options,
 )
+from paris_ray.sampling.solvers import integrate, solve
 
 PROMPTS = ["a red cat", "blue dog", "a green square"]
 SEEDS = [3, 14, 15]
@@ -90,6 +94,8 @@ def test_other_routing_is_refused(text: str) -> None:
         ("guidance_scale", 101.0),
         ("guidance_scale", math.nan),
         ("routing", "top-9"),
+        ("solver", "rk4"),
+        ("time_grid", "karras"),
     ],
 )
 def test_bad_options_are_refused(tiny_bundle: Bundle, option: str, value: object) -> None:
@@ -218,6 +224,46 @@ def test_the_sampler_agrees_with_plain_loops(tiny_bundle: Bundle) -> None:
             tiny_bundle, prompt, seed, steps=5, top_k=2, guidance_scale=2.0
         )
         torch.testing.assert_close(latents[i], expected, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_the_sampler_asks_what_its_solver_asks(tiny_bundle: Bundle) -> None:
+    """Heun's second velocity is of other latents at another time, and routed like any other."""
+    options = sampling_options(
+        tiny_bundle, solver="heun", time_grid="half-last", num_inference_steps=3, routing="full"
+    )
+    text = tiny_bundle.encode_text(PROMPTS)
+
+    def velocity(latents: Tensor, t: float) -> Tensor:
+        times = torch.full((len(latents),), t)
+        logits = router_logits(tiny_bundle.router, latents, times, text)
+        answers = [predict_velocity(tiny_bundle.expert(k), latents, times, text) for k in range(3)]
+        return torch.einsum("bk,kbchw->bchw", logits.softmax(dim=1), torch.stack(answers))
+
+    noise = initial_noise(tiny_bundle.latent_shape, SEEDS)
+    times = sampling_times(3, "half-last").tolist()
+    expected = integrate(solve("heun", noise, times), velocity)
+    samples = sample(tiny_bundle, text, SEEDS, options)
+    torch.testing.assert_close(samples.latents, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(samples.expert_usage.sum(dim=1), torch.ones(3))
+    torch.testing.assert_close(samples.experts_asked, torch.full((3,), 3.0))
+
+
+@pytest.mark.parametrize("solver", get_args(SolverName))
+@pytest.mark.parametrize("time_grid", get_args(TimeGrid))
+def test_one_expert_draws_as_the_ensemble_of_it(
+    tiny_bundle: Bundle, solver: SolverName, time_grid: TimeGrid
+) -> None:
+    part = tiny_bundle.parts["expert_0"]
+    parts = dict(tiny_bundle.parts) | {f"expert_{k}": part for k in range(3)}
+    bundle = Bundle(parts, tiny_bundle.facts)
+    options = {"num_inference_steps": 4, "solver": solver, "time_grid": time_grid}
+    ensemble = draw(bundle, PROMPTS, SEEDS, guidance_scale=2.0, **options)
+    text = bundle.encode_text(PROMPTS)
+    one = sample_one_expert(
+        bundle.expert(0), text, bundle.null_text, seeds=SEEDS, guidance_scale=2.0, **options
+    )
+    torch.testing.assert_close(ensemble.latents, one, rtol=1e-4, atol=1e-4)
 
 
 def test_the_temperature_divides_the_routers_logits(tiny_bundle: Bundle) -> None:

@@ -16,9 +16,10 @@ from numpy.typing import NDArray
 from ray.util.metrics import Histogram
 
 from paris_ray.bundle import Bundle, load_bundle
+from paris_ray.diffusion import num_evaluations
 from paris_ray.errors import ConfigError, ParisError, ProtocolError
 from paris_ray.sampling import generate
-from paris_ray.sampling.sampler import SamplingError, sampling_options
+from paris_ray.sampling.sampler import SamplingError, SamplingOptions, sampling_options
 from paris_ray.zklora.commitment import ModuleOpening
 from paris_ray.zklora.fixed_point import Int16, Int64, evaluate
 from paris_ray.zklora.inference import adapt
@@ -144,7 +145,7 @@ class AuditWorker:
             raise ProtocolError(str(error)) from None
         config = bundle.expert_configs[bundle.loras[AUDITED]]
         tokens = (config.input_size // config.patch_size) ** 2
-        _check_size(len(request.prompts), options.num_inference_steps, tokens * len(self._modules))
+        _check_size(len(request.prompts), options, tokens * len(self._modules))
 
     @ray.method(max_task_retries=0)
     def draw(self, request: DrawRequest) -> tuple[NDArray[np.uint8], LogSummary]:
@@ -191,9 +192,11 @@ def _options(request: DrawRequest) -> dict[str, Any]:
     return request.model_dump(include={"num_inference_steps", "guidance_scale", "routing"})
 
 
-def _check_size(pictures: int, steps: int, rows: int) -> None:
+def _check_size(pictures: int, options: SamplingOptions, rows: int) -> None:
     """Raise ProtocolError if a log could be too long, with so many rows of a picture at a time."""
-    if (total := 2 * pictures * steps * rows) > MAX_LOG_ROWS:  # twice: guidance
+    steps = options.num_inference_steps
+    times = 2 * num_evaluations(options.solver, steps)  # twice: guidance
+    if (total := pictures * times * rows) > MAX_LOG_ROWS:
         raise ProtocolError(
             f"{pictures} prompts with num_inference_steps={steps} are not allowed: the log could "
             f"have {total} rows, at most {MAX_LOG_ROWS}: ask for fewer prompts or steps"

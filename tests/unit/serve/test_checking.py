@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from paris_ray.bundle import Bundle
+from paris_ray.config import Preset
 from paris_ray.encoders.inspection import load_text_inspector
 from paris_ray.errors import RoutingError
 from paris_ray.pictures import Sampling
@@ -41,9 +42,15 @@ def refusal(served: Served, **body: Any) -> tuple[int, str | None, str]:
 
 def test_defaults(served: Served, tiny_bundle: Bundle) -> None:
     got = order(served)
-    assert got.sampling == Sampling(num_inference_steps=3, guidance_scale=1.0, routing="top-2")
+    assert got.sampling == Sampling(
+        num_inference_steps=3,
+        solver="euler",
+        time_grid="linspace",
+        guidance_scale=1.0,
+        routing="top-2",
+    )
     assert got.options == sampling_options(tiny_bundle)
-    assert (got.n, got.seed, got.size, got.quality) == (1, 9, 32, "medium")
+    assert (got.n, got.seed, got.size, got.quality) == (1, 9, 32, "auto")
     assert (got.output_format, got.output_compression, got.as_url) == ("png", None, False)
     assert (got.stream, got.partial_images, got.allow_degraded) == (False, 0, True)
     assert got.warnings(0) == []
@@ -74,7 +81,7 @@ def test_what_the_sampler_is_asked(served: Served) -> None:
 
 def test_one_picture_of_many_can_be_asked_for_again(served: Served) -> None:
     body = BatchesRequest(
-        prompts=["a cat", "a dog"], n=2, seed=5, output_format="webp", size="64x64", quality="hd"
+        prompts=["a cat", "a dog"], n=2, seed=5, output_format="webp", size="64x64", solver="ab2"
     )
     whole = check(body, served, random_seed=9)
     alone = check(whole.picture_request(2), served, random_seed=0)
@@ -83,33 +90,55 @@ def test_one_picture_of_many_can_be_asked_for_again(served: Served) -> None:
         assert getattr(alone, field) == getattr(whole, field)
 
 
+PRESETS = {
+    "low": Preset(num_inference_steps=2, solver="heun", time_grid="linspace"),
+    "high": Preset(num_inference_steps=7),
+}
+
+
+@pytest.fixture(scope="module")
+def with_presets(served: Served, tiny_bundle: Bundle) -> Served:
+    facts = tiny_bundle.facts
+    facts = replace(facts, sampling=replace(facts.sampling, presets=PRESETS))
+    return replace(served, bundle=Bundle(tiny_bundle.parts, facts))
+
+
 @pytest.mark.parametrize(
-    ("quality", "steps", "told"),
-    [("low", 2, "low"), ("medium", 3, "medium"), ("high", 6, "high"), ("hd", 6, "high")],
+    ("quality", "expected"),
+    [
+        ("low", (2, "heun", "linspace", "low")),
+        ("high", (7, "ab2", "half-last", "high")),
+        ("hd", (7, "ab2", "half-last", "high")),
+        ("standard", (3, "euler", "linspace", "auto")),
+        ("auto", (3, "euler", "linspace", "auto")),
+    ],
 )
-def test_quality_is_a_share_of_the_steps(
-    served: Served, quality: str, steps: int, told: str
+def test_quality_is_a_preset_of_the_model(
+    with_presets: Served, quality: str, expected: tuple[int, str, str, str]
 ) -> None:
-    got = order(served, quality=quality)
-    assert (got.sampling.num_inference_steps, got.quality) == (steps, told)
-    assert got.options.num_inference_steps == steps
+    got = order(with_presets, quality=quality)
+    for drawn in (got.sampling, got.options):
+        assert (drawn.num_inference_steps, drawn.solver, drawn.time_grid) == expected[:3]
+    assert got.quality == expected[3]
+    assert got.warnings(0) == []
 
 
-@pytest.mark.parametrize(("default", "steps"), [(1, (1, 2)), (80, (40, 100)), (300, (150, 300))])
-def test_quality_keeps_to_the_limits(
-    served: Served, tiny_bundle: Bundle, default: int, steps: tuple[int, int]
-) -> None:
-    sampling = replace(tiny_bundle.facts.sampling, num_inference_steps=default)
-    bundle = Bundle(tiny_bundle.parts, replace(tiny_bundle.facts, sampling=sampling))
-    other = replace(served, bundle=bundle)
-    low, high = (order(other, quality=q).sampling.num_inference_steps for q in ("low", "hd"))
-    assert (low, high) == steps
+def test_a_quality_that_the_model_has_not_is_said(with_presets: Served) -> None:
+    got = order(with_presets, quality="medium")
+    assert got.sampling == order(with_presets).sampling
+    assert [(w.code, w.message) for w in got.warnings(0)] == [
+        ("quality_unused", "the model has no preset for quality='medium': it draws by default")
+    ]
 
 
-def test_steps_and_quality_do_not_contradict_each_other(served: Served) -> None:
-    got = order(served, quality="standard", num_inference_steps=5)
-    assert (got.sampling.num_inference_steps, got.quality) == (5, "auto")
-    assert refusal(served, quality="hd", num_inference_steps=5)[:2] == (400, "quality")
+def test_steps_and_quality_do_not_contradict_each_other(with_presets: Served) -> None:
+    got = order(with_presets, quality="standard", num_inference_steps=5, solver="dpm++2m")
+    assert (got.sampling.num_inference_steps, got.sampling.solver) == (5, "dpm++2m")
+    assert got.sampling.time_grid == "linspace"
+    for own in ({"num_inference_steps": 5}, {"solver": "ab2"}, {"time_grid": "linspace"}):
+        status, param, message = refusal(with_presets, quality="hd", **own)
+        assert (status, param) == (400, "quality")
+        assert message.startswith(f"quality='hd' is not allowed beside {next(iter(own))}:")
 
 
 def test_sizes(served: Served) -> None:

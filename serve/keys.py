@@ -1,0 +1,224 @@
+"""The API keys: who holds them, how much each may ask for; read again when their file changes.
+
+A file that ends in .yaml or .yml lists the SHA-256 of each key; `jobs.new_key` appends to it:
+
+    - name: alice
+      sha256: 2bd806c97f0e00af1a1fc3328fa763a9269723c8db8fac4f93af71db186d6e90
+      role: user  # the default; or admin, who may cancel requests of others
+      quotas: {requests_per_minute: 60, concurrent_pictures: 8, picture_steps_per_minute: 20000}
+
+Any other file holds one key, as it is, without quotas.
+"""
+
+import hashlib
+import hmac
+import logging
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+from paris_ray.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+LOOK_EVERY_S = 1.0  # how often the file's time is looked at
+LIST_SUFFIXES = (".yaml", ".yml")
+ONLY_KEY = "api_key"  # the client's name where the file holds one key
+Role = Literal["user", "admin"]
+Quota = Annotated[int, Field(ge=1)]
+
+
+class Quotas(BaseModel):
+    """What one client may ask for; None: no limit of its own.
+
+    Attributes:
+        requests_per_minute: Requests, of any kind.
+        concurrent_pictures: Pictures that are drawn or wait at the same time.
+        picture_steps_per_minute: Pictures times steps.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    requests_per_minute: Quota | None = None
+    concurrent_pictures: Quota | None = None
+    picture_steps_per_minute: Quota | None = None
+
+
+UNLIMITED = Quotas()
+
+
+@dataclass(frozen=True)
+class Client:
+    """Who sent a request; endpoints find it as `request.state.client`.
+
+    Attributes:
+        name: Name of its key, or `local` where there are no keys.
+        role: `admin` may cancel requests of others.
+        quotas: How much it may ask for.
+    """
+
+    name: str
+    role: Role = "user"
+    quotas: Quotas = UNLIMITED
+
+
+LOCAL = Client("local", role="admin")
+
+
+class Key(BaseModel):
+    """One entry of the file."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str = Field(pattern=r"^[A-Za-z0-9._-]{1,64}$")
+    sha256: str = Field(pattern="^[0-9a-f]{64}$")
+    role: Role = "user"
+    quotas: Quotas = UNLIMITED
+
+
+class KeyRing:
+    """The keys in a file.
+
+    A file that has become unreadable or wrong changes nothing and is logged: a slip of the keyboard
+    must not lock everybody out. So revoke a key by removing its entry, not the file.
+
+    Args:
+        path: The file.
+        clock: Seconds; a parameter for tests.
+
+    Raises:
+        ConfigError: if the file cannot be read now, or is wrong.
+    """
+
+    def __init__(self, path: str, clock: Callable[[], float] = time.monotonic) -> None:
+        self._path, self._clock = Path(path), clock
+        self._looked_at = clock()
+        self._version = _version(self._path)
+        self._keys = read_keys(self._path)
+        self._limits = RateLimits()
+
+    def find(self, secret: str) -> Client | None:
+        """Return the client that holds a key, or None."""
+        self._look()
+        digest = digest_of(secret)
+        found = None
+        for key in self._keys:  # all of them, each in constant time: the delay tells nothing
+            if hmac.compare_digest(key.sha256, digest):
+                found = key
+        return None if found is None else Client(found.name, found.role, found.quotas)
+
+    def wait_s(self, client: Client) -> float:
+        """Count one request; return 0 or, if it is one too many, the seconds until the next."""
+        rate = client.quotas.requests_per_minute
+        return 0.0 if rate is None else self._limits.take(client.name, rate, self._clock())
+
+    def _look(self) -> None:
+        if self._clock() - self._looked_at < LOOK_EVERY_S:
+            return
+        self._looked_at = self._clock()
+        try:
+            version = _version(self._path)
+            if version != self._version:
+                self._version = version
+                self._keys = read_keys(self._path)
+                self._limits.keep({key.name for key in self._keys})
+                logger.info("%s: %d keys", self._path, len(self._keys))
+        except ConfigError as error:
+            logger.error("the keys stay as they were: %s", error)
+
+
+class TokenBucket:
+    """A rate limit: `rate` a minute on average, and as many at once after a minute of silence.
+
+    Args:
+        rate: How many a minute.
+        now: The present time, in seconds of any clock.
+    """
+
+    def __init__(self, rate: int, now: float) -> None:
+        self.rate = rate
+        self._tokens, self._time = float(rate), now
+
+    def take(self, now: float) -> float:
+        """Take one and return 0 or, if there is none, return the seconds until there is one."""
+        passed = max(0.0, now - self._time)
+        self._tokens = min(self.rate, self._tokens + passed * self.rate / 60)
+        self._time = max(now, self._time)
+        if self._tokens < 1:
+            return (1 - self._tokens) * 60 / self.rate
+        self._tokens -= 1
+        return 0.0
+
+
+class RateLimits:
+    """One bucket a key: as many as there are keys."""
+
+    def __init__(self) -> None:
+        self._buckets: dict[str, TokenBucket] = {}
+
+    def take(self, name: str, rate: int, now: float) -> float:
+        """Take one from a key's bucket; see `TokenBucket.take`."""
+        bucket = self._buckets.get(name)
+        if bucket is None or bucket.rate != rate:
+            bucket = self._buckets[name] = TokenBucket(rate, now)
+        return bucket.take(now)
+
+    def keep(self, names: set[str]) -> None:
+        """Forget the buckets of all others."""
+        self._buckets = {name: b for name, b in self._buckets.items() if name in names}
+
+
+def digest_of(secret: str) -> str:
+    """Return the SHA-256 of a key, in hexadecimal; keys are random, so they need no salt."""
+    return hashlib.sha256(secret.encode()).hexdigest()
+
+
+def read_keys(path: Path) -> tuple[Key, ...]:
+    """Return the keys in a file of either kind.
+
+    Raises:
+        ConfigError: if it cannot be read, holds no key, or an entry is wrong.
+    """
+    try:
+        text = path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"api_key_file={str(path)!r} cannot be read: {error}") from None
+    if path.suffix in LIST_SUFFIXES:
+        return _parse(path, text)
+    secret = text.strip()
+    if not secret:
+        raise ConfigError(f"api_key_file={str(path)!r} is empty: put the key in it")
+    return (Key(name=ONLY_KEY, sha256=digest_of(secret)),)
+
+
+def _parse(path: Path, text: str) -> tuple[Key, ...]:
+    try:
+        keys = TypeAdapter(tuple[Key, ...]).validate_python(yaml.safe_load(text))
+    except yaml.YAMLError as error:
+        raise ConfigError(f"api_key_file={str(path)!r} is not YAML: {error}") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "the file"
+        raise ConfigError(f"api_key_file={str(path)!r}: {where}: {first['msg']}") from None
+    if not keys:
+        raise ConfigError(f"api_key_file={str(path)!r} has no key: python -m jobs.new_key NAME")
+    for field in ("name", "sha256"):
+        values = [getattr(key, field) for key in keys]
+        if twice := {value for value in values if values.count(value) > 1}:
+            raise ConfigError(f"api_key_file={str(path)!r}: {field} {min(twice)!r} is there twice")
+    return keys
+
+
+def _version(path: Path) -> tuple[int, int, int]:
+    """Return what changes when a file is written or replaced, by Kubernetes' links too."""
+    try:
+        status = os.stat(path)  # noqa: PTH116 - follows links
+    except OSError as error:
+        raise ConfigError(f"api_key_file={str(path)!r} cannot be read: {error}") from None
+    return status.st_mtime_ns, status.st_ino, status.st_size

@@ -55,3 +55,7 @@ class BudgetError(ProtocolError):
 
 class TradeError(ParisError):
     """A step of a purchase that the trade's state does not allow."""
+
+
+class PictureError(ParisError):
+    """A file that is no picture, or carries no record of how it was drawn."""

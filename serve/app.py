@@ -22,7 +22,8 @@ from paris_ray.errors import ConfigError
 from paris_ray.sampling.engine import Limits
 from serve import gate
 from serve.expert import ExpertServer
-from serve.ingress import Ingress, create_api
+from serve.ingress import HttpOptions, Ingress
+from serve.routes import create_api
 from serve.sampler import Sampler
 from serve.source import BundleSource, LoRASource
 
@@ -113,6 +114,14 @@ class AppArgs(BaseModel):
         loras: Adapters by the name that requests give. Serve loads one anew when its name or its
             path changes.
         limits: What each Sampler takes on.
+        aliases: Other names that requests may give the model: `{gpt-image-1: quickstart}`. Many
+            tools cannot change the name.
+        max_size: The largest width and height, in pixels, that pictures are resized to where a
+            request asks for another size than the model's; null refuses such requests.
+        public_url: What links to pictures begin with, for a server behind a proxy; null: as the
+            request was addressed.
+        timeout_s: Seconds after which a request is given up; less than
+            `http_options.request_timeout_s`.
         api_key_file: A file with the key or, if it is called *.yaml, with the keys that clients
             must send (`serve.keys`); relative like `bundle`. Null serves requests from this machine
             alone, and only where Serve listens on loopback.
@@ -135,6 +144,10 @@ class AppArgs(BaseModel):
     threads: int = Field(default=1, ge=1)
     loras: dict[str, LoRAOptions] = {}
     limits: LimitOptions = LimitOptions()
+    aliases: dict[str, str] = {}
+    max_size: int | None = Field(default=2048, ge=1, le=8192)
+    public_url: str | None = Field(default=None, pattern="^https?://")
+    timeout_s: float = Field(default=110, gt=0)
     api_key_file: str | None = None
     cors_origins: list[str] = []
     ingress: DeploymentOptions = DeploymentOptions()
@@ -163,7 +176,8 @@ def build(args: AppArgs) -> Application:
     Raises:
         BundleError: if there is no bundle, or an adapter does not fit it.
         ReceiptError: if an adapter was bought, and its receipt does not allow it.
-        ConfigError: if `experts` names one that the bundle does not have.
+        ConfigError: if `experts` names one that the bundle does not have, or `aliases` another
+            model.
     """
     source = _source(args)
     bundle = source.open()
@@ -174,6 +188,7 @@ def build(args: AppArgs) -> Application:
     for index in args.experts:
         if not 0 <= index < num_experts:
             raise ConfigError(f"experts: {index} is not allowed: the bundle has {num_experts}")
+    options = _http_options(args, bundle.facts.model_name)
     experts = None if args.colocated else _bind_experts(args, source, num_experts)
     sampler = _deploy(Sampler, "Sampler", args.sampler).bind(
         _on_reserved_device(source, args.sampler),
@@ -187,7 +202,7 @@ def build(args: AppArgs) -> Application:
         max_ongoing_requests=gate.MAX_ONGOING_REQUESTS,
         max_queued_requests=gate.MAX_QUEUED_REQUESTS,
     )
-    application: Application = ingress.bind(source, sampler, key_file)
+    application: Application = ingress.bind(source, sampler, key_file, options)
     return application
 
 
@@ -203,6 +218,20 @@ def _source(args: AppArgs) -> BundleSource:
         args.device,
         args.offload,
         tuple(loras),
+    )
+
+
+def _http_options(args: AppArgs, model_name: str) -> HttpOptions:
+    for alias, name in args.aliases.items():
+        if name != model_name or alias == model_name:
+            raise ConfigError(
+                f"aliases: {alias}={name!r} is not allowed: the model is {model_name!r}"
+            )
+    return HttpOptions(
+        aliases=tuple(args.aliases),
+        max_size=args.max_size,
+        public_url=args.public_url,
+        timeout_s=args.timeout_s,
     )
 
 

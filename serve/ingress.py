@@ -1,41 +1,33 @@
-"""The HTTP side: checks requests, hands them to the Sampler, answers in the OpenAI shapes."""
+"""The HTTP side: checks requests, hands them to a Sampler, answers in the OpenAI shapes."""
 
 import asyncio
 import base64
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import numpy as np
-from fastapi import APIRouter, Depends, FastAPI
-from fastapi.responses import HTMLResponse
-from numpy.typing import NDArray
-from PIL import Image
-from ray import serve
-from ray.exceptions import RayActorError
-from ray.serve.exceptions import BackPressureError
+from pydantic import BaseModel
 from ray.serve.handle import DeploymentHandle
 from ray.util.metrics import Counter, Histogram
 
-from paris_ray.errors import ParisError
-from paris_ray.reports import png_bytes
-from paris_ray.sampling.sampler import SamplingOptions, sampling_options
+from paris_ray.bundle import bundle_digest
+from paris_ray.encoders.inspection import load_text_inspector
+from paris_ray.sampling.sampler import sampling_options
+from serve import pictures
 from serve.access import Access, Frontage
+from serve.checking import Order, Served, check
 from serve.drawing import Drawing, DrawRequest
-from serve.errors import install_error_handlers, invalid, unavailable
-from serve.expert import ExpertUnavailableError
-from serve.gate import Gate
+from serve.errors import invalid
+from serve.links import FileCache, LinkError, Links, LinkTarget, cluster_secret
+from serve.relay import Samplers
 from serve.schemas import (
-    ErrorResponse,
+    BatchesRequest,
     ImageData,
     ImagesRequest,
-    ImagesResponse,
     Model,
     ModelFacts,
-    ModelList,
-    Provenance,
     SamplingDefaults,
 )
 from serve.source import BundleSource
@@ -44,17 +36,48 @@ PAGE = Path(__file__).parent / "web" / "index.html"
 RANDOM_SEEDS = 2**32  # seeds we draw: short for people, and exact as JavaScript numbers
 LATENCY_BUCKETS_S = [0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100]
 HEALTH_TIMEOUT_S = 5
-OPEN_PATHS = ("/", "/healthz", "/readyz", "/openapi.json")  # need no key
-TRANSIENT = (ExpertUnavailableError, RayActorError, BackPressureError)
+
+
+class HttpOptions(BaseModel):
+    """What the operator decides about requests and answers.
+
+    Attributes:
+        aliases: Other names that requests may give the model.
+        max_size: The largest width and height that pictures are resized to; None: they are not.
+        public_url: What links begin with; None: as the request for the picture was addressed.
+        timeout_s: Seconds after which a request is given up.
+    """
+
+    aliases: tuple[str, ...] = ()
+    max_size: int | None = 2048
+    public_url: str | None = None
+    timeout_s: float = 110
+
+
+class Caller(BaseModel):
+    """Who sends a request.
+
+    Attributes:
+        client: Name of its key, `local` where there are none; None for a route that needs none.
+        is_admin: Whether it may cancel requests of others.
+        request_id: What the client calls the request, or we for it.
+        base_url: What links begin with.
+    """
+
+    client: str | None
+    is_admin: bool
+    request_id: str
+    base_url: str
 
 
 class Ingress:
     """The deployment that HTTP requests reach; it holds no weights.
 
     Args:
-        source: Where the bundle is; only its description is read.
+        source: Where the bundle is; only its description and its tokenizer are read.
         sampler: Handle of the Sampler.
         api_key_file: A file with the keys that are asked for; None serves this machine alone.
+        options: What the operator decides.
 
     Raises:
         RoutingError: if the routing that the bundle has as its default is not allowed.
@@ -62,15 +85,32 @@ class Ingress:
     """
 
     def __init__(
-        self, source: BundleSource, sampler: DeploymentHandle[Any], api_key_file: str | None
+        self,
+        source: BundleSource,
+        sampler: DeploymentHandle[Any],
+        api_key_file: str | None,
+        options: HttpOptions | None = None,
     ) -> None:
-        self._bundle = source.open()
+        bundle = source.open()
         # Defaults that are not allowed must fail the deployment, not every request without its own.
-        sampling_options(self._bundle)
-        self._sampler = sampler
+        sampling_options(bundle)
         self.access = Access(api_key_file)
         Frontage.of_ray().check(keyless=self.access.keyless)
+        self.options = options or HttpOptions()
+        encoder = bundle.parts["text_encoder"]
+        self.served = Served(
+            bundle=bundle,
+            digest=bundle_digest(source.uri),
+            dtype=source.dtype,
+            # Only CLIP's tokenizer has a folder of its own.
+            inspector=load_text_inspector(encoder, bundle.parts.get("tokenizer", encoder)),
+            loras={lora.name: lora.record() for lora in source.loras},
+            aliases=self.options.aliases,
+            max_size=self.options.max_size,
+        )
+        self.samplers = Samplers(sampler)
         self.page = PAGE.read_text()
+        self._links, self._files = Links(cluster_secret()), FileCache()
         self._loaded = False
         self._began = int(time.time())
         self._images = Counter("paris_images", "Pictures drawn.")
@@ -84,182 +124,103 @@ class Ingress:
         Raises:
             ApiError: 503, if it does not within HEALTH_TIMEOUT_S.
         """
-        if self._loaded:  # a busy Sampler would answer late; a dead one Serve replaces
-            return
-        try:
-            await asyncio.wait_for(self._sampler.check_health.remote(), HEALTH_TIMEOUT_S)
-        except (TimeoutError, *TRANSIENT) as error:
-            raise unavailable("The model is not loaded. Ask again") from error
-        self._loaded = True
+        if not self._loaded:  # a busy Sampler would answer late; a dead one Serve replaces
+            await self.samplers.check_health(HEALTH_TIMEOUT_S)
+            self._loaded = True
 
-    def models(self) -> ModelList:
-        """Return the one model that is served."""
-        facts = self._bundle.facts
+    def models(self) -> list[Model]:
+        """Return the one model that is served, under all of its names."""
+        bundle = self.served.bundle
+        facts = bundle.facts
         defaults = SamplingDefaults(
             num_inference_steps=facts.sampling.num_inference_steps,
+            solver=facts.sampling.solver,
+            time_grid=facts.sampling.time_grid,
             guidance_scale=facts.sampling.guidance_scale,
             routing=facts.sampling.routing,
         )
         paris = ModelFacts(
-            num_experts=self._bundle.num_experts,
+            num_experts=bundle.num_experts,
             picture_size=facts.picture_size,
             defaults=defaults,
+            qualities=list(facts.sampling.presets),
             example_prompts=list(facts.example_prompts),
-            loras=self._bundle.loras,
+            loras=bundle.loras,
             attribution=facts.attribution,
         )
-        return ModelList(data=[Model(id=facts.model_name, created=self._began, paris=paris)])
+        names = (facts.model_name, *self.options.aliases)
+        return [Model(id=name, created=self._began, paris=paris) for name in names]
 
-    async def draw(self, request: ImagesRequest) -> ImagesResponse:
-        """Answer a request for pictures.
+    def check(self, request: ImagesRequest | BatchesRequest) -> Order:
+        """Return what a request asks for; raises as `serve.checking.check`."""
+        return check(request, self.served, random_seed=secrets.randbelow(RANDOM_SEEDS))
+
+    async def draw(self, order: Order, caller: Caller) -> tuple[Drawing, list[ImageData]]:
+        """Return the pictures of a request, and their files or links.
 
         Raises:
-            ApiError: if the model or size is another, or an expert is not available.
-            ParisError: if the routing is not allowed.
+            ApiError: 408, 429, 499 or 503.
         """
         began = time.perf_counter()
-        options = self._check(request)
-        seed = secrets.randbelow(RANDOM_SEEDS) if request.seed is None else request.seed
-        drawing = await self._ask_sampler(request, seed, options)
-        data = await asyncio.to_thread(lambda: [_encode(p) for p in drawing.pictures])
-        self._images.inc(request.n)
+        request = self._draw_request(order, caller.client, caller.request_id)
+        drawing = await self.samplers.draw(request)
+        files = await asyncio.to_thread(pictures.encode_all, order, drawing, self.served)
+        self._images.inc(len(files))
         self._seconds.observe(time.perf_counter() - began)
-        facts = self._bundle.facts
-        return ImagesResponse(
-            created=int(time.time()),
-            data=data,
-            size=self._size,
-            paris=Provenance(
-                seed=seed,
-                num_inference_steps=options.num_inference_steps,
-                guidance_scale=options.guidance_scale,
-                routing=request.routing or facts.sampling.routing,
-                lora=request.lora,
-                experts=drawing.expert_usage,
-                attribution=facts.attribution,
-            ),
-        )
+        return drawing, [self._data(order, i, file, caller) for i, file in enumerate(files)]
 
-    @property
-    def _size(self) -> str:
-        side = self._bundle.facts.picture_size
-        return f"{side}x{side}"
+    async def events(self, order: Order, caller: Caller) -> AsyncIterator[BaseModel]:
+        """Yield the events of a stream: unfinished pictures, then each finished one.
 
-    def _check(self, request: ImagesRequest) -> SamplingOptions:
-        name = self._bundle.facts.model_name
-        if request.model not in (None, name):
-            raise invalid(
-                f"model={request.model!r} does not exist: this server has {name!r}",
-                param="model",
-                code="model_not_found",
-                status=404,
-            )
-        if request.size not in ("auto", self._size):
-            raise invalid(
-                f"size={request.size!r} is not allowed: 'auto' or {self._size!r}",
-                param="size",
-                code="invalid_value",
-            )
+        Raises:
+            ApiError: as `draw`.
+        """
+        began, id = time.perf_counter(), caller.request_id
+        request = self._draw_request(order, caller.client, id)
+        async for message in self.samplers.stream(request):
+            if not isinstance(message, Drawing):
+                yield await asyncio.to_thread(pictures.encode_partial, order, message, self.served)
+                continue
+            files = await asyncio.to_thread(pictures.encode_all, order, message, self.served)
+            self._images.inc(len(files))
+            self._seconds.observe(time.perf_counter() - began)
+            for i, file in enumerate(files):
+                data = self._data(order, i, file, caller)
+                yield pictures.completed_event(order, message, self.served, data, id=id, picture=i)
+
+    async def file(self, token: str, request_id: str) -> tuple[bytes, str]:
+        """Return the file behind a link and its kind, drawn again if it is forgotten.
+
+        It is drawn for whom the link was made for.
+
+        Raises:
+            ApiError: 404 for a link that has expired or is not ours, or as `draw`.
+        """
         try:
-            self._bundle.check_lora(request.lora)
-        except ParisError as error:
-            raise invalid(str(error), param="lora", code="invalid_value") from None
-        return sampling_options(
-            self._bundle,
-            num_inference_steps=request.num_inference_steps,
-            guidance_scale=request.guidance_scale,
-            routing=request.routing,
-            lora=request.lora,
-        )
+            target = self._links.read(token)
+            if target.bundle != self.served.digest:
+                raise LinkError("The link's picture was drawn by another model")
+        except LinkError as error:
+            raise invalid(str(error), param="token", code="link_expired", status=404) from None
+        order = self.check(target.request)
+        file = self._files.get(token)
+        if file is None:
+            request = self._draw_request(order, target.client, request_id)
+            drawing = await self.samplers.draw(request)
+            (file,) = await asyncio.to_thread(pictures.encode_all, order, drawing, self.served)
+            self._files.put(token, file)
+        return file, f"image/{order.output_format}"
 
-    async def _ask_sampler(
-        self, request: ImagesRequest, seed: int, options: SamplingOptions
-    ) -> Drawing:
-        seeds = list(range(seed, seed + request.n))
-        wanted = DrawRequest(
-            id=secrets.token_hex(8),
-            client="local",
-            prompts=[request.prompt] * request.n,
-            seeds=seeds,
-            options=options,
-            timeout_s=110,
-        )
-        try:
-            drawing: Drawing = await self._sampler.draw.remote(wanted)
-        except TRANSIENT as error:
-            reason = getattr(error, "cause", error)  # Ray wraps what a replica raised
-            raise unavailable(f"{reason}. Send the request again") from error
-        return drawing
+    def _draw_request(self, order: Order, client: str | None, request_id: str) -> DrawRequest:
+        assert client is not None  # the gate lets nobody else draw
+        return order.draw_request(id=request_id, client=client, timeout_s=self.options.timeout_s)
 
-
-def _encode(picture: NDArray[np.uint8]) -> ImageData:
-    png = png_bytes(Image.fromarray(picture))
-    return ImageData(b64_json=base64.b64encode(png).decode())
-
-
-def _current_access() -> Access:
-    ingress = serve.get_replica_context().servable_object
-    assert isinstance(ingress, Ingress)
-    return ingress.access
-
-
-async def current_ingress() -> Ingress:
-    """Return the Ingress of this replica; the routes below are plain functions of it."""
-    ingress = serve.get_replica_context().servable_object
-    assert isinstance(ingress, Ingress)
-    return ingress
-
-
-Current = Annotated[Ingress, Depends(current_ingress)]
-
-
-v1 = APIRouter(prefix="/v1")
-
-
-@v1.post("/images/generations")
-async def generate_images(body: ImagesRequest, ingress: Current) -> ImagesResponse:
-    """Draw pictures of a prompt."""
-    return await ingress.draw(body)
-
-
-@v1.get("/models")
-async def list_models(ingress: Current) -> ModelList:
-    """Return the served model, its defaults and limits."""
-    return ingress.models()
-
-
-open_routes = APIRouter()
-
-
-@open_routes.get("/healthz")
-async def healthz(ingress: Current) -> dict[str, str]:
-    """Say that requests are answered; 503 while the model is loading."""
-    await ingress.check_sampler()
-    return {"status": "ok"}
-
-
-@open_routes.get("/", response_class=HTMLResponse)
-async def page(ingress: Current) -> str:
-    """Return the page."""
-    return ingress.page
-
-
-def create_api(cors_origins: Sequence[str] = ()) -> FastAPI:
-    """Return the HTTP application.
-
-    Args:
-        cors_origins: Origins whose pages may use it.
-    """
-    api = FastAPI(
-        title="paris_ray",
-        responses={"4XX": {"model": ErrorResponse}, "5XX": {"model": ErrorResponse}},
-        docs_url=None,  # these pages load scripts from other servers
-        redoc_url=None,
-    )
-    api.add_middleware(
-        Gate, find_access=_current_access, open_paths=OPEN_PATHS, cors_origins=cors_origins
-    )
-    install_error_handlers(api)
-    api.include_router(v1)
-    api.include_router(open_routes)
-    return api
+    def _data(self, order: Order, picture: int, file: bytes, caller: Caller) -> ImageData:
+        if not order.as_url:
+            return ImageData(b64_json=base64.b64encode(file).decode())
+        request = order.picture_request(picture)
+        assert caller.client is not None
+        target = LinkTarget(request=request, client=caller.client, bundle=self.served.digest)
+        token = self._links.sign(target)
+        self._files.put(token, file)
+        return ImageData(url=f"{caller.base_url}/v1/images/files/{token}.{order.output_format}")

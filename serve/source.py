@@ -2,7 +2,11 @@
 
 from typing import NamedTuple
 
+from paris_ray.artifacts import Folder
 from paris_ray.bundle import Bundle, Dtype, load_bundle
+from paris_ray.models.peft_layout import ADAPTER_WEIGHTS
+from paris_ray.pictures import LoRARecord
+from paris_ray.receipts import file_sha256
 
 
 class LoRASource(NamedTuple):
@@ -21,6 +25,12 @@ class LoRASource(NamedTuple):
     expert: int | None
     merge: bool
     receipt_key: str | None
+
+    def record(self) -> LoRARecord:
+        """Return what the files of pictures that are drawn with it tell; `expert` must be known."""
+        assert self.expert is not None
+        digest = file_sha256(Folder(self.uri), ADAPTER_WEIGHTS)
+        return LoRARecord(expert=self.expert, sha256=digest, merge=self.merge)
 
 
 class BundleSource(NamedTuple):

@@ -12,7 +12,7 @@ weights are mapped: on a CPU the page cache is their only copy.
 """
 
 from paris_ray.bundle.facts import CONFIG, MODEL_INDEX, BundleFacts, facts_to_json
-from paris_ray.bundle.layout import load_bundle
+from paris_ray.bundle.layout import bundle_digest, load_bundle
 from paris_ray.bundle.parts import Bundle, load_expert
 from paris_ray.bundle.weights import Dtype
 
@@ -22,6 +22,7 @@ __all__ = [
     "Bundle",
     "BundleFacts",
     "Dtype",
+    "bundle_digest",
     "facts_to_json",
     "load_bundle",
     "load_expert",

@@ -76,6 +76,16 @@ def load_bundle(
     return bundle
 
 
+def bundle_digest(path: str) -> str | None:
+    """Return the digest of a bundle's manifest; None if it has none, as the public release.
+
+    Raises:
+        ArtifactError: if the manifest is damaged.
+    """
+    folder = Folder(path)
+    return read_manifest(folder, BUNDLE).digest if folder.exists(MANIFEST) else None
+
+
 def _open(folder: Folder, digest: str | None) -> VerifiedFolder:
     if digest is not None and read_manifest(folder, BUNDLE).digest != digest:
         raise BundleError(f"{folder.uri} is another bundle than the one of digest {digest}")

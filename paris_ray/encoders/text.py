@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -67,7 +67,6 @@ class MiniLM:
         check_model_files(folder)
         require_package("transformers", folder)
         # Imported here: experts and the core never need transformers, and its import is slow.
-        from tokenizers import Tokenizer
         from transformers import BertModel
 
         document = parse_json((folder / "config.json").read_bytes(), f"{folder}/config.json")
@@ -89,10 +88,7 @@ class MiniLM:
             dtype=torch.float32,
             add_pooling_layer=False,
         )
-        try:
-            self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-        except Exception as error:  # tokenizers raises no narrower one
-            raise BundleError(f"{folder}/tokenizer.json is damaged: {error}") from None
+        self.tokenizer = read_tokenizer(folder / "tokenizer.json")
         self.tokenizer.enable_truncation(MAX_TOKENS)
         self.tokenizer.enable_padding()
 
@@ -126,6 +122,24 @@ class MiniLM:
         """Move the model to a device."""
         self.model.to(device)
         return self
+
+
+def read_tokenizer(path: Path) -> Any:
+    """Return the `tokenizers.Tokenizer` in a file, which neither cuts nor pads.
+
+    Raises:
+        BundleError: if the file is damaged, or tokenizers is not installed.
+    """
+    require_package("tokenizers", path)
+    from tokenizers import Tokenizer
+
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # tokenizers raises no narrower one
+        raise BundleError(f"{path} is damaged: {error}") from None
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
 
 
 def check_model_files(folder: Path) -> None:

@@ -16,7 +16,8 @@ from ray.exceptions import ActorDiedError
 from paris_ray.bundle import Bundle
 from paris_ray.sampling.sampler import sampling_options
 from serve.expert import ExpertUnavailableError
-from serve.ingress import Ingress, create_api
+from serve.ingress import Ingress
+from serve.routes import create_api
 from serve.sampler import Sampler
 from serve.source import BundleSource
 
@@ -42,12 +43,12 @@ def serve_failing(name: str, error: Exception, address: str, bundle: Path) -> ht
     return response
 
 
-def test_a_dead_expert_is_named(serve_address: str, tiny_bundle_path: Path) -> None:
+def test_a_dead_expert_is_unavailable(serve_address: str, tiny_bundle_path: Path) -> None:
     error = ExpertUnavailableError("Expert 2 stopped")
     response = serve_failing("unavailable", error, serve_address, tiny_bundle_path)
     assert response.status_code == 503
     assert response.json()["error"] == {
-        "message": "Expert 2 stopped. Send the request again",
+        "message": "A part of the model is being replaced. Send the request again",
         "type": "unavailable_error",
         "param": None,
         "code": "unavailable",

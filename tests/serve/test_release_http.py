@@ -57,7 +57,14 @@ def test_the_model_is_described(url: str) -> None:
     assert model["paris"] == {
         "num_experts": 3,
         "picture_size": 32,
-        "defaults": {"num_inference_steps": 50, "guidance_scale": 7.5, "routing": "top-2"},
+        "defaults": {
+            "num_inference_steps": 50,
+            "solver": "euler",
+            "time_grid": "linspace",
+            "guidance_scale": 7.5,
+            "routing": "top-2",
+        },
+        "qualities": ["low", "medium", "high"],
         "example_prompts": [],
         "loras": {},
         "attribution": None,
@@ -74,6 +81,15 @@ def test_defaults_are_those_of_the_release(url: str) -> None:
         7.5,
         "top-2",
     )
+
+
+def test_a_quality_is_a_preset_of_the_bundle(url: str, release_bundle: Bundle) -> None:
+    preset = release_bundle.facts.sampling.presets["high"]
+    body = {"prompt": "a red cat", "seed": 3}
+    own = {name: getattr(preset, name) for name in ("num_inference_steps", "solver", "time_grid")}
+    picture = drawn(url, **body, quality="hd")
+    np.testing.assert_array_equal(picture, expected(release_bundle, **body, **own))
+    assert (picture != drawn(url, **body)).any()
 
 
 def test_separate_experts_draw_what_generate_draws(url: str, release_bundle: Bundle) -> None:

@@ -1,0 +1,160 @@
+"""The Samplers as the Ingress sees them: it asks one, and another when that one dies."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+from ray.exceptions import RayActorError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
+from ray.serve.handle import DeploymentHandle
+
+from paris_ray.sampling.engine import DeadlineError, QueueFullError
+from paris_ray.sampling.sampler import ExpertsLostError
+from serve.drawing import Drawing, DrawRequest, Partial, RequestCancelledError
+from serve.errors import ApiError, retry_after, too_slow, unavailable
+from serve.expert import ExpertUnavailableError
+from serve.schemas import ErrorDetail
+
+RESEND_PAUSE_S = 0.2
+CANCEL_TIMEOUT_S = 5
+CANCELLED = 499  # as nginx has it; unlike 408, 409 or 5xx, client libraries do not send it again
+
+
+class Samplers:
+    """Draws through the handle of the Sampler.
+
+    A request that a Sampler died with is sent again as it is until its time is over: its seeds make
+    the same pictures, so nobody notices.
+
+    Args:
+        handle: Of the Sampler.
+    """
+
+    def __init__(self, handle: DeploymentHandle[Any]) -> None:
+        self._handle = handle
+
+    async def draw(self, request: DrawRequest) -> Drawing:
+        """Return the pictures of a request.
+
+        Raises:
+            ApiError: 408, 429, 499 or 503.
+        """
+        deadline = time.monotonic() + request.timeout_s
+        with _errors_for_clients():
+            while True:
+                left = _time_left(deadline)
+                try:
+                    reply = self._handle.draw.remote(replace(request, timeout_s=left))
+                    drawing: Drawing = await asyncio.wait_for(reply, left)
+                    return drawing
+                except RayActorError:
+                    await asyncio.sleep(RESEND_PAUSE_S)
+
+    async def stream(self, request: DrawRequest) -> AsyncIterator[Partial | Drawing]:
+        """Yield unfinished pictures of a request, each once, and in the end the pictures.
+
+        Raises:
+            ApiError: as `draw`.
+        """
+        deadline = time.monotonic() + request.timeout_s
+        sent: set[tuple[int, int]] = set()
+        with _errors_for_clients():
+            while True:
+                try:
+                    async for message in self._stream_once(request, deadline):
+                        if isinstance(message, Drawing):
+                            yield message
+                            return
+                        if (place := (message.picture, message.index)) not in sent:
+                            sent.add(place)
+                            yield message
+                except RayActorError:
+                    await asyncio.sleep(RESEND_PAUSE_S)
+
+    async def _stream_once(
+        self, request: DrawRequest, deadline: float
+    ) -> AsyncIterator[Partial | Drawing]:
+        wanted = replace(request, timeout_s=_time_left(deadline))
+        replies: Any = self._handle.options(stream=True).stream.remote(wanted)
+        try:
+            while True:
+                try:
+                    yield await asyncio.wait_for(anext(replies), _time_left(deadline))
+                except StopAsyncIteration:
+                    return
+        finally:
+            replies.cancel()
+
+    async def cancel(self, client: str, request_id: str) -> int | None:
+        """End a request wherever it is drawn.
+
+        Returns:
+            After how many evaluations it stopped; None if no Sampler has it.
+
+        Raises:
+            ApiError: 503, if none has it but one did not answer.
+        """
+        replies = self._handle.broadcast("cancel", client, request_id)
+        try:
+            answers = await replies.results_async(
+                timeout_s=CANCEL_TIMEOUT_S, return_exceptions=True
+            )
+        except TimeoutError:
+            raise unavailable("A Sampler did not answer. Send the request again") from None
+        steps = [answer for answer in answers if isinstance(answer, int)]
+        if not steps and any(isinstance(answer, BaseException) for answer in answers):
+            raise unavailable("A Sampler did not answer. Send the request again")
+        return max(steps, default=None)
+
+    async def check_health(self, timeout_s: float) -> None:
+        """Return when a Sampler has answered, and so has loaded its parts.
+
+        Raises:
+            ApiError: 503, if none does in time.
+        """
+        try:
+            await asyncio.wait_for(self._handle.check_health.remote(), timeout_s)
+        except (TimeoutError, RayActorError, BackPressureError, DeploymentUnavailableError):
+            raise unavailable("The model is not loaded. Ask again") from None
+
+
+def _time_left(deadline: float) -> float:
+    left = deadline - time.monotonic()
+    if left <= 0:
+        raise DeadlineError
+    return left
+
+
+@contextmanager
+def _errors_for_clients() -> Iterator[None]:
+    """Turn what can go wrong with a drawing into what clients are told; nothing internal is."""
+    try:
+        yield
+    except QueueFullError as error:
+        raise _queue_full(error.position, error.retry_after_s) from error
+    except BackPressureError as error:
+        raise _queue_full(None, 1) from error
+    except (DeadlineError, TimeoutError) as error:
+        refusal = too_slow("The pictures were not finished in the time that a request has")
+        # What did not fit once would not fit again: OpenAI's clients obey this header.
+        raise ApiError(refusal.status, refusal.detail, {"x-should-retry": "false"}) from error
+    except RequestCancelledError as error:
+        message = f"The request was cancelled after {error.step} steps"
+        detail = ErrorDetail(message=message, type="cancelled_error", code="cancelled")
+        raise ApiError(CANCELLED, detail) from error
+    except (ExpertsLostError, ExpertUnavailableError, DeploymentUnavailableError) as error:
+        message = "A part of the model is being replaced. Send the request again"
+        raise unavailable(message) from error
+
+
+def _queue_full(position: int | None, retry_after_s: float) -> ApiError:
+    place = "" if position is None else f": {position} pictures wait already"
+    headers = retry_after(retry_after_s)
+    message = f"There is no room for the request{place}. Send it again when Retry-After says"
+    if position is not None:
+        headers["X-Paris-Queue-Position"] = str(position)
+    detail = ErrorDetail(message=message, type="rate_limit_error", code="queue_full")
+    return ApiError(429, detail, headers)

@@ -1,0 +1,171 @@
+"""What clients notice when a Sampler is full, late or dead: as little as possible."""
+
+import json
+import os
+import signal
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+import ray
+from ray import serve
+
+from paris_ray.sampling.engine import DeadlineError, QueueFullError
+from serve.drawing import Drawing, DrawRequest, Partial
+from serve.ingress import HttpOptions, Ingress
+from serve.routes import create_api
+from serve.source import BundleSource
+
+pytestmark = pytest.mark.serve
+
+IMAGES = "v1/images/generations"
+PIXELS = np.zeros((32, 32, 3), dtype=np.uint8)
+
+
+def drawing(request: DrawRequest) -> Drawing:
+    """Return black pictures."""
+    n, steps = len(request.seeds), request.options.num_inference_steps
+    return Drawing(
+        pictures=np.stack([PIXELS] * n),
+        expert_usage=[[1.0, 0.0, 0.0]] * n,
+        expert_weights=[[[1.0, 0.0, 0.0]] * steps] * n,
+        missing_experts=[2],
+        queued_s=0.0,
+    )
+
+
+class FullSampler:
+    """Refuses: by `user`'s prompt."""
+
+    async def draw(self, request: DrawRequest) -> Drawing:
+        raise {"full": QueueFullError("full", 7, 2.5), "late": DeadlineError()}[request.prompts[0]]
+
+    async def stream(self, request: DrawRequest) -> AsyncIterator[Drawing]:
+        yield await self.draw(request)
+
+
+class MortalSampler:
+    """Dies with its first requests, after it has sent what there is to send.
+
+    Args:
+        lives: A folder with a file a death that is still to come.
+    """
+
+    def __init__(self, lives: str) -> None:
+        self._lives = Path(lives)
+
+    def _die_if_it_is_time(self) -> None:
+        for life in self._lives.iterdir():
+            life.unlink()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    async def draw(self, request: DrawRequest) -> Drawing:
+        self._die_if_it_is_time()
+        return drawing(request)
+
+    async def stream(self, request: DrawRequest) -> AsyncIterator[Partial | Drawing]:
+        for index in range(request.partial_images):
+            yield Partial(picture=0, index=index, step=index, pixels=PIXELS)
+            if index == 1:
+                self._die_if_it_is_time()
+        yield drawing(request)
+
+
+Deploy = Callable[..., str]
+
+
+@pytest.fixture
+def deploy(serve_address: str, tiny_bundle_path: Path) -> Deploy:
+    """A function that serves a Sampler of the test's own, and returns the URL."""
+
+    def start(name: str, sampler_class: type, *args: object, **options: Any) -> str:
+        small = {"ray_actor_options": {"num_cpus": 0.1}}
+        sampler = serve.deployment(name="Sampler", **small)(sampler_class).bind(*args)
+        ingress = serve.deployment(name="Ingress", **small)(serve.ingress(create_api())(Ingress))
+        source = BundleSource(str(tiny_bundle_path))
+        app = ingress.bind(source, sampler, None, HttpOptions(**options))
+        serve.run(app, name=name, route_prefix=f"/{name}")
+        return f"{serve_address}/{name}"
+
+    return start
+
+
+def test_a_full_queue_and_a_late_picture(deploy: Deploy) -> None:
+    url = deploy("full", FullSampler)
+    for stream in (False, True):
+        body = {"prompt": "full", "stream": stream}
+        full = httpx.post(f"{url}/{IMAGES}", json=body, timeout=60)
+        assert full.status_code == 429
+        assert (full.headers["retry-after"], full.headers["x-paris-queue-position"]) == ("3", "7")
+        error = full.json()["error"]
+        assert (error["type"], error["code"]) == ("rate_limit_error", "queue_full")
+        assert "7 pictures wait already" in error["message"]
+        late = httpx.post(f"{url}/{IMAGES}", json=body | {"prompt": "late"}, timeout=60)
+        assert late.status_code == 408
+        assert late.json()["error"]["code"] == "timeout"
+        assert late.headers["x-should-retry"] == "false"
+    serve.delete("full")
+
+
+def test_a_request_outlives_its_sampler(deploy: Deploy, tmp_path: Path) -> None:
+    url = deploy("mortal-sampler", MortalSampler, str(tmp_path))
+    for life in "ab":
+        (tmp_path / life).touch()
+    response = httpx.post(f"{url}/{IMAGES}", json={"prompt": "a cat", "seed": 3}, timeout=120)
+    assert response.status_code == 200, response.text
+    assert response.json()["paris"]["seed"] == 3
+    assert (response.json()["paris"]["degraded"], response.json()["paris"]["missing_experts"]) == (
+        True,
+        [2],
+    )
+    assert response.headers["x-paris-missing-experts"] == "2"
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "c").touch()
+    body = {"prompt": "a cat", "stream": True, "partial_images": 3}
+    response = httpx.post(f"{url}/{IMAGES}", json=body, timeout=120)
+    assert not list(tmp_path.iterdir())
+    lines = [line for line in response.text.split("\n") if line.startswith("data: ")]
+    events = [json.loads(line.removeprefix("data: ")) for line in lines]
+    assert [event.get("partial_image_index") for event in events] == [0, 1, 2, None]
+    serve.delete("mortal-sampler")
+
+
+def test_the_operators_time_ends_a_request_whose_sampler_is_gone(
+    deploy: Deploy, tmp_path: Path
+) -> None:
+    class DyingSampler:
+        async def draw(self, _: DrawRequest) -> None:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    url = deploy("dying", DyingSampler, timeout_s=3)
+    response = httpx.post(f"{url}/{IMAGES}", json={"prompt": "a cat"}, timeout=60)
+    assert response.status_code == 408
+    assert response.json()["error"]["type"] == "timeout_error"
+    serve.delete("dying")
+
+
+def test_a_killed_sampler_costs_nobody_a_picture(start_app: Callable[..., str]) -> None:
+    url = start_app("two-lives", colocated=True)
+    body = {"prompt": "a cat", "seed": 1, "n": 4, "num_inference_steps": 100, "routing": "full"}
+    before = httpx.post(f"{url}/{IMAGES}", json=body, timeout=120).json()
+    with ThreadPoolExecutor(4) as pool:
+        answers = [
+            pool.submit(httpx.post, f"{url}/{IMAGES}", json=body, timeout=120) for _ in "1234"
+        ]
+        ray.kill(sampler_of("two-lives"))
+        got = [answer.result() for answer in answers]
+    assert [response.status_code for response in got] == [200] * 4
+    assert all(response.json()["data"] == before["data"] for response in got)
+
+
+def sampler_of(app: str) -> Any:
+    (name,) = [
+        actor["name"]
+        for actor in ray.util.list_named_actors(all_namespaces=True)
+        if f"{app}#Sampler#" in actor["name"]
+    ]
+    return ray.get_actor(name, namespace="serve")

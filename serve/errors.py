@@ -7,10 +7,11 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from paris_ray.errors import ParisError, RoutingError
-from serve.schemas import ErrorDetail, ErrorResponse, ImagesRequest
+from serve.schemas import BatchesRequest, ErrorDetail, ErrorResponse, ImagesRequest
 
 INVALID = "invalid_request_error"
 LONGEST_VALUE = 80  # characters of a refused value or field that are repeated in the message
@@ -119,9 +120,10 @@ async def _on_api_error(_: Request, error: Exception) -> JSONResponse:
     return as_response(error)
 
 
-async def _on_validation_error(_: Request, error: Exception) -> JSONResponse:
+async def _on_validation_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
-    return _respond(400, describe_violation(error.errors()[0]))
+    body = BatchesRequest if request.url.path.endswith("/batches") else ImagesRequest
+    return _respond(400, describe_violation(error.errors()[0], body))
 
 
 async def _on_paris_error(_: Request, error: Exception) -> JSONResponse:
@@ -136,8 +138,10 @@ async def _on_http_exception(request: Request, error: Exception) -> JSONResponse
     return _respond(error.status_code, ErrorDetail(message=message, type=INVALID), error.headers)
 
 
-def describe_violation(violation: Mapping[str, Any]) -> ErrorDetail:
-    """Return the error of one pydantic violation of the request body."""
+def describe_violation(
+    violation: Mapping[str, Any], body: type[BaseModel] = ImagesRequest
+) -> ErrorDetail:
+    """Return the error of one pydantic violation of a request's body, which is to be of a type."""
     field = str(violation["loc"][1])[:LONGEST_VALUE] if len(violation["loc"]) > 1 else None
     match violation["type"]:
         case "json_invalid":
@@ -147,7 +151,7 @@ def describe_violation(violation: Mapping[str, Any]) -> ErrorDetail:
                 code="invalid_json",
             )
         case "extra_forbidden":
-            allowed = ", ".join(ImagesRequest.model_fields)
+            allowed = ", ".join(body.model_fields)
             message, code = f"Unknown parameter {field!r}; allowed: {allowed}", "unknown_parameter"
         case "missing" if field is not None:
             message, code = f"Missing required parameter {field!r}", "missing_required_parameter"

@@ -357,7 +357,8 @@ def test_batches(client: httpx.Client, bundle: Bundle) -> None:
     ],
 )
 def test_refused_batches(client: httpx.Client, body: dict[str, Any], param: str, code: str) -> None:
-    assert_error(client.post("v1/images/batches", json=body), 400, param, code)
+    message = assert_error(client.post("v1/images/batches", json=body), 400, param, code)
+    assert ("allowed: " in message and "stream" in message.partition("allowed: ")[2]) is False
 
 
 def test_headers_tell_what_proxies_drop(client: httpx.Client) -> None:

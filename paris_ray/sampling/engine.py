@@ -378,9 +378,10 @@ class Engine:
         self._speed.begin(now)
         self._fill(now)
 
-    def cancel(self, ticket: Ticket) -> int:
+    def cancel(self, ticket: Ticket, now: float) -> int:
         """End a request; return after how many evaluations its furthest picture stopped."""
         self._close(ticket)
+        self._fill(now)
         return max(ticket.done)
 
     def expire(self, now: float) -> None:
@@ -421,10 +422,11 @@ class Engine:
             self._give(waiting, answer, now)
         self._fill(now)
 
-    def reject(self, batch: Batch, error: Exception) -> None:
+    def reject(self, batch: Batch, error: Exception, now: float) -> None:
         """Say that a batch cannot be answered at all, now or later: its requests are over."""
         for waiting in batch.waiting:
             self._end(waiting.picture.ticket, Failed(error))
+        self._fill(now)
 
     def fail(self, batch: Batch, now: float) -> None:
         """Say that a model could not be asked: its calls wait again, or it is given up."""

@@ -9,12 +9,10 @@ This is a scheduler alone: no clock of its own (each method is told the time, in
 threads, no event loop, no Ray. `serve.sampler` drives it; tests drive it by simulation.
 """
 
-import heapq
 import math
 from collections import OrderedDict, deque
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from itertools import count
 from typing import Generic, TypeVar
 
 from torch import Tensor
@@ -291,8 +289,7 @@ class Engine:
         self._reserved = 0  # pictures that were admitted and have not started
         self._left = 0  # evaluations of all that was admitted
         self._of_client: dict[str, int] = {}  # pictures that are admitted
-        self._deadlines: list[tuple[float, int, Ticket]] = []
-        self._numbers = count()
+        self._open: dict[Ticket, None] = {}  # in the order of their admission
         self._speed = Speed()
 
     # -- Requests ------------------------------------------------------------------------------
@@ -332,7 +329,7 @@ class Engine:
         self._reserved += num_pictures
         self._left += ticket.left
         self._of_client[client] = self._of_client.get(client, 0) + num_pictures
-        heapq.heappush(self._deadlines, (ticket.deadline, next(self._numbers), ticket))
+        self._open[ticket] = None
         return ticket
 
     def _check_room(self, client: str, num_pictures: int, most: int | None) -> None:
@@ -386,8 +383,7 @@ class Engine:
 
     def expire(self, now: float) -> None:
         """End the requests that nobody waits for any more."""
-        while self._deadlines and self._deadlines[0][0] <= now:
-            _, _, ticket = heapq.heappop(self._deadlines)
+        for ticket in [ticket for ticket in self._open if ticket.deadline <= now]:
             self._end(ticket, Failed(DeadlineError("it was not done in time")))
         self._fill(now)
 
@@ -531,6 +527,7 @@ class Engine:
         if not ticket.is_open:
             return
         ticket.is_open = False
+        del self._open[ticket]
         self._left -= ticket.left
         if not self._left:
             self._speed.pause()

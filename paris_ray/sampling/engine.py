@@ -223,24 +223,30 @@ class _Lane:
     def __init__(self) -> None:
         self.waiting: Turns[_Waiting] = Turns()
         self.failing_since: float | None = None
+        self.answered, self.failed = -math.inf, -math.inf  # when it last did
         self.retry_s, self.closed_until = FIRST_RETRY_S, -math.inf
 
     def take(self, max_rows: int) -> list[_Waiting]:
-        taken, rows = [self.waiting.pop()], 0
+        taken = [self.waiting.pop()]
         rows = taken[0].call.num_rows
         while self.waiting and rows + self.waiting.peek().call.num_rows <= max_rows:
             taken.append(self.waiting.pop())
             rows += taken[-1].call.num_rows
         return taken
 
-    def recover(self) -> None:
+    def recover(self, now: float) -> None:
+        self.answered = now
         self.failing_since, self.retry_s, self.closed_until = None, FIRST_RETRY_S, -math.inf
 
-    def back_off(self, since: float, now: float) -> None:
-        if self.failing_since is None:
-            self.failing_since = since
+    def back_off(self, taken: float, now: float, remembered_s: float) -> float:
+        """Wait before the next batch; return for how long the model has been failing."""
+        # A failure long ago tells nothing, nor does a batch that hung while others were answered.
+        if self.failing_since is None or taken - self.failed > remembered_s:
+            self.failing_since, self.retry_s = max(taken, self.answered), FIRST_RETRY_S
+        self.failed = now
         self.closed_until = now + self.retry_s
         self.retry_s = min(2 * self.retry_s, LONGEST_RETRY_S)
+        return now - self.failing_since
 
 
 class Speed:
@@ -413,23 +419,22 @@ class Engine:
 
     def answer(self, batch: Batch, answers: Sequence[Tensor], now: float) -> None:
         """Give the answers to a batch, in the order of its calls."""
-        self._lanes[batch.model].recover()
+        self._lanes[batch.model].recover(now)
         for waiting, answer in zip(batch.waiting, answers, strict=True):
             self._give(waiting, answer, now)
         self._fill(now)
 
     def reject(self, batch: Batch, error: Exception, now: float) -> None:
         """Say that a batch cannot be answered at all, now or later: its requests are over."""
+        self._lanes[batch.model].recover(now)
         for waiting in batch.waiting:
             self._end(waiting.picture.ticket, Failed(error))
         self._fill(now)
 
     def fail(self, batch: Batch, now: float) -> None:
         """Say that a model could not be asked: its calls wait again, or it is given up."""
-        lane = self._lanes[batch.model]
-        lane.back_off(batch.taken, now)
-        assert lane.failing_since is not None
-        is_lost = now - lane.failing_since >= self._limits.lost_after_s
+        lane, lost_after_s = self._lanes[batch.model], self._limits.lost_after_s
+        is_lost = lane.back_off(batch.taken, now, lost_after_s) >= lost_after_s
         for waiting in batch.waiting:
             ticket = waiting.picture.ticket
             if not is_lost and ticket.is_open:

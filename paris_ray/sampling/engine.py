@@ -17,7 +17,7 @@ from typing import Generic, TypeVar
 
 from torch import Tensor
 
-from paris_ray.sampling.calls import Call
+from paris_ray.sampling.calls import ROUTER, Call
 from paris_ray.sampling.sampler import Denoising, ExpertsLostError, Samples, advance
 
 FIRST_RETRY_S, LONGEST_RETRY_S = 0.05, 1.0
@@ -439,10 +439,11 @@ class Engine:
             ticket = waiting.picture.ticket
             if not is_lost and ticket.is_open:
                 lane.waiting.push(ticket, waiting)
-            elif ticket.allow_missing and batch.model >= 0:
+            elif ticket.allow_missing and batch.model != ROUTER:
                 self._give(waiting, None, now)
             else:
-                self._end(ticket, Failed(ExpertsLostError(f"expert {batch.model} is lost")))
+                name = "the router" if batch.model == ROUTER else f"expert {batch.model}"
+                self._end(ticket, Failed(ExpertsLostError(f"{name} is lost")))
         self._fill(now)
 
     # -- Facts ---------------------------------------------------------------------------------

@@ -63,8 +63,9 @@ class LocalModels:
         if not self._exact:
             return True
         if model not in self._batches:
-            tried = self._bundle.router if model == ROUTER else self._bundle.mixed_expert(model)
-            self._batches[model] = rows_are_independent(tried)
+            with self._turn:
+                tried = self._bundle.router if model == ROUTER else self._bundle.mixed_expert(model)
+                self._batches[model] = rows_are_independent(tried)
             if not self._batches[model]:
                 logger.warning(
                     "On this machine the last bits of a sample depend on its batch: samples are "

@@ -133,7 +133,7 @@ class Sampler:
             async for message in self._follow(events, preview_at):
                 yield message
         finally:
-            self._engine.cancel(ticket)
+            self._engine.cancel(ticket, time.monotonic())
             self._requests[key].remove(entry)
             if not self._requests[key]:
                 del self._requests[key]
@@ -143,7 +143,7 @@ class Sampler:
         """End a request; return after how many steps it stopped, or None if it is not here."""
         steps = []
         for ticket, events in self._requests.get((client, request_id), []):
-            steps.append(self._engine.cancel(ticket))
+            steps.append(self._engine.cancel(ticket, time.monotonic()))
             events.put_nowait(Failed(RequestCancelledError(steps[-1])))
         return max(steps, default=None)
 
@@ -224,7 +224,7 @@ class Sampler:
             except (RayActorError, ExpertUnavailableError, TimeoutError):
                 self._engine.fail(batch, time.monotonic())
             except Exception as error:  # its requests are over, and the lane goes on
-                self._engine.reject(batch, error)
+                self._engine.reject(batch, error, time.monotonic())
             else:
                 self._engine.answer(batch, answers, time.monotonic())
             self._wake()

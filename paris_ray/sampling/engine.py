@@ -9,17 +9,15 @@ This is a scheduler alone: no clock of its own (each method is told the time, in
 threads, no event loop, no Ray. `serve.sampler` drives it; tests drive it by simulation.
 """
 
-import heapq
 import math
 from collections import OrderedDict, deque
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from itertools import count
 from typing import Generic, TypeVar
 
 from torch import Tensor
 
-from paris_ray.sampling.calls import Call
+from paris_ray.sampling.calls import ROUTER, Call
 from paris_ray.sampling.sampler import Denoising, ExpertsLostError, Samples, advance
 
 FIRST_RETRY_S, LONGEST_RETRY_S = 0.05, 1.0
@@ -225,24 +223,30 @@ class _Lane:
     def __init__(self) -> None:
         self.waiting: Turns[_Waiting] = Turns()
         self.failing_since: float | None = None
+        self.answered, self.failed = -math.inf, -math.inf  # when it last did
         self.retry_s, self.closed_until = FIRST_RETRY_S, -math.inf
 
     def take(self, max_rows: int) -> list[_Waiting]:
-        taken, rows = [self.waiting.pop()], 0
+        taken = [self.waiting.pop()]
         rows = taken[0].call.num_rows
         while self.waiting and rows + self.waiting.peek().call.num_rows <= max_rows:
             taken.append(self.waiting.pop())
             rows += taken[-1].call.num_rows
         return taken
 
-    def recover(self) -> None:
+    def recover(self, now: float) -> None:
+        self.answered = now
         self.failing_since, self.retry_s, self.closed_until = None, FIRST_RETRY_S, -math.inf
 
-    def back_off(self, since: float, now: float) -> None:
-        if self.failing_since is None:
-            self.failing_since = since
+    def back_off(self, taken: float, now: float, remembered_s: float) -> float:
+        """Wait before the next batch; return for how long the model has been failing."""
+        # A failure long ago tells nothing, nor does a batch that hung while others were answered.
+        if self.failing_since is None or taken - self.failed > remembered_s:
+            self.failing_since, self.retry_s = max(taken, self.answered), FIRST_RETRY_S
+        self.failed = now
         self.closed_until = now + self.retry_s
         self.retry_s = min(2 * self.retry_s, LONGEST_RETRY_S)
+        return now - self.failing_since
 
 
 class Speed:
@@ -291,8 +295,7 @@ class Engine:
         self._reserved = 0  # pictures that were admitted and have not started
         self._left = 0  # evaluations of all that was admitted
         self._of_client: dict[str, int] = {}  # pictures that are admitted
-        self._deadlines: list[tuple[float, int, Ticket]] = []
-        self._numbers = count()
+        self._open: dict[Ticket, None] = {}  # in the order of their admission
         self._speed = Speed()
 
     # -- Requests ------------------------------------------------------------------------------
@@ -332,7 +335,7 @@ class Engine:
         self._reserved += num_pictures
         self._left += ticket.left
         self._of_client[client] = self._of_client.get(client, 0) + num_pictures
-        heapq.heappush(self._deadlines, (ticket.deadline, next(self._numbers), ticket))
+        self._open[ticket] = None
         return ticket
 
     def _check_room(self, client: str, num_pictures: int, most: int | None) -> None:
@@ -378,15 +381,15 @@ class Engine:
         self._speed.begin(now)
         self._fill(now)
 
-    def cancel(self, ticket: Ticket) -> int:
+    def cancel(self, ticket: Ticket, now: float) -> int:
         """End a request; return after how many evaluations its furthest picture stopped."""
         self._close(ticket)
+        self._fill(now)
         return max(ticket.done)
 
     def expire(self, now: float) -> None:
         """End the requests that nobody waits for any more."""
-        while self._deadlines and self._deadlines[0][0] <= now:
-            _, _, ticket = heapq.heappop(self._deadlines)
+        for ticket in [ticket for ticket in self._open if ticket.deadline <= now]:
             self._end(ticket, Failed(DeadlineError("it was not done in time")))
         self._fill(now)
 
@@ -416,30 +419,31 @@ class Engine:
 
     def answer(self, batch: Batch, answers: Sequence[Tensor], now: float) -> None:
         """Give the answers to a batch, in the order of its calls."""
-        self._lanes[batch.model].recover()
+        self._lanes[batch.model].recover(now)
         for waiting, answer in zip(batch.waiting, answers, strict=True):
             self._give(waiting, answer, now)
         self._fill(now)
 
-    def reject(self, batch: Batch, error: Exception) -> None:
+    def reject(self, batch: Batch, error: Exception, now: float) -> None:
         """Say that a batch cannot be answered at all, now or later: its requests are over."""
+        self._lanes[batch.model].recover(now)
         for waiting in batch.waiting:
             self._end(waiting.picture.ticket, Failed(error))
+        self._fill(now)
 
     def fail(self, batch: Batch, now: float) -> None:
         """Say that a model could not be asked: its calls wait again, or it is given up."""
-        lane = self._lanes[batch.model]
-        lane.back_off(batch.taken, now)
-        assert lane.failing_since is not None
-        is_lost = now - lane.failing_since >= self._limits.lost_after_s
+        lane, lost_after_s = self._lanes[batch.model], self._limits.lost_after_s
+        is_lost = lane.back_off(batch.taken, now, lost_after_s) >= lost_after_s
         for waiting in batch.waiting:
             ticket = waiting.picture.ticket
             if not is_lost and ticket.is_open:
                 lane.waiting.push(ticket, waiting)
-            elif ticket.allow_missing and batch.model >= 0:
+            elif ticket.allow_missing and batch.model != ROUTER:
                 self._give(waiting, None, now)
             else:
-                self._end(ticket, Failed(ExpertsLostError(f"expert {batch.model} is lost")))
+                name = "the router" if batch.model == ROUTER else f"expert {batch.model}"
+                self._end(ticket, Failed(ExpertsLostError(f"{name} is lost")))
         self._fill(now)
 
     # -- Facts ---------------------------------------------------------------------------------
@@ -529,6 +533,7 @@ class Engine:
         if not ticket.is_open:
             return
         ticket.is_open = False
+        del self._open[ticket]
         self._left -= ticket.left
         if not self._left:
             self._speed.pause()

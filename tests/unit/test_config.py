@@ -14,10 +14,12 @@ from paris_ray.config import (
     ExpertConfig,
     RouterConfig,
     SamplingConfig,
+    TrainingConfig,
     digest,
     expert_setup,
     from_dict,
     load,
+    local_paths,
     packaged_configs,
     to_dict,
     to_yaml,
@@ -191,12 +193,22 @@ def test_presets() -> None:
         ExpertConfig.preset("M/2")
 
 
-def test_paths_become_absolute_and_hub_names_stay(tmp_path: Path) -> None:
-    (tmp_path / "init").mkdir()
-    here = os.path.relpath(tmp_path / "init")
-    overrides = [f"experts.1.training.init_from={here}", "text.path=openai/clip", "run_dir=runs/x"]
+# The model of few steps starts from the student and from nothing else.
+STARTING = [f.name for f in fields(Config) if f.type is TrainingConfig]
+STARTING.remove("few_step_training")
+
+
+@pytest.mark.parametrize("training", [*STARTING, "experts.1.training"])
+def test_a_start_becomes_absolute(training: str, tmp_path: Path) -> None:
+    key = f"{training}.init_from"
+    config = load("quickstart", [f"{key}={os.path.relpath(tmp_path)}"])
+    assert local_paths(config)[key] == os.path.relpath(tmp_path)
+    assert local_paths(with_absolute_paths(config))[key] == str(tmp_path.resolve())
+
+
+def test_paths_become_absolute_and_hub_names_stay() -> None:
+    overrides = ["text.path=openai/clip", "run_dir=runs/x"]
     config = with_absolute_paths(load("quickstart", overrides))
-    assert config.experts["1"]["training"]["init_from"] == str((tmp_path / "init").resolve())
     assert config.text.path == "openai/clip"
     assert config.run_dir == str(Path("runs/x").resolve())
 

@@ -358,3 +358,10 @@ def test_an_expert_that_predicts_noise_cannot_learn_few_steps() -> None:
     epsilon = ["expert.prediction=epsilon", "distillation.num_inference_steps=4"]
     with pytest.raises(ConfigError, match=r"null for expert\.prediction=epsilon"):
         check_distillation(load("quickstart", epsilon))
+
+
+def test_the_oracle_is_refused_as_one_expert_has_no_choice() -> None:
+    named = ["evaluation.name=oracle", "evaluation.oracle=true"]
+    with pytest.raises(ConfigError, match=r"evaluation\.oracle=True .*: one expert has no choice"):
+        check_distillation(load("quickstart", named))
+    check_distillation(load("quickstart", named[:1]))

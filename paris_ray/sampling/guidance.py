@@ -116,7 +116,7 @@ def guided_velocity(
     null_text: EncodedText | None,
     guidance_scale: float,
 ) -> Tensor:
-    """Return uncond + guidance_scale * (cond - uncond), `(B, C, H, W)`, in one forward pass.
+    """Return the guided velocity `(B, C, H, W)`, with and without the text in one forward pass.
 
     Latents move to the expert's device, and the answer back to theirs; it has their data type.
 
@@ -127,8 +127,6 @@ def guided_velocity(
         text: Its encoding of the B captions.
         null_text: Its encoding of the null text, a batch of one; may be None at a scale of 1.
         guidance_scale: 1 asks for the conditional velocity alone.
-
-    Source: classifier-free guidance, Ho and Salimans 2022 (arXiv:2207.12598).
     """
     count, home, device = len(latents), latents.device, expert.pos_embed.device
     latents, times = latents.to(device), torch.full((count,), t, device=device)
@@ -138,4 +136,12 @@ def guided_velocity(
     both = EncodedText.concatenate([text, *[null_text] * count])
     velocity = predict_velocity(expert, latents.repeat(2, 1, 1, 1), times.repeat(2), both)
     conditional, unconditional = velocity.chunk(2)
-    return (unconditional + guidance_scale * (conditional - unconditional)).to(home)
+    return guide(conditional, unconditional, guidance_scale).to(home)
+
+
+def guide(conditional: Tensor, unconditional: Tensor, guidance_scale: float) -> Tensor:
+    """Return unconditional + guidance_scale * (conditional - unconditional), `(B, C, H, W)`.
+
+    Source: classifier-free guidance, Ho and Salimans 2022 (arXiv:2207.12598).
+    """
+    return unconditional + guidance_scale * (conditional - unconditional)

@@ -305,7 +305,12 @@ def test_the_card_sets_the_models_beside_each_other(
 ) -> None:
     def facts(mean: float) -> dict[str, Any]:
         share = {"mean": mean, "low": 0.0, "high": 1.0}
-        shown = {"captions": 9, "attributes": {"all": share}, "caption_recall": share}
+        shown = {
+            "captions": 9,
+            "gallery": 10,
+            "caption_recall": share,
+            "attributes": {"all": share},
+        }
         return {"shown": shown, "held_out": {"captions": 3, "attributes": {"all": share}}}
 
     single = load_bundle(str(single_bundle_path))
@@ -325,6 +330,8 @@ def test_the_card_sets_the_models_beside_each_other(
     assert "| Euler steps | 3 | 3 | 1 |" in text
     wanted = [f"{x:.4f} (0.0000 to 1.0000)" for x in (0.75, 0.5, 0.25)]
     assert f"| all right over 3 held-out captions | {' | '.join(wanted)} |" in text
+    recall = "caption recall over 9 training captions, among 10 pictures"
+    assert f"| {recall} | {' | '.join(wanted)} |" in text
     assert "licence" not in text
 
 

@@ -323,9 +323,12 @@ def test_the_name_of_an_evaluation_is_a_plain_folder(name: str) -> None:
 def test_a_configuration_is_changed_as_it_is_loaded() -> None:
     overrides = ["training.steps=7", "training.epochs=null", "cluster.features=both"]
     assert with_overrides(load("quickstart"), overrides) == load("quickstart", overrides)
-    for override in ("training.stepz=5", "training.steps=0", "training.steps=x"):
-        with pytest.raises(ConfigError, match=r"training\.step"):
+    for override in ("training.stepz=5", "training.steps=0", "training.steps=x", "training.steps"):
+        with pytest.raises(ConfigError) as caught:
             with_overrides(load("quickstart"), [override])
+        assert str(caught.value) == refusal(override)
+    with pytest.raises(ConfigError, match=r"^an override is not YAML: "):
+        with_overrides(load("quickstart"), ["training=[1"])
 
 
 QUICKSTART_CLIP = ["text.kind=clip", "text.path=openai/clip-vit-large-patch14"]

@@ -1,6 +1,7 @@
 """Who may use the API: holders of a key or, where there are none, this machine alone."""
 
 import logging
+import math
 from dataclasses import dataclass
 from ipaddress import ip_address
 from urllib.parse import urlsplit
@@ -62,6 +63,21 @@ class Access:
             rate = client.quotas.requests_per_minute
             raise too_many(f"The key {client.name!r} may send {rate} requests a minute", wait_s)
         return client
+
+    def check_steps(self, client: Client, picture_steps: int) -> None:
+        """Count the steps of the pictures that a request wants.
+
+        Raises:
+            ApiError: 429, if they are more than its key may have drawn now.
+        """
+        wait_s = 0.0 if self._keys is None else self._keys.wait_for_steps_s(client, picture_steps)
+        if wait_s == 0:
+            return
+        rate = client.quotas.picture_steps_per_minute
+        message = f"The key {client.name!r} may have {rate} picture steps drawn a minute"
+        if wait_s == math.inf:
+            message += f", and the request is for {picture_steps}"
+        raise too_many(message, min(wait_s, 60.0))
 
 
 def check_local(connection: HTTPConnection) -> None:

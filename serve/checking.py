@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Literal
 
 from paris_ray.bundle import Bundle, Dtype
+from paris_ray.diffusion import num_evaluations
 from paris_ray.encoders.inspection import TextInspector, TextReport, is_blank
 from paris_ray.errors import ParisError
 from paris_ray.pictures import LoRARecord, PictureFormat, Sampling
@@ -96,7 +97,15 @@ class Order:
     allow_degraded: bool
     unused: tuple[RequestWarning, ...]
 
-    def draw_request(self, *, id: str, client: str, timeout_s: float) -> DrawRequest:
+    @property
+    def picture_steps(self) -> int:
+        """What it costs: evaluations of the velocity, of all pictures together."""
+        evaluations = num_evaluations(self.options.solver, self.options.num_inference_steps)
+        return len(self.prompts) * self.n * evaluations
+
+    def draw_request(
+        self, *, id: str, client: str, timeout_s: float, max_pictures_of_client: int | None = None
+    ) -> DrawRequest:
         """Return what the Sampler is asked."""
         return DrawRequest(
             id=id,
@@ -107,6 +116,7 @@ class Order:
             timeout_s=timeout_s,
             partial_images=self.partial_images,
             allow_degraded=self.allow_degraded,
+            max_pictures_of_client=max_pictures_of_client,
         )
 
     def picture_request(self, picture: int) -> ImagesRequest:

@@ -24,6 +24,7 @@ class DrawRequest:
         timeout_s: Seconds after which nobody waits for it any more.
         partial_images: How many unfinished states of each picture are sent before the last.
         allow_degraded: Whether it may be finished without an expert that is lost.
+        max_pictures_of_client: The most pictures that the client may have in work or waiting.
     """
 
     id: str
@@ -34,6 +35,7 @@ class DrawRequest:
     timeout_s: float
     partial_images: int = 0
     allow_degraded: bool = True
+    max_pictures_of_client: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

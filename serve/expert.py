@@ -191,7 +191,8 @@ class ExpertClient:
     """
 
     def __init__(self, handle: DeploymentHandle[Any]) -> None:
-        self._handle = handle
+        # By value over gRPC: by reference, arrays of a batch would go through the object store.
+        self._handle = handle.options(_by_reference=False)
         self._known: OrderedDict[bytes, None] = OrderedDict()  # texts that were sent
 
     async def ask(self, calls: Sequence[ExpertCall]) -> list[Tensor]:

@@ -20,6 +20,7 @@ from serve.access import Access, Frontage
 from serve.checking import Order, Served, check
 from serve.drawing import Drawing, DrawRequest
 from serve.errors import invalid
+from serve.keys import Client
 from serve.links import FileCache, LinkError, Links, LinkTarget, cluster_secret
 from serve.relay import Samplers
 from serve.schemas import (
@@ -28,6 +29,7 @@ from serve.schemas import (
     ImagesRequest,
     Model,
     ModelFacts,
+    Readiness,
     SamplingDefaults,
 )
 from serve.source import BundleSource
@@ -36,6 +38,7 @@ PAGE = Path(__file__).parent / "web" / "index.html"
 RANDOM_SEEDS = 2**32  # seeds we draw: short for people, and exact as JavaScript numbers
 LATENCY_BUCKETS_S = [0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100]
 HEALTH_TIMEOUT_S = 5
+READY_TIMEOUT_S = 0.8  # so that it is answered within a second
 
 
 class HttpOptions(BaseModel):
@@ -58,14 +61,12 @@ class Caller(BaseModel):
     """Who sends a request.
 
     Attributes:
-        client: Name of its key, `local` where there are none; None for a route that needs none.
-        is_admin: Whether it may cancel requests of others.
+        client: Its key, `local` where there are none; None for a route that needs none.
         request_id: What the client calls the request, or we for it.
         base_url: What links begin with.
     """
 
-    client: str | None
-    is_admin: bool
+    client: Client | None
     request_id: str
     base_url: str
 
@@ -128,6 +129,14 @@ class Ingress:
             await self.samplers.check_health(HEALTH_TIMEOUT_S)
             self._loaded = True
 
+    async def readiness(self) -> Readiness:
+        """Return what a Sampler says of itself.
+
+        Raises:
+            ApiError: 503, if none does at once.
+        """
+        return Readiness(**await self.samplers.state(READY_TIMEOUT_S))
+
     def models(self) -> list[Model]:
         """Return the one model that is served, under all of its names."""
         bundle = self.served.bundle
@@ -162,7 +171,7 @@ class Ingress:
             ApiError: 408, 429, 499 or 503.
         """
         began = time.perf_counter()
-        request = self._draw_request(order, caller.client, caller.request_id)
+        request = self._own_request(order, caller)
         drawing = await self.samplers.draw(request)
         files = await asyncio.to_thread(pictures.encode_all, order, drawing, self.served)
         self._images.inc(len(files))
@@ -176,7 +185,7 @@ class Ingress:
             ApiError: as `draw`.
         """
         began, id = time.perf_counter(), caller.request_id
-        request = self._draw_request(order, caller.client, id)
+        request = self._own_request(order, caller)
         async for message in self.samplers.stream(request):
             if not isinstance(message, Drawing):
                 yield await asyncio.to_thread(pictures.encode_partial, order, message, self.served)
@@ -205,22 +214,32 @@ class Ingress:
         order = self.check(target.request)
         file = self._files.get(token)
         if file is None:
-            request = self._draw_request(order, target.client, request_id)
+            request = order.draw_request(
+                id=request_id, client=target.client, timeout_s=self.options.timeout_s
+            )
             drawing = await self.samplers.draw(request)
             (file,) = await asyncio.to_thread(pictures.encode_all, order, drawing, self.served)
             self._files.put(token, file)
         return file, f"image/{order.output_format}"
 
-    def _draw_request(self, order: Order, client: str | None, request_id: str) -> DrawRequest:
+    def _own_request(self, order: Order, caller: Caller) -> DrawRequest:
+        """Return what the Sampler is asked for a caller, within the caller's quotas."""
+        client = caller.client
         assert client is not None  # the gate lets nobody else draw
-        return order.draw_request(id=request_id, client=client, timeout_s=self.options.timeout_s)
+        self.access.check_steps(client, order.picture_steps)
+        return order.draw_request(
+            id=caller.request_id,
+            client=client.name,
+            timeout_s=self.options.timeout_s,
+            max_pictures_of_client=client.quotas.concurrent_pictures,
+        )
 
     def _data(self, order: Order, picture: int, file: bytes, caller: Caller) -> ImageData:
         if not order.as_url:
             return ImageData(b64_json=base64.b64encode(file).decode())
         request = order.picture_request(picture)
         assert caller.client is not None
-        target = LinkTarget(request=request, client=caller.client, bundle=self.served.digest)
+        target = LinkTarget(request=request, client=caller.client.name, bundle=self.served.digest)
         token = self._links.sign(target)
         self._files.put(token, file)
         return ImageData(url=f"{caller.base_url}/v1/images/files/{token}.{order.output_format}")

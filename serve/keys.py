@@ -13,6 +13,7 @@ Any other file holds one key, as it is, without quotas.
 import hashlib
 import hmac
 import logging
+import math
 import os
 import time
 from collections.abc import Callable
@@ -115,8 +116,20 @@ class KeyRing:
 
     def wait_s(self, client: Client) -> float:
         """Count one request; return 0 or, if it is one too many, the seconds until the next."""
-        rate = client.quotas.requests_per_minute
-        return 0.0 if rate is None else self._limits.take(client.name, rate, self._clock())
+        return self._take(client, "requests", client.quotas.requests_per_minute, 1)
+
+    def wait_for_steps_s(self, client: Client, picture_steps: int) -> float:
+        """Count the steps of some pictures; return 0 or the seconds until there is room for them.
+
+        Infinite if they are more than a whole minute's.
+        """
+        rate = client.quotas.picture_steps_per_minute
+        return self._take(client, "picture steps", rate, picture_steps)
+
+    def _take(self, client: Client, kind: str, rate: int | None, count: int) -> float:
+        if rate is None:
+            return 0.0
+        return self._limits.take((client.name, kind), rate, count, self._clock())
 
     def _look(self) -> None:
         if self._clock() - self._looked_at < LOOK_EVERY_S:
@@ -145,33 +158,35 @@ class TokenBucket:
         self.rate = rate
         self._tokens, self._time = float(rate), now
 
-    def take(self, now: float) -> float:
-        """Take one and return 0 or, if there is none, return the seconds until there is one."""
+    def take(self, count: int, now: float) -> float:
+        """Take some and return 0 or, if there are too few, the seconds until there are enough."""
         passed = max(0.0, now - self._time)
         self._tokens = min(self.rate, self._tokens + passed * self.rate / 60)
         self._time = max(now, self._time)
-        if self._tokens < 1:
-            return (1 - self._tokens) * 60 / self.rate
-        self._tokens -= 1
+        if count > self.rate:
+            return math.inf
+        if self._tokens < count:
+            return (count - self._tokens) * 60 / self.rate
+        self._tokens -= count
         return 0.0
 
 
 class RateLimits:
-    """One bucket a key: as many as there are keys."""
+    """One bucket a key and kind of limit: as many as there are keys, times two."""
 
     def __init__(self) -> None:
-        self._buckets: dict[str, TokenBucket] = {}
+        self._buckets: dict[tuple[str, str], TokenBucket] = {}
 
-    def take(self, name: str, rate: int, now: float) -> float:
-        """Take one from a key's bucket; see `TokenBucket.take`."""
+    def take(self, name: tuple[str, str], rate: int, count: int, now: float) -> float:
+        """Take some from the bucket of a key and kind; see `TokenBucket.take`."""
         bucket = self._buckets.get(name)
         if bucket is None or bucket.rate != rate:
             bucket = self._buckets[name] = TokenBucket(rate, now)
-        return bucket.take(now)
+        return bucket.take(count, now)
 
     def keep(self, names: set[str]) -> None:
-        """Forget the buckets of all others."""
-        self._buckets = {name: b for name, b in self._buckets.items() if name in names}
+        """Forget the buckets of all other keys."""
+        self._buckets = {name: b for name, b in self._buckets.items() if name[0] in names}
 
 
 def digest_of(secret: str) -> str:

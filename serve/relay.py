@@ -120,6 +120,14 @@ class Samplers:
         except (TimeoutError, RayActorError, BackPressureError, DeploymentUnavailableError):
             raise unavailable("The model is not loaded. Ask again") from None
 
+    async def state(self, timeout_s: float) -> dict[str, Any]:
+        """Return what a Sampler says of itself, see `Sampler.state`; raises as `check_health`."""
+        try:
+            state: dict[str, Any] = await asyncio.wait_for(self._handle.state.remote(), timeout_s)
+        except (TimeoutError, RayActorError, BackPressureError, DeploymentUnavailableError):
+            raise unavailable("The model is not loaded. Ask again") from None
+        return state
+
 
 def _time_left(deadline: float) -> float:
     left = deadline - time.monotonic()
@@ -134,9 +142,9 @@ def _errors_for_clients() -> Iterator[None]:
     try:
         yield
     except QueueFullError as error:
-        raise _queue_full(error.position, error.retry_after_s) from error
+        raise _queue_full(error.reason, error.position, error.retry_after_s) from error
     except BackPressureError as error:
-        raise _queue_full(None, 1) from error
+        raise _queue_full("the Samplers are busy", None, 1) from error
     except (DeadlineError, TimeoutError) as error:
         refusal = too_slow("The pictures were not finished in the time that a request has")
         # What did not fit once would not fit again: OpenAI's clients obey this header.
@@ -150,10 +158,9 @@ def _errors_for_clients() -> Iterator[None]:
         raise unavailable(message) from error
 
 
-def _queue_full(position: int | None, retry_after_s: float) -> ApiError:
-    place = "" if position is None else f": {position} pictures wait already"
+def _queue_full(reason: str, position: int | None, retry_after_s: float) -> ApiError:
     headers = retry_after(retry_after_s)
-    message = f"There is no room for the request{place}. Send it again when Retry-After says"
+    message = f"There is no room for the request now: {reason}. Send it again after Retry-After"
     if position is not None:
         headers["X-Paris-Queue-Position"] = str(position)
     detail = ErrorDetail(message=message, type="rate_limit_error", code="queue_full")

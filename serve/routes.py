@@ -27,6 +27,7 @@ from serve.schemas import (
     ImagesResponse,
     Model,
     ModelList,
+    Readiness,
 )
 
 # A stream that fails before this has an error's status; later, the error is an event of it.
@@ -54,8 +55,7 @@ async def current_caller(request: Request, ingress: Current) -> Caller:
     """Return who sends a request, as the gate found."""
     client: Client | None = request.state.client
     return Caller(
-        client=None if client is None else client.name,
-        is_admin=client is not None and client.role == "admin",
+        client=client,
         request_id=request.state.request_id,
         base_url=(ingress.options.public_url or str(request.base_url)).rstrip("/"),
     )
@@ -114,11 +114,11 @@ async def cancel_images(
 
     An admin's key may cancel requests of another `client`, by the name of its key.
     """
-    owner = caller.client if client is None else client
-    if owner != caller.client and not caller.is_admin:
+    assert caller.client is not None  # the gate lets nobody else cancel
+    owner = caller.client.name if client is None else client
+    if owner != caller.client.name and caller.client.role != "admin":
         message = "Only an admin's key may cancel requests of others"
         raise ApiError(403, ErrorDetail(message=message, type="permission_error", param="client"))
-    assert owner is not None
     step = await ingress.samplers.cancel(owner, id)
     if step is None:
         message = f"id={id[:80]!r} is not being drawn"
@@ -177,6 +177,12 @@ async def healthz(ingress: Current) -> dict[str, str]:
     """Say that requests are answered; 503 while the model is loading."""
     await ingress.check_sampler()
     return {"status": "ok"}
+
+
+@open_routes.get("/readyz", responses=openapi.errors(403, 500, 503))
+async def readyz(ingress: Current) -> Readiness:
+    """Say whether pictures can be drawn, and which experts do not answer."""
+    return await ingress.readiness()
 
 
 @open_routes.get("/", response_class=HTMLResponse, responses=openapi.errors(403, 500, 503))

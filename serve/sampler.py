@@ -85,6 +85,15 @@ class Sampler:
         """Raise if the device has failed: CUDA errors stick, so the process must be replaced."""
         torch.ones((), device=self._bundle.device).item()
 
+    async def state(self) -> dict[str, Any]:
+        """Return the fields of `serve.schemas.Readiness`."""
+        return {
+            "num_experts": self._bundle.num_experts,
+            "failing_experts": [model for model in self._engine.failing if model != ROUTER],
+            "active_pictures": self._engine.num_active,
+            "waiting_pictures": self._engine.num_waiting,
+        }
+
     async def draw(self, request: DrawRequest) -> Drawing:
         """Draw the pictures of a request.
 

@@ -351,6 +351,24 @@ class ModelList(BaseModel):
     data: list[Model]
 
 
+class Readiness(BaseModel):
+    """Answer of `GET /readyz`, from one Sampler.
+
+    Attributes:
+        status: Always `ready`; a model that is not loaded is answered with 503.
+        num_experts: How many experts the model has.
+        failing_experts: Those that did not answer when they were last asked.
+        active_pictures: Pictures that are being drawn.
+        waiting_pictures: Pictures that wait to be drawn.
+    """
+
+    status: Literal["ready"] = "ready"
+    num_experts: int
+    failing_experts: list[int]
+    active_pictures: int
+    waiting_pictures: int
+
+
 class ErrorDetail(BaseModel):
     """What went wrong.
 

@@ -39,10 +39,10 @@ class QueueFullError(RuntimeError):
 
     def __init__(self, reason: str, position: int, retry_after_s: float) -> None:
         super().__init__(reason)
-        self.position, self.retry_after_s = position, retry_after_s
+        self.reason, self.position, self.retry_after_s = reason, position, retry_after_s
 
     def __reduce__(self) -> tuple[type["QueueFullError"], tuple[str, int, float]]:
-        return type(self), (str(self), self.position, self.retry_after_s)
+        return type(self), (self.reason, self.position, self.retry_after_s)
 
 
 class DeadlineError(RuntimeError):
@@ -459,9 +459,10 @@ class Engine:
         """How many evaluations of the velocity all that was admitted still needs."""
         return self._left
 
-    def num_calls(self, model: int) -> int:
-        """Return how many calls wait for a model."""
-        return len(self._lanes[model].waiting)
+    @property
+    def failing(self) -> list[int]:
+        """Which models did not answer when they were last asked."""
+        return [model for model, lane in self._lanes.items() if lane.failing_since is not None]
 
     # -- Pictures ------------------------------------------------------------------------------
 

@@ -1,31 +1,36 @@
-"""Measure the Serve application under load: what batching, hops and failures cost.
+"""Measure the Serve application under load: what batching, hops, adapters and failures cost.
 
-    python tests/benchmarks/bench_serving.py --bundle RUN/bundle [--seconds 10] [PART ...]
+    python tests/benchmarks/bench_serving.py --bundle RUN/bundle [--seconds 8] [PART ...]
 
-One Ray of its own on this machine, loopback only; clients are real HTTP clients in this process.
-Every figure is a ratio within one run, its sides measured in alternation. Nothing is asserted:
-a bar that is missed is printed as missed.
+One Ray of its own on this machine, loopback only; the clients are real HTTP clients in this
+process, which shares the cores. Every figure is a ratio within one run, its sides measured in
+alternation. Nothing is asserted: a bar that is missed is printed as missed.
 """
 
 import argparse
 import asyncio
+import os
+import random
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import httpx
 
 from jobs.command import ray_session
-from jobs.local_cluster import LOOPBACK, free_port
-from paris_ray.bundle import load_bundle
+from jobs.local_cluster import LOOPBACK, SERVE_EDGE, free_port
 
 IMAGES = "v1/images/generations"
 CLIENTS = 16
 ROUNDS = 3
+CANCELS = 1000
+KILL_PERIOD_S = 10.0
+Bodies = Callable[[int], dict[str, Any]]
 
 
 @dataclass
@@ -33,124 +38,267 @@ class Load:
     """What clients saw.
 
     Attributes:
-        seconds: Of each answered request.
+        seconds: Of each request.
         statuses: How many answers had each status; -1 where there was none.
         elapsed_s: Of all.
+        not_json: How many answers were not JSON.
     """
 
     seconds: list[float] = field(default_factory=list)
     statuses: dict[int, int] = field(default_factory=dict)
     elapsed_s: float = 0.0
+    not_json: int = 0
 
     @property
     def rate(self) -> float:
-        """Answered requests a second."""
+        """Pictures a second."""
         return self.statuses.get(200, 0) / self.elapsed_s
 
-    def quantile(self, share: float) -> float:
+    def milliseconds(self, share: float) -> float:
         """The latency that a share of the requests did not exceed."""
-        return sorted(self.seconds)[min(len(self.seconds) - 1, int(share * len(self.seconds)))]
+        return (
+            1000 * sorted(self.seconds)[min(len(self.seconds) - 1, int(share * len(self.seconds)))]
+        )
 
 
-async def load(
-    url: str, bodies: Callable[[int], dict[str, object]], clients: int, s: float
-) -> Load:
+async def load(url: str, bodies: Bodies, clients: int, seconds: float) -> Load:
     """Let some clients ask one request after the other for some seconds."""
     result, number = Load(), iter(range(10**9))
     began = time.perf_counter()
 
     async def client() -> None:
         async with httpx.AsyncClient(base_url=url, timeout=300) as http:
-            while time.perf_counter() - began < s:
-                asked = time.perf_counter()
-                try:
-                    status = (await http.post(IMAGES, json=bodies(next(number)))).status_code
-                except httpx.HTTPError:
-                    status = -1
-                result.statuses[status] = result.statuses.get(status, 0) + 1
-                result.seconds.append(time.perf_counter() - asked)
+            while time.perf_counter() - began < seconds:
+                await ask(http, bodies(next(number)), result)
 
     await asyncio.gather(*(client() for _ in range(clients)))
     result.elapsed_s = time.perf_counter() - began
     return result
 
 
-@contextmanager
-def application(bundle: str, **args: object) -> Iterator[str]:
-    """Serve a bundle; give the URL."""
-    from ray import serve
-
-    from serve.app import AppArgs, build
-
-    serve.run(build(AppArgs(**{"bundle": bundle} | args)), name="bench", route_prefix="/bench")
-    yield f"http://{LOOPBACK}:{PORT}/bench/"
-    serve.delete("bench")
-
-
-PORT = free_port()
+async def ask(http: httpx.AsyncClient, body: dict[str, Any], result: Load) -> None:
+    """Send one request and note what came of it."""
+    began = time.perf_counter()
+    try:
+        answer = await http.post(IMAGES, json=body)
+        status = answer.status_code
+        result.not_json += not answer.headers["content-type"].startswith("application/json")
+    except httpx.HTTPError:
+        status = -1
+    result.statuses[status] = result.statuses.get(status, 0) + 1
+    result.seconds.append(time.perf_counter() - began)
 
 
-def prompts_of(bundle: str) -> Sequence[str]:
-    """Captions of the bundle, which different experts draw."""
-    return load_bundle(bundle).facts.example_prompts
+class Bench:
+    """One Serve of this run.
 
+    Args:
+        bundle: Path of a bundle.
+        seconds: Of each measurement.
+    """
 
-def in_process(bundle: str, seconds: float) -> float:
-    """Requests a second of `generate`, in a process of its own, one picture each."""
-    code = f"""
+    def __init__(self, bundle: str, seconds: float) -> None:
+        from paris_ray.bundle import load_bundle
+
+        self.bundle, self.seconds, self.port = bundle, seconds, free_port()
+        self.prompts = load_bundle(bundle).facts.example_prompts
+
+    def bodies(self, number: int) -> dict[str, Any]:
+        """Requests for one picture, of captions that different experts draw."""
+        return {"prompt": self.prompts[number % len(self.prompts)], "seed": number}
+
+    @contextmanager
+    def application(self, **args: Any) -> Iterator[str]:
+        """Serve the bundle, warm; give the URL."""
+        from ray import serve
+
+        from serve.app import AppArgs, build
+
+        serve.run(build(AppArgs(bundle=self.bundle, **args)), name="bench", route_prefix="/bench")
+        url = f"http://{LOOPBACK}:{self.port}/bench/"
+        self.run(url, CLIENTS, 3)
+        yield url
+        serve.delete("bench")
+
+    def run(self, url: str, clients: int, seconds: float | None = None) -> Load:
+        """Let some clients ask for pictures of all captions."""
+        return asyncio.run(load(url, self.bodies, clients, seconds or self.seconds))
+
+    def in_process(self) -> float:
+        """Pictures a second of `generate`, one after the other, in a process of its own."""
+        code = f"""
 import time, torch
 torch.set_num_threads(1)
 from paris_ray.bundle import load_bundle
-from paris_ray.sampling import generate
 from paris_ray.reports import png_bytes
-bundle = load_bundle({bundle!r})
+from paris_ray.sampling import generate
+bundle = load_bundle({self.bundle!r})
 prompts, count = bundle.facts.example_prompts, 0
 generate(bundle, list(prompts))
 began = time.perf_counter()
-while time.perf_counter() - began < {seconds}:
+while time.perf_counter() - began < {self.seconds}:
     png_bytes(generate(bundle, [prompts[count % len(prompts)]], seed=count)[0])
     count += 1
 print(count / (time.perf_counter() - began))
 """
-    return float(
-        subprocess.run([sys.executable, "-c", code], check=True, stdout=-1, text=True).stdout
-    )
+        command = [sys.executable, "-c", code]
+        return float(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
 
 
-def throughput(bundle: str, seconds: float, colocated: bool) -> None:
-    """Print what 16 clients get over one, and one client over `generate`."""
-    prompts = prompts_of(bundle)
-    bodies = lambda i: {"prompt": prompts[i % len(prompts)], "seed": i}  # noqa: E731
-    rates: dict[str, list[float]] = {"generate": [], "one": [], "many": []}
-    with application(bundle, colocated=colocated) as url:
-        asyncio.run(load(url, bodies, CLIENTS, 3))
+def batching(bench: Bench) -> None:
+    """Sixteen clients against one, and one client against `generate`."""
+    for colocated in (True, False):
+        many, over, latency = [], [], []
+        with bench.application(colocated=colocated) as url:
+            for _ in range(ROUNDS):
+                alone, one = bench.in_process(), bench.run(url, 1)
+                sixteen = bench.run(url, CLIENTS)
+                many.append(sixteen.rate / one.rate)
+                over.append(alone / one.rate)
+                latency.append(sixteen.milliseconds(0.95) / sixteen.milliseconds(0.5))
+        name = "colocated" if colocated else "separate"
+        report(f"{name}: {CLIENTS} clients over one", many, ">=", 3)
+        report(f"{name}: one request over in-process generate", over, "<=", 1.2)
+        report(f"{name}: p95 over p50 of {CLIENTS} clients", latency, "<=", 2)
+
+
+def skew(bench: Bench) -> None:
+    """Nine of ten requests want the same expert."""
+    spread = []
+    with bench.application(colocated=False) as url:
+        rng = random.Random(0)
+        prompts = [
+            bench.prompts[0] if rng.random() < 0.9 else rng.choice(bench.prompts)
+            for _ in range(997)
+        ]
+        bodies = lambda i: {"prompt": prompts[i % len(prompts)], "seed": i}  # noqa: E731
         for _ in range(ROUNDS):
-            rates["generate"].append(in_process(bundle, seconds / 2))
-            one = asyncio.run(load(url, bodies, 1, seconds))
-            many = asyncio.run(load(url, bodies, CLIENTS, seconds))
-            rates["one"].append(one.rate)
-            rates["many"].append(many.rate)
-            print(
-                f"  one {one.rate:.1f}/s p50 {one.quantile(0.5) * 1e3:.0f} ms; many {many.rate:.1f}/s p50 {many.quantile(0.5) * 1e3:.0f} p95 {many.quantile(0.95) * 1e3:.0f} ms {many.statuses}; generate {rates['generate'][-1]:.1f}/s",
-                flush=True,
-            )
-    middle = {name: statistics.median(each) for name, each in rates.items()}
+            seen = asyncio.run(load(url, bodies, CLIENTS, bench.seconds))
+            spread.append(seen.milliseconds(0.95) / seen.milliseconds(0.5))
+    report("separate: p95 over p50 where one expert has most of the work", spread, "<=", 2)
+
+
+def cancelling(bench: Bench) -> None:
+    """A thousand requests, each hung up on; afterwards the server is as idle as before."""
+    with bench.application(colocated=True) as url:
+        before = bench.run(url, 1).milliseconds(0.5)
+        asyncio.run(hang_up(url, bench, CANCELS))
+        after = bench.run(url, 1).milliseconds(0.5)
+    report(f"latency after {CANCELS} hang-ups over before", [after / before], "<=", 1.05)
+
+
+async def hang_up(url: str, bench: Bench, count: int) -> None:
+    """Send requests of a hundred steps and close their connections after a while."""
+    async with httpx.AsyncClient(base_url=url) as http:
+        for i in range(count):
+            try:
+                body = bench.bodies(i) | {"num_inference_steps": 100, "n": 4}
+                await http.post(IMAGES, json=body, timeout=0.02)
+            except httpx.TimeoutException:
+                continue
+
+
+def overload(bench: Bench) -> None:
+    """Two hundred requests at once, and the health check meanwhile."""
+    with bench.application(colocated=True, limits={"max_waiting_pictures": 64}) as url:
+        seen, health = asyncio.run(flood(url, bench, 200))
+    print(f"200 at once: statuses {seen.statuses}, not JSON {seen.not_json}")
+    report("slowest /healthz meanwhile, seconds", [max(health)], "<=", 1)
+
+
+async def flood(url: str, bench: Bench, count: int) -> tuple[Load, list[float]]:
+    """Send many requests at once; return what came of them, and seconds of health checks."""
+    seen, health, done = Load(), [], asyncio.Event()
+
+    async def check(http: httpx.AsyncClient) -> None:
+        while not done.is_set():
+            began = time.perf_counter()
+            await http.get("healthz")
+            health.append(time.perf_counter() - began)
+            await asyncio.sleep(0.1)
+
+    limits = httpx.Limits(max_connections=None)
+    async with httpx.AsyncClient(base_url=url, timeout=300, limits=limits) as http:
+        checking = asyncio.create_task(check(http))
+        await asyncio.gather(*(ask(http, bench.bodies(i), seen) for i in range(count)))
+        done.set()
+        await checking
+    return seen, health
+
+
+def kills(bench: Bench) -> None:
+    """A replica is killed every ten seconds under load."""
+    for deployment in ("Expert-", "Sampler"):
+        with bench.application(colocated=False) as url:
+            quiet = bench.run(url, 4)
+            seen = asyncio.run(under_fire(url, bench, deployment))
+        failed = sum(count for status, count in seen.statuses.items() if status != 200)
+        print(f"{deployment.strip('-')} killed every {KILL_PERIOD_S:.0f} s: {seen.statuses}")
+        report("requests that failed", [failed], "<=", 0)
+        report("answers that are not JSON", [seen.not_json], "<=", 0)
+        report(
+            "p99 over that without kills",
+            [seen.milliseconds(0.99) / quiet.milliseconds(0.99)],
+            "<=",
+            3,
+        )
+
+
+async def under_fire(url: str, bench: Bench, deployment: str) -> Load:
+    """Load four clients while replicas of a deployment are killed."""
+
+    async def shoot() -> None:
+        import ray
+
+        while True:
+            await asyncio.sleep(KILL_PERIOD_S)
+            names = [a["name"] for a in ray.util.list_named_actors(all_namespaces=True)]
+            targets = [name for name in names if f"bench#{deployment}" in name]
+            if targets:
+                ray.kill(ray.get_actor(random.choice(targets), namespace="serve"))
+
+    shooting = asyncio.create_task(shoot())
+    seen = await load(url, bench.bodies, 4, 4.5 * KILL_PERIOD_S)
+    shooting.cancel()
+    return seen
+
+
+def report(what: str, values: list[float], sign: str, bar: float) -> None:
+    """Print the median of some measurements beside its bar."""
+    middle = statistics.median(values)
+    met = middle >= bar if sign == ">=" else middle <= bar
+    each = ", ".join(f"{value:.2f}" for value in values)
     print(
-        f"{'colocated' if colocated else 'separate'}: {middle['many'] / middle['one']:.2f} 16 clients over one (bar 3); {middle['generate'] / middle['one']:.2f} one client's time over generate's (bar 1.2)"
+        f"{what}: {middle:.2f} of {each} (bar {sign} {bar}{'' if met else ': MISSED'})", flush=True
     )
+
+
+PARTS = {
+    "batching": batching,
+    "skew": skew,
+    "cancelling": cancelling,
+    "overload": overload,
+    "kills": kills,
+}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--bundle", required=True)
-    parser.add_argument("--seconds", type=float, default=10)
-    arguments = parser.parse_args()
+    """Print the parts."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("parts", nargs="*", metavar="PART", help=", ".join(PARTS))
+    parser.add_argument("--bundle", default="runs/bench/quickstart/bundle")
+    parser.add_argument("--seconds", type=float, default=8)
+    options = parser.parse_args()
+    if unknown := set(options.parts) - PARTS.keys():
+        parser.error(f"unknown: {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
+    os.environ |= SERVE_EDGE
     with ray_session(None):
         from ray import serve
 
-        serve.start(http_options={"host": LOOPBACK, "port": PORT})
-        for colocated in (True, False):
-            throughput(arguments.bundle, arguments.seconds, colocated)
+        bench = Bench(options.bundle, options.seconds)
+        serve.start(http_options={"host": LOOPBACK, "port": bench.port})
+        for name in options.parts or PARTS:
+            PARTS[name](bench)
         serve.shutdown()
 
 

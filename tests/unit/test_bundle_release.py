@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from expert_calls import answer_alone, first_expert_calls
 
 from paris_ray.artifacts import Folder
 from paris_ray.bundle import Bundle, load_bundle
@@ -25,14 +26,8 @@ from paris_ray.models import Expert
 from paris_ray.run import EXPERT_WEIGHTS, ROUTER_WEIGHTS
 from paris_ray.sampling import generate
 from paris_ray.sampling.guidance import guided_velocity
-from paris_ray.sampling.sampler import (
-    LocalExperts,
-    Samples,
-    advance,
-    sample,
-    sampling_options,
-    start_denoising,
-)
+from paris_ray.sampling.local import LocalModels
+from paris_ray.sampling.sampler import Samples, sample, sampling_options
 
 PROMPTS = ["a red cat", "blue dog"]
 FEW = {"num_inference_steps": 3}
@@ -182,14 +177,13 @@ def test_threads_share_the_room_of_two_experts(
         return guided_velocity(*arguments)
 
     monkeypatch.setattr(Bundle, "_load_expert", counted)
-    monkeypatch.setattr("paris_ray.sampling.sampler.guided_velocity", slow)
+    monkeypatch.setattr("paris_ray.sampling.local.guided_velocity", slow)
     bundle = load_bundle(str(release_path), offload=True)
     options = sampling_options(bundle, routing="full", num_inference_steps=2)
-    calls = advance(start_denoising(bundle, bundle.encode_text(PROMPTS), [1, 2], options))
-    assert isinstance(calls, list)
-    experts = LocalExperts(bundle)
+    calls = first_expert_calls(bundle, bundle.encode_text(PROMPTS), [1, 2], options)
+    models = LocalModels(bundle)
     with ThreadPoolExecutor(6) as pool:
-        answers = list(pool.map(experts.answer, calls * 4))
+        answers = list(pool.map(lambda call: answer_alone(models, call), calls * 4))
     for i, answer in enumerate(answers):
         assert torch.equal(answer, answers[i % len(calls)])
     assert len(calls) == 3

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from expert_calls import answer_alone, first_expert_calls
 from numpy.typing import NDArray
 from torch import nn
 
@@ -18,13 +19,9 @@ from paris_ray.errors import ArtifactError, BundleError, ConfigError, ParisError
 from paris_ray.models.lora import Adapter
 from paris_ray.models.peft_layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS, save_adapter
 from paris_ray.sampling import generate
-from paris_ray.sampling.sampler import (
-    ExpertCall,
-    LocalExperts,
-    advance,
-    sampling_options,
-    start_denoising,
-)
+from paris_ray.sampling.calls import ExpertCall
+from paris_ray.sampling.local import LocalModels
+from paris_ray.sampling.sampler import sampling_options
 
 EXPERT = 1
 PROMPTS = ["a red cat", "a blue dog"]
@@ -85,15 +82,13 @@ def test_the_bundles_files_stay_as_they_are(release_path: Path, lora_path: Path)
 def test_only_its_expert_is_asked_to_use_it(release: Bundle, lora_path: Path) -> None:
     release.add_lora("mine", str(lora_path), expert=EXPERT)
     options = sampling_options(release, routing="full", lora="mine")
-    calls = advance(start_denoising(release, release.encode_text(PROMPTS), [0, 1], options))
-    assert isinstance(calls, list)
+    calls = first_expert_calls(release, release.encode_text(PROMPTS), [0, 1], options)
     assert [call.lora for call in calls] == [None, "mine", None]
-    experts = LocalExperts(release)
+    models = LocalModels(release)
     plain = sampling_options(release, routing="full")
-    others = advance(start_denoising(release, release.encode_text(PROMPTS), [0, 1], plain))
-    assert isinstance(others, list)
+    others = first_expert_calls(release, release.encode_text(PROMPTS), [0, 1], plain)
     equal = [
-        torch.equal(experts.answer(call), experts.answer(other))
+        torch.equal(answer_alone(models, call), answer_alone(models, other))
         for call, other in zip(calls, others, strict=True)
     ]
     assert equal == [True, False, True]
@@ -102,9 +97,7 @@ def test_only_its_expert_is_asked_to_use_it(release: Bundle, lora_path: Path) ->
 def first_call(bundle: Bundle, lora: str | None) -> ExpertCall:
     """The first question to the adapted expert."""
     options = sampling_options(bundle, routing="full", lora=lora)
-    calls = advance(start_denoising(bundle, bundle.encode_text(PROMPTS), [0, 1], options))
-    assert isinstance(calls, list)
-    return calls[EXPERT]
+    return first_expert_calls(bundle, bundle.encode_text(PROMPTS), [0, 1], options)[EXPERT]
 
 
 def test_what_an_expert_keeps_of_a_caption_is_not_mixed(
@@ -113,10 +106,10 @@ def test_what_an_expert_keeps_of_a_caption_is_not_mixed(
     path = write_lora(release, target_modules=("cross_attn.in_proj",))
     release.add_lora("mine", str(path), expert=EXPERT)
     with_lora, plain = first_call(release, "mine"), first_call(release, None)
-    shared = LocalExperts(release)
+    shared = LocalModels(release)
     for call in (with_lora, plain, with_lora):
-        assert torch.equal(shared.answer(call), LocalExperts(release).answer(call))
-    assert not torch.equal(shared.answer(with_lora), shared.answer(plain))
+        assert torch.equal(answer_alone(shared, call), answer_alone(LocalModels(release), call))
+    assert not torch.equal(answer_alone(shared, with_lora), answer_alone(shared, plain))
 
 
 def test_merged_equals_attached_and_weights_are_shared(release: Bundle, lora_path: Path) -> None:

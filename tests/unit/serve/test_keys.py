@@ -133,19 +133,19 @@ def test_no_window_has_more_than_the_rate_and_a_full_bucket(rate: int, waits: li
     bucket, now, taken = TokenBucket(rate, 0.0), 0.0, 0
     for wait in waits:
         now += wait
-        taken += bucket.take(now) == 0
+        taken += bucket.take(1, now) == 0
         assert taken <= rate + now * rate / 60 + 1e-6
 
 
 @given(st.integers(1, 1000))
 def test_after_the_wait_there_is_one_again(rate: int) -> None:
     bucket = TokenBucket(rate, 0.0)
-    assert [bucket.take(0.0) for _ in range(rate)] == [0.0] * rate
-    wait = bucket.take(0.0)
+    assert [bucket.take(1, 0.0) for _ in range(rate)] == [0.0] * rate
+    wait = bucket.take(1, 0.0)
     assert 0 < wait <= 60
-    assert bucket.take(wait / 2) > 0
-    assert bucket.take(wait + 1e-6) == 0
-    assert bucket.take(0.0) > 0  # a clock that goes back gives nothing
+    assert bucket.take(1, wait / 2) > 0
+    assert bucket.take(1, wait + 1e-6) == 0
+    assert bucket.take(1, 0.0) > 0  # a clock that goes back gives nothing
 
 
 def test_one_request_too_many(tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ def run_job(description: str, verb: str) -> None:
         config = load(arguments.config, arguments.overrides)
         refuse_relative_paths(local_paths(config))
         if arguments.dry_run:
-            _print_plan(config)
+            _print_plan(config, verb)
             return
         config = with_absolute_paths(config)
         with ray_session(arguments.address):
@@ -75,13 +75,15 @@ def fail(error: ParisError) -> int:
     return EXIT_USER_ERROR
 
 
-def _print_plan(config: Config) -> None:
+def _print_plan(config: Config, verb: str) -> None:
     # Imported only now: they import torch, and --help is quick.
     from paris_ray.planning import plan, render
     from paris_ray.sampling.routing import parse_routing
 
-    parse_routing(config.sampling.routing, config.cluster.num_clusters)
-    print(render(plan(config)))
+    num_experts = config.cluster.num_clusters
+    routing = parse_routing(config.sampling.routing, num_experts)
+    asked = routing.top_k or num_experts  # the other strategies may ask all
+    print(render(plan(config, distilled_from=asked if verb == "distil" else None)))
 
 
 def refuse_relative_paths(paths: Mapping[str, str]) -> None:

@@ -1,6 +1,6 @@
 """The model card of a bundle: what it is made of and what was measured on it, nothing else."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -113,7 +113,7 @@ def model_card(
         quarantined=sum(embeddings["quarantined"].values()),
         sizes=", ".join(map(str, cluster_sizes)),
         attribution=f"\n{attribution}" if attribution else "",
-        measured="\n".join(_measurements(router, losses, evaluation)),
+        measured=_table(_measurements(router, losses, evaluation)),
     )
     return card if evaluation is None else card + ACCURACY
 
@@ -141,9 +141,9 @@ def distilled_card(
     theirs, _ = ensemble.num_parameters()
     steps = [ensemble.facts.sampling.num_inference_steps]
     steps += [options.num_inference_steps for options in sampling.values()]
-    columns = [("", *measured), ("---", *["---"] * len(measured))]
-    columns += [("parameters of the experts", f"{sum(theirs):,}", *[f"{own:,}"] * len(sampling))]
-    columns += [("steps", *map(str, steps)), *_compared(measured)]
+    rows = [("", *measured), ("---", *["---"] * len(measured))]
+    rows += [("parameters of the experts", f"{sum(theirs):,}", *[f"{own:,}"] * len(sampling))]
+    rows += [("steps", *map(str, steps)), *_measured(list(measured.values()))]
     return (
         DISTILLED.format(
             name=bundle.facts.model_name,
@@ -154,27 +154,34 @@ def distilled_card(
             use=_use(bundle),
             rows=embeddings["rows"],
             attribution=f"\n{embeddings['attribution']}" if embeddings["attribution"] else "",
-            measured="\n".join(f"| {' | '.join(cells)} |" for cells in columns),
+            measured=_table(rows),
         )
         + ACCURACY
     )
 
 
-def _compared(measured: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, ...]]:
-    """Return a row a measure that all have, a column a model."""
+def _measured(models: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
+    """Return a row a measure that all have, a column a model, from facts of their evaluations."""
     rows = []
     for split, name in (("shown", "training"), ("held_out", "held-out")):
-        facts = [model.get(split, {}) for model in measured.values()]
-        for attribute in facts[0].get("attributes", {}):
-            what = f"{attribute} right over {facts[0]['captions']:,} {name} captions"
-            rows.append((what, *(_interval(f["attributes"][attribute]) for f in facts)))
-        if "frechet" in facts[0]:
-            what = f"Frechet distance (own features) over {facts[0]['captions']:,} {name} captions"
-            rows.append((what, *(f"{f['frechet']:.4f}" for f in facts)))
-        if "caption_recall" in facts[0]:
-            what = f"caption recall over {facts[0]['captions']:,} {name} captions"
+        if split not in models[0]:
+            continue
+        facts = [model[split] for model in models]
+        first, over = facts[0], f"over {facts[0]['captions']:,} {name} captions"
+        if "caption_recall" in first:
+            what = f"caption recall {over}, among {first['gallery']:,} pictures"
             rows.append((what, *(_interval(f["caption_recall"]) for f in facts)))
+        for attribute in first.get("attributes", {}):
+            shares = (_interval(f["attributes"][attribute]) for f in facts)
+            rows.append((f"{attribute} right {over}", *shares))
+        if "frechet" in first:
+            what = f"Frechet distance (own features) {over}"
+            rows.append((what, *(f"{f['frechet']:.4f}" for f in facts)))
     return rows
+
+
+def _table(rows: Iterable[Sequence[str]]) -> str:
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
 
 
 def _use(bundle: Bundle) -> str:
@@ -191,34 +198,17 @@ def _use(bundle: Bundle) -> str:
 
 def _measurements(
     router: Mapping[str, Any], losses: list[float], evaluation: Mapping[str, Any] | None
-) -> list[str]:
-    rows = [f"| last training loss of the experts | {', '.join(f'{x:.3f}' for x in losses)} |"]
+) -> Sequence[tuple[str, ...]]:
+    rows = [("last training loss of the experts", ", ".join(f"{x:.3f}" for x in losses))]
     for t, level in router.get("held_out", {}).get("levels", {}).items():
         what = f"held-out rows routed to their own cluster at t = {t}"
-        rows.append(f"| {what} | {level['accuracy']:.4f} |")
+        rows.append((what, f"{level['accuracy']:.4f}"))
     for t, share in router["right_cluster"].items():
-        rows.append(f"| training rows routed to their own cluster at t = {t} | {share:.4f} |")
-    if evaluation is not None:
-        shown = evaluation["shown"]
-        among = f"{shown['captions']:,} training captions, among {shown['gallery']:,} pictures"
-        rows.append(f"| caption recall over {among} | {_interval(shown['caption_recall'])} |")
-        rows += _split_rows("shown", shown)
-        rows += _split_rows("held-out", evaluation.get("held_out", {}))
-        usage = ", ".join(f"{share:.1%}" for share in evaluation["expert_usage"])
-        rows.append(f"| expert usage over those pictures | {usage} |")
-    return rows
-
-
-def _split_rows(name: str, facts: Mapping[str, Any]) -> list[str]:
-    """Return what was measured of the captions of a split."""
-    rows = []
-    for attribute, value in facts.get("attributes", {}).items():
-        what = f"{attribute} right over {facts['captions']:,} {name} captions"
-        rows.append(f"| {what} | {_interval(value)} |")
-    if "frechet" in facts:
-        what = f"Frechet distance (own features) over {facts['captions']:,} {name} captions"
-        rows.append(f"| {what} | {facts['frechet']:.4f} |")
-    return rows
+        rows.append((f"training rows routed to their own cluster at t = {t}", f"{share:.4f}"))
+    if evaluation is None:
+        return rows
+    usage = ", ".join(f"{share:.1%}" for share in evaluation["expert_usage"])
+    return [*rows, *_measured([evaluation]), ("expert usage over those pictures", usage)]
 
 
 def _interval(value: Mapping[str, float]) -> str:

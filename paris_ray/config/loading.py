@@ -1,6 +1,7 @@
 """A configuration from YAML and `key=value` overrides, and the paths in it."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import fields, is_dataclass, replace
 from functools import reduce
 from importlib import resources
@@ -56,13 +57,27 @@ def _allowed_keys(root: type[Any], full_key: str) -> list[str]:
     return [f.name for f in fields(section)] if is_dataclass(section) else []
 
 
-def _explain(root: type[Any], error: OmegaConfBaseException) -> ConfigError:
-    key = error.full_key or ""
-    reason = str(error).splitlines()[0]
-    if isinstance(error, ConfigKeyError):
+@contextmanager
+def _explained(root: type[Any], where: str) -> Iterator[None]:
+    """Raise what OmegaConf and YAML refuse as a ConfigError in the words of a user."""
+    try:
+        yield
+    except ConfigKeyError as error:
+        key = error.full_key or ""
         allowed = ", ".join(_allowed_keys(root, key))
-        return ConfigError(f"unknown key {key!r}; allowed here: {allowed}")
-    return ConfigError(f"{key}: {reason}" if key else reason)
+        raise ConfigError(f"unknown key {key!r}; allowed here: {allowed}") from None
+    except OmegaConfBaseException as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"{error.full_key}: {reason}" if error.full_key else reason) from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{where} is not YAML: {' '.join(str(error).split())}") from None
+
+
+def _read_overrides(overrides: Sequence[str]) -> DictConfig:
+    for override in overrides:
+        if "=" not in override:
+            raise ConfigError(f"override {override!r} is not of the form key=value")
+    return OmegaConf.from_dotlist(list(overrides))
 
 
 def load(name_or_path: str, overrides: Sequence[str] = ()) -> Config:
@@ -87,11 +102,9 @@ def with_overrides(config: Config, overrides: Sequence[str]) -> Config:
     Raises:
         ConfigError: like `load`.
     """
-    try:
-        changes = OmegaConf.from_dotlist(list(overrides))
+    with _explained(Config, "an override"):
+        changes = _read_overrides(overrides)
         changed = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(config), changes))
-    except OmegaConfBaseException as error:
-        raise _explain(Config, error) from None
     assert isinstance(changed, Config)
     check(changed)
     return changed
@@ -111,21 +124,9 @@ def load_lora(name_or_path: str = LORA, overrides: Sequence[str] = ()) -> LoRARu
 def _load(
     root: type[Root], name_or_path: str, packaged: Sequence[str], overrides: Sequence[str]
 ) -> Root:
-    for override in overrides:
-        if "=" not in override:
-            raise ConfigError(f"override {override!r} is not of the form key=value")
-    try:
-        merged = OmegaConf.merge(
-            OmegaConf.structured(root),
-            _read_yaml(name_or_path, packaged),
-            OmegaConf.from_dotlist(list(overrides)),
-        )
-        config = OmegaConf.to_object(merged)
-    except OmegaConfBaseException as error:
-        raise _explain(root, error) from None
-    except yaml.YAMLError as error:
-        where = f"config={name_or_path!r} or an override"
-        raise ConfigError(f"{where} is not YAML: {' '.join(str(error).split())}") from None
+    with _explained(root, f"config={name_or_path!r} or an override"):
+        changes, document = _read_overrides(overrides), _read_yaml(name_or_path, packaged)
+        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(root), document, changes))
     assert isinstance(config, root)
     return config
 

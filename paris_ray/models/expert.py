@@ -15,9 +15,9 @@ from paris_ray.models.conditioning import TextConditioning
 from paris_ray.models.layers import (
     Attention,
     CrossAttention,
+    Linear,
     PatchEmbed,
     TimestepEmbed,
-    VectorLinear,
     feed_forward,
     initialise_linear,
     modulate,
@@ -98,7 +98,7 @@ class ExpertFinalLayer(nn.Module):
         d = config.hidden_size
         self.norm = nn.LayerNorm(d, eps=config.layer_norm_eps, elementwise_affine=False)
         self.scale_shift_table = nn.Parameter(torch.zeros(2, d))
-        self.linear = nn.Linear(d, config.patch_size**2 * config.in_channels)
+        self.linear = Linear(d, config.patch_size**2 * config.in_channels)
 
     def initialise(self) -> None:
         """A random table, and an output of zero."""
@@ -131,11 +131,11 @@ class Expert(nn.Module):
         self.patch_embed = PatchEmbed(config.in_channels, config.patch_size, d)
         self.pos_embed = nn.Parameter(position_table(self.grid, d), requires_grad=False)
         self.time_embed = TimestepEmbed(d)
-        self.t_block = nn.Sequential(nn.SiLU(), VectorLinear(d, 6 * d))
+        self.t_block = nn.Sequential(nn.SiLU(), Linear(d, 6 * d))
         if config.text_injection == "spatial":
             self.text_proj: nn.Module = self._spatial_projection()
         else:
-            self.text_proj = nn.Linear(config.text_embed_dim, d)
+            self.text_proj = Linear(config.text_embed_dim, d)
         if config.text_injection == "both":
             self.pooled_text_proj = self._spatial_projection()
         self.layers: Any = nn.ModuleList(ExpertBlock(config) for _ in range(config.num_layers))
@@ -148,9 +148,9 @@ class Expert(nn.Module):
         """From a text vector to an addition to every patch token: `(B, D) -> (B, N * d)`."""
         config = self.config
         return nn.Sequential(
-            nn.Linear(config.text_embed_dim, config.text_hidden_size),
+            Linear(config.text_embed_dim, config.text_hidden_size),
             nn.SiLU(),
-            nn.Linear(config.text_hidden_size, self.grid**2 * config.hidden_size),
+            Linear(config.text_hidden_size, self.grid**2 * config.hidden_size),
         )
 
     def initialise(self) -> None:

@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 FREQUENCY_DIM = 256
 MAX_PERIOD = 10_000.0
+MANY_ROWS = 16  # of a product: from here on libraries compute each as in any longer one
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -54,23 +55,28 @@ def unpatchify(tokens: Tensor, grid: int, patch_size: int) -> Tensor:
 def apply_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Return `x W^T + b`; without gradients, a sample's bits do not depend on its batch.
 
-    Of tokens `(B, N, d)` every sample is many rows of one product, and libraries compute each row
-    as in any other product of many rows. Of one vector a sample, `(B, d)`, a batch of one would be
-    a product of a matrix with a vector, which is summed in another order: so all are.
+    Args:
+        x: `(B, N, in)` tokens, or `(B, in)`.
+        weight: `(out, in)`.
+        bias: `(out,)`, or None.
+
+    Libraries sum a row of a product of many rows alike, however many there are, but have other
+    ways for few rows: so a sample of few tokens, or of one vector, is a product of its own.
     """
-    if x.dim() > 2 or torch.is_grad_enabled():
+    tokens = x if x.dim() == 3 else x[:, None]
+    if torch.is_grad_enabled() or x.dim() > 3 or tokens.shape[1] >= MANY_ROWS:
         return functional.linear(x, weight, bias)
-    weights = weight.t().expand(len(x), -1, -1)
+    weights = weight.t().expand(len(tokens), -1, -1)
     if bias is None:
-        return torch.bmm(x[:, None], weights)[:, 0]
-    return torch.baddbmm(bias, x[:, None], weights)[:, 0]
+        return torch.bmm(tokens, weights).view(*x.shape[:-1], -1)
+    return torch.baddbmm(bias, tokens, weights).view(*x.shape[:-1], -1)
 
 
-class VectorLinear(nn.Linear):
-    """A linear layer of one vector a sample."""
+class Linear(nn.Linear):
+    """A linear layer by `apply_linear`."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """`(B, in) -> (B, out)`."""
+        """`(B, N, in) -> (B, N, out)`, or `(B, in) -> (B, out)`."""
         return apply_linear(x, self.weight, self.bias)
 
 
@@ -97,9 +103,9 @@ class TimestepEmbed(nn.Module):
     def __init__(self, hidden_size: int) -> None:
         super().__init__()
         self.mlp = nn.Sequential(
-            VectorLinear(FREQUENCY_DIM, hidden_size),
+            Linear(FREQUENCY_DIM, hidden_size),
             nn.SiLU(),
-            VectorLinear(hidden_size, hidden_size),
+            Linear(hidden_size, hidden_size),
         )
 
     def initialise(self) -> None:
@@ -112,12 +118,12 @@ class TimestepEmbed(nn.Module):
         return self.mlp(sinusoid(timesteps, FREQUENCY_DIM).to(next(self.parameters()).dtype))
 
 
-class FusedLinear(nn.Linear):
+class FusedLinear(Linear):
     """A linear layer whose outputs can also be computed in part."""
 
     def rows(self, x: Tensor, start: int, stop: int | None) -> Tensor:
         """Return output features `start` to `stop`: `(..., in) -> (..., stop - start)`."""
-        return functional.linear(x, self.weight[start:stop], self.bias[start:stop])
+        return apply_linear(x, self.weight[start:stop], self.bias[start:stop])
 
 
 class Attention(nn.Module):
@@ -131,7 +137,7 @@ class Attention(nn.Module):
         super().__init__()
         self.hidden_size, self.num_heads = hidden_size, num_heads
         self.in_proj: Any = FusedLinear(hidden_size, 3 * hidden_size)
-        self.out_proj = nn.Linear(hidden_size, hidden_size)
+        self.out_proj = Linear(hidden_size, hidden_size)
         self.register_state_dict_post_hook(_to_released_names)
         self.register_load_state_dict_pre_hook(_from_released_names)
 
@@ -212,7 +218,7 @@ def feed_forward(hidden_size: int, mlp_ratio: float) -> nn.Sequential:
     """Return the two-layer MLP of a block: `(B, N, d) -> (B, N, d)`."""
     inner = int(hidden_size * mlp_ratio)
     return nn.Sequential(
-        nn.Linear(hidden_size, inner), nn.GELU(approximate="tanh"), nn.Linear(inner, hidden_size)
+        Linear(hidden_size, inner), nn.GELU(approximate="tanh"), Linear(inner, hidden_size)
     )
 
 

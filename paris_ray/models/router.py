@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from paris_ray.config import RouterConfig
 from paris_ray.models.layers import (
     Attention,
+    Linear,
     PatchEmbed,
     TimestepEmbed,
-    VectorLinear,
     feed_forward,
     initialise_linear,
     modulate,
@@ -32,7 +32,7 @@ class RouterBlock(nn.Module):
         self.norm = nn.LayerNorm(d, eps=config.layer_norm_eps, elementwise_affine=False)
         self.attn = Attention(d, config.num_heads)
         self.mlp = feed_forward(d, config.mlp_ratio)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), VectorLinear(d, 6 * d))
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), Linear(d, 6 * d))
 
     def initialise(self) -> None:
         """Start as the identity."""
@@ -64,14 +64,14 @@ class Router(nn.Module):
         self.pos_embed = nn.Parameter(position_table(grid, d), requires_grad=False)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, d))
         self.time_embed = TimestepEmbed(d)
-        self.text_proj = VectorLinear(config.text_embed_dim, d) if config.text_embed_dim else None
+        self.text_proj = Linear(config.text_embed_dim, d) if config.text_embed_dim else None
         self.layers: Any = nn.ModuleList(RouterBlock(config) for _ in range(config.num_layers))
         self.head = nn.Sequential(
-            VectorLinear(d, d),
+            Linear(d, d),
             nn.GELU(),
             nn.LayerNorm(d, eps=config.layer_norm_eps),
             nn.GELU() if config.head_activation == "gelu" else nn.Identity(),
-            VectorLinear(d, config.num_experts),
+            Linear(d, config.num_experts),
         )
         self.gradient_checkpointing = False
         if not self.pos_embed.is_meta:

@@ -4,6 +4,7 @@ Models are built on the meta device, so nothing is allocated. Clusters are taken
 training to have one GPU of its own, and the fleet to be free; labels that pin experts are not read.
 Days follow from `fleet.gpus[].mfu`, which counts the model's own arithmetic, as the metric of
 training does: what the text encoder, recomputation or waiting for data takes lowers that number.
+Of a distillation it counts the teachers' too, which the metric does not.
 Not planned are prepare (encoding and clustering), sample grids and evaluation.
 """
 

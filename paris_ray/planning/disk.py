@@ -1,10 +1,11 @@
 """Bytes on disk: of a row of the corpus, and of a whole run."""
 
 from paris_ray.config import Config
-from paris_ray.models.flops import CLIP_TEXT_LENGTH
+from paris_ray.models.flops import CLIP_TEXT_LENGTH, parameter_count
 from paris_ray.planning.memory import FLOAT16, FLOAT32
 
 TOKEN_ID_BYTES = 2
+NUM_STATES = 4  # of a parameter in a checkpoint: weight, its average, Adam's two moments
 # Estimates: a photograph of 32 x 32 pixels as PNG; a short caption and a file name.
 THUMBNAIL_BYTES, CAPTION_BYTES = 2_400, 120
 # Widths of image features, by the beginning of features.model.
@@ -46,20 +47,28 @@ def _feature_bytes(model: str) -> int | None:
     return next((FLOAT32 * width for width in widths), None)
 
 
-def run_bytes(config: Config, num_rows: int, num_parameters: int) -> dict[str, int]:
+def run_bytes(
+    config: Config, num_rows: int, num_parameters: int, *, num_students: int = 0
+) -> dict[str, int]:
     """Return the bytes of a finished run; what is unknown of a row is not in them.
 
     Args:
         config: The run.
         num_rows: Rows of the corpus.
         num_parameters: Of all experts and the router.
+        num_students: Distilled models.
     """
     table = num_rows * sum(size or 0 for size in row_bytes(config).values())
     weights = FLOAT32 * num_parameters
-    return {
+    sizes = {
         "embeddings": table,
         "the same rows in shards": table,
-        "checkpoints": 4 * weights,  # weights, their average, Adam's two moments
+        "checkpoints": NUM_STATES * weights,
         "weights": weights,
         "the same weights in the bundle": weights,
     }
+    if num_students:
+        student = FLOAT32 * parameter_count(config.expert)
+        sizes["distilled models and their checkpoints"] = num_students * (1 + NUM_STATES) * student
+        sizes["the last of them in its bundle"] = student
+    return sizes

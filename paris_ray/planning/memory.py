@@ -21,6 +21,7 @@ class Memory:
     ema: int
     autocast: int
     text_encoder: int
+    teachers: int = 0
     activations: int
 
     @property
@@ -34,19 +35,21 @@ def training_memory(
     training: TrainingConfig,
     *,
     text_encoder_parameters: int = 0,
+    teacher_parameters: int = 0,
     text_length: int = CLIP_TEXT_LENGTH,
 ) -> Memory:
     """Return the bytes that training takes on its GPU.
 
     Of each parameter: 4 for the weight, 4 for its gradient, 8 for Adam's moments, 4 for the average
     (unless `ema_device=cpu`) and 2 for the bfloat16 copy that autocast multiplies with (unless
-    `precision=float32`). The frozen text encoder is in float32. Activations: `activation_bytes` of
-    the images that are on the GPU at once, `batch_size / accumulation_steps`.
+    `precision=float32`). The frozen text encoder and teachers are in float32. Activations:
+    `activation_bytes` of the images that are on the GPU at once, `batch_size / accumulation_steps`.
 
     Args:
         model: The architecture.
         training: How it is trained.
         text_encoder_parameters: Of the encoder that runs beside it, 0 if none does.
+        teacher_parameters: Of the models that it is distilled from.
         text_length: Text tokens a caption.
     """
     count = parameter_count(model)
@@ -64,6 +67,7 @@ def training_memory(
         ema=FLOAT32 * count if training.ema_device == "model" else 0,
         autocast=FLOAT16 * count if autocast else 0,
         text_encoder=FLOAT32 * text_encoder_parameters,
+        teachers=FLOAT32 * teacher_parameters,
         activations=training.batch_size // training.accumulation_steps * activations,
     )
 

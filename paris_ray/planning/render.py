@@ -32,14 +32,16 @@ def render(plan: Plan) -> str:
 
 def _groups(trainings: Sequence[TrainingPlan]) -> list[tuple[str, TrainingPlan]]:
     """Return the trainings that differ, each with the names of all that equal it."""
-    numbers: dict[TrainingPlan, list[int]] = {}
+    groups: dict[TrainingPlan, list[int]] = {}
     for training in trainings:
-        if training.expert is not None:
-            numbers.setdefault(replace(training, expert=0), []).append(training.expert)
-    experts = [(f"expert {_ranges(members)}", training) for training, members in numbers.items()]
-    single = {training.stage: (training.name, training) for training in trainings}
-    first = [single["seed"]] if "seed" in single else []
-    return [*first, *experts, single["router"]]
+        if training.expert is None:
+            groups[training] = []
+        else:
+            groups.setdefault(replace(training, expert=0), []).append(training.expert)
+    return [
+        (f"expert {_ranges(numbers)}" if numbers else training.name, training)
+        for training, numbers in groups.items()
+    ]
 
 
 def _ranges(numbers: Sequence[int]) -> str:
@@ -70,11 +72,13 @@ def _trainings(plan: Plan, groups: Iterable[tuple[str, TrainingPlan]]) -> str:
     return _table(rows)
 
 
-def _memory(groups: Iterable[tuple[str, TrainingPlan]]) -> str:
-    names = [field.name.replace("_", " ") for field in fields(Memory)]
-    rows = [["Memory of a GPU", "images at once", *names, "in all"]]
+def _memory(groups: Sequence[tuple[str, TrainingPlan]]) -> str:
+    """Return a column for everything that takes memory in one of the trainings."""
+    memories = [training.memory for _, training in groups]
+    parts = [f.name for f in fields(Memory) if any(getattr(m, f.name) for m in memories)]
+    rows = [["Memory of a GPU", "images at once", *(p.replace("_", " ") for p in parts), "in all"]]
     for name, training in groups:
-        sizes = [getattr(training.memory, field.name) for field in fields(Memory)]
+        sizes = [getattr(training.memory, part) for part in parts]
         cells = [_scaled(size, "B") for size in (*sizes, training.memory.total)]
         at_once = training.batch_size // training.accumulation_steps
         rows.append([name, f"{at_once:,}", *cells])

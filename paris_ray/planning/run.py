@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from paris_ray.config import Config, GpuConfig, expert_setup
 from paris_ray.planning.disk import row_bytes, run_bytes
+from paris_ray.planning.distillation import plan_distillation
 from paris_ray.planning.schedule import Schedule, schedule
 from paris_ray.planning.training import TrainingPlan, plan_training
 
@@ -19,7 +20,8 @@ class Plan:
         num_parameters: Of all experts and the router.
         row_bytes: Bytes of a row of `embeddings/` by what they hold; None is unknown.
         run_bytes: Bytes of a finished run by what they hold; an unknown part is not in them.
-        trainings: The seed, if there is one, the experts and, last, the router.
+        trainings: The seed, if there is one, the experts, the router and, if they are planned, the
+            distilled models.
         gpus: The fleet.
         schedule: None without a fleet.
     """
@@ -33,8 +35,16 @@ class Plan:
     schedule: Schedule | None
 
 
-def plan(config: Config) -> Plan:
-    """Return what a run of this configuration will take."""
+def plan(config: Config, *, distilled_from: int | None = None) -> Plan:
+    """Return what a run of this configuration will take.
+
+    Args:
+        config: The run.
+        distilled_from: Experts that a sampling step asks at most; None leaves the distillation out.
+
+    Raises:
+        ConfigError: if the distillation is not allowed.
+    """
     num_rows = min(config.fleet.num_images, config.corpus.limit or config.fleet.num_images)
     seed = config.seed_training
     trainings = [
@@ -43,12 +53,18 @@ def plan(config: Config) -> Plan:
         plan_training(config, "router", config.router, config.router_training, num_rows),
     ]
     num_parameters = sum(t.num_parameters for t in trainings if t.stage != "seed")
+    students = []
+    if distilled_from is not None:
+        students = plan_distillation(
+            config, num_rows, num_parameters=num_parameters, experts_asked=distilled_from
+        )
+        trainings += students
     gpus = config.fleet.gpus
     return Plan(
         num_rows=num_rows,
         num_parameters=num_parameters,
         row_bytes=row_bytes(config),
-        run_bytes=run_bytes(config, num_rows, num_parameters),
+        run_bytes=run_bytes(config, num_rows, num_parameters, num_students=len(students)),
         trainings=trainings,
         gpus=gpus,
         schedule=schedule(trainings, gpus) if gpus else None,

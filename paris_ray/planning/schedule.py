@@ -29,7 +29,7 @@ class Assignment:
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """The experts, and after them the router, on a fleet.
+    """The trainings of a run, stage after stage, on a fleet.
 
     Attributes:
         assignments: Every training that fits a GPU, in the order in which they were placed.
@@ -62,7 +62,7 @@ def schedule(trainings: Sequence[TrainingPlan], gpus: Sequence[GpuConfig]) -> Sc
     never worse than 4/3 of the best schedule on equal GPUs (Graham 1969).
 
     Args:
-        trainings: The seed, if there is one, the experts and the router.
+        trainings: Of all stages that there are.
         gpus: The fleet, at least one GPU; `fits` of the trainings is in this order.
     """
     fleet, pairs = _Fleet(gpus), []

@@ -1,4 +1,4 @@
-"""The plan of one training: an expert on its shard, or the router on all of them."""
+"""The plan of one training: an expert on its shard, or the router or a student on all of them."""
 
 import math
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from paris_ray.models.flops import parameter_count, text_length, training_flops_
 from paris_ray.planning.disk import trained_row_bytes
 from paris_ray.planning.memory import Memory, text_tower_parameters, training_memory
 
-Stage = Literal["seed", "expert", "router"]
+Stage = Literal["seed", "expert", "router", "student", "few_step"]
 
 GIGA = 10**9
 # The rest is for the CUDA context, the workspaces of libraries, and fragmentation.
@@ -28,6 +28,22 @@ class Fit:
     advice: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class Teachers:
+    """Frozen models that compute the targets of a training.
+
+    Attributes:
+        num_parameters: Of all of them; they stay on the GPU.
+        flops_per_image: Of the targets.
+    """
+
+    num_parameters: int
+    flops_per_image: int
+
+
+NO_TEACHERS = Teachers(0, 0)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainingPlan:
     """The training of one model.
@@ -40,7 +56,7 @@ class TrainingPlan:
         batch_size: Samples a step.
         accumulation_steps: Parts that a batch is cut into.
         num_steps: Optimiser steps.
-        flops_per_image: Of a forward and backward pass.
+        flops_per_image: Of a forward and backward pass, and of what teachers compute.
         memory: What it takes on a GPU.
         temporary_bytes: What it takes in the temporary folder of its node.
         fits: One answer for each entry of `fleet.gpus`.
@@ -80,6 +96,8 @@ def plan_training(
     model: ExpertConfig | RouterConfig,
     training: TrainingConfig,
     num_rows: int,
+    *,
+    teachers: Teachers = NO_TEACHERS,
 ) -> TrainingPlan:
     """Return the plan of one training.
 
@@ -89,6 +107,7 @@ def plan_training(
         model: Its architecture.
         training: How it is trained.
         num_rows: Rows of its training data.
+        teachers: What computes its targets, of a distillation.
     """
     length = text_length(config)
     reads_tokens = config.text.kind != "minilm" and model.text_embed_dim > 0
@@ -96,7 +115,11 @@ def plan_training(
 
     def memory(setting: TrainingConfig) -> Memory:
         return training_memory(
-            model, setting, text_encoder_parameters=text_encoder, text_length=length
+            model,
+            setting,
+            text_encoder_parameters=text_encoder,
+            teacher_parameters=teachers.num_parameters,
+            text_length=length,
         )
 
     return TrainingPlan(
@@ -107,7 +130,7 @@ def plan_training(
         batch_size=training.batch_size,
         accumulation_steps=training.accumulation_steps,
         num_steps=_num_steps(training, num_rows),
-        flops_per_image=training_flops_per_image(model, length),
+        flops_per_image=training_flops_per_image(model, length) + teachers.flops_per_image,
         memory=memory(training),
         temporary_bytes=num_rows * sum(trained_row_bytes(config).values()),
         fits=tuple(_fit(training, memory, gpu) for gpu in config.fleet.gpus),

@@ -117,7 +117,7 @@ def guided_velocity(
     guidance_scale: Tensor,
     guided: Tensor,
 ) -> Tensor:
-    """Return uncond + guidance_scale * (cond - uncond), `(B, C, H, W)`, in one forward pass.
+    """Return the guided velocity `(B, C, H, W)`, with and without the text in one forward pass.
 
     Latents move to the expert's device, and the answer back to theirs; it has their data type.
 
@@ -130,8 +130,6 @@ def guided_velocity(
             there are none.
         guidance_scale: `(B,)`.
         guided: `(G,)` the rows that have guidance; the others get the conditional velocity alone.
-
-    Source: classifier-free guidance, Ho and Salimans 2022 (arXiv:2207.12598).
     """
     home, device = latents.device, expert.pos_embed.device
     latents, t, guided = latents.to(device), t.to(device), guided.to(device)
@@ -141,5 +139,12 @@ def guided_velocity(
     every, times = torch.cat([latents, latents[guided]]), torch.cat([t, t[guided]])
     velocity, unconditional = predict_velocity(expert, every, times, both).tensor_split([len(t)])
     scale = guidance_scale.to(device)[guided, None, None, None]
-    difference = velocity[guided] - unconditional
-    return velocity.index_copy(0, guided, unconditional + scale * difference).to(home)
+    return velocity.index_copy(0, guided, guide(velocity[guided], unconditional, scale)).to(home)
+
+
+def guide(conditional: Tensor, unconditional: Tensor, guidance_scale: float | Tensor) -> Tensor:
+    """Return unconditional + guidance_scale * (conditional - unconditional), `(B, C, H, W)`.
+
+    Source: classifier-free guidance, Ho and Salimans 2022 (arXiv:2207.12598).
+    """
+    return unconditional + guidance_scale * (conditional - unconditional)

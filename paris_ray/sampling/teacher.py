@@ -7,6 +7,7 @@ from torch.nn import functional
 from paris_ray.bundle import Bundle
 from paris_ray.diffusion import predict_velocity, router_logits
 from paris_ray.models import TextConditioning
+from paris_ray.sampling.guidance import guide
 from paris_ray.sampling.routing import expert_weights
 from paris_ray.sampling.sampler import SamplingOptions
 from paris_ray.sampling.solvers import euler_step
@@ -66,14 +67,13 @@ class EnsembleTeacher:
         return torch.stack(velocities).mean(dim=0)
 
     def _guided(self, latents: Tensor, t: Tensor, text: TextConditioning) -> Tensor:
-        """As `sampling.guidance`: the router's one choice serves both halves."""
+        """As in `denoise`, the router's one choice serves both halves."""
         weights, scale = self._weights(latents, t, text), self.options.guidance_scale
         conditional = self._mixture(latents, t, text, weights)
         if scale == 1.0:
             return conditional
         null_text = self._null_text.rows(torch.zeros(len(t), dtype=torch.long, device=t.device))
-        unconditional = self._mixture(latents, t, null_text, weights)
-        return unconditional + scale * (conditional - unconditional)
+        return guide(conditional, self._mixture(latents, t, null_text, weights), scale)
 
     def _weights(self, latents: Tensor, t: Tensor, text: TextConditioning) -> Tensor:
         logits = router_logits(self._router, latents, t, text)

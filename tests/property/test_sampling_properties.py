@@ -5,6 +5,7 @@ from itertools import pairwise
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from paris_ray.diffusion import sampling_times
 from paris_ray.errors import RoutingError
@@ -17,16 +18,16 @@ LOGITS = st.integers(1, 8).flatmap(
         st.lists(st.floats(-30, 30, width=32), min_size=count, max_size=count),
         min_size=1,
         max_size=4,
-    )
+    ).map(torch.tensor)
 )
 
 
 @given(LOGITS, st.data())
 @settings(deadline=None)
 def test_weights_are_a_distribution_over_the_chosen_experts(
-    logits: list[list[float]], data: st.DataObject
+    logits: Tensor, data: st.DataObject
 ) -> None:
-    count = len(logits[0])
+    count = logits.shape[1]
     text = data.draw(
         st.one_of(
             st.just("full"),
@@ -36,7 +37,7 @@ def test_weights_are_a_distribution_over_the_chosen_experts(
         )
     )
     routing = parse_routing(text, count)
-    weights = expert_weights(torch.tensor(logits), routing)
+    weights = expert_weights(logits, routing)
     assert weights.shape == (len(logits), count)
     assert (weights >= 0).all()
     torch.testing.assert_close(weights.sum(dim=1), torch.ones(len(logits)), rtol=0, atol=1e-5)
@@ -48,19 +49,18 @@ def test_weights_are_a_distribution_over_the_chosen_experts(
 
 @given(LOGITS)
 @settings(deadline=None)
-def test_all_experts_of_top_k_are_the_full_ensemble(logits: list[list[float]]) -> None:
-    values = torch.tensor(logits)
-    everyone = expert_weights(values, Routing("top-k", top_k=values.shape[1]))
-    torch.testing.assert_close(everyone, expert_weights(values, Routing("full")), rtol=0, atol=1e-5)
+def test_all_experts_of_top_k_are_the_full_ensemble(logits: Tensor) -> None:
+    everyone = expert_weights(logits, Routing("top-k", top_k=logits.shape[1]))
+    torch.testing.assert_close(everyone, expert_weights(logits, Routing("full")), rtol=0, atol=1e-5)
 
 
 @given(LOGITS, st.floats(0.01, 0.99))
 @settings(deadline=None)
 def test_threshold_keeps_those_above_it_and_the_most_likely(
-    logits: list[list[float]], threshold: float
+    logits: Tensor, threshold: float
 ) -> None:
-    probabilities = torch.tensor(logits).softmax(dim=1)
-    asked = expert_weights(torch.tensor(logits), Routing("threshold", threshold=threshold)) > 0
+    probabilities = logits.softmax(dim=1)
+    asked = expert_weights(logits, Routing("threshold", threshold=threshold)) > 0
     for row, chosen in zip(probabilities.tolist(), asked.tolist(), strict=True):
         expected = [p >= threshold or p == max(row) for p in row]
         close = [abs(p - threshold) < 1e-6 for p in row]
@@ -69,11 +69,9 @@ def test_threshold_keeps_those_above_it_and_the_most_likely(
 
 @given(LOGITS, st.floats(0.01, 0.99))
 @settings(deadline=None)
-def test_top_p_asks_the_fewest_that_have_so_much_together(
-    logits: list[list[float]], top_p: float
-) -> None:
-    probabilities = torch.tensor(logits).softmax(dim=1)
-    asked = (expert_weights(torch.tensor(logits), Routing("top-p", top_p=top_p)) > 0).sum(dim=1)
+def test_top_p_asks_the_fewest_that_have_so_much_together(logits: Tensor, top_p: float) -> None:
+    probabilities = logits.softmax(dim=1)
+    asked = (expert_weights(logits, Routing("top-p", top_p=top_p)) > 0).sum(dim=1)
     for row, count in zip(probabilities.tolist(), asked.tolist(), strict=True):
         likeliest = sorted(row, reverse=True)[:count]
         assert sum(likeliest[:-1]) < top_p + 1e-5  # one fewer would not do
@@ -82,14 +80,11 @@ def test_top_p_asks_the_fewest_that_have_so_much_together(
 
 @given(LOGITS, st.integers(1, 8))
 @settings(deadline=None)
-def test_no_expert_left_out_is_likelier_than_one_that_is_asked(
-    logits: list[list[float]], top_k: int
-) -> None:
-    values = torch.tensor(logits)
-    top_k = min(top_k, values.shape[1])
-    asked = expert_weights(values, Routing("top-k", top_k=top_k)) > 0
-    worst_asked = values.masked_fill(~asked, torch.inf).amin(dim=1)
-    best_left_out = values.masked_fill(asked, -torch.inf).amax(dim=1)
+def test_no_expert_left_out_is_likelier_than_one_that_is_asked(logits: Tensor, top_k: int) -> None:
+    top_k = min(top_k, logits.shape[1])
+    asked = expert_weights(logits, Routing("top-k", top_k=top_k)) > 0
+    worst_asked = logits.masked_fill(~asked, torch.inf).amin(dim=1)
+    best_left_out = logits.masked_fill(asked, -torch.inf).amax(dim=1)
     assert (worst_asked >= best_left_out - 1e-5).all()  # ties, up to the rounding of the softmax
 
 

@@ -1,12 +1,17 @@
 """Distillation on a real Ray, from a finished run to a bundle of one expert."""
 
+import hashlib
 import logging
+import re
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+import safetensors.torch
 
-from paris_ray.artifacts import Folder, read_manifest
+from paris_ray.artifacts import MANIFEST, Folder, read_manifest
 from paris_ray.bundle import load_bundle
 from paris_ray.config import Config, DistillationConfig
 from paris_ray.errors import ArtifactError, ConfigError
@@ -117,3 +122,54 @@ def test_what_cannot_be_distilled_is_refused(distilled: Run) -> None:
     empty = replace(distilled.config, run_dir=(Folder(distilled.folder.uri) / "nowhere").uri)
     with pytest.raises(ArtifactError, match="no finished"):
         distil(empty)
+
+
+def copy_of(run: Run, place: Path) -> Config:
+    """Return the configuration of a copy of a run, which a test may change."""
+    shutil.copytree(run.folder.uri, place)
+    return replace(run.config, run_dir=str(place))
+
+
+def test_another_number_of_few_steps_keeps_the_student(distilled: Run, tmp_path: Path) -> None:
+    from paris_ray.pipeline.distil import distil
+
+    config = replace(
+        copy_of(distilled, tmp_path / "run"),
+        distillation=DistillationConfig(num_inference_steps=3),
+        few_step_training=replace(distilled.config.few_step_training, steps=2),
+    )
+    run = Run(config)
+    to_delete = [run.student(FEW_STEP), run.evaluation_of(FEW_STEP), run.distilled_bundle]
+    for folder in to_delete:  # as docs/training.md lists them
+        with pytest.raises(ArtifactError, match=f"^{re.escape(folder.uri)} was made"):
+            distil(config)
+        folder.clear()
+    distil(config)
+    for folder in ("student", "evaluation/student"):
+        manifest = f"{folder}/{MANIFEST}"
+        assert run.distilled.read(manifest) == distilled.distilled.read(manifest)
+    assert load_bundle(run.distilled_bundle.uri).facts.sampling.num_inference_steps == 3
+
+
+def test_the_card_tells_of_weights_of_others_that_a_student_starts_from(
+    distilled: Run, tmp_path: Path
+) -> None:
+    from paris_ray.pipeline.distil import distil
+
+    config, foreign = copy_of(distilled, tmp_path / "run"), tmp_path / "foreign"
+    shutil.copytree(distilled.seed.uri, foreign)
+    weights = foreign / EXPERT_WEIGHTS
+    state = safetensors.torch.load_file(weights)
+    safetensors.torch.save_file({name: 2 * value for name, value in state.items()}, weights)
+    Run(config).distilled.clear()
+    distil(
+        replace(
+            config,
+            distillation=DistillationConfig(num_inference_steps=None),
+            distil_training=replace(config.distil_training, init_from=str(foreign), steps=2),
+        )
+    )
+    digest = hashlib.sha256(weights.read_bytes()).hexdigest()
+    told = f"- student was started from other weights (SHA-256 `{digest}`)."
+    assert told in Run(config).distilled_bundle.read("README.md").decode()
+    assert "other weights" not in distilled.distilled_bundle.read("README.md").decode()

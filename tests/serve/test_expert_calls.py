@@ -1,46 +1,127 @@
-"""What the Sampler sends to experts in other processes."""
+"""What the Sampler sends to experts in other processes, and what it does without them."""
 
 import asyncio
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from ray.exceptions import ActorDiedError
 
 from paris_ray.bundle import Bundle
-from paris_ray.sampling.sampler import sampling_options
-from serve.expert import ExpertServer, Floats
+from paris_ray.sampling import generate
+from paris_ray.sampling.engine import Limits
+from paris_ray.sampling.sampler import ExpertsLostError, sampling_options
+from serve.drawing import Drawing, DrawRequest
+from serve.expert import ExpertServer, Floats, MissingTexts, Question
 from serve.sampler import Sampler
 from serve.source import BundleSource
 
 pytestmark = pytest.mark.serve
+
+SEEDS = [0, 1, 2]
+LIMITS = Limits(lost_after_s=0.3)
 
 
 class Handle:
     """Stands for the handle of an expert: asks it in this process, and keeps what was sent."""
 
     def __init__(self, server: ExpertServer) -> None:
-        self.server, self.sent = server, []
+        self.server, self.sent, self.dies = server, [], False
+        self.velocity = self
 
-    @property
-    def velocity(self) -> "Handle":
+    def options(self, **_: Any) -> "Handle":
         return self
 
-    async def remote(self, *arguments: Any) -> Floats:
-        self.sent.append(arguments)
-        return self.server.velocity(*arguments)
+    async def remote(self, question: Question) -> Floats | MissingTexts:
+        if self.dies:
+            raise ActorDiedError
+        self.sent.append(question)
+        return await self.server.velocity(question)
+
+
+@pytest.fixture
+def source(tiny_bundle_path: Path) -> BundleSource:
+    return BundleSource(str(tiny_bundle_path))
+
+
+@pytest.fixture
+def handles(bundle: Bundle, source: BundleSource) -> list[Handle]:
+    return [Handle(ExpertServer(source, k, threads=1)) for k in range(bundle.num_experts)]
+
+
+def draw(
+    source: BundleSource, handles: Sequence[Any], prompts: Sequence[str], **options: Any
+) -> list[Drawing]:
+    """Draw three pictures of each prompt, one request after the other."""
+    allow_degraded = options.pop("allow_degraded", True)
+    sampler = Sampler(source, handles, threads=1, limits=LIMITS)
+    requests = [
+        DrawRequest(
+            id=str(i),
+            client="local",
+            prompts=[prompt] * len(SEEDS),
+            seeds=SEEDS,
+            options=sampling_options(source.open(), routing="full", **options),
+            timeout_s=60,
+            allow_degraded=allow_degraded,
+        )
+        for i, prompt in enumerate(prompts)
+    ]
+
+    async def each() -> list[Drawing]:
+        return [await sampler.draw(request) for request in requests]
+
+    return asyncio.run(each())
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 2.0])
-def test_only_the_text_that_a_call_needs_is_sent(
-    bundle: Bundle, tiny_bundle_path: Path, guidance_scale: float
+def test_a_text_is_sent_once_to_each_expert(
+    bundle: Bundle, source: BundleSource, handles: list[Handle], guidance_scale: float
 ) -> None:
-    source = BundleSource(str(tiny_bundle_path))
-    handles = [Handle(ExpertServer(source, k, threads=1)) for k in range(bundle.num_experts)]
-    sampler = Sampler(source, handles, threads=1)
-    options = sampling_options(bundle, routing="full", guidance_scale=guidance_scale)
-    asyncio.run(sampler.draw("a cat", [0, 1, 2], options))
-    for latents, _, text, null_text, *_ in (call for handle in handles for call in handle.sent):
-        assert len(latents) == 3
-        assert len(text.text_embeddings) == 1
-        assert (null_text is None) == (guidance_scale == 1.0)
-    assert all(handle.sent for handle in handles)
+    prompts = ["a cat", "a dog", "a cat"]
+    drawings = draw(source, handles, prompts, guidance_scale=guidance_scale)
+    options = {"routing": "full", "guidance_scale": guidance_scale}
+    for prompt, drawing in zip(prompts, drawings, strict=True):
+        expected = generate(bundle, [prompt] * len(SEEDS), **options)
+        np.testing.assert_array_equal(drawing.pictures, np.stack([np.asarray(e) for e in expected]))
+    for handle in handles:
+        sent = [key for question in handle.sent for key in question.new_texts]
+        assert len(sent) == len(set(sent)) == 2 + (guidance_scale != 1.0)
+
+
+def test_a_replica_that_does_not_know_a_text_gets_it(
+    source: BundleSource, handles: list[Handle]
+) -> None:
+    first = draw(source, handles, ["a cat"])
+    for k, handle in enumerate(handles):
+        sampler_knows = handle.sent[0].new_texts
+        assert sampler_knows
+        handle.server._texts.clear()  # as another replica, or one that forgot
+        assert isinstance(
+            asyncio.run(handle.server.velocity(handle.sent[-1]._replace(new_texts={}))),
+            MissingTexts,
+        )
+        handles[k].server = ExpertServer(source, k, threads=1)
+    again = draw(source, handles, ["a cat"])
+    np.testing.assert_array_equal(again[0].pictures, first[0].pictures)
+
+
+def test_a_lost_expert_is_drawn_without_and_named(
+    source: BundleSource, handles: list[Handle]
+) -> None:
+    (whole,) = draw(source, handles, ["a cat"])
+    handles[1].dies = True
+    (degraded,) = draw(source, handles, ["a cat"])
+    assert whole.missing_experts == []
+    assert degraded.missing_experts == [1]
+    weights = np.array(degraded.expert_weights)
+    assert (weights[..., 1] == 0).all()
+    np.testing.assert_allclose(weights.sum(axis=-1), 1, rtol=1e-5)
+
+
+def test_a_request_may_insist_on_every_expert(source: BundleSource, handles: list[Handle]) -> None:
+    handles[1].dies = True
+    with pytest.raises(ExpertsLostError, match="expert 1 is lost"):
+        draw(source, handles, ["a cat"], allow_degraded=False)

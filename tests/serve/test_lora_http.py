@@ -2,6 +2,7 @@
 
 import base64
 import io
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from PIL import Image
 from pydantic import ValidationError
 from torch import nn
 
+from jobs.replay import main as replay
 from paris_ray.artifacts import Folder, publish
 from paris_ray.bundle import Bundle
 from paris_ray.config import LoRAConfig
@@ -196,3 +198,22 @@ def test_a_bought_adapter_is_deployed_with_its_opened_receipt_alone(
     deploy()
     with pytest.raises(ValidationError, match=r"loras\.bought\.receipt_key"):
         deploy(receipt_key="mine")
+
+
+def test_a_picture_is_drawn_again_with_its_adapter_alone(
+    client: httpx.Client, lora_path: Path, tiny_bundle_path: Path, tmp_path: Path
+) -> None:
+    body = REQUEST | {"lora": "merged"}
+    answer = client.post("v1/images/generations", json=body)
+    assert answer.status_code == 200, answer.text
+    path = tmp_path / "picture.png"
+    path.write_bytes(base64.b64decode(answer.json()["data"][1]["b64_json"]))
+    command = [str(path), "--bundle", str(tiny_bundle_path)]
+    assert replay(command) == 2
+    assert replay([*command, "--lora", str(lora_path)]) == 0
+    other = tmp_path / "other"
+    shutil.copytree(lora_path, other)
+    weights = safetensors.torch.load_file(other / ADAPTER_WEIGHTS)
+    changed = {name: 2 * tensor for name, tensor in weights.items()}
+    safetensors.torch.save_file(changed, other / ADAPTER_WEIGHTS)
+    assert replay([*command, "--lora", str(other)]) == 2

@@ -145,7 +145,7 @@ def test_refusals_name_the_field(sdk: openai.OpenAI) -> None:
         assert caught.value.param == next(iter(body))
 
 
-# What these send as their users left them; read in their sources, tried by others.
+# What these send, as far as we know; the programs themselves are not run here.
 TOOLS: dict[str, dict[str, Any]] = {
     "LangChain DallEAPIWrapper": {
         "prompt": "a cat",

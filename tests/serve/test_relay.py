@@ -1,8 +1,11 @@
 """What clients notice when a Sampler is full, late or dead: as little as possible."""
 
+import asyncio
 import json
 import os
 import signal
+import socket
+import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -39,10 +42,12 @@ def drawing(request: DrawRequest) -> Drawing:
 
 
 class FullSampler:
-    """Refuses: by `user`'s prompt."""
+    """Refuses everything, as the prompt says."""
 
     async def draw(self, request: DrawRequest) -> Drawing:
-        raise {"full": QueueFullError("full", 7, 2.5), "late": DeadlineError()}[request.prompts[0]]
+        raise {"full": QueueFullError("7 pictures wait already", 7, 2.5), "late": DeadlineError()}[
+            request.prompts[0]
+        ]
 
     async def stream(self, request: DrawRequest) -> AsyncIterator[Drawing]:
         yield await self.draw(request)
@@ -73,6 +78,29 @@ class MortalSampler:
             if index == 1:
                 self._die_if_it_is_time()
         yield drawing(request)
+
+
+class EndlessSampler:
+    """Never finishes, and tells when it is stopped.
+
+    Args:
+        stopped: A folder for a file a request that was stopped, called as its prompt.
+    """
+
+    def __init__(self, stopped: str) -> None:
+        self._stopped = Path(stopped)
+
+    async def draw(self, request: DrawRequest) -> None:
+        (self._stopped / f"{request.prompts[0]} began").touch()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            (self._stopped / request.prompts[0]).touch()
+
+    async def stream(self, request: DrawRequest) -> AsyncIterator[Partial | None]:
+        if request.partial_images:
+            yield Partial(picture=0, index=0, step=0, pixels=PIXELS)
+        yield await self.draw(request)
 
 
 Deploy = Callable[..., str]
@@ -132,6 +160,42 @@ def test_a_request_outlives_its_sampler(deploy: Deploy, tmp_path: Path) -> None:
     events = [json.loads(line.removeprefix("data: ")) for line in lines]
     assert [event.get("partial_image_index") for event in events] == [0, 1, 2, None]
     serve.delete("mortal-sampler")
+
+
+def appears(path: Path) -> bool:
+    """Return whether a file appears within a minute."""
+    for _ in range(600):
+        if path.exists():
+            return True
+        time.sleep(0.1)
+    return False
+
+
+def test_a_client_that_hangs_up_stops_its_request(deploy: Deploy, tmp_path: Path) -> None:
+    url = deploy("endless", EndlessSampler, str(tmp_path))
+    body = {"prompt": "streamed", "stream": True, "partial_images": 1}
+    with httpx.stream("POST", f"{url}/{IMAGES}", json=body, timeout=60) as response:
+        assert next(response.iter_lines()).startswith("event: ")
+        assert appears(tmp_path / "streamed began")
+        assert not (tmp_path / "streamed").exists()
+    assert appears(tmp_path / "streamed")
+    for prompt, stream in (("whole", False), ("late", True)):  # the latter before its first event
+        with ThreadPoolExecutor(1) as pool, httpx.Client(timeout=60) as client:
+            body = {"prompt": prompt, "stream": stream}
+            pending = pool.submit(client.post, f"{url}/{IMAGES}", json=body)
+            assert appears(tmp_path / f"{prompt} began")
+            assert not (tmp_path / prompt).exists()
+            hang_up(client)
+            assert appears(tmp_path / prompt)
+            assert pending.exception() is not None
+    serve.delete("endless")
+
+
+def hang_up(client: httpx.Client) -> None:
+    """Close the connections of a client that waits for an answer in another thread."""
+    for connection in client._transport._pool.connections:
+        stream = connection._connection._network_stream
+        stream.get_extra_info("socket").shutdown(socket.SHUT_RDWR)
 
 
 def test_the_operators_time_ends_a_request_whose_sampler_is_gone(

@@ -141,7 +141,7 @@ def test_the_model_card_explains_what_was_measured_alone(tiny_bundle: Bundle) ->
     text = card(tiny_bundle, evaluation=facts)
     interval = "| 0.5000 (0.2500 to 0.7500) |"
     assert f"| caption recall over 9 training captions, among 10 pictures {interval}" in text
-    assert f"| all right over 9 shown captions {interval}" in text
+    assert f"| all right over 9 training captions {interval}" in text
     assert f"| object right over 3 held-out captions {interval}" in text
     assert "over 3 held-out captions | 2.0000 |" in text
 

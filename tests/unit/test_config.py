@@ -15,10 +15,12 @@ from paris_ray.config import (
     Preset,
     RouterConfig,
     SamplingConfig,
+    TrainingConfig,
     digest,
     expert_setup,
     from_dict,
     load,
+    local_paths,
     packaged_configs,
     to_dict,
     to_yaml,
@@ -192,12 +194,22 @@ def test_presets() -> None:
         ExpertConfig.preset("M/2")
 
 
-def test_paths_become_absolute_and_hub_names_stay(tmp_path: Path) -> None:
-    (tmp_path / "init").mkdir()
-    here = os.path.relpath(tmp_path / "init")
-    overrides = [f"experts.1.training.init_from={here}", "text.path=openai/clip", "run_dir=runs/x"]
+# The model of few steps starts from the student and from nothing else.
+STARTING = [f.name for f in fields(Config) if f.type is TrainingConfig]
+STARTING.remove("few_step_training")
+
+
+@pytest.mark.parametrize("training", [*STARTING, "experts.1.training"])
+def test_a_start_becomes_absolute(training: str, tmp_path: Path) -> None:
+    key = f"{training}.init_from"
+    config = load("quickstart", [f"{key}={os.path.relpath(tmp_path)}"])
+    assert local_paths(config)[key] == os.path.relpath(tmp_path)
+    assert local_paths(with_absolute_paths(config))[key] == str(tmp_path.resolve())
+
+
+def test_paths_become_absolute_and_hub_names_stay() -> None:
+    overrides = ["text.path=openai/clip", "run_dir=runs/x"]
     config = with_absolute_paths(load("quickstart", overrides))
-    assert config.experts["1"]["training"]["init_from"] == str((tmp_path / "init").resolve())
     assert config.text.path == "openai/clip"
     assert config.run_dir == str(Path("runs/x").resolve())
 
@@ -335,9 +347,12 @@ def test_the_name_of_an_evaluation_is_a_plain_folder(name: str) -> None:
 def test_a_configuration_is_changed_as_it_is_loaded() -> None:
     overrides = ["training.steps=7", "training.epochs=null", "cluster.features=both"]
     assert with_overrides(load("quickstart"), overrides) == load("quickstart", overrides)
-    for override in ("training.stepz=5", "training.steps=0", "training.steps=x"):
-        with pytest.raises(ConfigError, match=r"training\.step"):
+    for override in ("training.stepz=5", "training.steps=0", "training.steps=x", "training.steps"):
+        with pytest.raises(ConfigError) as caught:
             with_overrides(load("quickstart"), [override])
+        assert str(caught.value) == refusal(override)
+    with pytest.raises(ConfigError, match=r"^an override is not YAML: "):
+        with_overrides(load("quickstart"), ["training=[1"])
 
 
 QUICKSTART_CLIP = ["text.kind=clip", "text.path=openai/clip-vit-large-patch14"]

@@ -306,7 +306,12 @@ def test_the_card_sets_the_models_beside_each_other(
 ) -> None:
     def facts(mean: float) -> dict[str, Any]:
         share = {"mean": mean, "low": 0.0, "high": 1.0}
-        shown = {"captions": 9, "attributes": {"all": share}, "caption_recall": share}
+        shown = {
+            "captions": 9,
+            "gallery": 10,
+            "caption_recall": share,
+            "attributes": {"all": share},
+        }
         return {"shown": shown, "held_out": {"captions": 3, "attributes": {"all": share}}}
 
     single = load_bundle(str(single_bundle_path))
@@ -326,6 +331,8 @@ def test_the_card_sets_the_models_beside_each_other(
     assert "| steps | 3 | 3 | 1 |" in text
     wanted = [f"{x:.4f} (0.0000 to 1.0000)" for x in (0.75, 0.5, 0.25)]
     assert f"| all right over 3 held-out captions | {' | '.join(wanted)} |" in text
+    recall = "caption recall over 9 training captions, among 10 pictures"
+    assert f"| {recall} | {' | '.join(wanted)} |" in text
     assert "licence" not in text
 
 
@@ -377,3 +384,10 @@ def test_an_expert_that_predicts_noise_cannot_learn_few_steps() -> None:
     epsilon = ["expert.prediction=epsilon", "distillation.num_inference_steps=4"]
     with pytest.raises(ConfigError, match=r"null for expert\.prediction=epsilon"):
         check_distillation(load("quickstart", epsilon))
+
+
+def test_the_oracle_is_refused_as_one_expert_has_no_choice() -> None:
+    named = ["evaluation.name=oracle", "evaluation.oracle=true"]
+    with pytest.raises(ConfigError, match=r"evaluation\.oracle=True .*: one expert has no choice"):
+        check_distillation(load("quickstart", named))
+    check_distillation(load("quickstart", named[:1]))

@@ -83,6 +83,22 @@ def test_a_dry_run_prints_the_plan_and_starts_nothing(tmp_path: Path) -> None:
     assert peak_bytes < 4 * 605_970_448, "one XL/2 expert in float32 would take as much"
 
 
+@pytest.mark.parametrize(("routing", "experts_asked"), [("top-3", 3), ("top-p:0.9", 8)])
+def test_a_dry_run_of_distil_has_the_distillation_in_it(routing: str, experts_asked: int) -> None:
+    override = f"sampling.routing={routing}"
+    result = run_job("distil", "--dry-run", override)
+    assert result.returncode == 0, result.stderr
+    expected = render(plan(load("quickstart", [override]), distilled_from=experts_asked))
+    assert result.stdout == f"{expected}\n"
+
+
+def test_a_dry_run_of_distil_refuses_what_it_would_refuse() -> None:
+    oracle = ("evaluation.name=oracle", "evaluation.oracle=true")
+    result = run_job("distil", "--dry-run", *oracle)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr.startswith("error: evaluation.oracle=True is not allowed: false")
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [

@@ -5,6 +5,7 @@ import weakref
 from collections.abc import Iterable
 from dataclasses import replace
 from importlib import resources
+from itertools import pairwise
 
 import open_clip
 import pytest
@@ -17,8 +18,9 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from paris_ray.config import Config, ExpertConfig, GpuConfig, RouterConfig, TrainingConfig, load
 from paris_ray.encoders.images import register_packaged_models
+from paris_ray.errors import ConfigError
 from paris_ray.models import Expert, Router
-from paris_ray.models.flops import parameter_count
+from paris_ray.models.flops import forward_macs, parameter_count
 from paris_ray.planning import (
     Fit,
     Memory,
@@ -237,6 +239,61 @@ def test_experts_are_planned_with_their_own_overrides() -> None:
     assert trainings[5].num_steps == 10
     assert replace(trainings[7], expert=0) == common
     assert "\nexpert 0-1, 3-4, 6-7 " in render(plan(load("quickstart", changes)))
+
+
+# --- Distillation -------------------------------------------------------------------------------
+
+DISTILLED = ["distillation.routed_share=0.25", "distillation.num_inference_steps=2"]
+
+
+@pytest.mark.parametrize(("guidance_scale", "passes"), [(1.0, 1), (3.0, 2)])
+def test_a_distillation_costs_its_teachers_too(guidance_scale: float, passes: int) -> None:
+    config = load("quickstart", [*DISTILLED, f"sampling.guidance_scale={guidance_scale}"])
+    without, result = plan(config), plan(config, distilled_from=3)
+    *others, student, few_step = result.trainings
+    assert others == without.trainings
+    assert (student.num_rows, few_step.num_steps) == (8064, config.few_step_training.steps)
+    expert = 2 * forward_macs(config.expert, config.text.token_states)
+    router = 2 * forward_macs(config.router)
+    taught = 0.75 * expert + 0.25 * (3 * expert + router)  # by one expert, then by the mixture
+    assert student.flops_per_image == 3 * expert + taught
+    in_4_steps = 4 * (passes * 3 * expert + router)  # of the ensemble's 8, in each of 2
+    assert few_step.flops_per_image == 3 * expert + in_4_steps
+    assert result.num_parameters == without.num_parameters
+    for training in (student, few_step):
+        assert training.memory.teachers == 4 * result.num_parameters
+    size = sum(result.run_bytes.values()) - sum(without.run_bytes.values())
+    assert size == (2 * 5 + 1) * 4 * student.num_parameters  # two checkpoints and weights; bundle
+
+
+def test_a_distillation_is_rendered_where_it_is_planned() -> None:
+    config = load("quickstart", DISTILLED)
+    text = render(plan(config, distilled_from=2))
+    assert re.search(r"\nrouter .*\nstudent .*\nfew_step .*\nin all ", text)
+    assert re.search(r"autocast +teachers +activations", text)
+    assert not re.search("student|few_step|teachers|distilled", render(plan(config)))
+    alone = load("quickstart", ["distillation.num_inference_steps=null"])
+    assert [t.name for t in plan(alone, distilled_from=2).trainings][-2:] == ["router", "student"]
+
+
+def test_a_distillation_that_is_refused_is_not_planned() -> None:
+    config = load("quickstart", ["distillation.num_inference_steps=3"])
+    assert plan(config)
+    with pytest.raises(ConfigError, match="a divisor of"):
+        plan(config, distilled_from=2)
+
+
+def test_students_wait_for_the_router_and_for_each_other() -> None:
+    result = plan(load("quickstart", [*DISTILLED, fleet_of(48)]), distilled_from=2)
+    assert result.schedule is not None
+    last = result.schedule.assignments[-3:]
+    assert [a.name for a in last] == ["router", "student", "few_step"]
+    assert all(after.start == pytest.approx(before.end) for before, after in pairwise(last))
+
+
+def test_the_teachers_of_xl2_take_what_the_guide_says() -> None:
+    result = plan(load("paris_xl2"), distilled_from=2)
+    assert round(result.trainings[-1].memory.teachers / 1e9) == 20
 
 
 # --- Fleet --------------------------------------------------------------------------------------

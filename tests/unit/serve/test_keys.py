@@ -1,5 +1,6 @@
 """Keys, quotas and rates: pure, with a clock that is turned by hand."""
 
+import math
 import os
 import subprocess
 import sys
@@ -181,7 +182,7 @@ def test_rates_are_kept_for_present_keys_only(tmp_path: Path) -> None:
     write(path, entry("bob", "b", **limited))
     clock.now += 1
     assert ring.find("a") is None
-    assert set(ring._limits._buckets) == {"bob"}
+    assert set(ring._limits._buckets) == {("bob", "requests")}
     assert ring.wait_s(clients[1]) == 59  # of those that stay
 
 
@@ -222,3 +223,14 @@ def test_a_key_that_would_break_the_file_is_not_made(tmp_path: Path) -> None:
     (tmp_path / "json.yaml").write_text('[{"name": "x"}]')
     assert new_key("bob", "--file", str(tmp_path / "json.yaml")).returncode == 2
     assert new_key("bob", "--file", str(tmp_path / "key.txt")).returncode == 2
+
+
+def test_steps_of_pictures_are_counted_apart_from_requests(tmp_path: Path) -> None:
+    quotas = {"requests_per_minute": 1, "picture_steps_per_minute": 100}
+    ring = KeyRing(str(write(tmp_path / "keys.yaml", entry("bob", "b", quotas=quotas))), Clock())
+    client = ring.find("b")
+    assert client is not None
+    assert ring.wait_s(client) == 0
+    assert [ring.wait_for_steps_s(client, steps) for steps in (60, 60, 40)] == [0, 12, 0]
+    assert ring.wait_for_steps_s(client, 101) == math.inf
+    assert ring.wait_for_steps_s(Client("nobody"), 10**9) == 0

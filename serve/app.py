@@ -110,6 +110,9 @@ class AppArgs(BaseModel):
             a GPU if its `num_gpus` reserves one, else the CPU.
         offload: Keep at most two experts on the device, the ones used last; for a single GPU that
             has no room for all. Only with `colocated`.
+        exact: Whether a seed means the same bytes whatever else is drawn; a machine that cannot
+            batch so computes one sample after the other, and says so in its log. False batches
+            there too, and the last bits of a picture depend on its company.
         threads: Torch threads of each Sampler and expert replica.
         loras: Adapters by the name that requests give. Serve loads one anew when its name or its
             path changes.
@@ -141,6 +144,7 @@ class AppArgs(BaseModel):
     dtype: Dtype | None = None
     device: str = "auto"
     offload: bool = False
+    exact: bool = True
     threads: int = Field(default=1, ge=1)
     loras: dict[str, LoRAOptions] = {}
     limits: LimitOptions = LimitOptions()
@@ -218,6 +222,7 @@ def _source(args: AppArgs) -> BundleSource:
         args.device,
         args.offload,
         tuple(loras),
+        args.exact,
     )
 
 

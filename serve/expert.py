@@ -103,7 +103,7 @@ class ExpertServer:
     def __init__(self, source: BundleSource, index: int, *, threads: int) -> None:
         torch.set_num_threads(threads)
         self._index, self._bundle = index, source.open()
-        self._models = LocalModels(self._bundle)
+        self._models = LocalModels(self._bundle, exact=source.exact)
         self._texts: OrderedDict[bytes, TextConditioning] = OrderedDict()
         self._waiting: list[tuple[list[ExpertCall], asyncio.Future[list[Tensor]]]] = []
         self._computing: asyncio.Task[None] | None = None
@@ -111,7 +111,7 @@ class ExpertServer:
 
     def _load(self) -> None:
         """Load now what calls will need."""
-        self._bundle.mixed_expert(self._index)
+        self._models.batches(self._index)
         for name in self._bundle.loras:
             self._bundle.expert(self._index, name)
 

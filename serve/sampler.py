@@ -55,7 +55,7 @@ class Sampler:
     ) -> None:
         torch.set_num_threads(threads)
         self._bundle, self._limits = source.open(), limits
-        self._models = LocalModels(self._bundle)
+        self._models = LocalModels(self._bundle, exact=source.exact)
         self._experts = None if experts is None else [ExpertClient(handle) for handle in experts]
         self._threads = threads
         self._engine = Engine((ROUTER, *range(self._bundle.num_experts)), limits)
@@ -74,10 +74,10 @@ class Sampler:
 
     def _load(self) -> None:
         """Load what requests need now: a broken bundle must not become a broken request."""
-        _ = self._bundle.router, self._bundle.codec, self._bundle.null_text
+        _ = self._models.batches(ROUTER), self._bundle.codec, self._bundle.null_text
         if self._experts is None:
             for k in range(self._bundle.num_experts):
-                self._bundle.mixed_expert(k)
+                self._models.batches(k)
             for name, k in self._bundle.loras.items():
                 self._bundle.expert(k, name)
 

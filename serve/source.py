@@ -44,6 +44,7 @@ class BundleSource(NamedTuple):
         device: Where each replica computes.
         offload: Keep at most two experts of a process on its device.
         loras: Adapters of its experts.
+        exact: Whether a seed must mean the same bytes in any batch.
     """
 
     uri: str
@@ -52,6 +53,7 @@ class BundleSource(NamedTuple):
     device: str = "auto"
     offload: bool = False
     loras: tuple[LoRASource, ...] = ()
+    exact: bool = True
 
     def of_expert(self, index: int) -> "BundleSource":
         """Return the source with the adapters of one expert alone."""

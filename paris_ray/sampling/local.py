@@ -60,12 +60,10 @@ class LocalModels:
 
     def batches(self, model: int) -> bool:
         """Return whether samples of a model are computed together; loads it."""
-        if not self._exact:
-            return True
         if model not in self._batches:
             with self._turn:
                 tried = self._bundle.router if model == ROUTER else self._bundle.mixed_expert(model)
-                self._batches[model] = rows_are_independent(tried)
+                self._batches[model] = not self._exact or rows_are_independent(tried)
             if not self._batches[model]:
                 logger.warning(
                     "On this machine the last bits of a sample depend on its batch: samples are "

@@ -202,7 +202,7 @@ def overload(bench: Bench) -> None:
     """Two hundred requests at once, and the health check meanwhile."""
     with bench.application(colocated=True, limits={"max_waiting_pictures": 64}) as url:
         seen, health = asyncio.run(flood(url, bench, 200))
-    print(f"200 at once: statuses {seen.statuses}, not JSON {seen.not_json}")
+    print(f"- 200 at once: statuses {seen.statuses}, not JSON {seen.not_json}")
     report("slowest /healthz meanwhile, seconds", [max(health)], "<=", 1)
 
 
@@ -233,7 +233,7 @@ def kills(bench: Bench) -> None:
             quiet = bench.run(url, 4)
             seen = asyncio.run(under_fire(url, bench, deployment))
         failed = sum(count for status, count in seen.statuses.items() if status != 200)
-        print(f"{deployment.strip('-')} killed every {KILL_PERIOD_S:.0f} s: {seen.statuses}")
+        print(f"- {deployment.strip('-')} killed every {KILL_PERIOD_S:.0f} s: {seen.statuses}")
         report("requests that failed", [failed], "<=", 0)
         report("answers that are not JSON", [seen.not_json], "<=", 0)
         report(
@@ -269,7 +269,8 @@ def report(what: str, values: list[float], sign: str, bar: float) -> None:
     met = middle >= bar if sign == ">=" else middle <= bar
     each = ", ".join(f"{value:.2f}" for value in values)
     print(
-        f"{what}: {middle:.2f} of {each} (bar {sign} {bar}{'' if met else ': MISSED'})", flush=True
+        f"- {what}: {middle:.2f} of {each} (bar {sign} {bar}{'' if met else ': MISSED'})",
+        flush=True,
     )
 
 

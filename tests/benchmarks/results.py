@@ -4,8 +4,8 @@
 
 With `--write docs/results.md` they also replace those in the document, between
 `<!-- bench: SECTION -->` and `<!-- end -->`. All of them take about half an hour on two cores that
-do nothing else; `distilled` and `solvers` need the run that `quickstart` leaves. Nothing is
-asserted.
+do nothing else; `distilled`, `solvers` and `serving` need the run that `quickstart` leaves.
+Nothing is asserted.
 """
 
 import argparse
@@ -133,6 +133,7 @@ SECTIONS: dict[str, Callable[[Path], str]] = {
     "other": other,
     "distilled": distilled,
     "solvers": script("bench_solvers.py", "{runs}/quickstart"),
+    "serving": script("bench_serving.py", "--bundle", "{runs}/quickstart/bundle"),
     "models": script("bench_models.py"),
     "memory": script("bench_memory.py"),
     "stages": script("bench.py", "--run-dir", "{runs}/stages"),

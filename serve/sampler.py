@@ -10,8 +10,9 @@ import asyncio
 import os
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -32,6 +33,7 @@ from serve.source import BundleSource
 EXPIRY_PERIOD_S = 0.25
 ROW_BUCKETS = [1.0, 2, 4, 8, 16, 32, 64]
 
+Result = TypeVar("Result")
 Answer = Callable[[Sequence[Any]], Awaitable[list[Tensor]]]
 
 
@@ -57,7 +59,11 @@ class Sampler:
         self._bundle, self._limits = source.open(), limits
         self._models = LocalModels(self._bundle, exact=source.exact)
         self._experts = None if experts is None else [ExpertClient(handle) for handle in experts]
-        self._threads = threads
+        # Torch runs in threads: the event loop stays free for the other requests. Texts have one
+        # of their own, since those of many new requests must not hold up the steps of the others.
+        self._num_computations = self._count_computations(threads)
+        self._computing = ThreadPoolExecutor(self._num_computations, "computing")
+        self._encoding = ThreadPoolExecutor(1, "encoding")
         self._engine = Engine((ROUTER, *range(self._bundle.num_experts)), limits)
         self._requests: dict[tuple[str, str], list[tuple[Ticket, asyncio.Queue[Event]]]] = {}
         self._changed = asyncio.Event()
@@ -82,8 +88,11 @@ class Sampler:
                 self._bundle.expert(k, name)
 
     def check_health(self) -> None:
-        """Raise if the device has failed: CUDA errors stick, so the process must be replaced."""
+        """Raise if the device or a lane has failed: the process must be replaced."""
         torch.ones((), device=self._bundle.device).item()
+        for task in self._tasks:  # they never end, unless by a bug
+            if task.done():
+                task.result()
 
     async def state(self) -> dict[str, Any]:
         """Return the fields of `serve.schemas.Readiness`."""
@@ -126,8 +135,7 @@ class Sampler:
         self._requests.setdefault(key, []).append(entry)
         try:
             self._start_lanes()
-            # Torch runs in threads: the event loop stays free for the other requests.
-            denoisings = await asyncio.to_thread(self._begin, request)
+            denoisings = await self._in(self._encoding, self._begin, request)
             self._engine.start(ticket, denoisings, time.monotonic())
             self._wake()
             async for message in self._follow(events, preview_at):
@@ -180,8 +188,16 @@ class Sampler:
 
     async def _decode(self, latents: Sequence[Tensor]) -> Pixels:
         """Decode pictures one by one: a codec's last bits depend on the batch."""
-        codec = self._bundle.codec
-        return await asyncio.to_thread(lambda: np.concatenate([codec.decode(x) for x in latents]))
+
+        def decode() -> Pixels:
+            return np.concatenate([self._bundle.codec.decode(x) for x in latents])
+
+        return await self._in(self._computing, decode)
+
+    async def _in(
+        self, threads: ThreadPoolExecutor, function: Callable[..., Result], *arguments: Any
+    ) -> Result:
+        return await asyncio.get_running_loop().run_in_executor(threads, function, *arguments)
 
     # -- Lanes ---------------------------------------------------------------------------------
 
@@ -190,7 +206,7 @@ class Sampler:
             return
         every = (ROUTER, *range(self._bundle.num_experts))
         if self._experts is None:
-            count = self._num_computations()
+            count = self._num_computations
             lanes = [self._run_lane(every, self._answer_here, None) for _ in range(count)]
         else:
             lost_after_s = self._limits.lost_after_s
@@ -201,14 +217,14 @@ class Sampler:
         self._tasks = [asyncio.create_task(lane) for lane in lanes]
         self._tasks.append(asyncio.create_task(self._expire()))
 
-    def _num_computations(self) -> int:
-        """How many batches are computed here at a time."""
+    def _count_computations(self, threads: int) -> int:
+        """Return how many batches are computed here at a time."""
         if self._bundle.device.type != "cpu" or self._bundle.offload:
             return 1
-        return max(1, (os.cpu_count() or 1) // self._threads)
+        return max(1, (os.cpu_count() or 1) // threads)
 
     async def _answer_here(self, calls: Sequence[Call]) -> list[Tensor]:
-        return await asyncio.to_thread(self._models.answer, calls)
+        return await self._in(self._computing, self._models.answer, calls)
 
     async def _run_lane(
         self, models: Collection[int], ask: Answer, timeout_s: float | None

@@ -6,7 +6,7 @@ digest, and a replica that does not know one says so.
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -124,9 +124,9 @@ class ExpertServer:
         for name in question.loras:
             if name is not None and name not in self._bundle.loras:
                 raise ExpertUnavailableError(f"lora={name!r} is not known to all replicas yet")
-        self._learn(question.new_texts)
-        named = (*question.texts, *(key for key in question.null_texts if key is not None))
-        missing = tuple(key for key in dict.fromkeys(named) if key not in self._texts)
+        named = {*question.texts, *(key for key in question.null_texts if key is not None)}
+        self._learn(question.new_texts, named)
+        missing = tuple(key for key in named if key not in self._texts)
         if missing:
             return MissingTexts(missing)
         answered: asyncio.Future[list[Tensor]] = asyncio.get_running_loop().create_future()
@@ -139,9 +139,11 @@ class ExpertServer:
         """Raise if the device has failed: CUDA errors stick, so the process must be replaced."""
         torch.ones((), device=self._bundle.device).item()
 
-    def _learn(self, texts: dict[bytes, TextArrays]) -> None:
+    def _learn(self, texts: dict[bytes, TextArrays], named: Collection[bytes]) -> None:
         for key, arrays in texts.items():
             self._texts[key] = arrays.unpack()
+        for key in self._texts.keys() & named:  # they are not what makes room for the others
+            self._texts.move_to_end(key)
         while len(self._texts) > MAX_TEXTS:
             self._texts.popitem(last=False)
 
@@ -161,7 +163,6 @@ class ExpertServer:
         ]
 
     def _keyed(self, key: bytes) -> KeyedText:
-        self._texts.move_to_end(key)
         return KeyedText(self._texts[key], (key,))
 
     async def _compute(self) -> None:

@@ -212,7 +212,7 @@ def test_facts_that_are_no_text_are_named(unsigned: Path, field: str, value: obj
 @pytest.mark.parametrize(
     ("changes", "fragment"),
     [
-        ({"hidden_size": 32}, "tensor 'final_layer.linear.weight' has shape (8, 16)"),
+        ({"hidden_size": 64}, "tensor 'final_layer.linear.weight' has shape (8, 32)"),
         ({"num_layers": 2}, "has shape missing"),
         ({"text_injection": "cross_attention"}, "cross_attn"),
         ({"hidden": 16}, "unknown key 'hidden'; allowed here: input_size"),
@@ -220,7 +220,7 @@ def test_facts_that_are_no_text_are_named(unsigned: Path, field: str, value: obj
         ({"hidden_size": 10**9}, "hidden_size=1000000000 is not allowed"),
         ({"hidden_size": 10**30}, "hidden_size="),
         ({"hidden_size": 18}, "hidden_size=18 is not allowed"),
-        ({"num_heads": 3}, "hidden_size=16 is not allowed: a multiple of num_heads=3"),
+        ({"num_heads": 3}, "hidden_size=32 is not allowed: a multiple of num_heads=3"),
         ({"num_heads": 0}, "num_heads=0"),
         ({"patch_size": 3}, "input_size=4 is not allowed"),
         ({"text_embed_dim": -1}, "text_embed_dim=-1"),

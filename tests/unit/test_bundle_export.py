@@ -73,7 +73,7 @@ def test_a_text_encoder_is_named_without_the_path_to_it(config: TextConfig, name
 
 
 UNLIKE = {
-    1: {"hidden_size": 32, "num_layers": 2, "prediction": "epsilon"},
+    1: {"hidden_size": 64, "num_layers": 2, "prediction": "epsilon"},
     2: {"text_injection": "cross_attention", "prediction": "preconditioned", "patch_size": 2},
 }
 
@@ -158,8 +158,8 @@ def test_the_model_card_tells_of_unlike_experts(unlike: Bundle, tiny_bundle: Bun
     counts = [sum(p.numel() for p in unlike.expert(k).parameters()) for k in range(3)]
     text = card(unlike)
     assert f"({min(counts):,} to {max(counts):,} parameters each)" in text
-    assert f"| 1 | 32 wide, 2 layers | epsilon | {counts[1]:,} |" in text
-    assert f"| 2 | 16 wide, 1 layers | preconditioned | {counts[2]:,} |" in text
+    assert f"| 1 | 64 wide, 2 layers | epsilon | {counts[1]:,} |" in text
+    assert f"| 2 | 32 wide, 1 layers | preconditioned | {counts[2]:,} |" in text
     alike = card(tiny_bundle)
     assert "| prediction |" not in alike
     assert f"({counts[0]:,} parameters each)" in alike

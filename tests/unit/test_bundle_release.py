@@ -289,7 +289,7 @@ ROUTER_PROOFS = ("patch_size", "in_channels", "mlp_ratio", "num_experts")
         ),
         pytest.param(write(EXPERT, b"\x80\x04pickle"), [EXPERT, "damaged"], id="pickle"),
         pytest.param(
-            reshape(EXPERT, "pos_embed"), [EXPERT, "'pos_embed' has shape (0, 4, 16)"], id="shape"
+            reshape(EXPERT, "pos_embed"), [EXPERT, "'pos_embed' has shape (0, 4, 32)"], id="shape"
         ),
         pytest.param(
             store_as(torch.int32, "pos_embed"),
@@ -445,7 +445,7 @@ def remake(**changes: Any) -> Change:
     [
         pytest.param(
             leave_out("expert_1/config.json", "text_embed_dim"),
-            ["expert_1", "'text_proj.weight' has shape (16, 16)", "means (16, 768)"],
+            ["expert_1", "'text_proj.weight' has shape (32, 16)", "means (32, 768)"],
             id="text_embed_dim",
         ),
         pytest.param(remake(mlp_ratio=2.0), ["expert_1", "mlp"], id="mlp_ratio"),

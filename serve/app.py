@@ -243,7 +243,10 @@ def _http_options(args: AppArgs, model_name: str) -> HttpOptions:
 def _bind_experts(args: AppArgs, source: BundleSource, num_experts: int) -> list[Application]:
     return [
         _deploy(ExpertServer, f"Expert-{k}", options).bind(
-            _on_reserved_device(source.of_expert(k), options), k, threads=args.threads
+            _on_reserved_device(source.of_expert(k), options),
+            k,
+            threads=args.threads,
+            max_rows=args.limits.max_batch_rows,
         )
         for k, options in enumerate(map(args.expert_options, range(num_experts)))
     ]

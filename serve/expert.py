@@ -5,13 +5,15 @@ digest, and a replica that does not know one says so.
 """
 
 import asyncio
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from grpc.aio import AioRpcError
 from numpy.typing import NDArray
+from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 from torch import Tensor
 
@@ -22,6 +24,7 @@ from paris_ray.sampling.local import LocalModels
 from serve.source import BundleSource
 
 Floats = NDArray[np.float32]
+Asked = tuple[list[ExpertCall], "asyncio.Future[list[Tensor]]"]
 MAX_TEXTS = 256  # that a replica keeps, and that a client takes for known
 
 
@@ -98,14 +101,16 @@ class ExpertServer:
         source: Where the bundle is; only this expert and its adapters are read.
         index: Which expert.
         threads: Torch threads of this process.
+        max_rows: Samples of one forward pass, however many Samplers ask.
     """
 
-    def __init__(self, source: BundleSource, index: int, *, threads: int) -> None:
+    def __init__(self, source: BundleSource, index: int, *, threads: int, max_rows: int) -> None:
         torch.set_num_threads(threads)
         self._index, self._bundle = index, source.open()
         self._models = LocalModels(self._bundle, exact=source.exact)
         self._texts: OrderedDict[bytes, TextConditioning] = OrderedDict()
-        self._waiting: list[tuple[list[ExpertCall], asyncio.Future[list[Tensor]]]] = []
+        self._waiting: deque[Asked] = deque()
+        self._max_rows = max_rows
         self._computing: asyncio.Task[None] | None = None
         self._load()
 
@@ -144,7 +149,7 @@ class ExpertServer:
             self._texts[key] = arrays.unpack()
         for key in self._texts.keys() & named:  # they are not what makes room for the others
             self._texts.move_to_end(key)
-        while len(self._texts) > MAX_TEXTS:
+        while len(self._texts) > max(MAX_TEXTS, len(named)):
             self._texts.popitem(last=False)
 
     def _calls(self, question: Question) -> list[ExpertCall]:
@@ -165,10 +170,25 @@ class ExpertServer:
     def _keyed(self, key: bytes) -> KeyedText:
         return KeyedText(self._texts[key], (key,))
 
+    def _take(self) -> "list[Asked]":
+        """Return what waits, as far as it fits into one forward pass; at least one question."""
+        taken: list[Asked] = []
+        rows = 0
+        while self._waiting:
+            calls, answered = self._waiting[0]
+            rows += sum(call.num_rows for call in calls)
+            if taken and rows > self._max_rows:
+                break
+            self._waiting.popleft()
+            if answered.done():  # nobody waits for it any more
+                rows -= sum(call.num_rows for call in calls)
+            else:
+                taken.append((calls, answered))
+        return taken
+
     async def _compute(self) -> None:
         """Compute until nothing waits."""
-        while self._waiting:
-            taken, self._waiting = self._waiting, []
+        while taken := self._take():
             calls = [call for calls, _ in taken for call in calls]
             try:
                 answers = iter(await asyncio.to_thread(self._models.answer, calls))
@@ -205,15 +225,22 @@ class ExpertClient:
         """
         texts = {key: text.text for text in _texts(calls) for key in text.keys}
         new = {key: text for key, text in texts.items() if key not in self._known}
-        answer = await self._handle.velocity.remote(_question(calls, new))
+        answer = await self._send(_question(calls, new))
         if isinstance(answer, MissingTexts):  # a replica that has not seen them, or forgot
-            missing = {key: texts[key] for key in answer.keys}
-            answer = await self._handle.velocity.remote(_question(calls, missing))
+            answer = await self._send(_question(calls, {key: texts[key] for key in answer.keys}))
         if isinstance(answer, MissingTexts):  # another replica than before
-            answer = await self._handle.velocity.remote(_question(calls, texts))
+            answer = await self._send(_question(calls, texts))
         assert not isinstance(answer, MissingTexts), "all texts were sent"
         self._remember(texts)
         return list(torch.tensor(answer).split(1))
+
+    async def _send(self, question: Question) -> Floats | MissingTexts:
+        try:
+            answer: Floats | MissingTexts = await self._handle.velocity.remote(question)
+        except (AioRpcError, DeploymentUnavailableError) as error:
+            # What Ray lets through of a replica that is shutting down.
+            raise ExpertUnavailableError("a replica is being replaced") from error
+        return answer
 
     def _remember(self, keys: Iterable[bytes]) -> None:
         for key in keys:

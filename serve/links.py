@@ -30,7 +30,7 @@ class LinkTarget(BaseModel):
 
     Attributes:
         request: The request for its picture.
-        client: Who asked for it, and whom drawing it again is counted for.
+        client: Who asked for it: drawing it again is its request in the queue, without quotas.
         bundle: Digest of the bundle that drew it, or None.
     """
 

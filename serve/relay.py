@@ -1,6 +1,7 @@
 """The Samplers as the Ingress sees them: it asks one, and another when that one dies."""
 
 import asyncio
+import logging
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
@@ -11,13 +12,15 @@ from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
+from paris_ray.errors import ParisError
 from paris_ray.sampling.engine import DeadlineError, QueueFullError
 from paris_ray.sampling.sampler import ExpertsLostError
 from serve.drawing import Drawing, DrawRequest, Partial, RequestCancelledError
-from serve.errors import ApiError, retry_after, too_slow, unavailable
+from serve.errors import ApiError, failed, retry_after, too_slow, unavailable
 from serve.expert import ExpertUnavailableError
 from serve.schemas import ErrorDetail
 
+logger = logging.getLogger(__name__)
 RESEND_PAUSE_S = 0.2
 CANCEL_TIMEOUT_S = 5
 CANCELLED = 499  # as nginx has it; unlike 408, 409 or 5xx, client libraries do not send it again
@@ -42,7 +45,7 @@ class Samplers:
         Raises:
             ApiError: 408, 429, 499 or 503.
         """
-        deadline = time.monotonic() + request.timeout_s
+        deadline, again = time.monotonic() + request.timeout_s, False
         with _errors_for_clients():
             while True:
                 left = _time_left(deadline)
@@ -51,7 +54,11 @@ class Samplers:
                     drawing: Drawing = await asyncio.wait_for(reply, left)
                     return drawing
                 except RayActorError:
-                    await asyncio.sleep(RESEND_PAUSE_S)
+                    again = True
+                except QueueFullError:
+                    if not again:  # else it was admitted, and waits for room after its Sampler died
+                        raise
+                await asyncio.sleep(RESEND_PAUSE_S)
 
     async def stream(self, request: DrawRequest) -> AsyncIterator[Partial | Drawing]:
         """Yield unfinished pictures of a request, each once, and in the end the pictures.
@@ -59,7 +66,7 @@ class Samplers:
         Raises:
             ApiError: as `draw`.
         """
-        deadline = time.monotonic() + request.timeout_s
+        deadline, again = time.monotonic() + request.timeout_s, False
         sent: set[tuple[int, int]] = set()
         with _errors_for_clients():
             while True:
@@ -72,7 +79,11 @@ class Samplers:
                             sent.add(place)
                             yield message
                 except RayActorError:
-                    await asyncio.sleep(RESEND_PAUSE_S)
+                    again = True
+                except QueueFullError:
+                    if not again:
+                        raise
+                await asyncio.sleep(RESEND_PAUSE_S)
 
     async def _stream_once(
         self, request: DrawRequest, deadline: float
@@ -102,7 +113,7 @@ class Samplers:
             answers = await replies.results_async(
                 timeout_s=CANCEL_TIMEOUT_S, return_exceptions=True
             )
-        except TimeoutError:
+        except (TimeoutError, DeploymentUnavailableError):
             raise unavailable("A Sampler did not answer. Send the request again") from None
         steps = [answer for answer in answers if isinstance(answer, int)]
         if not steps and any(isinstance(answer, BaseException) for answer in answers):
@@ -156,6 +167,9 @@ def _errors_for_clients() -> Iterator[None]:
     except (ExpertsLostError, ExpertUnavailableError, DeploymentUnavailableError) as error:
         message = "A part of the model is being replaced. Send the request again"
         raise unavailable(message) from error
+    except ParisError as error:  # a Sampler's own, of which Ray made a traceback: not the client's
+        logger.exception("a Sampler failed")
+        raise failed() from error
 
 
 def _queue_full(reason: str, position: int | None, retry_after_s: float) -> ApiError:

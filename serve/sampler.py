@@ -7,11 +7,13 @@ being drawn.
 """
 
 import asyncio
+import logging
 import os
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from contextvars import Context
 from typing import Any, TypeVar
 
 import numpy as np
@@ -33,6 +35,7 @@ from serve.source import BundleSource
 EXPIRY_PERIOD_S = 0.25
 ROW_BUCKETS = [1.0, 2, 4, 8, 16, 32, 64]
 
+logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
 Answer = Callable[[Sequence[Any]], Awaitable[list[Tensor]]]
 
@@ -130,6 +133,7 @@ class Sampler:
             now=time.monotonic(),
             preview_at=preview_at,
             allow_missing=request.allow_degraded,
+            max_pictures_of_client=request.max_pictures_of_client,
         )
         key, entry = (request.client, request.id), (ticket, events)
         self._requests.setdefault(key, []).append(entry)
@@ -151,8 +155,9 @@ class Sampler:
         """End a request; return after how many steps it stopped, or None if it is not here."""
         steps = []
         for ticket, events in self._requests.get((client, request_id), []):
-            steps.append(self._engine.cancel(ticket, time.monotonic()))
-            events.put_nowait(Failed(RequestCancelledError(steps[-1])))
+            if ticket.is_open:  # else it is drawn, and only decoded now
+                steps.append(self._engine.cancel(ticket, time.monotonic()))
+                events.put_nowait(Failed(RequestCancelledError(steps[-1])))
         return max(steps, default=None)
 
     def _begin(self, request: DrawRequest) -> list[Denoising]:
@@ -187,12 +192,12 @@ class Sampler:
                     raise error
 
     async def _decode(self, latents: Sequence[Tensor]) -> Pixels:
-        """Decode pictures one by one: a codec's last bits depend on the batch."""
+        """Decode pictures one by one: a codec's last bits depend on the batch.
 
-        def decode() -> Pixels:
-            return np.concatenate([self._bundle.codec.decode(x) for x in latents])
-
-        return await self._in(self._computing, decode)
+        Steps of others may come between.
+        """
+        decode = self._bundle.codec.decode
+        return np.concatenate([await self._in(self._computing, decode, one) for one in latents])
 
     async def _in(
         self, threads: ThreadPoolExecutor, function: Callable[..., Result], *arguments: Any
@@ -214,8 +219,10 @@ class Sampler:
             for k, client in enumerate(self._experts):
                 # While a replica computes, the next batch is on its way.
                 lanes += [self._run_lane((k,), client.ask, lost_after_s) for _ in range(2)]
-        self._tasks = [asyncio.create_task(lane) for lane in lanes]
-        self._tasks.append(asyncio.create_task(self._expire()))
+        # Not in the context of the request that comes first: Ray would cancel their calls with it.
+        self._tasks = [
+            asyncio.create_task(task, context=Context()) for task in (*lanes, self._expire())
+        ]
 
     def _count_computations(self, threads: int) -> int:
         """Return how many batches are computed here at a time."""
@@ -237,12 +244,12 @@ class Sampler:
             self._rows.observe(sum(c.num_rows for c in batch.calls), {"model": str(batch.model)})
             try:
                 answers = await asyncio.wait_for(ask(batch.calls), timeout_s)
+                self._engine.answer(batch, answers, time.monotonic())
             except (RayActorError, ExpertUnavailableError, TimeoutError):
                 self._engine.fail(batch, time.monotonic())
             except Exception as error:  # its requests are over, and the lane goes on
+                logger.exception("a batch of model %d failed", batch.model)
                 self._engine.reject(batch, error, time.monotonic())
-            else:
-                self._engine.answer(batch, answers, time.monotonic())
             self._wake()
 
     async def _expire(self) -> None:

@@ -344,8 +344,10 @@ class _Resident:
                 return expert
             names = tuple(loras)  # another view once an adapter has been added
             if names not in views:
-                adapters = {name: lora.beside(expert) for name, lora in loras.items()}
+                for former in [name for name in views if isinstance(name, tuple)]:
+                    del views[former]
                 with torch.inference_mode(False):
+                    adapters = {name: lora.beside(expert) for name, lora in loras.items()}
                     views[names] = attach_all(expert, adapters)
             return views[names]
 

@@ -20,6 +20,8 @@ from paris_ray.config import LoRAConfig
 from paris_ray.errors import BudgetError, ConfigError, ParisError, ProtocolError
 from paris_ray.models.lora import Adapter
 from paris_ray.models.peft_layout import save_adapter
+from paris_ray.sampling.routing import Routing
+from paris_ray.sampling.sampler import SamplingOptions
 from paris_ray.signatures import SignedDocument
 from paris_ray.zklora.adapter import read_peft
 from paris_ray.zklora.identity import Identity
@@ -216,11 +218,16 @@ def test_what_cannot_be_drawn_is_said_before_it_is_paid(
 
 def test_a_log_that_would_not_fit_into_memory_is_refused() -> None:
     tokens, modules = 256, 56  # of DiT-XL/2
-    _check_size(2, 50, tokens * modules)
+    options = SamplingOptions(
+        num_inference_steps=50, guidance_scale=2.0, routing=Routing("full"), router_temperature=1.0
+    )
+    _check_size(2, options, tokens * modules)
     with pytest.raises(
         ProtocolError, match=r"3 prompts with num_inference_steps=50 .*4300800 rows"
     ):
-        _check_size(3, 50, tokens * modules)
+        _check_size(3, options, tokens * modules)
+    with pytest.raises(ProtocolError, match=r"2 prompts .* rows"):  # heun asks twice a step
+        _check_size(2, replace(options, solver="heun"), tokens * modules)
 
 
 def test_a_picture_without_the_adapter_costs_nothing(market: Market, session: Session) -> None:

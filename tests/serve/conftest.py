@@ -24,25 +24,32 @@ def serve_address(ray_session: None) -> Iterator[str]:
     serve.shutdown()
 
 
-@pytest.fixture(scope="session")
-def start_app(serve_address: str, tiny_bundle_path: Path) -> Start:
-    """A function that serves the tiny bundle, or another, under a name and returns its URL."""
+@pytest.fixture(scope="module")
+def start_app(serve_address: str, tiny_bundle_path: Path) -> Iterator[Start]:
+    """A function that serves the tiny bundle, or another, under a name and returns its URL.
+
+    The applications end with the module: all of them together would not fit into 24 GB.
+    """
+    names = []
 
     def start(name: str, **args: object) -> str:
         app = build(AppArgs(**{"bundle": str(tiny_bundle_path)} | args))
+        names.append(name)
         serve.run(app, name=name, route_prefix=f"/{name}")
         return f"{serve_address}/{name}"
 
-    return start
+    yield start
+    for name in names:
+        serve.delete(name)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def url(start_app: Start) -> str:
     """The URL of the tiny bundle, with every expert in a replica of its own."""
     return start_app("separate", experts={1: {"num_replicas": 2}})
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def client(url: str) -> Iterator[httpx.Client]:
     """An HTTP client of that application."""
     with httpx.Client(base_url=url, timeout=60) as client:

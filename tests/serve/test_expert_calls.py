@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Sequence
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from ray.exceptions import ActorDiedError
 
 from paris_ray.bundle import Bundle
 from paris_ray.sampling import generate
-from paris_ray.sampling.engine import Limits
+from paris_ray.sampling.engine import Limits, QueueFullError
 from paris_ray.sampling.sampler import ExpertsLostError, sampling_options
 from serve.drawing import Drawing, DrawRequest
 from serve.expert import ExpertServer, Floats, MissingTexts, Question
@@ -22,6 +23,7 @@ pytestmark = pytest.mark.serve
 
 SEEDS = [0, 1, 2]
 LIMITS = Limits(lost_after_s=0.3)
+IN_REQUEST: ContextVar[str | None] = ContextVar("in_request", default=None)
 
 
 class Handle:
@@ -35,6 +37,8 @@ class Handle:
         return self
 
     async def remote(self, question: Question) -> Floats | MissingTexts:
+        # Ray cancels the calls that are made in a request's context together with the request.
+        assert IN_REQUEST.get() is None
         if self.dies:
             raise ActorDiedError
         self.sent.append(question)
@@ -48,14 +52,20 @@ def source(tiny_bundle_path: Path) -> BundleSource:
 
 @pytest.fixture
 def handles(bundle: Bundle, source: BundleSource) -> list[Handle]:
-    return [Handle(ExpertServer(source, k, threads=1)) for k in range(bundle.num_experts)]
+    return [
+        Handle(ExpertServer(source, k, threads=1, max_rows=64)) for k in range(bundle.num_experts)
+    ]
 
 
 def draw(
     source: BundleSource, handles: Sequence[Any], prompts: Sequence[str], **options: Any
 ) -> list[Drawing]:
     """Draw three pictures of each prompt, one request after the other."""
-    allow_degraded = options.pop("allow_degraded", True)
+    own = {
+        name: options.pop(name)
+        for name in ("allow_degraded", "max_pictures_of_client")
+        if name in options
+    }
     sampler = Sampler(source, handles, threads=1, limits=LIMITS)
     requests = [
         DrawRequest(
@@ -65,12 +75,13 @@ def draw(
             seeds=SEEDS,
             options=sampling_options(source.open(), routing="full", **options),
             timeout_s=60,
-            allow_degraded=allow_degraded,
+            **own,
         )
         for i, prompt in enumerate(prompts)
     ]
 
     async def each() -> list[Drawing]:
+        IN_REQUEST.set("the first")
         return [await sampler.draw(request) for request in requests]
 
     return asyncio.run(each())
@@ -103,7 +114,7 @@ def test_a_replica_that_does_not_know_a_text_gets_it(
             asyncio.run(handle.server.velocity(handle.sent[-1]._replace(new_texts={}))),
             MissingTexts,
         )
-        handles[k].server = ExpertServer(source, k, threads=1)
+        handles[k].server = ExpertServer(source, k, threads=1, max_rows=64)
     again = draw(source, handles, ["a cat"])
     np.testing.assert_array_equal(again[0].pictures, first[0].pictures)
 
@@ -125,3 +136,11 @@ def test_a_request_may_insist_on_every_expert(source: BundleSource, handles: lis
     handles[1].dies = True
     with pytest.raises(ExpertsLostError, match="expert 1 is lost"):
         draw(source, handles, ["a cat"], allow_degraded=False)
+
+
+def test_a_client_has_no_more_pictures_than_its_quota(
+    source: BundleSource, handles: list[Handle]
+) -> None:
+    with pytest.raises(QueueFullError, match="the most at once are 2"):
+        draw(source, handles, ["a cat"], max_pictures_of_client=2)
+    assert len(draw(source, handles, ["a cat"], max_pictures_of_client=3)) == 1

@@ -52,7 +52,9 @@ class Handle:
 @pytest.fixture
 def new_server(tiny_bundle_path: Any) -> Callable[[], ExpertServer]:
     threads = torch.get_num_threads()
-    return lambda: ExpertServer(BundleSource(str(tiny_bundle_path)), INDEX, threads=threads)
+    return lambda: ExpertServer(
+        BundleSource(str(tiny_bundle_path)), INDEX, threads=threads, max_rows=64
+    )
 
 
 def calls_of(

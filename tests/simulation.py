@@ -18,6 +18,7 @@ from paris_ray.sampling.guidance import KeyedText
 from paris_ray.sampling.sampler import Answers, Denoising, ExpertsLostError, Samples, Step
 
 NUM_EXPERTS = 3
+MOST_EVENTS = 1_000_000  # of a simulation
 MODELS = (ROUTER, *range(NUM_EXPERTS))
 TEXT = KeyedText.of(TextConditioning(torch.zeros(1, 1, 1), torch.zeros(1, 1)))
 _names = count()
@@ -182,6 +183,7 @@ class Simulation:
         self._take()
         while self._agenda and self._agenda[0][0] <= until:
             self.now, _, action = heapq.heappop(self._agenda)
+            assert next(self._numbers) < MOST_EVENTS, "it never ends"
             action()
             self._take()
         if until < math.inf:

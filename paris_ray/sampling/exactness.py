@@ -4,6 +4,7 @@
 rows, as far as the library underneath keeps to that. This is tried before it is relied on.
 """
 
+from collections.abc import Hashable
 from typing import Any
 
 import torch
@@ -17,7 +18,9 @@ BATCH_SIZES = (1, 2, 3, 5, 8)
 MAX_TOKENS = 4  # of the text that it is tried with
 
 
-@torch.inference_mode()
+_found: dict[Hashable, bool] = {}  # weights do not matter, so models of one kind are tried once
+
+
 def rows_are_independent(model: Expert | Router) -> bool:
     """Return whether a model computes the same bits of a sample alone and beside others.
 
@@ -26,6 +29,15 @@ def rows_are_independent(model: Expert | Router) -> bool:
     Args:
         model: On its device, with its threads.
     """
+    where = (model.pos_embed.device, model.pos_embed.dtype, torch.get_num_threads())
+    kind = (type(model), model.config, *where)
+    if kind not in _found:
+        _found[kind] = _try(model)
+    return _found[kind]
+
+
+@torch.inference_mode()
+def _try(model: Expert | Router) -> bool:
     shallow = share(model)
     shallow.layers = shallow.layers[:1]
     config, count = model.config, max(BATCH_SIZES)

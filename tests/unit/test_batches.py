@@ -260,7 +260,9 @@ def test_where_rows_depend_on_their_batch_they_are_computed_one_by_one(
     assert asked == [len(calls)]
 
 
-def test_a_model_whose_rows_depend_on_their_batch_is_found_out(tiny_bundle: Bundle) -> None:
+def test_a_model_whose_rows_depend_on_their_batch_is_found_out(
+    tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
     expert = tiny_bundle.expert(0)
 
     class Dependent(Expert):
@@ -271,6 +273,10 @@ def test_a_model_whose_rows_depend_on_their_batch_is_found_out(tiny_bundle: Bund
     dependent.load_state_dict(expert.state_dict())
     assert rows_are_independent(expert)
     assert not rows_are_independent(dependent)
+    tried: list[Tensor] = []
+    monkeypatch.setattr(Expert, "forward", lambda self, *arguments: tried.append(arguments[0]))
+    assert rows_are_independent(expert)
+    assert not tried  # what is known of one is known of its like
 
 
 @torch.inference_mode()

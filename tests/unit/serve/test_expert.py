@@ -182,6 +182,28 @@ def test_what_came_while_it_computed_is_computed_together(
     assert len(sizes) <= 2
 
 
+def test_a_pass_has_no_more_rows_than_allowed_and_none_for_nobody(
+    tiny_bundle: Bundle, new_server: Callable[[], ExpertServer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = new_server()
+    monkeypatch.setattr(server, "_max_rows", 4)
+    sizes = watch(server, monkeypatch, server._models.answer)
+    calls = calls_of(tiny_bundle, ["a cat", "a dog", "red", "green", "blue"])  # guided: two rows
+
+    async def ask() -> None:
+        tasks = [asyncio.create_task(ExpertClient(Handle(server)).ask([call])) for call in calls]
+        await asyncio.sleep(0)  # all have asked, and nothing is computed yet
+        tasks[1].cancel()
+        answers = await all_of(tasks)
+        assert isinstance(answers.pop(1), asyncio.CancelledError)
+        for call, (answer,) in zip([calls[0], *calls[2:]], answers, strict=True):
+            assert torch.equal(answer, answer_alone(LocalModels(tiny_bundle), call))
+
+    asyncio.run(ask())
+    assert max(sizes) == 2
+    assert sum(sizes) == 4
+
+
 def test_an_error_is_told_to_those_who_asked_and_to_nobody_later(
     tiny_bundle: Bundle, new_server: Callable[[], ExpertServer], monkeypatch: pytest.MonkeyPatch
 ) -> None:

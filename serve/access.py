@@ -87,8 +87,8 @@ def check_local(connection: HTTPConnection) -> None:
     the proxy that binds is Ray's, so the application can only refuse what comes through it. The
     Host header protects against DNS rebinding, where a web page that the user visits has its own
     name resolved to 127.0.0.1 and lets the browser, a local client, send the requests. Behind a
-    proxy on this machine everybody is a local client: nearly all of them say whom they speak for,
-    in a header or, as nginx does by default, by HTTP/1.0. One that does not cannot be told from a
+    proxy on this machine everybody is a local client: many of them say whom they speak for,
+    in a header or by HTTP/1.0. One that does not cannot be told from a
     local client.
 
     Raises:

@@ -98,10 +98,15 @@ class Order:
     unused: tuple[RequestWarning, ...]
 
     @property
+    def num_pictures(self) -> int:
+        """How many pictures, of all prompts together."""
+        return len(self.prompts) * self.n
+
+    @property
     def picture_steps(self) -> int:
         """What it costs: evaluations of the velocity, of all pictures together."""
         evaluations = num_evaluations(self.options.solver, self.options.num_inference_steps)
-        return len(self.prompts) * self.n * evaluations
+        return self.num_pictures * evaluations
 
     def draw_request(
         self, *, id: str, client: str, timeout_s: float, max_pictures_of_client: int | None = None

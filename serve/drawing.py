@@ -64,14 +64,12 @@ class Drawing:
         expert_usage: `(n, K)` mean weight of each expert over the steps; rows sum to 1.
         expert_weights: `(n, steps, K)` its weight in each step.
         missing_experts: Those that were lost and drawn without, in order; of all pictures.
-        queued_s: Seconds from its arrival at the Sampler to its first step.
     """
 
     pictures: Pixels
     expert_usage: list[list[float]]
     expert_weights: list[list[list[float]]]
     missing_experts: list[int]
-    queued_s: float
 
 
 class RequestCancelledError(RuntimeError):

@@ -116,7 +116,7 @@ class ExpertServer:
 
     def _load(self) -> None:
         """Load now what calls will need."""
-        self._models.batches(self._index)
+        self._models.most_rows(self._index)
         for name in self._bundle.loras:
             self._bundle.expert(self._index, name)
 

@@ -226,12 +226,16 @@ class Ingress:
         """Return what the Sampler is asked for a caller, within the caller's quotas."""
         client = caller.client
         assert client is not None  # the gate lets nobody else draw
+        most = client.quotas.concurrent_pictures
+        if most is not None and order.num_pictures > most:  # never, whenever it is sent again
+            message = f"{order.num_pictures} pictures are not allowed: your key has {most} at once"
+            raise invalid(message, param="n", code="invalid_value")
         self.access.check_steps(client, order.picture_steps)
         return order.draw_request(
             id=caller.request_id,
             client=client.name,
             timeout_s=self.options.timeout_s,
-            max_pictures_of_client=client.quotas.concurrent_pictures,
+            max_pictures_of_client=most,
         )
 
     def _data(self, order: Order, picture: int, file: bytes, caller: Caller) -> ImageData:

@@ -31,7 +31,7 @@ ERRORS: Mapping[int, tuple[str, Document]] = {
         },
     ),
     403: (
-        "Without keys, only this machine is answered",
+        "Without keys, only this machine is answered; only an admin cancels requests of others",
         {
             "message": "Without api_key_file this server answers only its own machine",
             "type": "permission_error",

@@ -10,6 +10,7 @@ from urllib.parse import quote
 import paris_ray
 from paris_ray.pictures import (
     RESIZE_FILTER,
+    WEIGHT_DIGITS,
     PictureRecord,
     encode_picture,
     sparse_weights,
@@ -26,7 +27,6 @@ from serve.schemas import (
     Usage,
 )
 
-WEIGHT_DIGITS = 4
 SOFTWARE = f"paris_ray {paris_ray.__version__}"
 PRINTABLE = "".join(map(chr, range(0x20, 0x7F)))  # what a header may hold as it is
 HEADER_PREFIX = "X-Paris-"

@@ -30,7 +30,7 @@ class Samplers:
     """Draws through the handle of the Sampler.
 
     A request that a Sampler died with is sent again as it is until its time is over: its seeds make
-    the same pictures, so nobody notices.
+    the same pictures.
 
     Args:
         handle: Of the Sampler.
@@ -126,18 +126,18 @@ class Samplers:
         Raises:
             ApiError: 503, if none does in time.
         """
-        try:
-            await asyncio.wait_for(self._handle.check_health.remote(), timeout_s)
-        except (TimeoutError, RayActorError, BackPressureError, DeploymentUnavailableError):
-            raise unavailable("The model is not loaded. Ask again") from None
+        await self._ask("check_health", timeout_s)
 
     async def state(self, timeout_s: float) -> dict[str, Any]:
         """Return what a Sampler says of itself, see `Sampler.state`; raises as `check_health`."""
+        state: dict[str, Any] = await self._ask("state", timeout_s)
+        return state
+
+    async def _ask(self, method: str, timeout_s: float) -> Any:
         try:
-            state: dict[str, Any] = await asyncio.wait_for(self._handle.state.remote(), timeout_s)
+            return await asyncio.wait_for(getattr(self._handle, method).remote(), timeout_s)
         except (TimeoutError, RayActorError, BackPressureError, DeploymentUnavailableError):
             raise unavailable("The model is not loaded. Ask again") from None
-        return state
 
 
 def _time_left(deadline: float) -> float:

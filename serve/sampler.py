@@ -34,6 +34,7 @@ from serve.source import BundleSource
 
 EXPIRY_PERIOD_S = 0.25
 ROW_BUCKETS = [1.0, 2, 4, 8, 16, 32, 64]
+SECOND_BUCKETS = [0.01, 0.1, 0.5, 1, 2, 5, 10, 50]
 
 logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
@@ -77,16 +78,22 @@ class Sampler:
             boundaries=ROW_BUCKETS,
             tag_keys=("model",),
         )
+        self._queued = Histogram(
+            "paris_queued_seconds",
+            "From the admission of a request to its first step.",
+            boundaries=SECOND_BUCKETS,
+        )
+        self._left = Gauge("paris_steps_left", "Velocities that all requests still need.")
         self._active = Gauge("paris_active_pictures", "Pictures that are being drawn.")
         self._waiting = Gauge("paris_waiting_pictures", "Pictures that wait to be drawn.")
         self._load()
 
     def _load(self) -> None:
         """Load what requests need now: a broken bundle must not become a broken request."""
-        _ = self._models.batches(ROUTER), self._bundle.codec, self._bundle.null_text
+        _ = self._models.most_rows(ROUTER), self._bundle.codec, self._bundle.null_text
         if self._experts is None:
             for k in range(self._bundle.num_experts):
-                self._models.batches(k)
+                self._models.most_rows(k)
             for name, k in self._bundle.loras.items():
                 self._bundle.expert(k, name)
 
@@ -178,6 +185,7 @@ class Sampler:
                     index = preview_at.index(evaluations)
                     yield Partial(picture=picture, index=index, step=evaluations, pixels=pixels)
                 case Finished(samples, queued_s):
+                    self._queued.observe(queued_s)
                     weights = [one.expert_weights[0].tolist() for one in samples]
                     usage = [one.expert_usage[0].tolist() for one in samples]
                     yield Drawing(
@@ -185,7 +193,6 @@ class Sampler:
                         expert_usage=usage,
                         expert_weights=weights,
                         missing_experts=sorted({k for one in samples for k in one.missing_experts}),
-                        queued_s=queued_s,
                     )
                     return
                 case Failed(error):
@@ -256,6 +263,7 @@ class Sampler:
         while True:
             await asyncio.sleep(EXPIRY_PERIOD_S)
             self._engine.expire(time.monotonic())
+            self._left.set(self._engine.num_left)
             self._active.set(self._engine.num_active)
             self._waiting.set(self._engine.num_waiting)
             self._wake()

@@ -52,13 +52,14 @@ class Limits:
     """What an engine takes on.
 
     Attributes:
-        max_batch_rows: Samples of one forward pass; a guided picture is two.
+        max_batch_rows: Samples of one batch; a guided picture is two. With exact bytes a forward
+            pass has `exactness.MOST_TRIED` at most, so more gain nothing then.
         max_active_pictures: Pictures that are drawn at the same time.
         max_waiting_pictures: Pictures that wait to be drawn.
         lost_after_s: How long a model may fail before pictures are drawn without it.
     """
 
-    max_batch_rows: int = 64
+    max_batch_rows: int = 16
     max_active_pictures: int = 64
     max_waiting_pictures: int = 256
     lost_after_s: float = 60.0

@@ -1,7 +1,8 @@
 """A bundle's router and experts in this process: batches of calls in, answers out."""
 
 import logging
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import chain
 from threading import Lock
@@ -12,10 +13,10 @@ from torch import Tensor
 
 from paris_ray.bundle import Bundle
 from paris_ray.diffusion import router_logits
-from paris_ray.models import EncodedText, TextConditioning
+from paris_ray.models import EncodedText, Expert, Router, TextConditioning
 from paris_ray.models.lora import adapted_samples
 from paris_ray.sampling.calls import ROUTER, Call, ExpertCall, RouterCall
-from paris_ray.sampling.exactness import rows_are_independent
+from paris_ray.sampling.exactness import MOST_TRIED, rows_are_independent
 from paris_ray.sampling.guidance import KeyedText, TextCache, guided_velocity
 
 logger = logging.getLogger("paris_ray")
@@ -32,7 +33,7 @@ class LocalModels:
 
     def __init__(self, bundle: Bundle, *, exact: bool = True) -> None:
         self._bundle, self._exact, self._texts = bundle, exact, TextCache()
-        self._batches: dict[int, bool] = {}  # whether a model's samples may be batched
+        self._most_rows: dict[int, int] = {}  # of a pass, by model
         # An expert in use cannot leave the device: only one at a time, if there is little room.
         self._turn: AbstractContextManager[Any] = Lock() if bundle.offload else nullcontext()
 
@@ -47,29 +48,40 @@ class LocalModels:
 
     @torch.inference_mode()
     def answer(self, calls: Sequence[Call]) -> list[Tensor]:
-        """Answer calls of one model, in one forward pass where their adapters allow it.
+        """Answer calls of one model, in as few forward passes as `most_rows` and adapters allow.
 
         Returns:
             `(b, K)` router logits or `(b, C, H, W)` velocities of each call.
         """
         assert len({call.model for call in calls}) == 1, "a batch is for one model"
-        if self.batches(calls[0].model):
+        most = self.most_rows(calls[0].model)
+        if sum(call.num_rows for call in calls) <= most:
             return self._ask(calls)
         rows = [call.row(i) for call in calls for i in range(len(call.latents))]
-        return _split(torch.cat([self._ask([row])[0] for row in rows]), calls)
+        answers = [answer for part in _passes(rows, most) for answer in self._ask(part)]
+        return _split(torch.cat(answers), calls)
 
-    def batches(self, model: int) -> bool:
-        """Return whether samples of a model are computed together; loads it."""
-        if model not in self._batches:
+    def most_rows(self, model: int) -> int:
+        """Return how many samples of a model are computed together; loads it.
+
+        If bytes must not depend on the batch, as many as that was tried with: one where they do.
+        """
+        if model not in self._most_rows:
             with self._turn:
                 tried = self._bundle.router if model == ROUTER else self._bundle.mixed_expert(model)
-                self._batches[model] = not self._exact or rows_are_independent(tried)
-            if not self._batches[model]:
-                logger.warning(
-                    "On this machine the last bits of a sample depend on its batch: samples are "
-                    "computed one by one. exact=false gives up equal bytes, and is faster."
-                )
-        return self._batches[model]
+                self._most_rows[model] = self._try(tried)
+        return self._most_rows[model]
+
+    def _try(self, model: Expert | Router) -> int:
+        if not self._exact:
+            return sys.maxsize
+        if rows_are_independent(model):
+            return MOST_TRIED
+        logger.warning(
+            "On this machine the last bits of a sample depend on its batch: samples are computed "
+            "one by one. exact=false gives up equal bytes, and is faster."
+        )
+        return 1
 
     def _ask(self, calls: Sequence[Call]) -> list[Tensor]:
         router_calls = [call for call in calls if isinstance(call, RouterCall)]
@@ -148,6 +160,18 @@ class _Rows:
             for name in dict.fromkeys(self._loras)
             if name is not None
         }
+
+
+def _passes(calls: Sequence[Call], most_rows: int) -> Iterator[list[Call]]:
+    """Yield the calls in groups of at most so many rows; a call of more is alone."""
+    group: list[Call] = []
+    for call in calls:
+        if group and sum(one.num_rows for one in (*group, call)) > most_rows:
+            yield group
+            group = []
+        group.append(call)
+    if group:
+        yield group
 
 
 def _times(calls: Sequence[Call]) -> Tensor:

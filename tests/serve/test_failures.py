@@ -76,8 +76,10 @@ def test_killed_expert_comes_back(start_app: Callable[..., str]) -> None:
     before = draw(3).json()
     with ThreadPoolExecutor(4) as pool:
         answers = [pool.submit(draw, 100) for _ in range(4)]
-        time.sleep(0.5)
+        while httpx.get(f"{url}/readyz", timeout=60).json().get("active_pictures", 0) == 0:
+            time.sleep(0.01)
         kill_expert("mortal", 0)
+        assert not any(answer.done() for answer in answers)
         drawn = [answer.result() for answer in answers]
     assert {answer.status_code for answer in drawn} == {200}
     assert {answer.json()["data"][0]["b64_json"] for answer in drawn} == {

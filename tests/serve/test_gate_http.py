@@ -233,8 +233,11 @@ def test_endless_chunks_are_cut(client: httpx.Client) -> None:
 
     refused = client.post(f"/keyed{IMAGES}", content=chunks())
     assert error_of(refused, 401)["code"] == "invalid_api_key"
+    assert len(sent) < 1000
+    sent.clear()
     refused = client.post(f"/keyed{IMAGES}", content=chunks(), headers=KEY)
     assert error_of(refused, 413)["code"] == "body_too_large"
+    assert len(sent) < 1000
     good = iter([b'{"prompt": ', b'"a cat"}'])
     headers = KEY | {"Content-Type": "application/json"}
     assert client.post(f"/keyed{IMAGES}", content=good, headers=headers).status_code == 200

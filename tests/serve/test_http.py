@@ -509,12 +509,19 @@ def test_keys(start_app: Callable[..., str], tmp_path: Path) -> None:
     entries = [
         {"name": name, "sha256": digests[name], "role": role} for name, role in secrets.items()
     ]
+    entries[1]["quotas"] = {"concurrent_pictures": 2, "picture_steps_per_minute": 20}
     path.write_text(json.dumps(entries))
     url = start_app("of-several", colocated=True, api_key_file=str(path))
 
     def send(who: str, method: str, route: str, **options: Any) -> httpx.Response:
         headers = {"Authorization": f"Bearer {who}", "X-Request-Id": "long"}
         return httpx.request(method, f"{url}/{route}", headers=headers, timeout=60, **options)
+
+    few = {"prompt": "a cat", "num_inference_steps": 5}
+    assert_error(send("bob", "POST", IMAGES, json=few | {"n": 3}), 400, "n", "invalid_value")
+    answers = [send("bob", "POST", IMAGES, json=few | {"n": 2}) for _ in range(3)]
+    assert [answer.status_code for answer in answers] == [200, 200, 429]
+    assert 1 <= int(answers[2].headers["Retry-After"]) <= 60
 
     body = {"prompt": "a cat", "n": 10, "num_inference_steps": 100, "stream": True}
     link = send("alice", "POST", IMAGES, json={"prompt": "a cat", "response_format": "url"})

@@ -37,7 +37,6 @@ def drawing(request: DrawRequest) -> Drawing:
         expert_usage=[[1.0, 0.0, 0.0]] * n,
         expert_weights=[[[1.0, 0.0, 0.0]] * steps] * n,
         missing_experts=[2],
-        queued_s=0.0,
     )
 
 
@@ -220,10 +219,19 @@ def test_a_killed_sampler_costs_nobody_a_picture(start_app: Callable[..., str]) 
         answers = [
             pool.submit(httpx.post, f"{url}/{IMAGES}", json=body, timeout=120) for _ in "1234"
         ]
+        wait_until_drawing(url)
         ray.kill(sampler_of("two-lives"))
+        assert not any(answer.done() for answer in answers)
         got = [answer.result() for answer in answers]
     assert [response.status_code for response in got] == [200] * 4
     assert all(response.json()["data"] == before["data"] for response in got)
+
+
+def wait_until_drawing(url: str) -> None:
+    deadline = time.monotonic() + 60
+    while httpx.get(f"{url}/readyz", timeout=60).json().get("active_pictures", 0) == 0:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def sampler_of(app: str) -> Any:

@@ -26,7 +26,7 @@ from paris_ray.models.peft_layout import save_adapter
 from paris_ray.sampling import generate
 from paris_ray.sampling.calls import ROUTER, Call, ExpertCall, RouterCall
 from paris_ray.sampling.engine import Engine, Event, Failed, Finished, Limits, Ticket
-from paris_ray.sampling.exactness import rows_are_independent
+from paris_ray.sampling.exactness import MOST_TRIED, rows_are_independent
 from paris_ray.sampling.guidance import KeyedText
 from paris_ray.sampling.local import LocalModels
 from paris_ray.sampling.sampler import (
@@ -80,7 +80,9 @@ def bundle(
 def test_the_models_of_these_tests_compute_samples_together(bundle: Bundle) -> None:
     """Otherwise all would be computed one by one, and what follows would hold of itself."""
     models = LocalModels(bundle)
-    assert all(models.batches(model) for model in (ROUTER, *range(bundle.num_experts)))
+    assert all(
+        models.most_rows(model) == MOST_TRIED for model in (ROUTER, *range(bundle.num_experts))
+    )
 
 
 # -- Requests through the engine -------------------------------------------------------------------

@@ -198,7 +198,7 @@ def test_no_more_pictures_are_begun_than_allowed() -> None:
     is_over: list[bool] = []
     asked = [request(simulation, 2, 4, (k,)) for k in range(NUM_EXPERTS)]
     begun = [picture.is_begun for one in asked for picture in one.pictures]
-    assert begun == [True, True, False, False, False, False] or sum(begun) == 3
+    assert sum(begun) == 3
     simulation.at(0, look)
     simulation.at(10, lambda: is_over.append(True))
     simulation.run()

@@ -172,7 +172,7 @@ def test_too_many_bad_pictures_are_refused_until_that_is_allowed(
     [
         ({"expert": 3}, "expert=3 is not allowed: the bundle has 0 to 2"),
         ({"expert": -1}, "expert=-1 is not allowed"),
-        ({"overrides": ["lora.r=64"]}, "r=64 is not allowed: 1 to 16 for layers"),
+        ({"overrides": ["lora.r=64"]}, "r=64 is not allowed: 1 to 32 for layers"),
         ({"overrides": ["lora.target_modules=[to_q]"]}, "target_modules='to_q' is not allowed"),
     ],
 )

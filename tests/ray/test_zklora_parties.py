@@ -1115,7 +1115,7 @@ def test_malformed_requests_are_refused(
 def test_rows_of_another_shape_or_type_are_refused(
     market: Market, session: Session, channel: Channel
 ) -> None:
-    name, d_in = "layers.0.attn.in_proj", 16
+    name, d_in = "layers.0.attn.in_proj", 32
     call = {"session": session.sid, "seq": 0, "module": name, "exponent": 0}
     before = market.rows_left()
     for tensors in (
@@ -1137,7 +1137,7 @@ def test_rows_of_another_shape_or_type_are_refused(
         channel.request("call", call | {"module": "no"}, {"x": np.zeros((2, d_in), np.int16)})
     assert market.rows_left() == before
     lowest = np.full((1, d_in), -(2**15), np.int16)  # int16's own extremes are fine
-    assert session.evaluate(name, lowest, 0).shape == (1, 48)
+    assert session.evaluate(name, lowest, 0).shape == (1, 96)
 
 
 @pytest.mark.parametrize(

@@ -115,7 +115,7 @@ class TimestepEmbed(nn.Module):
 
     def forward(self, timesteps: Tensor) -> Tensor:
         """`(B,) -> (B, d)`."""
-        return self.mlp(sinusoid(timesteps, FREQUENCY_DIM).to(next(self.parameters()).dtype))
+        return self.mlp(sinusoid(timesteps, FREQUENCY_DIM).to(self.mlp[0].weight.dtype))
 
 
 class FusedLinear(Linear):
@@ -148,11 +148,11 @@ class Attention(nn.Module):
 
     def _split(self, x: Tensor, parts: int) -> Tensor:
         """`(B, N, parts * d) -> (B, parts, heads, N, c)`."""
-        return rearrange(x, "b n (p h c) -> b p h n c", p=parts, h=self.num_heads)
+        return x.unflatten(2, (parts, self.num_heads, -1)).permute(0, 2, 3, 1, 4)
 
     def _merge(self, mixed: Tensor) -> Tensor:
         """`(B, heads, N, c) -> (B, N, d)`."""
-        return self.out_proj(rearrange(mixed, "b h n c -> b n (h c)"))
+        return self.out_proj(mixed.transpose(1, 2).flatten(2))
 
 
 class CrossAttention(Attention):

@@ -12,7 +12,6 @@ import os
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from contextvars import Context
 from typing import Any, TypeVar
 
@@ -25,7 +24,16 @@ from torch import Tensor
 
 from paris_ray.diffusion import num_evaluations
 from paris_ray.sampling.calls import ROUTER, Call
-from paris_ray.sampling.engine import Engine, Event, Failed, Finished, Limits, Previewed, Ticket
+from paris_ray.sampling.engine import (
+    Batch,
+    Engine,
+    Event,
+    Failed,
+    Finished,
+    Limits,
+    Previewed,
+    Ticket,
+)
 from paris_ray.sampling.local import LocalModels
 from paris_ray.sampling.sampler import Denoising, start_denoising
 from serve.drawing import Drawing, DrawRequest, Partial, Pixels, RequestCancelledError
@@ -70,7 +78,7 @@ class Sampler:
         self._encoding = ThreadPoolExecutor(1, "encoding")
         self._engine = Engine((ROUTER, *range(self._bundle.num_experts)), limits)
         self._requests: dict[tuple[str, str], list[tuple[Ticket, asyncio.Queue[Event]]]] = {}
-        self._changed = asyncio.Event()
+        self._idle: dict[asyncio.Future[Batch], Collection[int]] = {}  # lanes at rest
         self._tasks: list[asyncio.Task[None]] = []
         self._rows = Histogram(
             "paris_batch_rows",
@@ -244,13 +252,11 @@ class Sampler:
         self, models: Collection[int], ask: Answer, timeout_s: float | None
     ) -> None:
         while True:
-            batch = self._engine.take(models, time.monotonic())
-            if batch is None:
-                await self._wait(self._engine.retry_in(models, time.monotonic()))
-                continue
+            batch = await self._next_batch(models)
             self._rows.observe(sum(c.num_rows for c in batch.calls), {"model": str(batch.model)})
             try:
-                answers = await asyncio.wait_for(ask(batch.calls), timeout_s)
+                async with asyncio.timeout(timeout_s):
+                    answers = await ask(batch.calls)
                 self._engine.answer(batch, answers, time.monotonic())
             except (RayActorError, ExpertUnavailableError, TimeoutError):
                 self._engine.fail(batch, time.monotonic())
@@ -268,14 +274,27 @@ class Sampler:
             self._waiting.set(self._engine.num_waiting)
             self._wake()
 
-    def _wake(self) -> None:
-        """Let every lane look for work."""
-        self._changed.set()
-        self._changed = asyncio.Event()
+    async def _next_batch(self, models: Collection[int]) -> Batch:
+        """Return what waits for some models, as soon as something does."""
+        now, loop = time.monotonic(), asyncio.get_running_loop()
+        batch = self._engine.take(models, now)
+        if batch is not None:
+            return batch
+        retry_s = self._engine.retry_in(models, now)
+        if retry_s is not None:  # something waits for a model that has just failed
+            loop.call_later(retry_s, self._wake)
+        handed: asyncio.Future[Batch] = loop.create_future()
+        self._idle[handed] = models
+        return await handed
 
-    async def _wait(self, timeout_s: float | None) -> None:
-        with suppress(TimeoutError):
-            await asyncio.wait_for(self._changed.wait(), timeout_s)
+    def _wake(self) -> None:
+        """Hand what waits to the lanes at rest; those that there is nothing for sleep on."""
+        now = time.monotonic()
+        for handed, models in list(self._idle.items()):
+            batch = self._engine.take(models, now)
+            if batch is not None:
+                del self._idle[handed]
+                handed.set_result(batch)
 
 
 def _evaluations(request: DrawRequest) -> int:

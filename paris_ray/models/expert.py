@@ -44,6 +44,8 @@ class EncodedText:
     @staticmethod
     def concatenate(parts: "list[EncodedText]") -> "EncodedText":
         """Join batches of one expert along the first axis."""
+        if len(parts) == 1:
+            return parts[0]
         layers = zip(*(part.keys_values for part in parts), strict=True)
         return EncodedText(
             tuple(torch.cat(layer) for layer in layers),

@@ -9,18 +9,22 @@ alternation. Nothing is asserted: a bar that is missed is printed as missed.
 
 import argparse
 import asyncio
+import copy
 import os
 import random
-import statistics
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import httpx
+from bench_engine import report
 
 from jobs.command import ray_session
 from jobs.local_cluster import LOOPBACK, SERVE_EDGE, free_port
@@ -28,6 +32,7 @@ from jobs.local_cluster import LOOPBACK, SERVE_EDGE, free_port
 IMAGES = "v1/images/generations"
 CLIENTS = 16
 ROUNDS = 3
+PAPER_SECONDS = 20.0
 CANCELS = 1000
 KILL_PERIOD_S = 10.0
 Bodies = Callable[[int], dict[str, Any]]
@@ -104,19 +109,23 @@ class Bench:
         self.prompts = load_bundle(bundle).facts.example_prompts
 
     def bodies(self, number: int) -> dict[str, Any]:
-        """Requests for one picture, of captions that different experts draw."""
-        return {"prompt": self.prompts[number % len(self.prompts)], "seed": number}
+        """Requests for one picture, of captions that different experts draw.
+
+        No two have the same prompt: what is remembered of a prompt must not flatter anything.
+        """
+        prompt = self.prompts[number % len(self.prompts)]
+        return {"prompt": f"{prompt} {number}", "seed": number}
 
     @contextmanager
-    def application(self, **args: Any) -> Iterator[str]:
-        """Serve the bundle, warm; give the URL."""
+    def application(self, *, warm: int = CLIENTS, **args: Any) -> Iterator[str]:
+        """Serve the bundle, warm by so many clients; give the URL."""
         from ray import serve
 
         from serve.app import AppArgs, build
 
         serve.run(build(AppArgs(bundle=self.bundle, **args)), name="bench", route_prefix="/bench")
         url = f"http://{LOOPBACK}:{self.port}/bench/"
-        self.run(url, CLIENTS, 3)
+        self.run(url, warm, 3)
         yield url
         serve.delete("bench")
 
@@ -134,10 +143,11 @@ from paris_ray.reports import png_bytes
 from paris_ray.sampling import generate
 bundle = load_bundle({self.bundle!r})
 prompts, count = bundle.facts.example_prompts, 0
-generate(bundle, list(prompts))
+generate(bundle, prompts[:1], num_inference_steps=1, routing="full")
 began = time.perf_counter()
 while time.perf_counter() - began < {self.seconds}:
-    png_bytes(generate(bundle, [prompts[count % len(prompts)]], seed=count)[0])
+    prompt = prompts[count % len(prompts)]
+    png_bytes(generate(bundle, [f"{{prompt}} {{count}}"], seed=count)[0])
     count += 1
 print(count / (time.perf_counter() - began))
 """
@@ -162,6 +172,70 @@ def batching(bench: Bench) -> None:
         report(f"{name}: p95 over p50 of {CLIENTS} clients", latency, "<=", 2)
 
 
+def paper(bench: Bench) -> None:
+    """One request over in-process `generate` where a step takes as long as the paper's."""
+    with tempfile.TemporaryDirectory() as folder:
+        large = copy.copy(bench)
+        large.bundle, large.seconds = f"{folder}/bundle", PAPER_SECONDS
+        write_paper_bundle(bench.bundle, Path(folder))
+        for colocated, bar in ((True, 1.03), (False, 1.1)):
+            over = []
+            with large.application(warm=1, colocated=colocated, timeout_s=1000) as url:
+                for _ in range(ROUNDS):
+                    alone = large.in_process()
+                    over.append(alone / large.run(url, 1).rate)
+            name = "colocated" if colocated else "separate"
+            report(f"{name}, B/2: one request over in-process generate", over, "<=", bar)
+
+
+def write_paper_bundle(source: str, folder: Path) -> None:
+    """Write `folder/bundle`: a B/2 router and two B/2 experts of random weights.
+
+    Args:
+        source: A bundle, whose text encoder it has.
+        folder: An empty one.
+    """
+    import numpy as np
+    import safetensors.torch
+
+    from paris_ray.artifacts import Folder, VerifiedFolder, publish
+    from paris_ray.bundle import Bundle, load_bundle
+    from paris_ray.config import CodecConfig, ExpertConfig, RouterConfig, SamplingConfig
+    from paris_ray.encoders.codec import PatchPCA
+    from paris_ray.export import write_bundle
+    from paris_ray.models import Expert, Router
+    from paris_ray.models.release import write_document
+    from paris_ray.run import BUNDLE, EXPERT_WEIGHTS, ROUTER_WEIGHTS
+
+    given = load_bundle(source)
+    width = given.null_text.pooled_text.shape[1]
+    parts = {k: v for k, v in given.parts.items() if k in ("text_encoder", "tokenizer")}
+    experts = {
+        f"expert_{k}": Expert(ExpertConfig.preset("B/2", text_embed_dim=width)) for k in (0, 1)
+    }
+    models = experts | {"router": Router(RouterConfig(num_experts=2, text_embed_dim=width))}
+    for name, model in models.items():
+        part = Folder(folder / name)
+        part.write_json("config.json", write_document(model.config))
+        weights = ROUTER_WEIGHTS if name == "router" else EXPERT_WEIGHTS
+        part.write(weights, safetensors.torch.save(model.state_dict()))
+    pictures = np.random.default_rng(0).integers(0, 256, (8, 256, 256, 3), dtype=np.uint8)
+    PatchPCA.fit(pictures, CodecConfig(num_components=4)).save(Folder(folder / "codec"))
+    parts |= {name: VerifiedFolder(Folder(folder / name), None) for name in (*models, "codec")}
+    sampling = SamplingConfig(num_inference_steps=2, guidance_scale=1.0, routing="top-1")
+    facts = replace(given.facts, picture_size=256, sampling=sampling)
+    write_bundle(Bundle(parts, facts), Folder(folder / "bundle"), model_card="# random\n")
+    publish(Folder(folder / "bundle"), BUNDLE, config_digest="", parents={}, facts={})
+    for name in models:
+        shutil.rmtree(folder / name)
+
+
+def engine(bench: Bench) -> None:
+    """What needs no Serve, in a process of its own."""
+    script = Path(__file__).with_name("bench_engine.py")
+    subprocess.run([sys.executable, str(script), "--bundle", bench.bundle], check=True)
+
+
 def skew(bench: Bench) -> None:
     """Nine of ten requests want the same expert."""
     spread = []
@@ -171,7 +245,7 @@ def skew(bench: Bench) -> None:
             bench.prompts[0] if rng.random() < 0.9 else rng.choice(bench.prompts)
             for _ in range(997)
         ]
-        bodies = lambda i: {"prompt": prompts[i % len(prompts)], "seed": i}  # noqa: E731
+        bodies = lambda i: {"prompt": f"{prompts[i % len(prompts)]} {i}", "seed": i}  # noqa: E731
         for _ in range(ROUNDS):
             seen = asyncio.run(load(url, bodies, CLIENTS, bench.seconds))
             spread.append(seen.milliseconds(0.95) / seen.milliseconds(0.5))
@@ -263,19 +337,10 @@ async def under_fire(url: str, bench: Bench, deployment: str) -> Load:
     return seen
 
 
-def report(what: str, values: list[float], sign: str, bar: float) -> None:
-    """Print the median of some measurements beside its bar."""
-    middle = statistics.median(values)
-    met = middle >= bar if sign == ">=" else middle <= bar
-    each = ", ".join(f"{value:.2f}" for value in values)
-    print(
-        f"- {what}: {middle:.2f} of {each} (bar {sign} {bar}{'' if met else ': MISSED'})",
-        flush=True,
-    )
-
-
 PARTS = {
+    "engine": engine,
     "batching": batching,
+    "paper": paper,
     "skew": skew,
     "cancelling": cancelling,
     "overload": overload,

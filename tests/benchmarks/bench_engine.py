@@ -1,0 +1,194 @@
+"""Measure the engine in one process, without Ray: admission, exact bytes, mixed adapters.
+
+    python tests/benchmarks/bench_engine.py --bundle RUN/bundle
+
+Costs are seconds of the processor in one thread, the two sides of each ratio in alternation, so
+that other work on the machine matters little. Nothing is asserted: a bar that is missed is printed
+as missed.
+"""
+
+import argparse
+import random
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch.nn import functional
+
+from paris_ray.artifacts import Folder
+from paris_ray.bundle import Bundle, load_bundle
+from paris_ray.config import LoRAConfig
+from paris_ray.models import layers, lora
+from paris_ray.models.lora import Adapter
+from paris_ray.models.peft_layout import save_adapter
+from paris_ray.sampling.calls import ROUTER, ExpertCall
+from paris_ray.sampling.engine import Batch, Engine, Event, Limits, Ticket
+from paris_ray.sampling.exactness import MOST_TRIED
+from paris_ray.sampling.guidance import KeyedText
+from paris_ray.sampling.local import LocalModels
+from paris_ray.sampling.sampler import initial_noise, sampling_options, start_denoising
+
+ARRIVALS = 300
+BUSY = 16  # pictures that are being drawn when another arrives
+ADAPTERS = ("a", "b", "c")
+ROUNDS = 200
+
+
+def report(what: str, values: Sequence[float], sign: str, bar: float) -> None:
+    """Print the median of some measurements beside its bar."""
+    middle = statistics.median(values)
+    met = middle >= bar if sign == ">=" else middle <= bar
+    each = f" of {', '.join(f'{value:.2f}' for value in values)}" if 1 < len(values) < 10 else ""
+    print(
+        f"- {what}: {middle:.2f}{each} (bar {sign} {bar}: {'met' if met else 'MISSED'})", flush=True
+    )
+
+
+class _Admission:
+    """An engine under load, and what passes there before a newcomer is computed for."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        self._bundle, self._models = bundle, LocalModels(bundle)
+        self._every = (ROUTER, *range(bundle.num_experts))
+        self._engine = Engine(self._every, Limits())
+        self._number = 0
+        self._steps: dict[Ticket, int] = {}  # of the pictures in work
+
+    def arrive(self) -> Ticket:
+        """A request for one picture comes, and starts."""
+        prompts, number = self._bundle.facts.example_prompts, self._number
+        now = time.monotonic()
+        self._number += 1
+        options = sampling_options(self._bundle)
+        text = self._bundle.encode_text([prompts[number % len(prompts)]])
+        ticket = self._engine.admit(
+            "bench",
+            num_pictures=1,
+            evaluations=options.num_inference_steps,
+            timeout_s=1e9,
+            listener=self._forget,
+            now=now,
+        )
+        self._engine.start(ticket, [start_denoising(self._bundle, text, [number], options)], now)
+        self._steps[ticket] = 0
+        return ticket
+
+    def _forget(self, event: Event) -> None:
+        self._steps = {ticket: done for ticket, done in self._steps.items() if ticket.is_open}
+
+    def compute(self) -> Batch:
+        """Compute what waits for the model that was kept waiting longest."""
+        batch = self._engine.take(self._every, time.monotonic())
+        assert batch is not None
+        self._engine.answer(batch, self._models.answer(batch.calls), time.monotonic())
+        return batch
+
+    def steps_until_computed(self) -> int:
+        """Return the most steps that another picture makes before a newcomer is computed for."""
+        while len(self._steps) < BUSY:
+            self.arrive()
+        before = {ticket: ticket.done[0] for ticket in self._steps}
+        newcomer = self.arrive()
+        while all(waiting.picture.ticket is not newcomer for waiting in self.compute().waiting):
+            pass
+        return max(ticket.done[0] - done for ticket, done in before.items())
+
+
+def admission(bundle: Bundle) -> None:
+    """A request that comes to a busy engine is computed for within one step of the others."""
+    engine, chance = _Admission(bundle), random.Random(0)
+    waited = []
+    for _ in range(ARRIVALS):
+        waited.append(engine.steps_until_computed())
+        for _ in range(chance.randrange(2 * BUSY)):
+            engine.compute()
+    p99 = sorted(waited)[int(0.99 * len(waited))]
+    report(f"steps from arrival to the first computation, p99 of {ARRIVALS}", [p99], "<=", 1)
+
+
+def exactness(bundle: Bundle) -> None:
+    """What products of their own for vectors cost, against batches of any product."""
+    models = LocalModels(bundle)
+    for rows in (1, 2, MOST_TRIED):
+        calls = _calls(bundle, 0, [None] * rows)
+        exact = [layers.apply_linear, lora.apply_linear]
+
+        def inexact() -> None:
+            layers.apply_linear = lora.apply_linear = functional.linear  # type: ignore[attr-defined,assignment]
+            try:
+                models.answer(calls)  # noqa: B023
+            finally:
+                layers.apply_linear, lora.apply_linear = exact  # type: ignore[attr-defined] # noqa: B023
+
+        cost = _ratio(lambda: models.answer(calls), inexact)  # noqa: B023
+        report(f"cost of exact bytes, an expert's pass of {rows} rows", [cost], "<=", 1.03)
+
+
+def adapters(bundle: Bundle) -> None:
+    """Several adapters and none in one batch, against one adapter for all."""
+    with tempfile.TemporaryDirectory() as folder:
+        for name in ADAPTERS:
+            path = Path(folder) / name
+            adapter = Adapter.create(bundle.expert(0), LoRAConfig(), seed=0)
+            save_adapter(adapter, Folder(path))
+            bundle.add_lora(name, str(path), expert=0)
+        models = LocalModels(bundle)
+        mixed = _calls(bundle, 0, [*ADAPTERS, None] * (MOST_TRIED // 4))
+        one = _calls(bundle, 0, [ADAPTERS[0]] * MOST_TRIED)
+        speed = _ratio(lambda: models.answer(one), lambda: models.answer(mixed))
+    report(f"{len(ADAPTERS)} adapters and none over one adapter, speed", [speed], ">=", 0.9)
+
+
+def _calls(bundle: Bundle, expert: int, loras: Sequence[str | None]) -> list[ExpertCall]:
+    """Return a call for each adapter, about different pictures."""
+    prompts = bundle.facts.example_prompts
+    text = KeyedText.of(bundle.encode_text(prompts))
+    noise = initial_noise(bundle.latent_shape, range(len(loras)))
+    return [
+        ExpertCall(
+            expert=expert,
+            lora=name,
+            latents=noise[i : i + 1],
+            t=0.5,
+            text=text.rows(torch.tensor([i % len(prompts)])),
+            null_text=None,
+            guidance_scale=1.0,
+        )
+        for i, name in enumerate(loras)
+    ]
+
+
+def _ratio(one: Callable[[], object], other: Callable[[], object]) -> float:
+    """Return the processor time of one thing over that of another, each once in turn."""
+    seconds: tuple[list[float], list[float]] = ([], [])
+    for _ in range(ROUNDS):
+        for function, times in zip((one, other), seconds, strict=True):
+            began = time.thread_time()
+            function()
+            times.append(time.thread_time() - began)
+    first, second = map(statistics.median, seconds)
+    return first / second
+
+
+PARTS = {"admission": admission, "exactness": exactness, "adapters": adapters}
+
+
+def main() -> None:
+    """Print the parts."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("parts", nargs="*", metavar="PART", help=", ".join(PARTS))
+    parser.add_argument("--bundle", default="runs/bench/quickstart/bundle")
+    options = parser.parse_args()
+    if unknown := set(options.parts) - PARTS.keys():
+        parser.error(f"unknown: {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
+    torch.set_num_threads(1)
+    bundle = load_bundle(options.bundle)
+    for name in options.parts or PARTS:
+        PARTS[name](bundle)
+
+
+if __name__ == "__main__":
+    main()

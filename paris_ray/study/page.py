@@ -27,8 +27,10 @@ TABLES = {
     ),
     "seed": (
         "The seed",
-        "Share of the samples that one model of everything has before experts branch, and the "
-        "experts' learning rate after it, as a multiple of that of the other arms.",
+        "Share of the samples that one model of everything has before experts branch; then the "
+        "experts' learning rate, as a multiple of that of the other arms, and the decay of their "
+        "moving average (`ema`; the others' is the configuration's, but no average decays slower "
+        "than by (1 + E) / (10 + E) in step E).",
     ),
     "routing": (
         "Routing, and equal FLOPs a picture",

@@ -27,6 +27,7 @@ FORM = replace(
     expert_counts=(),
     seed_shares=(),
     rate_factors=(),
+    ema_decays=(),
     features=("image",),
     removed_directions=2,
     shared_shares=(0.25,),

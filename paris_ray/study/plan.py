@@ -18,7 +18,7 @@ DENSE, SCRATCH, SEEDED, PAPER = "dense", "scratch", "seeded", "scratch-image"
 # Every table has one dense model and the experts from scratch beside what it varies.
 CONTROLS = ("experts", "clusters", "shared", "seed", "samples")
 ONE_MODEL, TOP_1, TOP_2, FULL = "one model", "top-1", "top-2", "full"
-ORACLE, THRESHOLD, ADAPTIVE = "oracle", "threshold:0.1", "top-p:0.9"
+ORACLE, THRESHOLD, ADAPTIVE, AGREE = "oracle", "threshold:0.1", "top-p:0.9", "agree:0.3"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -232,7 +232,7 @@ def _unless_default(
 
 def routing_drawings() -> list[Drawing]:
     """Return the ways to draw with several experts beside top-2."""
-    routings = {way: way for way in (TOP_1, FULL, THRESHOLD, ADAPTIVE)} | {ORACLE: TOP_1}
+    routings = {way: way for way in (TOP_1, FULL, THRESHOLD, ADAPTIVE, AGREE)} | {ORACLE: TOP_1}
     return [
         Drawing(
             name=name,

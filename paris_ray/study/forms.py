@@ -41,9 +41,10 @@ class Form:
     seeds: int
 
 
+SMALL_PICTURES = ("corpus.image_size=32", "codec.patch_size=8")  # as many latents
 FULL_FORM = Form(
     name="full",
-    overrides=("run_dir=runs/study",),
+    overrides=("run_dir=runs/study", *SMALL_PICTURES),
     total_steps=2048,  # the curve ends at three times as many: what the quickstart trains
     num_experts=8,
     expert_counts=(2, 4, 16),
@@ -61,6 +62,7 @@ SMALL_FORM = Form(
     name="small",
     overrides=(
         "run_dir=runs/study_small",
+        *SMALL_PICTURES,
         "corpus.limit=1024",
         "features.steps=30",
         "expert.num_layers=2",

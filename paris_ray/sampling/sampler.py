@@ -165,7 +165,8 @@ def denoise(
         SamplingError: if the latents are not finite in the end.
         ExpertsLostError: if no expert is left.
     """
-    mixture = _Mixture(KeyedText.of(text), KeyedText.of(null_text), options)
+    null = None if options.guidance_scale == 1.0 else KeyedText.of(null_text)
+    mixture = _Mixture(KeyedText.of(text), null, options)
     times = sampling_times(options.num_inference_steps, options.time_grid).tolist()
     solver = solve(options.solver, noise, times)
     step: tuple[Tensor, float] | Tensor = next(solver)
@@ -185,9 +186,10 @@ def denoise(
 class _Mixture:
     """The velocity of the ensemble at some latents, and what became known on the way."""
 
-    def __init__(self, text: KeyedText, null_text: KeyedText, options: SamplingOptions) -> None:
-        self._text, self._options = text, options
-        self._null_text = None if options.guidance_scale == 1.0 else null_text
+    def __init__(
+        self, text: KeyedText, null_text: KeyedText | None, options: SamplingOptions
+    ) -> None:
+        self._text, self._null_text, self._options = text, null_text, options
         self.weights: list[Tensor] = []
         self.num_asked: list[Tensor] = []
         self.missing: set[int] = set()

@@ -102,7 +102,7 @@ class TimestepEmbed(nn.Module):
 
     def __init__(self, hidden_size: int) -> None:
         super().__init__()
-        self.mlp = nn.Sequential(
+        self.mlp: Any = nn.Sequential(
             Linear(FREQUENCY_DIM, hidden_size),
             nn.SiLU(),
             Linear(hidden_size, hidden_size),
@@ -111,7 +111,7 @@ class TimestepEmbed(nn.Module):
     def initialise(self) -> None:
         """Small weights, as DiT."""
         for layer in (self.mlp[0], self.mlp[2]):
-            nn.init.normal_(layer.weight, std=0.02)  # type: ignore[arg-type]
+            nn.init.normal_(layer.weight, std=0.02)
 
     def forward(self, timesteps: Tensor) -> Tensor:
         """`(B,) -> (B, d)`."""

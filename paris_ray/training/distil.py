@@ -16,7 +16,7 @@ Song et al. 2023 (arXiv:2303.01469); with the guidance in it, Meng et al. 2022 (
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Protocol
 
 import safetensors.torch
 import torch
@@ -96,8 +96,8 @@ def progressive(teacher: Teacher, num_inference_steps: int, num_teacher_steps: i
     ) -> Tensor:
         return teacher.mean_velocity(latents, t, text, each)
 
-    identity = _identity("progressive", num_inference_steps, num_teacher_steps)
-    return Lesson(prepare=prepare, target=target, identity=identity)
+    steps = {"num_inference_steps": num_inference_steps, "num_teacher_steps": num_teacher_steps}
+    return Lesson(prepare=prepare, target=target, identity={"objective": "progressive"} | steps)
 
 
 def consistency(teacher: Teacher, num_inference_steps: int, num_teacher_steps: int) -> Lesson:
@@ -123,15 +123,15 @@ def consistency(teacher: Teacher, num_inference_steps: int, num_teacher_steps: i
     def target(
         student: Expert, latents: Tensor, t: Tensor, text: TextConditioning, clusters: Tensor
     ) -> Tensor:
-        before = (t * num_teacher_steps).round() - 1  # the ensemble's steps from the next time to 0
+        num_after = (t * num_teacher_steps).round() - 1  # steps from the ensemble's next time to 0
         first = teacher.mean_velocity(latents, t, text, 1)
         following = latents - first / num_teacher_steps
-        rest = predict_velocity(student, following, before / num_teacher_steps, text)
-        num_rest = before % each  # none where the ensemble's step ends with the student's
+        rest = predict_velocity(student, following, num_after / num_teacher_steps, text)
+        num_rest = num_after % each  # none where the ensemble's step ends with the student's
         return first.lerp(rest, (num_rest / (1 + num_rest)).view(-1, 1, 1, 1))
 
-    identity = _identity("consistency", num_inference_steps, num_teacher_steps)
-    return Lesson(prepare=prepare, target=target, identity=identity)
+    steps = {"num_inference_steps": num_inference_steps, "num_teacher_steps": num_teacher_steps}
+    return Lesson(prepare=prepare, target=target, identity={"objective": "consistency"} | steps)
 
 
 OBJECTIVES: Mapping[Objective, Callable[[Teacher, int, int], Lesson]] = {
@@ -145,16 +145,6 @@ def _steps_in_one(num_inference_steps: int, num_teacher_steps: int) -> int:
     each = num_teacher_steps // num_inference_steps
     assert each * num_inference_steps == num_teacher_steps, (num_inference_steps, each)
     return each
-
-
-def _identity(
-    objective: Objective, num_inference_steps: int, num_teacher_steps: int
-) -> dict[str, Any]:
-    return {
-        "objective": objective,
-        "num_inference_steps": num_inference_steps,
-        "num_teacher_steps": num_teacher_steps,
-    }
 
 
 def round_up(t: Tensor, num_steps: int) -> Tensor:

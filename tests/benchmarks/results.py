@@ -3,10 +3,9 @@
     make bench        or        python tests/benchmarks/results.py [SECTION ...]
 
 With `--write docs/results.md` they also replace those in the document, between
-`<!-- bench: SECTION -->` and `<!-- end -->`. All of them take about half an hour on two cores that
-do nothing else; `distilled`, `solvers` and `serving` need the run that `quickstart` leaves, and
-`few_steps` that it is distilled.
-Nothing is asserted.
+`<!-- bench: SECTION -->` and `<!-- end -->`. All of them take more than half an hour on two cores
+that do nothing else; `distilled`, `solvers` and `serving` need the run that `quickstart` leaves,
+`few_steps` that it is distilled. Nothing is asserted.
 """
 
 import argparse

@@ -138,7 +138,7 @@ def expert_loss(
     if lesson is not None:
         with torch.no_grad():
             velocity = lesson.target(expert, path.x_t, path.t, text, batch.clusters)
-        # Before torch 2.10 casts of the expert's weights made here had no gradient afterwards.
+        # torch 2.9 would use casts of the weights that were made here, without gradient, below.
         torch.clear_autocast_cache()
         path = path._replace(velocity=velocity)
     return denoising_loss(expert, path, text)

@@ -10,6 +10,7 @@ alternation. Nothing is asserted: a bar that is missed is printed as missed.
 import argparse
 import asyncio
 import copy
+import itertools
 import os
 import random
 import shutil
@@ -35,6 +36,7 @@ ROUNDS = 3
 PAPER_SECONDS = 20.0
 CANCELS = 1000
 KILL_PERIOD_S = 10.0
+NUMBERS = itertools.count()  # of the requests of this run
 Bodies = Callable[[int], dict[str, Any]]
 
 
@@ -68,13 +70,13 @@ class Load:
 
 async def load(url: str, bodies: Bodies, clients: int, seconds: float) -> Load:
     """Let some clients ask one request after the other for some seconds."""
-    result, number = Load(), iter(range(10**9))
+    result = Load()
     began = time.perf_counter()
 
     async def client() -> None:
         async with httpx.AsyncClient(base_url=url, timeout=300) as http:
             while time.perf_counter() - began < seconds:
-                await ask(http, bodies(next(number)), result)
+                await ask(http, bodies(next(NUMBERS)), result)
 
     await asyncio.gather(*(client() for _ in range(clients)))
     result.elapsed_s = time.perf_counter() - began

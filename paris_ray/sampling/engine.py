@@ -177,7 +177,7 @@ class Ticket:
         return self.num_pictures * self.evaluations - sum(self.done)
 
     def queued_s(self, now: float) -> float:
-        """Return for how long it has waited for its first step, or had to."""
+        """Return for how long it waited for its first step, or has waited so far."""
         return (now if self.began is None else self.began) - self.admitted
 
 

@@ -271,8 +271,8 @@ def _deploy(deployment_class: type[Any], name: str, options: DeploymentOptions) 
             "num_gpus": options.num_gpus,
             "runtime_env": {"env_vars": REPLICA_ENVIRONMENT},
         },
-        # HTTP requests are logged; a line for every call of an expert would drown them.
-        logging_config={"enable_access_log": name == "Ingress"},
+        # The gate logs each request; Serve would add a line for every call of an expert.
+        logging_config={"encoding": "JSON", "enable_access_log": False},
     )(deployment_class)
 
 

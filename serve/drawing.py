@@ -64,12 +64,14 @@ class Drawing:
         expert_usage: `(n, K)` mean weight of each expert over the steps; rows sum to 1.
         expert_weights: `(n, steps, K)` its weight in each step.
         missing_experts: Those that were lost and drawn without, in order; of all pictures.
+        seconds: How long the Sampler had the request.
     """
 
     pictures: Pixels
     expert_usage: list[list[float]]
     expert_weights: list[list[list[float]]]
     missing_experts: list[int]
+    seconds: float
 
 
 class RequestCancelledError(RuntimeError):

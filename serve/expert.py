@@ -21,6 +21,7 @@ from paris_ray.models import TextConditioning
 from paris_ray.sampling.calls import ExpertCall
 from paris_ray.sampling.guidance import KeyedText
 from paris_ray.sampling.local import LocalModels
+from serve import metrics
 from serve.source import BundleSource
 
 Floats = NDArray[np.float32]
@@ -138,7 +139,8 @@ class ExpertServer:
         self._waiting.append((self._calls(question), answered))
         if self._computing is None:
             self._computing = asyncio.create_task(self._compute())
-        return to_array(torch.cat(await answered))
+        with metrics.CALLS.time(model=str(self._index), part="served"):
+            return to_array(torch.cat(await answered))
 
     def check_health(self) -> None:
         """Raise if the device has failed: CUDA errors stick, so the process must be replaced."""
@@ -191,7 +193,7 @@ class ExpertServer:
         while taken := self._take():
             calls = [call for calls, _ in taken for call in calls]
             try:
-                answers = iter(await asyncio.to_thread(self._models.answer, calls))
+                answers = iter(await asyncio.to_thread(metrics.compute, self._models.answer, calls))
             except Exception as error:  # whoever asked is told
                 for _, answered in taken:
                     if not answered.cancelled():

@@ -23,11 +23,14 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from starlette.websockets import WebSocket
 from uvicorn.protocols.http import auto
 
+from serve import metrics
 from serve.access import Access
 from serve.connection import Connection
 from serve.errors import ApiError, as_response, error_of, malformed, too_large, too_many, too_slow
+from serve.exchange import Exchange
 
 logger = logging.getLogger(__name__)
+request_log = logging.getLogger("ray.serve")  # the one whose files Serve keeps
 
 MAX_HEAD_BYTES = 16 * 1024  # path, query and headers
 MAX_BODY_BYTES = 1024 * 1024
@@ -60,7 +63,8 @@ class Gate:
     """The outermost ASGI layer of the application.
 
     Endpoints find `request.state.client`, the `serve.keys.Client` (None on an open route of a
-    server with keys), and `request.state.request_id`, which Ray sends back as `X-Request-Id`.
+    server with keys), and `request.state.request_id`, which Ray sends back as `X-Request-Id`. What
+    they put into `request.state.logged` is in the line that the log has of the request.
 
     Args:
         app: What comes after.
@@ -97,8 +101,12 @@ class Gate:
         match scope["type"]:
             case "http":
                 request_id = set_request_id(scope)
-                scope.setdefault("state", {})["request_id"] = request_id
-                await self._layers(scope, receive, Answer(scope, send))
+                scope.setdefault("state", {}).update(request_id=request_id, client=None, logged={})
+                exchange = Exchange(receive, send)
+                try:
+                    await self._layers(scope, exchange.receive, Answer(scope, exchange.send))
+                finally:
+                    note(scope, exchange)
             case "websocket":
                 await refuse_websocket(scope, receive, send)
             case _:  # the application's start and end
@@ -150,7 +158,12 @@ class Edge:
             await refuse_websocket(scope, receive, send)
             return
         request_id = set_request_id(scope)
-        await answer(self._pass_on, scope, receive, Answer(scope, send, request_id))
+        exchange = Exchange(receive, send)
+        own = Answer(scope, exchange.send, request_id)
+        try:
+            await answer(self._pass_on, scope, exchange.receive, own)
+        finally:
+            metrics.HTTP.observe(exchange.seconds, status=str(exchange.status))
 
     async def _pass_on(self, scope: Scope, receive: Receive, send: Send) -> None:
         check_head(scope)
@@ -213,6 +226,23 @@ class Answer:
         if self._request_id is not None:
             headers["x-request-id"] = self._request_id
         return {**message, "headers": headers.raw}
+
+
+def note(scope: Scope, exchange: Exchange) -> None:
+    """Count a request that is over, and log it: who, what and how long, never what was asked for.
+
+    Serve adds the request's id, its route and the replica, and writes the line as JSON.
+    """
+    state, status = scope["state"], exchange.status
+    metrics.INGRESS.observe(exchange.seconds, status=str(status))
+    fields = {
+        "method": scope["method"],
+        "status": status,
+        "seconds": round(exchange.seconds, 4),
+        "client": None if state["client"] is None else state["client"].name,
+        **state["logged"],
+    }
+    request_log.info("%s %d", scope["method"], status, extra=fields)
 
 
 async def answer(app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:

@@ -10,12 +10,11 @@ from typing import Any
 
 from pydantic import BaseModel
 from ray.serve.handle import DeploymentHandle
-from ray.util.metrics import Counter, Histogram
 
 from paris_ray.bundle import bundle_digest
 from paris_ray.encoders.inspection import load_text_inspector
 from paris_ray.sampling.sampler import sampling_options
-from serve import pictures
+from serve import metrics, pictures
 from serve.access import Access, Frontage
 from serve.checking import Order, Served, check
 from serve.drawing import Drawing, DrawRequest
@@ -36,7 +35,6 @@ from serve.source import BundleSource
 
 PAGE = Path(__file__).parent / "web" / "index.html"
 RANDOM_SEEDS = 2**32  # seeds we draw: short for people, and exact as JavaScript numbers
-LATENCY_BUCKETS_S = [0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100]
 HEALTH_TIMEOUT_S = 5
 READY_TIMEOUT_S = 0.8  # so that it is answered within a second
 
@@ -114,10 +112,6 @@ class Ingress:
         self._links, self._files = Links(cluster_secret()), FileCache()
         self._loaded = False
         self._began = int(time.time())
-        self._images = Counter("paris_images", "Pictures drawn.")
-        self._seconds = Histogram(
-            "paris_request_seconds", "Time to draw one request.", boundaries=LATENCY_BUCKETS_S
-        )
 
     async def check_sampler(self) -> None:
         """Return when the Sampler has answered once, and so has loaded its parts.
@@ -170,12 +164,8 @@ class Ingress:
         Raises:
             ApiError: 408, 429, 499 or 503.
         """
-        began = time.perf_counter()
-        request = self._own_request(order, caller)
-        drawing = await self.samplers.draw(request)
-        files = await asyncio.to_thread(pictures.encode_all, order, drawing, self.served)
-        self._images.inc(len(files))
-        self._seconds.observe(time.perf_counter() - began)
+        drawing = await self.samplers.draw(self._own_request(order, caller))
+        files = await self._encode(order, drawing)
         return drawing, [self._data(order, i, file, caller) for i, file in enumerate(files)]
 
     async def events(self, order: Order, caller: Caller) -> AsyncIterator[BaseModel]:
@@ -184,16 +174,12 @@ class Ingress:
         Raises:
             ApiError: as `draw`.
         """
-        began, id = time.perf_counter(), caller.request_id
-        request = self._own_request(order, caller)
+        id, request = caller.request_id, self._own_request(order, caller)
         async for message in self.samplers.stream(request):
             if not isinstance(message, Drawing):
                 yield await asyncio.to_thread(pictures.encode_partial, order, message, self.served)
                 continue
-            files = await asyncio.to_thread(pictures.encode_all, order, message, self.served)
-            self._images.inc(len(files))
-            self._seconds.observe(time.perf_counter() - began)
-            for i, file in enumerate(files):
+            for i, file in enumerate(await self._encode(order, message)):
                 data = self._data(order, i, file, caller)
                 yield pictures.completed_event(order, message, self.served, data, id=id, picture=i)
 
@@ -218,9 +204,15 @@ class Ingress:
                 id=request_id, client=target.client, timeout_s=self.options.timeout_s
             )
             drawing = await self.samplers.draw(request)
-            (file,) = await asyncio.to_thread(pictures.encode_all, order, drawing, self.served)
+            (file,) = await self._encode(order, drawing)
             self._files.put(token, file)
         return file, f"image/{order.output_format}"
+
+    async def _encode(self, order: Order, drawing: Drawing) -> list[bytes]:
+        with metrics.STAGES.time(stage="encode"):
+            files = await asyncio.to_thread(pictures.encode_all, order, drawing, self.served)
+        metrics.IMAGES.add(len(files))
+        return files
 
     def _own_request(self, order: Order, caller: Caller) -> DrawRequest:
         """Return what the Sampler is asked for a caller, within the caller's quotas."""

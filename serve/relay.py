@@ -15,6 +15,7 @@ from ray.serve.handle import DeploymentHandle
 from paris_ray.errors import ParisError
 from paris_ray.sampling.engine import DeadlineError, QueueFullError
 from paris_ray.sampling.sampler import ExpertsLostError
+from serve import metrics
 from serve.drawing import Drawing, DrawRequest, Partial, RequestCancelledError
 from serve.errors import ApiError, failed, retry_after, too_slow, unavailable
 from serve.expert import ExpertUnavailableError
@@ -24,6 +25,7 @@ logger = logging.getLogger(__name__)
 RESEND_PAUSE_S = 0.2
 CANCEL_TIMEOUT_S = 5
 CANCELLED = 499  # as nginx has it; unlike 408, 409 or 5xx, client libraries do not send it again
+OUTCOMES = {408: "late", 429: "refused", CANCELLED: "cancelled", 503: "unavailable"}
 
 
 class Samplers:
@@ -46,15 +48,15 @@ class Samplers:
             ApiError: 408, 429, 499 or 503.
         """
         deadline, again = time.monotonic() + request.timeout_s, False
-        with _errors_for_clients():
+        with _Asking() as asking, _errors_for_clients():
             while True:
                 left = _time_left(deadline)
                 try:
                     reply = self._handle.draw.remote(replace(request, timeout_s=left))
-                    drawing: Drawing = await asyncio.wait_for(reply, left)
-                    return drawing
+                    return asking.drawn(await asyncio.wait_for(reply, left))
                 except RayActorError:
                     again = True
+                    metrics.RESENDS.add()
                 except QueueFullError:
                     if not again:  # else it was admitted, and waits for room after its Sampler died
                         raise
@@ -68,18 +70,19 @@ class Samplers:
         """
         deadline, again = time.monotonic() + request.timeout_s, False
         sent: set[tuple[int, int]] = set()
-        with _errors_for_clients():
+        with _Asking() as asking, _errors_for_clients():
             while True:
                 try:
                     async for message in self._stream_once(request, deadline):
                         if isinstance(message, Drawing):
-                            yield message
+                            yield asking.drawn(message)
                             return
                         if (place := (message.picture, message.index)) not in sent:
                             sent.add(place)
                             yield message
                 except RayActorError:
                     again = True
+                    metrics.RESENDS.add()
                 except QueueFullError:
                     if not again:
                         raise
@@ -138,6 +141,35 @@ class Samplers:
             return await asyncio.wait_for(getattr(self._handle, method).remote(), timeout_s)
         except (TimeoutError, RayActorError, BackPressureError, DeploymentUnavailableError):
             raise unavailable("The model is not loaded. Ask again") from None
+
+
+class _Asking:
+    """A request for pictures under way; what comes of it is counted when it ends."""
+
+    def __init__(self) -> None:
+        self._began = time.monotonic()
+        self._outcome: str | None = None
+
+    def __enter__(self) -> "_Asking":
+        return self
+
+    def drawn(self, drawing: Drawing) -> Drawing:
+        """Return the pictures, which have arrived."""
+        self._outcome = "degraded" if drawing.missing_experts else "drawn"
+        elsewhere = time.monotonic() - self._began - drawing.seconds
+        metrics.STAGES.observe(elsewhere, stage="transport")
+        return drawing
+
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        metrics.DRAWINGS.add(outcome=self._outcome or _outcome(error))
+
+
+def _outcome(error: BaseException | None) -> str:
+    if isinstance(error, ApiError):
+        return OUTCOMES.get(error.status, "failed")
+    if isinstance(error, asyncio.CancelledError | GeneratorExit):  # the client hung up
+        return "cancelled"
+    return "failed"
 
 
 def _time_left(deadline: float) -> float:

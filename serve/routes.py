@@ -76,10 +76,14 @@ v1 = APIRouter(prefix="/v1")
     openapi_extra=openapi.GENERATIONS,
 )
 async def generate_images(
-    body: ImagesRequest, ingress: Current, caller: CurrentCaller, response: Response
+    body: ImagesRequest,
+    ingress: Current,
+    caller: CurrentCaller,
+    request: Request,
+    response: Response,
 ) -> Any:
     """Draw pictures of a prompt; with `stream`, as server-sent events."""
-    order = ingress.check(body)
+    order = _check(body, ingress, request)
     if order.stream:
         return await _stream(order, ingress, caller)
     drawing, data = await ingress.draw(order, caller)
@@ -93,10 +97,14 @@ async def generate_images(
     openapi_extra=openapi.BATCHES,
 )
 async def generate_batches(
-    body: BatchesRequest, ingress: Current, caller: CurrentCaller, response: Response
+    body: BatchesRequest,
+    ingress: Current,
+    caller: CurrentCaller,
+    request: Request,
+    response: Response,
 ) -> BatchesResponse:
     """Draw pictures of many prompts at once."""
-    order = ingress.check(body)
+    order = _check(body, ingress, request)
     drawing, data = await ingress.draw(order, caller)
     response.headers.update(pictures.headers(order, ingress.served, drawing))
     answers = [
@@ -189,6 +197,13 @@ async def readyz(ingress: Current) -> Readiness:
 async def page(ingress: Current) -> str:
     """Return the page."""
     return ingress.page
+
+
+def _check(body: ImagesRequest | BatchesRequest, ingress: Ingress, request: Request) -> Order:
+    """Return what a request asks for; its size is logged."""
+    order = ingress.check(body)
+    request.state.logged.update(n=order.num_pictures, steps=order.options.num_inference_steps)
+    return order
 
 
 async def _stream(order: Order, ingress: Ingress, caller: Caller) -> StreamingResponse:

@@ -19,7 +19,6 @@ import numpy as np
 import torch
 from ray.exceptions import RayActorError
 from ray.serve.handle import DeploymentHandle
-from ray.util.metrics import Gauge, Histogram
 from torch import Tensor
 
 from paris_ray.diffusion import num_evaluations
@@ -36,13 +35,12 @@ from paris_ray.sampling.engine import (
 )
 from paris_ray.sampling.local import LocalModels
 from paris_ray.sampling.sampler import Denoising, start_denoising
+from serve import metrics
 from serve.drawing import Drawing, DrawRequest, Partial, Pixels, RequestCancelledError
 from serve.expert import ExpertClient, ExpertUnavailableError
 from serve.source import BundleSource
 
 EXPIRY_PERIOD_S = 0.25
-ROW_BUCKETS = [1.0, 2, 4, 8, 16, 32, 64]
-SECOND_BUCKETS = [0.01, 0.1, 0.5, 1, 2, 5, 10, 50]
 
 logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
@@ -80,20 +78,6 @@ class Sampler:
         self._requests: dict[tuple[str, str], list[tuple[Ticket, asyncio.Queue[Event]]]] = {}
         self._idle: dict[asyncio.Future[Batch], Collection[int]] = {}  # lanes at rest
         self._tasks: list[asyncio.Task[None]] = []
-        self._rows = Histogram(
-            "paris_batch_rows",
-            "Samples of one forward pass.",
-            boundaries=ROW_BUCKETS,
-            tag_keys=("model",),
-        )
-        self._queued = Histogram(
-            "paris_queued_seconds",
-            "From the admission of a request to its first step.",
-            boundaries=SECOND_BUCKETS,
-        )
-        self._left = Gauge("paris_steps_left", "Velocities that all requests still need.")
-        self._active = Gauge("paris_active_pictures", "Pictures that are being drawn.")
-        self._waiting = Gauge("paris_waiting_pictures", "Pictures that wait to be drawn.")
         self._load()
 
     def _load(self) -> None:
@@ -154,12 +138,14 @@ class Sampler:
         self._requests.setdefault(key, []).append(entry)
         try:
             self._start_lanes()
-            denoisings = await self._in(self._encoding, self._begin, request)
+            with metrics.STAGES.time(stage="text"):
+                denoisings = await self._in(self._encoding, self._begin, request)
             self._engine.start(ticket, denoisings, time.monotonic())
             self._wake()
-            async for message in self._follow(events, preview_at):
+            async for message in self._follow(ticket, events, preview_at):
                 yield message
         finally:
+            metrics.STAGES.observe(ticket.queued_s(time.monotonic()), stage="queue")
             self._engine.cancel(ticket, time.monotonic())
             self._requests[key].remove(entry)
             if not self._requests[key]:
@@ -184,7 +170,7 @@ class Sampler:
         ]
 
     async def _follow(
-        self, events: "asyncio.Queue[Event]", preview_at: Sequence[int]
+        self, ticket: Ticket, events: "asyncio.Queue[Event]", preview_at: Sequence[int]
     ) -> AsyncIterator[Partial | Drawing]:
         while True:
             match await events.get():
@@ -192,15 +178,20 @@ class Sampler:
                     (pixels,) = await self._decode([latents])
                     index = preview_at.index(evaluations)
                     yield Partial(picture=picture, index=index, step=evaluations, pixels=pixels)
-                case Finished(samples, queued_s):
-                    self._queued.observe(queued_s)
+                case Finished(samples):
+                    now = time.monotonic()
+                    drawn_s = now - ticket.admitted - ticket.queued_s(now)
+                    metrics.STAGES.observe(drawn_s, stage="draw")
                     weights = [one.expert_weights[0].tolist() for one in samples]
                     usage = [one.expert_usage[0].tolist() for one in samples]
+                    metrics.add_router_mass(usage)
+                    pictures = await self._decode([one.latents for one in samples])
                     yield Drawing(
-                        pictures=await self._decode([one.latents for one in samples]),
+                        pictures=pictures,
                         expert_usage=usage,
                         expert_weights=weights,
                         missing_experts=sorted({k for one in samples for k in one.missing_experts}),
+                        seconds=time.monotonic() - ticket.admitted,
                     )
                     return
                 case Failed(error):
@@ -212,7 +203,8 @@ class Sampler:
         Steps of others may come between.
         """
         decode = self._bundle.codec.decode
-        return np.concatenate([await self._in(self._computing, decode, one) for one in latents])
+        with metrics.STAGES.time(stage="decode"):
+            return np.concatenate([await self._in(self._computing, decode, one) for one in latents])
 
     async def _in(
         self, threads: ThreadPoolExecutor, function: Callable[..., Result], *arguments: Any
@@ -246,19 +238,22 @@ class Sampler:
         return max(1, (os.cpu_count() or 1) // threads)
 
     async def _answer_here(self, calls: Sequence[Call]) -> list[Tensor]:
-        return await self._in(self._computing, self._models.answer, calls)
+        return await self._in(self._computing, metrics.compute, self._models.answer, calls)
 
     async def _run_lane(
         self, models: Collection[int], ask: Answer, timeout_s: float | None
     ) -> None:
         while True:
             batch = await self._next_batch(models)
-            self._rows.observe(sum(c.num_rows for c in batch.calls), {"model": str(batch.model)})
+            model = metrics.model_label(batch.model)
+            metrics.CALLS.observe(batch.waited_s, model=model, part="wait")
             try:
-                async with asyncio.timeout(timeout_s):
-                    answers = await ask(batch.calls)
+                with metrics.CALLS.time(model=model, part="answer"):
+                    async with asyncio.timeout(timeout_s):
+                        answers = await ask(batch.calls)
                 self._engine.answer(batch, answers, time.monotonic())
             except (RayActorError, ExpertUnavailableError, TimeoutError):
+                metrics.CALL_FAILURES.add(model=model)
                 self._engine.fail(batch, time.monotonic())
             except Exception as error:  # its requests are over, and the lane goes on
                 logger.exception("a batch of model %d failed", batch.model)
@@ -269,9 +264,7 @@ class Sampler:
         while True:
             await asyncio.sleep(EXPIRY_PERIOD_S)
             self._engine.expire(time.monotonic())
-            self._left.set(self._engine.num_left)
-            self._active.set(self._engine.num_active)
-            self._waiting.set(self._engine.num_waiting)
+            metrics.set_levels(self._engine)
             self._wake()
 
     async def _next_batch(self, models: Collection[int]) -> Batch:

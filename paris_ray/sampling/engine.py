@@ -86,11 +86,9 @@ class Finished:
 
     Attributes:
         samples: One a picture.
-        queued_s: Seconds from its admission to its first step.
     """
 
     samples: list[Samples]
-    queued_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,6 +176,10 @@ class Ticket:
         """How many evaluations are left."""
         return self.num_pictures * self.evaluations - sum(self.done)
 
+    def queued_s(self, now: float) -> float:
+        """Return for how long it waited for its first step, or has waited so far."""
+        return (now if self.began is None else self.began) - self.admitted
+
 
 class _Picture:
     """A picture that is being drawn."""
@@ -216,6 +218,11 @@ class Batch:
     def calls(self) -> list[Call]:
         """The calls, in the order that their answers are to have."""
         return [waiting.call for waiting in self.waiting]
+
+    @property
+    def waited_s(self) -> float:
+        """For how long its oldest call has waited."""
+        return self.taken - min(waiting.since for waiting in self.waiting)
 
 
 class _Lane:
@@ -465,6 +472,11 @@ class Engine:
         return self._left
 
     @property
+    def waiting_calls(self) -> dict[int, int]:
+        """How many calls wait for each model."""
+        return {model: len(lane.waiting) for model, lane in self._lanes.items()}
+
+    @property
     def failing(self) -> list[int]:
         """Which models did not answer when they were last asked."""
         return [model for model, lane in self._lanes.items() if lane.failing_since is not None]
@@ -516,13 +528,12 @@ class Engine:
 
     def _keep(self, picture: _Picture, samples: Samples) -> None:
         ticket = picture.ticket
-        assert ticket.began is not None
         self._active -= 1
         ticket.num_active -= 1
         ticket.samples[picture.index] = samples
         if len(ticket.samples) == ticket.num_pictures:
             everything = [ticket.samples[index] for index in range(ticket.num_pictures)]
-            self._end(ticket, Finished(everything, ticket.began - ticket.admitted))
+            self._end(ticket, Finished(everything))
 
     def _end(self, ticket: Ticket, event: Event) -> None:
         if ticket.is_open:

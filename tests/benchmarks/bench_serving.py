@@ -302,6 +302,44 @@ async def flood(url: str, bench: Bench, count: int) -> tuple[Load, list[float]]:
     return seen, health
 
 
+def clock(bench: Bench) -> None:
+    """What the server says that clients felt, against their own clocks."""
+    apart = []
+    with bench.application(colocated=True) as url:
+        counted, told = felt(expected=0)
+        for clients in (1, CLIENTS, CLIENTS):
+            seen = bench.run(url, clients)
+            counted += len(seen.seconds)
+            before, told = told, felt(counted)[1]
+            apart.append(100 * abs(1 - (told - before) / sum(seen.seconds)))
+    report(f"felt by 1, {CLIENTS}, {CLIENTS} clients, off by percent", apart, "<=", 5)
+
+
+def felt(expected: float) -> tuple[float, float]:
+    """Return the requests and seconds that Ray's endpoint tells of once it has so many requests.
+
+    Processes report every ten seconds; with `expected=0`, wait until nothing new comes.
+    """
+    import ray
+    from prometheus_client.parser import text_string_to_metric_families
+
+    (node,) = ray.nodes()
+    address = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+    name = "ray_paris_http_seconds"
+    time.sleep(0 if expected else 25)
+    deadline = time.monotonic() + 60
+    while True:
+        sums = {f"{name}_count": 0.0, f"{name}_exact_total": 0.0}
+        for family in text_string_to_metric_families(httpx.get(address).text):
+            for sample in family.samples:
+                if sample.name in sums and sample.labels["route"].endswith(IMAGES):
+                    sums[sample.name] += sample.value
+        count, seconds = sums.values()
+        if count >= expected or time.monotonic() > deadline:
+            return count, seconds
+        time.sleep(1)
+
+
 def kills(bench: Bench) -> None:
     """A replica is killed every ten seconds under load."""
     for deployment in ("Expert-", "Sampler"):
@@ -346,6 +384,7 @@ PARTS = {
     "skew": skew,
     "cancelling": cancelling,
     "overload": overload,
+    "clock": clock,
     "kills": kills,
 }
 

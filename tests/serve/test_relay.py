@@ -37,6 +37,7 @@ def drawing(request: DrawRequest) -> Drawing:
         expert_usage=[[1.0, 0.0, 0.0]] * n,
         expert_weights=[[[1.0, 0.0, 0.0]] * steps] * n,
         missing_experts=[2],
+        seconds=0.0,
     )
 
 

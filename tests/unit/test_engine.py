@@ -131,7 +131,7 @@ def test_with_room_a_picture_is_begun_at_once_and_asked_about_within_a_step() ->
     for one in late:
         (finished,) = one.events
         assert isinstance(finished, Finished)
-        assert finished.queued_s == 0
+        assert one.ticket.queued_s(simulation.now) == 0
         asked = [
             batch.taken
             for batch in simulation.batches
@@ -479,10 +479,31 @@ def test_pictures_come_in_order_with_the_time_they_waited() -> None:
     (finished,) = first.events
     assert isinstance(finished, Finished)
     assert len(finished.samples) == 3
-    assert finished.queued_s == 0
-    (finished,) = second.events
-    assert isinstance(finished, Finished)
-    assert finished.queued_s == 8  # two pictures of the first, whose turns came before its own
+    assert first.ticket.queued_s(simulation.now) == 0
+    # Two pictures of the first, whose turns came before its own.
+    assert second.ticket.queued_s(simulation.now) == 8
+
+
+def test_a_request_that_never_begins_has_waited_all_the_time() -> None:
+    simulation = Simulation(engine(max_active_pictures=1), works=lambda batch, now: False)
+    simulation.now = 100.0
+    request(simulation, 1)
+    behind = request(simulation, 1)
+    simulation.run(until=107.0)
+    assert behind.ticket.queued_s(simulation.now) == 7
+
+
+def test_waiting_calls_are_counted_by_model_and_batches_know_how_long() -> None:
+    """Two requests ask expert 1, whose first batch leaves the second's call waiting."""
+    simulation = Simulation(engine(max_batch_rows=2))
+    for _ in range(3):
+        request(simulation, 1, 1, (1,))
+    assert simulation.engine.waiting_calls[ROUTER] == 3
+    simulation.run(until=0.5)
+    assert sum(simulation.engine.waiting_calls.values()) == 3 - rows(simulation.batches[0])
+    simulation.run()
+    assert sum(simulation.engine.waiting_calls.values()) == 0
+    assert [batch.waited_s for batch in simulation.batches if batch.model == ROUTER] == [0, 1]
 
 
 def test_previews_are_told_once_each() -> None:

@@ -1,0 +1,47 @@
+"""One HTTP request and its answer: how long it took, and how it ended."""
+
+import time
+
+from starlette.types import Message, Receive, Send
+
+CLIENT_GONE = 499  # as nginx has it
+
+
+class Exchange:
+    """Stands between the server and an application, and watches what passes.
+
+    Args:
+        receive: How the server gives the request.
+        send: How it takes the answer.
+    """
+
+    def __init__(self, receive: Receive, send: Send) -> None:
+        self._receive, self._send = receive, send
+        self._began = time.monotonic()
+        self._ended: float | None = None
+        self._status, self._is_gone = CLIENT_GONE, False
+
+    async def receive(self) -> Message:
+        """Return the next message of the client."""
+        message = await self._receive()
+        if message["type"] == "http.disconnect" and self._ended is None:
+            self._is_gone = True
+        return message
+
+    async def send(self, message: Message) -> None:
+        """Send one message to the client."""
+        if message["type"] == "http.response.start":
+            self._status = message["status"]
+        await self._send(message)
+        if message["type"] == "http.response.body" and not message.get("more_body", False):
+            self._ended = time.monotonic()
+
+    @property
+    def status(self) -> int:
+        """The status of the answer; `CLIENT_GONE` if the client hung up or it broke off."""
+        return CLIENT_GONE if self._is_gone or self._ended is None else self._status
+
+    @property
+    def seconds(self) -> float:
+        """From the beginning to the last byte of the answer, or to now where there was none."""
+        return (self._ended or time.monotonic()) - self._began

@@ -47,12 +47,14 @@ class Partial:
         index: Which of its `partial_images`, from 0.
         step: How many steps are done.
         pixels: `(S, S, 3)`.
+        bundle: Digest of the bundle that draws it, or None.
     """
 
     picture: int
     index: int
     step: int
     pixels: Pixels
+    bundle: str | None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,12 +66,14 @@ class Drawing:
         expert_usage: `(n, K)` mean weight of each expert over the steps; rows sum to 1.
         expert_weights: `(n, steps, K)` its weight in each step.
         missing_experts: Those that were lost and drawn without, in order; of all pictures.
+        bundle: Digest of the bundle that drew them, or None.
     """
 
     pictures: Pixels
     expert_usage: list[list[float]]
     expert_weights: list[list[list[float]]]
     missing_experts: list[int]
+    bundle: str | None
 
 
 class RequestCancelledError(RuntimeError):

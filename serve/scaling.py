@@ -7,21 +7,27 @@ unanswered, and how the router has lately shared its calls among the experts. Ea
 (`Reporter`), and one policy for the whole application (`ScalingPolicy`) makes of it
 
     load of the Samplers   all pictures, drawn or waiting
-    load of expert k       max(its unanswered calls, all unanswered calls * its share of the calls)
+    load of expert k       fair_k = all unanswered calls * its share of the calls,
+                           or its own unanswered calls, if they are more; SLACK * fair_k at most
 
-The second term moves with the mix before queues do: an expert that the router turns to is given
+The fair load moves with the mix before queues do: an expert that the router turns to is given
 replicas for its share at once, and the queue of the busiest does not hide the next one's work. The
-first finds an expert that is slower than its share tells.
+own queue finds an expert that is slower than the others.
+
+All calls wait somewhere, so a replica more here is a longer queue there. A number therefore only
+falls when SLACK * fair_k, which no move of queues exceeds, needs less: while pictures and mix stay
+as they are, numbers settle.
 """
 
 import math
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from ray.serve._private.common import DeploymentID
 from ray.serve.config import AutoscalingContext
 
 SAMPLER, EXPERT_PREFIX = "Sampler", "Expert-"
+SLACK = 2.0  # how much slower than the others an expert may be, or how much too many are kept
 PICTURES, UNANSWERED, ASKED = "pictures", "unanswered_", "asked_"
 
 Contexts = dict[DeploymentID, AutoscalingContext]
@@ -65,37 +71,45 @@ class Reporter:
         return stats
 
 
-def expert_loads(unanswered: Mapping[int, float], asked: Mapping[int, float]) -> dict[int, float]:
-    """Return the calls that each expert should be ready for.
+class Load(NamedTuple):
+    """What a deployment has to do, in the unit of its target.
+
+    Attributes:
+        now: What it needs replicas for.
+        most: What it may come to need them for if nothing but the numbers of replicas changes.
+    """
+
+    now: float
+    most: float
+
+
+def expert_loads(unanswered: Mapping[int, float], asked: Mapping[int, float]) -> dict[int, Load]:
+    """Return the load of each expert.
 
     Args:
         unanswered: Calls that wait or are being answered, by expert.
         asked: Calls that the router has lately wanted, by expert; only their shares matter.
     """
     backlog, total = sum(unanswered.values()), sum(asked.values())
-    shares = {k: count / total if total else 0.0 for k, count in asked.items()}
-    return {k: max(calls, backlog * shares[k]) for k, calls in unanswered.items()}
+    fair = {k: backlog * count / total if total else 0.0 for k, count in asked.items()}
+    return {
+        k: Load(min(max(fair[k], calls), SLACK * fair[k]), SLACK * fair[k])
+        for k, calls in unanswered.items()
+    }
 
 
-def num_replicas(load: float, target: float, current: int, *, fewest: int, most: int) -> int:
-    """Return how many replicas a load wants.
-
-    More as soon as each would have more than `target`. Fewer only where the load, which for fewer
-    replicas would pile up, still fits: m of n replicas are enough for a load that is n / m times as
-    long, so m >= sqrt(n * load / target). Else the number would fall when the replicas that it had
-    asked for have done their work, and rise again.
+def num_replicas(load: Load, target: float, current: int, *, fewest: int, most: int) -> int:
+    """Return how many replicas a load wants: the present number, if it is neither too low nor high.
 
     Args:
-        load: What there is to do, in the unit of `target`.
-        target: What one replica should have.
+        load: What there is to do.
+        target: What one replica should have of it.
         current: How many there are to be now.
         fewest: The least that is allowed.
         most: The most.
     """
-    wanted = load / target
-    if wanted < current:
-        wanted = math.sqrt(current * wanted)
-    return min(most, max(fewest, math.ceil(wanted)))
+    wanted = min(max(current, math.ceil(load.now / target)), math.ceil(load.most / target))
+    return min(most, max(fewest, wanted))
 
 
 def decide(contexts: Contexts) -> dict[DeploymentID, int]:
@@ -113,7 +127,7 @@ def decide(contexts: Contexts) -> dict[DeploymentID, int]:
     return {id: _decide(c, loads[id.name]) for id, c in contexts.items() if id.name in loads}
 
 
-def _decide(context: AutoscalingContext, load: float) -> int:
+def _decide(context: AutoscalingContext, load: Load) -> int:
     assert context.config is not None, "Serve scales by a configuration"
     return num_replicas(
         load,
@@ -129,7 +143,7 @@ def policy(contexts: Contexts) -> tuple[dict[DeploymentID, int], dict[Deployment
     return decide(contexts), {}
 
 
-def _loads(reports: Mapping[str, float]) -> dict[str, float]:
+def _loads(reports: Mapping[str, float]) -> dict[str, Load]:
     """Return the load of each deployment by name."""
     experts = range(sum(name.startswith(ASKED) for name in reports))
     by_expert = expert_loads(
@@ -137,7 +151,8 @@ def _loads(reports: Mapping[str, float]) -> dict[str, float]:
         {k: reports[f"{ASKED}{k}"] for k in experts},
     )
     named = {f"{EXPERT_PREFIX}{k}": load for k, load in by_expert.items()}
-    return {SAMPLER: reports[PICTURES], **named}
+    pictures = reports[PICTURES]
+    return {SAMPLER: Load(pictures, SLACK * pictures), **named}
 
 
 def _sums(context: AutoscalingContext) -> dict[str, float]:

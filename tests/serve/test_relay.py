@@ -37,6 +37,7 @@ def drawing(request: DrawRequest) -> Drawing:
         expert_usage=[[1.0, 0.0, 0.0]] * n,
         expert_weights=[[[1.0, 0.0, 0.0]] * steps] * n,
         missing_experts=[2],
+        bundle=None,
     )
 
 
@@ -73,7 +74,7 @@ class MortalSampler:
 
     async def stream(self, request: DrawRequest) -> AsyncIterator[Partial | Drawing]:
         for index in range(request.partial_images):
-            yield Partial(picture=0, index=index, step=index, pixels=PIXELS)
+            yield Partial(picture=0, index=index, step=index, pixels=PIXELS, bundle=None)
             if index == 1:
                 self._die_if_it_is_time()
         yield drawing(request)
@@ -98,7 +99,7 @@ class EndlessSampler:
 
     async def stream(self, request: DrawRequest) -> AsyncIterator[Partial | None]:
         if request.partial_images:
-            yield Partial(picture=0, index=0, step=0, pixels=PIXELS)
+            yield Partial(picture=0, index=0, step=0, pixels=PIXELS, bundle=None)
         yield await self.draw(request)
 
 

@@ -17,7 +17,6 @@ from serve.expert import (
     MAX_TEXTS,
     ExpertClient,
     ExpertServer,
-    ExpertUnavailableError,
     Floats,
     MissingTexts,
     OtherVersionError,

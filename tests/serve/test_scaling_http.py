@@ -1,4 +1,9 @@
-"""A real application while it grows, shrinks, gets another bundle or loses an expert for good."""
+"""A real application while it grows, shrinks, gets another bundle or loses an expert for good.
+
+All of it holds in HAProxy mode too, which is a matter of the environment:
+
+    RAY_SERVE_ENABLE_HA_PROXY=1 python -m pytest tests/serve/test_scaling_http.py
+"""
 
 import base64
 import io
@@ -28,6 +33,8 @@ pytestmark = [
 ]
 
 IMAGES = "v1/images/generations"
+KEY = "s3cret"  # HAProxy mode is refused without one
+HEADERS = {"Authorization": f"Bearer {KEY}"}
 WAIT_S = 180.0  # for what takes seconds on an idle machine
 
 
@@ -57,7 +64,7 @@ class Load:
             thread.join()
 
     def _ask(self) -> None:
-        with httpx.Client(base_url=self._url, timeout=120) as client:
+        with httpx.Client(base_url=self._url, headers=HEADERS, timeout=120) as client:
             while not self._stopped.is_set():
                 seed = len(self.answers) % 4
                 answer = client.post(IMAGES, json=self._body | {"seed": seed})
@@ -85,7 +92,13 @@ def running(app: str, deployment: str) -> int:
 
 
 @pytest.fixture
-def deploy(serve_address: str) -> Iterator[Callable[..., str]]:
+def key_file(tmp_path: Path) -> str:
+    (tmp_path / "key").write_text(KEY)
+    return str(tmp_path / "key")
+
+
+@pytest.fixture
+def deploy(serve_address: str, key_file: str) -> Iterator[Callable[..., str]]:
     """A function that deploys an application as `serve deploy` does, and returns its URL."""
     names = set()
 
@@ -96,7 +109,7 @@ def deploy(serve_address: str) -> Iterator[Callable[..., str]]:
             "route_prefix": f"/{name}",
             "import_path": "serve.app:build",
             "autoscaling_policy": {"policy_function": "serve.scaling:policy"},
-            "args": args,
+            "args": {"api_key_file": key_file, **args},
         }
         client = _get_global_client()
         client.deploy_apps(ServeDeploySchema.model_validate({"applications": [application]}))
@@ -200,13 +213,13 @@ def kept_dead(app: str, index: int) -> Iterator[None]:
 
 
 def test_an_expert_that_stays_dead_is_drawn_without_and_named(
-    start_app: Callable[..., str],
+    start_app: Callable[..., str], key_file: str
 ) -> None:
-    url = start_app("degraded", limits={"lost_after_s": 3})
+    url = start_app("degraded", api_key_file=key_file, limits={"lost_after_s": 3})
     body = {"prompt": "a cat", "seed": 1, "routing": "full", "num_inference_steps": 5}
 
     def draw(**fields: Any) -> httpx.Response:
-        return httpx.post(f"{url}/{IMAGES}", json=body | fields, timeout=WAIT_S)
+        return httpx.post(f"{url}/{IMAGES}", json=body | fields, headers=HEADERS, timeout=WAIT_S)
 
     whole = draw().json()
     assert (whole["paris"]["degraded"], whole["paris"]["missing_experts"]) == (False, [])

@@ -17,7 +17,9 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import httpx
@@ -263,6 +265,74 @@ async def under_fire(url: str, bench: Bench, deployment: str) -> Load:
     return seen
 
 
+READY = """
+import time
+began = time.perf_counter(), time.process_time()
+from serve.expert import ExpertServer
+from serve.source import BundleSource
+imported = time.perf_counter(), time.process_time()
+ExpertServer(BundleSource({bundle!r}).pinned(), 0, threads=1, max_rows=16)
+ready = time.perf_counter(), time.process_time()
+print(*(b - a for a, b in (*zip(began, imported), *zip(imported, ready))))
+"""
+
+
+def ready(bench: Bench) -> None:
+    """How long a replica of a B/2 expert takes to load, and to be there beside a running one."""
+    from ray import serve
+
+    from serve.expert import ExpertServer
+    from serve.source import BundleSource
+
+    with TemporaryDirectory() as folder:
+        path = write_b2(bench.bundle, Path(folder))
+        for _ in range(ROUNDS):
+            command = [sys.executable, "-c", READY.format(bundle=path)]
+            out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+            imports, imports_cpu, loads, loads_cpu = map(float, out.split())
+            print(
+                f"- B/2: imports {imports:.2f} s ({imports_cpu:.2f} s of CPU), "
+                f"load and trial of rows {loads:.2f} s ({loads_cpu:.2f} s of CPU)"
+            )
+        expert = serve.deployment(name="B2", ray_actor_options={"num_cpus": 0.1})(ExpertServer)
+        source, seconds = BundleSource(path).pinned(), []
+        for count in range(1, ROUNDS + 2):
+            began = time.perf_counter()
+            app = expert.options(num_replicas=count).bind(source, 0, threads=1, max_rows=16)
+            serve.run(app, name="b2", route_prefix=None)
+            seconds.append(time.perf_counter() - began)
+        serve.delete("b2")
+    report("B/2 on CPU: seconds until another replica is ready", seconds[1:], "<=", 3)
+
+
+def write_b2(bundle: str, folder: Path) -> str:
+    """Write a copy of a bundle whose first expert is of the size B/2, with random weights."""
+    import safetensors.torch
+
+    from paris_ray.artifacts import Folder, VerifiedFolder, publish
+    from paris_ray.bundle import Bundle, load_bundle
+    from paris_ray.config import ExpertConfig
+    from paris_ray.export import write_bundle
+    from paris_ray.models import Expert
+    from paris_ray.models.release import write_document
+    from paris_ray.run import BUNDLE, EXPERT_WEIGHTS
+
+    source, size = load_bundle(bundle), ExpertConfig.preset("B/2")
+    config = replace(
+        source.expert_configs[0],
+        hidden_size=size.hidden_size,
+        num_layers=size.num_layers,
+        num_heads=size.num_heads,
+    )
+    expert, whole = Folder(folder / "expert_0"), Folder(folder / "bundle")
+    expert.write_json("config.json", write_document(config))
+    expert.write(EXPERT_WEIGHTS, safetensors.torch.save(Expert(config).state_dict()))
+    parts = {**source.parts, "expert_0": VerifiedFolder(expert, None)}
+    write_bundle(Bundle(parts, source.facts), whole, model_card="# B/2\n")
+    publish(whole, BUNDLE, config_digest="", parents={}, facts={})
+    return str(folder / "bundle")
+
+
 def report(what: str, values: list[float], sign: str, bar: float) -> None:
     """Print the median of some measurements beside its bar."""
     middle = statistics.median(values)
@@ -280,6 +350,7 @@ PARTS = {
     "cancelling": cancelling,
     "overload": overload,
     "kills": kills,
+    "ready": ready,
 }
 
 

@@ -216,7 +216,7 @@ def kept_dead(app: str, index: int) -> Iterator[None]:
         killer.join()
 
 
-def test_an_expert_that_stays_dead_is_drawn_without_and_named(
+def test_where_an_expert_stays_dead_another_draws_and_the_answer_names_it(
     start_app: Callable[..., str], key_file: str
 ) -> None:
     url = start_app("degraded", api_key_file=key_file, limits={"lost_after_s": 3})

@@ -4,7 +4,7 @@ Serve's own policy counts the requests of each deployment, which says little her
 expert for everything that waits in one call, so an expert has one or two requests however long its
 queue is. The Samplers know more: how many pictures they have, how many calls of each expert are
 unanswered, and how the router has lately shared its calls among the experts. Each reports that
-(`Reporter`), and one policy for the whole application (`ScalingPolicy`) makes of it
+(`Reporter`), and one policy for the whole application (`policy`) makes of it
 
     load of the Samplers   all pictures, drawn or waiting
     load of expert k       fair_k = all unanswered calls * its share of the calls,

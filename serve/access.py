@@ -1,6 +1,5 @@
 """Who may use the API: holders of a key or, where there are none, this machine alone."""
 
-import logging
 import math
 from dataclasses import dataclass
 from ipaddress import ip_address
@@ -14,8 +13,6 @@ from paris_ray.errors import ConfigError
 from serve.errors import ApiError, too_many
 from serve.keys import LOCAL, Client, KeyRing
 from serve.schemas import ErrorDetail
-
-logger = logging.getLogger(__name__)
 
 # A proxy that says so in any of these speaks for somebody else.
 FORWARDING_HEADERS = ("forwarded", "via", "x-real-ip")
@@ -134,7 +131,8 @@ class Frontage:
         host: The address that Serve listens on; None: it does not.
         direct: Whether requests reach a replica without Ray's proxy (HAProxy, direct ingress): from
             an address that says nothing.
-        has_edge: Whether Ray's proxy was started with `serve.gate.edge`.
+        has_edge: Whether Ray was started with `serve.gate.edge`, which it puts around its proxy or,
+            where there is none, around the server of a replica.
     """
 
     host: str | None
@@ -169,9 +167,7 @@ class Frontage:
                 f"http_options.host={self.host!r} is not allowed without api_key_file: only "
                 f"127.0.0.1, ::1 or localhost. {make_key}"
             )
-        if self.direct:
-            logger.warning("requests do not pass %s: clients may set Ray's own headers", EDGE)
-        elif not self.has_edge:
+        if not self.has_edge:
             raise ConfigError(
                 f"Start every node of Ray with {EDGE_VARIABLE}={EDGE} in its environment: without "
                 "it Ray's proxy lets clients override http_options.request_timeout_s"

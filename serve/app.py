@@ -9,12 +9,14 @@ Ingress -> Sampler -> Expert-0 ... Expert-K-1: each a deployment, with its own r
 resources.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from ray import serve
 from ray.serve import Application
+from ray.serve.config import AutoscalingConfig
 
 from paris_ray.artifacts import absolute_uri
 from paris_ray.bundle import Dtype
@@ -25,6 +27,7 @@ from serve.expert import ExpertServer
 from serve.ingress import HttpOptions, Ingress
 from serve.routes import create_api
 from serve.sampler import Sampler
+from serve.scaling import EXPERT_PREFIX, SAMPLER
 from serve.source import BundleSource, LoRASource
 
 MAX_ONGOING_REQUESTS = 1_000  # of a replica
@@ -53,6 +56,54 @@ class DeploymentOptions(BaseModel):
     num_replicas: int = Field(default=1, ge=1)
     num_cpus: float = Field(default=0.05, ge=0)
     num_gpus: float = Field(default=0, ge=0)
+
+
+class IngressOptions(DeploymentOptions):
+    """Size of the HTTP side: two processes, so that the death of one is not an outage."""
+
+    num_replicas: int = Field(default=2, ge=1)
+
+
+class ScaledOptions(DeploymentOptions):
+    """Size of a deployment whose number of replicas may follow the load.
+
+    Attributes:
+        max_replicas: The most, where `num_replicas` are the least; null keeps the number.
+    """
+
+    max_replicas: int | None = Field(default=None, ge=1)
+
+    @model_validator(mode="after")
+    def _check_range(self) -> "ScaledOptions":
+        if self.max_replicas is not None and self.max_replicas < self.num_replicas:
+            raise ValueError(
+                f"max_replicas={self.max_replicas} is not allowed: "
+                f"at least num_replicas={self.num_replicas}"
+            )
+        return self
+
+    @property
+    def most(self) -> int:
+        """How many replicas there may be."""
+        return self.max_replicas or self.num_replicas
+
+
+class ScalingOptions(BaseModel):
+    """How the number of replicas follows the load, see `serve.scaling`.
+
+    Attributes:
+        period_s: How often Samplers report; a number is decided by the reports of two periods.
+        pictures_per_sampler: How many pictures, drawn or waiting, a Sampler should have.
+        calls_per_expert: How many unanswered calls a replica of an expert should have.
+        downscale_delay_s: How long fewer replicas must be enough before one is ended.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    period_s: float = Field(default=10, gt=0)
+    pictures_per_sampler: float = Field(default=LIMITS.max_active_pictures / 2, gt=0)
+    calls_per_expert: float = Field(default=LIMITS.max_batch_rows, gt=0)
+    downscale_delay_s: float = Field(default=300, ge=0)
 
 
 class LoRAOptions(BaseModel):
@@ -134,6 +185,8 @@ class AppArgs(BaseModel):
         sampler: Size of the Sampler.
         expert: Size of every expert.
         experts: What differs for single experts, by number.
+        scaling: How numbers follow the load, where `max_replicas` lets them; the application's
+            `autoscaling_policy` must be `serve.scaling:policy`.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -154,21 +207,24 @@ class AppArgs(BaseModel):
     timeout_s: float = Field(default=110, gt=0)
     api_key_file: str | None = None
     cors_origins: list[str] = []
-    ingress: DeploymentOptions = DeploymentOptions()
-    sampler: DeploymentOptions = DeploymentOptions()
-    expert: DeploymentOptions = DeploymentOptions()
-    experts: dict[int, DeploymentOptions] = {}
+    ingress: IngressOptions = IngressOptions()
+    sampler: ScaledOptions = ScaledOptions()
+    expert: ScaledOptions = ScaledOptions()
+    experts: dict[int, ScaledOptions] = {}
+    scaling: ScalingOptions = ScalingOptions()
 
     @model_validator(mode="after")
-    def _check_offload(self) -> "AppArgs":
+    def _check(self) -> "AppArgs":
         if self.offload and not self.colocated:
             raise ValueError("offload=true is not allowed without colocated=true")
+        for index in self.experts:
+            self.expert_options(index)
         return self
 
-    def expert_options(self, index: int) -> DeploymentOptions:
+    def expert_options(self, index: int) -> ScaledOptions:
         """Return the size of one expert."""
-        own = self.experts.get(index, DeploymentOptions())
-        return self.expert.model_copy(update=own.model_dump(exclude_unset=True))
+        own = self.experts.get(index, ScaledOptions()).model_dump(exclude_unset=True)
+        return ScaledOptions.model_validate(self.expert.model_dump() | own)
 
 
 def build(args: AppArgs) -> Application:
@@ -183,7 +239,7 @@ def build(args: AppArgs) -> Application:
         ConfigError: if `experts` names one that the bundle does not have, or `aliases` another
             model.
     """
-    source = _source(args)
+    source = _source(args).pinned()
     bundle = source.open()
     num_experts = bundle.num_experts
     # From here on each adapter tells its expert, so that an expert reads only its own.
@@ -193,18 +249,21 @@ def build(args: AppArgs) -> Application:
         if not 0 <= index < num_experts:
             raise ConfigError(f"experts: {index} is not allowed: the bundle has {num_experts}")
     options = _http_options(args, bundle.facts.model_name)
-    experts = None if args.colocated else _bind_experts(args, source, num_experts)
-    sampler = _deploy(Sampler, "Sampler", args.sampler).bind(
+    sizes = [] if args.colocated else [args.expert_options(k) for k in range(num_experts)]
+    sampler = _deploy_sampler(args, sizes).bind(
         _on_reserved_device(source, args.sampler),
-        experts,
+        None if args.colocated else _bind_experts(args, source, sizes),
         threads=args.threads,
         limits=Limits(**args.limits.model_dump()),
+        # While every replica computes, the next batch is on its way.
+        lanes=[size.most + 1 for size in sizes],
     )
     key_file = None if args.api_key_file is None else _from_repository(args.api_key_file)
     ingress_class = serve.ingress(create_api(args.cors_origins))(Ingress)
     ingress = _deploy(ingress_class, "Ingress", args.ingress).options(
         max_ongoing_requests=gate.MAX_ONGOING_REQUESTS,
         max_queued_requests=gate.MAX_QUEUED_REQUESTS,
+        graceful_shutdown_timeout_s=args.timeout_s,
     )
     application: Application = ingress.bind(source, sampler, key_file, options)
     return application
@@ -240,16 +299,53 @@ def _http_options(args: AppArgs, model_name: str) -> HttpOptions:
     )
 
 
-def _bind_experts(args: AppArgs, source: BundleSource, num_experts: int) -> list[Application]:
+def _deploy_sampler(args: AppArgs, experts: Sequence[ScaledOptions]) -> Any:
+    deployment = _deploy(Sampler, SAMPLER, args.sampler).options(
+        graceful_shutdown_timeout_s=args.timeout_s
+    )
+    # It reports for all deployments, and Serve asks only those that it scales.
+    if any(size.max_replicas is not None for size in (args.sampler, *experts)):
+        deployment = _scale(
+            deployment, args.sampler, args.scaling, args.scaling.pictures_per_sampler
+        )
+    return deployment
+
+
+def _bind_experts(
+    args: AppArgs, source: BundleSource, sizes: Sequence[ScaledOptions]
+) -> list[Application]:
     return [
-        _deploy(ExpertServer, f"Expert-{k}", options).bind(
-            _on_reserved_device(source.of_expert(k), options),
+        _deploy_expert(args, k, size).bind(
+            _on_reserved_device(source.of_expert(k), size),
             k,
             threads=args.threads,
             max_rows=args.limits.max_batch_rows,
         )
-        for k, options in enumerate(map(args.expert_options, range(num_experts)))
+        for k, size in enumerate(sizes)
     ]
+
+
+def _deploy_expert(args: AppArgs, index: int, size: ScaledOptions) -> Any:
+    deployment = _deploy(ExpertServer, f"{EXPERT_PREFIX}{index}", size)
+    if size.max_replicas is None:
+        return deployment
+    return _scale(deployment, size, args.scaling, args.scaling.calls_per_expert)
+
+
+def _scale(deployment: Any, size: ScaledOptions, scaling: ScalingOptions, target: float) -> Any:
+    """Let Serve change the number of replicas, by what two periods tell."""
+    return deployment.options(
+        num_replicas="auto",
+        autoscaling_config=AutoscalingConfig(
+            min_replicas=size.num_replicas,
+            max_replicas=size.most,
+            target_ongoing_requests=target,
+            metrics_interval_s=scaling.period_s,
+            look_back_period_s=2 * scaling.period_s,
+            upscale_delay_s=0,
+            downscale_delay_s=scaling.downscale_delay_s,
+        ),
+    )
 
 
 def _on_reserved_device(source: BundleSource, options: DeploymentOptions) -> BundleSource:

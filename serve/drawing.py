@@ -47,12 +47,14 @@ class Partial:
         index: Which of its `partial_images`, from 0.
         step: How many steps are done.
         pixels: `(S, S, 3)`.
+        bundle: Digest of the bundle that draws it, or None.
     """
 
     picture: int
     index: int
     step: int
     pixels: Pixels
+    bundle: str | None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,6 +67,7 @@ class Drawing:
         expert_weights: `(n, steps, K)` its weight in each step.
         missing_experts: Those that were lost and drawn without, in order; of all pictures.
         seconds: How long the Sampler had the request.
+        bundle: Digest of the bundle that drew them, or None.
     """
 
     pictures: Pixels
@@ -72,6 +75,7 @@ class Drawing:
     expert_weights: list[list[list[float]]]
     missing_experts: list[int]
     seconds: float
+    bundle: str | None
 
 
 class RequestCancelledError(RuntimeError):

@@ -62,6 +62,7 @@ class Question(NamedTuple):
         latents: `(B, C, H, W)`.
         t: `(B,)` float64: what a Python number is.
         guidance_scale: `(B,)` float64.
+        version: `BundleSource.version` of the expert that is asked.
         texts: The digest of each one's text.
         null_texts: The digest of the text that guidance subtracts, or None.
         loras: The name of each one's adapter, or None.
@@ -71,6 +72,7 @@ class Question(NamedTuple):
     latents: Floats
     t: NDArray[np.float64]
     guidance_scale: NDArray[np.float64]
+    version: str
     texts: tuple[bytes, ...]
     null_texts: tuple[bytes | None, ...]
     loras: tuple[str | None, ...]
@@ -93,6 +95,14 @@ class ExpertUnavailableError(RuntimeError):
     """An expert is being replaced; the call may be made again."""
 
 
+class OtherVersionError(RuntimeError):
+    """An expert has another bundle or other adapters than the picture was begun with.
+
+    This is so while Serve replaces replicas, one deployment at its own pace: the picture can only
+    be drawn again from its beginning, by a Sampler of the experts' version.
+    """
+
+
 class ExpertServer:
     """A deployment that holds one expert; any replica can answer any call.
 
@@ -107,7 +117,7 @@ class ExpertServer:
 
     def __init__(self, source: BundleSource, index: int, *, threads: int, max_rows: int) -> None:
         torch.set_num_threads(threads)
-        self._index, self._bundle = index, source.open()
+        self._index, self._bundle, self._version = index, source.open(), source.version
         self._models = LocalModels(self._bundle, exact=source.exact)
         self._texts: OrderedDict[bytes, TextConditioning] = OrderedDict()
         self._waiting: deque[Asked] = deque()
@@ -125,11 +135,10 @@ class ExpertServer:
         """Return the guided velocities `(B, C, H, W)` of the calls, or which texts to send along.
 
         Raises:
-            ExpertUnavailableError: if an adapter is not known here, while Serve replaces replicas.
+            OtherVersionError: if the question is for an expert of another bundle.
         """
-        for name in question.loras:
-            if name is not None and name not in self._bundle.loras:
-                raise ExpertUnavailableError(f"lora={name!r} is not known to all replicas yet")
+        if question.version != self._version:
+            raise OtherVersionError(f"expert {self._index} is of another version")
         named = {*question.texts, *(key for key in question.null_texts if key is not None)}
         self._learn(question.new_texts, named)
         missing = tuple(key for key in named if key not in self._texts)
@@ -211,9 +220,11 @@ class ExpertClient:
 
     Args:
         handle: The deployment's.
+        version: Of the expert that is meant.
     """
 
-    def __init__(self, handle: DeploymentHandle[Any]) -> None:
+    def __init__(self, handle: DeploymentHandle[Any], version: str) -> None:
+        self._version = version
         # By value over gRPC: by reference, arrays of a batch would go through the object store.
         self._handle = handle.options(_by_reference=False)
         self._known: OrderedDict[bytes, None] = OrderedDict()  # texts that were sent
@@ -224,14 +235,16 @@ class ExpertClient:
         Raises:
             RayActorError: if the replica died meanwhile.
             ExpertUnavailableError: if it is being replaced.
+            OtherVersionError: if it has been replaced, by one of another bundle.
         """
         texts = {key: text.text for text in _texts(calls) for key in text.keys}
         new = {key: text for key, text in texts.items() if key not in self._known}
-        answer = await self._send(_question(calls, new))
+        answer = await self._send(_question(calls, new, self._version))
         if isinstance(answer, MissingTexts):  # a replica that has not seen them, or forgot
-            answer = await self._send(_question(calls, {key: texts[key] for key in answer.keys}))
+            missing = {key: texts[key] for key in answer.keys}
+            answer = await self._send(_question(calls, missing, self._version))
         if isinstance(answer, MissingTexts):  # another replica than before
-            answer = await self._send(_question(calls, texts))
+            answer = await self._send(_question(calls, texts, self._version))
         assert not isinstance(answer, MissingTexts), "all texts were sent"
         self._remember(texts)
         return list(torch.tensor(answer).split(1))
@@ -257,11 +270,14 @@ def _texts(calls: Sequence[ExpertCall]) -> list[KeyedText]:
     return [*(call.text for call in calls), *nulls]
 
 
-def _question(calls: Sequence[ExpertCall], texts: dict[bytes, TextConditioning]) -> Question:
+def _question(
+    calls: Sequence[ExpertCall], texts: dict[bytes, TextConditioning], version: str
+) -> Question:
     return Question(
         latents=to_array(torch.cat([call.latents for call in calls])),
         t=np.array([call.t for call in calls]),
         guidance_scale=np.array([call.guidance_scale for call in calls]),
+        version=version,
         texts=tuple(call.text.keys[0] for call in calls),
         null_texts=tuple(None if c.null_text is None else c.null_text.keys[0] for c in calls),
         loras=tuple(call.lora for call in calls),

@@ -9,11 +9,13 @@ Ray answers by itself gets our error shape. `serve.access.EDGE_VARIABLE` tells R
 """
 
 import asyncio
+import inspect
 import logging
 import math
 import re
 import uuid
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.middleware import Middleware
@@ -382,10 +384,15 @@ def at_most(limit: int, receive: Receive) -> Receive:
 
 
 def operators_limit_s(app: ASGIApp) -> float:
-    """Return the time limit of the Ray proxy inside of its layers: `request_timeout_s`."""
-    layer: object = app
-    while not hasattr(layer, "request_timeout_s"):
-        layer = layer._app  # type: ignore[attr-defined] # as Ray's layers keep the next one
+    """Return the time limit of what is inside of Ray's layers: `request_timeout_s`.
+
+    That is Ray's proxy or, in HAProxy mode and with direct ingress, a replica's own server.
+    """
+    layer: Any = app
+    while not (hasattr(layer, "request_timeout_s") or inspect.ismethod(layer)):
+        layer = layer._app  # as Ray's layers keep the next one
+    if inspect.ismethod(layer):
+        layer = layer.__self__._http_options  # type: ignore[attr-defined]
     limit_s: float | None = layer.request_timeout_s
     return math.inf if limit_s is None else limit_s
 

@@ -11,14 +11,13 @@ from typing import Any
 from pydantic import BaseModel
 from ray.serve.handle import DeploymentHandle
 
-from paris_ray.bundle import bundle_digest
 from paris_ray.encoders.inspection import load_text_inspector
 from paris_ray.sampling.sampler import sampling_options
 from serve import metrics, pictures
 from serve.access import Access, Frontage
 from serve.checking import Order, Served, check
 from serve.drawing import Drawing, DrawRequest
-from serve.errors import invalid
+from serve.errors import ApiError, invalid
 from serve.keys import Client
 from serve.links import FileCache, LinkError, Links, LinkTarget, cluster_secret
 from serve.relay import Samplers
@@ -99,7 +98,7 @@ class Ingress:
         encoder = bundle.parts["text_encoder"]
         self.served = Served(
             bundle=bundle,
-            digest=bundle_digest(source.uri),
+            digest=source.digest,
             dtype=source.dtype,
             # Only CLIP's tokenizer has a folder of its own.
             inspector=load_text_inspector(encoder, bundle.parts.get("tokenizer", encoder)),
@@ -164,9 +163,11 @@ class Ingress:
         Raises:
             ApiError: 408, 429, 499 or 503.
         """
-        drawing = await self.samplers.draw(self._own_request(order, caller))
+        request = self._own_request(order, caller)
+        drawing = await self.samplers.draw(request)
         files = await self._encode(order, drawing)
-        return drawing, [self._data(order, i, file, caller) for i, file in enumerate(files)]
+        data = [self._data(order, i, file, drawing, caller) for i, file in enumerate(files)]
+        return drawing, data
 
     async def events(self, order: Order, caller: Caller) -> AsyncIterator[BaseModel]:
         """Yield the events of a stream: unfinished pictures, then each finished one.
@@ -180,7 +181,7 @@ class Ingress:
                 yield await asyncio.to_thread(pictures.encode_partial, order, message, self.served)
                 continue
             for i, file in enumerate(await self._encode(order, message)):
-                data = self._data(order, i, file, caller)
+                data = self._data(order, i, file, message, caller)
                 yield pictures.completed_event(order, message, self.served, data, id=id, picture=i)
 
     async def file(self, token: str, request_id: str) -> tuple[bytes, str]:
@@ -196,7 +197,7 @@ class Ingress:
             if target.bundle != self.served.digest:
                 raise LinkError("The link's picture was drawn by another model")
         except LinkError as error:
-            raise invalid(str(error), param="token", code="link_expired", status=404) from None
+            raise _link_expired(str(error)) from None
         order = self.check(target.request)
         file = self._files.get(token)
         if file is None:
@@ -204,6 +205,8 @@ class Ingress:
                 id=request_id, client=target.client, timeout_s=self.options.timeout_s
             )
             drawing = await self.samplers.draw(request)
+            if drawing.bundle != target.bundle:  # while Serve replaces replicas
+                raise _link_expired("The link's picture was drawn by another model")
             (file,) = await self._encode(order, drawing)
             self._files.put(token, file)
         return file, f"image/{order.output_format}"
@@ -230,12 +233,18 @@ class Ingress:
             max_pictures_of_client=most,
         )
 
-    def _data(self, order: Order, picture: int, file: bytes, caller: Caller) -> ImageData:
+    def _data(
+        self, order: Order, picture: int, file: bytes, drawing: Drawing, caller: Caller
+    ) -> ImageData:
         if not order.as_url:
             return ImageData(b64_json=base64.b64encode(file).decode())
         request = order.picture_request(picture)
         assert caller.client is not None
-        target = LinkTarget(request=request, client=caller.client.name, bundle=self.served.digest)
+        target = LinkTarget(request=request, client=caller.client.name, bundle=drawing.bundle)
         token = self._links.sign(target)
         self._files.put(token, file)
         return ImageData(url=f"{caller.base_url}/v1/images/files/{token}.{order.output_format}")
+
+
+def _link_expired(message: str) -> ApiError:
+    return invalid(message, param="token", code="link_expired", status=404)

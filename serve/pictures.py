@@ -38,7 +38,7 @@ def encode_all(order: Order, drawing: Drawing, served: Served) -> list[bytes]:
         encode_picture(
             pixels,
             replace(
-                _record(order, served, i),
+                _record(order, served, i, drawing.bundle),
                 expert_weights=sparse_weights(drawing.expert_weights[i]),
                 missing_experts=drawing.missing_experts,
             ),
@@ -50,7 +50,9 @@ def encode_all(order: Order, drawing: Drawing, served: Served) -> list[bytes]:
 
 def encode_partial(order: Order, partial: Partial, served: Served) -> PartialImageEvent:
     """Return the event of an unfinished picture; slow like `encode_all`."""
-    record = replace(_record(order, served, partial.picture), unfinished_at=partial.step)
+    record = replace(
+        _record(order, served, partial.picture, partial.bundle), unfinished_at=partial.step
+    )
     file = encode_picture(partial.pixels, record, order.output_format)
     return PartialImageEvent(
         b64_json=base64.b64encode(file).decode(),
@@ -63,12 +65,12 @@ def encode_partial(order: Order, partial: Partial, served: Served) -> PartialIma
     )
 
 
-def _record(order: Order, served: Served, picture: int) -> PictureRecord:
+def _record(order: Order, served: Served, picture: int, bundle: str | None) -> PictureRecord:
     facts, lora = served.bundle.facts, order.sampling.lora
     return PictureRecord(
         software=SOFTWARE,
         model=facts.model_name,
-        bundle=served.digest,
+        bundle=bundle,
         dtype=served.dtype,
         prompt=order.prompts[picture // order.n],
         seed=order.seed + picture,
@@ -144,7 +146,7 @@ def headers(order: Order, served: Served, drawing: Drawing | None = None) -> dic
     sampling, facts = order.sampling, served.bundle.facts
     values = {
         "Model": facts.model_name,
-        "Bundle": served.digest,
+        "Bundle": drawing.bundle if drawing else None,
         "Seed": order.seed,
         "Steps": sampling.num_inference_steps,
         "Solver": sampling.solver,
@@ -175,7 +177,7 @@ def _provenance(
     return Provenance(
         id=id,
         model=facts.model_name,
-        bundle=served.digest,
+        bundle=drawing.bundle,
         seed=order.seed + pictures.start,
         num_inference_steps=sampling.num_inference_steps,
         solver=sampling.solver,

@@ -18,7 +18,7 @@ from paris_ray.sampling.sampler import ExpertsLostError
 from serve import metrics
 from serve.drawing import Drawing, DrawRequest, Partial, RequestCancelledError
 from serve.errors import ApiError, failed, retry_after, too_slow, unavailable
-from serve.expert import ExpertUnavailableError
+from serve.expert import ExpertUnavailableError, OtherVersionError
 from serve.schemas import ErrorDetail
 
 logger = logging.getLogger(__name__)
@@ -32,7 +32,8 @@ class Samplers:
     """Draws through the handle of the Sampler.
 
     A request that a Sampler died with is sent again as it is until its time is over: its seeds make
-    the same pictures.
+    the same pictures. So is one whose Sampler found experts of another bundle, since it would have
+    mixed two: the next one draws all of it.
 
     Args:
         handle: Of the Sampler.
@@ -54,7 +55,7 @@ class Samplers:
                 try:
                     reply = self._handle.draw.remote(replace(request, timeout_s=left))
                     return asking.drawn(await asyncio.wait_for(reply, left))
-                except RayActorError:
+                except (RayActorError, OtherVersionError):
                     again = True
                     metrics.RESENDS.add()
                 except QueueFullError:
@@ -80,7 +81,7 @@ class Samplers:
                         if (place := (message.picture, message.index)) not in sent:
                             sent.add(place)
                             yield message
-                except RayActorError:
+                except (RayActorError, OtherVersionError):
                     again = True
                     metrics.RESENDS.add()
                 except QueueFullError:

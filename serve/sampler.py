@@ -37,7 +37,8 @@ from paris_ray.sampling.local import LocalModels
 from paris_ray.sampling.sampler import Denoising, start_denoising
 from serve import metrics
 from serve.drawing import Drawing, DrawRequest, Partial, Pixels, RequestCancelledError
-from serve.expert import ExpertClient, ExpertUnavailableError
+from serve.expert import ExpertClient, ExpertUnavailableError, OtherVersionError
+from serve.scaling import Reporter
 from serve.source import BundleSource
 
 EXPIRY_PERIOD_S = 0.25
@@ -55,6 +56,7 @@ class Sampler:
         experts: Handles of the experts, in order; None keeps the experts in this process.
         threads: Torch threads of one computation.
         limits: What is drawn at a time, and what may wait.
+        lanes: How many batches each expert is asked at a time.
     """
 
     def __init__(
@@ -64,17 +66,27 @@ class Sampler:
         *,
         threads: int,
         limits: Limits,
+        lanes: Sequence[int] = (),
     ) -> None:
         torch.set_num_threads(threads)
-        self._bundle, self._limits = source.open(), limits
+        self._bundle, self._digest, self._limits = source.open(), source.digest, limits
         self._models = LocalModels(self._bundle, exact=source.exact)
-        self._experts = None if experts is None else [ExpertClient(handle) for handle in experts]
+        self._num_lanes = lanes
+        self._experts = (
+            None
+            if experts is None
+            else [
+                ExpertClient(handle, source.of_expert(k).version)
+                for k, handle in enumerate(experts)
+            ]
+        )
         # Torch runs in threads: the event loop stays free for the other requests. Texts have one
         # of their own, since those of many new requests must not hold up the steps of the others.
         self._num_computations = self._count_computations(threads)
         self._computing = ThreadPoolExecutor(self._num_computations, "computing")
         self._encoding = ThreadPoolExecutor(1, "encoding")
         self._engine = Engine((ROUTER, *range(self._bundle.num_experts)), limits)
+        self._reporter = Reporter(self._bundle.num_experts)
         self._requests: dict[tuple[str, str], list[tuple[Ticket, asyncio.Queue[Event]]]] = {}
         self._idle: dict[asyncio.Future[Batch], Collection[int]] = {}  # lanes at rest
         self._tasks: list[asyncio.Task[None]] = []
@@ -105,6 +117,10 @@ class Sampler:
             "waiting_pictures": self._engine.num_waiting,
         }
 
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """Return what `serve.scaling` decides by; Serve asks for it where replicas may scale."""
+        return self._reporter.report(self._engine)
+
     async def draw(self, request: DrawRequest) -> Drawing:
         """Draw the pictures of a request.
 
@@ -113,6 +129,7 @@ class Sampler:
             DeadlineError: if it took too long.
             ExpertsLostError: if experts are lost that it may not be drawn without.
             RequestCancelledError: if it was cancelled.
+            OtherVersionError: if an expert that it wants is of another bundle.
         """
         async for message in self.stream(request):
             if isinstance(message, Drawing):
@@ -177,7 +194,13 @@ class Sampler:
                 case Previewed(picture, evaluations, latents):
                     (pixels,) = await self._decode([latents])
                     index = preview_at.index(evaluations)
-                    yield Partial(picture=picture, index=index, step=evaluations, pixels=pixels)
+                    yield Partial(
+                        picture=picture,
+                        index=index,
+                        step=evaluations,
+                        pixels=pixels,
+                        bundle=self._digest,
+                    )
                 case Finished(samples):
                     now = time.monotonic()
                     drawn_s = now - ticket.admitted - ticket.queued_s(now)
@@ -192,6 +215,7 @@ class Sampler:
                         expert_weights=weights,
                         missing_experts=sorted({k for one in samples for k in one.missing_experts}),
                         seconds=time.monotonic() - ticket.admitted,
+                        bundle=self._digest,
                     )
                     return
                 case Failed(error):
@@ -223,9 +247,8 @@ class Sampler:
         else:
             lost_after_s = self._limits.lost_after_s
             lanes = [self._run_lane((ROUTER,), self._answer_here, None)]
-            for k, client in enumerate(self._experts):
-                # While a replica computes, the next batch is on its way.
-                lanes += [self._run_lane((k,), client.ask, lost_after_s) for _ in range(2)]
+            for k, (client, count) in enumerate(zip(self._experts, self._num_lanes, strict=True)):
+                lanes += [self._run_lane((k,), client.ask, lost_after_s) for _ in range(count)]
         # Not in the context of the request that comes first: Ray would cancel their calls with it.
         self._tasks = [
             asyncio.create_task(task, context=Context()) for task in (*lanes, self._expire())
@@ -255,6 +278,8 @@ class Sampler:
             except (RayActorError, ExpertUnavailableError, TimeoutError):
                 metrics.CALL_FAILURES.add(model=model)
                 self._engine.fail(batch, time.monotonic())
+            except OtherVersionError as error:  # its requests begin again, at another Sampler
+                self._engine.reject(batch, error, time.monotonic())
             except Exception as error:  # its requests are over, and the lane goes on
                 logger.exception("a batch of model %d failed", batch.model)
                 self._engine.reject(batch, error, time.monotonic())

@@ -1,9 +1,10 @@
 """Where the bundle of an application is, and which one it must be."""
 
+import hashlib
 from typing import NamedTuple
 
 from paris_ray.artifacts import Folder
-from paris_ray.bundle import Bundle, Dtype, load_bundle
+from paris_ray.bundle import Bundle, Dtype, bundle_digest, load_bundle
 from paris_ray.models.peft_layout import ADAPTER_WEIGHTS
 from paris_ray.pictures import LoRARecord
 from paris_ray.receipts import file_sha256
@@ -38,8 +39,8 @@ class BundleSource(NamedTuple):
 
     Attributes:
         uri: Where the bundle is.
-        digest: Digest of its manifest; None takes whatever is there. Since Serve restarts a
-            replica when its arguments change, a new digest makes it load the new bundle.
+        digest: Digest of its manifest; None takes whatever is there. `pinned` names it. Since Serve
+            restarts a replica when its arguments change, a new digest makes it load the new bundle.
         dtype: Data type of experts and router; None keeps the stored one.
         device: Where each replica computes.
         offload: Keep at most two experts of a process on its device.
@@ -54,6 +55,19 @@ class BundleSource(NamedTuple):
     offload: bool = False
     loras: tuple[LoRASource, ...] = ()
     exact: bool = True
+
+    @property
+    def version(self) -> str:
+        """What replicas must agree on to draw a picture together: all but where they compute."""
+        return hashlib.sha256(repr(self._replace(device="")).encode()).hexdigest()
+
+    def pinned(self) -> "BundleSource":
+        """Return the source of the bundle that is there now, and of no other at its place.
+
+        Raises:
+            ArtifactError: if the manifest is damaged.
+        """
+        return self._replace(digest=self.digest or bundle_digest(self.uri))
 
     def of_expert(self, index: int) -> "BundleSource":
         """Return the source with the adapters of one expert alone."""

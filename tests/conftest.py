@@ -95,16 +95,21 @@ def write_model(folder: Folder, model: torch.nn.Module, weights: str) -> None:
     folder.write(weights, safetensors.torch.save(model.state_dict()))
 
 
+def write_models(root: Path, *, first_seed: int, router_seed: int) -> None:
+    """Write tiny experts and a router with random weights."""
+    for k in range(NUM_EXPERTS):
+        expert = Expert(ExpertConfig(text_injection="spatial", **GEOMETRY, **WIDTH))
+        write_model(Folder(root / f"expert_{k}"), randomise(expert, first_seed + k), EXPERT_WEIGHTS)
+    router = Router(RouterConfig(num_experts=NUM_EXPERTS, **GEOMETRY, **WIDTH))
+    write_model(Folder(root / "router"), randomise(router, router_seed), ROUTER_WEIGHTS)
+
+
 @pytest.fixture(scope="session")
 def tiny_parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the parts of a tiny random-weight bundle of three experts."""
     root = tmp_path_factory.mktemp("parts")
-    for k in range(NUM_EXPERTS):
-        expert = Expert(ExpertConfig(text_injection="spatial", **GEOMETRY, **WIDTH))
-        write_model(Folder(root / f"expert_{k}"), randomise(expert, k), EXPERT_WEIGHTS)
-    router = Router(RouterConfig(num_experts=NUM_EXPERTS, **GEOMETRY, **WIDTH))
-    # Of this seed it begins with expert 1, and asks all three in time.
-    write_model(Folder(root / "router"), randomise(router, 102), ROUTER_WEIGHTS)
+    # Of this seed the router begins with expert 1, and asks all three in time.
+    write_models(root, first_seed=0, router_seed=102)
     pictures = np.random.default_rng(0).integers(0, 256, (64, 32, 32, 3), dtype=np.uint8)
     PatchPCA.fit(pictures, CodecConfig(num_components=8)).save(Folder(root / "codec"))
     write_text_encoder(root / "text_encoder")
@@ -128,10 +133,26 @@ def open_parts(root: Path) -> Bundle:
 def tiny_bundle_path(tiny_parts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The path of an exported tiny bundle; tests must not change it."""
     path = tmp_path_factory.mktemp("bundle") / "bundle"
-    write_bundle(open_parts(tiny_parts), Folder(path), model_card="# tiny\n")
-    publish(Folder(path), BUNDLE, config_digest="", parents={}, facts={})
+    publish_bundle(tiny_parts, path)
     assert json.loads((path / "model_index.json").read_text())["_class_name"] == "Bundle"
     return path
+
+
+@pytest.fixture(scope="session")
+def other_bundle_path(tiny_parts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The path of a bundle of the same shape, whose router and experts have other weights."""
+    root = tmp_path_factory.mktemp("other")
+    for name in ("codec", "text_encoder"):
+        shutil.copytree(tiny_parts / name, root / "parts" / name)
+    write_models(root / "parts", first_seed=50, router_seed=150)
+    publish_bundle(root / "parts", root / "bundle")
+    return root / "bundle"
+
+
+def publish_bundle(parts: Path, path: Path) -> None:
+    """Write the bundle of loose parts."""
+    write_bundle(open_parts(parts), Folder(path), model_card="# tiny\n")
+    publish(Folder(path), BUNDLE, config_digest="", parents={}, facts={})
 
 
 @pytest.fixture(scope="session")

@@ -218,4 +218,5 @@ def rows(batch: Batch) -> int:
 def is_idle(engine: Engine) -> bool:
     """Whether an engine counts nothing any more, and no call waits in it."""
     counts = (engine.num_active, engine.num_waiting, engine.num_left)
-    return counts == (0, 0, 0) and engine.take(MODELS, math.inf) is None
+    unanswered = sum(engine.unanswered(model) for model in MODELS)
+    return counts == (0, 0, 0) and unanswered == 0 and engine.take(MODELS, math.inf) is None

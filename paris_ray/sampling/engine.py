@@ -230,6 +230,7 @@ class _Lane:
 
     def __init__(self) -> None:
         self.waiting: Turns[_Waiting] = Turns()
+        self.asked = self.under_way = 0  # calls: ever, and in batches that were taken
         self.failing_since: float | None = None
         self.answered, self.failed = -math.inf, -math.inf  # when it last did
         self.retry_s, self.closed_until = FIRST_RETRY_S, -math.inf
@@ -240,7 +241,12 @@ class _Lane:
         while self.waiting and rows + self.waiting.peek().call.num_rows <= max_rows:
             taken.append(self.waiting.pop())
             rows += taken[-1].call.num_rows
+        self.under_way += len(taken)
         return taken
+
+    def push(self, ticket: Ticket, waiting: _Waiting) -> None:
+        self.waiting.push(ticket, waiting)
+        self.asked += 1
 
     def recover(self, now: float) -> None:
         self.answered = now
@@ -428,6 +434,7 @@ class Engine:
     def answer(self, batch: Batch, answers: Sequence[Tensor], now: float) -> None:
         """Give the answers to a batch, in the order of its calls."""
         self._lanes[batch.model].recover(now)
+        self._lanes[batch.model].under_way -= len(batch.waiting)
         for waiting, answer in zip(batch.waiting, answers, strict=True):
             self._give(waiting, answer, now)
         self._fill(now)
@@ -435,6 +442,7 @@ class Engine:
     def reject(self, batch: Batch, error: Exception, now: float) -> None:
         """Say that a batch cannot be answered at all, now or later: its requests are over."""
         self._lanes[batch.model].recover(now)
+        self._lanes[batch.model].under_way -= len(batch.waiting)
         for waiting in batch.waiting:
             self._end(waiting.picture.ticket, Failed(error))
         self._fill(now)
@@ -442,6 +450,7 @@ class Engine:
     def fail(self, batch: Batch, now: float) -> None:
         """Say that a model could not be asked: its calls wait again, or it is given up."""
         lane, lost_after_s = self._lanes[batch.model], self._limits.lost_after_s
+        lane.under_way -= len(batch.waiting)
         is_lost = lane.back_off(batch.taken, now, lost_after_s) >= lost_after_s
         for waiting in batch.waiting:
             ticket = waiting.picture.ticket
@@ -470,6 +479,14 @@ class Engine:
     def num_left(self) -> int:
         """How many evaluations of the velocity all that was admitted still needs."""
         return self._left
+
+    def asked(self, model: int) -> int:
+        """Return how many calls of a model pictures have wanted so far."""
+        return self._lanes[model].asked
+
+    def unanswered(self, model: int) -> int:
+        """Return how many calls of a model wait or are being answered."""
+        return len(self._lanes[model].waiting) + self._lanes[model].under_way
 
     @property
     def waiting_calls(self) -> dict[int, int]:
@@ -516,7 +533,7 @@ class Engine:
         self._count(picture, step.evaluations, now)
         picture.answers, picture.unanswered = [None] * len(step.calls), len(step.calls)
         for place, call in enumerate(step.calls):
-            self._lanes[call.model].waiting.push(ticket, _Waiting(picture, place, call, now))
+            self._lanes[call.model].push(ticket, _Waiting(picture, place, call, now))
         if is_new and step.preview is not None and step.evaluations in ticket.preview_at:
             ticket.tell(Previewed(picture.index, step.evaluations, step.preview))
 

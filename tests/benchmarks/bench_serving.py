@@ -377,6 +377,47 @@ async def under_fire(url: str, bench: Bench, deployment: str) -> Load:
     return seen
 
 
+READY = """
+import time
+began = time.perf_counter(), time.process_time()
+from serve.expert import ExpertServer
+from serve.source import BundleSource
+imported = time.perf_counter(), time.process_time()
+ExpertServer(BundleSource({bundle!r}).pinned(), 0, threads=1, max_rows=16)
+ready = time.perf_counter(), time.process_time()
+print(*(b - a for a, b in (*zip(began, imported), *zip(imported, ready))))
+"""
+
+
+def ready(bench: Bench) -> None:
+    """How long a replica of a B/2 expert takes to load, and to be there beside a running one."""
+    from ray import serve
+
+    from serve.expert import ExpertServer
+    from serve.source import BundleSource
+
+    with tempfile.TemporaryDirectory() as folder:
+        write_paper_bundle(bench.bundle, Path(folder))
+        path = f"{folder}/bundle"
+        for _ in range(ROUNDS):
+            command = [sys.executable, "-c", READY.format(bundle=path)]
+            out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+            imports, imports_cpu, loads, loads_cpu = map(float, out.split())
+            print(
+                f"- B/2: imports {imports:.2f} s ({imports_cpu:.2f} s of CPU), "
+                f"load and trial of rows {loads:.2f} s ({loads_cpu:.2f} s of CPU)"
+            )
+        expert = serve.deployment(name="B2", ray_actor_options={"num_cpus": 0.1})(ExpertServer)
+        source, seconds = BundleSource(path).pinned(), []
+        for count in range(1, ROUNDS + 2):
+            began = time.perf_counter()
+            app = expert.options(num_replicas=count).bind(source, 0, threads=1, max_rows=16)
+            serve.run(app, name="b2", route_prefix=None)
+            seconds.append(time.perf_counter() - began)
+        serve.delete("b2")
+    report("B/2 on CPU: seconds until another replica is ready", seconds[1:], "<=", 3)
+
+
 PARTS = {
     "engine": engine,
     "batching": batching,
@@ -386,6 +427,7 @@ PARTS = {
     "overload": overload,
     "clock": clock,
     "kills": kills,
+    "ready": ready,
 }
 
 

@@ -33,7 +33,8 @@ def start_app(serve_address: str, tiny_bundle_path: Path) -> Iterator[Start]:
     names = []
 
     def start(name: str, **args: object) -> str:
-        app = build(AppArgs(**{"bundle": str(tiny_bundle_path)} | args))
+        small = {"bundle": str(tiny_bundle_path), "ingress": {"num_replicas": 1}}
+        app = build(AppArgs(**small | args))
         names.append(name)
         serve.run(app, name=name, route_prefix=f"/{name}")
         return f"{serve_address}/{name}"
@@ -46,7 +47,7 @@ def start_app(serve_address: str, tiny_bundle_path: Path) -> Iterator[Start]:
 @pytest.fixture(scope="module")
 def url(start_app: Start) -> str:
     """The URL of the tiny bundle, with every expert in a replica of its own."""
-    return start_app("separate", experts={1: {"num_replicas": 2}})
+    return start_app("separate", ingress={}, experts={1: {"num_replicas": 2}})
 
 
 @pytest.fixture(scope="module")

@@ -66,7 +66,7 @@ def draw(
         for name in ("allow_degraded", "max_pictures_of_client")
         if name in options
     }
-    sampler = Sampler(source, handles, threads=1, limits=LIMITS)
+    sampler = Sampler(source, handles, threads=1, limits=LIMITS, lanes=[2] * len(handles))
     requests = [
         DrawRequest(
             id=str(i),

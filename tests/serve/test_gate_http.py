@@ -86,7 +86,7 @@ class Server:
 
 
 def paris(name: str, bundle: Path, **args: object) -> dict[str, Any]:
-    sizes = {"ingress": SMALL, "sampler": SMALL, "colocated": True}
+    sizes = {"ingress": SMALL | {"num_replicas": 1}, "sampler": SMALL, "colocated": True}
     return {
         "name": name,
         "route_prefix": f"/{name}",

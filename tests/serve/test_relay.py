@@ -19,6 +19,7 @@ from ray import serve
 
 from paris_ray.sampling.engine import DeadlineError, QueueFullError
 from serve.drawing import Drawing, DrawRequest, Partial
+from serve.expert import OtherVersionError
 from serve.ingress import HttpOptions, Ingress
 from serve.routes import create_api
 from serve.source import BundleSource
@@ -38,6 +39,7 @@ def drawing(request: DrawRequest) -> Drawing:
         expert_weights=[[[1.0, 0.0, 0.0]] * steps] * n,
         missing_experts=[2],
         seconds=0.0,
+        bundle=None,
     )
 
 
@@ -57,7 +59,7 @@ class MortalSampler:
     """Dies with its first requests, after it has sent what there is to send.
 
     Args:
-        lives: A folder with a file a death that is still to come.
+        lives: A folder with a file a death that is still to come, or a `changed` bundle.
     """
 
     def __init__(self, lives: str) -> None:
@@ -66,6 +68,8 @@ class MortalSampler:
     def _die_if_it_is_time(self) -> None:
         for life in self._lives.iterdir():
             life.unlink()
+            if life.name.startswith("changed"):
+                raise OtherVersionError("expert 1 is of another version")
             os.kill(os.getpid(), signal.SIGKILL)
 
     async def draw(self, request: DrawRequest) -> Drawing:
@@ -74,7 +78,7 @@ class MortalSampler:
 
     async def stream(self, request: DrawRequest) -> AsyncIterator[Partial | Drawing]:
         for index in range(request.partial_images):
-            yield Partial(picture=0, index=index, step=index, pixels=PIXELS)
+            yield Partial(picture=0, index=index, step=index, pixels=PIXELS, bundle=None)
             if index == 1:
                 self._die_if_it_is_time()
         yield drawing(request)
@@ -99,7 +103,7 @@ class EndlessSampler:
 
     async def stream(self, request: DrawRequest) -> AsyncIterator[Partial | None]:
         if request.partial_images:
-            yield Partial(picture=0, index=0, step=0, pixels=PIXELS)
+            yield Partial(picture=0, index=0, step=0, pixels=PIXELS, bundle=None)
         yield await self.draw(request)
 
 
@@ -160,6 +164,20 @@ def test_a_request_outlives_its_sampler(deploy: Deploy, tmp_path: Path) -> None:
     events = [json.loads(line.removeprefix("data: ")) for line in lines]
     assert [event.get("partial_image_index") for event in events] == [0, 1, 2, None]
     serve.delete("mortal-sampler")
+
+
+def test_a_request_outlives_a_change_of_bundle(deploy: Deploy, tmp_path: Path) -> None:
+    """It is drawn again by a Sampler that is of the experts' bundle."""
+    url = deploy("changing-sampler", MortalSampler, str(tmp_path))
+    for options in ({}, {"stream": True, "partial_images": 3}):
+        for change in ("changed-a", "changed-b"):
+            (tmp_path / change).touch()
+        body = {"prompt": "a cat", **options}
+        response = httpx.post(f"{url}/{IMAGES}", json=body, timeout=120)
+        assert response.status_code == 200, response.text
+        assert "error" not in response.text
+        assert not list(tmp_path.iterdir())
+    serve.delete("changing-sampler")
 
 
 def appears(path: Path) -> bool:

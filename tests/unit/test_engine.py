@@ -73,6 +73,32 @@ def test_one_lane_computes_for_the_model_that_waits_longest() -> None:
     assert is_idle(simulation.engine)
 
 
+def test_calls_are_counted_until_they_are_answered() -> None:
+    alone = engine(max_batch_rows=2)
+    for k, count in enumerate((3, 1)):
+        ticket = alone.admit(
+            "a", num_pictures=count, evaluations=1, timeout_s=9, listener=lambda _: None, now=0
+        )
+        alone.start(ticket, [one.denoise() for one in pictures(count, 1, (k,))], 0)
+    answer(alone, ROUTER), answer(alone, ROUTER)
+    counts = lambda: [(alone.asked(k), alone.unanswered(k)) for k in range(NUM_EXPERTS)]  # noqa: E731
+    assert counts() == [(3, 3), (1, 1), (0, 0)]
+    batch = alone.take([0], 1)
+    assert counts()[0] == (3, 3)  # under way
+    alone.fail(batch, 2)
+    assert counts()[0] == (3, 3)  # asked again, but wanted once
+    batch = alone.take([0], 9)
+    alone.answer(batch, [reply(call) for call in batch.calls], 9)
+    answer(alone, 1)
+    assert counts() == [(3, 1), (1, 0), (0, 0)]
+
+
+def answer(alone: Engine, model: int) -> None:
+    batch = alone.take([model], 0)
+    assert batch is not None
+    alone.answer(batch, [reply(call) for call in batch.calls], 0)
+
+
 def test_a_batch_has_no_more_rows_than_allowed() -> None:
     simulation = Simulation(engine(max_batch_rows=5))
     guided = [Picture(3, lambda _: (0, 1), guided=True) for _ in range(7)]

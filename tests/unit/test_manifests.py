@@ -31,6 +31,7 @@ from paris_ray.errors import ConfigError
 REPOSITORY = Path(__file__).resolve().parents[2]
 SCHEMA = json.loads((Path(__file__).parent / "kuberay_schema.json").read_text())
 KUBERNETES = "1.33"
+EXPERTS = ("Expert-0", "Expert-1", "Expert-2")  # of the tiny bundle
 GPU_LABEL = "ray.io/accelerator-type"
 
 AWS = "cluster.yaml"
@@ -39,6 +40,10 @@ RAY_JOB = "docs/deploy/rayjob.yaml"
 RAY_SERVICE = "docs/deploy/rayservice.yaml"
 STORAGE = "docs/deploy/storage.yaml"
 README = "docs/deploy/README.md"
+ONE_GPU_SERVE, GPUS_SERVE, CPU_SERVE = (
+    f"docs/deploy/serve-{kind}.yaml" for kind in ("one-gpu", "gpus", "cpu")
+)
+SERVE_CONFIGS = ("serve/config.yaml", ONE_GPU_SERVE, GPUS_SERVE, CPU_SERVE)
 DOCKERFILE = "docs/deploy/Dockerfile"
 MANIFESTS = (AWS, LOCAL, RAY_JOB, RAY_SERVICE, STORAGE)
 # Where each KubeRay kind keeps its cluster.
@@ -109,13 +114,14 @@ def autoscaling_config(document: Document) -> Any:
 
 
 def serve_application(document: Document) -> Any:
-    """Return the application of a RayService with typed `args`."""
+    """Return the application of a Serve config, or of a RayService, with typed `args`."""
     from ray.serve.schema import ServeDeploySchema
 
     from serve.app import AppArgs
 
-    values = yaml.safe_load(document["spec"]["serveConfigV2"])
-    config = ServeDeploySchema.model_validate(values, extra="forbid")  # Serve itself ignores them
+    if "spec" in document:
+        document = yaml.safe_load(document["spec"]["serveConfigV2"])
+    config = ServeDeploySchema.model_validate(document, extra="forbid")  # Serve itself ignores them
     (application,) = config.applications
     application.args = AppArgs.model_validate(application.args)
     return application
@@ -332,6 +338,72 @@ def test_the_service_means_the_same_as_the_packaged_serve_config() -> None:
     assert mount_of(document, args.bundle)["name"] == "data"
     key_mount = mount_of(document, args.api_key_file)
     assert key_mount["name"] == "api-key" and key_mount["readOnly"] is True
+
+
+@pytest.mark.parametrize("name", [*SERVE_CONFIGS, RAY_SERVICE])
+def test_every_serve_config_is_one_that_the_application_is_built_of(
+    name: str, tiny_bundle_path: Path, tmp_path: Path
+) -> None:
+    from ray.serve._private.build_app import build_app
+    from ray.serve.config import AutoscalingPolicy
+
+    from serve.app import build
+    from serve.scaling import policy
+
+    application = serve_application(read(name))
+    args = application.args
+    found = (
+        AutoscalingPolicy(**application.autoscaling_policy).get_policy() if scaled(args) else None
+    )
+    assert found is None or found.__name__ == policy.__name__
+    assert args.ingress.num_replicas >= 2
+    # On this machine, which has none of their GPUs.
+    here = args.model_copy(update={"bundle": str(tiny_bundle_path), "device": "cpu"})
+    app = build_app(build(here), name=application.name, default_runtime_env={})
+    sizes = {d.name: d._deployment_config.autoscaling_config for d in app.deployments}
+    assert set(sizes) == {"Ingress", "Sampler", *([] if args.colocated else EXPERTS)}
+    for deployment, size in sizes.items():
+        most = size.max_replicas if size else 1
+        if deployment != "Ingress":
+            own = args.sampler if deployment == "Sampler" else args.expert
+            assert most == own.most
+
+
+def scaled(args: Any) -> bool:
+    return any(size.max_replicas for size in (args.sampler, args.expert, *args.experts.values()))
+
+
+def test_serve_configs_for_machines_of_several_sizes() -> None:
+    """One GPU, two to eight, none: what is reserved fits, at the least and at the most."""
+    args = {name: serve_application(read(name)).args for name in SERVE_CONFIGS}
+    one = args[ONE_GPU_SERVE]
+    assert one.colocated and one.sampler.most * one.sampler.num_gpus == 1
+
+    many, experts = args[GPUS_SERVE], 8
+    fewest = many.sampler.num_gpus + experts * many.expert.num_gpus
+    most = (
+        many.sampler.most * many.sampler.num_gpus
+        + experts * many.expert.most * many.expert.num_gpus
+    )
+    assert fewest <= 2 and most <= 8 and not many.colocated
+
+    cpu = args[CPU_SERVE]
+    assert cpu.device == "cpu" and cpu.sampler.num_gpus == cpu.expert.num_gpus == 0
+    assert cpu.ingress.num_replicas * cpu.ingress.num_cpus + cpu.sampler.num_cpus <= 8
+    assert 2 * cpu.sampler.num_cpus > 8
+
+    quickstart = args["serve/config.yaml"]
+    sizes = [quickstart.sampler, *[quickstart.expert] * experts]
+    reserved = sum(size.num_replicas * size.num_cpus for size in (quickstart.ingress, *sizes))
+    assert reserved <= 1  # of two cores: training must fit beside them
+
+
+def test_a_timeout_ends_before_serves_own() -> None:
+    for name in SERVE_CONFIGS:
+        assert (
+            serve_application(read(name)).args.timeout_s
+            < read(name)["http_options"]["request_timeout_s"]
+        )
 
 
 def test_overridden_deployments_keep_their_size() -> None:

@@ -21,7 +21,7 @@ from paris_ray.models import TextConditioning
 from paris_ray.run import BUNDLE
 from paris_ray.sampling.guidance import KeyedText
 from paris_ray.sampling.sampler import MAX_BATCH
-from serve.app import AppArgs, DeploymentOptions, build
+from serve.app import AppArgs, ScaledOptions, build
 from serve.errors import describe_violation
 from serve.expert import TextArrays
 from serve.ingress import Ingress
@@ -89,6 +89,10 @@ def test_config_file_holds_the_defaults_and_stays_on_loopback() -> None:
         {"experts": {"first": {}}},
         {"dtype": "int8"},
         {"offload": True},
+        {"ingress": {"max_replicas": 3}},
+        {"sampler": {"num_replicas": 2, "max_replicas": 1}},
+        {"expert": {"max_replicas": 3}, "experts": {"1": {"num_replicas": 4}}},
+        {"scaling": {"period_s": 0}},
     ],
 )
 def test_builder_refuses_unknown_arguments(args: dict[str, Any]) -> None:
@@ -100,7 +104,7 @@ def test_builder_refuses_what_the_bundle_does_not_have(tiny_bundle_path: Path) -
     with pytest.raises(BundleError, match="no model folder"):
         build(AppArgs(bundle="no/such/bundle"))
     with pytest.raises(ConfigError, match="experts: 3 is not allowed: the bundle has 3"):
-        build(AppArgs(bundle=str(tiny_bundle_path), experts={3: DeploymentOptions()}))
+        build(AppArgs(bundle=str(tiny_bundle_path), experts={3: ScaledOptions()}))
 
 
 def test_a_bundle_whose_own_defaults_are_not_allowed_is_not_deployed(
@@ -118,8 +122,8 @@ def test_single_experts_override_only_what_they_name() -> None:
     args = AppArgs.model_validate(
         {"expert": {"num_cpus": 2, "num_gpus": 1}, "experts": {"1": {"num_replicas": 3}}}
     )
-    assert args.expert_options(0) == DeploymentOptions(num_cpus=2, num_gpus=1)
-    assert args.expert_options(1) == DeploymentOptions(num_replicas=3, num_cpus=2, num_gpus=1)
+    assert args.expert_options(0) == ScaledOptions(num_cpus=2, num_gpus=1)
+    assert args.expert_options(1) == ScaledOptions(num_replicas=3, num_cpus=2, num_gpus=1)
 
 
 @pytest.mark.parametrize("masked", [False, True])

@@ -9,7 +9,7 @@ import pytest
 import torch
 from expert_calls import answer_alone, first_expert_calls
 
-from paris_ray.bundle import Bundle
+from paris_ray.bundle import Bundle, bundle_digest
 from paris_ray.sampling.calls import ExpertCall
 from paris_ray.sampling.local import LocalModels
 from paris_ray.sampling.sampler import sampling_options
@@ -17,12 +17,12 @@ from serve.expert import (
     MAX_TEXTS,
     ExpertClient,
     ExpertServer,
-    ExpertUnavailableError,
     Floats,
     MissingTexts,
+    OtherVersionError,
     Question,
 )
-from serve.source import BundleSource
+from serve.source import BundleSource, LoRASource
 
 INDEX = 1
 
@@ -57,6 +57,10 @@ def new_server(tiny_bundle_path: Any) -> Callable[[], ExpertServer]:
     )
 
 
+def client_of(handle: Handle) -> ExpertClient:
+    return ExpertClient(handle, handle.servers[0]._version)
+
+
 def calls_of(
     bundle: Bundle, prompts: Sequence[str], guidance_scale: float = 2.0
 ) -> list[ExpertCall]:
@@ -70,7 +74,7 @@ def calls_of(
 
 def test_a_text_is_sent_once(tiny_bundle: Bundle, new_server: Callable[[], ExpertServer]) -> None:
     handle = Handle(new_server())
-    client, calls = ExpertClient(handle), calls_of(tiny_bundle, ["a cat", "a dog", "a cat"])
+    client, calls = client_of(handle), calls_of(tiny_bundle, ["a cat", "a dog", "a cat"])
     models = LocalModels(tiny_bundle)
 
     async def ask() -> None:
@@ -86,7 +90,7 @@ def test_each_replica_gets_what_it_does_not_know(
     tiny_bundle: Bundle, new_server: Callable[[], ExpertServer]
 ) -> None:
     handle = Handle(new_server(), new_server())
-    client, calls = ExpertClient(handle), calls_of(tiny_bundle, ["a cat", "a dog"])
+    client, calls = client_of(handle), calls_of(tiny_bundle, ["a cat", "a dog"])
     models = LocalModels(tiny_bundle)
 
     async def ask() -> None:
@@ -106,7 +110,7 @@ def test_only_what_a_replica_forgot_is_sent_again(
     monkeypatch.setattr("serve.expert.MAX_TEXTS", 3)
     server = new_server()
     mine, theirs = Handle(server), Handle(server)
-    client, other = ExpertClient(mine), ExpertClient(theirs)
+    client, other = client_of(mine), client_of(theirs)
     calls = calls_of(tiny_bundle, ["a cat", "a dog"])
 
     async def ask() -> None:
@@ -125,7 +129,7 @@ def test_a_client_forgets_with_its_replica(
     assert MAX_TEXTS > 2 * 64  # the texts of the largest batch
     monkeypatch.setattr("serve.expert.MAX_TEXTS", 2)
     handle = Handle(new_server())
-    client = ExpertClient(handle)
+    client = client_of(handle)
 
     async def ask() -> None:
         for prompt in ("a cat", "a dog", "red", "a cat"):
@@ -133,21 +137,6 @@ def test_a_client_forgets_with_its_replica(
 
     asyncio.run(ask())
     assert handle.texts_sent() == [2, 1, 1, 1]  # no question was asked twice
-
-
-def test_an_adapter_that_is_not_known_yet_is_no_error_of_the_request(
-    tiny_bundle: Bundle, new_server: Callable[[], ExpertServer]
-) -> None:
-    handle = Handle(new_server())
-    client, (call,) = ExpertClient(handle), calls_of(tiny_bundle, ["a cat"])
-
-    async def ask() -> None:
-        await client.ask([call])
-        question = handle.sent[0][0]._replace(loras=("new",))
-        with pytest.raises(ExpertUnavailableError, match="lora='new' is not known"):
-            await handle.servers[0].velocity(question)
-
-    asyncio.run(ask())
 
 
 def watch(
@@ -175,7 +164,7 @@ def test_what_came_while_it_computed_is_computed_together(
     sizes = watch(server, monkeypatch, server._models.answer)
     calls = calls_of(tiny_bundle, ["a cat", "a dog", "red", "green", "blue"])
     models = LocalModels(tiny_bundle)
-    answers = asyncio.run(all_of([ExpertClient(Handle(server)).ask([call]) for call in calls]))
+    answers = asyncio.run(all_of([client_of(Handle(server)).ask([call]) for call in calls]))
     for call, (answer,) in zip(calls, answers, strict=True):
         assert torch.equal(answer, answer_alone(models, call))
     assert sum(sizes) == 5
@@ -191,7 +180,7 @@ def test_a_pass_has_no_more_rows_than_allowed_and_none_for_nobody(
     calls = calls_of(tiny_bundle, ["a cat", "a dog", "red", "green", "blue"])  # guided: two rows
 
     async def ask() -> None:
-        tasks = [asyncio.create_task(ExpertClient(Handle(server)).ask([call])) for call in calls]
+        tasks = [asyncio.create_task(client_of(Handle(server)).ask([call])) for call in calls]
         await asyncio.sleep(0)  # all have asked, and nothing is computed yet
         tasks[1].cancel()
         answers = await all_of(tasks)
@@ -216,7 +205,7 @@ def test_an_error_is_told_to_those_who_asked_and_to_nobody_later(
         return compute(calls)
 
     watch(server, monkeypatch, answer)
-    client, (call,) = ExpertClient(Handle(server)), calls_of(tiny_bundle, ["a cat"])
+    client, (call,) = client_of(Handle(server)), calls_of(tiny_bundle, ["a cat"])
 
     async def ask() -> None:
         with pytest.raises(RuntimeError, match="out of memory"):
@@ -234,7 +223,7 @@ def test_who_gave_up_does_not_disturb_the_others(
     calls = calls_of(tiny_bundle, ["a cat", "a dog", "red"])
 
     async def ask() -> None:
-        tasks = [asyncio.create_task(ExpertClient(Handle(server)).ask([call])) for call in calls]
+        tasks = [asyncio.create_task(client_of(Handle(server)).ask([call])) for call in calls]
         await asyncio.sleep(0)  # all have asked
         tasks[1].cancel()
         answers = await all_of(tasks)
@@ -243,3 +232,27 @@ def test_who_gave_up_does_not_disturb_the_others(
             assert torch.equal(answers[i][0], answer_alone(LocalModels(tiny_bundle), calls[i]))
 
     asyncio.run(ask())
+
+
+def test_an_expert_answers_nobody_who_means_another_version(
+    tiny_bundle: Bundle, new_server: Callable[[], ExpertServer]
+) -> None:
+    """While Serve replaces replicas: a picture must not be drawn by two bundles."""
+    handle, calls = Handle(new_server()), calls_of(tiny_bundle, ["a cat"])
+    client = ExpertClient(handle, "another version")
+    with pytest.raises(OtherVersionError):
+        asyncio.run(client.ask(calls))
+    assert not handle.servers[0]._texts
+
+
+def test_a_version_is_all_but_the_device(tiny_bundle_path: Any) -> None:
+    source = BundleSource(str(tiny_bundle_path)).pinned()
+    assert source.digest == bundle_digest(str(tiny_bundle_path))
+    assert source._replace(device="cuda").version == source.version
+    lora = LoRASource("mine", "/loras/mine", INDEX, False, None)
+    others = [{"digest": "0"}, {"uri": "/other"}, {"dtype": "bfloat16"}, {"loras": (lora,)}]
+    versions = {source._replace(**change).version for change in others}
+    assert len(versions - {source.version}) == len(others)
+    with_lora = source._replace(loras=(lora,))
+    assert with_lora.of_expert(INDEX).version == with_lora.version
+    assert with_lora.of_expert(INDEX + 1).version == source.version

@@ -6,6 +6,7 @@ import math
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -421,6 +422,19 @@ def test_clients_cannot_lengthen_the_operators_limit(value: bytes) -> None:
     assert handed_on(*both) == dict(both[:1])
 
 
+def test_a_replicas_own_server_has_the_limit_of_its_options() -> None:
+    """As in HAProxy mode, where the edge is around a method of Ray's replica."""
+
+    class Replica:
+        _http_options = SimpleNamespace(request_timeout_s=7.0)
+
+        async def serve(self, scope: Scope, receive: Receive, send: Send) -> None:
+            raise AssertionError
+
+    layer = SimpleNamespace(_app=Replica().serve)
+    assert gate.operators_limit_s(layer) == 7.0
+
+
 def test_without_a_limit_any_is_shorter() -> None:
     header = (b"x-request-timeout-seconds", b"1000")
     assert handed_on(header, limit_s=None) == dict([header])
@@ -553,6 +567,8 @@ def test_a_keyless_start_elsewhere_is_refused(frontage: Frontage, named: str) ->
 
 def test_a_start_with_keys() -> None:
     Frontage(host="0.0.0.0", direct=False, has_edge=True).check(keyless=False)
-    Frontage(host="0.0.0.0", direct=True, has_edge=False).check(keyless=False)
+    Frontage(host="0.0.0.0", direct=True, has_edge=True).check(keyless=False)
     with pytest.raises(ConfigError, match=r"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=serve\.gate"):
         Frontage(host="0.0.0.0", direct=False, has_edge=False).check(keyless=False)
+    with pytest.raises(ConfigError, match=r"serve\.gate:edge"):
+        Frontage(host="0.0.0.0", direct=True, has_edge=False).check(keyless=False)

@@ -378,6 +378,8 @@ def test_configured_origins_may_use_the_api(keyed: Callable[..., Gate]) -> None:
     refused = ask(app, scope_of(headers=[(b"origin", b"https://a.example")]))
     assert refused.status == 401
     assert refused.headers["access-control-allow-origin"] == "https://a.example"
+    assert refused.headers["access-control-expose-headers"] == "*"  # X-Paris-Seed, Retry-After ...
+    assert "access-control-allow-credentials" not in refused.headers  # with them * is no wildcard
     other = ask(app, preflight(b"https://b.example"))
     assert (other.status, other.error["type"]) == (400, "invalid_request_error")
     assert "access-control-allow-origin" not in other.headers

@@ -22,8 +22,8 @@ import pytest
 import yaml
 
 from jobs.local_cluster import free_port
+from paris_ray.api_keys import digest_of
 from serve.gate import MAX_BODY_BYTES
-from serve.keys import digest_of
 
 pytestmark = pytest.mark.serve
 

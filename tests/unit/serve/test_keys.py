@@ -12,11 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from starlette.requests import HTTPConnection
 
+from paris_ray.api_keys import Quotas, digest_of
 from paris_ray.errors import ConfigError
 from serve import keys
 from serve.access import Access
 from serve.errors import ApiError
-from serve.keys import Client, KeyRing, Quotas, TokenBucket, digest_of
+from serve.keys import Client, KeyRing, TokenBucket
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 
@@ -214,12 +215,20 @@ def test_a_key_that_would_break_the_file_is_not_made(tmp_path: Path) -> None:
     path = tmp_path / "keys.yaml"
     assert new_key("alice", "--file", str(path)).returncode == 0
     before = path.read_text()
-    for arguments in (["alice"], ["a b"], ["-x"], ["bob", "--concurrent-pictures", "0"]):
+    for arguments, named in (
+        (["alice"], "'alice' is there twice"),
+        (["a b"], "NAME='a b' is not allowed"),
+        (["-x"], "NAME"),
+        (["bob", "--concurrent-pictures", "0"], "--concurrent-pictures=0 is not allowed"),
+    ):
         refused = new_key(*arguments, "--file", str(path))
         assert refused.returncode == 2, arguments
+        assert named in refused.stderr
         assert "Traceback" not in refused.stderr
         assert not refused.stdout
     assert path.read_text() == before
+    path.write_text(before + "- {name: carol, sha256: abc}\n")  # the server would not read it
+    assert "sha256" in new_key("bob", "--file", str(path)).stderr
     (tmp_path / "json.yaml").write_text('[{"name": "x"}]')
     assert new_key("bob", "--file", str(tmp_path / "json.yaml")).returncode == 2
     assert new_key("bob", "--file", str(tmp_path / "key.txt")).returncode == 2

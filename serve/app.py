@@ -93,6 +93,10 @@ class LimitOptions(BaseModel):
     max_waiting_pictures: int = Field(default=LIMITS.max_waiting_pictures, ge=0)
     lost_after_s: float = Field(default=LIMITS.lost_after_s, gt=0)
 
+    def limits(self) -> Limits:
+        """Return the same for the engine."""
+        return Limits(**self.model_dump())
+
 
 class AppArgs(BaseModel):
     """The `args:` of `serve/config.yaml`.
@@ -198,7 +202,7 @@ def build(args: AppArgs) -> Application:
         _on_reserved_device(source, args.sampler),
         experts,
         threads=args.threads,
-        limits=Limits(**args.limits.model_dump()),
+        limits=args.limits.limits(),
     )
     key_file = None if args.api_key_file is None else _from_repository(args.api_key_file)
     ingress_class = serve.ingress(create_api(args.cors_origins))(Ingress)
@@ -237,6 +241,7 @@ def _http_options(args: AppArgs, model_name: str) -> HttpOptions:
         max_size=args.max_size,
         public_url=args.public_url,
         timeout_s=args.timeout_s,
+        max_pictures=args.limits.limits().max_pictures,
     )
 
 

@@ -18,6 +18,7 @@ from paris_ray.errors import ConfigError
 logger = logging.getLogger(__name__)
 
 LOOK_EVERY_S = 1.0  # how often the file's time is looked at
+REQUESTS, STEPS = "requests", "picture steps"  # what is limited
 
 
 @dataclass(frozen=True)
@@ -69,17 +70,26 @@ class KeyRing:
                 found = key
         return None if found is None else Client(found.name, found.role, found.quotas)
 
+    def named(self, name: str) -> Client | None:
+        """Return the client that has a key of some name, or None."""
+        self._look()
+        found = (key for key in self._keys if key.name == name)
+        return next((Client(key.name, key.role, key.quotas) for key in found), None)
+
     def wait_s(self, client: Client) -> float:
         """Count one request; return 0 or, if it is one too many, the seconds until the next."""
-        return self._take(client, "requests", client.quotas.requests_per_minute, 1)
+        return self._take(client, REQUESTS, client.quotas.requests_per_minute, 1)
 
     def wait_for_steps_s(self, client: Client, picture_steps: int) -> float:
         """Count the steps of some pictures; return 0 or the seconds until there is room for them.
 
         Infinite if they are more than a whole minute's.
         """
-        rate = client.quotas.picture_steps_per_minute
-        return self._take(client, "picture steps", rate, picture_steps)
+        return self._take(client, STEPS, client.quotas.picture_steps_per_minute, picture_steps)
+
+    def give_back_steps(self, client: Client, picture_steps: int) -> None:
+        """Count no longer what `wait_for_steps_s` has counted."""
+        self._limits.give_back((client.name, STEPS), picture_steps)
 
     def _take(self, client: Client, kind: str, rate: int | None, count: int) -> float:
         if rate is None:
@@ -125,6 +135,10 @@ class TokenBucket:
         self._tokens -= count
         return 0.0
 
+    def give_back(self, count: int) -> None:
+        """Return some that were taken."""
+        self._tokens = min(self.rate, self._tokens + count)
+
 
 class RateLimits:
     """One bucket a key and kind of limit: as many as there are keys, times two."""
@@ -138,6 +152,11 @@ class RateLimits:
         if bucket is None or bucket.rate != rate:
             bucket = self._buckets[name] = TokenBucket(rate, now)
         return bucket.take(count, now)
+
+    def give_back(self, name: tuple[str, str], count: int) -> None:
+        """Return some to a bucket, if it is still there; see `TokenBucket.give_back`."""
+        if name in self._buckets:
+            self._buckets[name].give_back(count)
 
     def keep(self, names: set[str]) -> None:
         """Forget the buckets of all other keys."""

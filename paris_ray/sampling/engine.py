@@ -64,6 +64,11 @@ class Limits:
     max_waiting_pictures: int = 256
     lost_after_s: float = 60.0
 
+    @property
+    def max_pictures(self) -> int:
+        """The most pictures that are drawn or wait; a request for more never finds room."""
+        return self.max_active_pictures + self.max_waiting_pictures
+
 
 @dataclass(frozen=True, slots=True)
 class Previewed:
@@ -341,9 +346,8 @@ class Engine:
 
     def _check_room(self, client: str, num_pictures: int, most: int | None) -> None:
         queued = self.num_waiting
-        room = self._limits.max_active_pictures + self._limits.max_waiting_pictures
         wait = max(1.0, self._speed.seconds(self._left))
-        if self._active + queued + num_pictures > room:
+        if self._active + queued + num_pictures > self._limits.max_pictures:
             raise QueueFullError(
                 f"{self._active + queued} pictures are in work or wait", queued, wait
             )

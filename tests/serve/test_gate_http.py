@@ -86,7 +86,7 @@ class Server:
 
 
 def paris(name: str, bundle: Path, **args: object) -> dict[str, Any]:
-    sizes = {"ingress": SMALL, "sampler": SMALL, "colocated": True}
+    sizes = {"ingress": SMALL, "sampler": SMALL, "colocated": True, "timeout_s": 0.9 * LIMIT_S}
     return {
         "name": name,
         "route_prefix": f"/{name}",
@@ -391,21 +391,33 @@ def test_strangers_behind_a_proxy_of_this_machine_need_a_key(server: Server, add
 
 
 @pytest.mark.parametrize(
-    ("host", "env", "named"),
+    ("host", "args", "env", "named"),
     [
-        ("0.0.0.0", {}, "http_options.host='0.0.0.0' is not allowed without api_key_file"),
+        ("0.0.0.0", {}, {}, "http_options.host='0.0.0.0' is not allowed without api_key_file"),
         (
             "127.0.0.1",
+            {},
             {"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": ""},
             "Start every node of Ray with RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH",
         ),
-        ("127.0.0.1", {"RAY_SERVE_ENABLE_HA_PROXY": "1"}, "are not allowed without api_key_file"),
+        (
+            "127.0.0.1",
+            {},
+            {"RAY_SERVE_ENABLE_HA_PROXY": "1"},
+            "are not allowed without api_key_file",
+        ),
+        ("127.0.0.1", {"timeout_s": LIMIT_S}, {}, f"timeout_s={LIMIT_S} is not allowed"),
     ],
 )
 def test_an_unsafe_start_is_refused(
-    tiny_bundle_path: Path, tmp_path: Path, host: str, env: dict[str, str], named: str
+    tiny_bundle_path: Path,
+    tmp_path: Path,
+    host: str,
+    args: dict[str, Any],
+    env: dict[str, str],
+    named: str,
 ) -> None:
-    server = Server(tmp_path, host, [paris("open", tiny_bundle_path)], **env)
+    server = Server(tmp_path, host, [paris("open", tiny_bundle_path, **args)], **env)
     try:
         server.wait_for(named)
         assert not server._is_served("/open/")

@@ -25,7 +25,16 @@ from torch import Tensor
 
 from paris_ray.diffusion import num_evaluations
 from paris_ray.sampling.calls import ROUTER, Call
-from paris_ray.sampling.engine import Engine, Event, Failed, Finished, Limits, Previewed, Ticket
+from paris_ray.sampling.engine import (
+    Batch,
+    Engine,
+    Event,
+    Failed,
+    Finished,
+    Limits,
+    Previewed,
+    Ticket,
+)
 from paris_ray.sampling.local import LocalModels
 from paris_ray.sampling.sampler import Denoising, start_denoising
 from serve.drawing import Drawing, DrawRequest, Partial, Pixels, RequestCancelledError
@@ -221,11 +230,11 @@ class Sampler:
             count = self._num_computations
             lanes = [self._run_lane(every, self._answer_here, None) for _ in range(count)]
         else:
-            lost_after_s = self._limits.lost_after_s
+            timeout_s = self._limits.call_timeout_s
             lanes = [self._run_lane((ROUTER,), self._answer_here, None)]
             for k, client in enumerate(self._experts):
                 # While a replica computes, the next batch is on its way.
-                lanes += [self._run_lane((k,), client.ask, lost_after_s) for _ in range(2)]
+                lanes += [self._run_lane((k,), client.ask, timeout_s) for _ in range(2)]
         # Not in the context of the request that comes first: Ray would cancel their calls with it.
         self._tasks = [
             asyncio.create_task(task, context=Context()) for task in (*lanes, self._expire())
@@ -249,15 +258,25 @@ class Sampler:
                 await self._wait(self._engine.retry_in(models, time.monotonic()))
                 continue
             self._rows.observe(sum(c.num_rows for c in batch.calls), {"model": str(batch.model)})
-            try:
-                answers = await asyncio.wait_for(ask(batch.calls), timeout_s)
-                self._engine.answer(batch, answers, time.monotonic())
-            except (RayActorError, ExpertUnavailableError, TimeoutError):
-                self._engine.fail(batch, time.monotonic())
-            except Exception as error:  # its requests are over, and the lane goes on
-                logger.exception("a batch of model %d failed", batch.model)
-                self._engine.reject(batch, error, time.monotonic())
+            await self._compute(batch, ask, timeout_s)
             self._wake()
+
+    async def _compute(self, batch: Batch, ask: Answer, timeout_s: float | None) -> None:
+        """Give the engine the answers to a batch.
+
+        A batch that fails is computed in halves: only a request that is at fault is over.
+        """
+        try:
+            answers = await asyncio.wait_for(ask(batch.calls), timeout_s)
+            self._engine.answer(batch, answers, time.monotonic())
+        except (RayActorError, ExpertUnavailableError, TimeoutError):
+            self._engine.fail(batch, time.monotonic())
+        except Exception as error:
+            if not (halves := batch.halves()):
+                logger.exception("a call of model %d failed", batch.model)
+                self._engine.reject(batch, error, time.monotonic())
+            for half in halves:
+                await self._compute(half, ask, timeout_s)
 
     async def _expire(self) -> None:
         while True:

@@ -11,6 +11,7 @@ resources.
 
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from ray import serve
@@ -21,6 +22,7 @@ from paris_ray.bundle import Dtype
 from paris_ray.errors import ConfigError
 from paris_ray.sampling.engine import Limits
 from serve import gate
+from serve.access import is_loopback
 from serve.expert import ExpertServer
 from serve.ingress import HttpOptions, Ingress
 from serve.routes import create_api
@@ -167,6 +169,16 @@ class AppArgs(BaseModel):
     def _check_offload(self) -> "AppArgs":
         if self.offload and not self.colocated:
             raise ValueError("offload=true is not allowed without colocated=true")
+        return self
+
+    @model_validator(mode="after")
+    def _check_public_url(self) -> "AppArgs":
+        host = urlsplit(self.public_url or "").hostname or "localhost"
+        if self.api_key_file is None and not is_loopback(host):
+            raise ValueError(
+                f"public_url={self.public_url!r} is not allowed without api_key_file: whoever "
+                "comes through a proxy of this machine looks like a local client"
+            )
         return self
 
     def expert_options(self, index: int) -> DeploymentOptions:

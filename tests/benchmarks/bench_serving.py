@@ -15,7 +15,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -246,25 +246,26 @@ def kills(bench: Bench) -> None:
 
 async def under_fire(url: str, bench: Bench, deployment: str) -> Load:
     """Load four clients while replicas of a deployment are killed."""
-
-    async def shoot() -> None:
-        import ray
-
-        while True:
-            await asyncio.sleep(KILL_PERIOD_S)
-            names = [a["name"] for a in ray.util.list_named_actors(all_namespaces=True)]
-            targets = [name for name in names if f"bench#{deployment}" in name]
-            if targets:
-                ray.kill(ray.get_actor(random.choice(targets), namespace="serve"))
-
-    shooting = asyncio.create_task(shoot())
+    shooting = asyncio.create_task(shoot((deployment,), KILL_PERIOD_S))
     seen = await load(url, bench.bodies, 4, 4.5 * KILL_PERIOD_S)
     shooting.cancel()
     return seen
 
 
-def report(what: str, values: list[float], sign: str, bar: float) -> None:
-    """Print the median of some measurements beside its bar."""
+async def shoot(deployments: Sequence[str], period_s: float) -> None:
+    """Kill a replica of some deployments, by the beginning of their names, every so often."""
+    import ray
+
+    while True:
+        await asyncio.sleep(period_s)
+        names = [actor["name"] for actor in ray.util.list_named_actors(all_namespaces=True)]
+        targets = [n for n in names if any(f"bench#{d}" in n for d in deployments)]
+        if targets:
+            ray.kill(ray.get_actor(random.choice(targets), namespace="serve"))
+
+
+def report(what: str, values: list[float], sign: str, bar: float) -> bool:
+    """Print the median of some measurements beside its bar; return whether that is met."""
     middle = statistics.median(values)
     met = middle >= bar if sign == ">=" else middle <= bar
     each = ", ".join(f"{value:.2f}" for value in values)
@@ -272,6 +273,7 @@ def report(what: str, values: list[float], sign: str, bar: float) -> None:
         f"- {what}: {middle:.2f} of {each} (bar {sign} {bar}{'' if met else ': MISSED'})",
         flush=True,
     )
+    return met
 
 
 PARTS = {

@@ -85,7 +85,8 @@ class LimitOptions(BaseModel):
         max_batch_rows: Samples of one forward pass; a guided picture is two.
         max_active_pictures: Pictures that are drawn at the same time.
         max_waiting_pictures: Pictures that wait to be drawn; more are refused with 429.
-        lost_after_s: How long an expert may fail before pictures are drawn without it.
+        lost_after_s: How long an expert may fail before pictures are drawn without it; a call of
+            it may take half of that.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -127,8 +128,8 @@ class AppArgs(BaseModel):
             tools cannot change the name.
         max_size: The largest width and height, in pixels, that pictures are resized to where a
             request asks for another size than the model's; null refuses such requests.
-        public_url: What links to pictures begin with, for a server behind a proxy; null: as the
-            request was addressed.
+        public_url: What links to pictures begin with, for a server behind a proxy, which needs
+            keys; null: as the request was addressed.
         timeout_s: Seconds after which a request is given up; less than
             `http_options.request_timeout_s`.
         api_key_file: A file with the key or, if it is called *.yaml, with the keys that clients

@@ -15,7 +15,7 @@ import pytest
 pytestmark = pytest.mark.serve
 
 CASES = int(os.environ.get("HTTP_FUZZ_CASES", "100"))
-OPERATIONS = 10  # about as many as there are
+OPERATIONS = 5  # that have endless cases; the others have few
 CHECKS = (
     "not_a_server_error",
     "status_code_conformance",

@@ -17,6 +17,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -122,17 +124,18 @@ class Soak:
     async def storm(self, seconds: float) -> None:
         """Do everything at once."""
         shooting = asyncio.create_task(shoot(("Expert-", "Sampler"), KILL_PERIOD_S))
-        deploying = asyncio.create_task(self._change_adapters())
+        deploying = asyncio.create_task(self._change_adapters(min(DEPLOY_PERIOD_S, seconds / 3)))
         until = time.monotonic() + seconds
         kinds = [self.draw] * CLIENTS + [self.give_up, self.be_bad, self.be_slow]
         await self._repeat(kinds, lambda: time.monotonic() < until)
         for task in (shooting, deploying):
             task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
+            with suppress(asyncio.CancelledError):  # whatever else ended it is told
+                await task
 
-    async def calm(self, count: int) -> None:
+    async def calm(self, num_requests: int) -> None:
         """Do all that clients do, until so many requests have been sent."""
-        last = self.number + count
+        last = self.number + num_requests
         kinds = [self.draw] * CLIENTS + [self.give_up, self.be_bad, self.be_slow]
         await self._repeat(kinds, lambda: self.number < last)
 
@@ -153,9 +156,9 @@ class Soak:
 
             await asyncio.gather(*map(client, kinds))
 
-    async def _change_adapters(self) -> None:
-        for number in range(1, 10**6):
-            await asyncio.sleep(DEPLOY_PERIOD_S)
+    async def _change_adapters(self, period_s: float) -> None:
+        for number in count(1):
+            await asyncio.sleep(period_s)
             await asyncio.to_thread(self.deploy, number % 2)
 
 
@@ -269,7 +272,7 @@ def soak(bundle: str, minutes: float, folder: Path) -> bool:
     run.deploy(0)
     asyncio.run(run.storm(60 * minutes))
     print(f"- the storm: {minutes:g} minutes, statuses {run.seen.statuses}", flush=True)
-    unexpected = sum(count for s, count in run.seen.statuses.items() if s not in EXPECTED)
+    unexpected = sum(n for status, n in run.seen.statuses.items() if status not in EXPECTED)
     fine = report("answers that nobody expects", [unexpected], "<=", 0)
     fine &= report("answers that are not JSON", [run.seen.not_json], "<=", 0)
     run.deploy(0)

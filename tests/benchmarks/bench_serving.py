@@ -42,12 +42,14 @@ class Load:
         statuses: How many answers had each status; -1 where there was none.
         elapsed_s: Of all.
         not_json: How many answers were not JSON.
+        failures: What answers of 500 and more said.
     """
 
     seconds: list[float] = field(default_factory=list)
     statuses: dict[int, int] = field(default_factory=dict)
     elapsed_s: float = 0.0
     not_json: int = 0
+    failures: list[str] = field(default_factory=list)
 
     @property
     def rate(self) -> float:
@@ -82,6 +84,8 @@ async def ask(http: httpx.AsyncClient, body: dict[str, Any], result: Load) -> No
     try:
         answer = await http.post(IMAGES, json=body)
         status = answer.status_code
+        if status >= 500:
+            result.failures.append(answer.text)
         result.not_json += not answer.headers["content-type"].startswith("application/json")
     except httpx.HTTPError:
         status = -1

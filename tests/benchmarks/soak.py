@@ -197,7 +197,7 @@ def held_here() -> dict[str, float]:
         "handles": process.num_fds(),
         "threads": process.num_threads(),
         "tasks": len(asyncio.all_tasks()),
-        "objects": len(gc.get_objects()),
+        "objects": len(gc.get_objects()) + gc.get_freeze_count(),  # Ray freezes those of the start
     }
 
 
@@ -272,6 +272,8 @@ def soak(bundle: str, minutes: float, folder: Path) -> bool:
     run.deploy(0)
     asyncio.run(run.storm(60 * minutes))
     print(f"- the storm: {minutes:g} minutes, statuses {run.seen.statuses}", flush=True)
+    for failure in sorted(set(run.seen.failures)):
+        print(f"  {failure}")
     unexpected = sum(n for status, n in run.seen.statuses.items() if status not in EXPECTED)
     fine = report("answers that nobody expects", [unexpected], "<=", 0)
     fine &= report("answers that are not JSON", [run.seen.not_json], "<=", 0)

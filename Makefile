@@ -3,14 +3,15 @@ PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 
-.PHONY: help quickstart demo-zklora stop test lint fuzz bench study clean
+.PHONY: help quickstart demo-zklora stop test lint fuzz soak bench study clean
 
 help:
 	@echo "make quickstart   from a bare machine to pictures over HTTP"
 	@echo "make demo-zklora  a LoRA is tried, proved, paid for and received, on one machine"
 	@echo "make stop         stop what quickstart started, nothing else"
 	@echo "make test         linters, types, architecture and all tests"
-	@echo "make fuzz         change 10,000 bytes of everything that ZKLoRA's strangers send"
+	@echo "make fuzz         2,000 cases against the HTTP interface, 10,000 changes of what ZKLoRA's strangers send"
+	@echo "make soak         half an hour of load, cancels and kills (MINUTES=30); needs the quickstart's bundle"
 	@echo "make bench        write the numbers of docs/results.md and docs/zklora.md"
 	@echo "make study        one dense model against isolated experts: hours, writes docs/study.md"
 
@@ -33,7 +34,14 @@ lint: $(VENV)/test
 	$(VENV)/bin/lint-imports
 
 fuzz: $(VENV)/test
+	HTTP_FUZZ_CASES=2000 $(PY) -m pytest tests/serve/test_fuzz.py
 	$(PY) tests/zklora_fuzz.py --mutations 10000
+
+MINUTES ?= 30
+BUNDLE ?= runs/quickstart/bundle
+
+soak: $(VENV)/test
+	$(PY) tests/benchmarks/soak.py --bundle $(BUNDLE) --minutes $(MINUTES)
 
 bench: $(VENV)/test
 	$(PY) tests/benchmarks/results.py --write docs/results.md

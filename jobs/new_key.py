@@ -7,21 +7,17 @@ server reads it again within a second. Delete an entry to revoke its key.
 """
 
 import argparse
-import hashlib
-import re
 import secrets
 import sys
 from pathlib import Path
-from typing import Any
+from typing import get_args
 
 import yaml
+from pydantic import ValidationError
 
 from jobs.command import fail
+from paris_ray.api_keys import LIST_SUFFIXES, Key, Quotas, Role, digest_of, parse_keys
 from paris_ray.errors import ConfigError, ParisError
-
-NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
-SUFFIXES = (".yaml", ".yml")  # by these the server knows a file of several keys
-QUOTAS = ("requests_per_minute", "concurrent_pictures", "picture_steps_per_minute")
 
 
 def main() -> int:
@@ -33,51 +29,43 @@ def main() -> int:
     parser.add_argument(
         "--file", type=Path, required=True, metavar="FILE", help="such as keys.yaml"
     )
-    parser.add_argument("--role", choices=("user", "admin"), default="user")
-    for quota in QUOTAS:
+    parser.add_argument("--role", choices=get_args(Role), default="user")
+    for quota in Quotas.model_fields:
         parser.add_argument(f"--{quota.replace('_', '-')}", type=int, metavar="N")
     arguments = parser.parse_args()
-    quotas = {name: n for name in QUOTAS if (n := getattr(arguments, name)) is not None}
     secret = secrets.token_urlsafe(32)
-    entry = {
-        "name": arguments.name,
-        "sha256": hashlib.sha256(secret.encode()).hexdigest(),
-        "role": arguments.role,
-        "quotas": quotas,
-    }
     try:
-        _check(entry)
-        _append(arguments.file, entry)
+        _append(arguments.file, _key(arguments, secret))
     except ParisError as error:
         return fail(error)
     print(secret)
     return 0
 
 
-def _check(entry: dict[str, Any]) -> None:
-    if not NAME.fullmatch(entry["name"]):
-        raise ConfigError(f"NAME={entry['name']!r} is not allowed: 1 to 64 of A-Z a-z 0-9 . _ -")
-    for name, n in entry["quotas"].items():
-        if n < 1:
-            raise ConfigError(f"--{name.replace('_', '-')}={n} is not allowed: at least 1")
+def _key(arguments: argparse.Namespace, secret: str) -> Key:
+    """Return the entry that the options describe."""
+    quotas = {name: getattr(arguments, name) for name in Quotas.model_fields}
+    entry = {"name": arguments.name, "sha256": digest_of(secret), "role": arguments.role}
+    try:
+        return Key.model_validate(entry | {"quotas": quotas})
+    except ValidationError as error:
+        first = error.errors()[0]
+        option = str(first["loc"][-1]).replace("_", "-")
+        option = "NAME" if option == "name" else f"--{option}"
+        message = f"{option}={first['input']!r} is not allowed: {first['msg']}"
+        raise ConfigError(message) from None
 
 
-def _append(path: Path, entry: dict[str, Any]) -> None:
-    """Append text, so that comments stay; what is no list in YAML's block style is refused."""
-    if path.suffix not in SUFFIXES:
+def _append(path: Path, key: Key) -> None:
+    """Append text, so that comments stay; what would not be read afterwards is not written."""
+    if path.suffix not in LIST_SUFFIXES:
         raise ConfigError(f"--file={str(path)!r} is not allowed: its name must end in .yaml")
     path.parent.mkdir(parents=True, exist_ok=True)
     before = path.read_text() if path.exists() else ""
     if before and not before.endswith("\n"):
         before += "\n"
-    after = before + yaml.safe_dump([entry], sort_keys=False)
-    try:
-        keys = yaml.safe_load(after)
-        names = [key["name"] for key in keys]
-    except (yaml.YAMLError, TypeError, KeyError):
-        raise ConfigError(f"{str(path)!r} is not a list of keys: nothing was changed") from None
-    if names.count(entry["name"]) > 1:
-        raise ConfigError(f"NAME={entry['name']!r} is in {str(path)!r} already")
+    after = before + yaml.safe_dump([key.model_dump(exclude_none=True)], sort_keys=False)
+    parse_keys(path, after)
     partial = path.with_name(f".{path.name}.partial")
     partial.touch(mode=0o600)
     partial.write_text(after)

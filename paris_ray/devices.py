@@ -3,6 +3,7 @@
 import re
 from contextlib import AbstractContextManager
 
+import psutil
 import torch
 
 from paris_ray.config import Precision
@@ -69,6 +70,13 @@ def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager
     """Return the autocast context of a precision; a no-op for float32."""
     enabled = dtype != torch.float32
     return torch.autocast(device.type, dtype=dtype, enabled=enabled)  # type: ignore[return-value]
+
+
+def memory_bytes(device: torch.device) -> int:
+    """Return the memory of a GPU, or of this machine for the CPU, used or not."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return psutil.virtual_memory().total
 
 
 def peak_flops(device: torch.device) -> float | None:

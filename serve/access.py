@@ -1,6 +1,8 @@
 """Who may use the API: holders of a key or, where there are none, this machine alone."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from ipaddress import ip_address
 from urllib.parse import urlsplit
@@ -61,12 +63,28 @@ class Access:
             raise too_many(f"The key {client.name!r} may send {rate} requests a minute", wait_s)
         return client
 
-    def check_steps(self, client: Client, picture_steps: int) -> None:
-        """Count the steps of the pictures that a request wants.
+    def client_named(self, name: str) -> Client | None:
+        """Return the client of a name; None if there is none, or no longer."""
+        if self._keys is None:
+            return LOCAL if name == LOCAL.name else None
+        return self._keys.named(name)
+
+    @contextmanager
+    def counting(self, client: Client, picture_steps: int) -> Iterator[None]:
+        """Count the steps of the pictures that are drawn inside, unless that is refused or fails.
 
         Raises:
-            ApiError: 429, if they are more than its key may have drawn now.
+            ApiError: 429, if they are more than the client's key may have drawn now.
         """
+        self._count_steps(client, picture_steps)
+        try:
+            yield
+        except ApiError as error:
+            if self._keys is not None and (error.status == 429 or error.status >= 500):
+                self._keys.give_back_steps(client, picture_steps)
+            raise
+
+    def _count_steps(self, client: Client, picture_steps: int) -> None:
         wait_s = 0.0 if self._keys is None else self._keys.wait_for_steps_s(client, picture_steps)
         if wait_s == 0:
             return
@@ -133,11 +151,13 @@ class Frontage:
             an address that says nothing.
         has_edge: Whether Ray was started with `serve.gate.edge`, which it puts around its proxy or,
             where there is none, around the server of a replica.
+        request_timeout_s: After how many seconds it gives a request up; None: never.
     """
 
     host: str | None
     direct: bool
     has_edge: bool
+    request_timeout_s: float | None
 
     @classmethod
     def of_ray(cls) -> "Frontage":
@@ -147,14 +167,25 @@ class Frontage:
         assert client is not None
         callback = constants.RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH
         direct = constants.RAY_SERVE_ENABLE_HA_PROXY or constants.RAY_SERVE_ENABLE_DIRECT_INGRESS
-        return cls(client.http_config.host, direct, callback == EDGE)
+        http = client.http_config
+        return cls(http.host, direct, callback == EDGE, http.request_timeout_s)
 
-    def check(self, *, keyless: bool) -> None:
+    def check(self, *, keyless: bool, timeout_s: float) -> None:
         """Refuse to start where strangers could pass for local clients, or without the edge.
+
+        Args:
+            keyless: Whether there are no keys.
+            timeout_s: After how many seconds the application gives a request up.
 
         Raises:
             ConfigError: with what to change.
         """
+        if self.request_timeout_s is not None and timeout_s >= self.request_timeout_s:
+            raise ConfigError(
+                f"timeout_s={timeout_s:g} is not allowed: less than "
+                f"http_options.request_timeout_s={self.request_timeout_s:g}, after which Ray "
+                "gives the request up itself"
+            )
         make_key = "Make a key: python -m jobs.new_key NAME --file keys.yaml"
         if keyless and self.direct:
             raise ConfigError(

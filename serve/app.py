@@ -12,6 +12,7 @@ resources.
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from ray import serve
@@ -23,6 +24,7 @@ from paris_ray.bundle import Dtype
 from paris_ray.errors import ConfigError
 from paris_ray.sampling.engine import Limits
 from serve import gate
+from serve.access import is_loopback
 from serve.expert import ExpertServer
 from serve.ingress import HttpOptions, Ingress
 from serve.routes import create_api
@@ -134,7 +136,8 @@ class LimitOptions(BaseModel):
         max_batch_rows: Samples of one forward pass; a guided picture is two.
         max_active_pictures: Pictures that are drawn at the same time.
         max_waiting_pictures: Pictures that wait to be drawn; more are refused with 429.
-        lost_after_s: How long an expert may fail before pictures are drawn without it.
+        lost_after_s: How long an expert may fail before pictures are drawn without it; a call of
+            it may take half of that.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -143,6 +146,10 @@ class LimitOptions(BaseModel):
     max_active_pictures: int = Field(default=LIMITS.max_active_pictures, ge=1)
     max_waiting_pictures: int = Field(default=LIMITS.max_waiting_pictures, ge=0)
     lost_after_s: float = Field(default=LIMITS.lost_after_s, gt=0)
+
+    def limits(self) -> Limits:
+        """Return the same for the engine."""
+        return Limits(**self.model_dump())
 
 
 class AppArgs(BaseModel):
@@ -172,8 +179,8 @@ class AppArgs(BaseModel):
             tools cannot change the name.
         max_size: The largest width and height, in pixels, that pictures are resized to where a
             request asks for another size than the model's; null refuses such requests.
-        public_url: What links to pictures begin with, for a server behind a proxy; null: as the
-            request was addressed.
+        public_url: What links to pictures begin with, for a server behind a proxy, which needs
+            keys; null: as the request was addressed.
         timeout_s: Seconds after which a request is given up; less than
             `http_options.request_timeout_s`.
         api_key_file: A file with the key or, if it is called *.yaml, with the keys that clients
@@ -221,6 +228,16 @@ class AppArgs(BaseModel):
             self.expert_options(index)
         return self
 
+    @model_validator(mode="after")
+    def _check_public_url(self) -> "AppArgs":
+        host = urlsplit(self.public_url or "").hostname or "localhost"
+        if self.api_key_file is None and not is_loopback(host):
+            raise ValueError(
+                f"public_url={self.public_url!r} is not allowed without api_key_file: whoever "
+                "comes through a proxy of this machine looks like a local client"
+            )
+        return self
+
     def expert_options(self, index: int) -> ScaledOptions:
         """Return the size of one expert."""
         own = self.experts.get(index, ScaledOptions()).model_dump(exclude_unset=True)
@@ -254,7 +271,7 @@ def build(args: AppArgs) -> Application:
         _on_reserved_device(source, args.sampler),
         None if args.colocated else _bind_experts(args, source, sizes),
         threads=args.threads,
-        limits=Limits(**args.limits.model_dump()),
+        limits=args.limits.limits(),
         # While every replica computes, the next batch is on its way.
         lanes=[size.most + 1 for size in sizes],
     )
@@ -296,6 +313,7 @@ def _http_options(args: AppArgs, model_name: str) -> HttpOptions:
         max_size=args.max_size,
         public_url=args.public_url,
         timeout_s=args.timeout_s,
+        max_pictures=args.limits.limits().max_pictures,
     )
 
 

@@ -200,19 +200,28 @@ class ExpertServer:
     async def _compute(self) -> None:
         """Compute until nothing waits."""
         while taken := self._take():
-            calls = [call for calls, _ in taken for call in calls]
-            try:
-                answers = iter(await asyncio.to_thread(metrics.compute, self._models.answer, calls))
-            except Exception as error:  # whoever asked is told
-                for _, answered in taken:
-                    if not answered.cancelled():
-                        answered.set_exception(error)
-                continue
-            for asked, answered in taken:
-                own = [next(answers) for _ in asked]
-                if not answered.cancelled():
-                    answered.set_result(own)
+            if not await self._answer(taken):  # one of them is at fault, the others are not
+                for asked in taken:
+                    await self._answer([asked])
         self._computing = None
+
+    async def _answer(self, taken: "list[Asked]") -> bool:
+        """Answer questions together; return whether that was possible. Of one, an error is told."""
+        calls = [call for calls, _ in taken for call in calls]
+        try:
+            answers = iter(await asyncio.to_thread(metrics.compute, self._models.answer, calls))
+        except Exception as error:
+            if len(taken) > 1:
+                return False
+            ((_, answered),) = taken
+            if not answered.cancelled():
+                answered.set_exception(error)
+            return True
+        for asked, answered in taken:
+            own = [next(answers) for _ in asked]
+            if not answered.cancelled():
+                answered.set_result(own)
+        return True
 
 
 class ExpertClient:

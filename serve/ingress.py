@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
+from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from paris_ray.encoders.inspection import load_text_inspector
+from paris_ray.sampling.engine import Limits
 from paris_ray.sampling.sampler import sampling_options
 from serve import metrics, pictures
 from serve.access import Access, Frontage
@@ -33,6 +35,7 @@ from serve.schemas import (
 from serve.source import BundleSource
 
 PAGE = Path(__file__).parent / "web" / "index.html"
+LIMITS = Limits()
 RANDOM_SEEDS = 2**32  # seeds we draw: short for people, and exact as JavaScript numbers
 HEALTH_TIMEOUT_S = 5
 READY_TIMEOUT_S = 0.8  # so that it is answered within a second
@@ -46,12 +49,14 @@ class HttpOptions(BaseModel):
         max_size: The largest width and height that pictures are resized to; None: they are not.
         public_url: What links begin with; None: as the request for the picture was addressed.
         timeout_s: Seconds after which a request is given up.
+        max_pictures: The most pictures of one request: as many as a Sampler takes on.
     """
 
     aliases: tuple[str, ...] = ()
     max_size: int | None = 2048
     public_url: str | None = None
     timeout_s: float = 110
+    max_pictures: int = LIMITS.max_pictures
 
 
 class Caller(BaseModel):
@@ -79,7 +84,8 @@ class Ingress:
 
     Raises:
         RoutingError: if the routing that the bundle has as its default is not allowed.
-        ConfigError: if the keys cannot be read, or strangers could pass for local clients.
+        ConfigError: if the keys cannot be read, strangers could pass for local clients, or Ray
+            would give requests up first.
     """
 
     def __init__(
@@ -92,9 +98,8 @@ class Ingress:
         bundle = source.open()
         # Defaults that are not allowed must fail the deployment, not every request without its own.
         sampling_options(bundle)
-        self.access = Access(api_key_file)
-        Frontage.of_ray().check(keyless=self.access.keyless)
-        self.options = options or HttpOptions()
+        self.access, self.options = Access(api_key_file), options or HttpOptions()
+        Frontage.of_ray().check(keyless=self.access.keyless, timeout_s=self.options.timeout_s)
         encoder = bundle.parts["text_encoder"]
         self.served = Served(
             bundle=bundle,
@@ -106,7 +111,7 @@ class Ingress:
             aliases=self.options.aliases,
             max_size=self.options.max_size,
         )
-        self.samplers = Samplers(sampler)
+        self.samplers = Samplers(sampler, _own_deployment())
         self.page = PAGE.read_text()
         self._links, self._files = Links(cluster_secret()), FileCache()
         self._loaded = False
@@ -129,6 +134,10 @@ class Ingress:
             ApiError: 503, if none does at once.
         """
         return Readiness(**await self.samplers.state(READY_TIMEOUT_S))
+
+    async def cancel_between(self, client: str, request_id: str) -> bool:
+        """Do as `Samplers.cancel_between`, for another replica."""
+        return self.samplers.cancel_between(client, request_id)
 
     def models(self) -> list[Model]:
         """Return the one model that is served, under all of its names."""
@@ -163,8 +172,9 @@ class Ingress:
         Raises:
             ApiError: 408, 429, 499 or 503.
         """
-        request = self._own_request(order, caller)
-        drawing = await self.samplers.draw(request)
+        client, request = self._own_request(order, caller)
+        with self.access.counting(client, order.picture_steps):
+            drawing = await self.samplers.draw(request)
         files = await self._encode(order, drawing)
         data = [self._data(order, i, file, drawing, caller) for i, file in enumerate(files)]
         return drawing, data
@@ -175,7 +185,15 @@ class Ingress:
         Raises:
             ApiError: as `draw`.
         """
-        id, request = caller.request_id, self._own_request(order, caller)
+        client, request = self._own_request(order, caller)
+        with self.access.counting(client, order.picture_steps):
+            async for event in self._events(order, request, caller):
+                yield event
+
+    async def _events(
+        self, order: Order, request: DrawRequest, caller: Caller
+    ) -> AsyncIterator[BaseModel]:
+        id = caller.request_id
         async for message in self.samplers.stream(request):
             if not isinstance(message, Drawing):
                 yield await asyncio.to_thread(pictures.encode_partial, order, message, self.served)
@@ -187,29 +205,30 @@ class Ingress:
     async def file(self, token: str, request_id: str) -> tuple[bytes, str]:
         """Return the file behind a link and its kind, drawn again if it is forgotten.
 
-        It is drawn for whom the link was made for.
+        It is drawn for whom the link was made for, within the quotas of that key.
 
         Raises:
             ApiError: 404 for a link that has expired or is not ours, or as `draw`.
         """
         try:
             target = self._links.read(token)
-            if target.bundle != self.served.digest:
-                raise LinkError("The link's picture was drawn by another model")
+            client = self.access.client_named(target.client)
+            if target.bundle != self.served.digest or client is None:
+                raise LinkError("The link's picture is of another model, or its key is gone")
         except LinkError as error:
             raise _link_expired(str(error)) from None
         order = self.check(target.request)
-        file = self._files.get(token)
-        if file is None:
-            request = order.draw_request(
-                id=request_id, client=target.client, timeout_s=self.options.timeout_s
-            )
-            drawing = await self.samplers.draw(request)
+
+        async def draw() -> bytes:
+            request = self._request_of(client, order, request_id)
+            with self.access.counting(client, order.picture_steps):
+                drawing = await self.samplers.draw(request)
             if drawing.bundle != target.bundle:  # while Serve replaces replicas
                 raise _link_expired("The link's picture was drawn by another model")
             (file,) = await self._encode(order, drawing)
-            self._files.put(token, file)
-        return file, f"image/{order.output_format}"
+            return file
+
+        return await self._files.fetch(target.name, draw), f"image/{order.output_format}"
 
     async def _encode(self, order: Order, drawing: Drawing) -> list[bytes]:
         with metrics.STAGES.time(stage="encode"):
@@ -217,20 +236,27 @@ class Ingress:
         metrics.IMAGES.add(len(files))
         return files
 
-    def _own_request(self, order: Order, caller: Caller) -> DrawRequest:
-        """Return what the Sampler is asked for a caller, within the caller's quotas."""
+    def _own_request(self, order: Order, caller: Caller) -> tuple[Client, DrawRequest]:
+        """Return whose a request is, and what the Sampler is asked for it.
+
+        Raises:
+            ApiError: 400, if it is for more pictures than there can ever be room for.
+        """
         client = caller.client
         assert client is not None  # the gate lets nobody else draw
-        most = client.quotas.concurrent_pictures
-        if most is not None and order.num_pictures > most:  # never, whenever it is sent again
-            message = f"{order.num_pictures} pictures are not allowed: your key has {most} at once"
-            raise invalid(message, param="n", code="invalid_value")
-        self.access.check_steps(client, order.picture_steps)
+        own, anybodys = client.quotas.concurrent_pictures, self.options.max_pictures
+        for most, whose in ((own, "your key has"), (anybodys, "this server takes")):
+            if most is not None and order.num_pictures > most:  # never, whenever it is sent again
+                message = f"{order.num_pictures} pictures are not allowed: {whose} {most} at once"
+                raise invalid(message, param="n", code="invalid_value")
+        return client, self._request_of(client, order, caller.request_id)
+
+    def _request_of(self, client: Client, order: Order, id: str) -> DrawRequest:
         return order.draw_request(
-            id=caller.request_id,
+            id=id,
             client=client.name,
             timeout_s=self.options.timeout_s,
-            max_pictures_of_client=most,
+            max_pictures_of_client=client.quotas.concurrent_pictures,
         )
 
     def _data(
@@ -241,10 +267,15 @@ class Ingress:
         request = order.picture_request(picture)
         assert caller.client is not None
         target = LinkTarget(request=request, client=caller.client.name, bundle=drawing.bundle)
+        self._files.put(target.name, file)
         token = self._links.sign(target)
-        self._files.put(token, file)
         return ImageData(url=f"{caller.base_url}/v1/images/files/{token}.{order.output_format}")
 
 
 def _link_expired(message: str) -> ApiError:
     return invalid(message, param="token", code="link_expired", status=404)
+
+
+def _own_deployment() -> DeploymentHandle[Any]:
+    own = serve.get_replica_context()
+    return serve.get_deployment_handle(own.deployment, own.app_name)

@@ -1,16 +1,8 @@
-"""The API keys: who holds them, how much each may ask for; read again when their file changes.
+"""Who holds the API keys, and how much each may ask for; read again when their file changes.
 
-A file that ends in .yaml or .yml lists the SHA-256 of each key; `jobs.new_key` appends to it:
-
-    - name: alice
-      sha256: 2bd806c97f0e00af1a1fc3328fa763a9269723c8db8fac4f93af71db186d6e90
-      role: user  # the default; or admin, who may cancel requests of others
-      quotas: {requests_per_minute: 60, concurrent_pictures: 8, picture_steps_per_minute: 20000}
-
-Any other file holds one key, as it is, without quotas.
+What the file looks like: `paris_ray.api_keys`.
 """
 
-import hashlib
 import hmac
 import logging
 import math
@@ -19,39 +11,14 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
-
+from paris_ray.api_keys import UNLIMITED, Quotas, Role, digest_of, read_keys
 from paris_ray.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
 LOOK_EVERY_S = 1.0  # how often the file's time is looked at
-LIST_SUFFIXES = (".yaml", ".yml")
-ONLY_KEY = "api_key"  # the client's name where the file holds one key
-Role = Literal["user", "admin"]
-Quota = Annotated[int, Field(ge=1)]
-
-
-class Quotas(BaseModel):
-    """What one client may ask for; None: no limit of its own.
-
-    Attributes:
-        requests_per_minute: Requests, of any kind.
-        concurrent_pictures: Pictures that are drawn or wait at the same time.
-        picture_steps_per_minute: Pictures times steps.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    requests_per_minute: Quota | None = None
-    concurrent_pictures: Quota | None = None
-    picture_steps_per_minute: Quota | None = None
-
-
-UNLIMITED = Quotas()
+REQUESTS, STEPS = "requests", "picture steps"  # what is limited
 
 
 @dataclass(frozen=True)
@@ -70,17 +37,6 @@ class Client:
 
 
 LOCAL = Client("local", role="admin")
-
-
-class Key(BaseModel):
-    """One entry of the file."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    name: str = Field(pattern=r"^[A-Za-z0-9._-]{1,64}$")
-    sha256: str = Field(pattern="^[0-9a-f]{64}$")
-    role: Role = "user"
-    quotas: Quotas = UNLIMITED
 
 
 class KeyRing:
@@ -114,17 +70,26 @@ class KeyRing:
                 found = key
         return None if found is None else Client(found.name, found.role, found.quotas)
 
+    def named(self, name: str) -> Client | None:
+        """Return the client that has a key of some name, or None."""
+        self._look()
+        found = (key for key in self._keys if key.name == name)
+        return next((Client(key.name, key.role, key.quotas) for key in found), None)
+
     def wait_s(self, client: Client) -> float:
         """Count one request; return 0 or, if it is one too many, the seconds until the next."""
-        return self._take(client, "requests", client.quotas.requests_per_minute, 1)
+        return self._take(client, REQUESTS, client.quotas.requests_per_minute, 1)
 
     def wait_for_steps_s(self, client: Client, picture_steps: int) -> float:
         """Count the steps of some pictures; return 0 or the seconds until there is room for them.
 
         Infinite if they are more than a whole minute's.
         """
-        rate = client.quotas.picture_steps_per_minute
-        return self._take(client, "picture steps", rate, picture_steps)
+        return self._take(client, STEPS, client.quotas.picture_steps_per_minute, picture_steps)
+
+    def give_back_steps(self, client: Client, picture_steps: int) -> None:
+        """Count no longer what `wait_for_steps_s` has counted."""
+        self._limits.give_back((client.name, STEPS), picture_steps)
 
     def _take(self, client: Client, kind: str, rate: int | None, count: int) -> float:
         if rate is None:
@@ -170,6 +135,10 @@ class TokenBucket:
         self._tokens -= count
         return 0.0
 
+    def give_back(self, count: int) -> None:
+        """Return some that were taken."""
+        self._tokens = min(self.rate, self._tokens + count)
+
 
 class RateLimits:
     """One bucket a key and kind of limit: as many as there are keys, times two."""
@@ -184,50 +153,14 @@ class RateLimits:
             bucket = self._buckets[name] = TokenBucket(rate, now)
         return bucket.take(count, now)
 
+    def give_back(self, name: tuple[str, str], count: int) -> None:
+        """Return some to a bucket, if it is still there; see `TokenBucket.give_back`."""
+        if name in self._buckets:
+            self._buckets[name].give_back(count)
+
     def keep(self, names: set[str]) -> None:
         """Forget the buckets of all other keys."""
         self._buckets = {name: b for name, b in self._buckets.items() if name[0] in names}
-
-
-def digest_of(secret: str) -> str:
-    """Return the SHA-256 of a key, in hexadecimal; keys are random, so they need no salt."""
-    return hashlib.sha256(secret.encode()).hexdigest()
-
-
-def read_keys(path: Path) -> tuple[Key, ...]:
-    """Return the keys in a file of either kind.
-
-    Raises:
-        ConfigError: if it cannot be read, holds no key, or an entry is wrong.
-    """
-    try:
-        text = path.read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"api_key_file={str(path)!r} cannot be read: {error}") from None
-    if path.suffix in LIST_SUFFIXES:
-        return _parse(path, text)
-    secret = text.strip()
-    if not secret:
-        raise ConfigError(f"api_key_file={str(path)!r} is empty: put the key in it")
-    return (Key(name=ONLY_KEY, sha256=digest_of(secret)),)
-
-
-def _parse(path: Path, text: str) -> tuple[Key, ...]:
-    try:
-        keys = TypeAdapter(tuple[Key, ...]).validate_python(yaml.safe_load(text))
-    except yaml.YAMLError as error:
-        raise ConfigError(f"api_key_file={str(path)!r} is not YAML: {error}") from None
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "the file"
-        raise ConfigError(f"api_key_file={str(path)!r}: {where}: {first['msg']}") from None
-    if not keys:
-        raise ConfigError(f"api_key_file={str(path)!r} has no key: python -m jobs.new_key NAME")
-    for field in ("name", "sha256"):
-        values = [getattr(key, field) for key in keys]
-        if twice := {value for value in values if values.count(value) > 1}:
-            raise ConfigError(f"api_key_file={str(path)!r}: {field} {min(twice)!r} is there twice")
-    return keys
 
 
 def _version(path: Path) -> tuple[int, int, int]:

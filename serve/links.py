@@ -5,9 +5,11 @@ after a restart too, by drawing the picture again; a little memory spares that a
 is stored, nothing can be guessed or changed, and no log of addresses shows a prompt.
 """
 
+import asyncio
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
+from contextvars import Context
 
 from cryptography.fernet import Fernet, InvalidToken
 from pydantic import BaseModel, ConfigDict
@@ -30,7 +32,7 @@ class LinkTarget(BaseModel):
 
     Attributes:
         request: The request for its picture.
-        client: Who asked for it: drawing it again is its request in the queue, without quotas.
+        client: Who asked for it: drawing it again counts against its quotas.
         bundle: Digest of the bundle that drew it, or None.
     """
 
@@ -39,6 +41,11 @@ class LinkTarget(BaseModel):
     request: ImagesRequest
     client: str
     bundle: str | None
+
+    @property
+    def name(self) -> str:
+        """What names its file; a link may be written in more ways than one."""
+        return self.model_dump_json(exclude_none=True)
 
 
 class Links:
@@ -54,8 +61,7 @@ class Links:
 
     def sign(self, target: LinkTarget) -> str:
         """Return the token of a link, fit for a path."""
-        payload = target.model_dump_json(exclude_none=True).encode()
-        return self._fernet.encrypt_at_time(payload, int(self._clock())).decode()
+        return self._fernet.encrypt_at_time(target.name.encode(), int(self._clock())).decode()
 
     def read(self, token: str) -> LinkTarget:
         """Return what a token holds.
@@ -71,7 +77,7 @@ class Links:
 
 
 class FileCache:
-    """The files of the last links; the oldest is forgotten first.
+    """The files of the last links, by name; the oldest is forgotten first.
 
     Args:
         max_bytes: Memory of all files.
@@ -80,15 +86,33 @@ class FileCache:
     def __init__(self, max_bytes: int = MAX_CACHE_BYTES) -> None:
         self._max_bytes, self._num_bytes = max_bytes, 0
         self._files: OrderedDict[str, bytes] = OrderedDict()
+        self._making: dict[str, asyncio.Task[bytes]] = {}
 
-    def get(self, token: str) -> bytes | None:
-        """Return the file behind a link, or None if it is forgotten."""
-        return self._files.get(token)
+    async def fetch(self, name: str, make: Callable[[], Awaitable[bytes]]) -> bytes:
+        """Return a file; make one that is forgotten, once for all who ask for it meanwhile.
 
-    def put(self, token: str, file: bytes) -> None:
-        """Keep the file behind a link."""
-        self._num_bytes += len(file) - len(self._files.pop(token, b""))
-        self._files[token] = file
+        It is made to its end even if nobody waits any more: somebody may come back.
+        """
+        if name in self._files:
+            return self._files[name]
+        if name not in self._making:
+            # Not in the context of the request that comes first: Ray would cancel it with that.
+            making = asyncio.create_task(self._make(name, make), context=Context())
+            self._making[name] = making
+        return await asyncio.shield(self._making[name])
+
+    async def _make(self, name: str, make: Callable[[], Awaitable[bytes]]) -> bytes:
+        try:
+            file = await make()
+        finally:
+            del self._making[name]
+        self.put(name, file)
+        return file
+
+    def put(self, name: str, file: bytes) -> None:
+        """Keep a file."""
+        self._num_bytes += len(file) - len(self._files.pop(name, b""))
+        self._files[name] = file
         while self._num_bytes > self._max_bytes:
             _, oldest = self._files.popitem(last=False)
             self._num_bytes -= len(oldest)

@@ -132,7 +132,7 @@ def drawing_responses(*, stream: bool = False) -> dict[int | str, Document]:
     found = errors(400, 401, 403, 404, 408, 413, 429, 499, 500, 503)
     found[200] = {"description": "The pictures", "headers": HEADERS}
     if stream:
-        found[200]["content"] = {"text/event-stream": {"schema": _events()}}
+        found[200]["content"] = {"text/event-stream": {"itemSchema": _event()}}
     return found
 
 
@@ -161,10 +161,23 @@ def complete(document: Document) -> Document:
     return document
 
 
-def _events() -> Document:
-    shapes = " or ".join(event.__name__ for event in EVENTS)
-    text = f"With stream=true. The data of each event is a {shapes}, or an ErrorResponse."
-    return {"type": "string", "description": text}
+def _event() -> Document:
+    """Return the schema of one event of a stream, as OpenAPI has it from 3.2 on."""
+    names = [*EVENTS, ErrorResponse]
+    data = {"oneOf": [{"$ref": f"#/components/schemas/{event.__name__}"} for event in names]}
+    return {
+        "type": "object",
+        "description": "With stream=true.",
+        "properties": {
+            "event": {"type": "string"},
+            "data": {
+                "type": "string",
+                "contentMediaType": "application/json",
+                "contentSchema": data,
+            },
+        },
+        "required": ["event", "data"],
+    }
 
 
 HEADERS: Document = {

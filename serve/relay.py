@@ -3,10 +3,10 @@
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Awaitable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
@@ -24,8 +24,60 @@ from serve.schemas import ErrorDetail
 logger = logging.getLogger(__name__)
 RESEND_PAUSE_S = 0.2
 CANCEL_TIMEOUT_S = 5
+Answer = TypeVar("Answer")
 CANCELLED = 499  # as nginx has it; unlike 408, 409 or 5xx, client libraries do not send it again
 OUTCOMES = {408: "late", 429: "refused", CANCELLED: "cancelled", 503: "unavailable"}
+
+
+class _Errand:
+    """A request on its way to some Sampler.
+
+    Attributes:
+        again: Whether a Sampler has died with it.
+
+    Args:
+        request: The request.
+    """
+
+    def __init__(self, request: DrawRequest) -> None:
+        self._request, self._deadline = request, time.monotonic() + request.timeout_s
+        self.again = False
+        self._is_cancelled = False
+        self._waiting: asyncio.Timeout | None = None
+
+    def rest(self) -> DrawRequest:
+        """Return the request with the time that is left for it."""
+        return replace(self._request, timeout_s=self._left())
+
+    async def wait(self, answer: Awaitable[Answer]) -> Answer:
+        """Return an answer.
+
+        Raises:
+            DeadlineError, TimeoutError: if the request's time is over.
+            RequestCancelledError: if `cancel` was called.
+        """
+        try:
+            async with asyncio.timeout(0 if self._is_cancelled else self._left()) as self._waiting:
+                return await answer
+        except TimeoutError:
+            if self._is_cancelled:
+                raise RequestCancelledError(0) from None
+            raise
+        finally:
+            self._waiting = None
+
+    def cancel(self) -> None:
+        """Wait no longer."""
+        self._is_cancelled = True
+        if self._waiting is not None:
+            with suppress(RuntimeError):  # its time is over at this very moment
+                self._waiting.reschedule(asyncio.get_running_loop().time())
+
+    def _left(self) -> float:
+        left = self._deadline - time.monotonic()
+        if left <= 0:
+            raise DeadlineError
+        return left
 
 
 class Samplers:
@@ -37,10 +89,12 @@ class Samplers:
 
     Args:
         handle: Of the Sampler.
+        ingresses: Of the deployment that this is a part of: the others have requests, too.
     """
 
-    def __init__(self, handle: DeploymentHandle[Any]) -> None:
-        self._handle = handle
+    def __init__(self, handle: DeploymentHandle[Any], ingresses: DeploymentHandle[Any]) -> None:
+        self._handle, self._ingresses = handle, ingresses
+        self._errands: dict[tuple[str, str], list[_Errand]] = {}
 
     async def draw(self, request: DrawRequest) -> Drawing:
         """Return the pictures of a request.
@@ -48,20 +102,21 @@ class Samplers:
         Raises:
             ApiError: 408, 429, 499 or 503.
         """
-        deadline, again = time.monotonic() + request.timeout_s, False
-        with _Asking() as asking, _errors_for_clients():
+        with self._errand(request) as errand, _Asking() as asking, _errors_for_clients():
             while True:
-                left = _time_left(deadline)
+                reply = self._handle.draw.remote(errand.rest())
                 try:
-                    reply = self._handle.draw.remote(replace(request, timeout_s=left))
-                    return asking.drawn(await asyncio.wait_for(reply, left))
+                    return asking.drawn(await errand.wait(reply))
                 except (RayActorError, OtherVersionError):
-                    again = True
+                    errand.again = True
                     metrics.RESENDS.add()
                 except QueueFullError:
-                    if not again:  # else it was admitted, and waits for room after its Sampler died
+                    if not errand.again:  # else it was admitted, and waits for room
                         raise
-                await asyncio.sleep(RESEND_PAUSE_S)
+                except (RequestCancelledError, TimeoutError):
+                    reply.cancel()  # perhaps it still waits for a Sampler
+                    raise
+                await errand.wait(asyncio.sleep(RESEND_PAUSE_S))
 
     async def stream(self, request: DrawRequest) -> AsyncIterator[Partial | Drawing]:
         """Yield unfinished pictures of a request, each once, and in the end the pictures.
@@ -69,12 +124,11 @@ class Samplers:
         Raises:
             ApiError: as `draw`.
         """
-        deadline, again = time.monotonic() + request.timeout_s, False
         sent: set[tuple[int, int]] = set()
-        with _Asking() as asking, _errors_for_clients():
+        with self._errand(request) as errand, _Asking() as asking, _errors_for_clients():
             while True:
                 try:
-                    async for message in self._stream_once(request, deadline):
+                    async for message in self._stream_once(errand):
                         if isinstance(message, Drawing):
                             yield asking.drawn(message)
                             return
@@ -82,47 +136,60 @@ class Samplers:
                             sent.add(place)
                             yield message
                 except (RayActorError, OtherVersionError):
-                    again = True
+                    errand.again = True
                     metrics.RESENDS.add()
                 except QueueFullError:
-                    if not again:
+                    if not errand.again:
                         raise
-                await asyncio.sleep(RESEND_PAUSE_S)
+                await errand.wait(asyncio.sleep(RESEND_PAUSE_S))
 
-    async def _stream_once(
-        self, request: DrawRequest, deadline: float
-    ) -> AsyncIterator[Partial | Drawing]:
-        wanted = replace(request, timeout_s=_time_left(deadline))
-        replies: Any = self._handle.options(stream=True).stream.remote(wanted)
+    async def _stream_once(self, errand: _Errand) -> AsyncIterator[Partial | Drawing]:
+        replies: Any = self._handle.options(stream=True).stream.remote(errand.rest())
         try:
             while True:
                 try:
-                    yield await asyncio.wait_for(anext(replies), _time_left(deadline))
+                    yield await errand.wait(anext(replies))
                 except StopAsyncIteration:
                     return
         finally:
             replies.cancel()
 
+    @contextmanager
+    def _errand(self, request: DrawRequest) -> Iterator[_Errand]:
+        key, errand = (request.client, request.id), _Errand(request)
+        self._errands.setdefault(key, []).append(errand)
+        try:
+            yield errand
+        finally:
+            self._errands[key].remove(errand)
+            if not self._errands[key]:
+                del self._errands[key]
+
     async def cancel(self, client: str, request_id: str) -> int | None:
         """End a request wherever it is drawn.
 
         Returns:
-            After how many evaluations it stopped; None if no Sampler has it.
+            After how many evaluations it stopped; None if nobody has it.
 
         Raises:
             ApiError: 503, if none has it but one did not answer.
         """
-        replies = self._handle.broadcast("cancel", client, request_id)
-        try:
-            answers = await replies.results_async(
-                timeout_s=CANCEL_TIMEOUT_S, return_exceptions=True
-            )
-        except (TimeoutError, DeploymentUnavailableError):
-            raise unavailable("A Sampler did not answer. Send the request again") from None
+        answers = await _ask_all(self._handle, "cancel", client, request_id)
         steps = [answer for answer in answers if isinstance(answer, int)]
-        if not steps and any(isinstance(answer, BaseException) for answer in answers):
+        if steps:
+            return max(steps)
+        if True in await _ask_all(self._ingresses, "cancel_between", client, request_id):
+            return 0
+        if any(isinstance(answer, BaseException) for answer in answers):
             raise unavailable("A Sampler did not answer. Send the request again")
-        return max(steps, default=None)
+        return None
+
+    def cancel_between(self, client: str, request_id: str) -> bool:
+        """End a request whose Sampler has died and which no other has yet; say if there was one."""
+        found = [e for e in self._errands.get((client, request_id), []) if e.again]
+        for errand in found:
+            errand.cancel()
+        return bool(found)
 
     async def check_health(self, timeout_s: float) -> None:
         """Return when a Sampler has answered, and so has loaded its parts.
@@ -173,11 +240,16 @@ def _outcome(error: BaseException | None) -> str:
     return "failed"
 
 
-def _time_left(deadline: float) -> float:
-    left = deadline - time.monotonic()
-    if left <= 0:
-        raise DeadlineError
-    return left
+async def _ask_all(handle: DeploymentHandle[Any], method: str, *arguments: str) -> list[Any]:
+    """Return what each replica of a deployment answers, or its error; an error if there is none."""
+    try:
+        replies = handle.broadcast(method, *arguments)
+        answers: list[Any] = await replies.results_async(
+            timeout_s=CANCEL_TIMEOUT_S, return_exceptions=True
+        )
+        return answers
+    except (TimeoutError, DeploymentUnavailableError) as error:
+        return [error]
 
 
 @contextmanager

@@ -245,10 +245,10 @@ class Sampler:
             count = self._num_computations
             lanes = [self._run_lane(every, self._answer_here, None) for _ in range(count)]
         else:
-            lost_after_s = self._limits.lost_after_s
+            timeout_s = self._limits.call_timeout_s
             lanes = [self._run_lane((ROUTER,), self._answer_here, None)]
             for k, (client, count) in enumerate(zip(self._experts, self._num_lanes, strict=True)):
-                lanes += [self._run_lane((k,), client.ask, lost_after_s) for _ in range(count)]
+                lanes += [self._run_lane((k,), client.ask, timeout_s) for _ in range(count)]
         # Not in the context of the request that comes first: Ray would cancel their calls with it.
         self._tasks = [
             asyncio.create_task(task, context=Context()) for task in (*lanes, self._expire())
@@ -268,22 +268,34 @@ class Sampler:
     ) -> None:
         while True:
             batch = await self._next_batch(models)
-            model = metrics.model_label(batch.model)
-            metrics.CALLS.observe(batch.waited_s, model=model, part="wait")
-            try:
-                with metrics.CALLS.time(model=model, part="answer"):
-                    async with asyncio.timeout(timeout_s):
-                        answers = await ask(batch.calls)
-                self._engine.answer(batch, answers, time.monotonic())
-            except (RayActorError, ExpertUnavailableError, TimeoutError):
-                metrics.CALL_FAILURES.add(model=model)
-                self._engine.fail(batch, time.monotonic())
-            except OtherVersionError as error:  # its requests begin again, at another Sampler
-                self._engine.reject(batch, error, time.monotonic())
-            except Exception as error:  # its requests are over, and the lane goes on
-                logger.exception("a batch of model %d failed", batch.model)
-                self._engine.reject(batch, error, time.monotonic())
+            metrics.CALLS.observe(
+                batch.waited_s, model=metrics.model_label(batch.model), part="wait"
+            )
+            await self._compute(batch, ask, timeout_s)
             self._wake()
+
+    async def _compute(self, batch: Batch, ask: Answer, timeout_s: float | None) -> None:
+        """Give the engine the answers to a batch.
+
+        A batch that fails is computed in halves: only a request that is at fault is over.
+        """
+        model = metrics.model_label(batch.model)
+        try:
+            with metrics.CALLS.time(model=model, part="answer"):
+                async with asyncio.timeout(timeout_s):
+                    answers = await ask(batch.calls)
+            self._engine.answer(batch, answers, time.monotonic())
+        except (RayActorError, ExpertUnavailableError, TimeoutError):
+            metrics.CALL_FAILURES.add(model=model)
+            self._engine.fail(batch, time.monotonic())
+        except OtherVersionError as error:  # its requests begin again, at another Sampler
+            self._engine.reject(batch, error, time.monotonic())
+        except Exception as error:
+            if not (halves := batch.halves()):
+                logger.exception("a call of model %d failed", batch.model)
+                self._engine.reject(batch, error, time.monotonic())
+            for half in halves:
+                await self._compute(half, ask, timeout_s)
 
     async def _expire(self) -> None:
         while True:

@@ -22,7 +22,7 @@ def test_the_core_imports_without_ray() -> None:
     subprocess.run([sys.executable, "-c", f"{imports}; {check}"], check=True, cwd=REPOSITORY)
 
 
-TARGETS = ("quickstart", "stop", "test", "bench", "demo-zklora", "fuzz", "study")
+TARGETS = ("quickstart", "stop", "test", "bench", "demo-zklora", "fuzz", "soak", "study")
 
 
 @pytest.mark.parametrize("target", TARGETS)

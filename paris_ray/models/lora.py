@@ -102,6 +102,10 @@ class MixedLoRALinear(_AdaptedLinear):
         super().__init__(linear)
         self._loras = dict(loras)
 
+    def ranks(self) -> dict[str, int]:
+        """Return the rank of each adapter that has an update here."""
+        return {name: len(update.A) for name, update in self._loras.items()}
+
     def rows(self, x: Tensor, start: int, stop: int | None) -> Tensor:
         """Return output features `start` to `stop` only: `(..., stop - start)`."""
         y = super().rows(x, start, stop)
@@ -222,6 +226,16 @@ def attach_all(model: Model, adapters: Mapping[str, Adapter]) -> Model:
     for name, updates in loras.items():
         view.set_submodule(name, MixedLoRALinear(linears[name], updates))
     return view
+
+
+def updates_of(model: nn.Module) -> dict[str, tuple[tuple[str, int], ...]]:
+    """Return which linears each adapter of a model of `attach_all` updates, and by what rank."""
+    found: dict[str, list[tuple[str, int]]] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, MixedLoRALinear):
+            for adapter, rank in module.ranks().items():
+                found.setdefault(adapter, []).append((name, rank))
+    return {adapter: tuple(updates) for adapter, updates in found.items()}
 
 
 @torch.no_grad()

@@ -11,8 +11,8 @@ threads, no event loop, no Ray. `serve.sampler` drives it; tests drive it by sim
 
 import math
 from collections import OrderedDict, deque
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
 from torch import Tensor
@@ -20,8 +20,10 @@ from torch import Tensor
 from paris_ray.sampling.calls import ROUTER, Call
 from paris_ray.sampling.sampler import Denoising, ExpertsLostError, Samples, advance
 
+ROWS_OF_A_TURN = 2  # the call of a guided picture
 FIRST_RETRY_S, LONGEST_RETRY_S = 0.05, 1.0
 HALF_LIFE_S = 10.0  # of what the measured speed remembers
+REMEMBERED_S = 60.0  # a speed that was not measured for longer is not known any more
 
 Item = TypeVar("Item")
 
@@ -64,6 +66,16 @@ class Limits:
     max_waiting_pictures: int = 256
     lost_after_s: float = 60.0
 
+    @property
+    def call_timeout_s(self) -> float:
+        """How long a batch of calls may take; what hangs is asked again before it is given up."""
+        return self.lost_after_s / 2
+
+    @property
+    def max_pictures(self) -> int:
+        """The most pictures that are drawn or wait; a request for more never finds room."""
+        return self.max_active_pictures + self.max_waiting_pictures
+
 
 @dataclass(frozen=True, slots=True)
 class Previewed:
@@ -101,39 +113,83 @@ class Failed:
 Event = Previewed | Finished | Failed
 
 
-class Turns(Generic[Item]):
-    """Items of several requests that are taken in turn, one of each."""
+class _ClientsTurn(Generic[Item]):
+    """What waits of one client: its requests take turns, an item each."""
 
     def __init__(self) -> None:
-        self._queues: OrderedDict[Ticket, deque[Item]] = OrderedDict()
+        self.requests: OrderedDict[Ticket, deque[tuple[Item, int]]] = OrderedDict()
+        self.credit = 0  # rows that it may have before it is the turn of the next
+
+    def peek(self) -> tuple[Item, int]:
+        return next(iter(self.requests.values()))[0]
+
+    def pop(self) -> Item:
+        ticket, queue = self.requests.popitem(last=False)
+        item, rows = queue.popleft()
+        if queue:
+            self.requests[ticket] = queue
+        self.credit -= rows
+        return item
+
+
+class Turns(Generic[Item]):
+    """Items that clients have in turn, as many rows each; so within a client its requests.
+
+    Source: deficit round robin, Shreedhar and Varghese 1996.
+    """
+
+    def __init__(self) -> None:
+        self._clients: OrderedDict[str, _ClientsTurn[Item]] = OrderedDict()
         self._count = 0
 
     def __len__(self) -> int:
         return self._count
 
-    def push(self, ticket: "Ticket", item: Item) -> None:
-        """Put an item last of its request's, and a new request last of all."""
-        self._queues.setdefault(ticket, deque()).append(item)
+    def __iter__(self) -> Iterator[Item]:
+        """Go through the items, in no order."""
+        for client in self._clients.values():
+            yield from (item for queue in client.requests.values() for item, _ in queue)
+
+    def push(self, ticket: "Ticket", item: Item, rows: int) -> None:
+        """Put an item last of its request's, a new request last of its client's, and so on.
+
+        Args:
+            ticket: The request.
+            item: The item.
+            rows: What it counts.
+        """
+        client = self._clients.setdefault(ticket.client, _ClientsTurn())
+        client.requests.setdefault(ticket, deque()).append((item, rows))
         self._count += 1
 
     def peek(self) -> Item:
         """Return what `pop` would."""
-        return next(iter(self._queues.values()))[0]
+        while True:
+            name, client = next(iter(self._clients.items()))
+            item, rows = client.peek()
+            if rows <= client.credit:
+                return item
+            client.credit += ROWS_OF_A_TURN
+            self._clients.move_to_end(name)
 
     def pop(self) -> Item:
-        """Return the next item; its request has its next turn after all others."""
-        ticket, queue = self._queues.popitem(last=False)
-        item = queue.popleft()
-        if queue:
-            self._queues[ticket] = queue
+        """Return the next item."""
+        self.peek()
+        name, client = next(iter(self._clients.items()))
+        item = client.pop()
+        if not client.requests:
+            del self._clients[name]
         self._count -= 1
         return item
 
-    def discard(self, ticket: "Ticket") -> int:
-        """Forget a request; return how many items it had."""
-        dropped = len(self._queues.pop(ticket, ()))
-        self._count -= dropped
-        return dropped
+    def discard(self, ticket: "Ticket") -> None:
+        """Forget a request."""
+        client = self._clients.get(ticket.client)
+        if client is None:
+            return
+        self._count -= len(client.requests.pop(ticket, ()))
+        if not client.requests:
+            del self._clients[ticket.client]
 
 
 class Ticket:
@@ -224,6 +280,12 @@ class Batch:
         """For how long its oldest call has waited."""
         return self.taken - min(waiting.since for waiting in self.waiting)
 
+    def halves(self) -> list["Batch"]:
+        """Return the first and the second half of the calls; nothing, if there is one."""
+        middle = len(self.waiting) // 2
+        parts = (self.waiting[:middle], self.waiting[middle:])
+        return [replace(self, waiting=part) for part in parts] if middle else []
+
 
 class _Lane:
     """What waits for one model, and how it does."""
@@ -245,7 +307,7 @@ class _Lane:
         return taken
 
     def push(self, ticket: Ticket, waiting: _Waiting) -> None:
-        self.waiting.push(ticket, waiting)
+        self.waiting.push(ticket, waiting, waiting.call.num_rows)
         self.asked += 1
 
     def recover(self, now: float) -> None:
@@ -263,11 +325,37 @@ class _Lane:
         return now - self.failing_since
 
 
-class Speed:
-    """Evaluations a second while there is work; old measurements fade."""
+@dataclass(slots=True)
+class _Measured:
+    """Evaluations, the seconds that they took, and pictures times seconds; old ones fade."""
 
-    def __init__(self) -> None:
-        self._count = self._seconds = 0.0
+    evaluations: float = 0.0
+    seconds: float = 0.0
+    picture_seconds: float = 0.0
+    at: float = -math.inf
+
+    def add(self, evaluations: int, pictures: int, seconds: float, now: float) -> None:
+        kept = 0.5 ** (seconds / HALF_LIFE_S)
+        self.evaluations = kept * self.evaluations + evaluations
+        self.seconds = kept * self.seconds + seconds
+        self.picture_seconds = kept * self.picture_seconds + pictures * seconds
+        self.at = now
+
+
+class Speed:
+    """Evaluations a second while there is work, by how many pictures are drawn at a time.
+
+    Few pictures make small batches, which tell little of how fast many are drawn. So speeds are
+    kept apart by powers of two; more pictures than have been measured lately are taken to share
+    batches without a loss: they are let in rather than refused, and so are measured.
+
+    Args:
+        max_batch_rows: How many samples a batch has at most.
+    """
+
+    def __init__(self, max_batch_rows: int) -> None:
+        self._most_shared = max_batch_rows
+        self._by_level: dict[int, _Measured] = {}
         self._last: float | None = None
 
     def begin(self, now: float) -> None:
@@ -275,22 +363,34 @@ class Speed:
         if self._last is None:
             self._last = now
 
-    def record(self, evaluations: int, now: float) -> None:
-        """Some evaluations are done."""
+    def record(self, evaluations: int, pictures: int, now: float) -> None:
+        """Some evaluations are done, while so many pictures were drawn."""
         assert self._last is not None, "work was recorded that has not begun"
-        passed = now - self._last
-        kept = 0.5 ** (passed / HALF_LIFE_S)
-        self._count = kept * self._count + evaluations
-        self._seconds = kept * self._seconds + passed
+        level = self._by_level.setdefault(pictures.bit_length(), _Measured())
+        level.add(evaluations, pictures, now - self._last, now)
         self._last = now
 
     def pause(self) -> None:
         """There is no work any more."""
         self._last = None
 
-    def seconds(self, evaluations: int) -> float:
-        """Return how long so many will take; 0 as long as nothing is known."""
-        return evaluations * self._seconds / self._count if self._count else 0.0
+    def seconds(self, evaluations: int, pictures: int, now: float) -> float:
+        """Return how long so many will take if so many pictures are drawn at a time.
+
+        0 as long as nothing is known.
+        """
+        wanted = pictures.bit_length()
+        known = [
+            (abs(level - wanted), level)
+            for level, measured in self._by_level.items()
+            if measured.evaluations and measured.seconds and now - measured.at <= REMEMBERED_S
+        ]
+        if not known:
+            return 0.0
+        nearest = self._by_level[min(known)[1]]
+        drawn = nearest.picture_seconds / nearest.seconds
+        shared = min(max(1.0, pictures / drawn), self._most_shared)
+        return evaluations * nearest.seconds / nearest.evaluations / shared
 
 
 class Engine:
@@ -310,7 +410,7 @@ class Engine:
         self._left = 0  # evaluations of all that was admitted
         self._of_client: dict[str, int] = {}  # pictures that are admitted
         self._open: dict[Ticket, None] = {}  # in the order of their admission
-        self._speed = Speed()
+        self._speed = Speed(limits.max_batch_rows)
 
     # -- Requests ------------------------------------------------------------------------------
 
@@ -334,8 +434,8 @@ class Engine:
         Raises:
             QueueFullError: if there is no room, or it would not be done in time.
         """
-        self._check_room(client, num_pictures, max_pictures_of_client)
-        self._check_time(num_pictures * evaluations, timeout_s)
+        self._check_room(client, num_pictures, max_pictures_of_client, now)
+        self._check_time(num_pictures, num_pictures * evaluations, timeout_s, now)
         ticket = Ticket(
             client,
             num_pictures=num_pictures,
@@ -352,11 +452,10 @@ class Engine:
         self._open[ticket] = None
         return ticket
 
-    def _check_room(self, client: str, num_pictures: int, most: int | None) -> None:
+    def _check_room(self, client: str, num_pictures: int, most: int | None, now: float) -> None:
         queued = self.num_waiting
-        room = self._limits.max_active_pictures + self._limits.max_waiting_pictures
-        wait = max(1.0, self._speed.seconds(self._left))
-        if self._active + queued + num_pictures > room:
+        wait = max(1.0, self._seconds(self._left, 0, now))
+        if self._active + queued + num_pictures > self._limits.max_pictures:
             raise QueueFullError(
                 f"{self._active + queued} pictures are in work or wait", queued, wait
             )
@@ -368,14 +467,22 @@ class Engine:
                 wait,
             )
 
-    def _check_time(self, evaluations: int, timeout_s: float) -> None:
-        wait = self._speed.seconds(self._left + evaluations)
+    def _check_time(
+        self, num_pictures: int, evaluations: int, timeout_s: float, now: float
+    ) -> None:
+        wait = self._seconds(self._left + evaluations, num_pictures, now)
         if self._left and wait > timeout_s:
             raise QueueFullError(
                 f"it would be done in {wait:.0f} s, and {timeout_s:.0f} s are allowed",
                 self.num_waiting,
                 max(1.0, wait - timeout_s),
             )
+
+    def _seconds(self, evaluations: int, new_pictures: int, now: float) -> float:
+        """Return how long it takes to draw what is here and some new pictures."""
+        pictures = self._active + self.num_waiting + new_pictures
+        drawn = min(pictures, self._limits.max_active_pictures)
+        return self._speed.seconds(evaluations, drawn, now)
 
     def start(self, ticket: Ticket, denoisings: Sequence[Denoising], now: float) -> None:
         """Begin a request, unless it is over already.
@@ -391,7 +498,7 @@ class Engine:
         ticket.is_started = True
         self._reserved -= ticket.num_pictures
         for index, denoising in enumerate(denoisings):
-            self._waiting.push(ticket, _Picture(ticket, index, denoising))
+            self._waiting.push(ticket, _Picture(ticket, index, denoising), 1)
         self._speed.begin(now)
         self._fill(now)
 
@@ -455,7 +562,7 @@ class Engine:
         for waiting in batch.waiting:
             ticket = waiting.picture.ticket
             if not is_lost and ticket.is_open:
-                lane.waiting.push(ticket, waiting)
+                lane.waiting.push(ticket, waiting, waiting.call.num_rows)
             elif ticket.allow_missing and batch.model != ROUTER:
                 self._give(waiting, None, now)
             else:
@@ -541,7 +648,7 @@ class Engine:
         new = evaluations - picture.ticket.done[picture.index]
         picture.ticket.done[picture.index] = evaluations
         self._left -= new
-        self._speed.record(new, now)
+        self._speed.record(new, self._active, now)
 
     def _keep(self, picture: _Picture, samples: Samples) -> None:
         ticket = picture.ticket

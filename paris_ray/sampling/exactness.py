@@ -2,22 +2,29 @@
 
 `models.layers` computes every sample as rows of products whose sums do not depend on the number of
 rows, as far as the library underneath keeps to that. This is tried before it is relied on, with
-batches of several sizes up to the largest that is made. It is a trial and no proof.
+batches of several sizes up to the largest that is made, with and without each kind of adapter.
+
+Activations are tried apart. Torch computes most of a tensor in vectors, but by itself what is left
+over of each thread's part, and so gives equal numbers unequal results; where that happens depends
+on the size of the batch. It is a trial and no proof.
 """
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from paris_ray.models import EncodedText, Expert, Router, TextConditioning
-from paris_ray.models.lora import share
+from paris_ray.models.lora import adapted_samples, share, updates_of
 from paris_ray.seeding import torch_generator
 
 MOST_TRIED = 16  # samples of a pass; those that rely on the answer make no larger ones
 BATCH_SIZES = (2, 3, 5, 8, MOST_TRIED)
-NUM_TOKENS = 4  # of the text that it is tried with
+NUM_TOKENS = 77  # of the text that it is tried with
+NUMBERS = torch.linspace(-6, 6, 1001)  # some of which vectors and single numbers disagree on
+VECTOR = 64  # more than are computed at a time
 
 _found: dict[Hashable, bool] = {}  # weights do not matter, so models of one kind are tried once
 
@@ -25,13 +32,13 @@ _found: dict[Hashable, bool] = {}  # weights do not matter, so models of one kin
 def rows_are_independent(model: Expert | Router) -> bool:
     """Return whether a model computes the same bits of a sample alone and beside others.
 
-    One block is tried, since all are alike; it has the sizes of products that the model has.
+    One block is tried of those that are alike; it has the sizes of products that the model has.
 
     Args:
-        model: On its device, with its threads.
+        model: On its device, with its threads; with adapters, by `models.lora.attach_all`.
     """
     where = (model.pos_embed.device, model.pos_embed.dtype, torch.get_num_threads())
-    kind = (type(model), model.config, *where)
+    kind = (type(model), model.config, frozenset(updates_of(model).values()), *where)
     if kind not in _found:
         _found[kind] = _try(model)
     return _found[kind]
@@ -40,39 +47,115 @@ def rows_are_independent(model: Expert | Router) -> bool:
 @torch.inference_mode()
 def _try(model: Expert | Router) -> bool:
     shallow = share(model)
-    shallow.layers = shallow.layers[:1]
-    config, count = model.config, MOST_TRIED
-    latents = _noise(count, config.in_channels, config.input_size, config.input_size)
-    times = 1000 * torch.linspace(0, 1, count)
-    text = _text(count, config.text_embed_dim)
-    ask = _ask_expert if isinstance(shallow, Expert) else _ask_router
-    device = model.pos_embed.device
-    arguments = (shallow, latents.to(device), times.to(device), text.to(device))
-    alone = torch.cat([ask(*arguments, slice(i, i + 1)) for i in range(count)])
-    return all(torch.equal(ask(*arguments, slice(0, size)), alone[:size]) for size in BATCH_SIZES)
+    shallow.layers = _unlike(shallow.layers)
+    samples = _Samples(shallow)
+    with _watched_activations(shallow) as activations:
+        samples.ask(slice(0, MOST_TRIED))
+    if not all(_is_alike(*activation) for activation in activations):
+        return False
+    alone = samples.each()
+    if not all(torch.equal(samples.ask(slice(0, n)), alone[:n]) for n in BATCH_SIZES):
+        return False
+    unlike_adapters = {updates: name for name, updates in updates_of(shallow).items()}
+    return all(_try_adapter(samples, name, alone) for name in unlike_adapters.values())
+
+
+def _unlike(layers: nn.ModuleList) -> nn.ModuleList:
+    """Return the first of the layers, and of those that have other adapters than it."""
+    unlike = {tuple(updates_of(layer).items()): layer for layer in reversed(layers)}
+    return nn.ModuleList(reversed(unlike.values()))
+
+
+def _try_adapter(samples: "_Samples", name: str, plain: Tensor) -> bool:
+    """Return whether a batch of which a part has an adapter gives each sample what it gets alone.
+
+    Args:
+        samples: What to ask.
+        name: The adapter.
+        plain: What each sample gets without it.
+    """
+    adapted = samples.each(name)
+    return all(
+        torch.equal(
+            samples.ask(slice(0, MOST_TRIED), name, size), torch.cat([adapted[:size], plain[size:]])
+        )
+        for size in (1, *BATCH_SIZES)
+    )
+
+
+class _Samples:
+    """Samples that a model is asked about.
+
+    Args:
+        model: The model.
+    """
+
+    def __init__(self, model: Any) -> None:
+        config, count, device = model.config, MOST_TRIED, model.pos_embed.device
+        self._model, self._device = model, device
+        size = config.input_size
+        self._latents = _noise(count, config.in_channels, size, size).to(device)
+        self._times = 1000 * torch.linspace(0, 1, count, device=device)
+        lengths = 1 + torch.arange(count) * NUM_TOKENS // count
+        width = config.text_embed_dim
+        text = TextConditioning(
+            _noise(count, NUM_TOKENS, width),
+            _noise(count, width),
+            torch.arange(NUM_TOKENS) < lengths[:, None],
+        )
+        self._text = text.to(device)
+
+    def each(self, adapter: str | None = None) -> Tensor:
+        """Return what each sample gets alone."""
+        return torch.cat([self.ask(slice(i, i + 1), adapter, 1) for i in range(MOST_TRIED)])
+
+    def ask(self, rows: slice, adapter: str | None = None, num_adapted: int = 0) -> Tensor:
+        """Return what some samples get together, the first of them with an adapter."""
+        if not isinstance(self._model, Expert):
+            pooled = self._text.pooled_text[rows] if self._model.config.text_embed_dim else None
+            return self._model(self._latents[rows], self._times[rows], pooled)
+        chosen = self._text.rows(rows)
+        # Captions are encoded alone, whatever the batch: see `TextCache`.
+        encoded = [
+            self._model.encode_text(chosen.rows(slice(i, i + 1))) for i in range(len(chosen))
+        ]
+        adapted = torch.arange(num_adapted, device=self._device)
+        with adapted_samples({} if adapter is None else {adapter: adapted}):
+            text = EncodedText.concatenate(encoded)
+            return self._model(self._latents[rows], self._times[rows], text)
 
 
 def _noise(*shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch_generator(0, "rows are independent"))
 
 
-def _text(count: int, width: int) -> TextConditioning:
-    return TextConditioning(_noise(count, NUM_TOKENS, width), _noise(count, width))
+@contextmanager
+def _watched_activations(model: nn.Module) -> Iterator[list[tuple[nn.Module, Tensor]]]:
+    """Note the activations that a model computes inside, and their inputs."""
+    seen: list[tuple[nn.Module, Tensor]] = []
+    hooks = [
+        module.register_forward_pre_hook(lambda module, inputs: seen.append((module, inputs[0])))
+        for module in model.modules()
+        if isinstance(module, nn.GELU | nn.SiLU)
+    ]
+    yield seen
+    for hook in hooks:
+        hook.remove()
 
 
-def _ask_expert(
-    expert: Any, latents: Tensor, times: Tensor, text: TextConditioning, rows: slice
-) -> Tensor:
-    chosen = text.rows(rows)
-    # Captions are encoded alone, whatever the batch: see `TextCache`.
-    encoded = [expert.encode_text(chosen.rows(slice(i, i + 1))) for i in range(len(chosen))]
-    velocity: Tensor = expert(latents[rows], times[rows], EncodedText.concatenate(encoded))
-    return velocity
+def _is_alike(activation: nn.Module, batch: Tensor) -> bool:
+    """Return whether an activation gives equal numbers equal results in a batch of any size.
 
-
-def _ask_router(
-    router: Any, latents: Tensor, times: Tensor, text: TextConditioning, rows: slice
-) -> Tensor:
-    pooled_text = text.pooled_text[rows] if router.config.text_embed_dim else None
-    logits: Tensor = router(latents[rows], times[rows], pooled_text)
-    return logits
+    Args:
+        activation: The activation.
+        batch: `(MOST_TRIED, ...)` of the kind that it is given.
+    """
+    numbers = NUMBERS.to(batch)
+    in_vectors = activation(numbers.repeat_interleave(2 * VECTOR))[VECTOR :: 2 * VECTOR]
+    alone = torch.cat([activation(number) for number in numbers.split(1)])
+    disputed = numbers[in_vectors != alone]
+    if not len(disputed):
+        return True
+    filled = torch.full_like(batch, float(disputed[0]))
+    answers = (activation(filled[:size]) for size in range(1, len(batch) + 1))
+    return all(bool((answer == answer.flatten()[0]).all()) for answer in answers)

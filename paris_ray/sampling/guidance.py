@@ -13,7 +13,8 @@ from torch import Tensor
 from paris_ray.diffusion import predict_velocity
 from paris_ray.models import EncodedText, Expert, TextConditioning
 
-# Keys and values of 100 captions of 77 tokens in an XL/2 expert, in float32.
+# Of one expert: keys and values of 100 captions of 77 tokens in XL/2 in float32, so that those of
+# the 64 pictures that an engine draws at a time fit.
 MAX_CACHE_BYTES = 2 * 2**30
 
 
@@ -61,7 +62,7 @@ class TextCache:
     encoded alone, so that the batch that it comes in does not change its last bits.
 
     Args:
-        max_bytes: Memory of all rows, on the device of the experts.
+        max_bytes: Memory of all rows, on the device of the expert.
     """
 
     def __init__(self, max_bytes: int = MAX_CACHE_BYTES) -> None:
@@ -79,24 +80,29 @@ class TextCache:
                 several share the cache.
         """
         rows = []
-        with self._lock:
-            for i, key in enumerate(text.keys):
-                name = (owner, key)
-                if name not in self._rows:
-                    self._remember(name, _encode_row(expert, text.text, i))
-                self._rows.move_to_end(name)
-                rows.append(self._rows[name])
-                self._forget()
+        for i, key in enumerate(text.keys):
+            name = (owner, key)
+            row = self._find(name)
+            if row is None:  # two threads may both compute it, and get the same
+                row = _encode_row(expert, text.text, i)
+                self._remember(name, row)
+            rows.append(row)
         return EncodedText.concatenate(rows)
 
-    def _remember(self, name: Hashable, row: EncodedText) -> None:
-        self._rows[name] = row
-        self._num_bytes += _num_bytes(row)
+    def _find(self, name: Hashable) -> EncodedText | None:
+        with self._lock:
+            if name in self._rows:
+                self._rows.move_to_end(name)
+            return self._rows.get(name)
 
-    def _forget(self) -> None:
-        while self._num_bytes > self._max_bytes:
-            _, row = self._rows.popitem(last=False)
-            self._num_bytes -= _num_bytes(row)
+    def _remember(self, name: Hashable, row: EncodedText) -> None:
+        with self._lock:
+            if name not in self._rows:
+                self._rows[name] = row
+                self._num_bytes += _num_bytes(row)
+            while self._num_bytes > self._max_bytes:
+                _, oldest = self._rows.popitem(last=False)
+                self._num_bytes -= _num_bytes(oldest)
 
 
 def _encode_row(expert: Expert, text: TextConditioning, row: int) -> EncodedText:

@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from paris_ray.bundle import Bundle
+from paris_ray.devices import memory_bytes
 from paris_ray.diffusion import router_logits
 from paris_ray.models import EncodedText, Expert, Router, TextConditioning
 from paris_ray.models.lora import adapted_samples
 from paris_ray.sampling.calls import ROUTER, Call, ExpertCall, RouterCall
 from paris_ray.sampling.exactness import MOST_TRIED, rows_are_independent
-from paris_ray.sampling.guidance import KeyedText, TextCache, guided_velocity
+from paris_ray.sampling.guidance import MAX_CACHE_BYTES, KeyedText, TextCache, guided_velocity
 
 logger = logging.getLogger("paris_ray")
 
@@ -32,7 +33,10 @@ class LocalModels:
     """
 
     def __init__(self, bundle: Bundle, *, exact: bool = True) -> None:
-        self._bundle, self._exact, self._texts = bundle, exact, TextCache()
+        self._bundle, self._exact = bundle, exact
+        # One an expert. All together have a quarter of the device's memory at most.
+        share = memory_bytes(bundle.device) // (4 * bundle.num_experts)
+        self._texts = [TextCache(min(share, MAX_CACHE_BYTES)) for _ in range(bundle.num_experts)]
         self._most_rows: dict[int, int] = {}  # of a pass, by model
         # An expert in use cannot leave the device: only one at a time, if there is little room.
         self._turn: AbstractContextManager[Any] = Lock() if bundle.offload else nullcontext()
@@ -130,7 +134,7 @@ class LocalModels:
         """Encode each text with its own adapter, once: a row's keys and values are its own."""
         return EncodedText.concatenate(
             [
-                self._texts.encode(self._bundle.expert(index, lora), text, owner=(index, lora))
+                self._texts[index].encode(self._bundle.expert(index, lora), text, owner=lora)
                 for lora, text in texts
             ]
         )

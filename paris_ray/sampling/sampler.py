@@ -25,7 +25,7 @@ from paris_ray.sampling.routing import Routing, expert_weights, mix, parse_routi
 from paris_ray.sampling.solvers import integrate, proceed, solve
 from paris_ray.seeding import torch_generator
 
-MAX_BATCH = 10  # pictures at once: with more, eight XL/2 experts' texts outgrow `TextCache`
+MAX_BATCH = 10  # pictures at once
 
 
 class SamplingError(RuntimeError):

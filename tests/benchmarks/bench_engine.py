@@ -37,14 +37,15 @@ ADAPTERS = ("a", "b", "c")
 ROUNDS = 200
 
 
-def report(what: str, values: Sequence[float], sign: str, bar: float) -> None:
-    """Print the median of some measurements beside its bar."""
+def report(what: str, values: Sequence[float], sign: str, bar: float) -> bool:
+    """Print the median of some measurements beside its bar; return whether that is met."""
     middle = statistics.median(values)
     met = middle >= bar if sign == ">=" else middle <= bar
     each = f" of {', '.join(f'{value:.2f}' for value in values)}" if 1 < len(values) < 10 else ""
     print(
         f"- {what}: {middle:.2f}{each} (bar {sign} {bar}: {'met' if met else 'MISSED'})", flush=True
     )
+    return met
 
 
 class _Admission:

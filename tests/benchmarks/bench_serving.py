@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -49,12 +49,14 @@ class Load:
         statuses: How many answers had each status; -1 where there was none.
         elapsed_s: Of all.
         not_json: How many answers were not JSON.
+        failures: What answers of 500 and more said.
     """
 
     seconds: list[float] = field(default_factory=list)
     statuses: dict[int, int] = field(default_factory=dict)
     elapsed_s: float = 0.0
     not_json: int = 0
+    failures: list[str] = field(default_factory=list)
 
     @property
     def rate(self) -> float:
@@ -89,6 +91,8 @@ async def ask(http: httpx.AsyncClient, body: dict[str, Any], result: Load) -> No
     try:
         answer = await http.post(IMAGES, json=body)
         status = answer.status_code
+        if status >= 500:
+            result.failures.append(answer.text)
         result.not_json += not answer.headers["content-type"].startswith("application/json")
     except httpx.HTTPError:
         status = -1
@@ -360,18 +364,7 @@ def kills(bench: Bench) -> None:
 
 async def under_fire(url: str, bench: Bench, deployment: str) -> Load:
     """Load four clients while replicas of a deployment are killed."""
-
-    async def shoot() -> None:
-        import ray
-
-        while True:
-            await asyncio.sleep(KILL_PERIOD_S)
-            names = [a["name"] for a in ray.util.list_named_actors(all_namespaces=True)]
-            targets = [name for name in names if f"bench#{deployment}" in name]
-            if targets:
-                ray.kill(ray.get_actor(random.choice(targets), namespace="serve"))
-
-    shooting = asyncio.create_task(shoot())
+    shooting = asyncio.create_task(shoot((deployment,), KILL_PERIOD_S))
     seen = await load(url, bench.bodies, 4, 4.5 * KILL_PERIOD_S)
     shooting.cancel()
     return seen
@@ -416,6 +409,18 @@ def ready(bench: Bench) -> None:
             seconds.append(time.perf_counter() - began)
         serve.delete("b2")
     report("B/2 on CPU: seconds until another replica is ready", seconds[1:], "<=", 3)
+
+
+async def shoot(deployments: Sequence[str], period_s: float) -> None:
+    """Kill a replica of some deployments, by the beginning of their names, every so often."""
+    import ray
+
+    while True:
+        await asyncio.sleep(period_s)
+        names = [actor["name"] for actor in ray.util.list_named_actors(all_namespaces=True)]
+        targets = [n for n in names if any(f"bench#{d}" in n for d in deployments)]
+        if targets:
+            ray.kill(ray.get_actor(random.choice(targets), namespace="serve"))
 
 
 PARTS = {

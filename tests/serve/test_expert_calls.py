@@ -22,7 +22,7 @@ from serve.source import BundleSource
 pytestmark = pytest.mark.serve
 
 SEEDS = [0, 1, 2]
-LIMITS = Limits(lost_after_s=0.3)
+LIMITS = Limits(lost_after_s=3)
 IN_REQUEST: ContextVar[str | None] = ContextVar("in_request", default=None)
 
 
@@ -31,6 +31,8 @@ class Handle:
 
     def __init__(self, server: ExpertServer) -> None:
         self.server, self.sent, self.dies = server, [], False
+        self.hangs = 0  # how many of the next questions get no answer
+        self.bad_scale: float | None = None  # questions with this guidance cannot be computed
         self.velocity = self
 
     def options(self, **_: Any) -> "Handle":
@@ -42,6 +44,11 @@ class Handle:
         if self.dies:
             raise ActorDiedError
         self.sent.append(question)
+        if self.hangs:
+            self.hangs -= 1
+            await asyncio.Event().wait()
+        if self.bad_scale in question.guidance_scale:
+            raise RuntimeError("a bad question")
         return await self.server.velocity(question)
 
 
@@ -144,3 +151,45 @@ def test_a_client_has_no_more_pictures_than_its_quota(
     with pytest.raises(QueueFullError, match="the most at once are 2"):
         draw(source, handles, ["a cat"], max_pictures_of_client=2)
     assert len(draw(source, handles, ["a cat"], max_pictures_of_client=3)) == 1
+
+
+def test_what_hangs_is_asked_again(source: BundleSource, handles: list[Handle]) -> None:
+    (whole,) = draw(source, handles, ["a cat"])
+    handles[1].hangs = 1
+    (again,) = draw(source, handles, ["a cat"])
+    assert again.missing_experts == []
+    np.testing.assert_array_equal(again.pictures, whole.pictures)
+
+
+def test_a_bad_call_costs_its_own_request_alone(
+    source: BundleSource, handles: list[Handle]
+) -> None:
+    scales = [2.0, 3.0, 4.0, 5.0]
+    expected = [draw(source, handles, ["a cat"], guidance_scale=scale)[0] for scale in scales]
+    handles[1].bad_scale = scales[2]
+    sampler = Sampler(source, handles, threads=1, limits=LIMITS)
+    bundle = source.open()
+
+    def request(scale: float) -> DrawRequest:
+        options = sampling_options(bundle, routing="full", guidance_scale=scale)
+        return DrawRequest(
+            id=str(scale),
+            client="local",
+            prompts=["a cat"] * len(SEEDS),
+            seeds=SEEDS,
+            options=options,
+            timeout_s=60,
+        )
+
+    async def all_at_once() -> list[Any]:
+        asked = [sampler.draw(request(scale)) for scale in scales]
+        return await asyncio.gather(*asked, return_exceptions=True)
+
+    answers = asyncio.run(all_at_once())
+    assert isinstance(answers.pop(2), RuntimeError)
+    del expected[2]
+    for answer, alone in zip(answers, expected, strict=True):
+        assert isinstance(answer, Drawing), answer
+        np.testing.assert_array_equal(answer.pictures, alone.pictures)
+    batches = [len(question.t) for question in handles[1].sent]
+    assert max(batches) > len(SEEDS)  # they did share batches

@@ -12,7 +12,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,8 @@ import pytest
 import yaml
 
 from jobs.local_cluster import free_port
+from paris_ray.api_keys import digest_of
 from serve.gate import MAX_BODY_BYTES
-from serve.keys import digest_of
 
 pytestmark = pytest.mark.serve
 
@@ -86,7 +86,12 @@ class Server:
 
 
 def paris(name: str, bundle: Path, **args: object) -> dict[str, Any]:
-    sizes = {"ingress": SMALL | {"num_replicas": 1}, "sampler": SMALL, "colocated": True}
+    sizes = {
+        "ingress": SMALL | {"num_replicas": 1},
+        "sampler": SMALL,
+        "colocated": True,
+        "timeout_s": 0.9 * LIMIT_S,
+    }
     return {
         "name": name,
         "route_prefix": f"/{name}",
@@ -346,13 +351,34 @@ def test_rates(client: httpx.Client) -> None:
     assert client.get("/keyed/v1/models", headers=KEY).status_code == 200
 
 
-async def relay(port: int, added: bytes, listening: "asyncio.Future[int]") -> None:
-    """A reverse proxy: it hands on one request a connection, with a header of its own."""
+def as_nginx(head: bytes, client: str, port: int) -> bytes:
+    """What nginx's proxy_pass sends where nothing else is configured."""
+    lines = [line for line in head.split(b"\r\n") if not line.lower().startswith(b"host:")]
+    lines[0] = lines[0].replace(b"HTTP/1.1", b"HTTP/1.0")
+    return b"\r\n".join([lines[0], f"Host: 127.0.0.1:{port}".encode(), *lines[1:]])
+
+
+def as_haproxy(head: bytes, client: str, port: int) -> bytes:
+    """What HAProxy sends with `option forwardfor`."""
+    return head[:-2] + f"X-Forwarded-For: {client}\r\n\r\n".encode()
+
+
+def as_via(head: bytes, client: str, port: int) -> bytes:
+    """What a cache sends."""
+    return head[:-2] + b"Via: 1.1 relay\r\n\r\n"
+
+
+Rewrite = Callable[[bytes, str, int], bytes]
+
+
+async def relay(port: int, rewrite: Rewrite, listening: "asyncio.Future[int]") -> None:
+    """A reverse proxy: it hands on one request a connection, as some program does."""
 
     async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         head = await reader.readuntil(b"\r\n\r\n")
+        head = head[:-2] + b"Connection: close\r\n\r\n"
         upstream_reader, upstream = await asyncio.open_connection("127.0.0.1", port)
-        upstream.write(head[:-2] + added + b"Connection: close\r\n\r\n")
+        upstream.write(rewrite(head, writer.get_extra_info("peername")[0], port))
         while chunk := await upstream_reader.read(65536):
             writer.write(chunk)
         await writer.drain()
@@ -365,10 +391,10 @@ async def relay(port: int, added: bytes, listening: "asyncio.Future[int]") -> No
 
 
 @contextlib.contextmanager
-def proxy_before(port: int, added: bytes) -> Iterator[int]:
+def proxy_before(port: int, rewrite: Rewrite) -> Iterator[int]:
     loop = asyncio.new_event_loop()
     listening: asyncio.Future[int] = loop.create_future()
-    task = loop.create_task(relay(port, added, listening))
+    task = loop.create_task(relay(port, rewrite, listening))
     own_port = loop.run_until_complete(listening)
     thread = threading.Thread(target=lambda: loop.run_until_complete(asyncio.wait([task])))
     thread.start()
@@ -378,10 +404,19 @@ def proxy_before(port: int, added: bytes) -> Iterator[int]:
     loop.close()
 
 
-@pytest.mark.parametrize("added", [b"X-Forwarded-For: 203.0.113.5\r\n", b"Via: 1.1 relay\r\n"])
-def test_strangers_behind_a_proxy_of_this_machine_need_a_key(server: Server, added: bytes) -> None:
-    with proxy_before(server.port, added) as port, httpx.Client() as client:
-        url = f"http://127.0.0.1:{port}"
+def remote_address() -> str:
+    """An address of this machine that others see; from it we look like another machine."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect(("192.0.2.1", 9))  # nothing is sent
+        return str(probe.getsockname()[0])
+
+
+@pytest.mark.parametrize("rewrite", [as_nginx, as_haproxy, as_via])
+def test_strangers_behind_a_proxy_of_this_machine_need_a_key(
+    server: Server, rewrite: Rewrite
+) -> None:
+    with proxy_before(server.port, rewrite) as port, httpx.Client() as client:
+        url = f"http://{remote_address()}:{port}"
         as_local = {"Host": f"localhost:{server.port}"}  # what a stranger would say
         for path in ("/open/", "/open/healthz", "/open/v1/models"):
             refused = client.get(url + path, headers=as_local)
@@ -391,21 +426,33 @@ def test_strangers_behind_a_proxy_of_this_machine_need_a_key(server: Server, add
 
 
 @pytest.mark.parametrize(
-    ("host", "env", "named"),
+    ("host", "args", "env", "named"),
     [
-        ("0.0.0.0", {}, "http_options.host='0.0.0.0' is not allowed without api_key_file"),
+        ("0.0.0.0", {}, {}, "http_options.host='0.0.0.0' is not allowed without api_key_file"),
         (
             "127.0.0.1",
+            {},
             {"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": ""},
             "Start every node of Ray with RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH",
         ),
-        ("127.0.0.1", {"RAY_SERVE_ENABLE_HA_PROXY": "1"}, "are not allowed without api_key_file"),
+        (
+            "127.0.0.1",
+            {},
+            {"RAY_SERVE_ENABLE_HA_PROXY": "1"},
+            "are not allowed without api_key_file",
+        ),
+        ("127.0.0.1", {"timeout_s": LIMIT_S}, {}, f"timeout_s={LIMIT_S} is not allowed"),
     ],
 )
 def test_an_unsafe_start_is_refused(
-    tiny_bundle_path: Path, tmp_path: Path, host: str, env: dict[str, str], named: str
+    tiny_bundle_path: Path,
+    tmp_path: Path,
+    host: str,
+    args: dict[str, Any],
+    env: dict[str, str],
+    named: str,
 ) -> None:
-    server = Server(tmp_path, host, [paris("open", tiny_bundle_path)], **env)
+    server = Server(tmp_path, host, [paris("open", tiny_bundle_path, **args)], **env)
     try:
         server.wait_for(named)
         assert not server._is_served("/open/")

@@ -15,8 +15,10 @@ import httpx
 import numpy as np
 import pytest
 import ray
+import yaml
 from ray import serve
 
+from paris_ray.api_keys import digest_of
 from paris_ray.sampling.engine import DeadlineError, QueueFullError
 from serve.drawing import Drawing, DrawRequest, Partial
 from serve.expert import OtherVersionError
@@ -84,6 +86,38 @@ class MortalSampler:
         yield drawing(request)
 
 
+class CancelledSampler(MortalSampler):
+    """Dies with its first request; the next one is not ready as long as a file is there.
+
+    Args:
+        folder: `life` is a death that is still to come, `closed` keeps the next one from starting.
+    """
+
+    def __init__(self, folder: str) -> None:
+        super().__init__(str(Path(folder) / "lives"))
+        while (Path(folder) / "closed").exists():
+            time.sleep(0.1)
+
+
+class CountingSampler:
+    """Draws black pictures and writes down each request.
+
+    Args:
+        folder: A file a request; no request is answered before `open` is there.
+    """
+
+    def __init__(self, folder: str) -> None:
+        self._folder = Path(folder)
+
+    async def draw(self, request: DrawRequest) -> Drawing:
+        if request.prompts[0] == "full":
+            raise QueueFullError("7 pictures wait already", 7, 2.5)
+        (self._folder / f"{request.id} {request.client} {request.max_pictures_of_client}").touch()
+        while not (self._folder / "open").exists():
+            await asyncio.sleep(0.05)
+        return drawing(request)
+
+
 class EndlessSampler:
     """Never finishes, and tells when it is stopped.
 
@@ -114,12 +148,18 @@ Deploy = Callable[..., str]
 def deploy(serve_address: str, tiny_bundle_path: Path) -> Deploy:
     """A function that serves a Sampler of the test's own, and returns the URL."""
 
-    def start(name: str, sampler_class: type, *args: object, **options: Any) -> str:
+    def start(
+        name: str,
+        sampler_class: type,
+        *args: object,
+        key_file: str | None = None,
+        **options: Any,
+    ) -> str:
         small = {"ray_actor_options": {"num_cpus": 0.1}}
         sampler = serve.deployment(name="Sampler", **small)(sampler_class).bind(*args)
         ingress = serve.deployment(name="Ingress", **small)(serve.ingress(create_api())(Ingress))
         source = BundleSource(str(tiny_bundle_path))
-        app = ingress.bind(source, sampler, None, HttpOptions(**options))
+        app = ingress.bind(source, sampler, key_file, HttpOptions(**options))
         serve.run(app, name=name, route_prefix=f"/{name}")
         return f"{serve_address}/{name}"
 
@@ -178,6 +218,93 @@ def test_a_request_outlives_a_change_of_bundle(deploy: Deploy, tmp_path: Path) -
         assert "error" not in response.text
         assert not list(tmp_path.iterdir())
     serve.delete("changing-sampler")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_request_between_two_samplers_can_be_cancelled(
+    deploy: Deploy, tmp_path: Path, stream: bool
+) -> None:
+    lives = tmp_path / "lives"
+    lives.mkdir()
+    url = deploy("between", CancelledSampler, str(tmp_path))
+    (lives / "a").touch()
+    (tmp_path / "closed").touch()
+    with ThreadPoolExecutor(1) as pool:
+        body = {"prompt": "a cat", "stream": stream, "partial_images": 2 if stream else 0}
+        pending = pool.submit(
+            httpx.post, f"{url}/{IMAGES}", json=body, headers={"X-Request-Id": "mine"}, timeout=120
+        )
+        while list(lives.iterdir()):
+            time.sleep(0.1)
+        for _ in range(100):  # until the Ingress, too, has noticed
+            cancelled = httpx.delete(f"{url}/{IMAGES}/mine", timeout=60)
+            if cancelled.status_code == 200:
+                break
+            time.sleep(0.1)
+        assert cancelled.json() == {"id": "mine", "cancelled": True, "step": 0}
+        response = pending.result()
+    assert "cancelled_error" in response.text
+    assert response.status_code == 499 or stream  # a stream has perhaps begun with 200
+    (tmp_path / "closed").unlink()
+    assert httpx.post(f"{url}/{IMAGES}", json={"prompt": "a cat"}, timeout=120).status_code == 200
+    serve.delete("between")
+
+
+def test_links_are_drawn_again_once_and_within_the_quotas(deploy: Deploy, tmp_path: Path) -> None:
+    keys, drawn = tmp_path / "keys.yaml", tmp_path / "drawn"
+    drawn.mkdir()
+    quotas = {"picture_steps_per_minute": 6, "concurrent_pictures": 2}
+    entries = [
+        {"name": "alice", "sha256": digest_of("a")},
+        {"name": "bob", "sha256": digest_of("b"), "quotas": quotas},
+    ]
+    keys.write_text(yaml.safe_dump(entries))
+    options = {"key_file": str(keys), "max_pictures": 20}
+    first, second = (
+        deploy(name, CountingSampler, str(drawn), **options) for name in ("links-a", "links-b")
+    )
+    (drawn / "open").touch()
+    alice, bob = ({"Authorization": f"Bearer {secret}"} for secret in "ab")
+
+    def ask(headers: dict[str, str], **body: object) -> httpx.Response:
+        return httpx.post(f"{first}/{IMAGES}", json=body, headers=headers, timeout=60)
+
+    # Nobody is charged for what is refused.
+    assert [ask(bob, prompt="full").status_code for _ in range(4)] == [429] * 4
+    answer = ask(bob, prompt="a cat", n=2, response_format="url")
+    assert answer.status_code == 200, answer.text
+    assert ask(bob, prompt="a cat").json()["error"]["code"] == "rate_limit_exceeded"
+    refused = httpx.post(
+        f"{first}/v1/images/batches", json={"prompts": ["a"] * 21}, headers=alice, timeout=60
+    )
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "n")
+    assert "this server takes 20 at once" in refused.json()["error"]["message"]
+    # Another application of this cluster has the secret, and a memory and counts of its own.
+    links = [picture["url"].replace(first, second) for picture in answer.json()["data"]]
+    for file in drawn.iterdir():
+        file.unlink()
+    with ThreadPoolExecutor(8) as pool:
+        pending = [pool.submit(httpx.get, links[0], timeout=60) for _ in range(8)]
+        while not list(drawn.iterdir()):
+            time.sleep(0.1)
+        time.sleep(0.5)  # until all of them are there; too short a time would only weaken the test
+        (drawn / "open").touch()
+        files = {(r.result().status_code, r.result().content) for r in pending}
+    assert len(files) == 1
+    (made,) = [file.name for file in drawn.iterdir() if file.name != "open"]
+    assert made.endswith(" bob 2")
+    assert httpx.get(links[1], timeout=60).status_code == 200  # the other half of the quota
+    third = ask(alice, prompt="a dog", response_format="url").json()["data"][0]["url"]
+    assert httpx.get(third.replace(first, second), timeout=60).status_code == 200
+    keys.write_text(yaml.safe_dump(entries[:1]))  # bob's key is revoked
+    for _ in range(100):
+        gone = httpx.get(links[0], timeout=60)
+        if gone.status_code != 200:
+            break
+        time.sleep(0.1)
+    assert (gone.status_code, gone.json()["error"]["code"]) == (404, "link_expired")
+    for name in ("links-a", "links-b"):
+        serve.delete(name)
 
 
 def appears(path: Path) -> bool:

@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,10 @@ from torch.nn import functional
 
 from paris_ray.artifacts import Folder
 from paris_ray.bundle import Bundle, load_bundle
-from paris_ray.config import LoRAConfig
+from paris_ray.config import ExpertConfig, LoRAConfig
 from paris_ray.models import EncodedText, Expert
 from paris_ray.models.layers import Linear, PatchEmbed, apply_linear
-from paris_ray.models.lora import Adapter, adapted_samples
+from paris_ray.models.lora import Adapter, LowRankUpdate, adapted_samples, attach_all
 from paris_ray.models.peft_layout import save_adapter
 from paris_ray.sampling import generate
 from paris_ray.sampling.calls import ROUTER, Call, ExpertCall, RouterCall
@@ -280,6 +280,59 @@ def test_a_model_whose_rows_depend_on_their_batch_is_found_out(
     monkeypatch.setattr(Expert, "forward", lambda self, *arguments: tried.append(arguments[0]))
     assert rows_are_independent(expert)
     assert not tried  # what is known of one is known of its like
+
+
+def test_parts_of_activations_that_threads_leave_over_are_found_out() -> None:
+    """Of three parts of a tensor the ends are no whole vectors; of two or four they are here."""
+    geometry = {"input_size": 8, "patch_size": 1, "in_channels": 4, "text_embed_dim": 32}
+    config = ExpertConfig(hidden_size=128, num_layers=1, num_heads=2, **geometry)
+    expert = Expert(config).requires_grad_(False)
+    batch = torch.full((16, 64, 512), 0.0)
+    numbers = torch.linspace(-6, 6, 1001).tolist()
+    found = {}
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        found[threads] = rows_are_independent(expert)
+        unequal = [
+            number
+            for number in numbers
+            if len(functional.gelu(batch.fill_(number), approximate="tanh").unique()) > 1
+        ]
+        assert found[threads] == (not unequal)
+    assert found[1]
+
+
+def test_masks_and_adapters_are_tried(
+    tiny_bundle: Bundle,
+    randomised: Callable[[nn.Module, int], nn.Module],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    expert = Expert(replace(tiny_bundle.expert(0).config, **MASKED)).requires_grad_(False)
+    assert rows_are_independent(randomised(expert, 0))
+    attend = functional.scaled_dot_product_attention
+    masks: list[Tensor | None] = []
+
+    def watched(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        masks.append(mask)
+        return attend(q, k, v, mask)
+
+    monkeypatch.setattr(functional, "scaled_dot_product_attention", watched)
+    adapter = randomised(Adapter.create(expert, LoRAConfig(r=2, lora_alpha=8), 0), 1)
+    mixed = attach_all(expert, {"a": adapter})
+    assert rows_are_independent(mixed)  # another kind: it is tried anew
+    assert any(mask is not None and not mask.all() for mask in masks)
+    update = LowRankUpdate.forward
+
+    def dependent(self: LowRankUpdate, x: Tensor, *rows: Any) -> Tensor:
+        return update(self, x, *rows) + 1e-3 * (len(x) > 1)
+
+    monkeypatch.setattr(LowRankUpdate, "forward", dependent)
+    config = LoRAConfig(r=3, lora_alpha=8)
+    other = attach_all(expert, {"b": randomised(Adapter.create(expert, config, 0), 1)})
+    assert not rows_are_independent(other)
+
+
+MASKED = {"text_injection": "cross_attention", "text_padding_mask": True}
 
 
 @torch.inference_mode()

@@ -175,6 +175,29 @@ def test_a_large_request_lets_small_ones_by() -> None:
     assert max(one.seconds for one in small) < large.seconds / 3
 
 
+def test_clients_get_equal_shares_however_many_requests_they_have() -> None:
+    simulation = Simulation(engine(max_batch_rows=2))
+    many = [request(simulation, 2, 20, client="many") for _ in range(10)]
+    one = request(simulation, 2, 20, client="one")
+    simulation.run()
+    assert one.seconds < 2.2 * 2 * 20  # half of the rows: as if there were one other picture each
+    assert min(asked.seconds for asked in many) > 2 * one.seconds
+
+
+def test_shares_are_of_rows() -> None:
+    """A guided call has two, so that the client of the other kind gets two for it."""
+    simulation = Simulation(
+        engine(max_batch_rows=1), seconds=lambda batch: 0.01 if batch.model == ROUTER else 1.0
+    )
+    guided = [Picture(30, lambda _: (0,), guided=True) for _ in range(9)]
+    dear = Request(simulation, guided, client="dear").start()
+    request(simulation, 9, 30, client="cheap")
+    simulation.run(until=60)
+    of_expert = [batch.waiting[0].picture for batch in simulation.batches if batch.model == 0]
+    theirs = [picture.ticket is dear.ticket for picture in of_expert]
+    assert 0.28 <= sum(theirs) / len(theirs) <= 0.38
+
+
 def busy(batch: Batch) -> float:
     return 0.02 + 0.005 * rows(batch)
 
@@ -265,6 +288,46 @@ def test_what_cannot_be_done_in_time_is_refused() -> None:
     assert 10 < refused.value.retry_after_s < 20
     assert refused.value.position == simulation.engine.num_waiting == 0
     assert request(simulation, 1, 10, timeout_s=80).ticket.is_open
+
+
+def test_the_speed_of_few_pictures_is_not_that_of_many() -> None:
+    """A batch takes a second whatever is in it, so sixteen pictures take no longer than one."""
+    simulation = Simulation(engine(max_batch_rows=16))
+    first = request(simulation, 1, 20)
+    simulation.run()
+    assert first.seconds == 40
+    burst = [request(simulation, 1, 20, timeout_s=60) for _ in range(16)]  # 40 s each, together
+    simulation.run()
+    assert all(one.seconds < 60 for one in burst)
+
+
+def test_once_many_were_drawn_their_speed_counts() -> None:
+    simulation = Simulation(engine(max_batch_rows=16), seconds=lambda batch: float(rows(batch)))
+    for _ in range(2):
+        for _ in range(16):
+            request(simulation, 1, 5)
+        simulation.run()
+    request(simulation, 15, 20)
+    with pytest.raises(QueueFullError, match="it would be done in"):
+        request(simulation, 1, 20, timeout_s=150)  # batches gain nothing: it takes 320 s at least
+
+
+def test_a_speed_of_long_ago_refuses_nobody() -> None:
+    slow = [True]
+    simulation = Simulation(engine(), seconds=lambda batch: 10.0 if slow else 0.1)
+    for _ in range(2):
+        request(simulation, 1, 5)
+    simulation.run()
+    slow.clear()
+    request(simulation, 1, 5)
+    with pytest.raises(QueueFullError):
+        request(simulation, 1, 5, timeout_s=50)
+    simulation.run()
+    simulation.now += 100
+    request(simulation, 1, 5)
+    asked = request(simulation, 1, 5, timeout_s=50)
+    simulation.run()
+    assert isinstance(asked.events[-1], Finished)
 
 
 def test_a_client_has_no_more_pictures_than_it_may() -> None:
@@ -388,6 +451,25 @@ def test_pictures_are_drawn_without_a_lost_expert() -> None:
     assert [samples.missing_experts for samples in finished.samples] == [(1,), (1,)]
     assert 20 <= asked.seconds <= 30  # not asked again for each step
     assert unconcerned.seconds < 10
+
+
+def test_what_hangs_is_asked_again_before_its_expert_is_lost() -> None:
+    limits = Limits(lost_after_s=20)
+    hung: list[Batch] = []
+
+    def seconds(batch: Batch) -> float:
+        if batch.model == 1 and not hung:
+            hung.append(batch)
+            return limits.call_timeout_s  # when whoever waits for it gives up
+        return 1.0
+
+    works = lambda batch, now: batch not in hung  # noqa: E731
+    simulation = Simulation(Engine(MODELS, limits), seconds=seconds, works=works)
+    asked = request(simulation, 1, 3, (0, 1))
+    simulation.run()
+    (finished,) = asked.events
+    assert isinstance(finished, Finished)
+    assert finished.samples[0].missing_experts == ()
 
 
 def test_a_request_may_forbid_to_be_drawn_without() -> None:
@@ -694,7 +776,7 @@ class AnyOrder(RuleBasedStateMachine):
 
     def queued(self) -> list[Any]:
         lanes = self.engine._lanes.values()
-        return [w for lane in lanes for queue in lane.waiting._queues.values() for w in queue]
+        return [waiting for lane in lanes for waiting in lane.waiting]
 
     @invariant()
     def every_request_is_told_its_end_once(self) -> None:

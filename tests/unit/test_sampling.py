@@ -1,8 +1,10 @@
 """Sampling: seeds, guidance, routing, and a second implementation in plain loops."""
 
 import math
+import threading
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import get_args
@@ -13,12 +15,13 @@ import torch
 from torch import Tensor
 
 from paris_ray.bundle import Bundle, load_bundle
-from paris_ray.config import SolverName, TimeGrid
+from paris_ray.config import ExpertConfig, SolverName, TimeGrid
 from paris_ray.diffusion import predict_velocity, router_logits, sampling_times
 from paris_ray.errors import ParisError, RoutingError
 from paris_ray.models import EncodedText, Expert, TextConditioning
 from paris_ray.sampling import generate
 from paris_ray.sampling.guidance import KeyedText, TextCache, guided_velocity
+from paris_ray.sampling.local import LocalModels
 from paris_ray.sampling.routing import Routing, parse_routing
 from paris_ray.sampling.sampler import (
     Samples,
@@ -389,7 +392,7 @@ def test_remembered_text_changes_no_bit(
     bundle = request.getfixturevalue(bundle_name)
     options = {"guidance_scale": 2.0, "num_inference_steps": 4, "routing": "full"}
     remembered = draw(bundle, PROMPTS, SEEDS, **options).latents
-    monkeypatch.setattr("paris_ray.sampling.local.TextCache", lambda: TextCache(max_bytes=0))
+    monkeypatch.setattr("paris_ray.sampling.local.TextCache", lambda _: TextCache(max_bytes=0))
     assert torch.equal(draw(bundle, PROMPTS, SEEDS, **options).latents, remembered)
 
 
@@ -442,6 +445,46 @@ def test_the_last_prompts_are_encoded_once(
     bundle.encode_text(["circle"])
     bundle.encode_text(["a red cat", "blue dog"])  # the first is kept, the second was forgotten
     assert seen == ["a red cat", "blue dog", "circle", "blue dog"]
+
+
+def test_a_known_text_is_found_while_another_is_encoded(release_bundle: Bundle) -> None:
+    expert = release_bundle.expert(0)
+    text = KeyedText.of(release_bundle.encode_text(PROMPTS))
+    known, new = (text.rows(torch.tensor([i])) for i in (0, 1))
+    cache, encoding, found = TextCache(), threading.Event(), threading.Event()
+    cache.encode(expert, known)
+
+    class Slow:
+        pos_embed = expert.pos_embed
+
+        def encode_text(self, text: TextConditioning) -> EncodedText:
+            encoding.set()
+            assert found.wait(60)
+            return expert.encode_text(text)
+
+    with ThreadPoolExecutor(1) as pool:
+        pending = pool.submit(cache.encode, Slow(), new)
+        assert encoding.wait(60)
+        with ThreadPoolExecutor(1) as other:
+            other.submit(cache.encode, expert, known).result(timeout=60)
+        found.set()
+        pending.result()
+
+
+@pytest.mark.parametrize("memory", [8 * 2**30, 2**40])
+def test_every_expert_has_room_for_texts(
+    release_bundle: Bundle, monkeypatch: pytest.MonkeyPatch, memory: int
+) -> None:
+    """Those of 64 pictures of the published experts, where there is memory for them."""
+    monkeypatch.setattr("paris_ray.sampling.local.memory_bytes", lambda _: memory)
+    caches = LocalModels(release_bundle)._texts
+    with torch.device("meta"):
+        expert = Expert(ExpertConfig.preset("XL/2"))
+        row = expert.encode_text(torch.zeros(1, 77, expert.config.text_embed_dim))
+    of_a_text = sum(layer.nbytes for layer in row.keys_values)
+    assert len(caches) == release_bundle.num_experts
+    assert sum(cache._max_bytes for cache in caches) <= memory / 4
+    assert (caches[0]._max_bytes > 65 * of_a_text) == (memory > 2**34)
 
 
 def test_keys_tell_texts_and_masks_apart(release_bundle: Bundle) -> None:

@@ -93,11 +93,17 @@ def test_config_file_holds_the_defaults_and_stays_on_loopback() -> None:
         {"sampler": {"num_replicas": 2, "max_replicas": 1}},
         {"expert": {"max_replicas": 3}, "experts": {"1": {"num_replicas": 4}}},
         {"scaling": {"period_s": 0}},
+        {"public_url": "https://pictures.example"},  # a proxy of this machine: needs keys
     ],
 )
 def test_builder_refuses_unknown_arguments(args: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
         AppArgs.model_validate(args)
+
+
+def test_a_public_url_needs_keys_or_is_this_machine() -> None:
+    AppArgs(public_url="https://pictures.example", api_key_file="keys.yaml")
+    assert AppArgs(public_url="http://localhost:9000").public_url == "http://localhost:9000"
 
 
 def test_builder_refuses_what_the_bundle_does_not_have(tiny_bundle_path: Path) -> None:

@@ -256,3 +256,23 @@ def test_a_version_is_all_but_the_device(tiny_bundle_path: Any) -> None:
     with_lora = source._replace(loras=(lora,))
     assert with_lora.of_expert(INDEX).version == with_lora.version
     assert with_lora.of_expert(INDEX + 1).version == source.version
+
+
+def test_one_bad_question_does_not_cost_the_others_their_answers(
+    tiny_bundle: Bundle, new_server: Callable[[], ExpertServer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = new_server()
+    compute = server._models.answer
+    calls = calls_of(tiny_bundle, ["a cat", "a dog", "red", "green"])
+
+    def answer(asked: Sequence[ExpertCall]) -> list[torch.Tensor]:
+        if any(call.text.keys == calls[2].text.keys for call in asked):
+            raise RuntimeError("bad")
+        return compute(asked)
+
+    sizes = watch(server, monkeypatch, answer)
+    answers = asyncio.run(all_of([ExpertClient(Handle(server)).ask([call]) for call in calls]))
+    assert isinstance(answers.pop(2), RuntimeError)
+    for call, (given,) in zip([*calls[:2], calls[3]], answers, strict=True):
+        assert torch.equal(given, answer_alone(LocalModels(tiny_bundle), call))
+    assert max(sizes) > 1

@@ -4,7 +4,7 @@ import asyncio
 import json
 import math
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -379,6 +379,8 @@ def test_configured_origins_may_use_the_api(keyed: Callable[..., Gate]) -> None:
     refused = ask(app, scope_of(headers=[(b"origin", b"https://a.example")]))
     assert refused.status == 401
     assert refused.headers["access-control-allow-origin"] == "https://a.example"
+    assert refused.headers["access-control-expose-headers"] == "*"  # X-Paris-Seed, Retry-After ...
+    assert "access-control-allow-credentials" not in refused.headers  # with them * is no wildcard
     other = ask(app, preflight(b"https://b.example"))
     assert (other.status, other.error["type"]) == (400, "invalid_request_error")
     assert "access-control-allow-origin" not in other.headers
@@ -542,33 +544,43 @@ def test_ray_is_given_the_edge(monkeypatch: pytest.MonkeyPatch) -> None:
     assert config.http_protocol_class is Connection
 
 
-SAFE = Frontage(host="127.0.0.1", direct=False, has_edge=True)
+def frontage(**changes: Any) -> Frontage:
+    """Return that of a start that is allowed, but for some changes."""
+    safe = Frontage(host="127.0.0.1", direct=False, has_edge=True, request_timeout_s=120)
+    return replace(safe, **changes)
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1", "localhost"])
 def test_a_keyless_start_on_loopback(host: str) -> None:
-    Frontage(host=host, direct=False, has_edge=True).check(keyless=True)
+    frontage(host=host).check(keyless=True, timeout_s=110)
 
 
 @pytest.mark.parametrize(
-    ("frontage", "named"),
+    ("changes", "named"),
     [
-        (Frontage(host="0.0.0.0", direct=False, has_edge=True), "http_options.host='0.0.0.0'"),
-        (Frontage(host="192.0.2.1", direct=False, has_edge=True), "api_key_file"),
-        (Frontage(host=None, direct=False, has_edge=True), "http_options.host=None"),
-        (Frontage(host="127.0.0.1", direct=True, has_edge=True), "RAY_SERVE_ENABLE_HA_PROXY"),
-        (Frontage(host="127.0.0.1", direct=False, has_edge=False), "serve.gate:edge"),
+        ({"host": "0.0.0.0"}, "http_options.host='0.0.0.0'"),
+        ({"host": "192.0.2.1"}, "api_key_file"),
+        ({"host": None}, "http_options.host=None"),
+        ({"direct": True}, "RAY_SERVE_ENABLE_HA_PROXY"),
+        ({"has_edge": False}, "serve.gate:edge"),
     ],
 )
-def test_a_keyless_start_elsewhere_is_refused(frontage: Frontage, named: str) -> None:
+def test_a_keyless_start_elsewhere_is_refused(changes: dict[str, Any], named: str) -> None:
     with pytest.raises(ConfigError, match=named):
-        frontage.check(keyless=True)
+        frontage(**changes).check(keyless=True, timeout_s=110)
 
 
 def test_a_start_with_keys() -> None:
-    Frontage(host="0.0.0.0", direct=False, has_edge=True).check(keyless=False)
-    Frontage(host="0.0.0.0", direct=True, has_edge=True).check(keyless=False)
+    frontage(host="0.0.0.0").check(keyless=False, timeout_s=110)
+    frontage(host="0.0.0.0", direct=True).check(keyless=False, timeout_s=110)
     with pytest.raises(ConfigError, match=r"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=serve\.gate"):
-        Frontage(host="0.0.0.0", direct=False, has_edge=False).check(keyless=False)
+        frontage(host="0.0.0.0", has_edge=False).check(keyless=False, timeout_s=110)
     with pytest.raises(ConfigError, match=r"serve\.gate:edge"):
-        Frontage(host="0.0.0.0", direct=True, has_edge=False).check(keyless=False)
+        frontage(host="0.0.0.0", direct=True, has_edge=False).check(keyless=False, timeout_s=110)
+
+
+@pytest.mark.parametrize("limit_s", [110, 60])
+def test_ray_may_not_give_requests_up_first(limit_s: float) -> None:
+    with pytest.raises(ConfigError, match=rf"timeout_s=110 .*request_timeout_s={limit_s}"):
+        frontage(request_timeout_s=limit_s).check(keyless=False, timeout_s=110)
+    frontage(request_timeout_s=None).check(keyless=False, timeout_s=1e6)

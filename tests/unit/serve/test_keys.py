@@ -12,11 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from starlette.requests import HTTPConnection
 
+from paris_ray.api_keys import Quotas, digest_of
 from paris_ray.errors import ConfigError
 from serve import keys
 from serve.access import Access
 from serve.errors import ApiError
-from serve.keys import Client, KeyRing, Quotas, TokenBucket, digest_of
+from serve.keys import LOCAL, Client, KeyRing, TokenBucket
+from serve.schemas import ErrorDetail
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 
@@ -214,12 +216,20 @@ def test_a_key_that_would_break_the_file_is_not_made(tmp_path: Path) -> None:
     path = tmp_path / "keys.yaml"
     assert new_key("alice", "--file", str(path)).returncode == 0
     before = path.read_text()
-    for arguments in (["alice"], ["a b"], ["-x"], ["bob", "--concurrent-pictures", "0"]):
+    for arguments, named in (
+        (["alice"], "'alice' is there twice"),
+        (["a b"], "NAME='a b' is not allowed"),
+        (["-x"], "NAME"),
+        (["bob", "--concurrent-pictures", "0"], "--concurrent-pictures=0 is not allowed"),
+    ):
         refused = new_key(*arguments, "--file", str(path))
         assert refused.returncode == 2, arguments
+        assert named in refused.stderr
         assert "Traceback" not in refused.stderr
         assert not refused.stdout
     assert path.read_text() == before
+    path.write_text(before + "- {name: carol, sha256: abc}\n")  # the server would not read it
+    assert "sha256" in new_key("bob", "--file", str(path)).stderr
     (tmp_path / "json.yaml").write_text('[{"name": "x"}]')
     assert new_key("bob", "--file", str(tmp_path / "json.yaml")).returncode == 2
     assert new_key("bob", "--file", str(tmp_path / "key.txt")).returncode == 2
@@ -234,3 +244,34 @@ def test_steps_of_pictures_are_counted_apart_from_requests(tmp_path: Path) -> No
     assert [ring.wait_for_steps_s(client, steps) for steps in (60, 60, 40)] == [0, 12, 0]
     assert ring.wait_for_steps_s(client, 101) == math.inf
     assert ring.wait_for_steps_s(Client("nobody"), 10**9) == 0
+
+
+def test_steps_of_what_is_refused_or_fails_are_not_counted(tmp_path: Path) -> None:
+    quotas = {"picture_steps_per_minute": 100}
+    access = Access(str(write(tmp_path / "keys.yaml", entry("bob", "b", quotas=quotas))))
+    client = access.client_named("bob")
+    assert client is not None
+
+    def draw(steps: int, status: int = 200) -> int:
+        try:
+            with access.counting(client, steps):
+                if status != 200:
+                    raise ApiError(status, ErrorDetail(message="", type=""))
+        except ApiError as error:
+            return error.status
+        return 200
+
+    assert [draw(90, status) for status in (429, 500, 503)] == [429, 500, 503]
+    assert draw(50) == 200
+    assert draw(40, 499) == 499  # who cancels has had the work
+    assert draw(11) == 429
+    assert draw(9, 429) == 429  # nothing that was not taken is given back
+    assert [draw(9), draw(9)] == [200, 429]
+
+
+def test_clients_by_name(tmp_path: Path) -> None:
+    access = Access(str(write(tmp_path / "keys.yaml", entry("bob", "b", role="admin"))))
+    assert access.client_named("bob") == Client("bob", "admin")
+    assert access.client_named("local") is None
+    assert Access(None).client_named("local") == LOCAL
+    assert Access(None).client_named("bob") is None

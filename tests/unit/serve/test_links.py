@@ -1,5 +1,7 @@
 """Links: signed, expiring, opaque; and a bounded memory of files."""
 
+import asyncio
+
 import pytest
 from cryptography.fernet import Fernet
 
@@ -61,16 +63,60 @@ def test_a_link_does_not_show_the_prompt_and_fits_into_a_path() -> None:
     assert len(Links(SECRET).sign(longest)) < 8000  # what proxies take as a path
 
 
+def kept(files: FileCache, *names: str) -> list[bytes | None]:
+    return [files._files.get(name) for name in names]
+
+
 def test_the_memory_of_files_is_bounded() -> None:
     files = FileCache(max_bytes=10)
     files.put("a", b"1234")
     files.put("b", b"1234")
-    assert (files.get("a"), files.get("b"), files.get("c")) == (b"1234", b"1234", None)
+    assert kept(files, "a", "b", "c") == [b"1234", b"1234", None]
     files.put("c", b"1234")
-    assert (files.get("a"), files.get("c")) == (None, b"1234")
+    assert kept(files, "a", "c") == [None, b"1234"]
     files.put("c", b"12345")
-    assert (files.get("b"), files.get("c")) == (b"1234", b"12345")
+    assert kept(files, "b", "c") == [b"1234", b"12345"]
     files.put("d", b"12345678901")
-    assert [files.get(name) for name in "bcd"] == [None, None, None]
+    assert kept(files, "b", "c", "d") == [None, None, None]
     files.put("e", b"1234567890")
-    assert files.get("e") == b"1234567890"
+    assert kept(files, "e") == [b"1234567890"]
+
+
+def test_a_file_is_made_once_for_all_who_ask_meanwhile() -> None:
+    files, made, ready = FileCache(), [], asyncio.Event()
+
+    async def make() -> bytes:
+        made.append(1)
+        await ready.wait()
+        return b"file"
+
+    async def ask() -> None:
+        asked = [asyncio.create_task(files.fetch("a", make)) for _ in range(5)]
+        await asyncio.sleep(0)
+        asked[0].cancel()  # the first hangs up: the others get it all the same
+        await asyncio.sleep(0)
+        ready.set()
+        got = await asyncio.gather(*asked, return_exceptions=True)
+        assert isinstance(got[0], asyncio.CancelledError)
+        assert got[1:] == [b"file"] * 4
+        assert await files.fetch("a", make) == b"file"
+
+    asyncio.run(ask())
+    assert made == [1]
+
+
+def test_what_cannot_be_made_is_tried_again() -> None:
+    files, answers = FileCache(), iter([ValueError("no room"), b"file"])
+
+    async def make() -> bytes:
+        answer = next(answers)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    async def ask() -> None:
+        with pytest.raises(ValueError, match="no room"):
+            await files.fetch("a", make)
+        assert await files.fetch("a", make) == b"file"
+
+    asyncio.run(ask())

@@ -74,9 +74,9 @@ def frequent_words(words: Counter[str], count: int) -> list[tuple[str, int]]:
 def telling_words(
     clusters: Sequence[Counter[str]], sizes: Sequence[int], count: int
 ) -> list[list[str]]:
-    """Return for each cluster the words that its captions have more often than all others do.
+    """Return for each cluster the words that its captions have much more often than others do.
 
-    The first are those of which the share of captions differs most.
+    Twice as often at least; the first are those of which the share of captions differs most.
 
     Args:
         clusters: In how many captions each word is, by cluster.
@@ -86,14 +86,15 @@ def telling_words(
     everywhere = sum(clusters, Counter[str]())
     total = sum(sizes)
 
-    def excess(word: str, k: int) -> float:
-        elsewhere = (everywhere[word] - clusters[k][word]) / max(1, total - sizes[k])
-        return clusters[k][word] / sizes[k] - elsewhere
-
     found = []
-    for k, words in enumerate(clusters):
-        ranked = sorted((-excess(word, k), word) for word in words)
-        found.append([word for difference, word in ranked[:count] if difference < 0])
+    for words, size in zip(clusters, sizes, strict=True):
+        ranked = []
+        for word, times in words.items():
+            share = times / size
+            elsewhere = (everywhere[word] - times) / max(1, total - size)
+            if share >= 2 * elsewhere:
+                ranked.append((elsewhere - share, word))
+        found.append([word for _, word in sorted(ranked)[:count]])
     return found
 
 

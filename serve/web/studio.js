@@ -285,14 +285,14 @@ function changed(part) {
 }
 
 /** Say how a job ended. */
-function outcome({ parts }) {
+function outcome({ parts, pictures }) {
   const failed = parts.find(({ state }) => state === "failed");
   if (failed) return failed.message;
   const cancelled = parts.filter(({ state }) => state === "cancelled");
   if (parts.length === 1 && cancelled.length) return cancelled[0].message;
   const seconds = Math.max(...parts.map((part) => part.elapsedS)).toFixed(1);
-  const count = parts.length - cancelled.length;
-  if (cancelled.length) return `Cancelled; ${count} of ${parts.length} were finished.`;
+  const count = pictures.filter(({ record }) => record).length;
+  if (cancelled.length) return `Cancelled; ${count} of ${pictures.length} pictures were finished.`;
   return count === 1 ? `Drawn in ${seconds} s.` : `Drawn ${count} pictures.`;
 }
 

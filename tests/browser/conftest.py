@@ -1,6 +1,7 @@
 """A Serve of its own from the project's config file, and a real browser."""
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -141,19 +142,22 @@ def browser() -> Iterator["sync_api.Browser"]:
 def open_page(browser: "sync_api.Browser", url: str) -> Iterator[Callable[..., "sync_api.Page"]]:
     """A function that opens the studio in a browser profile of its own; errors fail the test.
 
-    A browser reports each refused request as an error too; tests of refusals name `expected`.
+    A browser reports each refused request as an error too: `expected` is a pattern of those.
     """
     contexts, problems = [], []
 
-    def open_studio(place: str = "/", expected: str = "\0", **options: object) -> "sync_api.Page":
+    def tell(message: str, expected: str | None) -> None:
+        if expected is None or not re.search(expected, message):
+            problems.append(message)
+
+    def open_studio(
+        place: str = "/", expected: str | None = None, **options: object
+    ) -> "sync_api.Page":
         contexts.append(browser.new_context(**options))
         page = contexts[-1].new_page()
         page.set_default_timeout(60_000)
         page.on("pageerror", lambda error: problems.append(str(error)))
-        page.on(
-            "console",
-            lambda message: expected in message.text or problems.append(message.text),
-        )
+        page.on("console", lambda message: tell(message.text, expected))
         page.goto(url + place)
         return page
 

@@ -6,6 +6,8 @@ const AT_A_TIME = 4; // browsers keep six connections to a server; cancelling ne
 const MAX_UNAVAILABLE = 5; // how often a server that is being replaced is asked again
 const UNFINISHED = ["waiting", "drawing"];
 
+const sum = (numbers) => numbers.reduce((total, number) => total + number, 0);
+
 /** One request: `n` pictures of one prompt by the same experts. */
 export class Part {
   state = "waiting"; // drawing, done, failed, cancelled
@@ -100,6 +102,44 @@ export class Picture {
 
   constructor(part, index) {
     Object.assign(this, { part, index });
+  }
+}
+
+/** One drawing of the form: parts in titled groups, of which each is a request. */
+export class Job {
+  constructor(groups) {
+    this.groups = groups;
+    this.parts = groups.flatMap(({ parts }) => parts);
+    this.prompt = this.parts[0].body.prompt;
+    for (const part of this.parts) part.job = this;
+  }
+
+  get pictures() {
+    return this.parts.flatMap((part) => part.pictures);
+  }
+
+  get unfinished() {
+    return this.parts.filter((part) => part.isUnfinished);
+  }
+
+  /** Return what is done of it, between 0 and 1; null where nobody knows yet. */
+  get progress() {
+    if (this.parts.every((part) => part.numSteps === null)) return null;
+    const shares = this.parts.map((part) =>
+      part.isUnfinished ? part.step / (part.numSteps ?? 1) : 1);
+    return sum(shares) / shares.length;
+  }
+
+  /** Say how far it is. */
+  get progressInWords() {
+    const waits = this.parts.find((part) => part.state === "waiting" && part.message);
+    if (waits) return waits.message;
+    const seconds = `${Math.max(...this.parts.map((part) => part.elapsedS)).toFixed(0)} s`;
+    const done = this.parts.length - this.unfinished.length;
+    if (this.parts.length > 1) return `${done} of ${this.parts.length} pictures, ${seconds}`;
+    const [{ state, step, numSteps }] = this.parts;
+    if (state === "waiting") return "Waits for its turn";
+    return numSteps === null ? `Begins, ${seconds}` : `Step ${step} of ${numSteps}, ${seconds}`;
   }
 }
 

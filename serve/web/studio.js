@@ -2,18 +2,17 @@
 
 import { Api, ApiError } from "./api.js";
 import { Form } from "./form.js";
-import { Part, Queue } from "./queue.js";
-import { button, element, Experts, facts, Frame, items, notes } from "./views.js";
+import { Job, Part, Queue } from "./queue.js";
+import { Progress, Stage } from "./stage.js";
+import { button, element, Experts, intoView, items } from "./views.js";
 
 const NARROW = matchMedia("(max-width: 48rem)");
-const CALM = matchMedia("(prefers-reduced-motion: reduce)");
 const SLOW_S = 10; // after it, the page says that it is still at work
 const TICK_MS = 500;
 const SAMPLING = ["num_inference_steps", "solver", "time_grid", "guidance_scale", "routing", "lora",
   "allowed_experts"];
 
 const $ = (id) => document.getElementById(id);
-const sum = (numbers) => numbers.reduce((total, number) => total + number, 0);
 
 const api = new Api();
 const form = new Form($("form"));
@@ -22,206 +21,38 @@ let model = null;
 let experts = null;
 let stage = null;
 
-/** One drawing of the form: parts in titled groups, of which each is a request. */
-class Job {
-  constructor(groups) {
-    this.groups = groups;
-    this.parts = groups.flatMap(({ parts }) => parts);
-    this.prompt = this.parts[0].body.prompt;
-    for (const part of this.parts) part.job = this;
-  }
-
-  get pictures() {
-    return this.parts.flatMap((part) => part.pictures);
-  }
-
-  get unfinished() {
-    return this.parts.filter((part) => part.isUnfinished);
-  }
-
-  /** Return what is done of it, between 0 and 1; null where nobody knows yet. */
-  get progress() {
-    if (this.parts.every((part) => part.numSteps === null)) return null;
-    return sum(this.parts.map((part) => (part.isUnfinished ? part.step / (part.numSteps ?? 1) : 1)))
-      / this.parts.length;
-  }
-
-  /** Say how far it is. */
-  get progressInWords() {
-    const waits = this.parts.find((part) => part.state === "waiting" && part.message);
-    if (waits) return waits.message;
-    const seconds = `${Math.max(...this.parts.map((part) => part.elapsedS)).toFixed(0)} s`;
-    const done = this.parts.length - this.unfinished.length;
-    if (this.parts.length > 1) return `${done} of ${this.parts.length} pictures, ${seconds}`;
-    const [{ state, step, numSteps }] = this.parts;
-    if (state === "waiting") return "Waits for its turn";
-    return numSteps === null ? `Begins, ${seconds}` : `Step ${step} of ${numSteps}, ${seconds}`;
-  }
-}
-
-/** What shows the progress of a job and cancels it. */
-class Progress {
-  node = element("div", { className: "progress" });
-  #bar = element("progress", { max: 1, aria: { label: "Progress" } });
-  #text = element("span");
-
-  constructor(job) {
-    this.job = job;
-    this.node.append(this.#bar, element("div", { className: "buttons" }, this.#text,
-      button("Cancel", () => cancel(job.unfinished), { className: "quiet" })));
-  }
-
-  update() {
-    this.node.hidden = this.job.unfinished.length === 0;
-    if (this.job.progress === null) this.#bar.removeAttribute("value");
-    else this.#bar.value = this.job.progress;
-    this.#text.textContent = this.job.progressInWords;
-  }
-}
-
-/** The job that is looked at: its pictures side by side, and one of them with all that is known. */
-class Stage {
-  #tiles = new Map();
-  #frame = new Frame();
-  #details = element("div", { className: "details" });
-  #known = null; // what the details tell
-  #view = null;
-  #timeline = element("div");
-
-  constructor(job, picture) {
-    Object.assign(this, { job, progress: new Progress(job) });
-    const many = job.pictures.length > 1 ? job.groups.map((group) => this.#group(group)) : [];
-    this.#view = element("div", { className: "view" }, this.#frame.node, this.#details);
-    $("job").replaceChildren(element("h2", { textContent: job.prompt }), this.progress.node,
-      this.#view, this.#timeline, ...many);
-    $("job").hidden = false;
-    $("welcome").hidden = true;
-    job.parts.forEach((part) => this.#updateTiles(part));
-    this.select(picture);
-  }
-
-  select(picture) {
-    this.selected = picture;
-    for (const [other, { node }] of this.#tiles) node.setAttribute("aria-pressed", other === picture);
-    for (const [other, node] of gallery) node.setAttribute("aria-pressed", other === picture);
-    this.#frame.update(picture, this.job.prompt);
-    this.#showDetails();
-    this.progress.update();
-  }
-
-  update(part) {
-    if (part.job !== this.job) return;
-    this.#updateTiles(part);
-    this.progress.update();
-    if (this.selected.part !== part) return;
-    this.#frame.update(this.selected, this.job.prompt);
-    this.#showDetails();
-  }
-
-  #group({ title, parts }) {
-    const tiles = parts.flatMap((part) => part.pictures.map((picture) => this.#tile(picture)));
-    return element("section", {}, ...(title ? [element("h3", { textContent: title })] : []),
-      element("div", { className: "tiles" }, ...tiles));
-  }
-
-  #tile(picture) {
-    const frame = new Frame(), label = element("span"), bar = element("span");
-    const node = element("button", { type: "button", className: "tile", title: picture.part.label,
-      onclick: () => { this.select(picture); intoView(this.#view, "nearest"); } }, frame.node, bar, label);
-    this.#tiles.set(picture, { node, frame, label, bar });
-    return node;
-  }
-
-  #updateTiles(part) {
-    for (const picture of part.pictures) {
-      const tile = this.#tiles.get(picture);
-      if (!tile) continue;
-      tile.frame.update(picture, "");
-      tile.label.textContent = part.shortLabel || nameOf(picture);
-      if (picture.record) tile.bar.replaceChildren(experts.bar(picture.record.experts[0]));
-    }
-  }
-
-  /** Show what is known of the selected picture; only when that changes, since focus may be there. */
-  #showDetails() {
-    const { part, record } = this.selected;
-    const known = record ? this.selected : `${part.state} ${part.message}`;
-    if (known === this.#known) return;
-    this.#known = known;
-    this.#timeline.replaceChildren(...(record ? [experts.timeline(record)] : []));
-    if (record) this.#details.replaceChildren(...finished(this.selected));
-    else if (part.isUnfinished) this.#details.replaceChildren();
-    else this.#details.replaceChildren(...unfinished(part));
-  }
-}
-
-function finished(picture) {
-  const { record, part } = picture;
-  return [
-    ...(part.label ? [element("h3", { textContent: part.label })] : []),
-    facts(record), ...notes(record),
-    element("section", { aria: { label: "Download" } }, element("div", { className: "buttons" },
-      download("Download picture", picture.src, `${fileName(record)}.${picture.format}`),
-      download("Download record", `data:application/json,${encodeURIComponent(JSON.stringify(record, null, 1))}`,
-        `${fileName(record)}.json`))),
-    element("section", { aria: { label: "Use again" } }, element("h3", { textContent: "Use again" }),
-      element("div", { className: "buttons" },
-        button("All settings", () => recallAll(record, part.body)),
-        button("Only the seed", () => recall({ seed: record.seed }, "seed", "The seed")),
-        button("Only the experts", () => recallExperts(record)))),
-  ];
-}
-
-function unfinished(part) {
-  const again = () => queue.add(part.job.parts.filter(({ state }) => state === part.state));
-  return [
-    element("p", { className: part.state === "failed" ? "error" : "", textContent: part.message }),
-    element("div", { className: "buttons" }, button("Try again", again)),
-  ];
-}
-
-function download(textContent, href, name) {
-  return element("a", { textContent, href, download: name, className: "button" });
-}
-
-function fileName({ model: name, prompt, seed }) {
-  const words = prompt.toLowerCase().match(/[\p{L}\p{N}]+/gu) ?? [];
-  return [name, ...words.slice(0, 8), seed].join("-");
-}
-
-function nameOf({ record, index, part }) {
-  const seed = record?.seed ?? (part.body.seed === undefined ? null : part.body.seed + index);
-  return seed === null ? `Picture ${index + 1}` : `Seed ${seed}`;
-}
-
 /* -- Using a picture again ------------------------------------------------------------------- */
 
-function recall(values, field, what) {
-  form.set(values);
-  say(`${what} of the picture ${what.endsWith("s") ? "are" : "is"} in the form.`);
-  const target = form.node.elements[field].focus ? form.node.elements[field] : form.node.elements[field][0];
-  target.closest("details")?.setAttribute("open", "");
-  target.focus();
-}
+/** Ways to put settings of a picture into the form. */
+const recall = {
+  all(record, { size = null, output_format = null } = {}) {
+    const sampling = Object.fromEntries(SAMPLING.map((name) => [name, record[name] ?? null]));
+    form.set({ prompt: record.prompt, seed: record.seed, n: null, quality: null, size,
+      output_format, ...sampling });
+    goTo("prompt", "All settings of the picture are in the form.");
+  },
+  seed({ seed }) {
+    form.set({ seed });
+    goTo("seed", "The seed of the picture is in the form.");
+  },
+  /** Let those draw that drew it, as many at each step as then. */
+  experts({ routing, experts: [means] }) {
+    form.set({ routing, allowed_experts: experts.numbers.filter((k) => means[k] > 0) });
+    goTo("routing", "The experts of the picture are in the form.");
+  },
+};
 
-function recallAll(record, { size = null, output_format = null } = {}) {
-  const sampling = Object.fromEntries(SAMPLING.map((name) => [name, record[name] ?? null]));
-  const { prompt, seed } = record;
-  recall({ prompt, seed, n: null, quality: null, size, output_format, ...sampling }, "prompt",
-    "All settings");
-}
-
-/** Let those draw that drew a picture, as many at each step as then. */
-function recallExperts({ routing, experts: [means] }) {
-  const drew = experts.numbers.filter((k) => means[k] > 0);
-  recall({ routing, allowed_experts: drew }, "routing", "The experts");
+function goTo(id, message) {
+  $(id).closest("details")?.setAttribute("open", "");
+  $(id).focus();
+  say(message);
 }
 
 async function recallFile(file) {
   try {
     const { sampling, size, ...record } = await api.provenance(file);
     const isNative = size === model.paris.picture_size;
-    recallAll({ ...record, ...sampling }, { size: isNative ? null : `${size}x${size}` });
+    recall.all({ ...record, ...sampling }, { size: isNative ? null : `${size}x${size}` });
     if (record.model !== model.id) say(`The file was drawn by another model, ${record.model}.`);
   } catch (error) {
     complain(error);
@@ -263,10 +94,20 @@ function compare() {
 function start(groups) {
   const job = new Job(groups);
   form.remember(job.prompt);
-  stage = new Stage(job, job.pictures[0]);
+  look(job, job.pictures[0]);
   say("Drawing ...");
   queue.add(job.parts);
   if (NARROW.matches) intoView($("stage"), "start");
+}
+
+/** Show a job, and one of its pictures. */
+function look(job, picture) {
+  stage = new Stage(job, picture, experts, { cancel, recall, selected,
+    drawAgain: (parts) => queue.add(parts) });
+}
+
+function selected(picture) {
+  for (const [other, node] of gallery) node.setAttribute("aria-pressed", other === picture);
 }
 
 function cancel(parts) {
@@ -303,8 +144,8 @@ const gallery = new Map(); // buttons, by picture
 
 function showQueue(job) {
   if (!entries.has(job)) {
-    const progress = new Progress(job);
-    const title = button(job.prompt, () => { stage = new Stage(job, job.pictures[0]); },
+    const progress = new Progress(job, { cancel });
+    const title = button(job.prompt, () => look(job, job.pictures[0]),
       { className: "quiet clip" });
     entries.set(job, { progress, node: element("li", {}, title, progress.node) });
     $("queue").querySelector("ul").append(entries.get(job).node);
@@ -322,7 +163,7 @@ function addToGallery(picture) {
   const alt = `${record.prompt}, seed ${record.seed}${part.label ? `, ${part.label}` : ""}`;
   const node = element("button", { type: "button", className: "small", title: alt,
     aria: { pressed: picture === stage.selected },
-    onclick: () => { stage = new Stage(part.job, picture); say(alt); } },
+    onclick: () => { look(part.job, picture); say(alt); } },
     element("span", { className: "picture" }, element("img", { src, alt })));
   gallery.set(picture, node);
   $("gallery").querySelector("ul").prepend(element("li", {}, node));
@@ -341,10 +182,6 @@ function tick() {
 }
 
 /* -- The page -------------------------------------------------------------------------------- */
-
-function intoView(node, block) {
-  node.scrollIntoView({ block, behavior: CALM.matches ? "auto" : "smooth" });
-}
 
 function say(message) {
   $("status").textContent = message;

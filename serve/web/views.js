@@ -19,6 +19,12 @@ export function items(nodes) {
   return nodes.map((node) => element("li", {}, node));
 }
 
+/** Scroll a node into view, gently unless the reader wants none of that. */
+export function intoView(node, block) {
+  const calm = matchMedia("(prefers-reduced-motion: reduce)").matches;
+  node.scrollIntoView({ block, behavior: calm ? "auto" : "smooth" });
+}
+
 const percent = (share) => `${Math.round(100 * share)} %`;
 
 /** The experts of the model, as the server tells of them. */

@@ -45,7 +45,8 @@ def draw(page: "sync_api.Page", prompt: str = "a red cat", **fields: object) -> 
 
 def slow() -> dict[str, object]:
     """The fields of a request that takes a while, even of a tiny model."""
-    return {"n": 4, "num_inference_steps": 100, "solver": "heun"}
+    steps = {"num_inference_steps": 100, "solver": "heun", "guidance_scale": 2}
+    return {"n": 4, "routing": "full", **steps}
 
 
 def status(page: "sync_api.Page", text: str | re.Pattern[str]) -> "sync_api.Locator":
@@ -315,7 +316,7 @@ def test_a_full_server_is_asked_again(open_page: Open) -> None:
     refused: list[int] = []
     page.on("response", lambda response: response.status == 429 and refused.append(429))
     for n in (4, 8, 4):  # the server draws 4 pictures, and 8 wait
-        draw(page, n=n, num_inference_steps=100, solver="heun")
+        draw(page, **slow() | {"n": n})
     page.get_by_text(
         re.compile(
             r"The server is busy: \d pictures wait already. Asking again in "

@@ -4,9 +4,13 @@ import base64
 import io
 import json
 import re
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
+import httpx
 import numpy as np
 import pytest
 import torch
@@ -26,6 +30,8 @@ Open = Callable[..., "sync_api.Page"]
 DRAWING = "**/v1/images/generations"
 NUM_EXPERTS = 3
 KEY = "s3cret"
+# What a browser reports of requests that are cancelled, begun or not, or refused for a while.
+CANCELLED = "status of (404|429|499)"
 
 
 def draw(page: "sync_api.Page", prompt: str = "a red cat", **fields: object) -> None:
@@ -46,7 +52,7 @@ def draw(page: "sync_api.Page", prompt: str = "a red cat", **fields: object) -> 
 def slow() -> dict[str, object]:
     """The fields of a request that takes a while, even of a tiny model."""
     steps = {"num_inference_steps": 100, "solver": "heun", "guidance_scale": 2}
-    return {"n": 4, "routing": "full", **steps}
+    return {"n": 10, "routing": "full", **steps}
 
 
 def status(page: "sync_api.Page", text: str | re.Pattern[str]) -> "sync_api.Locator":
@@ -162,6 +168,7 @@ def test_one_seed_by_each_choice_of_experts(open_page: Open, bundle_path: Path) 
 
 def test_an_adapter(open_page: Open) -> None:
     page = open_page()
+    status(page, "Ready.")
     assert page.get_by_label("Adapter").locator("option").all_inner_texts() == [
         "none",
         "mine (expert 1)",
@@ -278,7 +285,7 @@ def test_a_file_without_a_record_is_refused(open_page: Open, tmp_path: Path) -> 
 
 
 def test_cancel_one(open_page: Open) -> None:
-    page = open_page(expected="status of (404|499)")  # whether it had begun or not
+    page = open_page(expected=CANCELLED)
     draw(page, **slow())
     page.get_by_role("button", name="Cancel", exact=True).first.click()
     status(page, re.compile(r"Cancelled( after step \d+)?\."))
@@ -288,7 +295,7 @@ def test_cancel_one(open_page: Open) -> None:
 
 
 def test_cancel_says_after_which_step(open_page: Open) -> None:
-    page = open_page(expected="status of 499")
+    page = open_page(expected=CANCELLED)
     draw(page, **slow())
     page.locator("#job .view img").wait_for()  # an unfinished picture: it has begun
     page.get_by_role("button", name="Cancel", exact=True).first.click()
@@ -297,7 +304,7 @@ def test_cancel_says_after_which_step(open_page: Open) -> None:
 
 
 def test_cancel_all(open_page: Open) -> None:
-    page = open_page(expected="status of (404|499)")  # whether it had begun or not
+    page = open_page(expected=CANCELLED)
     for prompt in ("a red cat", "a blue dog"):
         draw(page, prompt, **slow())
     page.get_by_label("Prompt", exact=True).fill("a circle")
@@ -311,21 +318,34 @@ def test_cancel_all(open_page: Open) -> None:
     page.get_by_role("button", name="a green square, seed 1").wait_for()
 
 
-def test_a_full_server_is_asked_again(open_page: Open) -> None:
+@contextmanager
+def crowd(url: str) -> Iterator[None]:
+    """Keep the server full of another client's pictures."""
+    body = slow() | {"prompt": "a dog"}
+    over = threading.Event()
+
+    def ask() -> None:
+        while not over.is_set():
+            httpx.post(f"{url}/v1/images/generations", json=body, timeout=120)
+
+    with ThreadPoolExecutor(2) as pool:
+        asking = [pool.submit(ask) for _ in range(2)]
+        try:
+            yield
+        finally:
+            over.set()
+        for future in asking:
+            future.result()
+
+
+def test_a_full_server_is_asked_again(open_page: Open, url: str) -> None:
     page = open_page(expected="status of 429")
-    refused: list[int] = []
-    page.on("response", lambda response: response.status == 429 and refused.append(429))
-    for n in (4, 8, 4):  # the server draws 4 pictures, and 8 wait
-        draw(page, **slow() | {"n": n})
-    page.get_by_text(
-        re.compile(
-            r"The server is busy: \d pictures wait already. Asking again in "
-            r"\d+ s"
-        )
-    ).first.wait_for()
-    page.get_by_role("region", name="Queue").wait_for(state="hidden", timeout=120_000)
-    assert page.locator("#gallery li").count() == 16
-    assert refused
+    status(page, "Ready.")
+    with crowd(url):
+        draw(page, n=4)
+        busy = r"The server is busy: \d+ pictures wait already\. Asking again in \d+ s\."
+        page.get_by_text(re.compile(busy)).first.wait_for()
+    status(page, "Drawn 4 pictures.")
 
 
 def test_a_slow_answer_shows_progress_and_can_be_cancelled(open_page: Open) -> None:
@@ -346,7 +366,7 @@ def test_a_slow_answer_shows_progress_and_can_be_cancelled(open_page: Open) -> N
 
 
 def test_steps_are_counted(open_page: Open) -> None:
-    page = open_page(expected="status of 499")
+    page = open_page(expected=CANCELLED)
     draw(page, **slow())
     page.locator("#job").get_by_text(re.compile(r"Step [1-9]\d* of 199, \d+ s")).wait_for()
     value = float(page.locator("#job").get_by_role("progressbar").get_attribute("value"))

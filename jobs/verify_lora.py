@@ -207,7 +207,7 @@ def _parser() -> argparse.ArgumentParser:
         "--steps", type=positive, metavar="N", help="likewise; the bundle's if absent, as the next"
     )
     result.add_argument("--guidance-scale", type=float, metavar="S")
-    result.add_argument("--routing", help="top-1, top-2, ..., full, threshold:x or top-p:x")
+    result.add_argument("--routing", help="top-1, top-2, ..., full, threshold:x, top-p:x, agree:x")
     add_escrow(result, "buy through this escrow; default: verify only")
     result.add_argument(
         "--output",

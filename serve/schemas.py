@@ -45,8 +45,8 @@ class DrawingFields(BaseModel):
         solver: How steps are made.
         time_grid: Where they are.
         guidance_scale: Classifier-free guidance; 1 switches it off.
-        routing: `top-1`, `top-2`, ..., `full` (or `full-ensemble`), `threshold:x`
-            or `top-p:x`.
+        routing: `top-1`, `top-2`, ..., `full` (or `full-ensemble`), `threshold:x`,
+            `top-p:x` or `agree:x`.
         lora: Name of an adapter that one expert draws with; None: all draw as they are.
         allowed_experts: Numbers of the experts that may draw, as if there were no others; None:
             all.

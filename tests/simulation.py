@@ -58,7 +58,10 @@ class Picture:
                 pass
         self.done, self.is_finished = self.evaluations, True
         weights = torch.full((1, self.evaluations, NUM_EXPERTS), 1 / NUM_EXPERTS)
-        return Samples(torch.tensor([float(self.done)]), weights, tuple(sorted(self.missing)))
+        asked = torch.full((1, self.evaluations), NUM_EXPERTS)
+        return Samples(
+            torch.tensor([float(self.done)]), weights, asked, tuple(sorted(self.missing))
+        )
 
     def _ask(self, calls: Sequence[Call]) -> Generator[Step, Answers, bool]:
         """Yield calls and return whether all were answered."""

@@ -134,7 +134,7 @@ def sample_own_experts(
             time_grid=options.time_grid,
         )
     weights = torch.nn.functional.one_hot(own, bundle.num_experts).float()
-    return Samples(latents, weights[:, None])  # the same in every step
+    return Samples(latents, weights[:, None], torch.ones(len(own), 1))  # the same in every step
 
 
 def _open(run: Run, student: str | None, device: str) -> Bundle:

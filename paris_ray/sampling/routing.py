@@ -1,15 +1,21 @@
-"""Routing: from router logits to the weight of each expert."""
+"""Routing: from router logits to the weight of each expert, and to the velocity that they mix."""
 
+import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.linalg import vector_norm
+from torch.nn import functional
 
 from paris_ray.errors import ParisError, RoutingError
 
-ALLOWED = "'top-1', 'top-2' ... 'top-K', 'full', 'threshold:x' or 'top-p:x' with 0 < x < 1"
+ALLOWED = (
+    "'top-1', 'top-2' ... 'top-K', 'full', 'threshold:x' or 'top-p:x' with 0 < x < 1, "
+    "or, of two experts or more, 'agree:x' with x > 0"
+)
 FULL = ("full", "full-ensemble")  # ours, and that of the model card of the release
 NEGLIGIBLE_WEIGHT = 1e-6
 MAX_DIGITS = 9  # int() of thousands of digits is slow or refused
@@ -21,15 +27,17 @@ class Routing:
 
     Attributes:
         kind: Which experts take part.
-        top_k: Their number, for `top-k`.
+        top_k: Their number, for `top-k` and `agree`.
         threshold: The least router probability, for `threshold`.
         top_p: The probability that the chosen ones have together at least, for `top-p`.
+        disagreement: The largest at which two experts are mixed, for `agree`.
     """
 
-    kind: Literal["top-k", "full", "threshold", "top-p"]
+    kind: Literal["top-k", "full", "threshold", "top-p", "agree"]
     top_k: int = 0
     threshold: float = 0.0
     top_p: float = 0.0
+    disagreement: float = 0.0
 
 
 def parse_routing(text: str, num_experts: int) -> Routing:
@@ -41,10 +49,13 @@ def parse_routing(text: str, num_experts: int) -> Routing:
     name, _, argument = text.partition(":")
     if text in FULL:
         return Routing("full")
-    if name in ("threshold", "top-p") and (share := _share(argument)) is not None:
-        if name == "threshold":
-            return Routing("threshold", threshold=share)
-        return Routing("top-p", top_p=share)
+    number = _number(argument)
+    if name == "threshold" and 0 < number < 1:
+        return Routing("threshold", threshold=number)
+    if name == "top-p" and 0 < number < 1:
+        return Routing("top-p", top_p=number)
+    if name == "agree" and 0 < number < math.inf and num_experts > 1:
+        return Routing("agree", top_k=2, disagreement=number)
     count = text.removeprefix("top-")
     if text.startswith("top-") and count.isascii() and count.isdigit():
         if len(count) <= MAX_DIGITS and 1 <= int(count) <= num_experts:
@@ -80,13 +91,12 @@ def without_experts(router_logits: Tensor, barred: Collection[int]) -> Tensor:
     return router_logits.index_fill(1, torch.tensor(sorted(barred)), -torch.inf)
 
 
-def _share(text: str) -> float | None:
-    """Return a number between 0 and 1, ends excluded; None if the text is none."""
+def _number(text: str) -> float:
+    """Return a number; NaN, which is in no range, if the text is none."""
     try:
-        share = float(text)
+        return float(text)
     except ValueError:
-        return None
-    return share if 0 < share < 1 else None
+        return math.nan
 
 
 def expert_weights(router_logits: Tensor, routing: Routing) -> Tensor:
@@ -94,8 +104,8 @@ def expert_weights(router_logits: Tensor, routing: Routing) -> Tensor:
 
     `top-k` keeps the k most likely experts, `threshold` those of at least that probability (and
     always the most likely one), `top-p` the fewest that have that probability together, so that
-    as many are asked as the router is in doubt about; all three renormalise. `full` takes the
-    probabilities as they are.
+    as many are asked as the router is in doubt about; all three renormalise. `agree` asks as top-2
+    does (`mix` takes note of what they answer). `full` takes the probabilities as they are.
     An expert with less than a millionth of the weight is never asked, whatever the strategy.
     Source: the strategies of the released Paris model card; top-p as in nucleus sampling, Holtzman
     et al. 2019 (arXiv:1904.09751).
@@ -108,7 +118,7 @@ def expert_weights(router_logits: Tensor, routing: Routing) -> Tensor:
     keep = probabilities >= NEGLIGIBLE_WEIGHT
     if routing.kind == "full":
         return torch.where(keep, probabilities, 0.0)
-    if routing.kind == "top-k":
+    if routing.kind in ("top-k", "agree"):
         chosen = probabilities.topk(routing.top_k, dim=-1).indices
         keep &= torch.zeros_like(keep).scatter(-1, chosen, True)
     elif routing.kind == "top-p":
@@ -120,3 +130,46 @@ def expert_weights(router_logits: Tensor, routing: Routing) -> Tensor:
         keep &= (probabilities >= routing.threshold) | (probabilities == largest)
     kept = torch.where(keep, probabilities, 0.0)
     return kept / kept.sum(dim=-1, keepdim=True)
+
+
+def mix(weights: Tensor, velocities: Tensor, routing: Routing) -> tuple[Tensor, Tensor]:
+    """Return the mixed velocity `(B, C, H, W)` and the weights `(B, K)` that experts have in it.
+
+    These are the router's but for `agree`: where the second expert's velocity is further from the
+    likeliest one's than `routing.disagreement`, that one draws alone, since the mean of two modes
+    is in neither. A row's bytes do not depend on the batch.
+    Source: that pictures are worse where experts disagree, Villagra, Roy et al. 2026
+    (arXiv:2602.02685); this rule is ours.
+
+    Args:
+        weights: `(B, K)`, of `expert_weights`.
+        velocities: `(B, K, C, H, W)`; zero where an expert has no weight and was not asked.
+        routing: The strategy.
+    """
+    if routing.kind == "agree":
+        weights = _agreed_weights(weights, velocities, routing.disagreement)
+    mixed = torch.zeros_like(velocities[:, 0])
+    for k in range(weights.shape[1]):  # in their order: a sum over a dimension may have another
+        mixed += weights[:, k, None, None, None] * velocities[:, k]
+    return mixed, weights
+
+
+def _agreed_weights(weights: Tensor, velocities: Tensor, most: float) -> Tensor:
+    """Return the weights, all of it the likeliest expert's in rows where two disagree by more."""
+    first, second = weights.topk(2, dim=1).indices.unbind(dim=1)
+    rows = torch.arange(len(weights), device=weights.device)
+    apart = disagreement(velocities[rows, first], velocities[rows, second])
+    alone = functional.one_hot(first, weights.shape[1]).to(weights.dtype)
+    return torch.where((apart > most)[:, None], alone, weights)
+
+
+def disagreement(velocities: Tensor, others: Tensor) -> Tensor:
+    """Return `(B,)` the RMS of the others' differences from velocities over the RMS of these.
+
+    Args:
+        velocities: `(B, C, H, W)`.
+        others: `(B, C, H, W)`.
+    """
+    # Row by row: how a sum over several is ordered may depend on how many there are.
+    pairs = zip(velocities, others, strict=True)
+    return torch.stack([vector_norm(other - one) / vector_norm(one) for one, other in pairs])

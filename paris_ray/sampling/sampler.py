@@ -25,6 +25,7 @@ from paris_ray.sampling.routing import (
     Routing,
     check_allowed_experts,
     expert_weights,
+    mix,
     parse_routing,
     without_experts,
 )
@@ -65,11 +66,14 @@ class Samples:
         latents: `(B, C, H, W)` at t = 0.
         expert_weights: `(B, E, K)` the weight of each expert in each of E evaluations of the
             velocity; sums to 1 over the experts.
+        num_asked: `(B, E)` how many experts each evaluation asked; more than have weight if they
+            disagreed (`agree`).
         missing_experts: Those that were lost and drawn without.
     """
 
     latents: Tensor
     expert_weights: Tensor
+    num_asked: Tensor
     missing_experts: tuple[int, ...] = ()
 
     @property
@@ -80,7 +84,7 @@ class Samples:
     @property
     def experts_asked(self) -> Tensor:
         """`(B,)` mean number of experts that an evaluation asked."""
-        return (self.expert_weights > 0).sum(dim=2).float().mean(dim=1)
+        return self.num_asked.float().mean(dim=1)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -185,7 +189,12 @@ def denoise(
         step = proceed(solver, velocity)
     if not step.isfinite().all():
         raise SamplingError("the experts gave latents that are not finite: try dtype=float32")
-    return Samples(step, torch.stack(mixture.weights, dim=1), tuple(sorted(mixture.missing)))
+    return Samples(
+        step,
+        torch.stack(mixture.weights, dim=1),
+        torch.stack(mixture.num_asked, dim=1),
+        tuple(sorted(mixture.missing)),
+    )
 
 
 class _Mixture:
@@ -195,6 +204,7 @@ class _Mixture:
         self._text, self._options = text, options
         self._null_text = None if options.guidance_scale == 1.0 else null_text
         self.weights: list[Tensor] = []
+        self.num_asked: list[Tensor] = []
         self.missing: set[int] = set()
         self._preview: Tensor | None = None
 
@@ -212,10 +222,12 @@ class _Mixture:
             if not lost:
                 break
             self.missing |= lost
-        velocity = torch.zeros_like(latents)
+        velocities = latents.new_zeros(*weights.shape, *latents.shape[1:])
         for call, index, answer in zip(calls, rows, answers, strict=True):
             assert answer is not None
-            velocity[index] += weights[index, call.expert, None, None, None] * answer
+            velocities[index, call.expert] = answer
+        self.num_asked.append((weights > 0).sum(dim=1))
+        velocity, weights = mix(weights, velocities, self._options.routing)
         self.weights.append(weights)
         self._preview = latents - t * velocity
         return velocity
@@ -348,8 +360,8 @@ def generate(
         seed: Seed of the first picture.
         num_inference_steps: Steps of the solver; None takes the bundle's default, like the others.
         guidance_scale: Classifier-free guidance; 1 switches it off.
-        routing: `top-1`, `top-2`, ..., `full` (or `full-ensemble`), `threshold:x`
-            or `top-p:x`.
+        routing: `top-1`, `top-2`, ..., `full` (or `full-ensemble`), `threshold:x`,
+            `top-p:x` or `agree:x`.
         solver: `euler`, `heun`, `ab2` or `dpm++2m`.
         time_grid: `linspace`, `half-last` or `flow-match-euler`.
         lora: Name of an adapter (`bundle.add_lora`), which its expert draws with; the others and

@@ -8,7 +8,7 @@ from paris_ray.bundle import Bundle
 from paris_ray.diffusion import predict_velocity, router_logits
 from paris_ray.models import TextConditioning
 from paris_ray.sampling.guidance import guide
-from paris_ray.sampling.routing import expert_weights
+from paris_ray.sampling.routing import expert_weights, mix
 from paris_ray.sampling.sampler import SamplingOptions
 from paris_ray.sampling.solvers import euler_step
 
@@ -38,12 +38,15 @@ class EnsembleTeacher:
     ) -> Tensor:
         """Return the velocity `(B, C, H, W)` of the expert of each row's cluster `(B,)`."""
         weights = functional.one_hot(clusters, len(self._experts)).to(latents.dtype)
-        return self._mixture(latents, t, text, weights)
+        velocities = self._velocities(latents, t, text, weights)
+        return velocities[torch.arange(len(clusters), device=clusters.device), clusters]
 
     @torch.no_grad()
     def routed(self, latents: Tensor, t: Tensor, text: TextConditioning) -> Tensor:
         """Return the mixture `(B, C, H, W)` that the router chooses, without guidance."""
-        return self._mixture(latents, t, text, self._weights(latents, t, text))
+        weights = self._weights(latents, t, text)
+        velocities = self._velocities(latents, t, text, weights)
+        return mix(weights, velocities, self.options.routing)[0]
 
     @torch.no_grad()
     def mean_velocity(
@@ -69,24 +72,26 @@ class EnsembleTeacher:
     def _guided(self, latents: Tensor, t: Tensor, text: TextConditioning) -> Tensor:
         """As in `denoise`, the router's one choice serves both halves."""
         weights, scale = self._weights(latents, t, text), self.options.guidance_scale
-        conditional = self._mixture(latents, t, text, weights)
-        if scale == 1.0:
-            return conditional
-        null_text = self._null_text.rows(torch.zeros(len(t), dtype=torch.long, device=t.device))
-        return guide(conditional, self._mixture(latents, t, null_text, weights), scale)
+        velocities = self._velocities(latents, t, text, weights)
+        if scale != 1.0:
+            null_text = self._null_text.rows(torch.zeros(len(t), dtype=torch.long, device=t.device))
+            unconditional = self._velocities(latents, t, null_text, weights)
+            velocities = guide(velocities, unconditional, scale)
+        return mix(weights, velocities, self.options.routing)[0]
 
     def _weights(self, latents: Tensor, t: Tensor, text: TextConditioning) -> Tensor:
         logits = router_logits(self._router, latents, t, text)
         return expert_weights(logits / self.options.router_temperature, self.options.routing)
 
-    def _mixture(
+    def _velocities(
         self, latents: Tensor, t: Tensor, text: TextConditioning, weights: Tensor
     ) -> Tensor:
-        """Return the velocities of the experts, weighed by `(B, K)`; each is asked once."""
-        velocity = torch.zeros_like(latents)
+        """Return `(B, K, C, H, W)`; experts are asked of the rows in which `(B, K)` weighs them."""
+        velocities = latents.new_zeros(*weights.shape, *latents.shape[1:])
         for k, expert in enumerate(self._experts):
             rows = weights[:, k].nonzero()[:, 0]
             if len(rows):
-                answer = predict_velocity(expert, latents[rows], t[rows], text.rows(rows))
-                velocity[rows] += weights[rows, k, None, None, None] * answer
-        return velocity
+                velocities[rows, k] = predict_velocity(
+                    expert, latents[rows], t[rows], text.rows(rows)
+                )
+        return velocities

@@ -27,15 +27,18 @@ TABLES = {
     ),
     "seed": (
         "The seed",
-        "Share of the samples that one model of everything has before experts branch, and the "
-        "experts' learning rate after it, as a multiple of that of the other arms.",
+        "Share of the samples that one model of everything has before experts branch; then the "
+        "experts' learning rate, as a multiple of that of the other arms, and the decay of their "
+        "moving average (`ema`; the others' is the configuration's, but no average decays slower "
+        "than by (1 + E) / (10 + E) in step E).",
     ),
     "routing": (
         "Routing, and equal FLOPs a picture",
         "The same experts, drawn in other ways. The dense model is also drawn in so many steps "
         "that a picture costs as much as 1, 2 and all of K experts and the router, if a step asks "
-        "them; how many it asked is in the column. `oracle` asks the expert of the caption's own "
-        "cluster, without the router.",
+        "them; how many it asked is in the column. `agree:x` asks two, and mixes them where they "
+        "differ by no more than x times the likelier one's velocity. `oracle` asks the expert of "
+        "the caption's own cluster, without the router.",
     ),
     "samples": (
         "Samples to quality",

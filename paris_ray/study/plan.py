@@ -18,7 +18,7 @@ DENSE, SCRATCH, SEEDED, PAPER = "dense", "scratch", "seeded", "scratch-image"
 # Every table has one dense model and the experts from scratch beside what it varies.
 CONTROLS = ("experts", "clusters", "shared", "seed", "samples")
 ONE_MODEL, TOP_1, TOP_2, FULL = "one model", "top-1", "top-2", "full"
-ORACLE, THRESHOLD, ADAPTIVE = "oracle", "threshold:0.1", "top-p:0.9"
+ORACLE, THRESHOLD, ADAPTIVE, AGREE = "oracle", "threshold:0.1", "top-p:0.9", "agree:0.3"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -133,21 +133,18 @@ def study_arms(config: Config, form: Form) -> list[Arm]:
     Raises:
         ConfigError: if the steps cannot be divided among the experts without a rest.
     """
-    main, curve, sweep = (
-        _Recipes(config, form, seeds) for seeds in (form.seeds, form.curve_seeds, form.sweep_seeds)
-    )
-    arms = [*_main_arms(main), *_curve_arms(curve), *_count_arms(sweep)]
-    arms += [*_cluster_arms(sweep), *_shared_arms(sweep), *_seed_arms(sweep)]
+    recipes = _Recipes(config, form)
+    arms = [*_main_arms(recipes), *_curve_arms(recipes), *_count_arms(recipes)]
+    arms += [*_cluster_arms(recipes), *_shared_arms(recipes), *_seed_arms(recipes)]
     return arms
 
 
 @dataclass(frozen=True, slots=True)
 class _Recipes:
-    """Makes arms of one study, each for some seeds."""
+    """Makes arms of one study, each for all its seeds."""
 
     config: Config
     form: Form
-    seeds: int
 
     def arms(
         self,
@@ -188,7 +185,7 @@ class _Recipes:
                 routing=ONE_MODEL if count == 1 else TOP_2,
                 drawings=tuple(drawings),
             )
-            for seed in range(self.config.seed, self.config.seed + self.seeds)
+            for seed in range(self.config.seed, self.config.seed + self.form.seeds)
         ]
 
 
@@ -235,7 +232,7 @@ def _unless_default(
 
 def routing_drawings() -> list[Drawing]:
     """Return the ways to draw with several experts beside top-2."""
-    routings = {way: way for way in (TOP_1, FULL, THRESHOLD, ADAPTIVE)} | {ORACLE: TOP_1}
+    routings = {way: way for way in (TOP_1, FULL, THRESHOLD, ADAPTIVE, AGREE)} | {ORACLE: TOP_1}
     return [
         Drawing(
             name=name,
@@ -314,9 +311,12 @@ def _seed_arms(recipes: _Recipes) -> list[Arm]:
     arms = []
     for share in recipes.form.seed_shares:
         arms += recipes.arms(f"seeded-share-{float(share):g}", ["seed"], share=share)
-    for factor in recipes.form.rate_factors:
-        rate = recipes.config.training.learning_rate * factor
-        overrides = [f"training.learning_rate={rate:g}"]
-        name, share = f"seeded-rate-x{factor:g}", recipes.form.seed_share
-        arms += recipes.arms(name, ["seed"], share=share, overrides=overrides)
+    rate, share = recipes.config.training.learning_rate, recipes.form.seed_share
+    afterwards = {
+        f"rate-x{factor:g}": f"learning_rate={rate * factor:g}"
+        for factor in recipes.form.rate_factors
+    } | {f"ema-{decay:g}": f"ema_decay={decay:g}" for decay in recipes.form.ema_decays}
+    for name, training in afterwards.items():
+        overrides = [f"training.{training}"]
+        arms += recipes.arms(f"seeded-{name}", ["seed"], share=share, overrides=overrides)
     return arms

@@ -48,7 +48,7 @@ export class Form {
     this.#offer("size", LARGER_SIZES.filter((side) => side > native).map((side) => `${side}x${side}`),
       `${native}x${native}`);
     const counts = experts.numbers.map((k) => `top-${k + 1}`);
-    $("routings").replaceChildren(...[...counts, "full", "top-p:0.9", "threshold:0.2"].map(
+    $("routings").replaceChildren(...[...counts, "full", "top-p:0.9", "threshold:0.2", "agree:0.5"].map(
       (value) => element("option", { value })));
     $("experts").querySelector("div").replaceChildren(...experts.numbers.map((k) => {
       const box = { type: "checkbox", name: "allowed_experts", value: k, defaultChecked: true };

@@ -1,5 +1,6 @@
 """Properties of routing, of the solver and of the initial noise."""
 
+import math
 from itertools import pairwise
 
 import torch
@@ -9,7 +10,13 @@ from torch import Tensor
 
 from paris_ray.diffusion import sampling_times
 from paris_ray.errors import RoutingError
-from paris_ray.sampling.routing import Routing, expert_weights, parse_routing
+from paris_ray.sampling.routing import (
+    Routing,
+    disagreement,
+    expert_weights,
+    mix,
+    parse_routing,
+)
 from paris_ray.sampling.sampler import initial_noise
 from paris_ray.sampling.solvers import euler_step
 
@@ -34,6 +41,7 @@ def test_weights_are_a_distribution_over_the_chosen_experts(
             st.integers(1, count).map(lambda k: f"top-{k}"),
             st.floats(0.01, 0.99).map(lambda x: f"threshold:{x}"),
             st.floats(0.01, 0.99).map(lambda x: f"top-p:{x}"),
+            *([st.just("agree:0.5")] if count > 1 else []),
         )
     )
     routing = parse_routing(text, count)
@@ -43,7 +51,7 @@ def test_weights_are_a_distribution_over_the_chosen_experts(
     torch.testing.assert_close(weights.sum(dim=1), torch.ones(len(logits)), rtol=0, atol=1e-5)
     asked = (weights > 0).sum(dim=1)
     assert (asked >= 1).all()
-    if routing.kind == "top-k":
+    if routing.kind in ("top-k", "agree"):
         assert (asked <= routing.top_k).all()
 
 
@@ -89,7 +97,8 @@ def test_no_expert_left_out_is_likelier_than_one_that_is_asked(logits: Tensor, t
 
 
 @given(
-    st.from_regex(r"(top-|top-p:|threshold:|full|)[^\n]{0,6}", fullmatch=True), st.integers(1, 8)
+    st.from_regex(r"(top-|top-p:|threshold:|agree:|full|)[^\n]{0,6}", fullmatch=True),
+    st.integers(1, 8),
 )
 def test_any_text_is_parsed_or_refused(text: str, num_experts: int) -> None:
     try:
@@ -104,8 +113,48 @@ def test_any_text_is_parsed_or_refused(text: str, num_experts: int) -> None:
         assert float(text.removeprefix("threshold:")) == routing.threshold
     elif routing.kind == "top-p":
         assert float(text.removeprefix("top-p:")) == routing.top_p
+    elif routing.kind == "agree":
+        assert num_experts >= 2
+        assert 0 < float(text.removeprefix("agree:")) == routing.disagreement < math.inf
     else:
         assert text == "full"
+
+
+@given(
+    st.integers(2, 8),
+    st.integers(1, 12),
+    st.sampled_from([(1, 2, 2), (4, 8, 8), (3, 5, 7)]),
+    st.floats(0.5, 2),
+    st.sampled_from(["top-1", "top-2", "full", "agree"]),
+    st.integers(0, 2**32),
+)
+@settings(deadline=None)
+def test_what_a_row_is_mixed_of_does_not_depend_on_the_batch(
+    num_experts: int, batch: int, shape: tuple[int, ...], most: float, name: str, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    routing = parse_routing(f"agree:{most}" if name == "agree" else name, num_experts)
+    logits = torch.randn(batch, num_experts, generator=generator)
+    weights = expert_weights(logits, routing)
+    velocities = torch.randn(batch, num_experts, *shape, generator=generator)
+    velocity, mixed = mix(weights, velocities, routing)
+    for row in range(batch):
+        one = slice(row, row + 1)
+        alone, own = mix(weights[one], velocities[one], routing)
+        assert torch.equal(alone, velocity[one])
+        assert torch.equal(own, mixed[one])
+    torch.testing.assert_close(velocity, torch.einsum("bk,bkchw->bchw", mixed, velocities))
+    if routing.kind != "agree":
+        assert torch.equal(mixed, weights)
+
+
+@given(st.floats(0, 3), st.integers(1, 4), st.integers(0, 2**32))
+@settings(deadline=None)
+def test_disagreement_is_the_relative_difference(scale: float, batch: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    velocities = torch.randn(batch, 2, 3, 3, generator=generator)
+    found = disagreement(velocities, (1 + scale) * velocities)
+    torch.testing.assert_close(found, torch.full((batch,), scale), rtol=1e-5, atol=1e-5)
 
 
 @given(st.integers(1, 60), st.integers(0, 2**32))

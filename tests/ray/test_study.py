@@ -17,6 +17,7 @@ from paris_ray.export import open_trained_parts
 from paris_ray.run import EMBEDDINGS, EVALUATION, Run
 from paris_ray.sampling.sampler import sample_one_expert, sampling_options
 from paris_ray.study.forms import SMALL_FORM
+from paris_ray.study.plan import AGREE
 
 pytestmark = pytest.mark.ray
 
@@ -27,6 +28,7 @@ FORM = replace(
     expert_counts=(),
     seed_shares=(),
     rate_factors=(),
+    ema_decays=(),
     features=("image",),
     removed_directions=2,
     shared_shares=(0.25,),
@@ -72,7 +74,7 @@ def test_all_arms_are_in_the_results(page: Path) -> None:
     }
     full = {arm["samples"] for name, arm in arms.items() if not name.endswith("-x0.5")}
     assert full == {48 * 16}
-    ways = {"top-2", "top-1", "full", "threshold:0.1", "top-p:0.9", "oracle"}
+    ways = {"top-2", "top-1", "full", "threshold:0.1", "top-p:0.9", AGREE, "oracle"}
     assert set(arms["scratch"]["drawn"]) == ways
     asked = {way: drawn["experts_asked"] for way, drawn in arms["scratch"]["drawn"].items()}
     assert asked["oracle"] == asked["top-1"] == 1

@@ -86,7 +86,7 @@ def test_unknown_keys_and_wrong_types_are_refused(override: str, fragments: list
         ("corpus.image_size", "4"),
         ("corpus.max_bad_share", "2"),
         ("codec.patch_size", "5"),
-        ("codec.num_components", "193"),
+        ("codec.num_components", "769"),
         ("cluster.num_clusters", "0"),
         ("cluster.num_fine", "4"),
         ("cluster.max_imbalance", "0.9"),

@@ -80,11 +80,14 @@ def test_the_routed_target_is_the_mixture_that_routing_makes(
     torch.testing.assert_close(found, mixture)
 
 
+@pytest.mark.parametrize("routing", ["top-2", "agree:1.4"])
 @pytest.mark.parametrize("guidance_scale", [1.0, 2.5])
 def test_steps_of_the_mean_velocity_end_where_the_sampler_does(
-    tiny_bundle: Bundle, text: TextConditioning, guidance_scale: float
+    tiny_bundle: Bundle, text: TextConditioning, guidance_scale: float, routing: str
 ) -> None:
-    options = sampling_options(tiny_bundle, num_inference_steps=6, guidance_scale=guidance_scale)
+    options = sampling_options(
+        tiny_bundle, num_inference_steps=6, guidance_scale=guidance_scale, routing=routing
+    )
     drawn = sample(tiny_bundle, text, SEEDS, options).latents
     teacher = EnsembleTeacher(tiny_bundle, options)
     latents = initial_noise(tiny_bundle.latent_shape, SEEDS)

@@ -83,7 +83,9 @@ def test_a_dry_run_prints_the_plan_and_starts_nothing(tmp_path: Path) -> None:
     assert peak_bytes < 4 * 605_970_448, "one XL/2 expert in float32 would take as much"
 
 
-@pytest.mark.parametrize(("routing", "experts_asked"), [("top-3", 3), ("top-p:0.9", 8)])
+@pytest.mark.parametrize(
+    ("routing", "experts_asked"), [("top-3", 3), ("top-p:0.9", 8), ("agree:0.5", 2)]
+)
 def test_a_dry_run_of_distil_has_the_distillation_in_it(routing: str, experts_asked: int) -> None:
     override = f"sampling.routing={routing}"
     result = run_job("distil", "--dry-run", override)

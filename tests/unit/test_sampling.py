@@ -43,6 +43,8 @@ SEEDS = [3, 14, 15]
         ("full-ensemble", Routing("full")),
         ("threshold:0.25", Routing("threshold", threshold=0.25)),
         ("top-p:0.9", Routing("top-p", top_p=0.9)),
+        ("agree:0.5", Routing("agree", top_k=2, disagreement=0.5)),
+        ("agree:1.5", Routing("agree", top_k=2, disagreement=1.5)),
     ],
 )
 def test_routing_is_parsed(text: str, expected: Routing) -> None:
@@ -75,6 +77,11 @@ def test_routing_is_parsed(text: str, expected: Routing) -> None:
         "top-p:0",
         "top-p:1",
         "top-p:nan",
+        "agree",
+        "agree:0",
+        "agree:-1",
+        "agree:inf",
+        "agree:nan",
         "nothing",
         "",
         " full",
@@ -84,6 +91,12 @@ def test_routing_is_parsed(text: str, expected: Routing) -> None:
 def test_other_routing_is_refused(text: str) -> None:
     with pytest.raises(RoutingError, match="is not allowed"):
         parse_routing(text, num_experts=3)
+
+
+def test_one_expert_has_nobody_to_agree_with() -> None:
+    assert parse_routing("agree:0.5", num_experts=2).top_k == 2
+    with pytest.raises(RoutingError, match="of two experts or more, 'agree:x'"):
+        parse_routing("agree:0.5", num_experts=1)
 
 
 @pytest.mark.parametrize(
@@ -187,7 +200,7 @@ def test_guidance_interpolates_between_the_two_velocities(tiny_bundle: Bundle) -
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 2.0])
-@pytest.mark.parametrize("routing", ["top-1", "top-2", "full", "threshold:0.3"])
+@pytest.mark.parametrize("routing", ["top-1", "top-2", "full", "threshold:0.3", "agree:0.01"])
 def test_equal_experts_equal_one_expert(
     tiny_bundle: Bundle, routing: str, guidance_scale: float
 ) -> None:
@@ -208,7 +221,14 @@ def test_usage_counts_what_was_asked(tiny_bundle: Bundle) -> None:
 
 
 def loop_in_plain_python(
-    bundle: Bundle, prompt: str, seed: int, *, steps: int, top_k: int, guidance_scale: float
+    bundle: Bundle,
+    prompt: str,
+    seed: int,
+    *,
+    steps: int,
+    top_k: int,
+    guidance_scale: float,
+    most_apart: float = math.inf,
 ) -> Tensor:
     """One picture, written a second time from the definitions."""
     text, null = bundle.encode_text([prompt]), bundle.encode_text([""])
@@ -219,13 +239,16 @@ def loop_in_plain_python(
         odds = [math.exp(logit) for logit in logits]
         chosen = sorted(range(len(odds)), key=lambda k: -odds[k])[:top_k]
         total = sum(odds[k] for k in chosen)
-        velocity = torch.zeros_like(x)
+        guided = []
         for k in chosen:
             expert = bundle.expert(k)
             with_text = expert(x, time, text.text_embeddings)
             without = expert(x, time, null.text_embeddings)
-            guided = guidance_scale * with_text + (1 - guidance_scale) * without
-            velocity += odds[k] / total * guided
+            guided.append(guidance_scale * with_text + (1 - guidance_scale) * without)
+        velocity = sum(odds[k] / total * each for k, each in zip(chosen, guided, strict=True))
+        apart = max(float((each - guided[0]).square().mean().sqrt()) for each in guided)
+        if apart > most_apart * float(guided[0].square().mean().sqrt()):
+            velocity = guided[0]
         x = x - velocity / steps
     return x[0]
 
@@ -239,6 +262,42 @@ def test_the_sampler_agrees_with_plain_loops(tiny_bundle: Bundle) -> None:
             tiny_bundle, prompt, seed, steps=5, top_k=2, guidance_scale=2.0
         )
         torch.testing.assert_close(latents[i], expected, rtol=1e-5, atol=1e-5)
+
+
+AGREE = 1.4  # random experts are about the square root of two apart
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("guidance_scale", [1.0, 2.0])
+def test_the_likeliest_draws_alone_where_the_second_is_too_far(
+    tiny_bundle: Bundle, guidance_scale: float
+) -> None:
+    options = {"guidance_scale": guidance_scale, "num_inference_steps": 5}
+    samples = draw(tiny_bundle, PROMPTS, SEEDS, routing=f"agree:{AGREE}", **options)
+    for i, (prompt, seed) in enumerate(zip(PROMPTS, SEEDS, strict=True)):
+        expected = loop_in_plain_python(
+            tiny_bundle,
+            prompt,
+            seed,
+            steps=5,
+            top_k=2,
+            guidance_scale=guidance_scale,
+            most_apart=AGREE,
+        )
+        torch.testing.assert_close(samples.latents[i], expected, rtol=1e-5, atol=1e-5)
+    mixed = (samples.expert_weights > 0).sum(dim=2)
+    assert set(mixed.flatten().tolist()) == {1, 2}, "both happen"
+    assert torch.equal(samples.num_asked, torch.full((3, 5), 2)), "one may be asked in vain"
+    torch.testing.assert_close(samples.expert_weights.sum(dim=2), torch.ones(3, 5))
+
+
+def test_agreement_lies_between_top_1_and_top_2(tiny_bundle: Bundle) -> None:
+    def latents(routing: str) -> Tensor:
+        return draw(tiny_bundle, PROMPTS, SEEDS, routing=routing, num_inference_steps=4).latents
+
+    assert torch.equal(latents("agree:1e-6"), latents("top-1"))
+    assert torch.equal(latents("agree:1e6"), latents("top-2"))
+    assert not torch.equal(latents("top-1"), latents("top-2"))
 
 
 @torch.no_grad()
@@ -292,7 +351,9 @@ def test_the_temperature_divides_the_routers_logits(tiny_bundle: Bundle) -> None
         torch.testing.assert_close(usage, (logits / temperature).softmax(dim=1))
 
 
-@pytest.mark.parametrize("routing", ["top-1", "top-2", "full", "threshold:0.9", "top-p:0.1"])
+@pytest.mark.parametrize(
+    "routing", ["top-1", "top-2", "full", "threshold:0.9", "top-p:0.1", "agree:0.2"]
+)
 def test_one_allowed_expert_draws_alone(tiny_bundle: Bundle, routing: str) -> None:
     options = {"num_inference_steps": 4, "guidance_scale": 2.0}
     text = tiny_bundle.encode_text(PROMPTS)

@@ -59,11 +59,22 @@ def test_one_expert_is_the_dense_model_and_it_and_scratch_are_in_every_table() -
     assert shares == {0, 0.05, 0.1, 0.25}
 
 
-def test_main_arms_have_more_seeds_than_the_curve() -> None:
+def test_every_arm_has_every_seed() -> None:
     arms = study_arms(study_config(load("quickstart", ["seed=5"])), FULL_FORM)
-    seeds = {name: [a.seed for a in arms if a.name == name] for name in ("dense", "scratch-x0.5")}
-    assert seeds == {"dense": [5, 6, 7], "scratch-x0.5": [5, 6]}
-    assert [arm.seed for arm in arms if arm.name == "scratch-k2"] == [5]
+    for name in {arm.name for arm in arms}:
+        assert [arm.seed for arm in arms if arm.name == name] == [5, 6, 7], name
+
+
+def test_learning_rate_and_average_vary_after_a_seed() -> None:
+    config = study_config(load("quickstart"))
+    arms = study_arms(config, FULL_FORM)
+    own = {arm.name: with_overrides(config, arm.overrides) for arm in arms if arm.seed == 0}
+    rate, usual = config.training.learning_rate, own["seeded"]
+    assert own["seeded-rate-x0.5"].training.learning_rate == rate / 2
+    assert own["seeded-ema-0.9"].training.ema_decay == 0.9
+    assert own["seeded-ema-0"].training.ema_decay == 0
+    for name in ("seeded-rate-x0.5", "seeded-ema-0.9", "seeded-ema-0"):
+        assert own[name].seed_training == usual.seed_training, "the seed is the same"
 
 
 def test_steps_that_experts_cannot_share_are_refused() -> None:

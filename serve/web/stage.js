@@ -123,7 +123,8 @@ function unfinished(part, { drawAgain }) {
   const again = () => drawAgain(part.job.parts.filter(({ state }) => state === part.state));
   return [
     element("p", { className: part.state === "failed" ? "error" : "", textContent: part.message }),
-    element("div", { className: "buttons" }, button("Try again", again)),
+    // What is wrong with a field stays wrong: it is said there, and drawn anew from the form.
+    ...(part.error?.param ? [] : [button("Try again", again)]),
   ];
 }
 

@@ -120,8 +120,10 @@ function changed(part) {
   showQueue(part.job);
   if (part.state === "done") part.pictures.forEach(addToGallery);
   if (part.isUnfinished) return;
-  if (part.state === "failed") form.refuse(part.error?.param, part.message);
-  if (part.error?.status === 401) askForKey();
+  if (part.state === "failed") {
+    form.refuse(part.error?.param, part.message);
+    if (part.error?.status === 401) askForKey();
+  }
   if (part.job.unfinished.length === 0) say(outcome(part.job));
 }
 

@@ -13,7 +13,7 @@ from paris_ray.config.conversion import (
     to_yaml,
 )
 from paris_ray.config.corpus import ClusterConfig, CorpusConfig
-from paris_ray.config.distillation import DistillationConfig
+from paris_ray.config.distillation import DistillationConfig, Objective
 from paris_ray.config.encoders import CodecConfig, FeaturesConfig, PoolConfig, TextConfig
 from paris_ray.config.evaluation import (
     QUALITIES,
@@ -65,6 +65,7 @@ __all__ = [
     "GpuConfig",
     "LoRAConfig",
     "LoRARun",
+    "Objective",
     "PoolConfig",
     "Precision",
     "Preset",

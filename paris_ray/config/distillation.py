@@ -1,6 +1,9 @@
 """How the ensemble is distilled into one expert (`jobs.distil`)."""
 
 from dataclasses import dataclass
+from typing import Literal
+
+Objective = Literal["progressive", "consistency"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -13,3 +16,6 @@ class DistillationConfig:
     # Euler steps that a second training teaches, each to lead where several of the ensemble's
     # sampling.num_inference_steps lead; null: no second training
     num_inference_steps: int | None = None
+    # What leads there in training: the ensemble's steps (progressive), or one of them and then the
+    # student itself (consistency)
+    objective: Objective = "progressive"

@@ -15,7 +15,14 @@ from typing import Any
 import ray
 
 from paris_ray.artifacts import read_manifest
-from paris_ray.config import Config, SamplingConfig, TrainingConfig, check_distillation, digest
+from paris_ray.config import (
+    Config,
+    DistillationConfig,
+    SamplingConfig,
+    TrainingConfig,
+    check_distillation,
+    digest,
+)
 from paris_ray.evaluation.summary import comparison
 from paris_ray.export import open_student, open_trained_parts, student_sampling, write_bundle
 from paris_ray.model_card import distilled_card
@@ -39,7 +46,7 @@ from paris_ray.run import (
 from paris_ray.sampling.sampler import sampling_options
 from paris_ray.sampling.teacher import EnsembleTeacher
 from paris_ray.seeding import derive_seed
-from paris_ray.training.distil import few_steps, velocities, write_single_router
+from paris_ray.training.distil import OBJECTIVES, velocities, write_single_router
 from paris_ray.training.expert import ExpertData, Lesson, train_expert
 
 logger = logging.getLogger("paris_ray")
@@ -92,7 +99,7 @@ def _setup(run: Run, name: str) -> Config:
         start = (run.student(STUDENT) / "expert_0").uri
         training = replace(config.few_step_training, init_from=start)
         return replace(config, training=on_reserved_device(training))
-    velocities_only = replace(config.distillation, num_inference_steps=None)
+    velocities_only = DistillationConfig(routed_share=config.distillation.routed_share)
     training = on_reserved_device(_from_seed(run, config.distil_training))
     return replace(config, training=training, distillation=velocities_only)
 
@@ -142,10 +149,11 @@ def _lesson(run: Run) -> Lesson:
     config = run.config
     ensemble = open_trained_parts(run, device=config.training.device)
     options = sampling_options(ensemble)
-    teacher, steps = EnsembleTeacher(ensemble, options), config.distillation.num_inference_steps
-    if steps is None:
-        return velocities(teacher, config.distillation.routed_share)
-    return few_steps(teacher, steps, options.num_inference_steps)
+    teacher, wanted = EnsembleTeacher(ensemble, options), config.distillation
+    if wanted.num_inference_steps is None:
+        return velocities(teacher, wanted.routed_share)
+    few_steps = OBJECTIVES[wanted.objective]
+    return few_steps(teacher, wanted.num_inference_steps, options.num_inference_steps)
 
 
 def _in_few_steps(config: Config) -> Config:

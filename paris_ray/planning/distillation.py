@@ -35,6 +35,8 @@ def plan_distillation(
     steps = config.distillation.num_inference_steps
     if steps is None:
         return [student]
-    each = config.sampling.num_inference_steps // steps
-    macs = each * step_macs(config, experts_asked)
+    step = step_macs(config, experts_asked)
+    macs = step * (config.sampling.num_inference_steps // steps)
+    if config.distillation.objective == "consistency":
+        macs = step + alone  # of the student itself
     return [student, taught("few_step", config.few_step_training, macs)]

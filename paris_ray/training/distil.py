@@ -6,12 +6,16 @@ a function of the noisy latents, unlike the velocity of the data, so less of it 
 
 Then, if wanted, few steps: one Euler step of the student is to lead where several of the
 ensemble's own lead. The student no longer predicts the velocity at t but its mean over a step.
+Two objectives have that one solution: all of the ensemble's steps, or the first of them and what
+the student makes of the rest.
 
 Source: distillation, Hinton et al. 2015 (arXiv:1503.02531); of steps, progressive distillation,
-Salimans and Ho 2022 (arXiv:2202.00512), here on the straight path and all halvings at once; with
-the guidance in it, Meng et al. 2022 (arXiv:2210.03142).
+Salimans and Ho 2022 (arXiv:2202.00512), here on the straight path and all halvings at once;
+multistep consistency distillation, Heek et al. 2024 (arXiv:2403.06807), from consistency models,
+Song et al. 2023 (arXiv:2303.01469); with the guidance in it, Meng et al. 2022 (arXiv:2210.03142).
 """
 
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 import safetensors.torch
@@ -19,8 +23,9 @@ import torch
 from torch import Tensor
 
 from paris_ray.artifacts import Folder
-from paris_ray.config import ExpertConfig, RouterConfig
-from paris_ray.models import Router, TextConditioning
+from paris_ray.config import ExpertConfig, Objective, RouterConfig
+from paris_ray.diffusion import predict_velocity
+from paris_ray.models import Expert, Router, TextConditioning
 from paris_ray.models.release import write_document
 from paris_ray.run import MODEL_CONFIG, ROUTER_WEIGHTS
 from paris_ray.training.data import Batch
@@ -61,7 +66,9 @@ def velocities(teacher: Teacher, routed_share: float) -> Lesson:
             return batch
         return batch._replace(clusters=torch.full_like(batch.clusters, ROUTED))
 
-    def target(latents: Tensor, t: Tensor, text: TextConditioning, clusters: Tensor) -> Tensor:
+    def target(
+        _student: Expert, latents: Tensor, t: Tensor, text: TextConditioning, clusters: Tensor
+    ) -> Tensor:
         if clusters[0] == ROUTED:
             return teacher.routed(latents, t, text)
         return teacher.of_clusters(latents, t, text, clusters)
@@ -69,8 +76,8 @@ def velocities(teacher: Teacher, routed_share: float) -> Lesson:
     return Lesson(prepare=prepare, target=target, identity={"routed_share": routed_share})
 
 
-def few_steps(teacher: Teacher, num_inference_steps: int, num_teacher_steps: int) -> Lesson:
-    """Return the lesson in few steps.
+def progressive(teacher: Teacher, num_inference_steps: int, num_teacher_steps: int) -> Lesson:
+    """Return the lesson in few steps whose targets are all of the ensemble's steps.
 
     Times are drawn as ever and raised to the next one at which the student will be asked.
 
@@ -79,17 +86,65 @@ def few_steps(teacher: Teacher, num_inference_steps: int, num_teacher_steps: int
         num_inference_steps: Euler steps of the student, from noise to a picture.
         num_teacher_steps: Those of the ensemble, a multiple of them.
     """
-    each = num_teacher_steps // num_inference_steps
-    assert each * num_inference_steps == num_teacher_steps, (num_inference_steps, each)
+    each = _steps_in_one(num_inference_steps, num_teacher_steps)
 
     def prepare(done: float, batch: Batch) -> Batch:
         return batch._replace(t=round_up(batch.t, num_inference_steps))
 
-    def target(latents: Tensor, t: Tensor, text: TextConditioning, clusters: Tensor) -> Tensor:
+    def target(
+        _student: Expert, latents: Tensor, t: Tensor, text: TextConditioning, clusters: Tensor
+    ) -> Tensor:
         return teacher.mean_velocity(latents, t, text, each)
 
-    identity = {"num_inference_steps": num_inference_steps, "num_teacher_steps": num_teacher_steps}
-    return Lesson(prepare=prepare, target=target, identity=identity)
+    steps = {"num_inference_steps": num_inference_steps, "num_teacher_steps": num_teacher_steps}
+    return Lesson(prepare=prepare, target=target, identity={"objective": "progressive"} | steps)
+
+
+def consistency(teacher: Teacher, num_inference_steps: int, num_teacher_steps: int) -> Lesson:
+    """Return the lesson in few steps whose targets are one of the ensemble's and the student's own.
+
+    The student also learns from within each of its steps to the end of it: from a time of
+    the ensemble, one of the ensemble's steps leads to the next time, and from there the student's
+    answer to the end. So a target costs two evaluations, however many steps one is to replace.
+
+    Times are drawn as ever and raised to the ensemble's next one; between them nothing is learnt,
+    as the mean velocity jumps where one step of the student ends and another begins.
+
+    Args:
+        teacher: The ensemble.
+        num_inference_steps: Euler steps of the student, from noise to a picture.
+        num_teacher_steps: Those of the ensemble, a multiple of them.
+    """
+    each = _steps_in_one(num_inference_steps, num_teacher_steps)
+
+    def prepare(done: float, batch: Batch) -> Batch:
+        return batch._replace(t=round_up(batch.t, num_teacher_steps))
+
+    def target(
+        student: Expert, latents: Tensor, t: Tensor, text: TextConditioning, clusters: Tensor
+    ) -> Tensor:
+        num_after = (t * num_teacher_steps).round() - 1  # steps from the ensemble's next time to 0
+        first = teacher.mean_velocity(latents, t, text, 1)
+        following = latents - first / num_teacher_steps
+        rest = predict_velocity(student, following, num_after / num_teacher_steps, text)
+        num_rest = num_after % each  # none where the ensemble's step ends with the student's
+        return first.lerp(rest, (num_rest / (1 + num_rest)).view(-1, 1, 1, 1))
+
+    steps = {"num_inference_steps": num_inference_steps, "num_teacher_steps": num_teacher_steps}
+    return Lesson(prepare=prepare, target=target, identity={"objective": "consistency"} | steps)
+
+
+OBJECTIVES: Mapping[Objective, Callable[[Teacher, int, int], Lesson]] = {
+    "progressive": progressive,
+    "consistency": consistency,
+}
+
+
+def _steps_in_one(num_inference_steps: int, num_teacher_steps: int) -> int:
+    """Return how many of the ensemble's steps one of the student's replaces."""
+    each = num_teacher_steps // num_inference_steps
+    assert each * num_inference_steps == num_teacher_steps, (num_inference_steps, each)
+    return each
 
 
 def round_up(t: Tensor, num_steps: int) -> Tensor:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from paris_ray.artifacts import Folder
@@ -51,12 +52,13 @@ class Lesson:
     Attributes:
         prepare: From the share of the training that is done, in [0, 1), and the batch drawn to the
             batch that is learnt from.
-        target: From a batch's noisy latents, times, text and clusters to the velocities to learn.
+        target: From the expert as it is and a batch's noisy latents, times, text and clusters to
+            the velocities to learn; no gradient flows through it.
         identity: What tells this lesson from others; a checkpoint made in another one is refused.
     """
 
     prepare: Callable[[float, Batch], Batch]
-    target: Callable[[Tensor, Tensor, TextConditioning, Tensor], Tensor]
+    target: Callable[[Expert, Tensor, Tensor, TextConditioning, Tensor], Tensor]
     identity: Mapping[str, Any]
 
 
@@ -134,5 +136,9 @@ def expert_loss(
     """
     path = sample_path(batch.latents, batch.noise, batch.t)
     if lesson is not None:
-        path = path._replace(velocity=lesson.target(path.x_t, path.t, text, batch.clusters))
+        with torch.no_grad():
+            velocity = lesson.target(expert, path.x_t, path.t, text, batch.clusters)
+        # torch 2.9 would use casts of the weights that were made here, without gradient, below.
+        torch.clear_autocast_cache()
+        path = path._replace(velocity=velocity)
     return denoising_loss(expert, path, text)

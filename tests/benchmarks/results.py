@@ -3,9 +3,9 @@
     make bench        or        python tests/benchmarks/results.py [SECTION ...]
 
 With `--write docs/results.md` they also replace those in the document, between
-`<!-- bench: SECTION -->` and `<!-- end -->`. All of them take about half an hour on two cores that
-do nothing else; `distilled`, `solvers` and `serving` need the run that `quickstart` leaves.
-Nothing is asserted.
+`<!-- bench: SECTION -->` and `<!-- end -->`. All of them take more than half an hour on two cores
+that do nothing else; `distilled`, `solvers` and `serving` need the run that `quickstart` leaves,
+`few_steps` that it is distilled. Nothing is asserted.
 """
 
 import argparse
@@ -132,6 +132,7 @@ SECTIONS: dict[str, Callable[[Path], str]] = {
     "quickstart": quickstart,
     "other": other,
     "distilled": distilled,
+    "few_steps": script("bench_few_steps.py", "{runs}/quickstart"),
     "solvers": script("bench_solvers.py", "{runs}/quickstart"),
     "serving": script("bench_serving.py", "--bundle", "{runs}/quickstart/bundle"),
     "models": script("bench_models.py"),

@@ -130,12 +130,21 @@ def copy_of(run: Run, place: Path) -> Config:
     return replace(run.config, run_dir=str(place))
 
 
-def test_another_number_of_few_steps_keeps_the_student(distilled: Run, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "other",
+    [
+        DistillationConfig(num_inference_steps=3),
+        DistillationConfig(num_inference_steps=1, objective="consistency"),
+    ],
+)
+def test_other_few_steps_keep_the_student(
+    distilled: Run, tmp_path: Path, other: DistillationConfig
+) -> None:
     from paris_ray.pipeline.distil import distil
 
     config = replace(
         copy_of(distilled, tmp_path / "run"),
-        distillation=DistillationConfig(num_inference_steps=3),
+        distillation=other,
         few_step_training=replace(distilled.config.few_step_training, steps=2),
     )
     run = Run(config)
@@ -148,7 +157,10 @@ def test_another_number_of_few_steps_keeps_the_student(distilled: Run, tmp_path:
     for folder in ("student", "evaluation/student"):
         manifest = f"{folder}/{MANIFEST}"
         assert run.distilled.read(manifest) == distilled.distilled.read(manifest)
-    assert load_bundle(run.distilled_bundle.uri).facts.sampling.num_inference_steps == 3
+    few_step = run.student(FEW_STEP).read(f"expert_0/{EXPERT_WEIGHTS}")
+    assert few_step != distilled.student(FEW_STEP).read(f"expert_0/{EXPERT_WEIGHTS}")
+    sampling = load_bundle(run.distilled_bundle.uri).facts.sampling
+    assert sampling.num_inference_steps == other.num_inference_steps
 
 
 def test_the_card_tells_of_weights_of_others_that_a_student_starts_from(

@@ -1,19 +1,21 @@
 """Distillation: what a student is taught, that it is learnt, and a bundle of one expert."""
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from training_shards import EXPERT, TRAINING, Stop, carry_on, stop_at, write_shard
 
-from paris_ray.artifacts import CHECKPOINT, METRICS, Folder, VerifiedFolder
+from paris_ray.artifacts import CHECKPOINT, METRICS, Folder, VerifiedFolder, canonical_json
 from paris_ray.bundle import Bundle, load_bundle, load_expert
-from paris_ray.config import ExpertConfig, TrainingConfig, check_distillation, load
-from paris_ray.diffusion import predict_velocity, router_logits
+from paris_ray.config import ExpertConfig, Objective, TrainingConfig, check_distillation, load
+from paris_ray.devices import autocast
+from paris_ray.diffusion import predict_velocity, router_logits, sample_path
 from paris_ray.errors import ArtifactError, ConfigError, RoutingError
 from paris_ray.export import student_sampling
 from paris_ray.model_card import distilled_card
@@ -25,8 +27,10 @@ from paris_ray.sampling.sampler import initial_noise, sample, sample_one_expert,
 from paris_ray.sampling.teacher import EnsembleTeacher
 from paris_ray.training.data import Batch
 from paris_ray.training.distil import (
+    OBJECTIVES,
     ROUTED,
-    few_steps,
+    consistency,
+    progressive,
     round_up,
     velocities,
     write_single_router,
@@ -119,13 +123,14 @@ def test_a_student_that_predicts_noise_is_taught_the_noise_of_the_velocity(
     assert expert_loss(other, batch, text, lesson) > 1e-2
 
 
+@pytest.mark.parametrize("objective", OBJECTIVES)
 def test_a_student_of_as_many_steps_learns_the_guided_velocity(
-    single_bundle_path: Path, text: TextConditioning, batch: Batch
+    single_bundle_path: Path, text: TextConditioning, batch: Batch, objective: Objective
 ) -> None:
     single = load_bundle(str(single_bundle_path))
     for guidance_scale, equal in ((1.0, True), (3.0, False)):
         options = {"num_inference_steps": 4, "guidance_scale": guidance_scale}
-        lesson = few_steps(teacher_of(single, **options), 4, 4)
+        lesson = OBJECTIVES[objective](teacher_of(single, **options), 4, 4)
         loss = expert_loss(single.expert(0), lesson.prepare(0.0, batch), text, lesson)
         assert (loss < 1e-9) == equal
 
@@ -141,8 +146,9 @@ def test_clusters_teach_before_the_routed_share_and_the_mixture_in_it(
     of_clusters = teacher.of_clusters(batch.latents, T, text, batch.clusters)
     routed = teacher.routed(batch.latents, T, text)
     assert not torch.allclose(of_clusters, routed)
-    assert torch.equal(lesson.target(batch.latents, T, text, early.clusters), of_clusters)
-    assert torch.equal(lesson.target(batch.latents, T, text, late.clusters), routed)
+    for taught, wanted in ((early, of_clusters), (late, routed)):
+        args = tiny_bundle.expert(0), batch.latents, T, text, taught.clusters
+        assert torch.equal(lesson.target(*args), wanted)
 
 
 @pytest.mark.parametrize(("share", "first"), [(0.0, [2, 0]), (1.0, [ROUTED] * 2)])
@@ -157,6 +163,91 @@ def test_times_are_raised_to_those_at_which_the_student_is_asked() -> None:
     t = torch.tensor([0.0, 0.01, 0.25, 0.2501, 0.75, 0.9, 1.0])
     assert round_up(t, 4).tolist() == [0.25, 0.25, 0.25, 0.5, 0.75, 1.0, 1.0]
     assert round_up(t, 1).tolist() == [1.0] * 7
+
+
+# --- Consistency ---------------------------------------------------------------------------------
+
+
+class LinearFlow(nn.Module):
+    """The field v(z, t) = RATE z: Euler steps of 1/6 multiply z by a constant, in closed form.
+
+    As a teacher it answers for the ensemble's 6 steps; as a student, of 2 steps of 3, it is the
+    right one: at each of the 6 times it answers the mean velocity to the end of its own step.
+    """
+
+    RATE = 1.5
+    config = replace(EXPERT, prediction="velocity")
+
+    def mean_velocity(
+        self, latents: Tensor, t: Tensor, text: TextConditioning, num_steps: int | Tensor
+    ) -> Tensor:
+        return latents * (1 - (1 - self.RATE / 6) ** num_steps) * 6 / num_steps
+
+    def forward(self, latents: Tensor, timesteps: Tensor, text: TextConditioning) -> Tensor:
+        steps_left = torch.tensor([3, 1, 2])[(timesteps * 6 / 1000).round().long() % 3]
+        return self.mean_velocity(latents, timesteps, text, steps_left.view(-1, 1, 1, 1))
+
+
+@pytest.fixture
+def six_times() -> Batch:
+    generator = torch.Generator().manual_seed(0)
+    latents, noise = (torch.randn(6, 3, 2, 2, generator=generator) for _ in range(2))
+    t = torch.arange(1, 7) / 6
+    return Batch(latents, noise, t, torch.empty(6), torch.zeros(6, dtype=torch.long))
+
+
+def test_objectives_teach_the_mean_velocity_of_a_linear_flow(six_times: Batch) -> None:
+    flow: Any = LinearFlow()
+    latents, text = six_times.noise, TextConditioning.from_vectors(torch.zeros(6, 4))
+    for lesson in (consistency(flow, 2, 6), progressive(flow, 2, 6)):
+        times = lesson.prepare(0.0, six_times).t
+        assert set(times.tolist()) <= set(six_times.t.tolist())
+        found = lesson.target(flow, latents, times, text, six_times.clusters)
+        # From each time to 1/2 or 0 the right field leads to q^n z, n steps away.
+        ends = (times > 0.5 + 1e-6) / 2
+        num_steps = ((times - ends) * 6).round()
+        factor = (1 - LinearFlow.RATE / 6) ** num_steps
+        wanted = latents * ((1 - factor) / (times - ends)).view(-1, 1, 1, 1)
+        torch.testing.assert_close(found, wanted)
+
+
+def test_the_student_answers_for_all_but_the_first_step(six_times: Batch, randomised: Any) -> None:
+    flow: Any = LinearFlow()
+    student, text = randomised(Expert(EXPERT), 1), TextConditioning.from_vectors(torch.ones(6, 4))
+    latents, t = six_times.noise, six_times.t
+    found = consistency(flow, 2, 6).target(student, latents, t, text, six_times.clusters)
+    first = flow.mean_velocity(latents, t, text, 1)
+    rest = predict_velocity(student, latents - first / 6, torch.arange(6) / 6, text)
+    share = torch.tensor([0, 1 / 2, 2 / 3, 0, 1 / 2, 2 / 3]).view(-1, 1, 1, 1)
+    torch.testing.assert_close(found, (1 - share) * first + share * rest)
+    assert torch.equal(found[[0, 3]], first[[0, 3]])  # where the steps of both end together
+
+
+def test_times_of_consistency_are_those_of_the_ensemble(batch: Batch) -> None:
+    t = torch.tensor([0.01, 0.3, 0.51, 1.0])
+    prepared = consistency(PlainTeacher([]), 2, 4).prepare(0.0, batch._replace(t=t))
+    assert prepared.t.tolist() == [0.25, 0.5, 0.75, 1.0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_gradient_flows_through_targets_and_none_is_lost(
+    tiny_bundle: Bundle, text: TextConditioning, batch: Batch, randomised: Any, dtype: torch.dtype
+) -> None:
+    student = randomised(Expert(tiny_bundle.expert_configs[0]), 1)
+    lesson = consistency(teacher_of(tiny_bundle, num_inference_steps=4), 1, 4)
+    batch = lesson.prepare(0.0, batch)
+    path = sample_path(batch.latents, batch.noise, batch.t)
+    with autocast(torch.device("cpu"), dtype), torch.no_grad():
+        fixed = lesson.target(student, path.x_t, path.t, text, batch.clusters)
+    gradients = []
+    for taught in (lesson, replace(lesson, target=lambda *_: fixed)):
+        student.zero_grad()
+        with autocast(torch.device("cpu"), dtype):
+            loss = expert_loss(student, batch, text, taught)
+        loss.backward()
+        gradients.append({n: p.grad for n, p in student.named_parameters() if p.requires_grad})
+    torch.testing.assert_close(*gradients)
+    assert all(gradient.abs().sum() > 0 for gradient in gradients[0].values())
 
 
 # --- Training ------------------------------------------------------------------------------------
@@ -219,11 +310,24 @@ def train(
     return output.read(EXPERT_WEIGHTS), output.read(METRICS)
 
 
+def switching(teacher: PlainTeacher) -> Lesson:
+    return velocities(teacher, routed_share=0.5)  # from step 6 of 12 on
+
+
+def own_pupil(teacher: PlainTeacher) -> Lesson:
+    return consistency(teacher, 1, 4)  # what is learnt depends on the weights so far
+
+
+@pytest.mark.parametrize("lesson_of", [switching, own_pupil])
 @pytest.mark.parametrize("killed_at", [[4], [8], [4, 10]])
 def test_resumed_equals_uninterrupted_to_the_bit(
-    shards: list[Folder], tmp_path: Path, teacher: PlainTeacher, killed_at: list[int]
+    shards: list[Folder],
+    tmp_path: Path,
+    teacher: PlainTeacher,
+    killed_at: list[int],
+    lesson_of: Callable[[PlainTeacher], Lesson],
 ) -> None:
-    lesson = velocities(teacher, routed_share=0.5)  # from step 6 of 12 on
+    lesson = lesson_of(teacher)
     whole = train(shards, Folder(tmp_path / "whole"), lesson)
     output = Folder(tmp_path / "output")
     for step in killed_at:
@@ -240,7 +344,7 @@ def test_another_lesson_does_not_continue_a_training(
     with pytest.raises(Stop):
         train(shards, output, velocities(teacher, 0.5), on_progress=stop_at(6))
     assert output.exists(CHECKPOINT)
-    for other in (velocities(teacher, 0.25), few_steps(teacher, 2, 4)):
+    for other in (velocities(teacher, 0.25), progressive(teacher, 2, 4)):
         with pytest.raises(ArtifactError, match="belongs to another configuration"):
             train(shards, output, other)
 
@@ -248,9 +352,10 @@ def test_another_lesson_does_not_continue_a_training(
 def test_the_lessons_differ_and_so_do_their_students(
     shards: list[Folder], tmp_path: Path, teacher: PlainTeacher
 ) -> None:
-    lessons = [velocities(teacher, 0.0), velocities(teacher, 1.0), few_steps(teacher, 2, 4)]
+    lessons = [velocities(teacher, 0.0), velocities(teacher, 1.0)]
+    lessons += [lesson(teacher, 1, 4) for lesson in OBJECTIVES.values()]
     weights = {train(shards, Folder(tmp_path / str(i)), les)[0] for i, les in enumerate(lessons)}
-    assert len(weights) == 3
+    assert len(weights) == len({canonical_json(les.identity) for les in lessons}) == 4
 
 
 @pytest.mark.parametrize("prediction", ["preconditioned", "velocity"])
@@ -347,6 +452,7 @@ def test_the_card_sets_the_models_beside_each_other(
     [
         ("distillation.routed_share=1.5", "distillation.routed_share=1.5 is not allowed"),
         ("distillation.num_inference_steps=0", "num_inference_steps=0 is not allowed: at least 1"),
+        ("distillation.objective=mean", "objective: Invalid value 'mean', expected one of"),
         ("distil_training.steps=0", "distil_training.steps=0 is not allowed: at least 1"),
         ("few_step_training.batch_size=0", "few_step_training.batch_size=0 is not allowed"),
         ("few_step_training.init_from=x", "few_step_training.init_from='x' is not allowed: null"),

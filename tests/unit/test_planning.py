@@ -246,9 +246,13 @@ def test_experts_are_planned_with_their_own_overrides() -> None:
 DISTILLED = ["distillation.routed_share=0.25", "distillation.num_inference_steps=2"]
 
 
+@pytest.mark.parametrize("objective", ["progressive", "consistency"])
 @pytest.mark.parametrize(("guidance_scale", "passes"), [(1.0, 1), (3.0, 2)])
-def test_a_distillation_costs_its_teachers_too(guidance_scale: float, passes: int) -> None:
-    config = load("quickstart", [*DISTILLED, f"sampling.guidance_scale={guidance_scale}"])
+def test_a_distillation_costs_its_teachers_too(
+    guidance_scale: float, passes: int, objective: str
+) -> None:
+    own = (f"sampling.guidance_scale={guidance_scale}", f"distillation.objective={objective}")
+    config = load("quickstart", [*DISTILLED, *own])
     without, result = plan(config), plan(config, distilled_from=3)
     *others, student, few_step = result.trainings
     assert others == without.trainings
@@ -257,8 +261,9 @@ def test_a_distillation_costs_its_teachers_too(guidance_scale: float, passes: in
     router = 2 * forward_macs(config.router)
     taught = 0.75 * expert + 0.25 * (3 * expert + router)  # by one expert, then by the mixture
     assert student.flops_per_image == 3 * expert + taught
-    in_4_steps = 4 * (passes * 3 * expert + router)  # of the ensemble's 8, in each of 2
-    assert few_step.flops_per_image == 3 * expert + in_4_steps
+    step = passes * 3 * expert + router
+    targets = {"progressive": 4 * step, "consistency": step + expert}  # of 8 steps, each of 2
+    assert few_step.flops_per_image == 3 * expert + targets[objective]
     assert result.num_parameters == without.num_parameters
     for training in (student, few_step):
         assert training.memory.teachers == 4 * result.num_parameters

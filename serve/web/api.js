@@ -3,6 +3,8 @@
 const UNREACHABLE =
   "The server cannot be reached. Check that it runs and that you are connected, then try again.";
 
+const CANCEL_TIMEOUT_MS = 5000;
+
 /** What the server, or the way to it, refused. `status` is 0 where no answer came. */
 export class ApiError extends Error {
   constructor(message, { status = 0, param = null, code = null, headers = new Headers() } = {}) {
@@ -47,7 +49,8 @@ export class Api {
 
   /** Stop a request; return after which step it stopped. */
   async cancel(id) {
-    return (await this.json(`v1/images/generations/${id}`, { method: "DELETE" })).step;
+    const signal = AbortSignal.timeout(CANCEL_TIMEOUT_MS);
+    return (await this.json(`v1/images/generations/${id}`, { method: "DELETE", signal })).step;
   }
 
   /** Return how a picture file says that it was drawn. */

@@ -4,13 +4,13 @@ import { ApiError, events } from "./api.js";
 
 const AT_A_TIME = 4; // browsers keep six connections to a server; cancelling needs one of them
 const MAX_UNAVAILABLE = 5; // how often a server that is being replaced is asked again
-const UNFINISHED = ["waiting", "drawing"];
+const UNFINISHED = ["waiting", "drawing", "cancelling"];
 
 const sum = (numbers) => numbers.reduce((total, number) => total + number, 0);
 
 /** One request: `n` pictures of one prompt by the same experts. */
 export class Part {
-  state = "waiting"; // drawing, done, failed, cancelled
+  state = "waiting"; // drawing, cancelling, done, failed, cancelled
   label = ""; // what is special about it, among the parts of a job
   message = "";
   step = 0;
@@ -50,7 +50,7 @@ export class Part {
       }
       Object.assign(this, { state: "done", message: "" });
     } catch (error) {
-      if (this.state !== "cancelled") this.#fail(error);
+      if (this.state === "drawing") this.#fail(error);
     }
     changed(this);
   }
@@ -60,16 +60,22 @@ export class Part {
     Object.assign(this, { state: "waiting", message, id: newId(), beganAt: null });
   }
 
-  async cancel(api) {
-    const wasDrawing = this.state === "drawing";
-    Object.assign(this, { state: "cancelled", message: "Cancelled." });
-    if (!wasDrawing) return;
-    try {
-      this.message = `Cancelled after step ${await api.cancel(this.id)}.`;
-    } catch {
-      // It had not begun, or the server is gone: hanging up is enough for both.
+  /** Stop, and know after which step if the server knows it. */
+  async cancel(api, changed) {
+    let message = "Cancelled.";
+    if (this.state === "drawing") {
+      this.state = "cancelling";
+      changed(this);
+      try {
+        message = `Cancelled after step ${await api.cancel(this.id)}.`;
+      } catch {
+        // It had not begun, or the server is gone: hanging up is enough for both.
+      }
+      this.#controller.abort();
+      if (this.state === "done") return; // it was faster
     }
-    this.#controller.abort();
+    Object.assign(this, { state: "cancelled", message });
+    changed(this);
   }
 
   #begin(headers) {
@@ -79,7 +85,6 @@ export class Part {
   }
 
   #take({ type, b64_json, output_format, paris }) {
-    if (this.state === "cancelled") return;
     const isFinal = type.endsWith("completed");
     const index = isFinal ? paris.seed - this.body.seed : paris.picture;
     const picture = this.pictures[index];
@@ -139,6 +144,7 @@ export class Job {
     if (this.parts.length > 1) return `${done} of ${this.parts.length} pictures, ${seconds}`;
     const [{ state, step, numSteps }] = this.parts;
     if (state === "waiting") return "Waits for its turn";
+    if (state === "cancelling") return "Stops";
     return numSteps === null ? `Begins, ${seconds}` : `Step ${step} of ${numSteps}, ${seconds}`;
   }
 }
@@ -165,10 +171,8 @@ export class Queue {
 
   async cancel(parts) {
     this.#waiting = this.#waiting.filter((part) => !parts.includes(part));
-    await Promise.all(parts.filter((part) => part.isUnfinished).map(async (part) => {
-      await part.cancel(this.api);
-      this.changed(part);
-    }));
+    const open = parts.filter(({ state }) => state === "waiting" || state === "drawing");
+    await Promise.all(open.map((part) => part.cancel(this.api, this.changed)));
     this.#next();
   }
 

@@ -125,7 +125,7 @@ export class Frame {
 }
 
 function stateInWords({ state }) {
-  return { waiting: "waits", drawing: "begins", failed: "failed", cancelled: "cancelled" }[state] ?? "";
+  return { waiting: "waits", drawing: "begins", cancelling: "stops" }[state] ?? state;
 }
 
 /** Return a definition list of what a picture was drawn with. */

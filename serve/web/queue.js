@@ -40,6 +40,7 @@ export class Part {
     try {
       const response = await api.draw(this.body, { id: this.id, signal: this.#controller.signal });
       this.#begin(response.headers);
+      changed(this);
       for await (const event of events(response)) {
         this.#take(event);
         changed(this);

@@ -49,6 +49,7 @@ function goTo(id, message) {
 }
 
 async function recallFile(file) {
+  $("alert").textContent = "";
   try {
     const { sampling, size, ...record } = await api.provenance(file);
     const isNative = size === model.paris.picture_size;
@@ -62,7 +63,7 @@ async function recallFile(file) {
 /* -- Drawing --------------------------------------------------------------------------------- */
 
 function draw() {
-  if (form.check()) start([{ title: "", parts: [new Part(form.body)] }]);
+  if (model && form.check()) start([{ title: "", parts: [new Part(form.body)] }]);
 }
 
 /** Draw one seed by one, two and all experts, by each alone, and without each. */
@@ -92,6 +93,7 @@ function compare() {
 }
 
 function start(groups) {
+  $("alert").textContent = "";
   const job = new Job(groups);
   form.remember(job.prompt);
   look(job, job.pictures[0]);
@@ -215,6 +217,7 @@ async function loadModel() {
   $("alert").textContent = "";
   $("access").hidden = true;
   form.describe(model, experts);
+  $("draw").disabled = $("compare").disabled = false;
   document.title = `${model.id}: paris_ray studio`;
   $("model").textContent = `${model.id}: ${experts.numbers.length} experts trained apart, drawing together`;
   $("attribution").textContent = model.paris.attribution ?? "";

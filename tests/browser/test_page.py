@@ -372,7 +372,8 @@ def test_steps_are_counted(open_page: Open) -> None:
         new MutationObserver(() => {
             const bar = document.querySelector("#job progress");
             const text = document.querySelector("#job .progress span")?.textContent;
-            if (bar?.hasAttribute("value")) seen.push([text, bar.value]);
+            const isShown = bar?.hasAttribute("value") && !bar.parentElement.hidden;
+            if (isShown) seen.push([text, bar.value]);
         }).observe(document.getElementById("job"),
             { subtree: true, childList: true, attributes: true });
     }""")

@@ -207,7 +207,8 @@ def test_the_router_reports_accuracy_by_noise_level(finished: Run) -> None:
 def test_the_bundle_draws_and_its_card_shows_measured_numbers(finished: Run) -> None:
     bundle = load_bundle(finished.bundle.uri)
     images = generate(bundle, ["a red square number 1", "a blue circle number 0"], seed=1)
-    assert [image.size for image in images] == [(32, 32), (32, 32)]
+    size = bundle.facts.picture_size
+    assert [image.size for image in images] == [(size, size)] * 2
     sizes = read_manifest(finished.clusters, CLUSTERS).facts["sizes"]
     assert [cluster.rows for cluster in bundle.clusters] == sizes
     for cluster in bundle.clusters:

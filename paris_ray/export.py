@@ -6,7 +6,15 @@ from pathlib import Path
 from typing import Any
 
 from paris_ray.artifacts import Folder, VerifiedFolder, open_finished, read_manifest
-from paris_ray.bundle import CONFIG, MODEL_INDEX, Bundle, BundleFacts, Dtype, facts_to_json
+from paris_ray.bundle import (
+    CONFIG,
+    MODEL_INDEX,
+    Bundle,
+    BundleFacts,
+    Dtype,
+    clusters,
+    facts_to_json,
+)
 from paris_ray.config import CodecConfig, Config, SamplingConfig, TextConfig
 from paris_ray.embeddings import read_table
 from paris_ray.encoders import codec
@@ -15,6 +23,7 @@ from paris_ray.encoders.clip import TEXT_ENCODER, TEXT_ENCODER_FILES, TOKENIZER,
 from paris_ray.encoders.hub import HUB_NAME
 from paris_ray.encoders.text import MODEL_FILES
 from paris_ray.run import (
+    CLUSTERS,
     DISTILLED,
     EMBEDDINGS,
     ENCODERS,
@@ -55,6 +64,8 @@ def open_trained_parts(run: Run, *, device: str = "cpu", dtype: Dtype | None = N
     experts = range(run.num_experts)
     parts = {f"expert_{k}": open_finished(run.expert(k), EXPERT) for k in experts}
     parts["router"] = open_finished(run.router, ROUTER)
+    if run.clusters.exists(clusters.FILE):
+        parts[CLUSTERS] = open_finished(run.clusters, CLUSTERS)
     sampling = replace(run.config.sampling, router_temperature=_temperature(run))
     return _as_bundle(run, parts, _name(run), sampling, device=device, dtype=dtype)
 
@@ -180,6 +191,7 @@ def _files_of(name: str, part: VerifiedFolder) -> tuple[str, ...]:
         "router": (MODEL_CONFIG, ROUTER_WEIGHTS),
         "codec": (codec.CONFIG, codec.WEIGHTS),
         "vae": VAE_FILES,
+        CLUSTERS: (clusters.FILE,),
     }[name]
 
 

@@ -38,6 +38,7 @@ class Sampling:
     guidance_scale: float
     routing: str
     lora: str | None = None
+    allowed_experts: list[int] | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

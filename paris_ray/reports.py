@@ -58,12 +58,44 @@ def decode_thumbnails(encoded: Sequence[bytes]) -> NDArray[np.uint8]:
     return np.stack([np.asarray(Image.open(io.BytesIO(png)).convert("RGB")) for png in encoded])
 
 
-def frequent_words(captions: Iterable[str], count: int) -> list[tuple[str, int]]:
-    """Return the most frequent words of some captions with the number of captions they are in."""
+def count_words(captions: Iterable[str]) -> Counter[str]:
+    """Return in how many of some captions each word is."""
     counter: Counter[str] = Counter()
     for caption in captions:
         counter.update({w for w in re.findall(r"\w+", caption) if len(w) >= MIN_WORD_LENGTH})
-    return sorted(counter.items(), key=lambda item: (-item[1], item[0]))[:count]
+    return counter
+
+
+def frequent_words(words: Counter[str], count: int) -> list[tuple[str, int]]:
+    """Return the most frequent words with the number of captions they are in."""
+    return sorted(words.items(), key=lambda item: (-item[1], item[0]))[:count]
+
+
+def telling_words(
+    clusters: Sequence[Counter[str]], sizes: Sequence[int], count: int
+) -> list[list[str]]:
+    """Return for each cluster the words that its captions have much more often than others do.
+
+    Twice as often at least; the first are those of which the share of captions differs most.
+
+    Args:
+        clusters: In how many captions each word is, by cluster.
+        sizes: How many captions each has; at least one.
+        count: The most words of a cluster.
+    """
+    everywhere = sum(clusters, Counter[str]())
+    total = sum(sizes)
+
+    found = []
+    for words, size in zip(clusters, sizes, strict=True):
+        ranked = []
+        for word, times in words.items():
+            share = times / size
+            elsewhere = (everywhere[word] - times) / max(1, total - size)
+            if share >= 2 * elsewhere:
+                ranked.append((elsewhere - share, word))
+        found.append([word for _, word in sorted(ranked)[:count]])
+    return found
 
 
 def inline_image(image: Image.Image, alt: str, width: int | None = None) -> str:

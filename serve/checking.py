@@ -10,6 +10,7 @@ from paris_ray.diffusion import num_evaluations
 from paris_ray.encoders.inspection import TextInspector, TextReport, is_blank
 from paris_ray.errors import ParisError
 from paris_ray.pictures import LoRARecord, PictureFormat, Sampling
+from paris_ray.sampling.routing import check_allowed_experts
 from paris_ray.sampling.sampler import SamplingOptions, sampling_options
 from serve.drawing import DrawRequest
 from serve.errors import invalid
@@ -209,6 +210,10 @@ def _sampling(request: DrawingFields, served: Served) -> tuple[Sampling, Quality
         served.bundle.check_lora(request.lora)
     except ParisError as error:
         raise invalid(str(error), param="lora", code="invalid_value") from None
+    try:
+        check_allowed_experts(request.allowed_experts, served.bundle.num_experts)
+    except ParisError as error:
+        raise invalid(str(error), param="allowed_experts", code="invalid_value") from None
     defaults, quality = served.bundle.facts.sampling, QUALITIES[request.quality or "auto"]
     preset = defaults.presets.get(quality)
     own = {name: getattr(request, name) for name in PRESET_FIELDS}
@@ -223,6 +228,7 @@ def _sampling(request: DrawingFields, served: Served) -> tuple[Sampling, Quality
         guidance_scale=defaults.guidance_scale if scale is None else float(scale),
         routing=defaults.routing if request.routing is None else request.routing,
         lora=request.lora,
+        allowed_experts=request.allowed_experts,
     )
     return sampling, "auto" if preset is None else quality
 

@@ -12,6 +12,7 @@ from pydantic import BaseModel
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
+from paris_ray.bundle import Bundle
 from paris_ray.encoders.inspection import load_text_inspector
 from paris_ray.sampling.engine import Limits
 from paris_ray.sampling.sampler import sampling_options
@@ -25,6 +26,7 @@ from serve.links import FileCache, LinkError, Links, LinkTarget, cluster_secret
 from serve.relay import Samplers
 from serve.schemas import (
     BatchesRequest,
+    ExpertFacts,
     ImageData,
     ImagesRequest,
     Model,
@@ -34,7 +36,8 @@ from serve.schemas import (
 )
 from serve.source import BundleSource
 
-PAGE = Path(__file__).parent / "web" / "index.html"
+WEB = Path(__file__).parent / "web"
+PAGE = "index.html"
 LIMITS = Limits()
 RANDOM_SEEDS = 2**32  # seeds we draw: short for people, and exact as JavaScript numbers
 HEALTH_TIMEOUT_S = 5
@@ -71,6 +74,24 @@ class Caller(BaseModel):
     client: Client | None
     request_id: str
     base_url: str
+
+
+def _expert_facts(bundle: Bundle) -> list[ExpertFacts]:
+    """Return what a bundle tells of its experts."""
+    names = [
+        [name for name, at in bundle.loras.items() if at == k] for k in range(bundle.num_experts)
+    ]
+    if not bundle.clusters:
+        return [
+            ExpertFacts(expert=k, rows=None, words=[], pictures=[], loras=names[k])
+            for k in range(bundle.num_experts)
+        ]
+    return [
+        ExpertFacts(
+            expert=k, rows=told.rows, words=told.words, pictures=told.pictures, loras=names[k]
+        )
+        for k, told in enumerate(bundle.clusters)
+    ]
 
 
 class Ingress:
@@ -112,7 +133,8 @@ class Ingress:
             max_size=self.options.max_size,
         )
         self.samplers = Samplers(sampler, _own_deployment())
-        self.page = PAGE.read_text()
+        self.experts = _expert_facts(bundle)
+        self.web = {file.name: file.read_bytes() for file in WEB.iterdir()}
         self._links, self._files = Links(cluster_secret()), FileCache()
         self._loaded = False
         self._began = int(time.time())

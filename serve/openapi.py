@@ -143,6 +143,12 @@ def file_responses(media_types: Sequence[str]) -> dict[int | str, Document]:
     return found | {200: {"description": "The file", "content": content}}
 
 
+def web_responses(media_type: str, *statuses: int) -> dict[int | str, Document]:
+    """Return the `responses` of a route that answers with a file of the page."""
+    content: Document = {media_type: {"schema": {"type": "string"}}}
+    return errors(*statuses) | {200: {"description": "The file", "content": content}}
+
+
 def complete(document: Document) -> Document:
     """Return FastAPI's document with the events of a stream, and without the answer 422.
 
@@ -192,6 +198,7 @@ HEADERS: Document = {
         "Guidance": "guidance_scale",
         "Routing": "routing",
         "Lora": "Name of the adapter",
+        "Allowed-Experts": "Numbers of the experts that might draw, with commas between them",
         "Warnings": "Codes of the warnings, with commas between them",
         "Missing-Experts": "Experts that were lost and drawn without",
         "Attribution": "Licence line to show beside the pictures, percent-encoded",

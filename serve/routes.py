@@ -5,7 +5,7 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, FastAPI, Request, Response
-from fastapi.responses import HTMLResponse, StreamingResponse
+from fastapi.responses import StreamingResponse
 from pydantic import BaseModel
 from ray import serve
 
@@ -13,9 +13,9 @@ from paris_ray.pictures import PictureRecord, read_picture
 from serve import openapi, pictures
 from serve.access import Access
 from serve.checking import Order
-from serve.errors import ApiError, failed, install_error_handlers, invalid
+from serve.errors import ApiError, error_of, failed, install_error_handlers, invalid
 from serve.gate import Gate
-from serve.ingress import Caller, Ingress
+from serve.ingress import PAGE, Caller, Ingress
 from serve.keys import Client
 from serve.schemas import (
     BatchesRequest,
@@ -23,6 +23,7 @@ from serve.schemas import (
     Cancelled,
     ErrorDetail,
     ErrorResponse,
+    ExpertList,
     ImagesRequest,
     ImagesResponse,
     Model,
@@ -33,7 +34,8 @@ from serve.schemas import (
 # A stream that fails before this has an error's status; later, the error is an event of it.
 STREAM_STARTS_AFTER_S = 1.0
 # What needs no key; a link is its own.
-OPEN_PATHS = ("/", "/healthz", "/readyz", "/openapi.json", "/v1/images/files/")
+OPEN_PATHS = ("/", "/web/", "/healthz", "/readyz", "/openapi.json", "/v1/images/files/")
+WEB_TYPES = {"html": "text/html", "css": "text/css", "js": "text/javascript"}
 PICTURE_TYPES = ("image/png", "image/jpeg", "image/webp")
 
 
@@ -162,6 +164,12 @@ async def retrieve_model(id: str, ingress: Current) -> Model:
     raise invalid(message, param="model", code="model_not_found", status=404)
 
 
+@v1.get("/experts", responses=openapi.errors(401, 403, 429, 500, 503))
+async def list_experts(ingress: Current) -> ExpertList:
+    """Return what the experts were trained on, in words and pictures, and their adapters."""
+    return ExpertList(data=ingress.experts)
+
+
 open_routes = APIRouter()
 
 
@@ -193,10 +201,31 @@ async def readyz(ingress: Current) -> Readiness:
     return await ingress.readiness()
 
 
-@open_routes.get("/", response_class=HTMLResponse, responses=openapi.errors(403, 500, 503))
-async def page(ingress: Current) -> str:
+@open_routes.get(
+    "/", response_class=Response, responses=openapi.web_responses("text/html", 403, 500, 503)
+)
+async def page(ingress: Current) -> Response:
     """Return the page."""
-    return ingress.page
+    return _web_file(ingress, PAGE)
+
+
+@open_routes.get(
+    "/web/{name}",
+    response_class=Response,
+    responses=openapi.web_responses("text/javascript", 403, 404, 500, 503),
+)
+async def web_file(name: str, ingress: Current) -> Response:
+    """Return a script or the style of the page."""
+    if name not in ingress.web:
+        raise error_of(404)
+    return _web_file(ingress, name)
+
+
+def _web_file(ingress: Ingress, name: str) -> Response:
+    """Return a file of the page; browsers ask again each time, so that all are of one version."""
+    media_type = WEB_TYPES[name.rpartition(".")[2]]
+    headers = {"Cache-Control": "no-cache"}
+    return Response(ingress.web[name], media_type=media_type, headers=headers)
 
 
 def _check(body: ImagesRequest | BatchesRequest, ingress: Ingress, request: Request) -> Order:

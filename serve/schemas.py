@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from paris_ray.config import SolverName, TimeGrid
+from paris_ray.config import MAX_EXPERTS, SolverName, TimeGrid
 from paris_ray.pictures import PictureFormat
 
 MAX_PICTURES = 10
@@ -48,6 +48,8 @@ class DrawingFields(BaseModel):
         routing: `top-1`, `top-2`, ..., `full` (or `full-ensemble`), `threshold:x`,
             `top-p:x` or `agree:x`.
         lora: Name of an adapter that one expert draws with; None: all draw as they are.
+        allowed_experts: Numbers of the experts that may draw, as if there were no others; None:
+            all.
         allow_degraded: Whether pictures may be finished without an expert that is lost, which the
             response then says; true by default.
     """
@@ -73,6 +75,7 @@ class DrawingFields(BaseModel):
     guidance_scale: float | None = Field(default=None, ge=0, le=20)
     routing: Annotated[Name, Field(min_length=1)] | None = None
     lora: Name | None = None
+    allowed_experts: list[int] | None = Field(default=None, min_length=1, max_length=MAX_EXPERTS)
     allow_degraded: bool | None = None
 
 
@@ -155,6 +158,7 @@ class Provenance(BaseModel):
         guidance_scale: Classifier-free guidance.
         routing: How experts were chosen.
         lora: Name of the adapter, or None.
+        allowed_experts: Numbers of the experts that might draw, or None: all.
         native_size: Width and height that the pictures were drawn at.
         resize_filter: Filter between that size and theirs, or None.
         experts: For each picture, the mean weight of every expert over the steps; sums to 1.
@@ -175,6 +179,7 @@ class Provenance(BaseModel):
     guidance_scale: float
     routing: str
     lora: str | None
+    allowed_experts: list[int] | None
     native_size: str
     resize_filter: str | None
     experts: list[list[float]]
@@ -349,6 +354,36 @@ class ModelList(BaseModel):
 
     object: Literal["list"] = "list"
     data: list[Model]
+
+
+class ExpertFacts(BaseModel):
+    """What one expert was trained on, as far as the model tells.
+
+    Attributes:
+        expert: Its number.
+        rows: Pictures of its cluster; None where the model does not tell of its clusters.
+        words: What is said of them more often than of all others, the most telling first.
+        pictures: Some of them: PNG files of 32x32 pixels, in base64.
+        loras: Names of the adapters that it can draw with.
+    """
+
+    expert: int
+    rows: int | None
+    words: list[str]
+    pictures: list[str]
+    loras: list[str]
+
+
+class ExpertList(BaseModel):
+    """Answer of `GET /v1/experts`.
+
+    Attributes:
+        object: Always `list`.
+        data: The experts, in order.
+    """
+
+    object: Literal["list"] = "list"
+    data: list[ExpertFacts]
 
 
 class Readiness(BaseModel):

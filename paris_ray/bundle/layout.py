@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
 from paris_ray.artifacts import MANIFEST, Folder, VerifiedFolder, open_finished, read_manifest
+from paris_ray.bundle import clusters
 from paris_ray.bundle.facts import CONFIG, MODEL_INDEX, read_facts, read_integer
 from paris_ray.bundle.links import check_links
 from paris_ray.bundle.parts import Bundle
@@ -14,7 +15,7 @@ from paris_ray.encoders import autoencoder, clip, codec
 from paris_ray.encoders.autoencoder import VAE_FILES
 from paris_ray.encoders.clip import TEXT_ENCODER, TEXT_ENCODER_FILES, TOKENIZER
 from paris_ray.errors import BundleError
-from paris_ray.run import BUNDLE, EXPERT_WEIGHTS, MODEL_CONFIG, ROUTER_WEIGHTS
+from paris_ray.run import BUNDLE, CLUSTERS, EXPERT_WEIGHTS, MODEL_CONFIG, ROUTER_WEIGHTS
 
 CODECS = {"vae": VAE_FILES, "codec": (codec.CONFIG, codec.WEIGHTS)}
 ENCODER_WEIGHTS = {
@@ -145,6 +146,8 @@ def _parts(folder: Folder, folders: Set[str], num_experts: int) -> dict[str, Seq
     }
     if TOKENIZER in folders:  # which files it needs, its reader knows
         parts[TOKENIZER] = ()
+    if CLUSTERS in folders:
+        parts[CLUSTERS] = (clusters.FILE,)
     return parts
 
 

@@ -11,6 +11,7 @@ import torch
 
 from paris_ray.artifacts import VerifiedFolder
 from paris_ray.bundle.adapters import LoRA, read_lora
+from paris_ray.bundle.clusters import ClusterFacts, read_clusters
 from paris_ray.bundle.facts import BundleFacts
 from paris_ray.bundle.weights import DTYPES, Dtype, StoredModel
 from paris_ray.config import ExpertConfig, RouterConfig
@@ -21,7 +22,7 @@ from paris_ray.errors import BundleError, ConfigError, ParisError
 from paris_ray.models import Expert, Router, TextConditioning
 from paris_ray.models.lora import attach_all
 from paris_ray.receipts import file_sha256
-from paris_ray.run import EXPERT_WEIGHTS, MODEL_CONFIG, ROUTER_WEIGHTS
+from paris_ray.run import CLUSTERS, EXPERT_WEIGHTS, MODEL_CONFIG, ROUTER_WEIGHTS
 
 MAX_RESIDENT = 2  # experts on the device with offload=True: those of top-2, the default
 MAX_PROMPTS = 128  # whose encoding is kept: 30 MB of CLIP's
@@ -40,7 +41,7 @@ class Bundle:
 
     Args:
         parts: By folder name: `expert_0` ... `expert_K-1`, `router`, `vae` or `codec`,
-            `text_encoder` and, for CLIP, `tokenizer`.
+            `text_encoder` and, for CLIP, `tokenizer`; `clusters`, if there is one.
         facts: What the bundle says of itself.
         defaults: Values of fields that the models' `config.json` do not tell.
         dtype: Data type of experts and router; None keeps the stored one.
@@ -270,6 +271,16 @@ class Bundle:
                 f"but the bundle has {self.num_experts} experts"
             )
         return config
+
+    @cached_property
+    def clusters(self) -> list[ClusterFacts]:
+        """What each expert was trained on; empty if the bundle does not tell.
+
+        Raises:
+            BundleError: if the file that tells is damaged.
+        """
+        part = self.parts.get(CLUSTERS)
+        return [] if part is None else read_clusters(part, self.num_experts)
 
     def weights_digest(self, part: str) -> str:
         """Return the SHA-256 of the weights of an expert or the router, in hexadecimal.

@@ -1,6 +1,8 @@
 """Prepare, part three: cluster the features and write one shard of training data a cluster."""
 
+import base64
 import logging
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
@@ -9,6 +11,8 @@ import ray
 from numpy.typing import NDArray
 
 from paris_ray.artifacts import Folder, Manifest, publish, read_manifest
+from paris_ray.bundle import ClusterFacts, write_clusters
+from paris_ray.bundle.clusters import MAX_WORD_LENGTH
 from paris_ray.clustering import Clustering, fit_clustering, random_clusters
 from paris_ray.config import Config
 from paris_ray.embeddings import (
@@ -26,6 +30,7 @@ from paris_ray.embeddings import (
 from paris_ray.errors import ConfigError
 from paris_ray.pipeline.stage import Stage
 from paris_ray.reports import (
+    count_words,
     decode_thumbnails,
     frequent_words,
     inline_image,
@@ -33,6 +38,7 @@ from paris_ray.reports import (
     paragraph,
     picture_grid,
     section,
+    telling_words,
 )
 from paris_ray.run import CLUSTERS, EMBEDDINGS, SHARD, Run
 from paris_ray.seeding import derive_seed, numpy_generator
@@ -52,10 +58,11 @@ SPLIT_TASK_ROWS = 20_000  # about so many does one task hold in memory
 MAX_SHARED_ROWS = 100_000
 PICTURES_PER_CLUSTER = 60
 WORDS_PER_CLUSTER = 12
+TOLD_PICTURES, TOLD_WORDS = 6, 8  # of a cluster, in a bundle
 
 
 def prepare_clusters(config: Config, embeddings: Manifest) -> Manifest:
-    """Publish `clusters/`: centroids, shards, held-out rows by cluster and `report.html`.
+    """Publish `clusters/`: centroids, shards, held-out rows by cluster, `report.html`, its facts.
 
     Of random clusters there are no centroids. With `cluster.shared_share` also `shared/`, rows of
     the whole corpus for every expert.
@@ -188,30 +195,49 @@ def _publish_shard(run: Run, config_digest: str, shard: Folder) -> int:
 
 @ray.remote
 def write_report(config: Config, sizes: Sequence[int], attribution: str | None) -> None:
-    """Write `report.html`: size, pictures and frequent words of every cluster."""
+    """Write size, pictures and words of every cluster: `report.html`, and less for bundles."""
     run = Run(config)
-    sections = [_cluster_section(run.shard(k), k, sizes) for k in range(run.num_experts)]
+    shards = [run.shard(k) for k in range(run.num_experts)]
+    words = [count_words(read_table(s, ["caption"])["caption"].to_pylist()) for s in shards]
+    write_clusters(run.clusters, _cluster_facts(shards, sizes, words))
+    sections = [_cluster_section(shard, k, sizes, words[k]) for k, shard in enumerate(shards)]
     title = f"{sum(sizes)} captioned pictures in {len(sizes)} clusters"
     run.clusters.write("report.html", page(title, sections, attribution))
 
 
-def _cluster_section(shard: Folder, cluster: int, sizes: Sequence[int]) -> str:
+def _cluster_facts(
+    shards: Sequence[Folder], sizes: Sequence[int], words: Sequence[Counter[str]]
+) -> list[ClusterFacts]:
+    told = telling_words(words, sizes, TOLD_WORDS)
+    return [
+        ClusterFacts(
+            rows=sizes[k],
+            words=[word[:MAX_WORD_LENGTH] for word in told[k]],
+            pictures=[
+                base64.b64encode(png).decode()
+                for png in _spread_thumbnails(shard, sizes[k], TOLD_PICTURES)
+            ],
+        )
+        for k, shard in enumerate(shards)
+    ]
+
+
+def _cluster_section(shard: Folder, cluster: int, sizes: Sequence[int], words: Counter[str]) -> str:
     title = f"Cluster {cluster}: {sizes[cluster]} pictures, {sizes[cluster] / sum(sizes):.1%}"
-    if not sizes[cluster]:
-        return section(title, paragraph("empty"))
-    words = frequent_words(read_table(shard, ["caption"])["caption"].to_pylist(), WORDS_PER_CLUSTER)
-    grid = picture_grid(decode_thumbnails(_spread_thumbnails(shard, sizes[cluster])), columns=20)
-    text = ", ".join(f"{word} ({count})" for word, count in words)
+    thumbnails = _spread_thumbnails(shard, sizes[cluster], PICTURES_PER_CLUSTER)
+    grid = picture_grid(decode_thumbnails(thumbnails), columns=20)
+    frequent = frequent_words(words, WORDS_PER_CLUSTER)
+    text = ", ".join(f"{word} ({count})" for word, count in frequent)
     return section(title, paragraph(text), inline_image(grid, title, width=960))
 
 
-def _spread_thumbnails(shard: Folder, num_pictures: int) -> list[bytes]:
+def _spread_thumbnails(shard: Folder, num_pictures: int, count: int) -> list[bytes]:
     """Return evenly spread thumbnails of a shard, read a file at a time."""
-    step = max(1, num_pictures // PICTURES_PER_CLUSTER)
+    step = max(1, num_pictures // count)
     chosen: list[bytes] = []
     start = 0
     for name in part_names(shard):
         column = read_parts(shard, [name], ["thumbnail"])["thumbnail"]
         chosen += column.to_pylist()[-start % step :: step]
         start += len(column)
-    return chosen[:PICTURES_PER_CLUSTER]
+    return chosen[:count]

@@ -1,6 +1,7 @@
 """Routing: from router logits to the weight of each expert, and to the velocity that they mix."""
 
 import math
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -9,7 +10,7 @@ from torch import Tensor
 from torch.linalg import vector_norm
 from torch.nn import functional
 
-from paris_ray.errors import RoutingError
+from paris_ray.errors import ParisError, RoutingError
 
 ALLOWED = (
     "'top-1', 'top-2' ... 'top-K', 'full', 'threshold:x' or 'top-p:x' with 0 < x < 1, "
@@ -61,6 +62,33 @@ def parse_routing(text: str, num_experts: int) -> Routing:
             return Routing("top-k", top_k=int(count))
         raise RoutingError(f"routing={text!r} is not allowed: there are {num_experts} experts")
     raise RoutingError(f"routing={text!r} is not allowed: use {ALLOWED}")
+
+
+def check_allowed_experts(allowed: Sequence[int] | None, num_experts: int) -> None:
+    """Refuse experts that there are not, and lists that are empty or name one twice.
+
+    Args:
+        allowed: Numbers of the experts that may draw; None: all.
+        num_experts: How many there are.
+
+    Raises:
+        ParisError: with what is allowed.
+    """
+    if allowed is None:
+        return
+    known = all(0 <= expert < num_experts for expert in allowed)
+    if not known or not allowed or len(set(allowed)) < len(allowed):
+        raise ParisError(
+            f"allowed_experts={list(allowed)} is not allowed: numbers from 0 to {num_experts - 1}, "
+            "at least one, each once"
+        )
+
+
+def without_experts(router_logits: Tensor, barred: Collection[int]) -> Tensor:
+    """Return `(B, K)` logits by which these experts get no weight, whatever the routing."""
+    if not barred:
+        return router_logits
+    return router_logits.index_fill(1, torch.tensor(sorted(barred)), -torch.inf)
 
 
 def _number(text: str) -> float:

@@ -21,7 +21,14 @@ from paris_ray.models import EncodedText, Expert, TextConditioning
 from paris_ray.sampling.calls import Call, ExpertCall, RouterCall
 from paris_ray.sampling.guidance import KeyedText, guided_velocity
 from paris_ray.sampling.local import LocalModels
-from paris_ray.sampling.routing import Routing, expert_weights, mix, parse_routing
+from paris_ray.sampling.routing import (
+    Routing,
+    check_allowed_experts,
+    expert_weights,
+    mix,
+    parse_routing,
+    without_experts,
+)
 from paris_ray.sampling.solvers import integrate, proceed, solve
 from paris_ray.seeding import torch_generator
 
@@ -82,7 +89,11 @@ class Samples:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SamplingOptions:
-    """Checked options of one request; `loras` names the adapter of an expert by its number."""
+    """Checked options of one request.
+
+    `loras` names the adapter of an expert by its number; `allowed_experts` are those that may draw,
+    None: all.
+    """
 
     num_inference_steps: int
     guidance_scale: float
@@ -91,6 +102,7 @@ class SamplingOptions:
     solver: SolverName = "euler"
     time_grid: TimeGrid = "linspace"
     loras: Mapping[int, str] = field(default_factory=dict)
+    allowed_experts: frozenset[int] | None = None
 
 
 Answers = Sequence[Tensor | None]
@@ -106,6 +118,7 @@ def sampling_options(
     solver: str | None = None,
     time_grid: str | None = None,
     lora: str | None = None,
+    allowed_experts: Sequence[int] | None = None,
 ) -> SamplingOptions:
     """Fill in the bundle's defaults and check.
 
@@ -120,6 +133,7 @@ def sampling_options(
     if not 0 <= scale <= 100:
         raise ParisError(f"guidance_scale={scale} is not allowed: between 0 and 100")
     bundle.check_lora(lora)
+    check_allowed_experts(allowed_experts, bundle.num_experts)
     return SamplingOptions(
         num_inference_steps=steps,
         guidance_scale=scale,
@@ -128,6 +142,7 @@ def sampling_options(
         solver=_named(SolverName, "solver", solver or defaults.solver),
         time_grid=_named(TimeGrid, "time_grid", time_grid or defaults.time_grid),
         loras={} if lora is None else {bundle.loras[lora]: lora},
+        allowed_experts=None if allowed_experts is None else frozenset(allowed_experts),
     )
 
 
@@ -223,12 +238,12 @@ class _Mixture:
         return Step(list(calls), len(self.weights), self._preview)
 
     def _weigh(self, logits: Tensor) -> Tensor:
-        if len(self.missing) == logits.shape[1]:
-            raise ExpertsLostError("all experts are lost")
+        every, allowed = set(range(logits.shape[1])), self._options.allowed_experts
+        left = (every if allowed is None else allowed) - self.missing
+        if not left:
+            raise ExpertsLostError("all experts that may draw are lost")
         logits = logits / self._options.router_temperature
-        if self.missing:
-            logits = logits.index_fill(1, torch.tensor(sorted(self.missing)), -torch.inf)
-        return expert_weights(logits, self._options.routing)
+        return expert_weights(without_experts(logits, every - left), self._options.routing)
 
     def _expert_calls(
         self, weights: Tensor, latents: Tensor, t: float
@@ -337,6 +352,7 @@ def generate(
     solver: str | None = None,
     time_grid: str | None = None,
     lora: str | None = None,
+    allowed_experts: Sequence[int] | None = None,
 ) -> list[Image.Image]:
     """Draw one picture a prompt; picture i uses `seed + i`.
 
@@ -352,6 +368,8 @@ def generate(
         time_grid: `linspace`, `half-last` or `flow-match-euler`.
         lora: Name of an adapter (`bundle.add_lora`), which its expert draws with; the others and
             the router draw as ever.
+        allowed_experts: Numbers of the experts that may draw, as if there were no others; None:
+            all.
 
     Raises:
         ParisError: if an option is not allowed.
@@ -365,6 +383,7 @@ def generate(
         solver=solver,
         time_grid=time_grid,
         lora=lora,
+        allowed_experts=allowed_experts,
     )
     codec = bundle.codec  # now: one that is damaged must not cost a whole sampling
     images: list[Image.Image] = []

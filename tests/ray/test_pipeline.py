@@ -1,5 +1,6 @@
 """The pipeline on a real Ray, from an image folder to a bundle."""
 
+import base64
 import json
 import logging
 import shutil
@@ -206,7 +207,14 @@ def test_the_router_reports_accuracy_by_noise_level(finished: Run) -> None:
 def test_the_bundle_draws_and_its_card_shows_measured_numbers(finished: Run) -> None:
     bundle = load_bundle(finished.bundle.uri)
     images = generate(bundle, ["a red square number 1", "a blue circle number 0"], seed=1)
-    assert [image.size for image in images] == [(32, 32), (32, 32)]
+    size = bundle.facts.picture_size
+    assert [image.size for image in images] == [(size, size)] * 2
+    sizes = read_manifest(finished.clusters, CLUSTERS).facts["sizes"]
+    assert [cluster.rows for cluster in bundle.clusters] == sizes
+    for cluster in bundle.clusters:
+        assert cluster.words
+        for picture in cluster.pictures:
+            assert base64.b64decode(picture).startswith(b"\x89PNG")
     recall = read_manifest(finished.evaluation, EVALUATION).facts["shown"]["caption_recall"]
     assert f"{recall['mean']:.4f}" in finished.bundle.read("README.md").decode()
 

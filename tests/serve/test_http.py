@@ -4,6 +4,8 @@ import base64
 import hashlib
 import io
 import json
+import re
+import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,13 +18,26 @@ import pytest
 from PIL import Image
 
 from jobs.replay import main as replay
-from paris_ray.bundle import Bundle
+from paris_ray.artifacts import Folder, publish
+from paris_ray.bundle import Bundle, ClusterFacts, write_clusters
 from paris_ray.errors import ConfigError
+from paris_ray.run import BUNDLE
 from paris_ray.sampling import generate
 
 pytestmark = pytest.mark.serve
 
 IMAGES = "v1/images/generations"
+
+
+@pytest.fixture(scope="module")
+def told_path(tiny_bundle_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny bundle, with what its experts were trained on."""
+    path = tmp_path_factory.mktemp("told") / "bundle"
+    shutil.copytree(tiny_bundle_path, path)
+    facts = [ClusterFacts(rows=9, words=["cat"], pictures=["aGk="])] * 3
+    write_clusters(Folder(path / "clusters"), facts)
+    publish(Folder(path), BUNDLE, config_digest="", parents={}, facts={})
+    return path
 
 
 def draw(client: httpx.Client, **body: object) -> dict[str, Any]:
@@ -122,6 +137,31 @@ def test_models(client: httpx.Client) -> None:
     }
 
 
+def test_experts(client: httpx.Client, start_app: Callable[..., str], told_path: Path) -> None:
+    def expert(k: int, **told: Any) -> dict[str, Any]:
+        return {"expert": k, "rows": None, "words": [], "pictures": [], "loras": []} | told
+
+    assert client.get("v1/experts").json() == {
+        "object": "list",
+        "data": [expert(k) for k in range(3)],
+    }
+    url = start_app("told", colocated=True, bundle=str(told_path))
+    assert httpx.get(f"{url}/v1/experts").json()["data"] == [
+        expert(k, rows=9, words=["cat"], pictures=["aGk="]) for k in range(3)
+    ]
+
+
+def test_allowed_experts(client: httpx.Client, bundle: Bundle) -> None:
+    body = {"prompt": "a red cat", "seed": 7, "routing": "full", "allowed_experts": [2, 0]}
+    answer = draw(client, **body)
+    np.testing.assert_array_equal(drawn(answer), expected(bundle, **body))
+    told = answer["paris"]
+    assert (told["allowed_experts"], told["degraded"]) == ([2, 0], False)
+    assert told["experts"][0][1] == 0
+    response = client.post(IMAGES, json=body)
+    assert response.headers["x-paris-allowed-experts"] == "2,0"
+
+
 def test_healthz(client: httpx.Client) -> None:
     assert client.get("healthz").json() == {"status": "ok"}
 
@@ -129,7 +169,20 @@ def test_healthz(client: httpx.Client) -> None:
 def test_page_loads_nothing_from_elsewhere(client: httpx.Client) -> None:
     page = client.get("")
     assert page.headers["content-type"].startswith("text/html")
-    assert "//" not in page.text.replace("</", "").replace("/**", "")
+    policy = page.headers["content-security-policy"]
+    assert "default-src 'none'" in policy
+    assert "unsafe" not in policy
+    links = re.findall(r'(?:src|href)="([^"]+)"', page.text)
+    assert {"web/studio.css", "web/studio.js"} <= set(links)
+    scripts = ["studio.js", *re.findall(r'from "\./(.+)"', client.get("web/studio.js").text)]
+    assert len(scripts) > 1
+    for name in scripts:
+        script = client.get(f"web/{name}")
+        assert script.headers["content-type"].startswith("text/javascript")
+        assert "http" not in script.text.replace("HTTP", "")
+    assert client.get("web/studio.css").headers["content-type"].startswith("text/css")
+    for name in ("nothing.js", "..%2Fapp.py", "%2e%2e/app.py"):
+        assert_error(client.get(f"web/{name}"), 404, None, None)
 
 
 def assert_error(response: httpx.Response, status: int, param: str | None, code: str | None) -> str:
@@ -185,6 +238,10 @@ def assert_error(response: httpx.Response, status: int, param: str | None, code:
             "invalid_value",
         ),
         ({"prompt": "a cat", "partial_images": 1}, "partial_images", "invalid_value"),
+        ({"prompt": "a cat", "allowed_experts": []}, "allowed_experts", "invalid_value"),
+        ({"prompt": "a cat", "allowed_experts": [3]}, "allowed_experts", "invalid_value"),
+        ({"prompt": "a cat", "allowed_experts": [0, 0]}, "allowed_experts", "invalid_value"),
+        ({"prompt": "a cat", "allowed_experts": [True]}, "allowed_experts", "invalid_value"),
         ({"prompt": "a cat", "svg": {}}, "svg", "unknown_parameter"),
         ({"prompt": "a cat", "steps": 4}, "steps", "unknown_parameter"),
     ],

@@ -474,7 +474,7 @@ def test_of_two_that_agree_one_may_be_lost(bundle: Bundle) -> None:
 
 
 def test_without_any_expert_there_is_no_picture(bundle: Bundle) -> None:
-    with pytest.raises(ExpertsLostError, match="all experts are lost"):
+    with pytest.raises(ExpertsLostError, match="all experts that may draw are lost"):
         draw_without(bundle, {0, 1, 2}, lost_from=1, routing="top-2", num_inference_steps=2)
     with pytest.raises(ExpertsLostError):
         draw_without(bundle, {0, 1, 2}, routing="full", num_inference_steps=2)

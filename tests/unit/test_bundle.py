@@ -10,10 +10,11 @@ import pytest
 import safetensors.torch
 import torch
 
-from paris_ray.artifacts import MANIFEST
-from paris_ray.bundle import Bundle, load_bundle, load_expert
+from paris_ray.artifacts import MANIFEST, Folder
+from paris_ray.bundle import Bundle, ClusterFacts, load_bundle, load_expert
 from paris_ray.encoders.codec import WEIGHTS as CODEC_WEIGHTS
 from paris_ray.errors import ArtifactError, BundleError, ParisError
+from paris_ray.export import write_bundle
 from paris_ray.run import EXPERT_WEIGHTS, ROUTER_WEIGHTS
 
 NUM_EXPERTS = 3
@@ -295,6 +296,47 @@ def test_a_lying_config_allocates_nothing(unsigned: Path) -> None:
     assert "has shape" in refusal(unsigned, BundleError)
     growth_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
     assert growth_kib < 500_000
+
+
+def tell_clusters(path: Path, **changes: Any) -> None:
+    cluster = {"rows": 2, "words": ["cat"], "pictures": ["aGk="]} | changes
+    (path / "clusters").mkdir()
+    (path / "clusters" / "clusters.json").write_text(json.dumps([cluster] * 3))
+
+
+def test_it_tells_what_its_experts_were_trained_on(unsigned: Path) -> None:
+    assert load_bundle(str(unsigned)).clusters == []
+    tell_clusters(unsigned)
+    told = ClusterFacts(rows=2, words=["cat"], pictures=["aGk="])
+    bundle = load_bundle(str(unsigned))
+    assert bundle.clusters == [told] * 3
+    target = unsigned / "again"
+    write_bundle(bundle, Folder(target), model_card="")
+    assert load_bundle(str(target)).clusters == [told] * 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "fragment"),
+    [
+        ({"rows": "2"}, "rows"),
+        ({"words": ["x" * 101]}, "words"),
+        ({"words": ["x"] * 21}, "words"),
+        ({"pictures": ["<script>"]}, "pictures"),
+        ({"pictures": ["A" * 20_001]}, "pictures"),
+        ({"link": "https://example.com"}, "link"),
+    ],
+)
+def test_what_it_tells_is_checked(unsigned: Path, changes: dict[str, Any], fragment: str) -> None:
+    tell_clusters(unsigned, **changes)
+    with pytest.raises(BundleError, match=rf"clusters\.json is damaged: 0\.{fragment}"):
+        _ = load_bundle(str(unsigned)).clusters
+
+
+def test_it_tells_of_as_many_clusters_as_experts(unsigned: Path) -> None:
+    tell_clusters(unsigned)
+    (unsigned / "clusters" / "clusters.json").write_text("[]")
+    with pytest.raises(BundleError, match="has 0 clusters, expected 3"):
+        _ = load_bundle(str(unsigned)).clusters
 
 
 def test_an_absent_folder_is_refused(tmp_path: Path) -> None:

@@ -75,6 +75,19 @@ def test_a_file_is_drawn_again_byte_for_byte(
     assert capsys.readouterr().out == "tiny, seed 7: 'a red cat'\nidentical\n"
 
 
+def test_the_experts_that_might_draw_are_replayed(
+    record: PictureRecord, tiny_bundle: Bundle, tiny_bundle_path: Path, tmp_path: Path
+) -> None:
+    sampling = replace(record.sampling, allowed_experts=[2])
+    path = write(tmp_path / "a", replace(record, sampling=sampling), tiny_bundle)
+    assert main([path, "--bundle", str(tiny_bundle_path)]) == 0
+    sampling = replace(sampling, allowed_experts=[1, 2])
+    others = replace(record, sampling=sampling)
+    (image,) = generate(tiny_bundle, [record.prompt], seed=record.seed, allowed_experts=[2])
+    Path(path).write_bytes(encode_picture(np.asarray(image), others, "png"))
+    assert main([path, "--bundle", str(tiny_bundle_path)]) == EXIT_DIFFERENT
+
+
 def test_other_pixels_are_counted(
     record: PictureRecord,
     tiny_bundle_path: Path,

@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from paris_ray.reports import (
+    count_words,
     decode_thumbnails,
     figure,
     frequent_words,
@@ -16,6 +17,7 @@ from paris_ray.reports import (
     picture_grid,
     png_bytes,
     section,
+    telling_words,
     thumbnail,
 )
 
@@ -75,4 +77,14 @@ def test_thumbnails_survive_png(size: int) -> None:
 
 def test_words_are_counted_once_a_caption() -> None:
     captions = ["red red cat", "red dog", "a cat"]
-    assert frequent_words(captions, 2) == [("cat", 2), ("red", 2)]
+    assert frequent_words(count_words(captions), 2) == [("cat", 2), ("red", 2)]
+
+
+def test_telling_words_are_those_that_others_do_not_say() -> None:
+    clusters = [
+        ["red cat and sky", "blue cat", "red lion", "one hat"],
+        ["red dog and sky", "blue dog"],
+    ]
+    counts = [count_words(captions) for captions in clusters]
+    assert telling_words(counts, [4, 2], 3) == [["cat", "hat", "lion"], ["dog", "and", "blue"]]
+    assert telling_words([count_words(["a red cat"])], [1], 1) == [["cat"]]  # nobody else

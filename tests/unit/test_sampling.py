@@ -112,6 +112,10 @@ def test_one_expert_has_nobody_to_agree_with() -> None:
         ("routing", "top-9"),
         ("solver", "rk4"),
         ("time_grid", "karras"),
+        ("allowed_experts", []),
+        ("allowed_experts", [3]),
+        ("allowed_experts", [-1]),
+        ("allowed_experts", [1, 1]),
     ],
 )
 def test_bad_options_are_refused(tiny_bundle: Bundle, option: str, value: object) -> None:
@@ -348,6 +352,40 @@ def test_the_temperature_divides_the_routers_logits(tiny_bundle: Bundle) -> None
         warm = replace(options, router_temperature=temperature)
         usage = sample(tiny_bundle, text, SEEDS, warm).expert_usage
         torch.testing.assert_close(usage, (logits / temperature).softmax(dim=1))
+
+
+@pytest.mark.parametrize(
+    "routing", ["top-1", "top-2", "full", "threshold:0.9", "top-p:0.1", "agree:0.2"]
+)
+def test_one_allowed_expert_draws_alone(tiny_bundle: Bundle, routing: str) -> None:
+    options = {"num_inference_steps": 4, "guidance_scale": 2.0}
+    text = tiny_bundle.encode_text(PROMPTS)
+    for k in range(3):
+        drawn = draw(tiny_bundle, PROMPTS, SEEDS, routing=routing, allowed_experts=[k], **options)
+        assert drawn.expert_weights[:, :, k].eq(1).all()
+        assert drawn.missing_experts == ()  # nobody was lost
+        one = sample_one_expert(
+            tiny_bundle.expert(k), text, tiny_bundle.null_text, seeds=SEEDS, **options
+        )
+        torch.testing.assert_close(drawn.latents, one, rtol=1e-4, atol=1e-4)
+
+
+def test_without_an_expert_the_others_share_its_weight(tiny_bundle: Bundle) -> None:
+    options = {"routing": "full", "num_inference_steps": 1}
+    every = draw(tiny_bundle, PROMPTS, SEEDS, **options).expert_usage
+    for k in range(3):
+        others = [j for j in range(3) if j != k]
+        usage = draw(tiny_bundle, PROMPTS, SEEDS, allowed_experts=others, **options).expert_usage
+        assert usage[:, k].eq(0).all()
+        expected = every[:, others] / every[:, others].sum(dim=1, keepdim=True)
+        torch.testing.assert_close(usage[:, others], expected)
+
+
+def test_all_experts_allowed_is_the_default(tiny_bundle: Bundle) -> None:
+    one, other = (
+        draw(tiny_bundle, PROMPTS, SEEDS, allowed_experts=allowed) for allowed in (None, [2, 0, 1])
+    )
+    assert torch.equal(one.latents, other.latents)
 
 
 @pytest.fixture

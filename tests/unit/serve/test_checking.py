@@ -172,6 +172,14 @@ def test_compression_is_for_files_that_lose_something(served: Served, output_for
     assert refusal(served, output_compression=50)[:2] == (400, "output_compression")
 
 
+def test_experts_that_may_draw_are_kept_for_links_and_records(served: Served) -> None:
+    got = order(served, allowed_experts=[2, 0])
+    assert got.sampling.allowed_experts == [2, 0]
+    assert got.options.allowed_experts == {0, 2}
+    again = check(got.picture_request(0), served, random_seed=9)
+    assert again.sampling == got.sampling
+
+
 def test_partial_images_need_a_stream(served: Served) -> None:
     assert order(served, stream=True, partial_images=3).partial_images == 3
     assert refusal(served, partial_images=1)[:2] == (400, "partial_images")
@@ -185,6 +193,11 @@ def test_another_model_is_named_with_those_there_are(served: Served) -> None:
 
 def test_other_refusals(served: Served) -> None:
     assert refusal(served, lora="mine")[:2] == (400, "lora")
+    assert refusal(served, allowed_experts=[3]) == (
+        400,
+        "allowed_experts",
+        "allowed_experts=[3] is not allowed: numbers from 0 to 2, at least one, each once",
+    )
     with pytest.raises(RoutingError):
         order(served, routing="top-4")
 

@@ -125,7 +125,10 @@ DRAWINGS = Total(
     ("outcome",),
 )
 IMAGES = Total("paris_images", "Pictures drawn.")
-RESENDS = Total("paris_resends", "Requests that were sent again since their Sampler died.")
+RESENDS = Total(
+    "paris_resends",
+    "Requests that were sent again, since their Sampler died or Serve was replacing the bundle.",
+)
 
 # -- Where the time goes -------------------------------------------------------------------------
 

@@ -115,7 +115,7 @@ class TimestepEmbed(nn.Module):
 
     def forward(self, timesteps: Tensor) -> Tensor:
         """`(B,) -> (B, d)`."""
-        return self.mlp(sinusoid(timesteps, FREQUENCY_DIM).to(self.mlp[0].weight.dtype))
+        return self.mlp(sinusoid(timesteps, FREQUENCY_DIM).to(next(self.parameters()).dtype))
 
 
 class FusedLinear(Linear):

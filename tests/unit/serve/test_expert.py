@@ -271,7 +271,7 @@ def test_one_bad_question_does_not_cost_the_others_their_answers(
         return compute(asked)
 
     sizes = watch(server, monkeypatch, answer)
-    answers = asyncio.run(all_of([ExpertClient(Handle(server)).ask([call]) for call in calls]))
+    answers = asyncio.run(all_of([client_of(Handle(server)).ask([call]) for call in calls]))
     assert isinstance(answers.pop(2), RuntimeError)
     for call, (given,) in zip([*calls[:2], calls[3]], answers, strict=True):
         assert torch.equal(given, answer_alone(LocalModels(tiny_bundle), call))

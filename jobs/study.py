@@ -51,7 +51,9 @@ def _study(arguments: argparse.Namespace) -> None:
         # Imported only now: ray reads RAY_AUTH_MODE when it is imported.
         from paris_ray.pipeline.study import run_study
 
-        command = shlex.join(["python", "-m", "jobs.study", *sys.argv[1:]])
+        # Where the runs are is this machine's affair, and changes no number.
+        told = [given for given in sys.argv[1:] if not given.startswith("run_dir=")]
+        command = shlex.join(["python", "-m", "jobs.study", *told])
         run_study(with_absolute_paths(config), form, output.resolve(), command=command)
 
 

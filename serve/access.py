@@ -12,7 +12,7 @@ from ray.serve.context import _get_global_client
 from starlette.requests import HTTPConnection
 
 from paris_ray.errors import ConfigError
-from serve.errors import ApiError, too_many
+from serve.errors import ApiError, invalid, too_many
 from serve.keys import LOCAL, Client, KeyRing
 from serve.schemas import ErrorDetail
 
@@ -74,7 +74,8 @@ class Access:
         """Count the steps of the pictures that are drawn inside, unless that is refused or fails.
 
         Raises:
-            ApiError: 429, if they are more than the client's key may have drawn now.
+            ApiError: 429, if they are more than the client's key may have drawn now; 400, if they
+                are more than it may ever have at once.
         """
         self._count_steps(client, picture_steps)
         try:
@@ -90,9 +91,10 @@ class Access:
             return
         rate = client.quotas.picture_steps_per_minute
         message = f"The key {client.name!r} may have {rate} picture steps drawn a minute"
-        if wait_s == math.inf:
+        if wait_s == math.inf:  # never, whenever it is sent again
             message += f", and the request is for {picture_steps}"
-        raise too_many(message, min(wait_s, 60.0))
+            raise invalid(message, param="n", code="invalid_value")
+        raise too_many(message, wait_s)
 
 
 def check_local(connection: HTTPConnection) -> None:

@@ -15,7 +15,7 @@ ERRORS: Mapping[int, tuple[str, Document]] = {
     400: (
         "A field is not allowed",
         {
-            "message": "size='banana' is not allowed: 'auto' or '32x32'",
+            "message": "size='banana' is not allowed: 'auto' or '64x64'",
             "type": "invalid_request_error",
             "param": "size",
             "code": "invalid_value",

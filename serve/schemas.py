@@ -199,7 +199,7 @@ class ImagesResponse(BaseModel):
         background: Always `opaque`.
         output_format: Kind of file.
         quality: The preset that drew them, or `auto`.
-        size: Width and height, for example `32x32`.
+        size: Width and height, for example `64x64`.
         usage: How much was read and drawn.
         paris: How the pictures came about.
     """

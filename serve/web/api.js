@@ -4,6 +4,7 @@ const UNREACHABLE =
   "The server cannot be reached. Check that it runs and that you are connected, then try again.";
 
 const CANCEL_TIMEOUT_MS = 5000;
+const LARGEST_BODY = 2 ** 20; // bytes that the server takes
 
 /** What the server, or the way to it, refused. `status` is 0 where no answer came. */
 export class ApiError extends Error {
@@ -56,7 +57,8 @@ export class Api {
   /** Return how a picture file says that it was drawn. */
   provenance(file) {
     const headers = { "Content-Type": file.type };
-    return this.json("v1/images/provenance", { method: "POST", headers, body: file });
+    const body = file.slice(0, LARGEST_BODY); // of a PNG that is enough: its record comes first
+    return this.json("v1/images/provenance", { method: "POST", headers, body });
   }
 }
 
@@ -72,7 +74,9 @@ export async function* events(response) {
     const blocks = (text + value).split("\n\n");
     text = blocks.pop();
     for (const block of blocks) {
-      const event = JSON.parse(block.slice(block.indexOf("data: ") + "data: ".length));
+      const data = block.split("\n").find((line) => line.startsWith("data: "));
+      if (data === undefined) continue; // a comment, as proxies send to keep a connection
+      const event = JSON.parse(data.slice("data: ".length));
       if (event.error) throw lateRefusal(event.error);
       yield event;
     }

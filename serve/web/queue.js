@@ -96,7 +96,7 @@ export class Part {
   }
 
   #fail(error) {
-    if (!(error instanceof ApiError)) throw error;
+    if (!(error instanceof ApiError)) reportError(error); // no answer of this server, or a bug
     Object.assign(this, { state: "failed", message: error.message, error });
   }
 }

@@ -88,7 +88,7 @@ def test_a_mixed_roster_becomes_a_bundle_that_draws(finished: Run) -> None:
     usage = read_manifest(finished.evaluation, EVALUATION).facts["expert_usage"]
     assert len(usage) == 3 and min(usage) > 0
     images = generate(bundle, ["a red heart", "a blue fish"], seed=1)
-    assert all(image.size == (32, 32) for image in images)
+    assert all(image.size == (64, 64) for image in images)
     assert all(np.asarray(image).std() > 0 for image in images)
 
 

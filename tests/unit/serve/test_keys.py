@@ -265,6 +265,7 @@ def test_steps_of_what_is_refused_or_fails_are_not_counted(tmp_path: Path) -> No
     assert draw(50) == 200
     assert draw(40, 499) == 499  # who cancels has had the work
     assert draw(11) == 429
+    assert draw(101) == 400  # more than a minute has: never, whenever it is sent again
     assert draw(9, 429) == 429  # nothing that was not taken is given back
     assert [draw(9), draw(9)] == [200, 429]
 

@@ -80,8 +80,9 @@ class Access:
         self._count_steps(client, picture_steps)
         try:
             yield
-        except ApiError as error:
-            if self._keys is not None and (error.status == 429 or error.status >= 500):
+        except Exception as error:
+            status = error.status if isinstance(error, ApiError) else 500  # as the gate answers it
+            if self._keys is not None and (status == 429 or status >= 500):
                 self._keys.give_back_steps(client, picture_steps)
             raise
 

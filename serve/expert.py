@@ -96,7 +96,7 @@ class ExpertUnavailableError(RuntimeError):
 
 
 class OtherVersionError(RuntimeError):
-    """An expert has another bundle or other adapters than the picture was begun with.
+    """Another bundle or other adapters than the picture was begun, or its request checked, with.
 
     This is so while Serve replaces replicas, one deployment at its own pace: the picture can only
     be drawn again from its beginning, by a Sampler of the experts' version.

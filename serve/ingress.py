@@ -20,7 +20,7 @@ from serve import metrics, pictures
 from serve.access import Access, Frontage
 from serve.checking import Order, Served, check
 from serve.drawing import Drawing, DrawRequest
-from serve.errors import ApiError, invalid
+from serve.errors import ApiError, invalid, unavailable
 from serve.keys import Client
 from serve.links import FileCache, LinkError, Links, LinkTarget, cluster_secret
 from serve.relay import Samplers
@@ -235,7 +235,8 @@ class Ingress:
         try:
             target = self._links.read(token)
             client = self.access.client_named(target.client)
-            if target.bundle != self.served.digest or client is None:
+            is_known = target.name in self._files or target.bundle == self.served.digest
+            if not is_known or client is None:
                 raise LinkError("The link's picture is of another model, or its key is gone")
         except LinkError as error:
             raise _link_expired(str(error)) from None
@@ -245,8 +246,8 @@ class Ingress:
             request = self._request_of(client, order, request_id)
             with self.access.counting(client, order.picture_steps):
                 drawing = await self.samplers.draw(request)
-            if drawing.bundle != target.bundle:  # while Serve replaces replicas
-                raise _link_expired("The link's picture was drawn by another model")
+                if drawing.bundle != target.bundle:
+                    raise unavailable("The model is being replaced. Ask again")
             (file,) = await self._encode(order, drawing)
             return file
 

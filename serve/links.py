@@ -40,7 +40,7 @@ class LinkTarget(BaseModel):
 
     request: ImagesRequest
     client: str
-    bundle: str | None
+    bundle: str | None = None
 
     @property
     def name(self) -> str:
@@ -108,6 +108,9 @@ class FileCache:
             del self._making[name]
         self.put(name, file)
         return file
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._files
 
     def put(self, name: str, file: bytes) -> None:
         """Keep a file."""

@@ -13,6 +13,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import Context
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -34,7 +35,7 @@ from paris_ray.sampling.engine import (
     Ticket,
 )
 from paris_ray.sampling.local import LocalModels
-from paris_ray.sampling.sampler import Denoising, start_denoising
+from paris_ray.sampling.sampler import Denoising, SamplingOptions, start_denoising
 from serve import metrics
 from serve.drawing import Drawing, DrawRequest, Partial, Pixels, RequestCancelledError
 from serve.expert import ExpertClient, ExpertUnavailableError, OtherVersionError
@@ -129,7 +130,7 @@ class Sampler:
             DeadlineError: if it took too long.
             ExpertsLostError: if experts are lost that it may not be drawn without.
             RequestCancelledError: if it was cancelled.
-            OtherVersionError: if an expert that it wants is of another bundle.
+            OtherVersionError: if the request, or an expert that it wants, is of another bundle.
         """
         async for message in self.stream(request):
             if isinstance(message, Drawing):
@@ -138,6 +139,7 @@ class Sampler:
 
     async def stream(self, request: DrawRequest) -> AsyncIterator[Partial | Drawing]:
         """Draw the pictures of a request and tell of unfinished ones; raises as `draw`."""
+        self._check_version(request.options)
         events: asyncio.Queue[Event] = asyncio.Queue()
         preview_at = _preview_steps(request)
         ticket = self._engine.admit(
@@ -177,6 +179,16 @@ class Sampler:
                 steps.append(self._engine.cancel(ticket, time.monotonic()))
                 events.put_nowait(Failed(RequestCancelledError(steps[-1])))
         return max(steps, default=None)
+
+    def _check_version(self, options: SamplingOptions) -> None:
+        """Refuse what was checked against other experts or adapters, while Serve replaces them."""
+        known, count = self._bundle.loras, self._bundle.num_experts
+        if (
+            any(known.get(name) != expert for expert, name in options.loras.items())
+            or max(options.allowed_experts or (0,)) >= count
+            or options.routing.top_k > count
+        ):
+            raise OtherVersionError("the request was checked against another bundle")
 
     def _begin(self, request: DrawRequest) -> list[Denoising]:
         """Return each picture's `denoise`."""
@@ -245,9 +257,11 @@ class Sampler:
             count = self._num_computations
             lanes = [self._run_lane(every, self._answer_here, None) for _ in range(count)]
         else:
-            timeout_s = self._limits.call_timeout_s
+            limits = self._limits
             lanes = [self._run_lane((ROUTER,), self._answer_here, None)]
             for k, (client, count) in enumerate(zip(self._experts, self._num_lanes, strict=True)):
+                # With many lanes, batches wait for one replica until there are more.
+                timeout_s = limits.call_timeout_s if count <= 2 else limits.lost_after_s
                 lanes += [self._run_lane((k,), client.ask, timeout_s) for _ in range(count)]
         # Not in the context of the request that comes first: Ray would cancel their calls with it.
         self._tasks = [
@@ -294,8 +308,9 @@ class Sampler:
             if not (halves := batch.halves()):
                 logger.exception("a call of model %d failed", batch.model)
                 self._engine.reject(batch, error, time.monotonic())
-            for half in halves:
-                await self._compute(half, ask, timeout_s)
+            for half in halves:  # the model has answered until now, if only with an error
+                half_now = replace(half, taken=time.monotonic())
+                await self._compute(half_now, ask, timeout_s)
 
     async def _expire(self) -> None:
         while True:

@@ -262,6 +262,8 @@ def test_steps_of_what_is_refused_or_fails_are_not_counted(tmp_path: Path) -> No
         return 200
 
     assert [draw(90, status) for status in (429, 500, 503)] == [429, 500, 503]
+    with pytest.raises(RuntimeError), access.counting(client, 90):
+        raise RuntimeError("what nobody foresaw")
     assert draw(50) == 200
     assert draw(40, 499) == 499  # who cancels has had the work
     assert draw(11) == 429

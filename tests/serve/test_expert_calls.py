@@ -167,7 +167,7 @@ def test_a_bad_call_costs_its_own_request_alone(
     scales = [2.0, 3.0, 4.0, 5.0]
     expected = [draw(source, handles, ["a cat"], guidance_scale=scale)[0] for scale in scales]
     handles[1].bad_scale = scales[2]
-    sampler = Sampler(source, handles, threads=1, limits=LIMITS)
+    sampler = Sampler(source, handles, threads=1, limits=LIMITS, lanes=[2] * len(handles))
     bundle = source.open()
 
     def request(scale: float) -> DrawRequest:

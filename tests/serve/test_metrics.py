@@ -35,6 +35,8 @@ MOST_WAITING = 5
 LONG: dict[str, Any] = {"prompt": "a cat", "num_inference_steps": 60, "routing": "full"}
 ROUTE = f"/{APP}{IMAGES}"
 DRAWN = MOST_WAITING + 2  # requests that queue: the first, those behind it, and one for a link
+NUM_STEPS = DRAWN * LONG["num_inference_steps"]
+MODELS = ("router", "0", "1", "2")
 STAGES = ("queue", "text", "draw", "decode", "encode", "transport")
 Labels = dict[str, str]
 Scrape = dict[str, list[tuple[Labels, float]]]
@@ -192,8 +194,10 @@ def watched(start_app: Callable[..., str]) -> Watched:
 def all_is_told(scraped: Scrape) -> bool:
     """Whether all processes have reported the requests that queued."""
     stages = [total(scraped, "stage_seconds_count", stage=stage) for stage in STAGES]
+    steps = [total(scraped, "batch_rows_exact_total", model=model) for model in MODELS]
     refused = total(scraped, "drawings_total", outcome="refused")
-    return answered(scraped, "200") == DRAWN and stages == [DRAWN] * len(STAGES) and refused == 1
+    requests = [answered(scraped, "200"), *stages]
+    return {*requests} == {DRAWN} and {*steps} == {NUM_STEPS} and refused == 1
 
 
 def logs() -> dict[Path, str]:
@@ -233,10 +237,9 @@ def test_outcomes_and_statuses_are_counted(watched: Watched) -> None:
 def test_work_is_shared_among_the_models(watched: Watched) -> None:
     assert total(watched.loaded, "images_total") == DRAWN
     assert total(watched.loaded, "router_mass_total") == pytest.approx(DRAWN)
-    steps = DRAWN * LONG["num_inference_steps"]
-    for model in ("router", "0", "1", "2"):
-        assert total(watched.loaded, "batch_rows_exact_total", model=model) == steps
-        assert total(watched.loaded, "call_seconds_count", model=model, part="compute") == steps
+    for model in MODELS:
+        assert total(watched.loaded, "batch_rows_exact_total", model=model) == NUM_STEPS
+        assert total(watched.loaded, "call_seconds_count", model=model, part="compute") == NUM_STEPS
     for k in "012":
         answer, served, compute = (
             total(watched.loaded, "call_seconds_exact_total", model=k, part=part)

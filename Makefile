@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 
-.PHONY: help quickstart demo-zklora stop test lint fuzz soak bench study clean
+.PHONY: help quickstart demo-zklora stop test lint fuzz chaos soak bench study clean
 
 help:
 	@echo "make quickstart   from a bare machine to pictures over HTTP"
@@ -11,6 +11,7 @@ help:
 	@echo "make stop         stop what quickstart started, nothing else"
 	@echo "make test         linters, types, architecture and all tests"
 	@echo "make fuzz         2,000 cases against the HTTP interface, 10,000 changes of what ZKLoRA's strangers send"
+	@echo "make chaos        an application that grows, shrinks and is replaced under load, without and with HAProxy"
 	@echo "make soak         half an hour of load, cancels and kills (MINUTES=30); needs the quickstart's bundle"
 	@echo "make bench        write the numbers of docs/results.md and docs/zklora.md"
 	@echo "make study        one dense model against isolated experts: hours, writes docs/study.md"
@@ -36,6 +37,10 @@ lint: $(VENV)/test
 fuzz: $(VENV)/test
 	HTTP_FUZZ_CASES=2000 $(PY) -m pytest tests/serve/test_fuzz.py
 	$(PY) tests/zklora_fuzz.py --mutations 10000
+
+chaos: $(VENV)/test
+	CHAOS=1 $(PY) -m pytest tests/serve/test_scaling_http.py
+	CHAOS=1 RAY_SERVE_ENABLE_HA_PROXY=1 $(PY) -m pytest tests/serve/test_scaling_http.py
 
 MINUTES ?= 30
 BUNDLE ?= runs/quickstart/bundle

@@ -109,6 +109,10 @@ class Folder:
         """Return whether the folder, or the file or folder `name` in it, exists."""
         return bool(self._filesystem.get_file_info(self._full(name)).type != fs.FileType.NotFound)
 
+    def modified(self, name: str) -> int:
+        """Return when a file was written, Unix time in seconds."""
+        return int(self._filesystem.get_file_info(self._full(name)).mtime_ns // 10**9)
+
     def open(self, name: str) -> NativeFile:
         """Return a file for reading at any position, opened; the caller closes it.
 

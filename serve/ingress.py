@@ -3,7 +3,6 @@
 import asyncio
 import base64
 import secrets
-import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,8 @@ from pydantic import BaseModel
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
-from paris_ray.bundle import Bundle
+from paris_ray.artifacts import Folder
+from paris_ray.bundle import CONFIG, Bundle
 from paris_ray.encoders.inspection import load_text_inspector
 from paris_ray.sampling.engine import Limits
 from paris_ray.sampling.sampler import sampling_options
@@ -137,7 +137,7 @@ class Ingress:
         self.web = {file.name: file.read_bytes() for file in WEB.iterdir()}
         self._links, self._files = Links(cluster_secret()), FileCache()
         self._loaded = False
-        self._began = int(time.time())
+        self._created = Folder(source.uri).modified(CONFIG)  # the same of every replica
 
     async def check_sampler(self) -> None:
         """Return when the Sampler has answered once, and so has loaded its parts.
@@ -182,7 +182,7 @@ class Ingress:
             attribution=facts.attribution,
         )
         names = (facts.model_name, *self.options.aliases)
-        return [Model(id=name, created=self._began, paris=paris) for name in names]
+        return [Model(id=name, created=self._created, paris=paris) for name in names]
 
     def check(self, request: ImagesRequest | BatchesRequest) -> Order:
         """Return what a request asks for; raises as `serve.checking.check`."""

@@ -332,7 +332,7 @@ class Model(BaseModel):
     Attributes:
         id: The model's name, or an alias.
         object: Always `model`.
-        created: When this server began to serve it, Unix time in seconds.
+        created: When its bundle was written, Unix time in seconds.
         owned_by: Always `paris_ray`.
         paris: What a client may want to know of it.
     """

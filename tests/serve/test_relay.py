@@ -286,6 +286,7 @@ def test_links_are_drawn_again_once_and_within_the_quotas(deploy: Deploy, tmp_pa
     with ThreadPoolExecutor(8) as pool:
         pending = [pool.submit(httpx.get, links[0], timeout=60) for _ in range(8)]
         while not list(drawn.iterdir()):
+            assert not any(each.done() for each in pending)
             time.sleep(0.1)
         time.sleep(0.5)  # until all of them are there; too short a time would only weaken the test
         (drawn / "open").touch()

@@ -1,12 +1,12 @@
 """A real application while it grows, shrinks, gets another bundle or loses an expert for good.
 
-All of it holds in HAProxy mode too, which is a matter of the environment:
-
-    RAY_SERVE_ENABLE_HA_PROXY=1 python -m pytest tests/serve/test_scaling_http.py
+`make chaos` runs all of it, without and with HAProxy, which is a matter of the environment; what
+takes minutes is left out of `make test`.
 """
 
 import base64
 import io
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -36,6 +36,7 @@ IMAGES = "v1/images/generations"
 KEY = "s3cret"  # HAProxy mode is refused without one
 HEADERS = {"Authorization": f"Bearer {KEY}"}
 WAIT_S = 180.0  # for what takes seconds on an idle machine
+chaos = pytest.mark.skipif(os.environ.get("CHAOS") != "1", reason="minutes: make chaos")
 
 
 class Load:
@@ -124,6 +125,7 @@ def wait_for_application(name: str) -> None:
     wait_until(lambda: serve.status().applications[name].status == "RUNNING")
 
 
+@chaos
 def test_from_one_to_three_and_back_without_a_failure(
     deploy: Callable[..., str], tiny_bundle_path: Path
 ) -> None:

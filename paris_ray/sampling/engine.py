@@ -519,7 +519,7 @@ class Engine:
     def take(self, models: Collection[int], now: float) -> Batch | None:
         """Return what waits for one of some models, for the one that was kept waiting longest.
 
-        Whoever takes a batch calls `answer` or `fail` with it.
+        Whoever takes a batch calls `answer`, `fail` or `reject` with it, or with each of its parts.
         """
         ready = [
             model

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Sequence
 from contextvars import ContextVar
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,10 @@ from ray.exceptions import ActorDiedError
 from paris_ray.bundle import Bundle
 from paris_ray.sampling import generate
 from paris_ray.sampling.engine import Limits, QueueFullError
+from paris_ray.sampling.routing import Routing
 from paris_ray.sampling.sampler import ExpertsLostError, sampling_options
 from serve.drawing import Drawing, DrawRequest
-from serve.expert import ExpertServer, Floats, MissingTexts, Question
+from serve.expert import ExpertServer, Floats, MissingTexts, OtherVersionError, Question
 from serve.sampler import Sampler
 from serve.source import BundleSource
 
@@ -159,6 +161,32 @@ def test_what_hangs_is_asked_again(source: BundleSource, handles: list[Handle]) 
     (again,) = draw(source, handles, ["a cat"])
     assert again.missing_experts == []
     np.testing.assert_array_equal(again.pictures, whole.pictures)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"allowed_experts": frozenset({99})},
+        {"loras": {1: "unknown"}},
+        {"routing": Routing("top-k", top_k=99)},
+    ],
+)
+def test_a_request_checked_against_another_bundle_is_not_begun(
+    source: BundleSource, handles: list[Handle], change: dict[str, Any]
+) -> None:
+    """While Serve replaces replicas, an Ingress may know experts and adapters that this has not."""
+    sampler = Sampler(source, handles, threads=1, limits=LIMITS, lanes=[2] * len(handles))
+    request = DrawRequest(
+        id="a",
+        client="local",
+        prompts=["a cat"],
+        seeds=[0],
+        options=replace(sampling_options(source.open()), **change),
+        timeout_s=60,
+    )
+    with pytest.raises(OtherVersionError):
+        asyncio.run(sampler.draw(request))
+    assert not any(handle.sent for handle in handles)
 
 
 def test_a_bad_call_costs_its_own_request_alone(

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import logging
 import pickle
 import random
 import re
@@ -351,14 +350,8 @@ def test_errors_of_the_protocol_travel(parties: dict, error: type[ParisError]):
     ],
 )
 def test_errors_of_our_own_do_not_travel(
-    parties: dict,
-    error: Exception,
-    caplog: pytest.LogCaptureFixture,
-    monkeypatch: pytest.MonkeyPatch,
+    parties: dict, error: Exception, caplog: pytest.LogCaptureFixture
 ):
-    # Libraries that configure logging in this process disable every logger that there is already.
-    monkeypatch.setattr(logging.getLogger("paris_ray.zklora.parties.channel"), "disabled", False)
-
     def fail(peer: Peer, message: Message) -> Message:
         if message.kind == "fail":
             raise error

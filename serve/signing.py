@@ -27,8 +27,14 @@ logger = logging.getLogger(__name__)
 RECORD_LABEL = "paris_ray.record"
 TRAINED_MODEL = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
 CURVES = {"secp256r1": "es256", "secp384r1": "es384", "secp521r1": "es512"}
-# The package's default is a thumbnail beside every picture, larger than most of ours.
-SETTINGS = {"builder": {"thumbnail": {"enabled": False}}}
+# What a certificate may be for: C2PA's own claims, documents, or mail.
+PURPOSES = ("1.3.6.1.4.1.62558.2.1", "1.3.6.1.5.5.7.3.36", "1.3.6.1.5.5.7.3.4")
+SETTINGS = {
+    # The package reads each file again that it has signed, by default for the last purpose alone.
+    "trust": {"trust_config": "\n".join(PURPOSES)},
+    # A thumbnail beside every picture would be larger than most of ours.
+    "builder": {"thumbnail": {"enabled": False}},
+}
 
 
 class SigningOptions(BaseModel):

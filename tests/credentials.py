@@ -10,9 +10,9 @@ import c2pa
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+from cryptography.x509.oid import NameOID, ObjectIdentifier
 
-from serve.signing import SigningOptions
+from serve.signing import PURPOSES, SigningOptions
 
 SIGNER = "A test's server"
 NO_USE = dict.fromkeys(
@@ -48,16 +48,21 @@ class Authority:
     def __post_init__(self) -> None:
         self._key = ec.generate_private_key(ec.SECP256R1())
         self._name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "A test's root")])
-        root = self._certify(self._name, self._key.public_key(), days=(-2, 2), is_root=True)
+        root = self._certify(self._name, self._key.public_key(), days=(-2, 2), purpose=None)
         self.root = root.public_bytes(serialization.Encoding.PEM)
 
     def issue(
-        self, key: Any = None, *, days: tuple[int, int] = (-1, 1), pem: bytes | None = None
+        self,
+        key: Any = None,
+        *,
+        days: tuple[int, int] = (-1, 1),
+        purpose: str = PURPOSES[0],
+        pem: bytes | None = None,
     ) -> SigningOptions:
         """Write the certificate of a key, and the key as `pem` says; return where they are."""
         key = key or ec.generate_private_key(ec.SECP256R1())
         name = x509.Name([x509.NameAttribute(NameOID.ORGANIZATION_NAME, SIGNER)])
-        leaf = self._certify(name, key.public_key(), days=days, is_root=False)
+        leaf = self._certify(name, key.public_key(), days=days, purpose=purpose)
         options = SigningOptions(
             certificate_file=str(self.folder / f"{leaf.serial_number}.pem"),
             private_key_file=str(self.folder / f"{leaf.serial_number}.key"),
@@ -68,9 +73,9 @@ class Authority:
         return options
 
     def _certify(
-        self, subject: x509.Name, key: Any, *, days: tuple[int, int], is_root: bool
+        self, subject: x509.Name, key: Any, *, days: tuple[int, int], purpose: str | None
     ) -> x509.Certificate:
-        now = datetime.now(UTC)
+        now, is_root = datetime.now(UTC), purpose is None
         usage = x509.KeyUsage(
             digital_signature=True, key_cert_sign=is_root, crl_sign=is_root, **NO_USE
         )
@@ -85,15 +90,15 @@ class Authority:
             .add_extension(x509.SubjectKeyIdentifier.from_public_key(key), critical=False)
             .add_extension(issuer, critical=False)
         )
-        if not is_root:
-            purpose = x509.ExtendedKeyUsage([ExtendedKeyUsageOID.EMAIL_PROTECTION])
-            builder = builder.add_extension(purpose, critical=False)
+        if purpose is not None:
+            usage = x509.ExtendedKeyUsage([ObjectIdentifier(purpose)])
+            builder = builder.add_extension(usage, critical=False)
         return builder.sign(self._key, hashes.SHA256())
 
     def read(self, file: bytes, output_format: str) -> c2pa.Reader:
         """Return what a file says to somebody who trusts the root."""
-        settings = c2pa.Settings.from_dict({"trust": {"trust_anchors": self.root.decode()}})
-        context = c2pa.Context(settings)
+        trust = {"trust_anchors": self.root.decode(), "trust_config": "\n".join(PURPOSES)}
+        context = c2pa.Context(c2pa.Settings.from_dict({"trust": trust}))
         return c2pa.Reader(f"image/{output_format}", io.BytesIO(file), context=context)
 
 

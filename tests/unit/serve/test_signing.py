@@ -35,7 +35,13 @@ from serve.drawing import Drawing, Partial
 from serve.ingress import HttpOptions, Ingress
 from serve.pictures import encode_all, encode_partial
 from serve.schemas import ImagesRequest
-from serve.signing import RECORD_LABEL, TRAINED_MODEL, PictureSigner, SigningOptions
+from serve.signing import (
+    PURPOSES,
+    RECORD_LABEL,
+    TRAINED_MODEL,
+    PictureSigner,
+    SigningOptions,
+)
 from serve.source import BundleSource
 
 RECORD = PictureRecord(
@@ -168,6 +174,15 @@ def test_any_of_the_usual_keys_will_do(authority: Authority, pixels: np.ndarray,
     assert authority.read(signed, "png").get_validation_state() == "Trusted"
 
 
+@pytest.mark.parametrize("purpose", PURPOSES)
+def test_a_certificate_may_be_for_any_purpose_of_the_standard(
+    authority: Authority, pixels: np.ndarray, purpose: str
+) -> None:
+    file = encode_picture(pixels, RECORD, "png")
+    signed = PictureSigner(authority.issue(purpose=purpose)).sign(file, RECORD, "png")
+    assert authority.read(signed, "png").get_validation_state() == "Trusted"
+
+
 # -- What cannot sign ----------------------------------------------------------------------------
 
 
@@ -199,6 +214,11 @@ def test_a_certificate_of_another_time_is_refused_at_the_start(
     authority: Authority, days: tuple[int, int]
 ) -> None:
     assert "not valid at time of signing" in refusal(authority.issue(days=days))
+
+
+def test_a_certificate_for_web_servers_is_refused_at_the_start(authority: Authority) -> None:
+    told = refusal(authority.issue(purpose="1.3.6.1.5.5.7.3.1"))
+    assert "the certificate is invalid" in told
 
 
 def test_a_file_that_is_no_certificate_is_refused_at_the_start(authority: Authority) -> None:

@@ -22,7 +22,7 @@ import paris_ray
 from paris_ray.errors import ConfigError
 from paris_ray.pictures import PictureFormat, PictureRecord
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("ray.serve")  # the one whose files Serve keeps
 
 RECORD_LABEL = "paris_ray.record"
 TRAINED_MODEL = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"

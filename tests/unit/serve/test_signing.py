@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import logging
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from credentials import SIGNER, Authority, assertions, to_pem
+from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from PIL import Image
 
@@ -181,6 +183,21 @@ def test_a_certificate_may_be_for_any_purpose_of_the_standard(
     file = encode_picture(pixels, RECORD, "png")
     signed = PictureSigner(authority.issue(purpose=purpose)).sign(file, RECORD, "png")
     assert authority.read(signed, "png").get_validation_state() == "Trusted"
+
+
+def test_the_log_that_serve_keeps_says_as_whom_and_until_when(
+    authority: Authority, caplog: pytest.LogCaptureFixture
+) -> None:
+    options = authority.issue()
+    certificate = x509.load_pem_x509_certificates(Path(options.certificate_file).read_bytes())[0]
+    caplog.set_level(logging.INFO, logger="ray.serve")
+    logger = logging.getLogger("ray.serve")
+    logger.addHandler(caplog.handler)  # Serve's own logger tells no other
+    try:
+        PictureSigner(options)
+    finally:
+        logger.removeHandler(caplog.handler)
+    assert f"O={SIGNER}, until {certificate.not_valid_after_utc}" in caplog.text
 
 
 # -- What cannot sign ----------------------------------------------------------------------------

@@ -30,6 +30,7 @@ from serve.ingress import HttpOptions, Ingress
 from serve.routes import create_api
 from serve.sampler import Sampler
 from serve.scaling import EXPERT_PREFIX, SAMPLER
+from serve.signing import SigningOptions
 from serve.source import BundleSource, LoRASource
 
 MAX_ONGOING_REQUESTS = 1_000  # of a replica
@@ -188,6 +189,8 @@ class AppArgs(BaseModel):
             alone, and only where Serve listens on loopback.
         cors_origins: Origins whose web pages may use the API from a browser, such as
             `https://example.com`; `*` means all.
+        signing: By whom picture files are signed; paths are relative like `bundle`. Null signs
+            none.
         ingress: Size of the HTTP side.
         sampler: Size of the Sampler.
         expert: Size of every expert.
@@ -214,6 +217,7 @@ class AppArgs(BaseModel):
     timeout_s: float = Field(default=110, gt=0)
     api_key_file: str | None = None
     cors_origins: list[str] = []
+    signing: SigningOptions | None = None
     ingress: IngressOptions = IngressOptions()
     sampler: ScaledOptions = ScaledOptions()
     expert: ScaledOptions = ScaledOptions()
@@ -314,7 +318,13 @@ def _http_options(args: AppArgs, model_name: str) -> HttpOptions:
         public_url=args.public_url,
         timeout_s=args.timeout_s,
         max_pictures=args.limits.limits().max_pictures,
+        signing=None if args.signing is None else _signing(args.signing),
     )
+
+
+def _signing(options: SigningOptions) -> SigningOptions:
+    files = options.model_dump()
+    return SigningOptions(**{name: _from_repository(path) for name, path in files.items()})
 
 
 def _deploy_sampler(args: AppArgs, experts: Sequence[ScaledOptions]) -> Any:

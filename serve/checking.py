@@ -21,6 +21,7 @@ from serve.schemas import (
     ImagesRequest,
     RequestWarning,
 )
+from serve.signing import PictureSigner
 
 QualityName = Literal["auto", "low", "medium", "high"]
 # What requests say, and DALL-E's names: `standard` was its default.
@@ -49,6 +50,7 @@ class Served:
         loras: Its adapters, by name.
         aliases: Other names of the model.
         max_size: The largest width and height to resize to; None: pictures are not resized.
+        signer: Signs their files; None: they are not signed.
     """
 
     bundle: Bundle
@@ -58,6 +60,7 @@ class Served:
     loras: Mapping[str, LoRARecord]
     aliases: Sequence[str]
     max_size: int | None
+    signer: PictureSigner | None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -34,6 +34,7 @@ from serve.schemas import (
     Readiness,
     SamplingDefaults,
 )
+from serve.signing import PictureSigner, SigningOptions
 from serve.source import BundleSource
 
 WEB = Path(__file__).parent / "web"
@@ -53,6 +54,7 @@ class HttpOptions(BaseModel):
         public_url: What links begin with; None: as the request for the picture was addressed.
         timeout_s: Seconds after which a request is given up.
         max_pictures: The most pictures of one request: as many as a Sampler takes on.
+        signing: By whom files are signed; None: they are not.
     """
 
     aliases: tuple[str, ...] = ()
@@ -60,6 +62,7 @@ class HttpOptions(BaseModel):
     public_url: str | None = None
     timeout_s: float = 110
     max_pictures: int = LIMITS.max_pictures
+    signing: SigningOptions | None = None
 
 
 class Caller(BaseModel):
@@ -105,8 +108,8 @@ class Ingress:
 
     Raises:
         RoutingError: if the routing that the bundle has as its default is not allowed.
-        ConfigError: if the keys cannot be read, strangers could pass for local clients, or Ray
-            would give requests up first.
+        ConfigError: if the keys cannot be read, strangers could pass for local clients, Ray
+            would give requests up first, or pictures cannot be signed.
     """
 
     def __init__(
@@ -120,6 +123,8 @@ class Ingress:
         # Defaults that are not allowed must fail the deployment, not every request without its own.
         sampling_options(bundle)
         self.access, self.options = Access(api_key_file), options or HttpOptions()
+        signing = self.options.signing
+        signer = None if signing is None else PictureSigner(signing)
         Frontage.of_ray().check(keyless=self.access.keyless, timeout_s=self.options.timeout_s)
         encoder = bundle.parts["text_encoder"]
         self.served = Served(
@@ -131,6 +136,7 @@ class Ingress:
             loras={lora.name: lora.record() for lora in source.loras},
             aliases=self.options.aliases,
             max_size=self.options.max_size,
+            signer=signer,
         )
         self.samplers = Samplers(sampler, _own_deployment())
         self.experts = _expert_facts(bundle)

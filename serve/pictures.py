@@ -7,6 +7,9 @@ from dataclasses import replace
 from typing import Literal
 from urllib.parse import quote
 
+import numpy as np
+from numpy.typing import NDArray
+
 import paris_ray
 from paris_ray.pictures import (
     RESIZE_FILTER,
@@ -35,14 +38,15 @@ HEADER_PREFIX = "X-Paris-"
 def encode_all(order: Order, drawing: Drawing, served: Served) -> list[bytes]:
     """Return the files of all pictures; slow, so not for an event loop."""
     return [
-        encode_picture(
+        _encode(
             pixels,
             replace(
                 _record(order, served, i, drawing.bundle),
                 expert_weights=sparse_weights(drawing.expert_weights[i]),
                 missing_experts=drawing.missing_experts,
             ),
-            order.output_format,
+            order,
+            served,
         )
         for i, pixels in enumerate(drawing.pictures)
     ]
@@ -53,7 +57,7 @@ def encode_partial(order: Order, partial: Partial, served: Served) -> PartialIma
     record = replace(
         _record(order, served, partial.picture, partial.bundle), unfinished_at=partial.step
     )
-    file = encode_picture(partial.pixels, record, order.output_format)
+    file = _encode(partial.pixels, record, order, served)
     return PartialImageEvent(
         b64_json=base64.b64encode(file).decode(),
         created_at=int(time.time()),
@@ -63,6 +67,14 @@ def encode_partial(order: Order, partial: Partial, served: Served) -> PartialIma
         partial_image_index=partial.index,
         paris=EventPlace(picture=partial.picture, step=partial.step),
     )
+
+
+def _encode(
+    pixels: NDArray[np.uint8], record: PictureRecord, order: Order, served: Served
+) -> bytes:
+    """Return the file of a picture, signed if this server signs."""
+    file = encode_picture(pixels, record, order.output_format)
+    return served.signer.sign(file, record, order.output_format) if served.signer else file
 
 
 def _record(order: Order, served: Served, picture: int, bundle: str | None) -> PictureRecord:

@@ -4,6 +4,7 @@ import { button, element, items } from "./views.js";
 
 const NUMBERS = ["n", "seed", "num_inference_steps", "guidance_scale"];
 const PRESET_FIELDS = ["num_inference_steps", "solver", "time_grid"];
+const OFFERED = ["solver", "time_grid", "quality", "lora", "size"]; // by the model
 const LARGER_SIZES = [256, 512, 1024];
 const QUALITIES = { low: "Low: few steps, quick", medium: "Medium", high: "High: the most steps" };
 const HISTORY = "paris_ray.history";
@@ -28,9 +29,9 @@ export class Form {
     this.#showHistory();
   }
 
-  /** Offer what the model has; what is left empty is the model's own. */
-  describe({ id, paris }, experts) {
-    const { defaults } = paris;
+  /** Offer what the model has; what is left empty is the model's own, what is chosen stays. */
+  describe({ paris }, experts) {
+    const chosen = this.#chosen, { defaults } = paris;
     for (const name of ["num_inference_steps", "guidance_scale", "routing"]) {
       this.node.elements[name].placeholder = defaults[name];
     }
@@ -57,7 +58,7 @@ export class Form {
       return label;
     }));
     $("examples").replaceChildren(...paris.example_prompts.map((prompt) => this.#promptButton(prompt)));
-    this.#sync();
+    this.set(chosen);
   }
 
   /** Return the body of a request: what is filled in, and nothing else. */
@@ -90,21 +91,21 @@ export class Form {
     return wrong.length === 0;
   }
 
-  /** Set some settings, by the names of the request's fields; null means the model's own. */
+  /**
+   * Set some settings, by the names of the request's fields; null means the model's own.
+   * Return what could not be set, in words, which stand at the fields too.
+   */
   set(values) {
+    const missing = [];
     for (const [name, value] of Object.entries(values)) {
       this.#clear(name);
-      if (name === "allowed_experts") {
-        for (const box of this.#boxes) box.checked = value?.includes(Number(box.value)) ?? true;
-      } else if (name === "seed" && value !== null && !Number.isSafeInteger(value)) {
-        this.refuse(name, "The seed is too long for a browser's numbers.");
-      } else {
-        const field = this.node.elements[name];
-        field.value = value ?? "";
-        if (field.value !== String(value ?? "")) this.refuse(name, `There is no ${value} here.`);
-      }
+      const message = this.#put(name, value);
+      if (!message) continue;
+      this.refuse(name, message);
+      missing.push(message);
     }
     this.#sync();
+    return missing;
   }
 
   /** Say at a field what is wrong with it; a name that is no field's is none of the form's. */
@@ -125,6 +126,32 @@ export class Form {
     this.history = [prompt, ...this.history.filter((other) => other !== prompt)];
     this.history.length = Math.min(this.history.length, HISTORY_LENGTH);
     this.#writeHistory();
+  }
+
+  /** Set one setting; return why it cannot be set, or nothing. */
+  #put(name, value) {
+    if (name === "allowed_experts") return this.#allow(value);
+    if (name === "seed" && value !== null && !Number.isSafeInteger(value)) {
+      return "The seed is too long for a browser's numbers.";
+    }
+    const field = this.node.elements[name];
+    field.value = value ?? "";
+    return field.value === String(value ?? "") ? "" : `There is no ${value} here.`;
+  }
+
+  /** Let some experts draw, or all; return which of them there are not. */
+  #allow(numbers) {
+    for (const box of this.#boxes) box.checked = numbers?.includes(Number(box.value)) ?? true;
+    const gone = (numbers ?? []).filter((k) => !this.allowedExperts.includes(k));
+    return gone.map((k) => `There is no expert ${k} here.`).join(" ");
+  }
+
+  /** Return the choices among what the model offers, as `set` takes them. */
+  get #chosen() {
+    const values = OFFERED.map((name) => [name, this.node.elements[name].value || null]);
+    const allowed = this.allowedExperts;
+    const allowed_experts = allowed.length < this.#boxes.length ? allowed : null;
+    return { ...Object.fromEntries(values), allowed_experts };
   }
 
   get #boxes() {

@@ -2,6 +2,7 @@
 
 import { Api, ApiError } from "./api.js";
 import { Form } from "./form.js";
+import { Gallery } from "./gallery.js";
 import { Job, Part, Queue } from "./queue.js";
 import { Progress, Stage } from "./stage.js";
 import { button, element, Experts, intoView, items } from "./views.js";
@@ -17,35 +18,42 @@ const $ = (id) => document.getElementById(id);
 const api = new Api();
 const form = new Form($("form"));
 const queue = new Queue(api, changed);
+const gallery = new Gallery($("gallery"), (picture, description) => {
+  look(picture.part.job, picture);
+  say(description);
+});
 let model = null;
 let experts = null;
 let stage = null;
 
 /* -- Using a picture again ------------------------------------------------------------------- */
 
-/** Ways to put settings of a picture into the form. */
+/** Ways to put settings of a picture into the form; each returns what it has told. */
 const recall = {
   all(record, { size = null, output_format = null } = {}) {
     const sampling = Object.fromEntries(SAMPLING.map((name) => [name, record[name] ?? null]));
-    form.set({ prompt: record.prompt, seed: record.seed, n: null, quality: null, size,
-      output_format, ...sampling });
-    goTo("prompt", "All settings of the picture are in the form.");
+    const settings = { prompt: record.prompt, seed: record.seed, n: null, quality: null, size,
+      output_format, ...sampling };
+    return put(settings, "prompt", "All settings of the picture are in the form.");
   },
   seed({ seed }) {
-    form.set({ seed });
-    goTo("seed", "The seed of the picture is in the form.");
+    return put({ seed }, "seed", "The seed of the picture is in the form.");
   },
   /** Let those draw that drew it, as many at each step as then. */
   experts({ routing, experts: [means] }) {
-    form.set({ routing, allowed_experts: experts.numbers.filter((k) => means[k] > 0) });
-    goTo("routing", "The experts of the picture are in the form.");
+    const drew = [...means.keys()].filter((k) => means[k] > 0);
+    return put({ routing, allowed_experts: drew }, "routing",
+      "The experts of the picture are in the form.");
   },
 };
 
-function goTo(id, message) {
+/** Put settings into the form, go to one of them, and tell that all are there, or what is not. */
+function put(settings, id, allAreThere) {
+  const missing = form.set(settings);
   $(id).closest("details")?.setAttribute("open", "");
   $(id).focus();
-  say(message);
+  return say(missing.length === 0 ? allAreThere
+    : `Not all settings of the picture are in the form. ${missing.join(" ")}`);
 }
 
 async function recallFile(file) {
@@ -53,8 +61,9 @@ async function recallFile(file) {
   try {
     const { sampling, size, ...record } = await api.provenance(file);
     const isNative = size === model.paris.picture_size;
-    recall.all({ ...record, ...sampling }, { size: isNative ? null : `${size}x${size}` });
-    if (record.model !== model.id) say(`The file was drawn by another model, ${record.model}.`);
+    const told = recall.all({ ...record, ...sampling },
+      { size: isNative ? null : `${size}x${size}` });
+    if (record.model !== model.id) say(`${told} Another model drew the file: ${record.model}.`);
   } catch (error) {
     complain(error);
   }
@@ -104,12 +113,8 @@ function start(groups) {
 
 /** Show a job, and one of its pictures. */
 function look(job, picture) {
-  stage = new Stage(job, picture, experts, { cancel, recall, selected,
-    drawAgain: (parts) => queue.add(parts) });
-}
-
-function selected(picture) {
-  for (const [other, node] of gallery) node.setAttribute("aria-pressed", other === picture);
+  stage = new Stage(job, picture, experts, { cancel, recall,
+    selected: (shown) => gallery.select(shown), drawAgain: (parts) => queue.add(parts) });
 }
 
 function cancel(parts) {
@@ -120,7 +125,7 @@ function cancel(parts) {
 function changed(part) {
   stage.update(part);
   showQueue(part.job);
-  if (part.state === "done") part.pictures.forEach(addToGallery);
+  if (part.state === "done") part.pictures.forEach((picture) => gallery.add(picture));
   if (part.isUnfinished) return;
   if (part.state === "failed") {
     form.refuse(part.error?.param, part.message);
@@ -141,10 +146,9 @@ function outcome({ parts, pictures }) {
   return count === 1 ? `Drawn in ${seconds} s.` : `Drawn ${count} pictures.`;
 }
 
-/* -- Queue and gallery ----------------------------------------------------------------------- */
+/* -- Queue ----------------------------------------------------------------------------------- */
 
 const entries = new Map(); // by job
-const gallery = new Map(); // buttons, by picture
 
 function showQueue(job) {
   if (!entries.has(job)) {
@@ -162,17 +166,6 @@ function showQueue(job) {
   $("queue").hidden = entries.size === 0;
 }
 
-function addToGallery(picture) {
-  const { part, src, record } = picture;
-  const alt = `${record.prompt}, seed ${record.seed}${part.label ? `, ${part.label}` : ""}`;
-  const node = element("button", { type: "button", className: "small", title: alt,
-    aria: { pressed: picture === stage.selected },
-    onclick: () => { look(part.job, picture); say(alt); } },
-    element("span", { className: "picture" }, element("img", { src, alt })));
-  gallery.set(picture, node);
-  $("gallery").querySelector("ul").prepend(element("li", {}, node));
-}
-
 /** Let time pass for those who wait. */
 function tick() {
   for (const [job, { progress }] of entries) {
@@ -187,8 +180,10 @@ function tick() {
 
 /* -- The page -------------------------------------------------------------------------------- */
 
+/** Tell what is new, to screen readers too; return it. */
 function say(message) {
   $("status").textContent = message;
+  return message;
 }
 
 /** Show what concerns no field and no picture, with a way to try again. */

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
@@ -19,7 +20,7 @@ from PIL import Image
 from jobs.replay import main as replay
 from paris_ray.bundle import load_bundle
 from paris_ray.config import SolverName, TimeGrid
-from paris_ray.pictures import read_picture
+from paris_ray.pictures import encode_picture, read_picture
 from paris_ray.sampling import generate
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
@@ -241,6 +242,113 @@ def test_the_gallery_gives_settings_back(open_page: Open) -> None:
     page.get_by_role("button", name="Only the experts").click()
     assert form_values(page) == {"routing": "top-1", "allowed": [int(alone)]}
     assert page.get_by_text("1 of 3 experts may draw.").first.is_visible()
+
+
+def give_key(page: "sync_api.Page") -> None:
+    page.get_by_label("API key").fill(KEY)
+    page.get_by_role("button", name="Use this key").click()
+
+
+@contextmanager
+def answered(page: "sync_api.Page", pattern: str, status: int, body: object) -> Iterator[None]:
+    """Let the page find another answer than the server's."""
+    page.route(pattern, lambda route: route.fulfill(status=status, json=body))
+    yield
+    page.unroute(pattern)
+
+
+def test_a_key_given_in_mid_work_leaves_the_form_and_recalls_say_what_is_gone(
+    open_page: Open,
+) -> None:
+    page = open_page("/keyed/", expected="status of 401")
+    give_key(page)
+    status(page, "Ready.")
+    page.get_by_text("Experts", exact=True).first.click()
+    page.get_by_label(re.compile("^Expert 0")).uncheck()
+    draw(page, seed=3, solver="heun", time_grid="half-last", lora="mine", size="256x256")
+    status(page, "Drawn in")
+    filled_in = form_values(page)
+    assert filled_in["allowed"] == [1, 2]
+    assert filled_in["lora"] == "mine"
+
+    # The key is no longer good; until another is given, the model loses an expert.
+    error = {"message": "no", "type": "authentication_error", "code": "invalid_api_key"}
+    with answered(page, DRAWING, 401, {"error": error | {"param": None}}):
+        page.get_by_role("button", name="Draw", exact=True).click()
+        page.get_by_role("alert").filter(has_text="The server does not know this key.").wait_for()
+    headers = {"Authorization": f"Bearer {KEY}"}
+    told = page.request.get(page.url + "v1/experts", headers=headers).json()
+    with answered(page, "**/v1/experts", 200, told | {"data": told["data"][:2]}):
+        give_key(page)
+        status(page, "Ready.")
+    assert form_values(page) == filled_in | {"allowed": [1]}
+    assert page.locator("#error-allowed_experts").inner_text() == "There is no expert 2 here."
+
+    page.get_by_role("button", name="The model's own settings").click()
+    page.get_by_role("button", name="a red cat, seed 3").click()
+    page.get_by_role("button", name="All settings").click()
+    told = "Not all settings of the picture are in the form. There is no expert 2 here."
+    assert status(page, "Not all").inner_text() == told
+    assert page.locator("#error-allowed_experts").inner_text() == "There is no expert 2 here."
+    assert form_values(page)["allowed"] == [1]
+
+
+def test_a_file_of_another_model_says_what_there_is_not(open_page: Open, tmp_path: Path) -> None:
+    page = open_page()
+    draw(page)
+    status(page, "Drawn in")
+    with page.expect_download() as download:
+        page.get_by_role("link", name="Download picture").click()
+    record, _ = read_picture(Path(download.value.path()).read_bytes())
+    sampling = replace(record.sampling, lora="theirs", allowed_experts=[0, 7])
+    record = replace(record, model="other", sampling=sampling)
+    (tmp_path / "other.png").write_bytes(
+        encode_picture(np.zeros((32, 32, 3), dtype=np.uint8), record, "png")
+    )
+    page.get_by_label("Recall from a file").set_input_files(tmp_path / "other.png")
+    assert status(page, "Another model").inner_text() == (
+        "Not all settings of the picture are in the form. There is no theirs here. "
+        "There is no expert 7 here. Another model drew the file: other."
+    )
+
+
+def test_the_gallery_keeps_the_last_pictures_and_says_how_many(open_page: Open) -> None:
+    page = open_page()
+    kept = page.get_by_role("region", name="Gallery").locator(".hint")
+    told = "Pictures: {} of at most {}, until you leave the page"
+    sync_api.expect(kept).to_have_text(told.format(0, 200) + ".")
+    draw(page, n=2)
+    status(page, "Drawn 2 pictures.")
+    assert kept.inner_text() == told.format(2, 200) + "."
+
+    page.reload()
+    status(page, "Ready.")
+    seen = page.evaluate("""async () => {
+        const { Gallery } = await import("/web/gallery.js");
+        const node = document.getElementById("gallery"), seen = [];
+        const gallery = new Gallery(node, () => {}, { maxPictures: 3, maxBytes: 100 });
+        const buttons = () => [...node.querySelectorAll("button")];
+        const add = (seed, size) => {
+            const src = "data:,".padEnd(size, "x"), record = { prompt: "p", seed };
+            gallery.add({ part: { label: "" }, src, record });
+            seen.push([buttons().map((button) => button.title).join("; "),
+                node.querySelector(".hint").textContent]);
+        };
+        for (const seed of [1, 2, 3]) add(seed, 10);
+        buttons().at(-1).focus();
+        add(4, 10);
+        seen.push(document.activeElement.title);
+        add(5, 85);
+        add(6, 200);
+        return seen;
+    }""")
+    three, four, focused, five, six = seen[2:]
+    assert three == ["p, seed 3; p, seed 2; p, seed 1", told.format(3, 3) + "."]
+    assert four[0] == "p, seed 4; p, seed 3; p, seed 2"  # the number of pictures is bounded
+    assert four[1] == told.format(3, 3) + "; older ones gone: 1."
+    assert focused == "p, seed 2"  # focus was on what is gone
+    assert five[0] == "p, seed 5; p, seed 4"  # and their bytes
+    assert six == ["p, seed 6", told.format(1, 3) + "; older ones gone: 5."]
 
 
 def test_downloads_say_how_they_were_drawn(
@@ -490,15 +598,30 @@ def test_prompts_and_bundles_cannot_run_scripts(open_page: Open) -> None:
 
 
 def test_no_inline_script_or_style_runs(open_page: Open) -> None:
-    page = open_page(expected="Content Security Policy")
+    page = open_page(expected="Content Security Policy|Trusted")
     page.evaluate("""() => {
         const script = document.createElement("script");
-        script.textContent = "document.title = 'pwned'";
+        script.append("document.title = 'pwned'");
         document.body.append(script);
         document.body.setAttribute("style", "display: none");
     }""")
     assert page.title() != "pwned"
     assert page.locator("body").is_visible()
+
+
+def test_no_text_becomes_html_or_script(open_page: Open) -> None:
+    page = open_page(expected="Trusted")
+    refused = page.evaluate("""() => {
+        const attempts = {
+            html: () => { document.body.innerHTML = "<b>x</b>"; },
+            script: () => { document.createElement("script").src = "web/api.js"; },
+            policy: () => trustedTypes.createPolicy("any", { createHTML: (text) => text }),
+        };
+        return Object.entries(attempts).map(([name, attempt]) => {
+            try { attempt(); } catch (error) { return `${name}: ${error.name}`; }
+        });
+    }""")
+    assert refused == ["html: TypeError", "script: TypeError", "policy: TypeError"]
 
 
 @pytest.mark.parametrize("host", ["localhost", "127.0.0.1"])

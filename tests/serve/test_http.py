@@ -15,6 +15,7 @@ import httpx
 import numpy as np
 import openai
 import pytest
+from credentials import Authority
 from PIL import Image
 
 from jobs.replay import main as replay
@@ -342,6 +343,23 @@ def test_aliases_of_another_model_are_not_deployed(
 ) -> None:
     with pytest.raises(ConfigError, match="aliases: "):
         start_app("never", aliases=aliases)
+
+
+def test_a_server_signs_its_pictures(
+    start_app: Callable[..., str], bundle: Bundle, tmp_path: Path
+) -> None:
+    authority = Authority(tmp_path)
+    url = start_app("signed", colocated=True, signing=authority.issue().model_dump())
+    with httpx.Client(base_url=url, timeout=60) as client:
+        (picture,) = draw(client, prompt="a red cat", seed=7)["data"]
+        file = base64.b64decode(picture["b64_json"])
+        assert authority.read(file, "png").get_validation_state() == "Trusted"
+        np.testing.assert_array_equal(
+            decode(picture["b64_json"]), expected(bundle, "a red cat", seed=7)[0]
+        )
+        headers = {"Content-Type": "image/png"}
+        told = client.post("v1/images/provenance", content=file, headers=headers)
+        assert told.json()["seed"] == 7
 
 
 def test_files_and_sizes(client: httpx.Client, bundle: Bundle) -> None:

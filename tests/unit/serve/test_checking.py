@@ -27,6 +27,7 @@ def served(tiny_bundle: Bundle) -> Served:
         loras={},
         aliases=("gpt-image-1",),
         max_size=512,
+        signer=None,
     )
 
 

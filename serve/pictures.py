@@ -26,6 +26,7 @@ from serve.schemas import (
     Provenance,
     Usage,
 )
+from serve.source import Origin
 
 SOFTWARE = f"paris_ray {paris_ray.__version__}"
 PRINTABLE = "".join(map(chr, range(0x20, 0x7F)))  # what a header may hold as it is
@@ -38,7 +39,7 @@ def encode_all(order: Order, drawing: Drawing, served: Served) -> list[bytes]:
         encode_picture(
             pixels,
             replace(
-                _record(order, served, i, drawing.bundle),
+                _record(order, served, i, drawing.origin),
                 expert_weights=sparse_weights(drawing.expert_weights[i]),
                 missing_experts=drawing.missing_experts,
             ),
@@ -51,7 +52,7 @@ def encode_all(order: Order, drawing: Drawing, served: Served) -> list[bytes]:
 def encode_partial(order: Order, partial: Partial, served: Served) -> PartialImageEvent:
     """Return the event of an unfinished picture; slow like `encode_all`."""
     record = replace(
-        _record(order, served, partial.picture, partial.bundle), unfinished_at=partial.step
+        _record(order, served, partial.picture, partial.origin), unfinished_at=partial.step
     )
     file = encode_picture(partial.pixels, record, order.output_format)
     return PartialImageEvent(
@@ -65,17 +66,17 @@ def encode_partial(order: Order, partial: Partial, served: Served) -> PartialIma
     )
 
 
-def _record(order: Order, served: Served, picture: int, bundle: str | None) -> PictureRecord:
-    facts, lora = served.bundle.facts, order.sampling.lora
+def _record(order: Order, served: Served, picture: int, origin: Origin) -> PictureRecord:
+    facts = served.bundle.facts
     return PictureRecord(
         software=SOFTWARE,
         model=facts.model_name,
-        bundle=bundle,
-        dtype=served.dtype,
+        bundle=origin.bundle,
+        dtype=origin.dtype,
         prompt=order.prompts[picture // order.n],
         seed=order.seed + picture,
         sampling=order.sampling,
-        lora=None if lora is None else served.loras[lora],
+        lora=origin.lora,
         native_size=facts.picture_size,
         size=order.size,
         resize_filter=_resize_filter(order, served),
@@ -146,7 +147,7 @@ def headers(order: Order, served: Served, drawing: Drawing | None = None) -> dic
     sampling, facts = order.sampling, served.bundle.facts
     values = {
         "Model": facts.model_name,
-        "Bundle": drawing.bundle if drawing else None,
+        "Bundle": drawing.origin.bundle if drawing else None,
         "Seed": order.seed,
         "Steps": sampling.num_inference_steps,
         "Solver": sampling.solver,
@@ -178,7 +179,7 @@ def _provenance(
     return Provenance(
         id=id,
         model=facts.model_name,
-        bundle=drawing.bundle,
+        bundle=drawing.origin.bundle,
         seed=order.seed + pictures.start,
         num_inference_steps=sampling.num_inference_steps,
         solver=sampling.solver,

@@ -24,7 +24,7 @@ from serve.drawing import Drawing, DrawRequest, Partial
 from serve.expert import OtherVersionError
 from serve.ingress import HttpOptions, Ingress
 from serve.routes import create_api
-from serve.source import BundleSource
+from serve.source import BundleSource, Origin
 
 pytestmark = pytest.mark.serve
 
@@ -41,7 +41,7 @@ def drawing(request: DrawRequest) -> Drawing:
         expert_weights=[[[1.0, 0.0, 0.0]] * steps] * n,
         missing_experts=[2],
         seconds=0.0,
-        bundle=None,
+        origin=Origin(),
     )
 
 
@@ -80,7 +80,7 @@ class MortalSampler:
 
     async def stream(self, request: DrawRequest) -> AsyncIterator[Partial | Drawing]:
         for index in range(request.partial_images):
-            yield Partial(picture=0, index=index, step=index, pixels=PIXELS, bundle=None)
+            yield Partial(picture=0, index=index, step=index, pixels=PIXELS, origin=Origin())
             if index == 1:
                 self._die_if_it_is_time()
         yield drawing(request)
@@ -137,7 +137,7 @@ class EndlessSampler:
 
     async def stream(self, request: DrawRequest) -> AsyncIterator[Partial | None]:
         if request.partial_images:
-            yield Partial(picture=0, index=0, step=0, pixels=PIXELS, bundle=None)
+            yield Partial(picture=0, index=0, step=0, pixels=PIXELS, origin=Origin())
         yield await self.draw(request)
 
 

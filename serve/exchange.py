@@ -1,4 +1,4 @@
-"""One HTTP request and its answer: how long it took, how it ended, and the same once more."""
+"""One HTTP request and its answer: how long it took, how it ended, how it is received again."""
 
 import time
 

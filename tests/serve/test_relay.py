@@ -26,6 +26,7 @@ from serve.expert import OtherVersionError
 from serve.ingress import HttpOptions, Ingress
 from serve.routes import create_api
 from serve.source import BundleSource, Origin
+from tests.serve.waiting import wait_until
 
 pytestmark = pytest.mark.serve
 
@@ -193,9 +194,10 @@ def test_a_full_queue_and_a_late_picture(deploy: Deploy) -> None:
         assert (error["type"], error["code"]) == ("rate_limit_error", "queue_full")
         assert "7 pictures wait already" in error["message"]
         late = httpx.post(f"{url}/{IMAGES}", json=body | {"prompt": "late"}, timeout=60)
-        assert late.status_code == 408
-        assert late.json()["error"]["code"] == "timeout"
-        assert late.headers["x-should-retry"] == "false"
+        assert '"code":"timeout"' in late.text.replace(" ", "")
+        if not stream:  # which a busy machine has begun with 200
+            assert late.status_code == 408
+            assert late.headers["x-should-retry"] == "false"
     serve.delete("full")
 
 
@@ -236,6 +238,18 @@ def test_a_request_outlives_a_change_of_bundle(deploy: Deploy, tmp_path: Path) -
     serve.delete("changing-sampler")
 
 
+def cancelled(url: str, request_id: str) -> Any:
+    """Cancel a request as soon as the Ingress, too, has noticed; return the answer."""
+    answers: list[httpx.Response] = []
+
+    def is_cancelled() -> bool:
+        answers.append(httpx.delete(f"{url}/{IMAGES}/{request_id}", timeout=60))
+        return answers[-1].status_code == 200
+
+    wait_until(is_cancelled)
+    return answers[-1].json()
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_request_between_two_samplers_can_be_cancelled(
     deploy: Deploy, tmp_path: Path, stream: bool
@@ -245,29 +259,19 @@ def test_a_request_between_two_samplers_can_be_cancelled(
     url = deploy("between", CancelledSampler, str(tmp_path))
     (lives / "a").touch()
     (tmp_path / "closed").touch()
-    with ThreadPoolExecutor(1) as pool:
+    with ThreadPoolExecutor(2) as pool:
         body = {"prompt": "a cat", "stream": stream, "partial_images": 2 if stream else 0}
         pending = pool.submit(
             httpx.post, f"{url}/{IMAGES}", json=body, headers={"X-Request-Id": "mine"}, timeout=120
         )
         while list(lives.iterdir()):
             time.sleep(0.1)
-        for _ in range(100):  # until the Ingress, too, has noticed
-            cancelled = httpx.delete(f"{url}/{IMAGES}/mine", timeout=60)
-            if cancelled.status_code == 200:
-                break
-            time.sleep(0.1)
-        assert cancelled.json() == {"id": "mine", "cancelled": True, "step": 0}
+        assert cancelled(url, "mine") == {"id": "mine", "cancelled": True, "step": 0}
         # So can one that comes while there is none.
         later = pool.submit(
             httpx.post, f"{url}/{IMAGES}", json=body, headers={"X-Request-Id": "next"}, timeout=120
         )
-        for _ in range(100):  # until the Ingress has it
-            cancelled = httpx.delete(f"{url}/{IMAGES}/next", timeout=60)
-            if cancelled.status_code == 200:
-                break
-            time.sleep(0.1)
-        assert cancelled.json() == {"id": "next", "cancelled": True, "step": 0}
+        assert cancelled(url, "next") == {"id": "next", "cancelled": True, "step": 0}
         responses = [pending.result(), later.result()]
     for response in responses:
         assert "cancelled_error" in response.text
@@ -395,7 +399,7 @@ def test_a_killed_sampler_costs_nobody_a_picture(
         answers = [
             pool.submit(httpx.post, f"{url}/{IMAGES}", json=body, timeout=120) for _ in "1234"
         ]
-        wait_until_drawing(url)
+        wait_until(lambda: is_drawing(url))
         assert kill_replicas("two-lives", "Sampler") == 1
         assert not any(answer.done() for answer in answers)
         got = [answer.result() for answer in answers]
@@ -403,11 +407,8 @@ def test_a_killed_sampler_costs_nobody_a_picture(
     assert all(response.json()["data"] == before["data"] for response in got)
 
 
-def wait_until_drawing(url: str) -> None:
-    deadline = time.monotonic() + 60
-    while httpx.get(f"{url}/readyz", timeout=60).json().get("active_pictures", 0) == 0:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+def is_drawing(url: str) -> bool:
+    return httpx.get(f"{url}/readyz", timeout=60).json().get("active_pictures", 0) > 0
 
 
 def test_a_killed_ingress_costs_nobody_a_picture(

@@ -35,6 +35,9 @@ from serve.source import BundleSource, LoRASource
 
 MAX_ONGOING_REQUESTS = 1_000  # of a replica
 LIMITS = Limits()
+# Of a replica that is to end, beyond what a request may take: its answer is still to be made and
+# sent, and Serve looks every two seconds whether that is so.
+ENDING_S = 10.0
 # What Ray's `RAY_SERVE_THROUGHPUT_OPTIMIZED` sets for a replica, less direct ingress, which would
 # open a second door beside the proxy: fewer threads and less logging in each call.
 REPLICA_ENVIRONMENT = {
@@ -173,8 +176,8 @@ class AppArgs(BaseModel):
             batch so computes one sample after the other, and says so in its log. False batches
             there too, and the last bits of a picture depend on its company.
         threads: Torch threads of each Sampler and expert replica.
-        loras: Adapters by the name that requests give. Serve loads one anew when its name or its
-            path changes.
+        loras: Adapters by the name that requests give. Serve loads one anew when it is deployed
+            with another name, path or weights.
         limits: What each Sampler takes on.
         aliases: Other names that requests may give the model: `{gpt-image-1: quickstart}`. Many
             tools cannot change the name.
@@ -242,6 +245,11 @@ class AppArgs(BaseModel):
             )
         return self
 
+    @property
+    def grace_s(self) -> float:
+        """For how long a replica that is replaced may finish what it has; then Serve kills it."""
+        return gate.BODY_TIMEOUT_S + self.timeout_s + ENDING_S
+
     def expert_options(self, index: int) -> ScaledOptions:
         """Return the size of one expert."""
         own = self.experts.get(index, ScaledOptions()).model_dump(exclude_unset=True)
@@ -264,7 +272,7 @@ def build(args: AppArgs) -> Application:
     bundle = source.open()
     num_experts = bundle.num_experts
     # From here on each adapter tells its expert, so that an expert reads only its own.
-    loras = [lora._replace(expert=bundle.loras[lora.name]) for lora in source.loras]
+    loras = [lora.pinned(bundle.loras[lora.name]) for lora in source.loras]
     source = source._replace(loras=tuple(loras))
     for index in args.experts:
         if not 0 <= index < num_experts:
@@ -284,7 +292,7 @@ def build(args: AppArgs) -> Application:
     ingress = _deploy(ingress_class, "Ingress", args.ingress).options(
         max_ongoing_requests=gate.MAX_ONGOING_REQUESTS,
         max_queued_requests=gate.MAX_QUEUED_REQUESTS,
-        graceful_shutdown_timeout_s=args.timeout_s,
+        graceful_shutdown_timeout_s=args.grace_s,
     )
     application: Application = ingress.bind(source, sampler, key_file, options)
     return application
@@ -329,7 +337,7 @@ def _signing(options: SigningOptions) -> SigningOptions:
 
 def _deploy_sampler(args: AppArgs, experts: Sequence[ScaledOptions]) -> Any:
     deployment = _deploy(Sampler, SAMPLER, args.sampler).options(
-        graceful_shutdown_timeout_s=args.timeout_s
+        graceful_shutdown_timeout_s=args.grace_s
     )
     # It reports for all deployments, and Serve asks only those that it scales.
     if any(size.max_replicas is not None for size in (args.sampler, *experts)):

@@ -5,11 +5,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Literal
 
-from paris_ray.bundle import Bundle, Dtype
+from paris_ray.bundle import Bundle
 from paris_ray.diffusion import num_evaluations
 from paris_ray.encoders.inspection import TextInspector, TextReport, is_blank
 from paris_ray.errors import ParisError
-from paris_ray.pictures import LoRARecord, PictureFormat, Sampling
+from paris_ray.pictures import PictureFormat, Sampling
 from paris_ray.sampling.routing import check_allowed_experts
 from paris_ray.sampling.sampler import SamplingOptions, sampling_options
 from serve.drawing import DrawRequest
@@ -44,23 +44,17 @@ class Served:
 
     Attributes:
         bundle: Only its description is read.
-        digest: Of the bundle's manifest, or None.
-        dtype: Data type of experts and router; None: as stored.
         inspector: Of its text encoder.
-        loras: Its adapters, by name.
         aliases: Other names of the model.
         max_size: The largest width and height to resize to; None: pictures are not resized.
         signer: Signs their files; None: they are not signed.
     """
 
     bundle: Bundle
-    digest: str | None
-    dtype: Dtype | None
     inspector: TextInspector
-    loras: Mapping[str, LoRARecord]
     aliases: Sequence[str]
     max_size: int | None
-    signer: PictureSigner | None
+    signer: PictureSigner | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from paris_ray.sampling.sampler import SamplingOptions
+from serve.source import Origin
 
 Pixels = NDArray[np.uint8]
 
@@ -47,14 +48,14 @@ class Partial:
         index: Which of its `partial_images`, from 0.
         step: How many steps are done.
         pixels: `(S, S, 3)`.
-        bundle: Digest of the bundle that draws it, or None.
+        origin: What draws it.
     """
 
     picture: int
     index: int
     step: int
     pixels: Pixels
-    bundle: str | None
+    origin: Origin
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,7 +68,8 @@ class Drawing:
         expert_weights: `(n, steps, K)` its weight in each step.
         missing_experts: Those that were lost and drawn without, in order; of all pictures.
         seconds: How long the Sampler had the request.
-        bundle: Digest of the bundle that drew them, or None.
+        origin: What drew them. It is the Sampler's to tell: while Serve replaces replicas, the
+            Ingress may be of another version.
     """
 
     pictures: Pixels
@@ -75,7 +77,7 @@ class Drawing:
     expert_weights: list[list[list[float]]]
     missing_experts: list[int]
     seconds: float
-    bundle: str | None
+    origin: Origin
 
 
 class RequestCancelledError(RuntimeError):

@@ -4,8 +4,9 @@
 
 The gate is the outermost layer of the application and holds wherever that runs: access, limits,
 request ids, security headers, HEAD, one error shape. The edge does what only a layer around Ray's
-proxy can: clients do not override the operator's time limit, Ray buffers no long bodies, and what
-Ray answers by itself gets our error shape. `serve.access.EDGE_VARIABLE` tells Ray of it.
+proxy can: clients do not override the operator's time limit, Ray buffers no long bodies, a request
+whose replica died is sent to another, and what Ray answers by itself gets our error shape.
+`serve.access.EDGE_VARIABLE` tells Ray of it.
 """
 
 import asyncio
@@ -15,6 +16,7 @@ import math
 import re
 import uuid
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -29,7 +31,7 @@ from serve import metrics
 from serve.access import Access
 from serve.connection import Connection
 from serve.errors import ApiError, as_response, error_of, malformed, too_large, too_many, too_slow
-from serve.exchange import Exchange
+from serve.exchange import Exchange, Replay
 
 logger = logging.getLogger(__name__)
 request_log = logging.getLogger("ray.serve")  # the one whose files Serve keeps
@@ -165,17 +167,33 @@ class Edge:
         exchange = Exchange(receive, send)
         own = Answer(scope, exchange.send, request_id)
         try:
-            await answer(self._pass_on, scope, exchange.receive, own)
+            await answer(partial(self._pass_on, exchange), scope, exchange.receive, own)
         finally:
             metrics.HTTP.observe(exchange.seconds, status=str(exchange.status))
 
-    async def _pass_on(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _pass_on(
+        self, exchange: Exchange, scope: Scope, receive: Receive, send: Send
+    ) -> None:
         check_head(scope)
         check_length(scope)
         if route_path(scope) == RAYS_ROUTES:
             raise error_of(404)
         scope["headers"] = [header for header in scope["headers"] if self._is_allowed(*header)]
-        await self._app(scope, at_most(MAX_BODY_BYTES, receive), send)
+        request = Replay(at_most(MAX_BODY_BYTES, receive))
+        await self._app(dict(scope), request.from_start(), send)  # a copy: Ray adds to it
+        # Where Ray says nothing, the replica has died. Its requests mean the same to another one:
+        # pictures are drawn by their seeds. Once, since they may be what it died of.
+        left_s = self._limit_s_of(scope) - exchange.seconds
+        if exchange.is_unanswered and left_s > 0:
+            id = Headers(scope=scope)["x-request-id"]
+            logger.warning("a replica died with request %s, which is sent to another", id)
+            limit = (TIMEOUT_HEADER, str(left_s).encode())  # the last one counts
+            again = {**scope, "headers": [*scope["headers"], limit]}
+            await self._app(again, request.from_start(), send)
+
+    def _limit_s_of(self, scope: Scope) -> float:
+        """Return the time that a request has: the operator's, or the client's own."""
+        return float(dict(scope["headers"]).get(TIMEOUT_HEADER, self._limit_s))
 
     def _is_allowed(self, name: bytes, value: bytes) -> bool:
         if name != TIMEOUT_HEADER:
@@ -260,7 +278,7 @@ async def answer(app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> No
 
     try:
         await app(scope, receive, watch)
-        error = error_of(503)  # it said nothing: the replica that had the request is gone
+        error = error_of(503)  # it said nothing: the replicas that had the request are gone
     except ClientGoneError:
         return
     except ApiError as refusal:

@@ -129,15 +129,13 @@ class Ingress:
         encoder = bundle.parts["text_encoder"]
         self.served = Served(
             bundle=bundle,
-            digest=source.digest,
-            dtype=source.dtype,
             # Only CLIP's tokenizer has a folder of its own.
             inspector=load_text_inspector(encoder, bundle.parts.get("tokenizer", encoder)),
-            loras={lora.name: lora.record() for lora in source.loras},
             aliases=self.options.aliases,
             max_size=self.options.max_size,
             signer=signer,
         )
+        self._source = source
         self.samplers = Samplers(sampler, _own_deployment())
         self.experts = _expert_facts(bundle)
         self.web = {file.name: file.read_bytes() for file in WEB.iterdir()}
@@ -163,9 +161,9 @@ class Ingress:
         """
         return Readiness(**await self.samplers.state(READY_TIMEOUT_S))
 
-    async def cancel_between(self, client: str, request_id: str) -> bool:
+    async def cancel_between(self, client: str, request_id: str, is_unsure: bool) -> bool:
         """Do as `Samplers.cancel_between`, for another replica."""
-        return self.samplers.cancel_between(client, request_id)
+        return self.samplers.cancel_between(client, request_id, is_unsure)
 
     def models(self) -> list[Model]:
         """Return the one model that is served, under all of its names."""
@@ -241,9 +239,13 @@ class Ingress:
         try:
             target = self._links.read(token)
             client = self.access.client_named(target.client)
-            is_known = target.name in self._files or target.bundle == self.served.digest
+            is_known = target.name in self._files or target.origin == self._source.origin(
+                target.request.lora
+            )
             if not is_known or client is None:
-                raise LinkError("The link's picture is of another model, or its key is gone")
+                raise LinkError(
+                    "The link's picture is of another model or adapter, or its key is gone"
+                )
         except LinkError as error:
             raise _link_expired(str(error)) from None
         order = self.check(target.request)
@@ -252,7 +254,7 @@ class Ingress:
             request = self._request_of(client, order, request_id)
             with self.access.counting(client, order.picture_steps):
                 drawing = await self.samplers.draw(request)
-                if drawing.bundle != target.bundle:
+                if drawing.origin != target.origin:
                     raise unavailable("The model is being replaced. Ask again")
             (file,) = await self._encode(order, drawing)
             return file
@@ -295,7 +297,7 @@ class Ingress:
             return ImageData(b64_json=base64.b64encode(file).decode())
         request = order.picture_request(picture)
         assert caller.client is not None
-        target = LinkTarget(request=request, client=caller.client.name, bundle=drawing.bundle)
+        target = LinkTarget(request=request, client=caller.client.name, origin=drawing.origin)
         self._files.put(target.name, file)
         token = self._links.sign(target)
         return ImageData(url=f"{caller.base_url}/v1/images/files/{token}.{order.output_format}")

@@ -17,6 +17,7 @@ from ray.experimental import internal_kv
 
 from paris_ray.errors import ParisError
 from serve.schemas import ImagesRequest
+from serve.source import Origin
 
 LIFETIME_S = 3600  # as OpenAI's
 MAX_CACHE_BYTES = 64 * 2**20
@@ -33,14 +34,14 @@ class LinkTarget(BaseModel):
     Attributes:
         request: The request for its picture.
         client: Who asked for it: drawing it again counts against its quotas.
-        bundle: Digest of the bundle that drew it, or None.
+        origin: What drew it: nothing else may draw it again.
     """
 
     model_config = ConfigDict(frozen=True)
 
     request: ImagesRequest
     client: str
-    bundle: str | None = None
+    origin: Origin
 
     @property
     def name(self) -> str:

@@ -29,6 +29,7 @@ from serve.schemas import (
     Provenance,
     Usage,
 )
+from serve.source import Origin
 
 SOFTWARE = f"paris_ray {paris_ray.__version__}"
 PRINTABLE = "".join(map(chr, range(0x20, 0x7F)))  # what a header may hold as it is
@@ -41,7 +42,7 @@ def encode_all(order: Order, drawing: Drawing, served: Served) -> list[bytes]:
         _encode(
             pixels,
             replace(
-                _record(order, served, i, drawing.bundle),
+                _record(order, served, i, drawing.origin),
                 expert_weights=sparse_weights(drawing.expert_weights[i]),
                 missing_experts=drawing.missing_experts,
             ),
@@ -55,7 +56,7 @@ def encode_all(order: Order, drawing: Drawing, served: Served) -> list[bytes]:
 def encode_partial(order: Order, partial: Partial, served: Served) -> PartialImageEvent:
     """Return the event of an unfinished picture; slow like `encode_all`."""
     record = replace(
-        _record(order, served, partial.picture, partial.bundle), unfinished_at=partial.step
+        _record(order, served, partial.picture, partial.origin), unfinished_at=partial.step
     )
     file = _encode(partial.pixels, record, order, served)
     return PartialImageEvent(
@@ -77,17 +78,17 @@ def _encode(
     return served.signer.sign(file, record, order.output_format) if served.signer else file
 
 
-def _record(order: Order, served: Served, picture: int, bundle: str | None) -> PictureRecord:
-    facts, lora = served.bundle.facts, order.sampling.lora
+def _record(order: Order, served: Served, picture: int, origin: Origin) -> PictureRecord:
+    facts = served.bundle.facts
     return PictureRecord(
         software=SOFTWARE,
         model=facts.model_name,
-        bundle=bundle,
-        dtype=served.dtype,
+        bundle=origin.bundle,
+        dtype=origin.dtype,
         prompt=order.prompts[picture // order.n],
         seed=order.seed + picture,
         sampling=order.sampling,
-        lora=None if lora is None else served.loras[lora],
+        lora=origin.lora,
         native_size=facts.picture_size,
         size=order.size,
         resize_filter=_resize_filter(order, served),
@@ -158,7 +159,7 @@ def headers(order: Order, served: Served, drawing: Drawing | None = None) -> dic
     sampling, facts = order.sampling, served.bundle.facts
     values = {
         "Model": facts.model_name,
-        "Bundle": drawing.bundle if drawing else None,
+        "Bundle": drawing.origin.bundle if drawing else None,
         "Seed": order.seed,
         "Steps": sampling.num_inference_steps,
         "Solver": sampling.solver,
@@ -190,7 +191,7 @@ def _provenance(
     return Provenance(
         id=id,
         model=facts.model_name,
-        bundle=drawing.bundle,
+        bundle=drawing.origin.bundle,
         seed=order.seed + pictures.start,
         num_inference_steps=sampling.num_inference_steps,
         solver=sampling.solver,

@@ -178,15 +178,24 @@ class Samplers:
         steps = [answer for answer in answers if isinstance(answer, int)]
         if steps:
             return max(steps)
-        if True in await _ask_all(self._ingresses, "cancel_between", client, request_id):
+        is_unsure = any(isinstance(answer, BaseException) for answer in answers)
+        if True in await _ask_all(self._ingresses, "cancel_between", client, request_id, is_unsure):
             return 0
-        if any(isinstance(answer, BaseException) for answer in answers):
+        if is_unsure:
             raise unavailable("A Sampler did not answer. Send the request again")
         return None
 
-    def cancel_between(self, client: str, request_id: str) -> bool:
-        """End a request whose Sampler has died and which no other has yet; say if there was one."""
-        found = [e for e in self._errands.get((client, request_id), []) if e.again]
+    def cancel_between(self, client: str, request_id: str, is_unsure: bool) -> bool:
+        """End a request that no Sampler has; say if there was one.
+
+        Args:
+            client: Whose it is.
+            request_id: What it is called.
+            is_unsure: Whether a Sampler did not answer, or there is none at the moment. Otherwise
+                only requests whose Sampler has died wait for another.
+        """
+        errands = self._errands.get((client, request_id), [])
+        found = [errand for errand in errands if errand.again or is_unsure]
         for errand in found:
             errand.cancel()
         return bool(found)
@@ -240,7 +249,7 @@ def _outcome(error: BaseException | None) -> str:
     return "failed"
 
 
-async def _ask_all(handle: DeploymentHandle[Any], method: str, *arguments: str) -> list[Any]:
+async def _ask_all(handle: DeploymentHandle[Any], method: str, *arguments: Any) -> list[Any]:
     """Return what each replica of a deployment answers, or its error; an error if there is none."""
     try:
         replies = handle.broadcast(method, *arguments)

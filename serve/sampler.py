@@ -40,7 +40,7 @@ from serve import metrics
 from serve.drawing import Drawing, DrawRequest, Partial, Pixels, RequestCancelledError
 from serve.expert import ExpertClient, ExpertUnavailableError, OtherVersionError
 from serve.scaling import Reporter
-from serve.source import BundleSource
+from serve.source import BundleSource, Origin
 
 EXPIRY_PERIOD_S = 0.25
 
@@ -70,7 +70,7 @@ class Sampler:
         lanes: Sequence[int] = (),
     ) -> None:
         torch.set_num_threads(threads)
-        self._bundle, self._digest, self._limits = source.open(), source.digest, limits
+        self._bundle, self._source, self._limits = source.open(), source, limits
         self._models = LocalModels(self._bundle, exact=source.exact)
         self._num_lanes = lanes
         self._experts = (
@@ -161,7 +161,8 @@ class Sampler:
                 denoisings = await self._in(self._encoding, self._begin, request)
             self._engine.start(ticket, denoisings, time.monotonic())
             self._wake()
-            async for message in self._follow(ticket, events, preview_at):
+            origin = self._origin(request.options)
+            async for message in self._follow(ticket, events, preview_at, origin):
                 yield message
         finally:
             metrics.STAGES.observe(ticket.queued_s(time.monotonic()), stage="queue")
@@ -190,6 +191,9 @@ class Sampler:
         ):
             raise OtherVersionError("the request was checked against another bundle")
 
+    def _origin(self, options: SamplingOptions) -> Origin:
+        return self._source.origin(next(iter(options.loras.values()), None))
+
     def _begin(self, request: DrawRequest) -> list[Denoising]:
         """Return each picture's `denoise`."""
         text = self._bundle.encode_text(request.prompts)
@@ -199,7 +203,11 @@ class Sampler:
         ]
 
     async def _follow(
-        self, ticket: Ticket, events: "asyncio.Queue[Event]", preview_at: Sequence[int]
+        self,
+        ticket: Ticket,
+        events: "asyncio.Queue[Event]",
+        preview_at: Sequence[int],
+        origin: Origin,
     ) -> AsyncIterator[Partial | Drawing]:
         while True:
             match await events.get():
@@ -211,7 +219,7 @@ class Sampler:
                         index=index,
                         step=evaluations,
                         pixels=pixels,
-                        bundle=self._digest,
+                        origin=origin,
                     )
                 case Finished(samples):
                     now = time.monotonic()
@@ -227,7 +235,7 @@ class Sampler:
                         expert_weights=weights,
                         missing_experts=sorted({k for one in samples for k in one.missing_experts}),
                         seconds=time.monotonic() - ticket.admitted,
-                        bundle=self._digest,
+                        origin=origin,
                     )
                     return
                 case Failed(error):

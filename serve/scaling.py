@@ -108,8 +108,13 @@ def num_replicas(load: Load, target: float, current: int, *, fewest: int, most: 
         fewest: The least that is allowed.
         most: The most.
     """
-    wanted = min(max(current, math.ceil(load.now / target)), math.ceil(load.most / target))
+    wanted = min(max(current, _needed(load.now, target)), _needed(load.most, target))
     return min(most, max(fewest, wanted))
+
+
+def _needed(load: float, target: float) -> int:
+    """Return how many times the target a load is, rounded up, but not for the error of a sum."""
+    return math.ceil(round(load / target, 6))
 
 
 def decide(contexts: Contexts) -> dict[DeploymentID, int]:

@@ -1,13 +1,30 @@
 """Where the bundle of an application is, and which one it must be."""
 
 import hashlib
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from paris_ray.artifacts import Folder
 from paris_ray.bundle import Bundle, Dtype, bundle_digest, load_bundle
+from paris_ray.errors import BundleError
 from paris_ray.models.peft_layout import ADAPTER_WEIGHTS
 from paris_ray.pictures import LoRARecord
 from paris_ray.receipts import file_sha256
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Origin:
+    """What drew a picture: where it is the same, a request with its seed means the same picture.
+
+    Attributes:
+        bundle: Digest of the bundle's manifest, or None.
+        dtype: Data type of experts and router; None: as stored.
+        lora: The adapter that the request names, or None.
+    """
+
+    bundle: str | None = None
+    dtype: Dtype | None = None
+    lora: LoRARecord | None = None
 
 
 class LoRASource(NamedTuple):
@@ -19,6 +36,7 @@ class LoRASource(NamedTuple):
         expert: Number of its expert; None: the one that its receipt or manifest names.
         merge: Whether its expert's weights are computed once.
         receipt_key: Whose receipts are believed, for one that was bought.
+        sha256: Digest of its weights; None takes whatever is there. `pinned` names it.
     """
 
     name: str
@@ -26,12 +44,32 @@ class LoRASource(NamedTuple):
     expert: int | None
     merge: bool
     receipt_key: str | None
+    sha256: str | None = None
+
+    def pinned(self, expert: int) -> "LoRASource":
+        """Return the source of the weights that are there now, for an expert.
+
+        Raises:
+            ArtifactError: if there are none.
+        """
+        return self._replace(expert=expert, sha256=self._digest())
+
+    def check(self) -> None:
+        """Raise BundleError if other weights are there than those that were pinned."""
+        if self.sha256 not in (None, digest := self._digest()):
+            raise BundleError(
+                f"{self.uri}: sha256={digest} of {ADAPTER_WEIGHTS} is not allowed: "
+                f"{self.sha256}, which was deployed"
+            )
 
     def record(self) -> LoRARecord:
-        """Return what the files of pictures that are drawn with it tell; `expert` must be known."""
+        """Return what the files of pictures that are drawn with it tell; it must be pinned."""
         assert self.expert is not None
-        digest = file_sha256(Folder(self.uri), ADAPTER_WEIGHTS)
-        return LoRARecord(expert=self.expert, sha256=digest, merge=self.merge)
+        assert self.sha256 is not None
+        return LoRARecord(expert=self.expert, sha256=self.sha256, merge=self.merge)
+
+    def _digest(self) -> str:
+        return file_sha256(Folder(self.uri), ADAPTER_WEIGHTS)
 
 
 class BundleSource(NamedTuple):
@@ -69,6 +107,14 @@ class BundleSource(NamedTuple):
         """
         return self._replace(digest=self.digest or bundle_digest(self.uri))
 
+    def origin(self, lora: str | None) -> Origin:
+        """Return what draws a picture with an adapter, by its name, or without any.
+
+        Of an adapter that is not among these nothing is known, as where there is none.
+        """
+        record = next((each.record() for each in self.loras if each.name == lora), None)
+        return Origin(bundle=self.digest, dtype=self.dtype, lora=record)
+
     def of_expert(self, index: int) -> "BundleSource":
         """Return the source with the adapters of one expert alone."""
         return self._replace(loras=tuple(lora for lora in self.loras if lora.expert == index))
@@ -77,13 +123,15 @@ class BundleSource(NamedTuple):
         """Return the bundle with its adapters.
 
         Raises:
-            BundleError: if there is none, or another one, or an adapter does not fit it.
+            BundleError: if there is none, or another one, or an adapter does not fit it or is
+                another one.
             ReceiptError: if an adapter was bought, and its receipt does not allow it.
         """
         bundle = load_bundle(
             self.uri, self.digest, dtype=self.dtype, device=self.device, offload=self.offload
         )
         for lora in self.loras:
+            lora.check()
             bundle.add_lora(
                 lora.name,
                 lora.uri,

@@ -24,10 +24,18 @@ from paris_ray.bundle import (
     BundleFacts,
     load_bundle,
 )
-from paris_ray.config import CodecConfig, ExpertConfig, RouterConfig, SamplingConfig
+from paris_ray.config import (
+    CodecConfig,
+    ExpertConfig,
+    LoRAConfig,
+    RouterConfig,
+    SamplingConfig,
+)
 from paris_ray.encoders.codec import PatchPCA
 from paris_ray.export import write_bundle
 from paris_ray.models import Expert, Router
+from paris_ray.models.lora import Adapter
+from paris_ray.models.peft_layout import save_adapter
 from paris_ray.models.release import write_document
 from paris_ray.run import BUNDLE, EXPERT_WEIGHTS, ROUTER_WEIGHTS
 from paris_ray.training.distil import write_single_router
@@ -175,6 +183,16 @@ def single_bundle_path(tiny_parts: Path, tmp_path_factory: pytest.TempPathFactor
 def tiny_bundle(tiny_bundle_path: Path) -> Bundle:
     """The tiny bundle, opened."""
     return load_bundle(str(tiny_bundle_path))
+
+
+@pytest.fixture(scope="session")
+def lora_path(tiny_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random adapter of the tiny bundle's expert 1, as `jobs.train_lora` publishes it."""
+    path = tmp_path_factory.mktemp("loras") / "mine"
+    adapter = randomise(Adapter.create(tiny_bundle.expert(1), LoRAConfig(r=4), 0), 7)
+    save_adapter(adapter, Folder(path))
+    publish(Folder(path), "lora", config_digest="", parents={}, facts={"expert": 1})
+    return path
 
 
 # The fields of the public release, and none of ours; sizes are small.

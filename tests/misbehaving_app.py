@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+from pathlib import Path
 
 from ray import serve
 from ray.serve import Application
@@ -9,20 +10,29 @@ from starlette.requests import Request
 
 
 class Misbehaving:
-    """Waits as long as it is told, counts who gave up on it, and dies on demand."""
+    """Waits as long as it is told, counts who gave up on it, and dies on demand.
+
+    With `die` it always does; with `life`, where that file is there, and then it is not any more.
+    """
 
     def __init__(self) -> None:
         self.cancelled = 0
 
     async def __call__(self, request: Request) -> object:
+        body = (await request.body()).decode()
         if "die" in request.query_params:
             os._exit(1)
+        if "life" in request.query_params:
+            life = Path(request.query_params["life"])
+            if life.exists():
+                life.unlink()
+                os._exit(1)
         try:
             await asyncio.sleep(float(request.query_params.get("seconds", 0)))
         except asyncio.CancelledError:
             self.cancelled += 1
             raise
-        return {"cancelled": self.cancelled, "headers": dict(request.headers)}
+        return {"cancelled": self.cancelled, "headers": dict(request.headers), "body": body}
 
 
 def build(args: dict[str, int]) -> Application:

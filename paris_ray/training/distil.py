@@ -16,7 +16,7 @@ Song et al. 2023 (arXiv:2303.01469); with the guidance in it, Meng et al. 2022 (
 """
 
 from collections.abc import Callable, Mapping
-from typing import Protocol
+from typing import Any, Protocol
 
 import safetensors.torch
 import torch
@@ -88,20 +88,19 @@ def progressive(teacher: Teacher, num_inference_steps: int, num_teacher_steps: i
     """
     each = _steps_in_one(num_inference_steps, num_teacher_steps)
 
-    def prepare(done: float, batch: Batch) -> Batch:
-        return batch._replace(t=round_up(batch.t, num_inference_steps))
-
     def target(
         _student: Expert, latents: Tensor, t: Tensor, text: TextConditioning, clusters: Tensor
     ) -> Tensor:
         return teacher.mean_velocity(latents, t, text, each)
 
-    steps = {"num_inference_steps": num_inference_steps, "num_teacher_steps": num_teacher_steps}
-    return Lesson(prepare=prepare, target=target, identity={"objective": "progressive"} | steps)
+    identity = _identity("progressive", num_inference_steps, num_teacher_steps)
+    return Lesson(prepare=_raise_times(num_inference_steps), target=target, identity=identity)
 
 
 def consistency(teacher: Teacher, num_inference_steps: int, num_teacher_steps: int) -> Lesson:
     """Return the lesson in few steps whose targets are one of the ensemble's and the student's own.
+
+    Arguments as in `progressive`.
 
     The student also learns from within each of its steps to the end of it: from a time of
     the ensemble, one of the ensemble's steps leads to the next time, and from there the student's
@@ -109,16 +108,8 @@ def consistency(teacher: Teacher, num_inference_steps: int, num_teacher_steps: i
 
     Times are drawn as ever and raised to the ensemble's next one; between them nothing is learnt,
     as the mean velocity jumps where one step of the student ends and another begins.
-
-    Args:
-        teacher: The ensemble.
-        num_inference_steps: Euler steps of the student, from noise to a picture.
-        num_teacher_steps: Those of the ensemble, a multiple of them.
     """
     each = _steps_in_one(num_inference_steps, num_teacher_steps)
-
-    def prepare(done: float, batch: Batch) -> Batch:
-        return batch._replace(t=round_up(batch.t, num_teacher_steps))
 
     def target(
         student: Expert, latents: Tensor, t: Tensor, text: TextConditioning, clusters: Tensor
@@ -130,14 +121,29 @@ def consistency(teacher: Teacher, num_inference_steps: int, num_teacher_steps: i
         num_rest = num_after % each  # none where the ensemble's step ends with the student's
         return first.lerp(rest, (num_rest / (1 + num_rest)).view(-1, 1, 1, 1))
 
-    steps = {"num_inference_steps": num_inference_steps, "num_teacher_steps": num_teacher_steps}
-    return Lesson(prepare=prepare, target=target, identity={"objective": "consistency"} | steps)
+    identity = _identity("consistency", num_inference_steps, num_teacher_steps)
+    return Lesson(prepare=_raise_times(num_teacher_steps), target=target, identity=identity)
 
 
 OBJECTIVES: Mapping[Objective, Callable[[Teacher, int, int], Lesson]] = {
     "progressive": progressive,
     "consistency": consistency,
 }
+
+
+def _raise_times(num_steps: int) -> Callable[[float, Batch], Batch]:
+    """Return what raises a batch's times to those at which one of some steps begins."""
+    return lambda _, batch: batch._replace(t=round_up(batch.t, num_steps))
+
+
+def _identity(
+    objective: Objective, num_inference_steps: int, num_teacher_steps: int
+) -> Mapping[str, Any]:
+    return {
+        "objective": objective,
+        "num_inference_steps": num_inference_steps,
+        "num_teacher_steps": num_teacher_steps,
+    }
 
 
 def _steps_in_one(num_inference_steps: int, num_teacher_steps: int) -> int:

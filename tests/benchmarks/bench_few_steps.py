@@ -7,7 +7,6 @@ from several seeds, as `few_step_training` says: one process a training, as many
 are cores, without Ray. Captions and noise are those of the run's evaluation.
 """
 
-import argparse
 import os
 import sys
 import tempfile
@@ -21,13 +20,19 @@ from pathlib import Path
 from statistics import mean
 from typing import NamedTuple
 
-import torch
-from bench_solvers import Pictures, draw, read_captions, rmse
+from bench_solvers import (
+    Pictures,
+    draw,
+    every_composition,
+    open_run,
+    quickstart_run,
+    read_captions,
+    rmse,
+)
 
 from paris_ray.artifacts import Folder, VerifiedFolder
 from paris_ray.bundle import load_expert
-from paris_ray.config import Objective, load
-from paris_ray.corpora import compositions
+from paris_ray.config import Objective
 from paris_ray.evaluation.attributes import attribute_accuracy
 from paris_ray.export import open_student, open_trained_parts
 from paris_ray.models import Expert
@@ -60,14 +65,9 @@ class Measured:
     seconds: float = 0.0
 
 
-def open_run(run_dir: Path) -> Run:
-    """Return a run of the quickstart."""
-    return Run(load("quickstart", [f"run_dir={run_dir.resolve()}"]))
-
-
 def train(run_dir: Path, arm: Arm, output: Path) -> float:
     """Teach the run's student few steps, in a process of its own; return the CPU time."""
-    run = open_run(run_dir)
+    run = quickstart_run(run_dir)
     ensemble = open_trained_parts(run)
     options = sampling_options(ensemble)
     teacher, lesson = EnsembleTeacher(ensemble, options), OBJECTIVES[arm.objective]
@@ -99,9 +99,7 @@ class Judge:
         self.ensemble = open_trained_parts(run)
         self.options = sampling_options(self.ensemble)
         self.text = self.ensemble.encode_text(self.captions.texts)
-        everything = compositions(run.config.corpus)
-        assert everything is not None, "the quickstart knows all that its captions can ask for"
-        self.everything = everything
+        self.everything = every_composition(run)
         self.wanted = draw(self.ensemble, self.text, self.captions.seeds, self.options)
 
     def measure(self, expert: Expert, num_steps: int, seconds: float = 0.0) -> Measured:
@@ -157,15 +155,10 @@ def _cells(seeds: Sequence[Measured]) -> str:
 
 def main() -> None:
     """Measure."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("run_dir", type=Path, help="a distilled run of the quickstart")
-    parser.add_argument("--captions", type=int, default=400, help="how many are drawn")
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    run = open_run(arguments.run_dir)
-    judge = Judge(run, arguments.captions)
+    run, num_captions = open_run(__doc__, "a distilled run of the quickstart")
+    judge = Judge(run, num_captions)
     student, training = open_student(run, STUDENT).expert(0), run.config.few_step_training
-    found = dict(taught(arguments.run_dir, judge))
+    found = dict(taught(Path(run.config.run_dir), judge))
     rows = {UNTAUGHT: {n: [judge.measure(student, n)] for n in STEPS}} | {
         objective: {n: [found[Arm(n, objective, seed)] for seed in SEEDS] for n in STEPS}
         for objective in OBJECTIVES

@@ -60,6 +60,33 @@ class Measured:
     rmse: float
 
 
+def open_run(description: str, kind: str) -> tuple[Run, int]:
+    """Return the run that the command line names, and how many captions are to be drawn.
+
+    Args:
+        description: Of the command.
+        kind: What run it must be.
+    """
+    parser = argparse.ArgumentParser(description=description.partition("\n")[0])
+    parser.add_argument("run_dir", type=Path, help=kind)
+    parser.add_argument("--captions", type=int, default=400, help="how many are drawn")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    return quickstart_run(arguments.run_dir), arguments.captions
+
+
+def quickstart_run(run_dir: Path) -> Run:
+    """Return a run of the quickstart."""
+    return Run(load("quickstart", [f"run_dir={run_dir.resolve()}"]))
+
+
+def every_composition(run: Run) -> tuple[Pictures, Attributes]:
+    """Return pictures of all that captions of a run can ask for, and their attributes."""
+    everything = compositions(run.config.corpus)
+    assert everything is not None, "the quickstart knows all that its captions can ask for"
+    return everything
+
+
 def read_captions(run: Run, count: int) -> Captions:
     """Return held-out captions of a run, with the seeds that its evaluation gives them."""
     rows = chosen_rows(run, "held_out", count, "evaluation")
@@ -137,15 +164,9 @@ def grid_line(bundle: Bundle, options: SamplingOptions) -> str:
 
 def main() -> None:
     """Measure."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("run_dir", type=Path, help="a finished run of the quickstart")
-    parser.add_argument("--captions", type=int, default=400, help="how many are drawn")
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    run = Run(load("quickstart", [f"run_dir={arguments.run_dir.resolve()}"]))
-    bundle, captions = load_bundle(run.bundle.uri), read_captions(run, arguments.captions)
-    everything = compositions(run.config.corpus)
-    assert everything is not None, "the quickstart knows all that its captions can ask for"
+    run, num_captions = open_run(__doc__, "a finished run of the quickstart")
+    bundle, captions = load_bundle(run.bundle.uri), read_captions(run, num_captions)
+    everything = every_composition(run)
     text = bundle.encode_text(captions.texts)
     euler = replace(sampling_options(bundle), solver="euler", time_grid="linspace")
     long = replace(euler, num_inference_steps=REFERENCE_STEPS)

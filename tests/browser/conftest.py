@@ -14,14 +14,10 @@ from pathlib import Path
 import httpx
 import pytest
 import yaml
-from torch import nn
 
 from jobs.local_cluster import free_port
 from paris_ray.artifacts import Folder, publish
-from paris_ray.bundle import Bundle, ClusterFacts, write_clusters
-from paris_ray.config import LoRAConfig
-from paris_ray.models.lora import Adapter
-from paris_ray.models.peft_layout import save_adapter
+from paris_ray.bundle import ClusterFacts, write_clusters
 from paris_ray.run import BUNDLE
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
@@ -52,20 +48,6 @@ def bundle_path(tiny_bundle_path: Path, tmp_path_factory: pytest.TempPathFactory
     facts = [ClusterFacts(rows=5, words=words, pictures=[PIXEL] * 2) for words in WORDS]
     write_clusters(Folder(path / "clusters"), facts)
     publish(Folder(path), BUNDLE, config_digest="", parents={}, facts={})
-    return path
-
-
-@pytest.fixture(scope="module")
-def lora_path(
-    tiny_bundle: Bundle,
-    randomised: Callable[[nn.Module, int], nn.Module],
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Path:
-    """A random adapter of expert 1."""
-    path = tmp_path_factory.mktemp("loras") / "mine"
-    adapter = randomised(Adapter.create(tiny_bundle.expert(1), LoRAConfig(r=4), 0), 7)
-    save_adapter(adapter, Folder(path))
-    publish(Folder(path), "lora", config_digest="", parents={}, facts={"expert": 1})
     return path
 
 

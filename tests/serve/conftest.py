@@ -1,10 +1,12 @@
 """Serve on a free port of the tests' Ray, shared by the tests that need HTTP."""
 
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import httpx
 import pytest
+import ray
 import torch
 from ray import serve
 
@@ -13,6 +15,7 @@ from paris_ray.bundle import Bundle, load_bundle
 from serve.app import AppArgs, build
 
 Start = Callable[..., str]
+Kill = Callable[[str, str], int]
 
 
 @pytest.fixture(scope="session")
@@ -42,6 +45,22 @@ def start_app(serve_address: str, tiny_bundle_path: Path) -> Iterator[Start]:
     yield start
     for name in names:
         serve.delete(name)
+
+
+@pytest.fixture(scope="session")
+def kill_replicas() -> Kill:
+    """A function that kills the replicas of a deployment; it returns how many there were."""
+
+    def kill(app: str, deployment: str) -> int:
+        killed = 0
+        for actor in ray.util.list_named_actors(all_namespaces=True):
+            if f"{app}#{deployment}#" in actor["name"]:
+                with suppress(ValueError):  # it is gone already
+                    ray.kill(ray.get_actor(actor["name"], namespace="serve"))
+                    killed += 1
+        return killed
+
+    return kill
 
 
 @pytest.fixture(scope="module")

@@ -1,10 +1,12 @@
 """What the Sampler sends to experts in other processes, and what it does without them."""
 
 import asyncio
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,14 +14,15 @@ import pytest
 from ray.exceptions import ActorDiedError
 
 from paris_ray.bundle import Bundle
+from paris_ray.pictures import LoRARecord
 from paris_ray.sampling import generate
 from paris_ray.sampling.engine import Limits, QueueFullError
 from paris_ray.sampling.routing import Routing
 from paris_ray.sampling.sampler import ExpertsLostError, sampling_options
-from serve.drawing import Drawing, DrawRequest
+from serve.drawing import Drawing, DrawRequest, Partial
 from serve.expert import ExpertServer, Floats, MissingTexts, OtherVersionError, Question
 from serve.sampler import Sampler
-from serve.source import BundleSource
+from serve.source import BundleSource, LoRASource, Origin
 
 pytestmark = pytest.mark.serve
 
@@ -35,6 +38,7 @@ class Handle:
         self.server, self.sent, self.dies = server, [], False
         self.hangs = 0  # how many of the next questions get no answer
         self.bad_scale: float | None = None  # questions with this guidance cannot be computed
+        self.failures: list[Callable[[], Exception]] = []  # of the next questions
         self.velocity = self
 
     def options(self, **_: Any) -> "Handle":
@@ -49,6 +53,8 @@ class Handle:
         if self.hangs:
             self.hangs -= 1
             await asyncio.Event().wait()
+        if self.failures:
+            raise self.failures.pop(0)()
         if self.bad_scale in question.guidance_scale:
             raise RuntimeError("a bad question")
         return await self.server.velocity(question)
@@ -75,7 +81,8 @@ def draw(
         for name in ("allow_degraded", "max_pictures_of_client")
         if name in options
     }
-    sampler = Sampler(source, handles, threads=1, limits=LIMITS, lanes=[2] * len(handles))
+    lanes = [options.pop("lanes", 2)] * len(handles)
+    sampler = Sampler(source, handles, threads=1, limits=LIMITS, lanes=lanes)
     requests = [
         DrawRequest(
             id=str(i),
@@ -161,6 +168,73 @@ def test_what_hangs_is_asked_again(source: BundleSource, handles: list[Handle]) 
     (again,) = draw(source, handles, ["a cat"])
     assert again.missing_experts == []
     np.testing.assert_array_equal(again.pictures, whole.pictures)
+
+
+@pytest.mark.parametrize(("lanes", "times"), [(2, 2), (3, 1)])
+def test_many_lanes_wait_longer_for_an_answer(
+    source: BundleSource, handles: list[Handle], lanes: int, times: int
+) -> None:
+    """Their batches may wait for one replica: a late answer there is no hang, and not asked again.
+
+    So an expert that hangs is asked `times` times for each picture before it is given up.
+    """
+    handles[1].hangs = 99
+    (degraded,) = draw(source, handles, ["a cat"], lanes=lanes)
+    assert degraded.missing_experts == [1]
+    assert sum(len(question.t) for question in handles[1].sent) == times * len(SEEDS)
+
+
+def test_half_of_a_batch_that_failed_has_not_failed_as_long(
+    source: BundleSource, handles: list[Handle], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor does the time count in which its expert answered, if only with an error."""
+    (whole,) = draw(source, handles, ["a cat"])
+    skipped = [0.0]
+    clock = SimpleNamespace(monotonic=lambda: time.monotonic() + skipped[0])
+    monkeypatch.setattr("serve.sampler.time", clock)
+
+    def later(error: Exception) -> Exception:
+        skipped[0] += 0.7 * LIMITS.lost_after_s
+        return error
+
+    before = len(handles[1].sent)
+    handles[1].failures = [lambda: later(RuntimeError("bad")), lambda: later(ActorDiedError())]
+    (again,) = draw(source, handles, ["a cat"])
+    sizes = [len(question.t) for question in handles[1].sent[before:]]
+    assert sizes[:2] == [3, 1]  # the batch, and the half that its expert died with
+    assert again.missing_experts == []
+    np.testing.assert_array_equal(again.pictures, whole.pictures)
+
+
+def test_a_drawing_tells_what_drew_it(
+    tiny_bundle_path: Path, lora_path: Path, bundle: Bundle
+) -> None:
+    lora = LoRASource("mine", str(lora_path), None, False, None).pinned(1)
+    source = BundleSource(str(tiny_bundle_path), dtype="bfloat16", loras=(lora,)).pinned()
+    assert source.digest is not None
+    sampler = Sampler(source, None, threads=1, limits=LIMITS)
+    opened = source.open()
+
+    async def messages(lora: str | None) -> list[Partial | Drawing]:
+        request = DrawRequest(
+            id="a",
+            client="local",
+            prompts=["a cat"],
+            seeds=[0],
+            options=sampling_options(opened, lora=lora),
+            timeout_s=60,
+            partial_images=1,
+        )
+        return [message async for message in sampler.stream(request)]
+
+    async def each() -> list[list[Partial | Drawing]]:
+        return [await messages(name) for name in ("mine", None)]
+
+    for name, told in zip(("mine", None), asyncio.run(each()), strict=True):
+        assert [type(message) for message in told] == [Partial, Drawing]
+        record = None if name is None else LoRARecord(expert=1, sha256=lora.sha256, merge=False)
+        origin = Origin(bundle=source.digest, dtype="bfloat16", lora=record)
+        assert {message.origin for message in told} == {origin}
 
 
 @pytest.mark.parametrize(

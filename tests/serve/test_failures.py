@@ -8,7 +8,6 @@ from typing import Any
 
 import httpx
 import pytest
-import ray
 from ray import serve
 
 from serve.expert import ExpertUnavailableError
@@ -57,16 +56,9 @@ def test_a_bug_is_not_shown(serve_address: str, tiny_bundle_path: Path) -> None:
     assert "secret" not in response.text
 
 
-def kill_expert(app: str, index: int) -> None:
-    (name,) = [
-        actor["name"]
-        for actor in ray.util.list_named_actors(all_namespaces=True)
-        if f"{app}#Expert-{index}#" in actor["name"]
-    ]
-    ray.kill(ray.get_actor(name, namespace="serve"))
-
-
-def test_killed_expert_comes_back(start_app: Callable[..., str]) -> None:
+def test_killed_expert_comes_back(
+    start_app: Callable[..., str], kill_replicas: Callable[[str, str], int]
+) -> None:
     url = start_app("mortal")
     body: dict[str, Any] = {"prompt": "a cat", "seed": 1, "routing": "full"}
 
@@ -78,7 +70,7 @@ def test_killed_expert_comes_back(start_app: Callable[..., str]) -> None:
         answers = [pool.submit(draw, 100) for _ in range(4)]
         while httpx.get(f"{url}/readyz", timeout=60).json().get("active_pictures", 0) == 0:
             time.sleep(0.01)
-        kill_expert("mortal", 0)
+        assert kill_replicas("mortal", "Expert-0") == 1
         assert not any(answer.done() for answer in answers)
         drawn = [answer.result() for answer in answers]
     assert {answer.status_code for answer in drawn} == {200}

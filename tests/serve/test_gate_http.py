@@ -102,7 +102,7 @@ def paris(name: str, bundle: Path, **args: object) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def server(tiny_bundle_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """Three applications: `open` without keys, `keyed`, and one that misbehaves."""
+    """`open` without keys, `keyed`, and applications that misbehave."""
     folder = tmp_path_factory.mktemp("server")
     keys = [
         {"name": "alice", "sha256": digest_of("s3cret")},
@@ -117,11 +117,13 @@ def server(tiny_bundle_path: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     }
     few = {"max_ongoing_requests": 1, "max_queued_requests": 1}
     busy = strange | {"name": "busy", "route_prefix": "/busy", "args": few}
+    two = {"num_replicas": 2}
+    mortal = strange | {"name": "mortal", "route_prefix": "/mortal", "args": two}
     keyed = paris("keyed", tiny_bundle_path, api_key_file=str(folder / "keys.yaml"))
-    apps = [paris("open", tiny_bundle_path), keyed, strange, busy]
+    apps = [paris("open", tiny_bundle_path), keyed, strange, busy, mortal]
     server = Server(folder, "127.0.0.1", apps)
     try:
-        for path in ("/open/healthz", "/keyed/healthz", "/strange", "/busy"):
+        for path in ("/open/healthz", "/keyed/healthz", "/strange", "/busy", "/mortal"):
             server.wait_until_served(path)
         yield server
     finally:
@@ -327,8 +329,24 @@ def test_what_ray_answers_is_in_our_shape(client: httpx.Client) -> None:
     assert "route" in error_of(client.get("/nowhere"), 404)["message"]
     error_of(client.get("/-/routes"), 404)
     assert client.get("/-/healthz").status_code == 200
-    died = error_of(client.get("/strange", params={"die": 1}), 503)
-    assert "actor" not in died["message"].lower()
+
+
+def test_a_request_whose_replica_died_is_sent_to_another(
+    client: httpx.Client, tmp_path: Path
+) -> None:
+    (tmp_path / "life").touch()
+    answer = client.post("/mortal", params={"life": str(tmp_path / "life")}, content=b"abc")
+    assert (answer.status_code, answer.json()["body"]) == (200, "abc")
+    assert not (tmp_path / "life").exists()
+
+
+def test_a_request_that_kills_replicas_kills_two(client: httpx.Client, server: Server) -> None:
+    server.wait_until_served("/mortal")
+    died = client.get("/mortal", params={"die": 1})
+    # The second one is perhaps still starting when the time is over.
+    message = error_of(died, died.status_code)["message"]
+    assert died.status_code in (408, 503)
+    assert "actor" not in message.lower()
 
 
 def test_a_full_queue_is_an_error_in_our_shape(client: httpx.Client) -> None:

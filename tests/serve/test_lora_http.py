@@ -16,37 +16,20 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from numpy.typing import NDArray
 from PIL import Image
 from pydantic import ValidationError
-from torch import nn
 
 from jobs.replay import main as replay
-from paris_ray.artifacts import Folder, publish
+from paris_ray.artifacts import Folder
 from paris_ray.bundle import Bundle
-from paris_ray.config import LoRAConfig
 from paris_ray.errors import BundleError, ReceiptError
-from paris_ray.models.lora import Adapter
-from paris_ray.models.peft_layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS, save_adapter
+from paris_ray.models.peft_layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from paris_ray.receipts import ADAPTER_ID, RECEIPT, ModuleFacts, Receipt, SessionFacts, file_sha256
 from paris_ray.sampling import generate
 from serve.app import AppArgs, build
 
 pytestmark = pytest.mark.serve
 
-EXPERT = 1
+EXPERT = 1  # of `lora_path`
 REQUEST = {"prompt": "a red cat", "n": 2, "seed": 5, "num_inference_steps": 3, "routing": "full"}
-
-
-@pytest.fixture(scope="module")
-def lora_path(
-    tiny_bundle: Bundle,
-    randomised: Callable[[nn.Module, int], nn.Module],
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Path:
-    """A random adapter of expert 1, as `jobs.train_lora` publishes it."""
-    path = tmp_path_factory.mktemp("loras") / "mine"
-    adapter = randomised(Adapter.create(tiny_bundle.expert(EXPERT), LoRAConfig(r=4), 0), 7)
-    save_adapter(adapter, Folder(path))
-    publish(Folder(path), "lora", config_digest="", parents={}, facts={"expert": EXPERT})
-    return path
 
 
 @pytest.fixture(scope="module", params=["attached", "colocated"])

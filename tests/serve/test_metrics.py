@@ -161,23 +161,19 @@ def cancel_and_hang_up(client: Client, pool: ThreadPoolExecutor) -> None:
     client.wait_for(active_pictures=0, waiting_pictures=0)
 
 
-def kill(deployment: str) -> None:
-    for actor in ray.util.list_named_actors(all_namespaces=True):
-        if f"{APP}#{deployment}#" in actor["name"]:
-            ray.kill(ray.get_actor(actor["name"], namespace="serve"))
-
-
-def lose_processes(client: Client, pool: ThreadPoolExecutor) -> None:
-    kill("Expert-0")
+def lose_processes(
+    client: Client, pool: ThreadPoolExecutor, kill_replicas: Callable[[str, str], int]
+) -> None:
+    kill_replicas(APP, "Expert-0")
     assert client.draw(num_inference_steps=2).json()["paris"]["missing_experts"] == [0]
     asked = pool.submit(client.draw)
     client.wait_for(active_pictures=1)
-    kill("Sampler")
+    kill_replicas(APP, "Sampler")
     assert asked.result().status_code == 200
 
 
 @pytest.fixture(scope="module")
-def watched(start_app: Callable[..., str]) -> Watched:
+def watched(start_app: Callable[..., str], kill_replicas: Callable[[str, str], int]) -> Watched:
     limits = {"max_active_pictures": 1, "max_waiting_pictures": MOST_WAITING, "lost_after_s": 2}
     client = Client(start_app(APP, limits=limits))
     with ThreadPoolExecutor(8) as pool:
@@ -186,7 +182,7 @@ def watched(start_app: Callable[..., str]) -> Watched:
         assert httpx.get(link).status_code == 200
         loaded, seconds = scraped_when(all_is_told), list(client.seconds)
         cancel_and_hang_up(client, pool)
-        lose_processes(client, pool)
+        lose_processes(client, pool, kill_replicas)
         end = scraped_when(lambda s: total(s, "resends_total") and answered(s, "499") == 2)
     return Watched(seconds, link.split("/")[-1].split(".")[0], loaded, end)
 

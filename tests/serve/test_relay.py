@@ -8,23 +8,24 @@ import socket
 import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import httpx
 import numpy as np
 import pytest
-import ray
 import yaml
 from ray import serve
 
 from paris_ray.api_keys import digest_of
+from paris_ray.pictures import read_picture
 from paris_ray.sampling.engine import DeadlineError, QueueFullError
 from serve.drawing import Drawing, DrawRequest, Partial
 from serve.expert import OtherVersionError
 from serve.ingress import HttpOptions, Ingress
 from serve.routes import create_api
-from serve.source import BundleSource
+from serve.source import BundleSource, Origin
 from tests.serve.waiting import wait_until
 
 pytestmark = pytest.mark.serve
@@ -42,7 +43,7 @@ def drawing(request: DrawRequest) -> Drawing:
         expert_weights=[[[1.0, 0.0, 0.0]] * steps] * n,
         missing_experts=[2],
         seconds=0.0,
-        bundle=None,
+        origin=Origin(),
     )
 
 
@@ -81,7 +82,7 @@ class MortalSampler:
 
     async def stream(self, request: DrawRequest) -> AsyncIterator[Partial | Drawing]:
         for index in range(request.partial_images):
-            yield Partial(picture=0, index=index, step=index, pixels=PIXELS, bundle=None)
+            yield Partial(picture=0, index=index, step=index, pixels=PIXELS, origin=Origin())
             if index == 1:
                 self._die_if_it_is_time()
         yield drawing(request)
@@ -119,6 +120,21 @@ class CountingSampler:
         return drawing(request)
 
 
+class ChangingSampler:
+    """Draws black pictures, in another data type from some time on.
+
+    Args:
+        folder: `changed` is there from then on.
+    """
+
+    def __init__(self, folder: str) -> None:
+        self._changed = Path(folder) / "changed"
+
+    async def draw(self, request: DrawRequest) -> Drawing:
+        origin = Origin(dtype="bfloat16") if self._changed.exists() else Origin()
+        return replace(drawing(request), origin=origin)
+
+
 class EndlessSampler:
     """Never finishes, and tells when it is stopped.
 
@@ -138,7 +154,7 @@ class EndlessSampler:
 
     async def stream(self, request: DrawRequest) -> AsyncIterator[Partial | None]:
         if request.partial_images:
-            yield Partial(picture=0, index=0, step=0, pixels=PIXELS, bundle=None)
+            yield Partial(picture=0, index=0, step=0, pixels=PIXELS, origin=Origin())
         yield await self.draw(request)
 
 
@@ -222,6 +238,18 @@ def test_a_request_outlives_a_change_of_bundle(deploy: Deploy, tmp_path: Path) -
     serve.delete("changing-sampler")
 
 
+def cancelled(url: str, request_id: str) -> Any:
+    """Cancel a request as soon as the Ingress, too, has noticed; return the answer."""
+    answers: list[httpx.Response] = []
+
+    def is_cancelled() -> bool:
+        answers.append(httpx.delete(f"{url}/{IMAGES}/{request_id}", timeout=60))
+        return answers[-1].status_code == 200
+
+    wait_until(is_cancelled)
+    return answers[-1].json()
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_request_between_two_samplers_can_be_cancelled(
     deploy: Deploy, tmp_path: Path, stream: bool
@@ -231,24 +259,23 @@ def test_a_request_between_two_samplers_can_be_cancelled(
     url = deploy("between", CancelledSampler, str(tmp_path))
     (lives / "a").touch()
     (tmp_path / "closed").touch()
-    with ThreadPoolExecutor(1) as pool:
+    with ThreadPoolExecutor(2) as pool:
         body = {"prompt": "a cat", "stream": stream, "partial_images": 2 if stream else 0}
         pending = pool.submit(
             httpx.post, f"{url}/{IMAGES}", json=body, headers={"X-Request-Id": "mine"}, timeout=120
         )
         while list(lives.iterdir()):
             time.sleep(0.1)
-        answers: list[httpx.Response] = []
-
-        def is_cancelled() -> bool:  # once the Ingress, too, has noticed
-            answers.append(httpx.delete(f"{url}/{IMAGES}/mine", timeout=60))
-            return answers[-1].status_code == 200
-
-        wait_until(is_cancelled)
-        assert answers[-1].json() == {"id": "mine", "cancelled": True, "step": 0}
-        response = pending.result()
-    assert "cancelled_error" in response.text
-    assert response.status_code == 499 or stream  # a stream has perhaps begun with 200
+        assert cancelled(url, "mine") == {"id": "mine", "cancelled": True, "step": 0}
+        # So can one that comes while there is none.
+        later = pool.submit(
+            httpx.post, f"{url}/{IMAGES}", json=body, headers={"X-Request-Id": "next"}, timeout=120
+        )
+        assert cancelled(url, "next") == {"id": "next", "cancelled": True, "step": 0}
+        responses = [pending.result(), later.result()]
+    for response in responses:
+        assert "cancelled_error" in response.text
+        assert response.status_code == 499 or stream  # a stream has perhaps begun with 200
     (tmp_path / "closed").unlink()
     assert httpx.post(f"{url}/{IMAGES}", json={"prompt": "a cat"}, timeout=120).status_code == 200
     serve.delete("between")
@@ -362,7 +389,9 @@ def test_the_operators_time_ends_a_request_whose_sampler_is_gone(
     serve.delete("dying")
 
 
-def test_a_killed_sampler_costs_nobody_a_picture(start_app: Callable[..., str]) -> None:
+def test_a_killed_sampler_costs_nobody_a_picture(
+    start_app: Callable[..., str], kill_replicas: Callable[[str, str], int]
+) -> None:
     url = start_app("two-lives", colocated=True)
     body = {"prompt": "a cat", "seed": 1, "n": 4, "num_inference_steps": 100, "routing": "full"}
     before = httpx.post(f"{url}/{IMAGES}", json=body, timeout=120).json()
@@ -371,7 +400,7 @@ def test_a_killed_sampler_costs_nobody_a_picture(start_app: Callable[..., str]) 
             pool.submit(httpx.post, f"{url}/{IMAGES}", json=body, timeout=120) for _ in "1234"
         ]
         wait_until(lambda: is_drawing(url))
-        ray.kill(sampler_of("two-lives"))
+        assert kill_replicas("two-lives", "Sampler") == 1
         assert not any(answer.done() for answer in answers)
         got = [answer.result() for answer in answers]
     assert [response.status_code for response in got] == [200] * 4
@@ -382,10 +411,47 @@ def is_drawing(url: str) -> bool:
     return httpx.get(f"{url}/readyz", timeout=60).json().get("active_pictures", 0) > 0
 
 
-def sampler_of(app: str) -> Any:
-    (name,) = [
-        actor["name"]
-        for actor in ray.util.list_named_actors(all_namespaces=True)
-        if f"{app}#Sampler#" in actor["name"]
-    ]
-    return ray.get_actor(name, namespace="serve")
+def test_a_killed_ingress_costs_nobody_a_picture(
+    deploy: Deploy, kill_replicas: Callable[[str, str], int], tmp_path: Path
+) -> None:
+    """Ray's proxy says nothing of its requests, so the edge sends them to another."""
+    url = deploy("mortal-ingress", CountingSampler, str(tmp_path))
+    with ThreadPoolExecutor(1) as pool:
+        body, headers = {"prompt": "a cat", "seed": 3}, {"X-Request-Id": "mine"}
+        answer = pool.submit(httpx.post, f"{url}/{IMAGES}", json=body, headers=headers, timeout=120)
+        assert appears(tmp_path / "mine local None")
+        assert kill_replicas("mortal-ingress", "Ingress") == 1
+        assert not answer.done()
+        (tmp_path / "open").touch()
+        assert answer.result().status_code == 200, answer.result().text
+    assert answer.result().json()["paris"]["seed"] == 3
+    assert answer.result().headers["x-request-id"] == "mine"
+    serve.delete("mortal-ingress")
+
+
+def test_links_end_with_what_drew_their_pictures(deploy: Deploy, tmp_path: Path) -> None:
+    """While Serve replaces replicas, a Sampler is perhaps not of the Ingress's version."""
+    first, second = (deploy(name, ChangingSampler, str(tmp_path)) for name in ("one", "two"))
+
+    def links() -> list[str]:
+        body = {"prompt": "a cat", "n": 2, "response_format": "url"}
+        answer = httpx.post(f"{first}/{IMAGES}", json=body, timeout=60)
+        assert answer.status_code == 200, answer.text
+        return [picture["url"] for picture in answer.json()["data"]]
+
+    def refusal(url: str) -> tuple[int, str]:
+        answer = httpx.get(url, timeout=60)
+        return answer.status_code, answer.json()["error"]["code"]
+
+    kept, forgotten = links()
+    # Another application of this cluster has the secret, and a memory of its own.
+    assert httpx.get(kept.replace(first, second), timeout=60).status_code == 200
+    (tmp_path / "changed").touch()
+    assert httpx.get(kept.replace(first, second), timeout=60).status_code == 200
+    assert refusal(forgotten.replace(first, second)) == (503, "unavailable")  # the change goes on
+    of_the_new = links()[0]
+    record, _ = read_picture(httpx.get(of_the_new, timeout=60).content)
+    assert record.dtype == "bfloat16"  # the Sampler's, and not the Ingress's
+    assert refusal(of_the_new.replace(first, second)) == (404, "link_expired")
+    for name in ("one", "two"):
+        serve.delete(name)

@@ -9,13 +9,12 @@ import io
 import os
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-import ray
 from PIL import Image
 from ray import serve
 from ray.serve.context import _get_global_client
@@ -188,17 +187,16 @@ def test_another_bundle_under_load_fails_nobody_and_mixes_with_none(
 
 
 @contextmanager
-def kept_dead(app: str, index: int) -> Iterator[None]:
-    """Kill an expert's replica, and each that Serve starts in its place."""
+def kept_dead(
+    kill_replicas: Callable[[str, str], int], app: str, deployment: str
+) -> Iterator[None]:
+    """Kill a deployment's replica, and each that Serve starts in its place."""
     stopped, began = threading.Event(), threading.Event()
 
     def kill() -> None:
         while not stopped.wait(0.05):
-            for actor in ray.util.list_named_actors(all_namespaces=True):
-                if f"{app}#Expert-{index}#" in actor["name"]:
-                    with suppress(ValueError):  # it is gone already
-                        ray.kill(ray.get_actor(actor["name"], namespace="serve"))
-                        began.set()
+            if kill_replicas(app, deployment):
+                began.set()
 
     killer = threading.Thread(target=kill)
     killer.start()
@@ -211,7 +209,7 @@ def kept_dead(app: str, index: int) -> Iterator[None]:
 
 
 def test_where_an_expert_stays_dead_another_draws_and_the_answer_names_it(
-    start_app: Callable[..., str], key_file: str
+    start_app: Callable[..., str], kill_replicas: Callable[[str, str], int], key_file: str
 ) -> None:
     url = start_app("degraded", api_key_file=key_file, limits={"lost_after_s": 3})
     body = {"prompt": "a cat", "seed": 1, "routing": "full", "num_inference_steps": 5}
@@ -221,7 +219,7 @@ def test_where_an_expert_stays_dead_another_draws_and_the_answer_names_it(
 
     whole = draw().json()
     assert (whole["paris"]["degraded"], whole["paris"]["missing_experts"]) == (False, [])
-    with kept_dead("degraded", 2):
+    with kept_dead(kill_replicas, "degraded", "Expert-2"):
         # A busy machine lets the first drawing end before the kill has reached its expert.
         wait_until(lambda: "x-paris-missing-experts" in draw().headers)
         answer, refused = draw(), draw(allow_degraded=False)

@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 from pydantic import ValidationError
+from ray.serve._private.build_app import build_app
 from ray.serve.schema import ServeDeploySchema
 
 from paris_ray.artifacts import Folder, publish
@@ -24,6 +25,7 @@ from paris_ray.sampling.sampler import MAX_BATCH
 from serve.app import AppArgs, ScaledOptions, build
 from serve.errors import describe_violation
 from serve.expert import TextArrays
+from serve.gate import BODY_TIMEOUT_S
 from serve.ingress import Ingress
 from serve.schemas import MAX_BATCH_PICTURES, MAX_PICTURES, MAX_SEED, ImagesRequest
 from serve.source import BundleSource
@@ -111,6 +113,17 @@ def test_builder_refuses_what_the_bundle_does_not_have(tiny_bundle_path: Path) -
         build(AppArgs(bundle="no/such/bundle"))
     with pytest.raises(ConfigError, match="experts: 3 is not allowed: the bundle has 3"):
         build(AppArgs(bundle=str(tiny_bundle_path), experts={3: ScaledOptions()}))
+
+
+def test_replicas_that_are_replaced_may_finish_what_they_have(tiny_bundle_path: Path) -> None:
+    """Serve kills them afterwards: whoever came last may have taken all of his time."""
+    args = AppArgs(bundle=str(tiny_bundle_path), timeout_s=60)
+    app = build_app(build(args), name="a", default_runtime_env={})
+    configs = {d.name: d._deployment_config for d in app.deployments}
+    for name in ("Ingress", "Sampler"):
+        looks_s = 2 * configs[name].graceful_shutdown_wait_loop_s
+        grace_s = configs[name].graceful_shutdown_timeout_s
+        assert grace_s > BODY_TIMEOUT_S + args.timeout_s + looks_s
 
 
 def test_a_bundle_whose_own_defaults_are_not_allowed_is_not_deployed(

@@ -7,28 +7,12 @@ import pytest
 
 from paris_ray.bundle import Bundle
 from paris_ray.config import Preset
-from paris_ray.encoders.inspection import load_text_inspector
 from paris_ray.errors import RoutingError
 from paris_ray.pictures import Sampling
 from paris_ray.sampling.sampler import sampling_options
 from serve.checking import Order, Served, check
 from serve.errors import ApiError
 from serve.schemas import MAX_BATCH_PICTURES, BatchesRequest, ImagesRequest
-
-
-@pytest.fixture(scope="module")
-def served(tiny_bundle: Bundle) -> Served:
-    encoder = tiny_bundle.parts["text_encoder"]
-    return Served(
-        bundle=tiny_bundle,
-        digest="d",
-        dtype=None,
-        inspector=load_text_inspector(encoder, encoder),
-        loras={},
-        aliases=("gpt-image-1",),
-        max_size=512,
-        signer=None,
-    )
 
 
 def order(served: Served, **body: Any) -> Order:

@@ -488,13 +488,84 @@ def test_rays_retry_after_is_kept_and_our_errors_are_left_alone() -> None:
     assert reply.headers["retry-after"] == "3"
 
 
-def test_a_replica_that_died_is_an_error_in_our_shape() -> None:
-    async def silent(*_: object) -> None:  # what Ray's proxy then is
-        return
+class Dying:
+    """In the place of Ray's proxy, which says nothing of a request whose replica has died.
 
-    reply = ask(Edge(Proxy(silent)), scope_of())
+    Args:
+        deaths: Of how many requests.
+        reads: How many messages of each of them the replica had received.
+        begins: Whether it had begun to answer them.
+    """
+
+    def __init__(self, deaths: int, *, reads: int = 0, begins: bool = False) -> None:
+        self._deaths, self._reads, self._begins = deaths, reads, begins
+        self.living, self.scopes = Application(), []
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self.scopes.append(scope)
+        scope["root_path"] = scope.get("root_path", "") + "/app"  # as Ray does
+        if len(self.scopes) > self._deaths:
+            await self.living(scope, receive, send)
+            return
+        for _ in range(self._reads):
+            await receive()
+        if self._begins:
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+
+
+@pytest.mark.parametrize("reads", [0, 1])
+def test_a_request_whose_replica_died_is_sent_to_another(reads: int) -> None:
+    ray = Dying(1, reads=reads)
+    reply = ask(Edge(Proxy(ray)), post(length=6), [b"abcdef"])
+    assert (reply.status, reply.received) == (200, 1)
+    assert ray.living.bodies == [b"abcdef"]
+    first, second = ray.scopes
+    assert (first["root_path"], second["root_path"]) == ("/app", "/app")
+    (limit,) = [value for name, value in second["headers"] if name == gate.TIMEOUT_HEADER]
+    assert 0 < float(limit) < 120  # what is left of the operator's
+    assert first["headers"] == second["headers"][:-1]
+
+
+def test_a_body_that_was_on_its_way_is_received_whole() -> None:
+    app = Application()
+    ray = Dying(1, reads=1)
+    ray.living = keyless(app)
+    assert ask(Edge(Proxy(ray)), post(length=6), [b"abc", b"", b"def"]).status == 200
+    assert app.bodies == [b"abcdef"]
+
+
+def test_a_request_that_two_replicas_died_with_is_an_error_in_our_shape() -> None:
+    ray = Dying(9)
+    reply = ask(Edge(Proxy(ray)), scope_of())
     assert (reply.status, reply.error["code"]) == (503, "unavailable")
     assert reply.headers["retry-after"] == "1"
+    assert len(ray.scopes) == 2  # perhaps they died of it
+
+
+def test_a_request_is_not_sent_again_whose_time_is_over() -> None:
+    ray = Dying(1)
+    soon = (gate.TIMEOUT_HEADER, b"1e-9")
+    assert ask(Edge(Proxy(ray)), scope_of(headers=[LOCALHOST, soon])).status == 503
+    assert len(ray.scopes) == 1
+
+
+def test_a_request_is_not_sent_again_whose_answer_has_begun() -> None:
+    ray = Dying(1, begins=True)
+    assert ask(Edge(Proxy(ray)), scope_of()).status == 200
+    assert len(ray.scopes) == 1
+
+
+def test_a_request_is_not_sent_again_whose_client_hung_up() -> None:
+    ray = Dying(1, reads=1)
+
+    async def receive() -> Message:
+        return {"type": "http.disconnect"}
+
+    async def send(_: Message) -> None:
+        pass
+
+    asyncio.run(Edge(Proxy(ray))(post(length=5), receive, send))
+    assert len(ray.scopes) == 1
 
 
 def test_names_of_applications_are_not_told() -> None:

@@ -1,16 +1,21 @@
 """Links: signed, expiring, opaque; and a bounded memory of files."""
 
 import asyncio
+from dataclasses import replace
 
 import pytest
 from cryptography.fernet import Fernet
 
+from paris_ray.pictures import LoRARecord
 from serve.links import LIFETIME_S, FileCache, LinkError, Links, LinkTarget
 from serve.schemas import ImagesRequest
+from serve.source import Origin
 
 SECRET = Fernet.generate_key()
 REQUEST = ImagesRequest(prompt="a secret cat \U0001f431", seed=3, guidance_scale=2, size="64x64")
-TARGET = LinkTarget(request=REQUEST, client="alice", bundle="d")
+LORA = LoRARecord(expert=1, sha256="1" * 64, merge=False)
+ORIGIN = Origin(bundle="0" * 64, dtype="bfloat16", lora=LORA)
+TARGET = LinkTarget(request=REQUEST, client="alice", origin=ORIGIN)
 
 
 class Clock:
@@ -23,10 +28,23 @@ class Clock:
         return self.now
 
 
-@pytest.mark.parametrize("bundle", ["d", None])  # the released layout has no digest
-def test_a_link_comes_back_from_any_replica(bundle: str | None) -> None:
-    target = TARGET.model_copy(update={"bundle": bundle})
+# The released layout has no digest.
+@pytest.mark.parametrize("origin", [ORIGIN, replace(ORIGIN, dtype=None, lora=None), Origin()])
+def test_a_link_comes_back_from_any_replica(origin: Origin) -> None:
+    target = TARGET.model_copy(update={"origin": origin})
     assert Links(SECRET).read(Links(SECRET).sign(target)) == target
+
+
+def test_pictures_of_other_origins_have_other_names() -> None:
+    changes = [
+        {"bundle": "1" * 64},
+        {"dtype": "float16"},
+        {"lora": None},
+        {"lora": replace(LORA, sha256="2" * 64)},
+        {"lora": replace(LORA, merge=True)},
+    ]
+    others = [TARGET.model_copy(update={"origin": replace(ORIGIN, **change)}) for change in changes]
+    assert len({TARGET.name, *(other.name for other in others)}) == 1 + len(changes)
 
 
 def test_a_link_expires() -> None:
@@ -59,7 +77,7 @@ def test_a_link_does_not_show_the_prompt_and_fits_into_a_path() -> None:
     longest = LinkTarget(
         request=REQUEST.model_copy(update={"prompt": "\U0001f431" * 1000}),
         client="a" * 64,
-        bundle="0" * 64,
+        origin=ORIGIN,
     )
     assert len(Links(SECRET).sign(longest)) < 8000  # what proxies take as a path
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from ray.serve._private.autoscaling_state import ApplicationAutoscalingState
 from ray.serve._private.common import DeploymentID, ReplicaID
@@ -189,6 +189,7 @@ def test_only_what_scales_is_decided() -> None:
     mix=st.lists(st.integers(0, 100), min_size=NUM_EXPERTS, max_size=NUM_EXPERTS).filter(any),
     slow=st.floats(1, 4),
 )
+@example(pictures=111, mix=[34, 64, 34, 90], slow=1.0)  # exactly four times a target
 def test_a_steady_load_settles(pictures: int, mix: list[int], slow: float) -> None:
     """Where pictures wait depends on the replicas, and the replicas on where they wait."""
     cluster = Cluster(most=20)

@@ -19,8 +19,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from PIL import Image
 
 from jobs.replay import main as replay
-from paris_ray.bundle import Bundle, bundle_digest
-from paris_ray.encoders.inspection import load_text_inspector
+from paris_ray.bundle import bundle_digest
 from paris_ray.errors import ConfigError
 from paris_ray.pictures import (
     FORMATS,
@@ -44,7 +43,7 @@ from serve.signing import (
     PictureSigner,
     SigningOptions,
 )
-from serve.source import BundleSource
+from serve.source import BundleSource, Origin
 
 RECORD = PictureRecord(
     software="paris_ray 0",
@@ -271,39 +270,29 @@ def test_both_files_must_be_named(signing: dict[str, Any]) -> None:
 
 
 @pytest.fixture
-def served(tiny_bundle: Bundle, signer: PictureSigner) -> Served:
-    encoder = tiny_bundle.parts["text_encoder"]
-    return Served(
-        bundle=tiny_bundle,
-        digest="d",
-        dtype=None,
-        inspector=load_text_inspector(encoder, encoder),
-        loras={},
-        aliases=(),
-        max_size=None,
-        signer=signer,
-    )
+def signing(served: Served, signer: PictureSigner) -> Served:
+    return replace(served, signer=signer)
 
 
 def test_every_file_of_a_server_that_signs_is_signed_and_can_be_drawn_again(
-    served: Served, authority: Authority, tiny_bundle_path: Path, tmp_path: Path
+    signing: Served, authority: Authority, tiny_bundle_path: Path, tmp_path: Path
 ) -> None:
     request = ImagesRequest(prompt="a red cat", seed=7, output_format="webp")
-    order = check(request, served, random_seed=0)
+    order = check(request, signing, random_seed=0)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         options = asdict(order.sampling)
-        (image,) = generate(served.bundle, ["a red cat"], seed=7, **options)
+        (image,) = generate(signing.bundle, ["a red cat"], seed=7, **options)
         drawing = Drawing(
             pictures=np.asarray(image)[None],
             expert_usage=[[1.0, 0, 0]],
             expert_weights=[[[1.0, 0, 0]] * 3],
             missing_experts=[],
             seconds=0.0,
-            bundle=bundle_digest(str(tiny_bundle_path)),
+            origin=Origin(bundle=bundle_digest(str(tiny_bundle_path))),
         )
-        (file,) = encode_all(order, drawing, served)
+        (file,) = encode_all(order, drawing, signing)
         assert authority.read(file, "webp").get_validation_state() == "Trusted"
         (tmp_path / "signed.webp").write_bytes(file)
         assert replay([str(tmp_path / "signed.webp"), "--bundle", str(tiny_bundle_path)]) == 0
@@ -311,11 +300,11 @@ def test_every_file_of_a_server_that_signs_is_signed_and_can_be_drawn_again(
         torch.set_num_threads(threads)
 
 
-def test_an_unfinished_picture_is_signed_as_such(served: Served, authority: Authority) -> None:
-    order = check(ImagesRequest(prompt="a red cat", seed=7), served, random_seed=0)
+def test_an_unfinished_picture_is_signed_as_such(signing: Served, authority: Authority) -> None:
+    order = check(ImagesRequest(prompt="a red cat", seed=7), signing, random_seed=0)
     pixels = np.zeros((32, 32, 3), dtype=np.uint8)
-    partial = Partial(picture=0, index=0, step=2, pixels=pixels, bundle=None)
-    event = encode_partial(order, partial, served)
+    partial = Partial(picture=0, index=0, step=2, pixels=pixels, origin=Origin())
+    event = encode_partial(order, partial, signing)
     reader = authority.read(base64.b64decode(event.b64_json), "png")
     assert reader.get_validation_state() == "Trusted"
     assert json.loads(assertions(reader)[RECORD_LABEL]["json"])["unfinished_at"] == 2

@@ -25,6 +25,7 @@ from serve.expert import OtherVersionError
 from serve.ingress import HttpOptions, Ingress
 from serve.routes import create_api
 from serve.source import BundleSource
+from tests.serve.waiting import wait_until
 
 pytestmark = pytest.mark.serve
 
@@ -177,9 +178,10 @@ def test_a_full_queue_and_a_late_picture(deploy: Deploy) -> None:
         assert (error["type"], error["code"]) == ("rate_limit_error", "queue_full")
         assert "7 pictures wait already" in error["message"]
         late = httpx.post(f"{url}/{IMAGES}", json=body | {"prompt": "late"}, timeout=60)
-        assert late.status_code == 408
-        assert late.json()["error"]["code"] == "timeout"
-        assert late.headers["x-should-retry"] == "false"
+        assert '"code":"timeout"' in late.text.replace(" ", "")
+        if not stream:  # which a busy machine has begun with 200
+            assert late.status_code == 408
+            assert late.headers["x-should-retry"] == "false"
     serve.delete("full")
 
 
@@ -236,12 +238,14 @@ def test_a_request_between_two_samplers_can_be_cancelled(
         )
         while list(lives.iterdir()):
             time.sleep(0.1)
-        for _ in range(100):  # until the Ingress, too, has noticed
-            cancelled = httpx.delete(f"{url}/{IMAGES}/mine", timeout=60)
-            if cancelled.status_code == 200:
-                break
-            time.sleep(0.1)
-        assert cancelled.json() == {"id": "mine", "cancelled": True, "step": 0}
+        answers: list[httpx.Response] = []
+
+        def is_cancelled() -> bool:  # once the Ingress, too, has noticed
+            answers.append(httpx.delete(f"{url}/{IMAGES}/mine", timeout=60))
+            return answers[-1].status_code == 200
+
+        wait_until(is_cancelled)
+        assert answers[-1].json() == {"id": "mine", "cancelled": True, "step": 0}
         response = pending.result()
     assert "cancelled_error" in response.text
     assert response.status_code == 499 or stream  # a stream has perhaps begun with 200
@@ -366,7 +370,7 @@ def test_a_killed_sampler_costs_nobody_a_picture(start_app: Callable[..., str]) 
         answers = [
             pool.submit(httpx.post, f"{url}/{IMAGES}", json=body, timeout=120) for _ in "1234"
         ]
-        wait_until_drawing(url)
+        wait_until(lambda: is_drawing(url))
         ray.kill(sampler_of("two-lives"))
         assert not any(answer.done() for answer in answers)
         got = [answer.result() for answer in answers]
@@ -374,11 +378,8 @@ def test_a_killed_sampler_costs_nobody_a_picture(start_app: Callable[..., str]) 
     assert all(response.json()["data"] == before["data"] for response in got)
 
 
-def wait_until_drawing(url: str) -> None:
-    deadline = time.monotonic() + 60
-    while httpx.get(f"{url}/readyz", timeout=60).json().get("active_pictures", 0) == 0:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+def is_drawing(url: str) -> bool:
+    return httpx.get(f"{url}/readyz", timeout=60).json().get("active_pictures", 0) > 0
 
 
 def sampler_of(app: str) -> Any:

@@ -158,8 +158,8 @@ class MiniLM:
         """Return `pooled_text (B, D)`, and it as the only token or `token_states` of them."""
         ids = torch.as_tensor(token_ids).long().to(self.model.device)
         mask = ids != PADDING
-        # Of four axes, since transformers drops one of two where nothing is padded: a caption
-        # would be attended to in another way beside shorter ones.
+        # Of four axes, since transformers drops one of two where nothing is padded: torch could
+        # then have another way for a caption alone than beside shorter ones.
         attended = self.model(input_ids=ids.clamp(min=0), attention_mask=mask[:, None, None])
         states = attended.last_hidden_state  # (B, L, D)
         weights = mask[..., None].to(states.dtype)

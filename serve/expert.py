@@ -5,7 +5,7 @@ digest, and a replica that does not know one says so.
 """
 
 import asyncio
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -22,10 +22,10 @@ from paris_ray.sampling.calls import ExpertCall
 from paris_ray.sampling.guidance import KeyedText
 from paris_ray.sampling.local import LocalModels
 from serve import metrics
+from serve.coalescing import Coalescer
 from serve.source import BundleSource
 
 Floats = NDArray[np.float32]
-Asked = tuple[list[ExpertCall], "asyncio.Future[list[Tensor]]"]
 MAX_TEXTS = 256  # that a replica keeps, and that a client takes for known
 
 
@@ -120,9 +120,7 @@ class ExpertServer:
         self._index, self._bundle, self._version = index, source.open(), source.version
         self._models = LocalModels(self._bundle, exact=source.exact)
         self._texts: OrderedDict[bytes, TextConditioning] = OrderedDict()
-        self._waiting: deque[Asked] = deque()
-        self._max_rows = max_rows
-        self._computing: asyncio.Task[None] | None = None
+        self._asked = Coalescer(self._answer, size=_num_rows, most=max_rows)
         self._load()
 
     def _load(self) -> None:
@@ -144,12 +142,8 @@ class ExpertServer:
         missing = tuple(key for key in named if key not in self._texts)
         if missing:
             return MissingTexts(missing)
-        answered: asyncio.Future[list[Tensor]] = asyncio.get_running_loop().create_future()
-        self._waiting.append((self._calls(question), answered))
-        if self._computing is None:
-            self._computing = asyncio.create_task(self._compute())
         with metrics.CALLS.time(model=str(self._index), part="served"):
-            return to_array(torch.cat(await answered))
+            return to_array(torch.cat(await self._asked.ask(self._calls(question))))
 
     def check_health(self) -> None:
         """Raise if the device has failed: CUDA errors stick, so the process must be replaced."""
@@ -181,47 +175,11 @@ class ExpertServer:
     def _keyed(self, key: bytes) -> KeyedText:
         return KeyedText(self._texts[key], (key,))
 
-    def _take(self) -> "list[Asked]":
-        """Return what waits, as far as it fits into one forward pass; at least one question."""
-        taken: list[Asked] = []
-        rows = 0
-        while self._waiting:
-            calls, answered = self._waiting[0]
-            rows += sum(call.num_rows for call in calls)
-            if taken and rows > self._max_rows:
-                break
-            self._waiting.popleft()
-            if answered.done():  # nobody waits for it any more
-                rows -= sum(call.num_rows for call in calls)
-            else:
-                taken.append((calls, answered))
-        return taken
-
-    async def _compute(self) -> None:
-        """Compute until nothing waits."""
-        while taken := self._take():
-            if not await self._answer(taken):  # one of them is at fault, the others are not
-                for asked in taken:
-                    await self._answer([asked])
-        self._computing = None
-
-    async def _answer(self, taken: "list[Asked]") -> bool:
-        """Answer questions together; return whether that was possible. Of one, an error is told."""
-        calls = [call for calls, _ in taken for call in calls]
-        try:
-            answers = iter(await asyncio.to_thread(metrics.compute, self._models.answer, calls))
-        except Exception as error:
-            if len(taken) > 1:
-                return False
-            ((_, answered),) = taken
-            if not answered.cancelled():
-                answered.set_exception(error)
-            return True
-        for asked, answered in taken:
-            own = [next(answers) for _ in asked]
-            if not answered.cancelled():
-                answered.set_result(own)
-        return True
+    async def _answer(self, asked: list[list[ExpertCall]]) -> list[list[Tensor]]:
+        """Answer the calls of some questions together."""
+        calls = [call for calls in asked for call in calls]
+        answers = iter(await asyncio.to_thread(metrics.compute, self._models.answer, calls))
+        return [[next(answers) for _ in calls] for calls in asked]
 
 
 class ExpertClient:
@@ -272,6 +230,10 @@ class ExpertClient:
             self._known.move_to_end(key)
         while len(self._known) > MAX_TEXTS:
             self._known.popitem(last=False)
+
+
+def _num_rows(calls: Sequence[ExpertCall]) -> int:
+    return sum(call.num_rows for call in calls)
 
 
 def _texts(calls: Sequence[ExpertCall]) -> list[KeyedText]:

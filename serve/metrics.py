@@ -134,9 +134,9 @@ RESENDS = Total(
 
 STAGES = Distribution(
     "paris_stage_seconds",
-    "Of a request, by stage: queue (admission to first step, text included), text (encoding), "
-    "draw (first to last step), decode (latents to pixels), encode (pixels to files), "
-    "transport (between Ingress and Sampler).",
+    "Of a request, by stage: queue (admission to first step, text included), text (encoding, with "
+    "the wait for the encoder), draw (first to last step), decode (latents to pixels), encode "
+    "(pixels to files), transport (between Ingress and Sampler).",
     SECONDS,
     ("stage",),
 )

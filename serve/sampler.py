@@ -23,6 +23,7 @@ from ray.serve.handle import DeploymentHandle
 from torch import Tensor
 
 from paris_ray.diffusion import num_evaluations
+from paris_ray.exactness import MOST_TRIED
 from paris_ray.sampling.calls import ROUTER, Call
 from paris_ray.sampling.engine import (
     Batch,
@@ -37,6 +38,7 @@ from paris_ray.sampling.engine import (
 from paris_ray.sampling.local import LocalModels
 from paris_ray.sampling.sampler import Denoising, SamplingOptions, start_denoising
 from serve import metrics
+from serve.coalescing import Coalescer
 from serve.drawing import Drawing, DrawRequest, Partial, Pixels, RequestCancelledError
 from serve.expert import ExpertClient, ExpertUnavailableError, OtherVersionError
 from serve.scaling import Reporter
@@ -82,10 +84,12 @@ class Sampler:
             ]
         )
         # Torch runs in threads: the event loop stays free for the other requests. Texts have one
-        # of their own, since those of many new requests must not hold up the steps of the others.
+        # of their own, since those of many new requests must not hold up the steps of the others;
+        # it encodes no more at a time than one pass has, so that nobody waits for longer.
         self._num_computations = self._count_computations(threads)
         self._computing = ThreadPoolExecutor(self._num_computations, "computing")
         self._encoding = ThreadPoolExecutor(1, "encoding")
+        self._beginning = Coalescer(self._begin, size=_num_texts, most=MOST_TRIED)
         self._engine = Engine((ROUTER, *range(self._bundle.num_experts)), limits)
         self._reporter = Reporter(self._bundle.num_experts)
         self._requests: dict[tuple[str, str], list[tuple[Ticket, asyncio.Queue[Event]]]] = {}
@@ -96,6 +100,8 @@ class Sampler:
     def _load(self) -> None:
         """Load what requests need now: a broken bundle must not become a broken request."""
         _ = self._models.most_rows(ROUTER), self._bundle.codec, self._bundle.null_text
+        if self._source.exact:
+            self._bundle.texts.try_out()
         if self._experts is None:
             for k in range(self._bundle.num_experts):
                 self._models.most_rows(k)
@@ -158,7 +164,7 @@ class Sampler:
         try:
             self._start_lanes()
             with metrics.STAGES.time(stage="text"):
-                denoisings = await self._in(self._encoding, self._begin, request)
+                denoisings = await self._beginning.ask(request)
             self._engine.start(ticket, denoisings, time.monotonic())
             self._wake()
             origin = self._origin(request.options)
@@ -194,12 +200,23 @@ class Sampler:
     def _origin(self, options: SamplingOptions) -> Origin:
         return self._source.origin(next(iter(options.loras.values()), None))
 
-    def _begin(self, request: DrawRequest) -> list[Denoising]:
-        """Return each picture's `denoise`."""
-        text = self._bundle.encode_text(request.prompts)
+    async def _begin(self, requests: Sequence[DrawRequest]) -> list[list[Denoising]]:
+        """Return the `denoise` of each picture of some requests, whose texts are encoded together.
+
+        Those that come meanwhile are the next: the encoder takes all that waits when it is free.
+        """
+        return await self._in(self._encoding, self._encode, requests)
+
+    def _encode(self, requests: Sequence[DrawRequest]) -> list[list[Denoising]]:
+        prompts = [prompt for request in requests for prompt in request.prompts]
+        text = self._bundle.texts.encode(prompts, exact=self._source.exact)
+        rows = (text.rows(slice(i, i + 1)) for i in range(len(prompts)))
         return [
-            start_denoising(self._bundle, text.rows(slice(i, i + 1)), [seed], request.options)
-            for i, seed in enumerate(request.seeds)
+            [
+                start_denoising(self._bundle, next(rows), [seed], request.options)
+                for seed in request.seeds
+            ]
+            for request in requests
         ]
 
     async def _follow(
@@ -348,6 +365,11 @@ class Sampler:
             if batch is not None:
                 del self._idle[handed]
                 handed.set_result(batch)
+
+
+def _num_texts(request: DrawRequest) -> int:
+    """Return how many texts of a request are encoded: each once."""
+    return len(set(request.prompts))
 
 
 def _evaluations(request: DrawRequest) -> int:

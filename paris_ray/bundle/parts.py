@@ -3,7 +3,7 @@
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from threading import Lock
 from types import MappingProxyType
 
@@ -13,6 +13,7 @@ from paris_ray.artifacts import VerifiedFolder
 from paris_ray.bundle.adapters import LoRA, read_lora
 from paris_ray.bundle.clusters import ClusterFacts, read_clusters
 from paris_ray.bundle.facts import BundleFacts
+from paris_ray.bundle.texts import Texts
 from paris_ray.bundle.weights import DTYPES, Dtype, StoredModel
 from paris_ray.config import ExpertConfig, RouterConfig
 from paris_ray.devices import resolve_device
@@ -25,7 +26,6 @@ from paris_ray.receipts import file_sha256
 from paris_ray.run import CLUSTERS, EXPERT_WEIGHTS, MODEL_CONFIG, ROUTER_WEIGHTS
 
 MAX_RESIDENT = 2  # experts on the device with offload=True: those of top-2, the default
-MAX_PROMPTS = 128  # whose encoding is kept: 30 MB of CLIP's
 
 
 @dataclass(frozen=True, slots=True)
@@ -310,17 +310,17 @@ class Bundle:
             expert.check_header(self._dtype)
         self._router.check_header(self._dtype)
 
-    def encode_text(self, prompts: Sequence[str]) -> TextConditioning:
-        """Return the conditioning of some prompts, on the CPU.
-
-        Each is encoded alone: beside others it would be padded, which changes the last bits of
-        its vector, and a seed must mean the same picture in any batch. The last ones are kept.
-        """
-        return TextConditioning.concatenate([self._encode_prompt(prompt) for prompt in prompts])
-
     @cached_property
-    def _encode_prompt(self) -> Callable[[str], TextConditioning]:
-        return lru_cache(MAX_PROMPTS)(lambda prompt: self.text_encoder.encode([prompt]).to("cpu"))
+    def texts(self) -> Texts:
+        """What the text encoder makes of prompts; raises BundleError if it is damaged."""
+        return Texts(self.text_encoder)
+
+    def encode_text(self, prompts: Sequence[str]) -> TextConditioning:
+        """Return the conditioning of some prompts, on the CPU: of each what it gets alone.
+
+        A seed must mean the same picture in any batch, so all that draws encodes its text here.
+        """
+        return self.texts.encode(prompts)
 
 
 class _Resident:

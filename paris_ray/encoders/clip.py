@@ -115,6 +115,11 @@ class ClipText:
         """Number of tokens L that every caption is cut or padded to (77)."""
         return self.tokenizer.max_length
 
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """The same, as `TextEncoder` has it."""
+        return (self.max_length,)
+
     def tokenize(self, captions: Sequence[str]) -> NDArray[np.uint16]:
         """Return token ids `(B, L)`; see `ClipTokenizer`."""
         return self.tokenizer(captions)

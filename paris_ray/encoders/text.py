@@ -1,11 +1,13 @@
 """Text encoders: captions in, `TextConditioning` out."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
@@ -27,20 +29,50 @@ from paris_ray.errors import BundleError, ConfigError
 from paris_ray.models import TextConditioning
 
 MODEL_FILES = ("config.json", "model.safetensors", "tokenizer.json")
-MAX_TOKENS = 128
+# Numbers of tokens that a caption is padded to before it is encoded for a picture: few, so that
+# those that wait can be encoded together, and such that their products are of MANY_ROWS.
+LENGTHS = (16, 32, 64, 128)
+MAX_TOKENS = LENGTHS[-1]
+PADDING = -1  # in rows of token ids: no token's id, since a caption may spell [PAD]
 TOKEN_STATES = "token_states"  # our own field of config.json: `TextConfig.token_states`
 
 
 class TextEncoder(Protocol):
-    """Whatever encodes captions."""
+    """Whatever encodes captions.
+
+    Attributes:
+        model: The torch module that computes.
+    """
+
+    model: Any
 
     @property
     def embed_dim(self) -> int:
         """Width D of the text vectors."""
         ...
 
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """How many tokens `tokenize` makes of a caption: one of these."""
+        ...
+
+    def tokenize(self, captions: Sequence[str]) -> Iterable[NDArray[Any]]:
+        """Return the token ids `(L,)` of each caption, padded to one of `lengths`.
+
+        Which one depends on the caption alone. So those of one length can be encoded together, and
+        each gets the same bits as alone, where `exactness.texts_are_independent`.
+        """
+        ...
+
+    def encode_tokens(self, token_ids: NDArray[Any]) -> TextConditioning:
+        """Return the conditioning of token ids `(B, L)`, padded alike."""
+        ...
+
     def encode(self, captions: Sequence[str]) -> TextConditioning:
-        """Return the conditioning of a batch of captions; the empty string is the null text."""
+        """Return the conditioning of a batch of captions; the empty string is the null text.
+
+        The last bits of a caption's may depend on the batch.
+        """
         ...
 
     def to(self, device: torch.device) -> "TextEncoder":
@@ -60,7 +92,7 @@ class MiniLM:
         folder: Holds `config.json`, `model.safetensors` and `tokenizer.json`.
 
     Raises:
-        BundleError: if a file is missing or is not a BERT model.
+        BundleError: if a file is missing, or is not a BERT model of MAX_TOKENS positions.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -88,23 +120,48 @@ class MiniLM:
             dtype=torch.float32,
             add_pooling_layer=False,
         )
+        positions = self.model.config.max_position_embeddings
+        if positions < MAX_TOKENS:
+            raise BundleError(
+                f"{folder}/config.json: max_position_embeddings={positions}, "
+                f"allowed: at least {MAX_TOKENS}"
+            )
         self.tokenizer = read_tokenizer(folder / "tokenizer.json")
         self.tokenizer.enable_truncation(MAX_TOKENS)
-        self.tokenizer.enable_padding()
 
     @property
     def embed_dim(self) -> int:
         """Width D of the sentence vectors (384)."""
         return int(self.model.config.hidden_size)
 
-    @torch.inference_mode()
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """How many tokens `tokenize` makes of a caption: one of these."""
+        return LENGTHS
+
+    def tokenize(self, captions: Sequence[str]) -> list[NDArray[np.int32]]:
+        """Return the token ids of each caption, padded to the next of LENGTHS."""
+        ids = self._token_ids(captions)
+        return [_padded(one, next(n for n in LENGTHS if len(one) <= n)) for one in ids]
+
     def encode(self, captions: Sequence[str]) -> TextConditioning:
+        """Return what `encode_tokens` does of captions that are padded to the longest of them."""
+        ids = self._token_ids(captions)
+        longest = max(map(len, ids))
+        return self.encode_tokens(np.stack([_padded(one, longest) for one in ids]))
+
+    def _token_ids(self, captions: Sequence[str]) -> list[list[int]]:
+        return [encoding.ids for encoding in self.tokenizer.encode_batch(list(captions))]
+
+    @torch.inference_mode()
+    def encode_tokens(self, token_ids: NDArray[np.int32]) -> TextConditioning:
         """Return `pooled_text (B, D)`, and it as the only token or `token_states` of them."""
-        encodings = self.tokenizer.encode_batch(list(captions))
-        mask = torch.tensor([encoding.attention_mask for encoding in encodings])
-        mask = mask.to(self.model.device)
-        ids = torch.tensor([encoding.ids for encoding in encodings], device=mask.device)
-        states = self.model(input_ids=ids, attention_mask=mask).last_hidden_state  # (B, L, D)
+        ids = torch.as_tensor(token_ids).long().to(self.model.device)
+        mask = ids != PADDING
+        # Of four axes, since transformers drops one of two where nothing is padded: torch could
+        # then have another way for a caption alone than beside shorter ones.
+        attended = self.model(input_ids=ids.clamp(min=0), attention_mask=mask[:, None, None])
+        states = attended.last_hidden_state  # (B, L, D)
         weights = mask[..., None].to(states.dtype)
         mean = (states * weights).sum(dim=1) / weights.sum(dim=1)
         pooled = self._scaled(mean)
@@ -122,6 +179,12 @@ class MiniLM:
         """Move the model to a device."""
         self.model.to(device)
         return self
+
+
+def _padded(ids: Sequence[int], length: int) -> NDArray[np.int32]:
+    row = np.full(length, PADDING, dtype=np.int32)
+    row[: len(ids)] = ids
+    return row
 
 
 def read_tokenizer(path: Path) -> Any:

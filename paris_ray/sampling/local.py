@@ -14,10 +14,10 @@ from torch import Tensor
 from paris_ray.bundle import Bundle
 from paris_ray.devices import memory_bytes
 from paris_ray.diffusion import router_logits
+from paris_ray.exactness import MOST_TRIED, rows_are_independent
 from paris_ray.models import EncodedText, Expert, Router, TextConditioning
 from paris_ray.models.lora import adapted_samples
 from paris_ray.sampling.calls import ROUTER, Call, ExpertCall, RouterCall
-from paris_ray.sampling.exactness import MOST_TRIED, rows_are_independent
 from paris_ray.sampling.guidance import MAX_CACHE_BYTES, KeyedText, TextCache, guided_velocity
 
 logger = logging.getLogger("paris_ray")

@@ -1,4 +1,4 @@
-"""Measure the engine in one process, without Ray: admission, exact bytes, mixed adapters.
+"""Measure the engine in one process, without Ray: admission, exact bytes, adapters, texts.
 
     python tests/benchmarks/bench_engine.py --bundle RUN/bundle
 
@@ -12,7 +12,9 @@ import random
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from itertools import count, islice
 from pathlib import Path
 
 import torch
@@ -21,12 +23,12 @@ from torch.nn import functional
 from paris_ray.artifacts import Folder
 from paris_ray.bundle import Bundle, load_bundle
 from paris_ray.config import LoRAConfig
+from paris_ray.exactness import MOST_TRIED
 from paris_ray.models import layers, lora
 from paris_ray.models.lora import Adapter
 from paris_ray.models.peft_layout import save_adapter
 from paris_ray.sampling.calls import ROUTER, ExpertCall
 from paris_ray.sampling.engine import Batch, Engine, Event, Limits, Ticket
-from paris_ray.sampling.exactness import MOST_TRIED
 from paris_ray.sampling.guidance import KeyedText
 from paris_ray.sampling.local import LocalModels
 from paris_ray.sampling.sampler import initial_noise, sampling_options, start_denoising
@@ -35,6 +37,7 @@ ARRIVALS = 300
 BUSY = 16  # pictures that are being drawn when another arrives
 ADAPTERS = ("a", "b", "c")
 ROUNDS = 200
+FEW_ROUNDS = 20
 
 
 def report(what: str, values: Sequence[float], sign: str, bar: float) -> bool:
@@ -143,6 +146,62 @@ def adapters(bundle: Bundle) -> None:
     report(f"{len(ADAPTERS)} adapters and none over one adapter, speed", [speed], ">=", 0.9)
 
 
+def texts(bundle: Bundle) -> None:
+    """What a text costs beside others, and what padding costs one alone."""
+    encode, plain, numbers = bundle.encode_text, bundle.text_encoder.encode, count()
+    bundle.texts.try_out()
+
+    def encode_all(encode: Callable[[Sequence[str]], object], size: int) -> None:
+        """Encode MOST_TRIED prompts, so many at a time."""
+        for _ in range(MOST_TRIED // size):
+            encode(_new_prompts(bundle, numbers, size))
+
+    alone = partial(encode_all, encode, 1)
+    for size in (2, 4, MOST_TRIED):
+        cost = _ratio(partial(encode_all, encode, size), alone, FEW_ROUNDS)
+        report(f"cost of a text among {size} over one alone", [cost], "<=", 1.0)
+    cost = _ratio(alone, partial(encode_all, plain, 1), FEW_ROUNDS)
+    report("cost of padding a text that is encoded alone", [cost], "<=", 1.25)
+
+
+def together(bundle: Bundle) -> None:
+    """What a picture costs, with its text, that is drawn with others, all models in one process."""
+    models, numbers = LocalModels(bundle), count()
+
+    def draw_all(size: int) -> None:
+        """Draw BUSY pictures, so many at a time."""
+        for _ in range(BUSY // size):
+            _draw(bundle, models, _new_prompts(bundle, numbers, size))
+
+    draw_all(BUSY)
+    cost = _ratio(partial(draw_all, BUSY), partial(draw_all, 1), FEW_ROUNDS)
+    report(f"cost of a picture among {BUSY} over one alone", [cost], "<=", 0.33)
+
+
+def _new_prompts(bundle: Bundle, numbers: Iterator[int], size: int) -> list[str]:
+    """Return prompts that were never asked for, so that none is remembered."""
+    prompts = bundle.facts.example_prompts
+    return [f"{prompts[n % len(prompts)]} {n}" for n in islice(numbers, size)]
+
+
+def _draw(bundle: Bundle, models: LocalModels, prompts: Sequence[str]) -> None:
+    """Draw a picture of each prompt, for a request each, all at once."""
+    every, options = (ROUTER, *range(bundle.num_experts)), sampling_options(bundle)
+    engine, text = Engine(every, Limits()), bundle.encode_text(prompts)
+    for i in range(len(prompts)):
+        ticket = engine.admit(
+            "bench",
+            num_pictures=1,
+            evaluations=options.num_inference_steps,
+            timeout_s=1e9,
+            listener=lambda event: None,
+            now=0.0,
+        )
+        engine.start(ticket, [start_denoising(bundle, text.rows(slice(i, i + 1)), [i], options)], 0)
+    while (batch := engine.take(every, 0.0)) is not None:
+        engine.answer(batch, models.answer(batch.calls), 0.0)
+
+
 def _calls(bundle: Bundle, expert: int, loras: Sequence[str | None]) -> list[ExpertCall]:
     """Return a call for each adapter, about different pictures."""
     prompts = bundle.facts.example_prompts
@@ -162,10 +221,10 @@ def _calls(bundle: Bundle, expert: int, loras: Sequence[str | None]) -> list[Exp
     ]
 
 
-def _ratio(one: Callable[[], object], other: Callable[[], object]) -> float:
+def _ratio(one: Callable[[], object], other: Callable[[], object], rounds: int = ROUNDS) -> float:
     """Return the processor time of one thing over that of another, each once in turn."""
     seconds: tuple[list[float], list[float]] = ([], [])
-    for _ in range(ROUNDS):
+    for _ in range(rounds):
         for function, times in zip((one, other), seconds, strict=True):
             began = time.thread_time()
             function()
@@ -174,7 +233,13 @@ def _ratio(one: Callable[[], object], other: Callable[[], object]) -> float:
     return first / second
 
 
-PARTS = {"admission": admission, "exactness": exactness, "adapters": adapters}
+PARTS = {
+    "admission": admission,
+    "exactness": exactness,
+    "adapters": adapters,
+    "texts": texts,
+    "together": together,
+}
 
 
 def main() -> None:

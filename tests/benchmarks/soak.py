@@ -173,6 +173,7 @@ def watch_replicas() -> None:
             engine = self._engine
             left = len(self._requests) + len(engine._open) + len(engine._of_client)
             left += engine.num_active + engine.num_waiting + engine.num_left
+            left += len(self._beginning)
             return held_here() | {"left in the engine": left}
 
     class WatchedIngress(app.Ingress):
@@ -184,7 +185,7 @@ def watch_replicas() -> None:
     class WatchedExpert(app.ExpertServer):
         async def held(self) -> dict[str, float]:
             """Return how much of everything there is in this process."""
-            return held_here() | {"left to compute": len(self._waiting)}
+            return held_here() | {"left to compute": len(self._asked)}
 
     app.Sampler, app.Ingress, app.ExpertServer = WatchedSampler, WatchedIngress, WatchedExpert
 

@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,15 +18,16 @@ from torch.nn import functional
 
 from paris_ray.artifacts import Folder
 from paris_ray.bundle import Bundle, load_bundle
-from paris_ray.config import ExpertConfig, LoRAConfig
-from paris_ray.models import EncodedText, Expert
+from paris_ray.bundle.texts import Texts
+from paris_ray.config import LoRAConfig
+from paris_ray.exactness import MOST_TRIED
+from paris_ray.models import EncodedText, TextConditioning
 from paris_ray.models.layers import Linear, PatchEmbed, apply_linear
-from paris_ray.models.lora import Adapter, LowRankUpdate, adapted_samples, attach_all
+from paris_ray.models.lora import Adapter, adapted_samples
 from paris_ray.models.peft_layout import save_adapter
 from paris_ray.sampling import generate
 from paris_ray.sampling.calls import ROUTER, Call, ExpertCall, RouterCall
 from paris_ray.sampling.engine import Engine, Event, Failed, Finished, Limits, Ticket
-from paris_ray.sampling.exactness import MOST_TRIED, rows_are_independent
 from paris_ray.sampling.guidance import KeyedText
 from paris_ray.sampling.local import LocalModels
 from paris_ray.sampling.sampler import (
@@ -40,7 +41,7 @@ from paris_ray.sampling.sampler import (
     start_denoising,
 )
 
-PROMPTS = ["a red cat", "a blue dog", "a green square", "circle", ""]
+PROMPTS = ["a red cat", "a blue dog", "a green square", "circle", "", "a red cat " * 9]
 SIZES = (1, 2, 3, 5, 8, 20, 33)
 ADAPTED = 1  # the expert that the adapters are for
 ADAPTERS = ("mixed", "other", "merged")
@@ -118,7 +119,9 @@ def wish(bundle: Bundle, chance: random.Random) -> Wanted:
     return wanted
 
 
-def admit(engine: Engine, bundle: Bundle, wanted: Wanted, events: list[Event]) -> Ticket:
+def admit(
+    engine: Engine, bundle: Bundle, wanted: Wanted, text: TextConditioning, events: list[Event]
+) -> Ticket:
     options = sampling_options(bundle, **wanted.options)
     evaluations = options.num_inference_steps
     if options.solver == "heun":
@@ -131,7 +134,6 @@ def admit(engine: Engine, bundle: Bundle, wanted: Wanted, events: list[Event]) -
         listener=events.append,
         now=0.0,
     )
-    text = bundle.encode_text(wanted.prompts)
     seeds = range(wanted.seed, wanted.seed + len(wanted.prompts))
     pictures = [
         start_denoising(bundle, text.rows(slice(i, i + 1)), [seed], options)
@@ -152,7 +154,11 @@ def draw_mix(
     every = (ROUTER, *range(bundle.num_experts))
     engine = Engine(every, limits)
     events: list[list[Event]] = [[] for _ in mix]
-    coming = list(zip(mix, events, strict=True))
+    # All texts at once, by an encoder that remembers none.
+    prompts = [prompt for one in mix for prompt in one.prompts]
+    texts = Texts(bundle.text_encoder).encode(prompts)
+    rows = torch.arange(len(prompts)).split([len(one.prompts) for one in mix])
+    coming = list(zip(mix, map(texts.rows, rows), events, strict=True))
     while coming or engine.num_left:
         if coming and chance.random() < 0.3:
             admit(engine, bundle, *coming.pop())
@@ -261,78 +267,6 @@ def test_where_rows_depend_on_their_batch_they_are_computed_one_by_one(
     )
     inexact.answer(calls)
     assert asked == [len(calls)]
-
-
-def test_a_model_whose_rows_depend_on_their_batch_is_found_out(
-    tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    expert = tiny_bundle.expert(0)
-
-    class Dependent(Expert):
-        def forward(self, latents: Tensor, *arguments: Any) -> Tensor:
-            return super().forward(latents, *arguments) + 1e-6 * (len(latents) > 1)
-
-    dependent = Dependent(expert.config)
-    dependent.load_state_dict(expert.state_dict())
-    assert rows_are_independent(expert)
-    assert not rows_are_independent(dependent)
-    tried: list[Tensor] = []
-    monkeypatch.setattr(Expert, "forward", lambda self, *arguments: tried.append(arguments[0]))
-    assert rows_are_independent(expert)
-    assert not tried  # what is known of one is known of its like
-
-
-def test_parts_of_activations_that_threads_leave_over_are_found_out() -> None:
-    """Of three parts of a tensor the ends are no whole vectors; of two or four they are here."""
-    geometry = {"input_size": 8, "patch_size": 1, "in_channels": 4, "text_embed_dim": 32}
-    config = ExpertConfig(hidden_size=128, num_layers=1, num_heads=2, **geometry)
-    expert = Expert(config).requires_grad_(False)
-    batch = torch.full((16, 64, 512), 0.0)
-    numbers = torch.linspace(-6, 6, 1001).tolist()
-    found = {}
-    for threads in (1, 2, 3):
-        torch.set_num_threads(threads)
-        found[threads] = rows_are_independent(expert)
-        unequal = [
-            number
-            for number in numbers
-            if len(functional.gelu(batch.fill_(number), approximate="tanh").unique()) > 1
-        ]
-        assert found[threads] == (not unequal)
-    assert found[1]
-
-
-def test_masks_and_adapters_are_tried(
-    tiny_bundle: Bundle,
-    randomised: Callable[[nn.Module, int], nn.Module],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    expert = Expert(replace(tiny_bundle.expert(0).config, **MASKED)).requires_grad_(False)
-    assert rows_are_independent(randomised(expert, 0))
-    attend = functional.scaled_dot_product_attention
-    masks: list[Tensor | None] = []
-
-    def watched(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        masks.append(mask)
-        return attend(q, k, v, mask)
-
-    monkeypatch.setattr(functional, "scaled_dot_product_attention", watched)
-    adapter = randomised(Adapter.create(expert, LoRAConfig(r=2, lora_alpha=8), 0), 1)
-    mixed = attach_all(expert, {"a": adapter})
-    assert rows_are_independent(mixed)  # another kind: it is tried anew
-    assert any(mask is not None and not mask.all() for mask in masks)
-    update = LowRankUpdate.forward
-
-    def dependent(self: LowRankUpdate, x: Tensor, *rows: Any) -> Tensor:
-        return update(self, x, *rows) + 1e-3 * (len(x) > 1)
-
-    monkeypatch.setattr(LowRankUpdate, "forward", dependent)
-    config = LoRAConfig(r=3, lora_alpha=8)
-    other = attach_all(expert, {"b": randomised(Adapter.create(expert, config, 0), 1)})
-    assert not rows_are_independent(other)
-
-
-MASKED = {"text_injection": "cross_attention", "text_padding_mask": True}
 
 
 @torch.inference_mode()

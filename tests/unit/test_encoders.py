@@ -19,7 +19,14 @@ from paris_ray.encoders.images import (
     load_open_clip,
     preprocess,
 )
-from paris_ray.encoders.text import MiniLM, copy_text_encoder, text_encoder_folder
+from paris_ray.encoders.text import (
+    LENGTHS,
+    MAX_TOKENS,
+    PADDING,
+    MiniLM,
+    copy_text_encoder,
+    text_encoder_folder,
+)
 from paris_ray.errors import BundleError, ConfigError
 from paris_ray.models import TextConditioning
 from paris_ray.training.contrastive import train_open_clip
@@ -115,6 +122,16 @@ def test_captions_mean_the_same_in_a_batch_and_alone(text_encoder: MiniLM) -> No
     for i, caption in enumerate(CAPTIONS):
         alone = text_encoder.encode([caption]).pooled_text[0]
         torch.testing.assert_close(alone, together.pooled_text[i], rtol=1e-5, atol=1e-5)
+
+
+def test_captions_are_padded_to_one_of_few_lengths(text_encoder: MiniLM) -> None:
+    counts = [0, 13, 14, 15, 30, 31, 62, 63, 126, 127, 500]  # of words, between two marks
+    rows = text_encoder.tokenize(["cat " * count for count in counts])
+    assert [len(row) for row in rows] == [16, 16, 16, 32, 32, 64, 64, 128, 128, 128, 128]
+    num_tokens = [int((row != PADDING).sum()) for row in rows]
+    assert num_tokens == [min(count + 2, MAX_TOKENS) for count in counts]
+    assert all((row[count:] == PADDING).all() for row, count in zip(rows, num_tokens, strict=True))
+    assert text_encoder.lengths == LENGTHS
 
 
 STATES = 6
@@ -235,6 +252,21 @@ def test_text_weights_that_do_not_fit_are_refused(
         state["encoder.layer.0.attention.self.query.weight"] = weight[:, :8].contiguous()
     safetensors.torch.save_file(state, tmp_path / "model.safetensors", {"format": "pt"})
     with pytest.raises(BundleError, match=r"model.safetensors .*"):
+        MiniLM(tmp_path)
+
+
+def test_a_text_model_of_too_few_positions_is_refused(tiny_parts: Path, tmp_path: Path) -> None:
+    copy_text_encoder(tiny_parts / "text_encoder", Folder(tmp_path))
+    document = Folder(tmp_path).read_json("config.json")
+    state = safetensors.torch.load_file(tmp_path / "model.safetensors")
+    name = "embeddings.position_embeddings.weight"
+    for count in (MAX_TOKENS, MAX_TOKENS - 1):
+        cut = state | {name: state[name][:count].contiguous()}
+        safetensors.torch.save_file(cut, tmp_path / "model.safetensors", {"format": "pt"})
+        Folder(tmp_path).write_json("config.json", document | {"max_position_embeddings": count})
+        if count == MAX_TOKENS:
+            MiniLM(tmp_path).encode(["cat " * 500])
+    with pytest.raises(BundleError, match="max_position_embeddings=127, allowed: at least 128"):
         MiniLM(tmp_path)
 
 

@@ -5,6 +5,7 @@ from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -170,14 +171,23 @@ def test_a_changed_tensor_is_noticed(config: ExpertConfig | RouterConfig, name: 
 class ByteEncoder:
     """A text encoder of CLIP's length: a random vector for each byte, then padding."""
 
-    embed_dim = TEXT_WIDTH
+    embed_dim, lengths = TEXT_WIDTH, (NUM_TOKENS,)
     table = torch.randn(256, TEXT_WIDTH, generator=torch.Generator().manual_seed(7))
 
-    def encode(self, captions: Sequence[str]) -> TextConditioning:
+    def __init__(self) -> None:
+        self.model = torch.nn.Module()
+
+    def tokenize(self, captions: Sequence[str]) -> list[np.ndarray]:
         codes = [b"\1" + caption.encode() for caption in captions]
-        padded = torch.tensor([list(code.ljust(NUM_TOKENS, b"\0")) for code in codes])
-        tokens = self.table[padded]
-        return TextConditioning(tokens, tokens.mean(dim=1), padded > 0)
+        return [np.frombuffer(code.ljust(NUM_TOKENS, b"\0"), np.uint8) for code in codes]
+
+    def encode_tokens(self, token_ids: np.ndarray) -> TextConditioning:
+        ids = torch.tensor(token_ids).long()
+        tokens = self.table[ids]
+        return TextConditioning(tokens, tokens.mean(dim=1), ids > 0)
+
+    def encode(self, captions: Sequence[str]) -> TextConditioning:
+        return self.encode_tokens(np.stack(self.tokenize(captions)))
 
 
 class ByteBundle(Bundle):

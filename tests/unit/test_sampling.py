@@ -467,24 +467,6 @@ def test_the_least_recently_used_text_is_forgotten(
         assert encoded_rows[id(expert)] == expected
 
 
-def test_the_last_prompts_are_encoded_once(
-    tiny_bundle_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("paris_ray.bundle.parts.MAX_PROMPTS", 2)
-    bundle = load_bundle(str(tiny_bundle_path))
-    encode, seen = bundle.text_encoder.encode, list[str]()
-    monkeypatch.setattr(
-        bundle.text_encoder, "encode", lambda captions: seen.extend(captions) or encode(captions)
-    )
-    text = bundle.encode_text(["a red cat", "blue dog", "a red cat"])
-    again = bundle.encode_text(["blue dog", "a red cat"])
-    assert seen == ["a red cat", "blue dog"]
-    assert torch.equal(again.text_embeddings, text.text_embeddings[1:])
-    bundle.encode_text(["circle"])
-    bundle.encode_text(["a red cat", "blue dog"])  # the first is kept, the second was forgotten
-    assert seen == ["a red cat", "blue dog", "circle", "blue dog"]
-
-
 def test_a_known_text_is_found_while_another_is_encoded(release_bundle: Bundle) -> None:
     expert = release_bundle.expert(0)
     text = KeyedText.of(release_bundle.encode_text(PROMPTS))

@@ -175,7 +175,7 @@ def test_a_pass_has_no_more_rows_than_allowed_and_none_for_nobody(
     tiny_bundle: Bundle, new_server: Callable[[], ExpertServer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server = new_server()
-    monkeypatch.setattr(server, "_max_rows", 4)
+    monkeypatch.setattr(server._asked, "_most", 4)
     sizes = watch(server, monkeypatch, server._models.answer)
     calls = calls_of(tiny_bundle, ["a cat", "a dog", "red", "green", "blue"])  # guided: two rows
 

@@ -19,7 +19,6 @@ from simulation import MODELS, NUM_EXPERTS, Picture, Request, Simulation, is_idl
 
 from paris_ray.sampling.calls import ROUTER
 from paris_ray.sampling.engine import (
-    LONGEST_RETRY_S,
     Batch,
     DeadlineError,
     Engine,
@@ -29,6 +28,7 @@ from paris_ray.sampling.engine import (
     Previewed,
     QueueFullError,
 )
+from paris_ray.sampling.engine.lanes import LONGEST_RETRY_S
 from paris_ray.sampling.sampler import Denoising, ExpertsLostError
 
 WIDE = Limits(max_batch_rows=1000, max_active_pictures=1000, max_waiting_pictures=1000)

@@ -1,21 +1,27 @@
 """Does a sample get the same bits in any batch? Asked of the machine, since it decides.
 
 `models.layers` computes every sample as rows of products whose sums do not depend on the number of
-rows, as far as the library underneath keeps to that. This is tried before it is relied on, with
-batches of several sizes up to the largest that is made, with and without each kind of adapter.
+rows, as far as the library underneath keeps to that; text encoders, which are others' models, get
+captions padded to such a number of rows. This is tried before it is relied on, with batches of
+several sizes up to the largest that is made: of experts with and without each kind of adapter, of
+text encoders for each length of captions.
 
 Activations are tried apart. Torch computes most of a tensor in vectors, but by itself what is left
 over of each thread's part, and so gives equal numbers unequal results; where that happens depends
 on the size of the batch. It is a trial and no proof.
 """
 
+import copy
 from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from paris_ray.encoders.text import TextEncoder
 from paris_ray.models import EncodedText, Expert, Router, TextConditioning
 from paris_ray.models.lora import adapted_samples, share, updates_of
 from paris_ray.seeding import torch_generator
@@ -25,6 +31,8 @@ BATCH_SIZES = (2, 3, 5, 8, MOST_TRIED)
 NUM_TOKENS = 77  # of the text that it is tried with
 NUMBERS = torch.linspace(-6, 6, 1001)  # some of which vectors and single numbers disagree on
 VECTOR = 64  # more than are computed at a time
+ACTIVATIONS = "transformers.activations"  # where text encoders have theirs from
+LETTERS = "abcdefghijklmnopqrstuvwxyz"  # a token each, to the encoders that there are
 
 _found: dict[Hashable, bool] = {}  # weights do not matter, so models of one kind are tried once
 
@@ -125,6 +133,57 @@ class _Samples:
             return self._model(self._latents[rows], self._times[rows], text)
 
 
+@torch.inference_mode()
+def texts_are_independent(encoder: TextEncoder, length: int) -> bool:
+    """Return whether an encoder computes the same bits of a caption alone and beside others.
+
+    One layer is tried, since all are alike.
+
+    Args:
+        encoder: On its device, with its threads.
+        length: Tokens that the captions are padded to: one of its `lengths`.
+    """
+    rows = _rows_of_letters(encoder, length)
+    if not rows:  # it makes something else of letters, so nothing is known of it
+        return False
+    # Evenly spread from the longest, which has no padding.
+    tokens = np.stack([rows[-1 - i * len(rows) // MOST_TRIED] for i in range(MOST_TRIED)])
+    shallow = _shallow(encoder)
+    with _watched_activations(shallow.model) as activations:
+        shallow.encode_tokens(tokens)
+    if not all(_is_alike(*activation) for activation in activations):
+        return False
+    alone = [shallow.encode_tokens(row[None]) for row in tokens]
+    return all(
+        _are_equal(shallow.encode_tokens(tokens[:n]), TextConditioning.concatenate(alone[:n]))
+        for n in BATCH_SIZES
+    )
+
+
+def _rows_of_letters(encoder: TextEncoder, length: int) -> list[NDArray[Any]]:
+    """Return the token ids of texts that are padded to a length, the shortest text first."""
+    generator = torch_generator(0, "texts are independent")
+    letters = torch.randint(len(LETTERS), (length + 1, length), generator=generator).tolist()
+    texts = [" ".join(LETTERS[i] for i in row[:n]) for n, row in enumerate(letters)]
+    return [row for row in encoder.tokenize(texts) if len(row) == length]
+
+
+def _shallow(encoder: TextEncoder) -> TextEncoder:
+    """Return an encoder of the first layer alone, around the same weights."""
+    shallow = copy.copy(encoder)
+    shallow.model = share(encoder.model)
+    for part in list(shallow.model.modules()):
+        if isinstance(part, nn.ModuleList):
+            del part[1:]
+    return shallow
+
+
+def _are_equal(one: TextConditioning, other: TextConditioning) -> bool:
+    return torch.equal(one.text_embeddings, other.text_embeddings) and torch.equal(
+        one.pooled_text, other.pooled_text
+    )
+
+
 def _noise(*shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch_generator(0, "rows are independent"))
 
@@ -136,7 +195,7 @@ def _watched_activations(model: nn.Module) -> Iterator[list[tuple[nn.Module, Ten
     hooks = [
         module.register_forward_pre_hook(lambda module, inputs: seen.append((module, inputs[0])))
         for module in model.modules()
-        if isinstance(module, nn.GELU | nn.SiLU)
+        if isinstance(module, nn.GELU | nn.SiLU) or type(module).__module__ == ACTIVATIONS
     ]
     yield seen
     for hook in hooks:

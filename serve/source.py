@@ -56,7 +56,10 @@ class LoRASource(NamedTuple):
 
     def check(self) -> None:
         """Raise BundleError if other weights are there than those that were pinned."""
-        if self.sha256 not in (None, digest := self._digest()):
+        if self.sha256 is None:
+            return
+        digest = self._digest()
+        if digest != self.sha256:
             raise BundleError(
                 f"{self.uri}: sha256={digest} of {ADAPTER_WEIGHTS} is not allowed: "
                 f"{self.sha256}, which was deployed"

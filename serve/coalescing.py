@@ -67,6 +67,7 @@ class Coalescer(Generic[Question, Answer]):
         """Answer questions together; return whether that was possible. Of one, an error is told."""
         try:
             answers = await self._answer([question for question, _ in taken])
+            pairs = list(zip(taken, answers, strict=True))
         except Exception as error:
             if len(taken) > 1:
                 return False
@@ -74,7 +75,7 @@ class Coalescer(Generic[Question, Answer]):
             if not answered.cancelled():
                 answered.set_exception(error)
             return True
-        for (_, answered), answer in zip(taken, answers, strict=True):
+        for (_, answered), answer in pairs:
             if not answered.cancelled():
                 answered.set_result(answer)
         return True

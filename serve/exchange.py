@@ -5,6 +5,7 @@ import time
 from starlette.types import Message, Receive, Send
 
 CLIENT_GONE = 499  # as nginx has it
+EMPTY: Message = {"type": "http.request", "body": b"", "more_body": False}
 
 
 class Exchange:
@@ -53,7 +54,7 @@ class Exchange:
 
 
 class Replay:
-    """A request that can be received again from its beginning.
+    """A request that can be received again from its beginning, until it is forgotten.
 
     Args:
         receive: How it is received; each message once.
@@ -75,3 +76,7 @@ class Replay:
             return self._messages[position - 1]
 
         return receive
+
+    def forget(self) -> None:
+        """Keep nothing of what has been received: a body may be large, and its answer long."""
+        self._messages = [EMPTY] * len(self._messages)

@@ -180,13 +180,18 @@ class Edge:
             raise error_of(404)
         scope["headers"] = [header for header in scope["headers"] if self._is_allowed(*header)]
         request = Replay(at_most(MAX_BODY_BYTES, receive))
-        await self._app(dict(scope), request.from_start(), send)  # a copy: Ray adds to it
-        # Where Ray says nothing, the replica has died. Its requests mean the same to another one:
-        # pictures are drawn by their seeds. Once, since they may be what it died of.
+
+        async def send_on(message: Message) -> None:
+            request.forget()  # who has an answer is not sent to another
+            await send(message)
+
+        await self._app(dict(scope), request.from_start(), send_on)  # a copy: Ray adds to it
+        # Where Ray says nothing, the replica has most likely died. Its requests mean the same to
+        # another one: pictures are drawn by their seeds. Once, since they may be what it died of.
         left_s = self._limit_s_of(scope) - exchange.seconds
         if exchange.is_unanswered and left_s > 0:
             id = Headers(scope=scope)["x-request-id"]
-            logger.warning("a replica died with request %s, which is sent to another", id)
+            logger.warning("no replica answered request %s, which is sent to another", id)
             limit = (TIMEOUT_HEADER, str(left_s).encode())  # the last one counts
             again = {**scope, "headers": [*scope["headers"], limit]}
             await self._app(again, request.from_start(), send)

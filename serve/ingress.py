@@ -228,8 +228,8 @@ class Ingress:
                 data = self._data(order, i, file, message, caller)
                 yield pictures.completed_event(order, message, self.served, data, id=id, picture=i)
 
-    async def file(self, token: str, request_id: str) -> tuple[bytes, str]:
-        """Return the file behind a link and its kind, drawn again if it is forgotten.
+    async def file(self, token: str, extension: str, request_id: str) -> bytes:
+        """Return the file behind a link, drawn again if it is forgotten.
 
         It is drawn for whom the link was made for, within the quotas of that key.
 
@@ -249,6 +249,8 @@ class Ingress:
         except LinkError as error:
             raise _link_expired(str(error)) from None
         order = self.check(target.request)
+        if extension != order.output_format:
+            raise _link_expired("The link is damaged")
 
         async def draw() -> bytes:
             request = self._request_of(client, order, request_id)
@@ -259,7 +261,7 @@ class Ingress:
             (file,) = await self._encode(order, drawing)
             return file
 
-        return await self._files.fetch(target.name, draw), f"image/{order.output_format}"
+        return await self._files.fetch(target.name, draw)
 
     async def _encode(self, order: Order, drawing: Drawing) -> list[bytes]:
         with metrics.STAGES.time(stage="encode"):

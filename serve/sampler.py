@@ -85,7 +85,7 @@ class Sampler:
         )
         # Torch runs in threads: the event loop stays free for the other requests. Texts have one
         # of their own, since those of many new requests must not hold up the steps of the others;
-        # it encodes no more at a time than one pass has, so that nobody waits for longer.
+        # it encodes no more at a time than one pass or one request has, so that nobody waits long.
         self._num_computations = self._count_computations(threads)
         self._computing = ThreadPoolExecutor(self._num_computations, "computing")
         self._encoding = ThreadPoolExecutor(1, "encoding")

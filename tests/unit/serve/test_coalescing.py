@@ -121,3 +121,19 @@ def test_those_that_wait_are_counted() -> None:
         assert len(double.asked) == 0
 
     asyncio.run(ask())
+
+
+def test_an_answer_too_few_is_told_and_the_next_are_answered() -> None:
+    async def answer(numbers: Sequence[int]) -> list[int]:
+        return [number for number in numbers if number != BAD]
+
+    async def ask() -> None:
+        asked = Coalescer(answer, size=lambda number: number, most=100)
+        one, bad, two = await asyncio.gather(
+            *(asked.ask(number) for number in (1, BAD, 2)), return_exceptions=True
+        )
+        assert (one, two) == (1, 2)
+        assert isinstance(bad, ValueError)
+        assert await asyncio.wait_for(asked.ask(3), 60) == 3
+
+    asyncio.run(ask())

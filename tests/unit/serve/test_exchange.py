@@ -9,7 +9,7 @@ import pytest
 from starlette.types import Message, Receive, Scope, Send
 
 from serve.access import Access
-from serve.exchange import CLIENT_GONE, Exchange
+from serve.exchange import CLIENT_GONE, Exchange, Replay
 from serve.gate import Gate
 
 START: Message = {"type": "http.response.start", "status": 200, "headers": []}
@@ -82,6 +82,27 @@ def test_time_runs_to_the_last_byte_and_no_further(monkeypatch: pytest.MonkeyPat
     broken = exchange(at(102, START))
     now[0] = 105.0
     assert broken.seconds == 5
+
+
+def test_a_request_that_is_forgotten_is_kept_no_longer_and_goes_on() -> None:
+    def request(body: bytes) -> Message:
+        return {"type": "http.request", "body": body, "more_body": True}
+
+    async def receive() -> Message:
+        return messages.pop(0)
+
+    async def receive_all() -> None:
+        replay = Replay(receive)
+        first = replay.from_start()
+        assert [(await first())["body"] for _ in "ab"] == [b"a", b"b"]
+        again = replay.from_start()
+        assert (await again())["body"] == b"a"
+        replay.forget()
+        assert (await again())["body"] == b""
+        assert await first() == GONE
+
+    messages = [request(b"a"), request(b"b"), GONE]
+    asyncio.run(receive_all())
 
 
 @pytest.fixture

@@ -69,6 +69,15 @@ GEOMETRY = {"input_size": 4, "patch_size": 1, "in_channels": 8}
 WIDTH = {"hidden_size": 32, "num_layers": 1, "num_heads": 2, "text_embed_dim": 16}
 
 
+@pytest.fixture
+def replica_threads() -> Iterator[None]:
+    """Torch with one thread, as a replica has: their number decides the last bits."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def randomise(model: torch.nn.Module, seed: int) -> torch.nn.Module:
     """Give every parameter a random value, so that no path is silent as after initialisation."""
     generator = torch.Generator().manual_seed(seed)

@@ -7,7 +7,6 @@ from pathlib import Path
 import httpx
 import pytest
 import ray
-import torch
 from ray import serve
 
 from jobs.local_cluster import free_port
@@ -77,9 +76,6 @@ def client(url: str) -> Iterator[httpx.Client]:
 
 
 @pytest.fixture
-def bundle(tiny_bundle_path: Path) -> Iterator[Bundle]:
+def bundle(tiny_bundle_path: Path, replica_threads: None) -> Bundle:
     """The tiny bundle in this process, which computes with as many threads as a replica."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(AppArgs().threads)
-    yield load_bundle(str(tiny_bundle_path))
-    torch.set_num_threads(threads)
+    return load_bundle(str(tiny_bundle_path))

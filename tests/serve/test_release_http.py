@@ -2,21 +2,19 @@
 
 import base64
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import httpx
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from paris_ray.bundle import Bundle, load_bundle
 from paris_ray.sampling import generate
-from serve.app import AppArgs
 
-pytestmark = pytest.mark.serve
+pytestmark = [pytest.mark.serve, pytest.mark.usefixtures("replica_threads")]
 
 Start = Callable[..., str]
 BODIES: list[dict[str, Any]] = [
@@ -25,14 +23,6 @@ BODIES: list[dict[str, Any]] = [
     {"prompt": "cat", "seed": 2, "num_inference_steps": 2, "routing": "full-ensemble"},
     {"prompt": "cat", "seed": 2, "num_inference_steps": 5, "routing": "top-1"},
 ]
-
-
-@pytest.fixture(autouse=True)
-def _as_many_threads_as_a_replica() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(AppArgs().threads)
-    yield
-    torch.set_num_threads(threads)
 
 
 def drawn(url: str, **body: Any) -> np.ndarray:

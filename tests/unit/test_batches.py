@@ -1,7 +1,7 @@
 """What a sample gets does not depend on its batch: bytes, adapters, linear layers, lost experts."""
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -49,13 +49,7 @@ ROUTINGS = ("top-1", "top-2", "full", "threshold:0.3", "top-p:0.7", "agree:1.4")
 NUM_MIXES = 100  # of each bundle
 
 
-@pytest.fixture(autouse=True)
-def threads() -> Iterator[None]:
-    """As many as a replica has."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("replica_threads")
 
 
 @pytest.fixture(scope="module", params=["tiny_bundle_path", "release_path"])

@@ -1,6 +1,6 @@
 """Prompts of a bundle: encoded together without changing a byte, and remembered."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +21,7 @@ PROMPTS = [*SHORT, LONG[0], "", *(f"{prompt} circle" for prompt in SHORT), LONG[
 )]  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def threads() -> Iterator[None]:
-    """As many as a replica has."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("replica_threads")
 
 
 @pytest.fixture(params=["tiny_bundle_path", "release_path"])

@@ -1,7 +1,7 @@
 """Trials of this machine: rows that depend on their batch are found out, of any kind of model."""
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,13 +31,7 @@ from paris_ray.models.lora import Adapter, LowRankUpdate, attach_all
 MASKED = {"text_injection": "cross_attention", "text_padding_mask": True}
 
 
-@pytest.fixture(autouse=True)
-def threads() -> Iterator[None]:
-    """As many as a replica has."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("replica_threads")
 
 
 # -- Experts and router ----------------------------------------------------------------------------

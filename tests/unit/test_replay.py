@@ -5,20 +5,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from jobs.replay import EXIT_DIFFERENT, main
 from paris_ray.bundle import Bundle, bundle_digest
 from paris_ray.pictures import PictureFormat, PictureRecord, Sampling, encode_picture
 from paris_ray.sampling import generate
 
-
-@pytest.fixture(autouse=True)
-def _threads_stay() -> None:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("replica_threads")
 
 
 @pytest.fixture(scope="module")

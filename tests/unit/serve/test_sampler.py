@@ -1,13 +1,12 @@
 """A Sampler in this process, its experts with it: texts that wait are encoded together."""
 
 import asyncio
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from paris_ray.bundle import load_bundle
 from paris_ray.encoders.text import LENGTHS
@@ -22,13 +21,7 @@ from serve.source import BundleSource
 PROMPTS = ["a red cat", "blue dog", "a green circle a blue square", "", "red cat " * 12]
 
 
-@pytest.fixture(autouse=True)
-def threads() -> Iterator[None]:
-    """As many as a replica has."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("replica_threads")
 
 
 @pytest.fixture(params=["tiny_bundle_path", "release_path"])

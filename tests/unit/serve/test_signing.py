@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from credentials import SIGNER, Authority, assertions, to_pem
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from PIL import Image
+from records import RECORD
 
 from jobs.replay import main as replay
 from paris_ray.bundle import bundle_digest
@@ -25,7 +25,6 @@ from paris_ray.pictures import (
     FORMATS,
     PictureFormat,
     PictureRecord,
-    Sampling,
     encode_picture,
     read_picture,
 )
@@ -44,32 +43,6 @@ from serve.signing import (
     SigningOptions,
 )
 from serve.source import BundleSource, Origin
-
-RECORD = PictureRecord(
-    software="paris_ray 0",
-    model="tiny",
-    bundle="0" * 64,
-    dtype=None,
-    prompt='a "cat" \U0001f431',
-    seed=2**63 - 1,
-    sampling=Sampling(
-        num_inference_steps=3,
-        solver="ab2",
-        time_grid="half-last",
-        guidance_scale=1.5,
-        routing="top-2",
-        allowed_experts=[0, 2],
-    ),
-    lora=None,
-    native_size=32,
-    size=32,
-    resize_filter=None,
-    output_compression=None,
-    expert_weights=[{0: 0.25, 2: 0.75}, {0: 1.0}],
-    missing_experts=[3, 4],
-    unfinished_at=None,
-    attribution=None,
-)
 
 
 @pytest.fixture(scope="module")
@@ -274,30 +247,26 @@ def signing(served: Served, signer: PictureSigner) -> Served:
     return replace(served, signer=signer)
 
 
+@pytest.mark.usefixtures("replica_threads")
 def test_every_file_of_a_server_that_signs_is_signed_and_can_be_drawn_again(
     signing: Served, authority: Authority, tiny_bundle_path: Path, tmp_path: Path
 ) -> None:
     request = ImagesRequest(prompt="a red cat", seed=7, output_format="webp")
     order = check(request, signing, random_seed=0)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        options = asdict(order.sampling)
-        (image,) = generate(signing.bundle, ["a red cat"], seed=7, **options)
-        drawing = Drawing(
-            pictures=np.asarray(image)[None],
-            expert_usage=[[1.0, 0, 0]],
-            expert_weights=[[[1.0, 0, 0]] * 3],
-            missing_experts=[],
-            seconds=0.0,
-            origin=Origin(bundle=bundle_digest(str(tiny_bundle_path))),
-        )
-        (file,) = encode_all(order, drawing, signing)
-        assert authority.read(file, "webp").get_validation_state() == "Trusted"
-        (tmp_path / "signed.webp").write_bytes(file)
-        assert replay([str(tmp_path / "signed.webp"), "--bundle", str(tiny_bundle_path)]) == 0
-    finally:
-        torch.set_num_threads(threads)
+    options = asdict(order.sampling)
+    (image,) = generate(signing.bundle, ["a red cat"], seed=7, **options)
+    drawing = Drawing(
+        pictures=np.asarray(image)[None],
+        expert_usage=[[1.0, 0, 0]],
+        expert_weights=[[[1.0, 0, 0]] * 3],
+        missing_experts=[],
+        seconds=0.0,
+        origin=Origin(bundle=bundle_digest(str(tiny_bundle_path))),
+    )
+    (file,) = encode_all(order, drawing, signing)
+    assert authority.read(file, "webp").get_validation_state() == "Trusted"
+    (tmp_path / "signed.webp").write_bytes(file)
+    assert replay([str(tmp_path / "signed.webp"), "--bundle", str(tiny_bundle_path)]) == 0
 
 
 def test_an_unfinished_picture_is_signed_as_such(signing: Served, authority: Authority) -> None:

@@ -57,6 +57,9 @@ SECURITY_HEADERS = {
 TIMEOUT_HEADER = b"x-request-timeout-seconds"
 # By these, too, Ray's proxy does what a client says; it reads them with either separator.
 RAYS_HEADERS = (b"x-request-disconnect-disabled", b"x-session-id", b"serve-multiplexed-model-id")
+# By this the edge tells an Ingress that another one has died with the request.
+SENT_AGAIN_HEADER = b"x-paris-sent-again"
+OWN_HEADERS = (*RAYS_HEADERS, SENT_AGAIN_HEADER)  # which no client may send
 RAYS_ROUTES = "/-/routes"  # tells the names of applications
 
 
@@ -193,7 +196,7 @@ class Edge:
             id = Headers(scope=scope)["x-request-id"]
             logger.warning("no replica answered request %s, which is sent to another", id)
             limit = (TIMEOUT_HEADER, str(left_s).encode())  # the last one counts
-            again = {**scope, "headers": [*scope["headers"], limit]}
+            again = {**scope, "headers": [*scope["headers"], (SENT_AGAIN_HEADER, b"1"), limit]}
             await self._app(again, request.from_start(), send)
 
     def _limit_s_of(self, scope: Scope) -> float:
@@ -202,7 +205,7 @@ class Edge:
 
     def _is_allowed(self, name: bytes, value: bytes) -> bool:
         if name != TIMEOUT_HEADER:
-            return name.replace(b"_", b"-") not in RAYS_HEADERS
+            return name.replace(b"_", b"-") not in OWN_HEADERS
         try:
             return 0 < float(value) <= self._limit_s
         except ValueError:

@@ -4,6 +4,7 @@ import asyncio
 import base64
 import secrets
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -71,11 +72,13 @@ class Caller(BaseModel):
     Attributes:
         client: Its key, `local` where there are none; None for a route that needs none.
         request_id: What the client calls the request, or we for it.
+        is_sent_again: Whether another Ingress has died with it.
         base_url: What links begin with.
     """
 
     client: Client | None
     request_id: str
+    is_sent_again: bool
     base_url: str
 
 
@@ -198,7 +201,7 @@ class Ingress:
         Raises:
             ApiError: 408, 429, 499 or 503.
         """
-        client, request = self._own_request(order, caller)
+        client, request = await self._own_request(order, caller)
         with self.access.counting(client, order.picture_steps):
             drawing = await self.samplers.draw(request)
         files = await self._encode(order, drawing)
@@ -211,7 +214,7 @@ class Ingress:
         Raises:
             ApiError: as `draw`.
         """
-        client, request = self._own_request(order, caller)
+        client, request = await self._own_request(order, caller)
         with self.access.counting(client, order.picture_steps):
             async for event in self._events(order, request, caller):
                 yield event
@@ -269,7 +272,7 @@ class Ingress:
         metrics.IMAGES.add(len(files))
         return files
 
-    def _own_request(self, order: Order, caller: Caller) -> tuple[Client, DrawRequest]:
+    async def _own_request(self, order: Order, caller: Caller) -> tuple[Client, DrawRequest]:
         """Return whose a request is, and what the Sampler is asked for it.
 
         Raises:
@@ -282,6 +285,9 @@ class Ingress:
             if most is not None and order.num_pictures > most:  # never, whenever it is sent again
                 message = f"{order.num_pictures} pictures are not allowed: {whose} {most} at once"
                 raise invalid(message, param="n", code="invalid_value")
+        if caller.is_sent_again:  # what a Sampler still draws for the dead one fills its quota
+            with suppress(ApiError):
+                await self.samplers.cancel(client.name, caller.request_id)
         return client, self._request_of(client, order, caller.request_id)
 
     def _request_of(self, client: Client, order: Order, id: str) -> DrawRequest:

@@ -14,7 +14,7 @@ from serve import openapi, pictures
 from serve.access import Access
 from serve.checking import Order
 from serve.errors import ApiError, error_of, failed, install_error_handlers, invalid
-from serve.gate import Gate
+from serve.gate import SENT_AGAIN_HEADER, Gate
 from serve.ingress import PAGE, Caller, Ingress
 from serve.keys import Client
 from serve.schemas import (
@@ -59,6 +59,7 @@ async def current_caller(request: Request, ingress: Current) -> Caller:
     return Caller(
         client=client,
         request_id=request.state.request_id,
+        is_sent_again=SENT_AGAIN_HEADER.decode() in request.headers,
         base_url=(ingress.options.public_url or str(request.base_url)).rstrip("/"),
     )
 

@@ -105,7 +105,7 @@ class CountingSampler:
     """Draws black pictures and writes down each request.
 
     Args:
-        folder: A file a request; no request is answered before `open` is there.
+        folder: A file a request and a cancel; no request is answered before `open` is there.
     """
 
     def __init__(self, folder: str) -> None:
@@ -118,6 +118,10 @@ class CountingSampler:
         while not (self._folder / "open").exists():
             await asyncio.sleep(0.05)
         return drawing(request)
+
+    async def cancel(self, client: str, request_id: str) -> int | None:
+        (self._folder / f"{request_id} {client} cancelled").touch()
+        return None
 
 
 class ChangingSampler:
@@ -414,13 +418,18 @@ def is_drawing(url: str) -> bool:
 def test_a_killed_ingress_costs_nobody_a_picture(
     deploy: Deploy, kill_replicas: Callable[[str, str], int], tmp_path: Path
 ) -> None:
-    """Ray's proxy says nothing of its requests, so the edge sends them to another."""
+    """Ray's proxy says nothing of its requests, so the edge sends them to another.
+
+    This ends what the Sampler draws for the dead one: it would count against the key's quota.
+    """
     url = deploy("mortal-ingress", CountingSampler, str(tmp_path))
     with ThreadPoolExecutor(1) as pool:
         body, headers = {"prompt": "a cat", "seed": 3}, {"X-Request-Id": "mine"}
         answer = pool.submit(httpx.post, f"{url}/{IMAGES}", json=body, headers=headers, timeout=120)
         assert appears(tmp_path / "mine local None")
+        assert not (tmp_path / "mine local cancelled").exists()
         assert kill_replicas("mortal-ingress", "Ingress") == 1
+        assert appears(tmp_path / "mine local cancelled")
         assert not answer.done()
         (tmp_path / "open").touch()
         assert answer.result().status_code == 200, answer.result().text

@@ -445,7 +445,7 @@ def test_without_a_limit_any_is_shorter() -> None:
     assert math.isinf(Edge(Proxy(Application(), None))._limit_s)
 
 
-def test_rays_own_headers_have_no_effect() -> None:
+def test_headers_between_ray_and_us_are_no_clients() -> None:
     kept = (b"x-other", b"1")
     gone = (
         b"x-request-disconnect-disabled",
@@ -453,6 +453,7 @@ def test_rays_own_headers_have_no_effect() -> None:
         b"x_session_id",
         b"serve_multiplexed_model_id",
         b"serve-multiplexed-model-id",
+        gate.SENT_AGAIN_HEADER,
     )
     assert handed_on(kept, *[(name, b"?1") for name in gone]) == dict([kept])
 
@@ -523,7 +524,8 @@ def test_a_request_whose_replica_died_is_sent_to_another(reads: int) -> None:
     assert (first["root_path"], second["root_path"]) == ("/app", "/app")
     (limit,) = [value for name, value in second["headers"] if name == gate.TIMEOUT_HEADER]
     assert 0 < float(limit) < 120  # what is left of the operator's
-    assert first["headers"] == second["headers"][:-1]
+    assert first["headers"] == second["headers"][:-2]
+    assert gate.SENT_AGAIN_HEADER in dict(second["headers"])
 
 
 def test_a_body_that_was_on_its_way_is_received_whole() -> None:

@@ -7,7 +7,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 SCALE = 3  # drawn large and shrunk, which smooths the lines
 WIDTH, HEIGHT = 380, 260
-LEFT, RIGHT, TOP, BOTTOM = 52, 16, 34, 46
+LEFT, RIGHT, TOP, BOTTOM = 52, 24, 34, 46
 COLOURS = ("#0b62a4", "#c4501b", "#3d8b37")
 INK, GRID = "#333333", "#dddddd"
 GRID_LINES = 4

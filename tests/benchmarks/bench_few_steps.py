@@ -21,19 +21,17 @@ from statistics import mean
 from typing import NamedTuple
 
 from bench_solvers import (
-    Pictures,
     draw,
-    every_composition,
     open_run,
     quickstart_run,
     read_captions,
+    right_share,
     rmse,
 )
 
 from paris_ray.artifacts import Folder, VerifiedFolder
 from paris_ray.bundle import load_expert
 from paris_ray.config import Objective
-from paris_ray.evaluation.attributes import attribute_accuracy
 from paris_ray.export import open_student, open_trained_parts
 from paris_ray.models import Expert
 from paris_ray.run import STUDENT, Run
@@ -99,7 +97,7 @@ class Judge:
         self.ensemble = open_trained_parts(run)
         self.options = sampling_options(self.ensemble)
         self.text = self.ensemble.encode_text(self.captions.texts)
-        self.everything = every_composition(run)
+        self.share_right = right_share(run, self.captions.attributes)
         self.wanted = draw(self.ensemble, self.text, self.captions.seeds, self.options)
 
     def measure(self, expert: Expert, num_steps: int, seconds: float = 0.0) -> Measured:
@@ -114,11 +112,6 @@ class Judge:
         )
         pictures = self.ensemble.codec.decode(latents)
         return Measured(self.share_right(pictures), rmse(pictures, self.wanted), seconds)
-
-    def share_right(self, pictures: Pictures) -> float:
-        """Return the share of pictures that have all attributes of their captions."""
-        wanted = self.captions.attributes
-        return attribute_accuracy(pictures, wanted, *self.everything).share_all_right
 
 
 def taught(run_dir: Path, judge: Judge) -> Iterator[tuple[Arm, Measured]]:

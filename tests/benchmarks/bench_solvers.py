@@ -7,7 +7,7 @@ on one thread and without Ray.
 """
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -26,6 +26,7 @@ from paris_ray.embeddings import ATTRIBUTE, read_rows
 from paris_ray.evaluation.attributes import Attributes, attribute_accuracy
 from paris_ray.models import TextConditioning
 from paris_ray.pipeline.drawing import chosen_rows
+from paris_ray.reports import thumbnail
 from paris_ray.run import Run
 from paris_ray.sampling.sampler import SamplingOptions, sample, sampling_options
 from paris_ray.seeding import derive_seed
@@ -80,11 +81,19 @@ def quickstart_run(run_dir: Path) -> Run:
     return Run(load("quickstart", [f"run_dir={run_dir.resolve()}"]))
 
 
-def every_composition(run: Run) -> tuple[Pictures, Attributes]:
-    """Return pictures of all that captions of a run can ask for, and their attributes."""
+def right_share(run: Run, wanted: Attributes) -> Callable[[Pictures], float]:
+    """Return what says which share of pictures has all the wanted attributes.
+
+    It compares thumbnails, as a run's evaluation does, with all that its captions can ask for.
+    """
     everything = compositions(run.config.corpus)
     assert everything is not None, "the quickstart knows all that its captions can ask for"
-    return everything
+
+    def right(pictures: Pictures) -> float:
+        small = np.stack([thumbnail(picture) for picture in pictures])
+        return attribute_accuracy(small, wanted, *everything).share_all_right
+
+    return right
 
 
 def read_captions(run: Run, count: int) -> Captions:
@@ -166,15 +175,11 @@ def main() -> None:
     """Measure."""
     run, num_captions = open_run(__doc__, "a finished run of the quickstart")
     bundle, captions = load_bundle(run.bundle.uri), read_captions(run, num_captions)
-    everything = every_composition(run)
+    right = right_share(run, captions.attributes)
     text = bundle.encode_text(captions.texts)
     euler = replace(sampling_options(bundle), solver="euler", time_grid="linspace")
     long = replace(euler, num_inference_steps=REFERENCE_STEPS)
     reference = draw(bundle, text, captions.seeds, long)
-
-    def right(pictures: Pictures) -> float:
-        return attribute_accuracy(pictures, captions.attributes, *everything).share_all_right
-
     measured: dict[Way, Measured] = {}
     for name, grid, steps in product(get_args(SolverName), GRIDS, STEPS):
         options = replace(euler, solver=name, time_grid=grid, num_inference_steps=steps)

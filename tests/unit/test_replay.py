@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from records import RECORD
 
 from jobs.replay import EXIT_DIFFERENT, main
 from paris_ray.bundle import Bundle, bundle_digest
@@ -16,9 +17,8 @@ pytestmark = pytest.mark.usefixtures("replica_threads")
 
 @pytest.fixture(scope="module")
 def record(tiny_bundle_path: Path) -> PictureRecord:
-    return PictureRecord(
-        software="paris_ray 0",
-        model="tiny",
+    return replace(
+        RECORD,
         bundle=bundle_digest(str(tiny_bundle_path)),
         dtype=None,
         prompt="a red cat",
@@ -31,13 +31,8 @@ def record(tiny_bundle_path: Path) -> PictureRecord:
             routing="full",
         ),
         lora=None,
-        native_size=32,
-        size=32,
-        resize_filter=None,
-        output_compression=None,
         expert_weights=[],
         missing_experts=[],
-        unfinished_at=None,
         attribution=None,
     )
 

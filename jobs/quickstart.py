@@ -116,7 +116,9 @@ def _deploy(cluster: LocalCluster, run: Run, port: int) -> None:
     document = yaml.safe_load((REPOSITORY / "serve" / "config.yaml").read_text())
     document["http_options"]["port"] = port
     digest = read_manifest(run.bundle, BUNDLE).digest
-    document["applications"][0]["args"] |= {"bundle": run.bundle.uri, "bundle_digest": digest}
+    # On one machine experts are lost together: what waits for one alone is not worth its memory.
+    own = {"bundle": run.bundle.uri, "bundle_digest": digest, "last_resort": False}
+    document["applications"][0]["args"] |= own
     config_file = Path(run.folder.uri) / "serve.yaml"
     config_file.write_text(yaml.safe_dump(document, sort_keys=False))
     print("deploying the Serve application ...", flush=True)

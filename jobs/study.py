@@ -5,15 +5,19 @@ r"""One dense model against isolated experts: many small runs, and the page that
 
 Writes docs/study.md, study.json beside it and charts in images/ (`--output`), and the runs to
 run_dir (runs/study, or runs/study_small). Every arm is a run of its own, on encoders and embeddings
-of one: arms that are finished are kept, an interrupted one continues. `--dry-run` lists them. What
+of one: arms that are finished are kept, an interrupted one continues. `--known docs/study.json`
+takes the numbers of arms that are configured as they were then from that file. `--dry-run` lists
+them. What
 arms decide (experts, steps, clusters, shares, routing) is not taken from the configuration.
 docs/training.md says more.
 """
 
 import argparse
+import json
 import shlex
 import sys
 from pathlib import Path
+from typing import Any
 
 from jobs.command import fail, log_to_stdout, parser, ray_session, refuse_relative_paths
 from paris_ray.config import load, local_paths, with_absolute_paths
@@ -24,6 +28,7 @@ def main() -> None:
     """Parse the command line and run the study, or only list its arms."""
     options = parser(__doc__ or "")
     options.add_argument("--small", action="store_true", help="the small form")
+    options.add_argument("--known", type=Path, help="a study.json: what it has is not run again")
     options.add_argument("--output", type=Path, default=Path("docs/study.md"), help="the page")
     arguments = options.parse_intermixed_args()
     log_to_stdout()
@@ -40,7 +45,11 @@ def _study(arguments: argparse.Namespace) -> None:
 
     form, output = SMALL_FORM if arguments.small else FULL_FORM, arguments.output
     config = load(arguments.config, [*form.overrides, *arguments.overrides])
-    refuse_relative_paths(local_paths(config) | {"--output": str(output)})
+    places = {"--output": str(output)}
+    if arguments.known is not None:
+        places["--known"] = str(arguments.known)
+    refuse_relative_paths(local_paths(config) | places)
+    known = _known(arguments.known)
     if output.suffix != ".md":
         raise ConfigError(f"--output={str(output)!r} is not allowed: a name that ends in .md")
     if arguments.dry_run:
@@ -54,7 +63,21 @@ def _study(arguments: argparse.Namespace) -> None:
         # Where the runs are is this machine's affair, and changes no number.
         told = [given for given in sys.argv[1:] if not given.startswith("run_dir=")]
         command = shlex.join(["python", "-m", "jobs.study", *told])
-        run_study(with_absolute_paths(config), form, output.resolve(), command=command)
+        run_study(with_absolute_paths(config), form, output.resolve(), command=command, known=known)
+
+
+def _known(path: Path | None) -> dict[str, Any]:
+    """Return what an earlier study wrote; raises ConfigError if it cannot be read."""
+    if path is None:
+        return {}
+    try:
+        study = json.loads(path.read_bytes())
+        _ = [arm["digest"] for arm in study["arms"]]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ConfigError(
+            f"--known={str(path)!r} is not allowed: a study.json of this version ({error!r})"
+        ) from None
+    return dict(study)
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ from paris_ray.run import (
     MODEL_CONFIG,
     ROUTER,
     ROUTER_WEIGHTS,
+    SEED,
     Run,
 )
 
@@ -45,6 +46,7 @@ CLASSES = {
     "codec": ["paris_ray.encoders.codec", "PatchPCA"],
     TOKENIZER: ["transformers", "CLIPTokenizer"],
     "router": ["paris_ray.models", "Router"],
+    SEED: ["paris_ray.models", "Expert"],
 }
 PUBLIC_PIPELINE = {"_class_name": "DDMPipeline", "_diffusers_version": "0.21.0"}
 OWN_PIPELINE = {"_class_name": "Bundle", "_library": "paris_ray.bundle"}
@@ -64,6 +66,8 @@ def open_trained_parts(run: Run, *, device: str = "cpu", dtype: Dtype | None = N
     experts = range(run.num_experts)
     parts = {f"expert_{k}": open_finished(run.expert(k), EXPERT) for k in experts}
     parts["router"] = open_finished(run.router, ROUTER)
+    if run.config.seed_training.steps:
+        parts[SEED] = open_finished(run.seed, SEED)
     if run.clusters.exists(clusters.FILE):
         parts[CLUSTERS] = open_finished(run.clusters, CLUSTERS)
     sampling = replace(run.config.sampling, router_temperature=_temperature(run))
@@ -189,6 +193,7 @@ def _files_of(name: str, part: VerifiedFolder) -> tuple[str, ...]:
         return MODEL_FILES if _is_minilm(part) else TEXT_ENCODER_FILES
     return {
         "router": (MODEL_CONFIG, ROUTER_WEIGHTS),
+        SEED: (MODEL_CONFIG, EXPERT_WEIGHTS),
         "codec": (codec.CONFIG, codec.WEIGHTS),
         "vae": VAE_FILES,
         CLUSTERS: (clusters.FILE,),

@@ -13,7 +13,7 @@ TEMPLATE = """\
 A Paris-style ensemble of {num_experts} diffusion experts ({parameters} parameters each), trained
 apart on one cluster of the data each, and a router ({router_parameters:,} parameters) that chooses
 among them at every denoising step. Made with paris_ray.
-{unlike_experts}{origin}
+{last_resort}{unlike_experts}{origin}
 {use}
 
 ## Data
@@ -27,6 +27,10 @@ among them at every denoising step. Made with paris_ray.
 | | |
 |---|---|
 {measured}
+"""
+LAST_RESORT = """
+All experts started from one model of all the data, `seed/`. A server draws with it in the place of
+an expert that is lost.
 """
 DISTILLED = """\
 # {name}
@@ -106,6 +110,7 @@ def model_card(
         num_experts=bundle.num_experts,
         parameters=f"{least:,}" if least == most else f"{least:,} to {most:,}",
         router_parameters=router_parameters,
+        last_resort="" if bundle.last_resort is None else LAST_RESORT,
         unlike_experts=_unlike_experts(bundle.expert_configs, parameters),
         origin=_origin(started_from),
         use=_use(bundle),

@@ -76,6 +76,7 @@ class PictureRecord:
         expert_weights: For each evaluation of the velocity, the weight of every expert that has
             any, by its number; a single row, their mean, where a JPEG has no room for more.
         missing_experts: Those that were lost and drawn without.
+        last_resort: Whether the seed that all started from drew in their place, with their weight.
         unfinished_at: After how many evaluations an unfinished picture was sent; None: finished.
         attribution: Licence line to show beside the picture, or None.
     """
@@ -99,6 +100,7 @@ class PictureRecord:
     missing_experts: list[int]
     unfinished_at: int | None
     attribution: str | None
+    last_resort: bool = False  # which files of earlier versions do not tell
 
     def averaged(self) -> "PictureRecord":
         """Return the record with the mean of the weights in place of each evaluation's."""

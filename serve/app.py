@@ -197,7 +197,10 @@ class AppArgs(BaseModel):
         ingress: Size of the HTTP side.
         sampler: Size of the Sampler.
         expert: Size of every expert.
-        experts: What differs for single experts, by number.
+        experts: What differs for single experts, by number; that of the last resort follows theirs.
+        last_resort: Deploy the seed that the bundle's experts started from, if it has one, like one
+            more expert: it draws in the place of those that are lost. Not with `colocated`, where
+            none is lost alone.
         scaling: How numbers follow the load, where `max_replicas` lets them; the application's
             `autoscaling_policy` must be `serve.scaling:policy`.
     """
@@ -225,6 +228,7 @@ class AppArgs(BaseModel):
     sampler: ScaledOptions = ScaledOptions()
     expert: ScaledOptions = ScaledOptions()
     experts: dict[int, ScaledOptions] = {}
+    last_resort: bool = True
     scaling: ScalingOptions = ScalingOptions()
 
     @model_validator(mode="after")
@@ -270,15 +274,15 @@ def build(args: AppArgs) -> Application:
     """
     source = _source(args).pinned()
     bundle = source.open()
-    num_experts = bundle.num_experts
+    num_models = bundle.num_models if args.last_resort else bundle.num_experts
     # From here on each adapter tells its expert, so that an expert reads only its own.
     loras = [lora.pinned(bundle.loras[lora.name]) for lora in source.loras]
     source = source._replace(loras=tuple(loras))
     for index in args.experts:
-        if not 0 <= index < num_experts:
-            raise ConfigError(f"experts: {index} is not allowed: the bundle has {num_experts}")
+        if not 0 <= index < num_models:
+            raise ConfigError(f"experts: {index} is not allowed: the bundle has {num_models}")
     options = _http_options(args, bundle.facts.model_name)
-    sizes = [] if args.colocated else [args.expert_options(k) for k in range(num_experts)]
+    sizes = [] if args.colocated else [args.expert_options(k) for k in range(num_models)]
     sampler = _deploy_sampler(args, sizes).bind(
         _on_reserved_device(source, args.sampler),
         None if args.colocated else _bind_experts(args, source, sizes),

@@ -67,6 +67,7 @@ class Drawing:
         expert_usage: `(n, K)` mean weight of each expert over the steps; rows sum to 1.
         expert_weights: `(n, steps, K)` its weight in each step.
         missing_experts: Those that were lost and drawn without, in order; of all pictures.
+        last_resort: Whether the last resort drew in their place; of any picture.
         seconds: How long the Sampler had the request.
         origin: What drew them. It is the Sampler's to tell: while Serve replaces replicas, the
             Ingress may be of another version.
@@ -76,6 +77,7 @@ class Drawing:
     expert_usage: list[list[float]]
     expert_weights: list[list[list[float]]]
     missing_experts: list[int]
+    last_resort: bool
     seconds: float
     origin: Origin
 

@@ -45,6 +45,7 @@ def encode_all(order: Order, drawing: Drawing, served: Served) -> list[bytes]:
                 _record(order, served, i, drawing.origin),
                 expert_weights=sparse_weights(drawing.expert_weights[i]),
                 missing_experts=drawing.missing_experts,
+                last_resort=drawing.last_resort,
             ),
             order,
             served,
@@ -170,6 +171,7 @@ def headers(order: Order, served: Served, drawing: Drawing | None = None) -> dic
         "Allowed-Experts": ",".join(map(str, sampling.allowed_experts or [])) or None,
         "Warnings": ",".join(dict.fromkeys(_warning_codes(order))) or None,
         "Missing-Experts": ",".join(map(str, drawing.missing_experts)) or None if drawing else None,
+        "Last-Resort": "true" if drawing and drawing.last_resort else None,
         "Attribution": facts.attribution,
     }
     return {
@@ -205,6 +207,7 @@ def _provenance(
         experts=[drawing.expert_usage[i] for i in pictures],
         expert_weights=[[[round(w, WEIGHT_DIGITS) for w in r] for r in rows] for rows in weights],
         missing_experts=drawing.missing_experts,
+        last_resort=drawing.last_resort,
         degraded=bool(drawing.missing_experts),
         warnings=order.warnings(pictures.start // order.n),
         attribution=facts.attribution,

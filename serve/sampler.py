@@ -56,7 +56,8 @@ class Sampler:
 
     Args:
         source: Where the bundle is.
-        experts: Handles of the experts, in order; None keeps the experts in this process.
+        experts: Handles of the experts, in order, and of the last resort, if one is to draw in the
+            place of those that are lost; None keeps the experts in this process.
         threads: Torch threads of one computation.
         limits: What is drawn at a time, and what may wait.
         lanes: How many batches each expert is asked at a time.
@@ -90,8 +91,12 @@ class Sampler:
         self._computing = ThreadPoolExecutor(self._num_computations, "computing")
         self._encoding = ThreadPoolExecutor(1, "encoding")
         self._beginning = Coalescer(self._begin, size=_num_texts, most=MOST_TRIED)
-        self._engine = Engine((ROUTER, *range(self._bundle.num_experts)), limits)
-        self._reporter = Reporter(self._bundle.num_experts)
+        # Experts in this process are not lost without it: nobody needs to stand in for one.
+        count = self._bundle.num_experts if experts is None else len(experts)
+        self._last_resort = self._bundle.last_resort if count > self._bundle.num_experts else None
+        self._models_asked = (ROUTER, *range(count))
+        self._engine = Engine(self._models_asked, limits)
+        self._reporter = Reporter(count)
         self._requests: dict[tuple[str, str], list[tuple[Ticket, asyncio.Queue[Event]]]] = {}
         self._idle: dict[asyncio.Future[Batch], Collection[int]] = {}  # lanes at rest
         self._tasks: list[asyncio.Task[None]] = []
@@ -119,7 +124,9 @@ class Sampler:
         """Return the fields of `serve.schemas.Readiness`."""
         return {
             "num_experts": self._bundle.num_experts,
-            "failing_experts": [model for model in self._engine.failing if model != ROUTER],
+            "failing_experts": [
+                model for model in self._engine.failing if 0 <= model < self._bundle.num_experts
+            ],
             "active_pictures": self._engine.num_active,
             "waiting_pictures": self._engine.num_waiting,
         }
@@ -164,7 +171,7 @@ class Sampler:
         try:
             self._start_lanes()
             with metrics.STAGES.time(stage="text"):
-                denoisings = await self._beginning.ask(request)
+                denoisings = await self._denoisings(request, events)
             self._engine.start(ticket, denoisings, time.monotonic())
             self._wake()
             origin = self._origin(request.options)
@@ -200,6 +207,23 @@ class Sampler:
     def _origin(self, options: SamplingOptions) -> Origin:
         return self._source.origin(next(iter(options.loras.values()), None))
 
+    async def _denoisings(
+        self, request: DrawRequest, events: "asyncio.Queue[Event]"
+    ) -> list[Denoising]:
+        """Return the `denoise` of each picture, or raise what ends the request before its turn."""
+        asking = asyncio.ensure_future(self._beginning.ask(request))
+        ending = asyncio.ensure_future(events.get())
+        try:
+            await asyncio.wait({asking, ending}, return_when=asyncio.FIRST_COMPLETED)
+            if ending.done():  # nothing else is told of a request that has not started
+                event = ending.result()
+                assert isinstance(event, Failed)
+                raise event.error
+            return await asking
+        finally:
+            asking.cancel()
+            ending.cancel()
+
     async def _begin(self, requests: Sequence[DrawRequest]) -> list[list[Denoising]]:
         """Return the `denoise` of each picture of some requests, whose texts are encoded together.
 
@@ -213,7 +237,9 @@ class Sampler:
         rows = (text.rows(slice(i, i + 1)) for i in range(len(prompts)))
         return [
             [
-                start_denoising(self._bundle, next(rows), [seed], request.options)
+                start_denoising(
+                    self._bundle, next(rows), [seed], request.options, self._last_resort
+                )
                 for seed in request.seeds
             ]
             for request in requests
@@ -251,6 +277,7 @@ class Sampler:
                         expert_usage=usage,
                         expert_weights=weights,
                         missing_experts=sorted({k for one in samples for k in one.missing_experts}),
+                        last_resort=any(one.last_resort for one in samples),
                         seconds=time.monotonic() - ticket.admitted,
                         origin=origin,
                     )
@@ -277,10 +304,11 @@ class Sampler:
     def _start_lanes(self) -> None:
         if self._tasks:
             return
-        every = (ROUTER, *range(self._bundle.num_experts))
         if self._experts is None:
             count = self._num_computations
-            lanes = [self._run_lane(every, self._answer_here, None) for _ in range(count)]
+            lanes = [
+                self._run_lane(self._models_asked, self._answer_here, None) for _ in range(count)
+            ]
         else:
             limits = self._limits
             lanes = [self._run_lane((ROUTER,), self._answer_here, None)]

@@ -164,6 +164,8 @@ class Provenance(BaseModel):
         experts: For each picture, the mean weight of every expert over the steps; sums to 1.
         expert_weights: For each picture and evaluation of the velocity, the weight of every expert.
         missing_experts: Experts that were lost and drawn without.
+        last_resort: Whether the seed that all experts started from drew in their place, with their
+            weight.
         degraded: Whether there are any.
         warnings: What the request does not get of what it asks for.
         attribution: Licence line to show beside the pictures, or None.
@@ -185,6 +187,7 @@ class Provenance(BaseModel):
     experts: list[list[float]]
     expert_weights: list[list[list[float]]]
     missing_experts: list[int]
+    last_resort: bool
     degraded: bool
     warnings: list[RequestWarning]
     attribution: str | None

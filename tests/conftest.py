@@ -166,6 +166,17 @@ def other_bundle_path(tiny_parts: Path, tmp_path_factory: pytest.TempPathFactory
     return root / "bundle"
 
 
+@pytest.fixture(scope="session")
+def seeded_bundle_path(tiny_parts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The path of the tiny bundle with a seed, which draws unlike any of its experts."""
+    root = tmp_path_factory.mktemp("seeded")
+    shutil.copytree(tiny_parts, root / "parts")
+    seed = Expert(ExpertConfig(text_injection="spatial", **GEOMETRY, **WIDTH))
+    write_model(Folder(root / "parts" / "seed"), randomise(seed, 70), EXPERT_WEIGHTS)
+    publish_bundle(root / "parts", root / "bundle")
+    return root / "bundle"
+
+
 def publish_bundle(parts: Path, path: Path) -> None:
     """Write the bundle of loose parts."""
     write_bundle(open_parts(parts), Folder(path), model_card="# tiny\n")

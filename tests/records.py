@@ -24,6 +24,7 @@ RECORD = PictureRecord(
     output_compression=None,
     expert_weights=[{0: 0.25, 2: 0.75}, {1: 1.0}],
     missing_experts=[3],
+    last_resort=True,
     unfinished_at=None,
     attribution="\u00a9 nobody",
 )

@@ -15,7 +15,7 @@ from paris_ray.encoders import autoencoder, clip, codec
 from paris_ray.encoders.autoencoder import VAE_FILES
 from paris_ray.encoders.clip import TEXT_ENCODER, TEXT_ENCODER_FILES, TOKENIZER
 from paris_ray.errors import BundleError
-from paris_ray.run import BUNDLE, CLUSTERS, EXPERT_WEIGHTS, MODEL_CONFIG, ROUTER_WEIGHTS
+from paris_ray.run import BUNDLE, CLUSTERS, EXPERT_WEIGHTS, MODEL_CONFIG, ROUTER_WEIGHTS, SEED
 
 CODECS = {"vae": VAE_FILES, "codec": (codec.CONFIG, codec.WEIGHTS)}
 ENCODER_WEIGHTS = {
@@ -146,6 +146,8 @@ def _parts(folder: Folder, folders: Set[str], num_experts: int) -> dict[str, Seq
     }
     if TOKENIZER in folders:  # which files it needs, its reader knows
         parts[TOKENIZER] = ()
+    if SEED in folders:
+        parts[SEED] = (MODEL_CONFIG, EXPERT_WEIGHTS)
     if CLUSTERS in folders:
         parts[CLUSTERS] = (clusters.FILE,)
     return parts

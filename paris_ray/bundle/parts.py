@@ -23,7 +23,7 @@ from paris_ray.errors import BundleError, ConfigError, ParisError
 from paris_ray.models import Expert, Router, TextConditioning
 from paris_ray.models.lora import attach_all
 from paris_ray.receipts import file_sha256
-from paris_ray.run import CLUSTERS, EXPERT_WEIGHTS, MODEL_CONFIG, ROUTER_WEIGHTS
+from paris_ray.run import CLUSTERS, EXPERT_WEIGHTS, MODEL_CONFIG, ROUTER_WEIGHTS, SEED
 
 MAX_RESIDENT = 2  # experts on the device with offload=True: those of top-2, the default
 
@@ -41,7 +41,7 @@ class Bundle:
 
     Args:
         parts: By folder name: `expert_0` ... `expert_K-1`, `router`, `vae` or `codec`,
-            `text_encoder` and, for CLIP, `tokenizer`; `clusters`, if there is one.
+            `text_encoder` and, for CLIP, `tokenizer`; `seed` and `clusters`, if there are any.
         facts: What the bundle says of itself.
         defaults: Values of fields that the models' `config.json` do not tell.
         dtype: Data type of experts and router; None keeps the stored one.
@@ -70,17 +70,31 @@ class Bundle:
         self.num_experts = sum(name.startswith("expert_") for name in parts)
         self._device_name = device
         self._dtype = None if dtype is None else DTYPES[dtype]
-        self._experts = [
-            StoredModel(Expert, parts[f"expert_{k}"], defaults=defaults)
-            for k in range(self.num_experts)
-        ]
+        names = [f"expert_{k}" for k in range(self.num_experts)]
+        names += [SEED] if SEED in parts else []
+        self._experts = {
+            name: StoredModel(Expert, parts[name], defaults=defaults) for name in names
+        }
         self._router = StoredModel(Router, parts["router"], defaults=defaults)
-        most = MAX_RESIDENT if offload else self.num_experts
+        most = MAX_RESIDENT if offload else self.num_models
         self._loras: dict[str, LoRA | View] = {}
         self._resident = _Resident(self._load_expert, self._loras, most)
 
+    @property
+    def num_models(self) -> int:
+        """How many experts there are with the last resort, if there is one."""
+        return len(self._experts)
+
+    @property
+    def last_resort(self) -> int | None:
+        """The number, after all others, of the seed that the experts started from; None: no seed.
+
+        It draws in the place of an expert that is lost: the router does not know of it.
+        """
+        return self.num_experts if SEED in self._experts else None
+
     def expert(self, index: int, lora: str | None = None) -> Expert:
-        """Return expert `index`, with one of its adapters or as it is.
+        """Return expert `index`, or the last resort, with one of its adapters or as it is.
 
         Raises:
             BundleError: if its configuration or weights do not fit.
@@ -183,7 +197,7 @@ class Bundle:
     @torch.inference_mode(False)
     def _load_expert(self, index: int) -> Expert:
         _ = self.expert_configs
-        return self._experts[index].load(self.device, self._dtype)
+        return list(self._experts.values())[index].load(self.device, self._dtype)
 
     @cached_property
     def device(self) -> torch.device:
@@ -228,11 +242,10 @@ class Bundle:
         """
         text = self.encode_text([""])
         width = text.text_embeddings.shape[2]
-        for k, config in enumerate(self.expert_configs):
-            where = f"expert_{k}/{MODEL_CONFIG}"
+        for name, config in self._configs.items():
             if config.text_embed_dim != width:
                 raise BundleError(
-                    f"{where}: text_embed_dim={config.text_embed_dim}, "
+                    f"{name}/{MODEL_CONFIG}: text_embed_dim={config.text_embed_dim}, "
                     f"but the text encoder has {width}"
                 )
         router_width = self.router_config.text_embed_dim
@@ -248,15 +261,20 @@ class Bundle:
         """Shape `(C, H, W)` of one picture's latents."""
         return _latent_shape(self.router_config)
 
-    @cached_property
+    @property
     def expert_configs(self) -> tuple[ExpertConfig, ...]:
         """The architectures; raises BundleError if one reads other latents than the router."""
-        configs = tuple(expert.config for expert in self._experts)
-        for k, config in enumerate(configs):
+        return tuple(self._configs.values())[: self.num_experts]
+
+    @cached_property
+    def _configs(self) -> dict[str, ExpertConfig]:
+        """The same by part, the seed's with them."""
+        configs = {name: expert.config for name, expert in self._experts.items()}
+        for name, config in configs.items():
             shape = _latent_shape(config)
             if shape != self.latent_shape:
                 raise BundleError(
-                    f"expert_{k}/{MODEL_CONFIG}: latents of shape {shape}, "
+                    f"{name}/{MODEL_CONFIG}: latents of shape {shape}, "
                     f"but the router reads {self.latent_shape}"
                 )
         return configs
@@ -288,7 +306,7 @@ class Bundle:
         It is the published one, or computed where nobody published any, which reads the file.
 
         Args:
-            part: `router`, or `expert_` and a number.
+            part: `router`, `seed`, or `expert_` and a number.
         """
         name = ROUTER_WEIGHTS if part == "router" else EXPERT_WEIGHTS
         source = self.parts[part]
@@ -297,8 +315,8 @@ class Bundle:
 
     def num_parameters(self) -> tuple[tuple[int, ...], int]:
         """Return the number of parameters of every expert, and of the router."""
-        experts = tuple(expert.num_parameters() for expert in self._experts)
-        return experts, self._router.num_parameters()
+        models = tuple(expert.num_parameters() for expert in self._experts.values())
+        return models[: self.num_experts], self._router.num_parameters()
 
     def check_headers(self) -> None:
         """Compare every model of a local bundle with its weights' header; no tensor is read.
@@ -306,7 +324,7 @@ class Bundle:
         Raises:
             BundleError: naming the file, and the tensor that does not fit.
         """
-        for expert in self._experts:
+        for expert in self._experts.values():
             expert.check_header(self._dtype)
         self._router.check_header(self._dtype)
 

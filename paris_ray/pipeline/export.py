@@ -35,6 +35,8 @@ def export(config: Config) -> None:
     evaluation = _evaluation(run, parents)
     if evaluation is not None:
         parents["evaluation"] = evaluation.digest
+    if config.seed_training.steps:
+        parents["seed"] = read_manifest(run.seed, SEED).digest
     stage = Stage(BUNDLE, run.bundle, config, sections=SECTIONS, parents=parents)
     if stage.finished() is not None:
         return

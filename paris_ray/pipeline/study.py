@@ -8,15 +8,16 @@ its own drives each.
 import json
 import logging
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import ray
 
-from paris_ray.artifacts import MANIFEST, Folder, read_manifest
-from paris_ray.config import Config, run_folder, with_overrides
+from paris_ray.artifacts import MANIFEST, Folder, canonical_json, read_manifest, sha256_hex
+from paris_ray.config import Config, identity, run_folder, with_overrides
 from paris_ray.errors import TrainingError
 from paris_ray.pipeline.embed import prepare_embeddings
 from paris_ray.pipeline.encoders import prepare_encoders
@@ -52,11 +53,29 @@ class PlannedArm:
     @property
     def finished(self) -> bool:
         """Whether everything of it is there."""
-        evaluations = [Run(config).evaluation for config in (self.config, *self.drawings.values())]
-        return all(folder.exists(MANIFEST) for folder in evaluations)
+        folders = [Run(config).evaluation for config in self._evaluated]
+        return all(folder.exists(MANIFEST) for folder in folders)
+
+    @property
+    def digest(self) -> str:
+        """The digest of what decides its numbers, wherever it runs."""
+        places = {"run_dir": "", "prepared_from": None}
+        decisive = [identity(config) | places for config in self._evaluated]
+        return sha256_hex(canonical_json(decisive))
+
+    @property
+    def _evaluated(self) -> list[Config]:
+        return [self.config, *self.drawings.values()]
 
 
-def run_study(config: Config, form: Form, output: Path, *, command: str) -> dict[str, Any]:
+def run_study(
+    config: Config,
+    form: Form,
+    output: Path,
+    *,
+    command: str,
+    known: Mapping[str, Any] = MappingProxyType({}),
+) -> dict[str, Any]:
     """Run what is not finished of a study and write its page, charts and `.json`.
 
     Args:
@@ -64,6 +83,8 @@ def run_study(config: Config, form: Form, output: Path, *, command: str) -> dict
         form: How large the study is.
         output: The page, a `.md` file; the `.json` stands beside it, charts in `images/`.
         command: What the page says that it was written by.
+        known: What the `.json` of an earlier study holds: arms of the very same configuration are
+            not run again.
 
     Returns:
         What the `.json` holds.
@@ -74,13 +95,18 @@ def run_study(config: Config, form: Form, output: Path, *, command: str) -> dict
     """
     config = study_config(config)
     arms = plan_arms(config, form)
-    encoders = prepare_encoders(config)
-    prepare_embeddings(config, encoders)
-    numbers = _run_arms(arms)
+    found = {numbers["digest"]: numbers for numbers in known.get("arms", ())}
+    if any(arm.digest not in found for arm in arms):
+        encoders = prepare_encoders(config)
+        prepare_embeddings(config, encoders)
+        found |= _run_arms([arm for arm in arms if arm.digest not in found])
+    # What an arm is called, and where it stands, is the plan's of today.
+    numbers = [found[arm.digest] | asdict(arm.arm) for arm in arms]
     study = {
         "command": command,
         "form": form.name,
         "features": config.cluster.features,
+        "max_imbalance": config.cluster.max_imbalance,
         "image_size": config.corpus.image_size,
         "samples": form.total_steps * config.training.batch_size,
         "arms": numbers,
@@ -111,11 +137,12 @@ def run_arm(planned: PlannedArm) -> dict[str, Any]:
     evaluations = {planned.arm.routing: planned.config, **planned.drawings}
     drawn = {name: (config, evaluate(config).facts) for name, config in evaluations.items()}
     router = read_manifest(Run(planned.config).router, ROUTER).facts
-    return arm_numbers(planned.arm, planned.config, router, drawn)
+    numbers = arm_numbers(planned.arm, planned.config, router, drawn)
+    return {"digest": planned.digest, **numbers}
 
 
-def _run_arms(arms: Sequence[PlannedArm]) -> list[dict[str, Any]]:
-    """Run arms, as many at a time as there are CPUs; return their numbers, in order.
+def _run_arms(arms: Sequence[PlannedArm]) -> dict[str, dict[str, Any]]:
+    """Run arms, as many at a time as there are CPUs; return their numbers by their digest.
 
     Every arm has a first seed before one has a second; of a seed, the longest go first, so that
     none is left to run alone.
@@ -124,7 +151,7 @@ def _run_arms(arms: Sequence[PlannedArm]) -> list[dict[str, Any]]:
     progress = _Progress(arms)
     waiting = sorted(enumerate(arms), key=lambda each: (each[1].arm.seed, -each[1].arm.total_steps))
     running: dict[ray.ObjectRef[dict[str, Any]], int] = {}
-    numbers: dict[int, dict[str, Any]] = {}
+    numbers: dict[str, dict[str, Any]] = {}
     failed: list[str] = []
     while waiting or running:
         while waiting and len(running) < room:
@@ -134,13 +161,13 @@ def _run_arms(arms: Sequence[PlannedArm]) -> list[dict[str, Any]]:
         for result in finished:
             index = running.pop(result)
             try:
-                numbers[index] = ray.get(result)
+                numbers[arms[index].digest] = ray.get(result)
             except ray.exceptions.RayError as error:
                 failed.append(f"{arms[index].arm.folder}: {getattr(error, 'cause', error)}")
             progress.say(arms[index])
     if failed:
         raise TrainingError(f"{len(failed)} of {len(arms)} arms failed: {'; '.join(failed)}")
-    return [numbers[index] for index in range(len(arms))]
+    return numbers
 
 
 class _Progress:

@@ -35,8 +35,8 @@ class LocalModels:
     def __init__(self, bundle: Bundle, *, exact: bool = True) -> None:
         self._bundle, self._exact = bundle, exact
         # One an expert. All together have a quarter of the device's memory at most.
-        share = memory_bytes(bundle.device) // (4 * bundle.num_experts)
-        self._texts = [TextCache(min(share, MAX_CACHE_BYTES)) for _ in range(bundle.num_experts)]
+        share = memory_bytes(bundle.device) // (4 * bundle.num_models)
+        self._texts = [TextCache(min(share, MAX_CACHE_BYTES)) for _ in range(bundle.num_models)]
         self._most_rows: dict[int, int] = {}  # of a pass, by model
         # An expert in use cannot leave the device: only one at a time, if there is little room.
         self._turn: AbstractContextManager[Any] = Lock() if bundle.offload else nullcontext()

@@ -20,6 +20,8 @@ class Form:
         ema_decays: Of the experts' averages, after a seed; 0 averages nothing.
         features: What else may be clustered than the configuration has it.
         removed_directions: Principal directions that image features are clustered without.
+        imbalances: How many times the mean a cluster may have, beside the configuration's.
+        temperatures: Of the router, in place of the fitted one.
         shared_shares: Shares of rows of the whole corpus.
         totals: Multiples of `total_steps` that the curve has beside 1.
         seeds: Runs of every arm.
@@ -36,6 +38,8 @@ class Form:
     ema_decays: tuple[float, ...]
     features: tuple[str, ...]
     removed_directions: int
+    imbalances: tuple[float, ...]
+    temperatures: tuple[float, ...]
     shared_shares: tuple[float, ...]
     totals: tuple[Fraction, ...]
     seeds: int
@@ -54,6 +58,8 @@ FULL_FORM = Form(
     ema_decays=(0.0, 0.9),  # averages of so few steps never reach the configuration's 0.995
     features=("image", "caption", "both"),
     removed_directions=4,
+    imbalances=(1.0, 4.0),
+    temperatures=(0.25, 1.0, 4.0, 16.0),
     shared_shares=(0.05, 0.1, 0.25),
     totals=(Fraction(1, 2), Fraction(3)),
     seeds=3,
@@ -82,6 +88,8 @@ SMALL_FORM = Form(
     ema_decays=(0.0,),
     features=("image",),
     removed_directions=4,
+    imbalances=(4.0,),
+    temperatures=(4.0,),
     shared_shares=(0.1,),
     totals=(Fraction(1, 2),),
     seeds=1,

@@ -21,6 +21,11 @@ TABLES = {
         "of the pictures out; `random` is the control: the hash of a row's key decides. Arms "
         "without a word for it cluster what the configuration says: {features}.",
     ),
+    "balance": (
+        "The balance of clusters",
+        "How many times the mean size a cluster may have, after a seed; that of the other arms is "
+        "the configuration's, {max_imbalance:g}.",
+    ),
     "shared": (
         "Rows of the whole corpus",
         "Share of every expert's batches that is drawn from all clusters, from scratch.",
@@ -38,7 +43,8 @@ TABLES = {
         "that a picture costs as much as 1, 2 and all of K experts and the router, if a step asks "
         "them; how many it asked is in the column. `agree:x` asks two, and mixes them where they "
         "differ by no more than x times the likelier one's velocity. `oracle` asks the expert of "
-        "the caption's own cluster, without the router.",
+        "the caption's own cluster, without the router. `at x` divides the router's logits by x in "
+        "place of the fitted temperature.",
     ),
     "samples": (
         "Samples to quality",
@@ -77,7 +83,7 @@ def study_page(study: Mapping[str, Any], pictures: Mapping[str, str]) -> str:
         "## In short",
         _headline(study["samples_to_target"], arms),
         *(_chart(link, name) for name, link in pictures.items()),
-        *(_table_part(arms, name, study["features"]) for name in TABLES),
+        *(_table_part(study, name) for name in TABLES),
         "## The published order",
         _paris(study["paris_order"]),
         "## What this corpus can and cannot show",
@@ -178,10 +184,10 @@ def _comparison(found: Sequence[Row]) -> str:
     )
 
 
-def _table_part(arms: Sequence[Mapping[str, Any]], name: str, features: str) -> str:
-    title, text = TABLES[name]
+def _table_part(study: Mapping[str, Any], name: str) -> str:
+    (title, text), arms = TABLES[name], study["arms"]
     found = rows(arms, name)
-    parts = [f"## {title}", text.format(features=features), _table(found, name)]
+    parts = [f"## {title}", text.format(**study), _table(found, name)]
     if name == "routing":
         parts.append(_certainty(arms))
     elif name != "samples":

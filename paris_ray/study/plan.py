@@ -16,7 +16,7 @@ from paris_ray.study.forms import Form
 
 DENSE, SCRATCH, SEEDED, PAPER = "dense", "scratch", "seeded", "scratch-image"
 # Every table has one dense model and the experts from scratch beside what it varies.
-CONTROLS = ("experts", "clusters", "shared", "seed", "samples")
+CONTROLS = ("experts", "clusters", "balance", "shared", "seed", "samples")
 ONE_MODEL, TOP_1, TOP_2, FULL = "one model", "top-1", "top-2", "full"
 ORACLE, THRESHOLD, ADAPTIVE, AGREE = "oracle", "threshold:0.1", "top-p:0.9", "agree:0.3"
 
@@ -135,8 +135,8 @@ def study_arms(config: Config, form: Form) -> list[Arm]:
     """
     recipes = _Recipes(config, form)
     arms = [*_main_arms(recipes), *_curve_arms(recipes), *_count_arms(recipes)]
-    arms += [*_cluster_arms(recipes), *_shared_arms(recipes), *_seed_arms(recipes)]
-    return arms
+    arms += [*_cluster_arms(recipes), *_balance_arms(recipes)]
+    return [*arms, *_shared_arms(recipes), *_seed_arms(recipes)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,6 +201,8 @@ def _whole(name: str, steps: Fraction) -> int:
 def _main_arms(recipes: _Recipes) -> list[Arm]:
     """One model, experts from scratch, from a seed, of random clusters, and as the paper's."""
     share, routings = recipes.form.seed_share, routing_drawings()
+    # Routers of image clusters alone are in doubt: a temperature moves nothing of the others'.
+    doubtful = [*routings, *temperature_drawings(recipes.form)]
     equal_flops = equal_flops_drawings(recipes.config, recipes.form.num_experts)
     random, image = ["cluster.features=random"], ["cluster.features=image"]
     return [
@@ -210,7 +212,7 @@ def _main_arms(recipes: _Recipes) -> list[Arm]:
         *recipes.arms("scratch-random", ["clusters"], overrides=random),
         *recipes.arms("seeded-random", ["clusters"], share=share, overrides=random),
         *_unless_default(
-            recipes, PAPER, ["clusters", "routing"], overrides=image, drawings=routings
+            recipes, PAPER, ["clusters", "routing"], overrides=image, drawings=doubtful
         ),
     ]
 
@@ -243,6 +245,21 @@ def routing_drawings() -> list[Drawing]:
             ),
         )
         for name, routing in routings.items()
+    ]
+
+
+def temperature_drawings(form: Form) -> list[Drawing]:
+    """Return top-2 by routers of other temperatures than the fitted one."""
+    return [
+        Drawing(
+            name=f"{TOP_2} at {temperature:g}",
+            overrides=(
+                f"sampling.routing={TOP_2}",
+                f"sampling.router_temperature={temperature:g}",
+                f"evaluation.name=temperature-{temperature:g}",
+            ),
+        )
+        for temperature in form.temperatures
     ]
 
 
@@ -295,6 +312,16 @@ def _cluster_arms(recipes: _Recipes) -> list[Arm]:
         share = recipes.form.seed_share
         arms += _unless_default(
             recipes, f"seeded-{kind}", ["clusters"], overrides=overrides, share=share
+        )
+    return arms
+
+
+def _balance_arms(recipes: _Recipes) -> list[Arm]:
+    arms, share = [], recipes.form.seed_share
+    for most in recipes.form.imbalances:
+        overrides = [f"cluster.max_imbalance={most:g}"]
+        arms += recipes.arms(
+            f"seeded-imbalance-{most:g}", ["balance"], share=share, overrides=overrides
         )
     return arms
 

@@ -143,10 +143,11 @@ export function facts(record) {
 }
 
 /** Return what a picture did not get of what was asked for, or nothing. */
-export function notes({ warnings, missing_experts }) {
+export function notes({ warnings, missing_experts, last_resort }) {
   const said = warnings.map(({ message }) => message);
   if (missing_experts.length) {
-    said.push(`drawn without experts that were lost: ${missing_experts.join(", ")}`);
+    const who = last_resort ? "the seed drew in place of" : "drawn without";
+    said.push(`${who} experts that were lost: ${missing_experts.join(", ")}`);
   }
   return said.length ? [element("ul", { className: "notes" }, ...items(said))] : [];
 }

@@ -4,8 +4,8 @@
 
 With `--write docs/results.md` they also replace those in the document, between
 `<!-- bench: SECTION -->` and `<!-- end -->`. All of them take more than half an hour on two cores
-that do nothing else; `distilled`, `solvers` and `serving` need the run that `quickstart` leaves,
-`few_steps` that it is distilled. Nothing is asserted.
+that do nothing else; `distilled`, `solvers`, `last_resort` and `serving` need the run that
+`quickstart` leaves, `few_steps` that it is distilled. Nothing is asserted.
 """
 
 import argparse
@@ -134,6 +134,7 @@ SECTIONS: dict[str, Callable[[Path], str]] = {
     "distilled": distilled,
     "few_steps": script("bench_few_steps.py", "{runs}/quickstart"),
     "solvers": script("bench_solvers.py", "{runs}/quickstart"),
+    "last_resort": script("bench_last_resort.py", "{runs}/quickstart"),
     "serving": script("bench_serving.py", "--bundle", "{runs}/quickstart/bundle"),
     "models": script("bench_models.py"),
     "memory": script("bench_memory.py"),

@@ -17,7 +17,7 @@ from paris_ray.export import open_trained_parts
 from paris_ray.run import EMBEDDINGS, EVALUATION, Run
 from paris_ray.sampling.sampler import sample_one_expert, sampling_options
 from paris_ray.study.forms import SMALL_FORM
-from paris_ray.study.plan import AGREE
+from paris_ray.study.plan import AGREE, study_config
 
 pytestmark = pytest.mark.ray
 
@@ -31,6 +31,8 @@ FORM = replace(
     ema_decays=(),
     features=("image",),
     removed_directions=2,
+    imbalances=(),
+    temperatures=(8.0,),
     shared_shares=(0.25,),
     totals=(Fraction(1, 2),),
     seeds=2,
@@ -76,6 +78,7 @@ def test_all_arms_are_in_the_results(page: Path) -> None:
     assert full == {48 * 16}
     ways = {"top-2", "top-1", "full", "threshold:0.1", "top-p:0.9", AGREE, "oracle"}
     assert set(arms["scratch"]["drawn"]) == ways
+    assert set(arms["scratch-image"]["drawn"]) == ways | {"top-2 at 8"}
     asked = {way: drawn["experts_asked"] for way, drawn in arms["scratch"]["drawn"].items()}
     assert asked["oracle"] == asked["top-1"] == 1
     assert 1 < asked["top-2"] <= 2 < asked["full"] <= 3
@@ -105,6 +108,21 @@ def test_a_second_call_keeps_everything_and_says_the_same(page: Path, config: Co
     run_study(config, FORM, page, command="a test")
     assert manifests(config) == before
     assert page.read_text() == said
+
+
+def test_known_arms_are_not_run_again(page: Path, config: Config, tmp_path: Path) -> None:
+    """Nor is anything prepared for them; an arm that is drawn otherwise now is another."""
+    from paris_ray.pipeline.study import plan_arms, run_study
+
+    known, elsewhere = json.loads(page.with_suffix(".json").read_text()), tmp_path / "runs"
+    moved = replace(config, run_dir=str(elsewhere))
+    run_study(moved, FORM, tmp_path / "study.md", command="a test", known=known)
+    assert (tmp_path / "study.json").read_text() == page.with_suffix(".json").read_text()
+    assert not elsewhere.exists()
+    more = plan_arms(study_config(moved), replace(FORM, temperatures=(8.0, 9.0)))
+    digests = {arm["digest"] for arm in known["arms"]}
+    new = {arm.arm.name for arm in more if arm.digest not in digests}
+    assert new == {"scratch-image"}
 
 
 def test_arms_read_one_set_of_embeddings(page: Path, config: Config) -> None:

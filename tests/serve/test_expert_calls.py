@@ -1,6 +1,7 @@
 """What the Sampler sends to experts in other processes, and what it does without them."""
 
 import asyncio
+import threading
 import time
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
@@ -19,7 +20,7 @@ from paris_ray.sampling import generate
 from paris_ray.sampling.engine import Limits, QueueFullError
 from paris_ray.sampling.routing import Routing
 from paris_ray.sampling.sampler import ExpertsLostError, sampling_options
-from serve.drawing import Drawing, DrawRequest, Partial
+from serve.drawing import Drawing, DrawRequest, Partial, RequestCancelledError
 from serve.expert import ExpertServer, Floats, MissingTexts, OtherVersionError, Question
 from serve.sampler import Sampler
 from serve.source import BundleSource, LoRASource, Origin
@@ -146,6 +147,30 @@ def test_a_lost_expert_is_drawn_without_and_named(
     weights = np.array(degraded.expert_weights)
     assert (weights[..., 1] == 0).all()
     np.testing.assert_allclose(weights.sum(axis=-1), 1, rtol=1e-5)
+
+
+def test_the_last_resort_draws_in_the_place_of_a_lost_expert(
+    seeded_bundle_path: Path, source: BundleSource, handles: list[Handle]
+) -> None:
+    (without,) = draw(source, handles, ["a cat"])
+    source = BundleSource(str(seeded_bundle_path))
+    handles = [Handle(ExpertServer(source, k, threads=1, max_rows=64)) for k in range(4)]
+    (whole,) = draw(source, handles, ["a cat"])
+    np.testing.assert_array_equal(whole.pictures, without.pictures)
+    assert (whole.missing_experts, whole.last_resort, handles[3].sent) == ([], False, [])
+
+    handles[1].dies = True
+    (stood_in,) = draw(source, handles, ["a cat"])
+    assert (stood_in.missing_experts, stood_in.last_resort) == ([1], True)
+    assert handles[3].sent
+    assert (stood_in.pictures != whole.pictures).any()
+    assert (np.array(stood_in.expert_weights)[..., 1] > 0).any()
+
+    handles[3].dies = True
+    (neither,) = draw(source, handles, ["a cat"])
+    assert (neither.missing_experts, neither.last_resort) == ([1], False)
+    (undeployed,) = draw(source, handles[:3], ["a cat"])
+    np.testing.assert_array_equal(undeployed.pictures, neither.pictures)
 
 
 def test_a_request_may_insist_on_every_expert(source: BundleSource, handles: list[Handle]) -> None:
@@ -295,3 +320,41 @@ def test_a_bad_call_costs_its_own_request_alone(
         np.testing.assert_array_equal(answer.pictures, alone.pictures)
     batches = [len(question.t) for question in handles[1].sent]
     assert max(batches) > len(SEEDS)  # they did share batches
+
+
+def test_a_cancelled_request_does_not_wait_for_the_text_encoder(
+    source: BundleSource, handles: list[Handle], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sampler = Sampler(source, handles, threads=1, limits=LIMITS, lanes=[2] * len(handles))
+    encode, may_go_on, encoded = sampler._encode, threading.Event(), []
+
+    def slowly(requests: Sequence[DrawRequest]) -> Any:
+        encoded.append([request.id for request in requests])
+        assert may_go_on.wait(60)
+        return encode(requests)
+
+    monkeypatch.setattr(sampler, "_encode", slowly)
+    options = sampling_options(source.open(), routing="full")
+    first, second = (
+        DrawRequest(
+            id=name, client="local", prompts=[name], seeds=[0], options=options, timeout_s=60
+        )
+        for name in ("a cat", "a dog")
+    )
+
+    async def cancel_the_second() -> tuple[Drawing, int | None]:
+        drawing = asyncio.create_task(sampler.draw(first))
+        while not encoded:
+            await asyncio.sleep(0.01)
+        waiting = asyncio.create_task(sampler.draw(second))
+        await asyncio.sleep(0.05)
+        step = await sampler.cancel("local", "a dog")
+        with pytest.raises(RequestCancelledError):
+            await waiting  # while the encoder still has the first
+        assert not drawing.done()
+        may_go_on.set()
+        return await drawing, step
+
+    drawn, step = asyncio.run(cancel_the_second())
+    assert (len(drawn.pictures), step) == (1, 0)
+    assert encoded == [["a cat"]]

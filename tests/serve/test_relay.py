@@ -42,6 +42,7 @@ def drawing(request: DrawRequest) -> Drawing:
         expert_usage=[[1.0, 0.0, 0.0]] * n,
         expert_weights=[[[1.0, 0.0, 0.0]] * steps] * n,
         missing_experts=[2],
+        last_resort=True,
         seconds=0.0,
         origin=Origin(),
     )
@@ -212,6 +213,7 @@ def test_a_request_outlives_its_sampler(deploy: Deploy, tmp_path: Path) -> None:
     response = httpx.post(f"{url}/{IMAGES}", json={"prompt": "a cat", "seed": 3}, timeout=120)
     assert response.status_code == 200, response.text
     assert response.json()["paris"]["seed"] == 3
+    assert response.json()["paris"]["last_resort"] is True
     assert (response.json()["paris"]["degraded"], response.json()["paris"]["missing_experts"]) == (
         True,
         [2],

@@ -208,10 +208,18 @@ def kept_dead(
         killer.join()
 
 
-def test_where_an_expert_stays_dead_another_draws_and_the_answer_names_it(
-    start_app: Callable[..., str], kill_replicas: Callable[[str, str], int], key_file: str
+def test_where_an_expert_stays_dead_the_seed_draws_and_the_answer_names_it(
+    start_app: Callable[..., str],
+    kill_replicas: Callable[[str, str], int],
+    key_file: str,
+    seeded_bundle_path: Path,
 ) -> None:
-    url = start_app("degraded", api_key_file=key_file, limits={"lost_after_s": 3})
+    url = start_app(
+        "degraded",
+        bundle=str(seeded_bundle_path),
+        api_key_file=key_file,
+        limits={"lost_after_s": 3},
+    )
     body = {"prompt": "a cat", "seed": 1, "routing": "full", "num_inference_steps": 5}
 
     def draw(**fields: Any) -> httpx.Response:
@@ -227,7 +235,8 @@ def test_where_an_expert_stays_dead_another_draws_and_the_answer_names_it(
     assert answer.headers["x-paris-missing-experts"] == "2"
     facts = answer.json()["paris"]
     assert (facts["degraded"], facts["missing_experts"]) == (True, [2])
-    assert facts["expert_weights"][0][-1][2] == 0
+    assert facts["last_resort"] is True
+    assert facts["expert_weights"][0][-1][2] > 0
     assert sum(facts["expert_weights"][0][-1]) == pytest.approx(1, abs=1e-3)
     assert refused.status_code == 503
     assert refused.json()["error"]["code"] == "unavailable"

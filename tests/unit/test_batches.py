@@ -20,6 +20,7 @@ from paris_ray.artifacts import Folder
 from paris_ray.bundle import Bundle, load_bundle
 from paris_ray.bundle.texts import Texts
 from paris_ray.config import LoRAConfig
+from paris_ray.errors import BundleError, ParisError
 from paris_ray.exactness import MOST_TRIED
 from paris_ray.models import EncodedText, TextConditioning
 from paris_ray.models.layers import Linear, PatchEmbed, apply_linear
@@ -37,6 +38,7 @@ from paris_ray.sampling.sampler import (
     Step,
     advance,
     initial_noise,
+    sample_one_expert,
     sampling_options,
     start_denoising,
 )
@@ -345,12 +347,13 @@ def test_patches_are_those_of_a_convolution(patch_size: int) -> None:
 
 
 def draw_without(
-    bundle: Bundle, lost: set[int], lost_from: int = 0, **options: Any
+    bundle: Bundle, lost: set[int], lost_from: int = 0, count: int = 1, **options: Any
 ) -> tuple[Samples, list[list[int]]]:
-    """Draw one picture with experts that are lost from some evaluation on; tell who was asked."""
+    """Draw pictures with experts that are lost from some evaluation on; tell who was asked."""
     models, asked = LocalModels(bundle), []
-    text = bundle.encode_text(PROMPTS[:1])
-    denoising = start_denoising(bundle, text, [3], sampling_options(bundle, **options))
+    text, seeds = bundle.encode_text(PROMPTS[:count]), list(range(3, 3 + count))
+    checked = sampling_options(bundle, **options)
+    denoising = start_denoising(bundle, text, seeds, checked, bundle.last_resort)
     step = advance(denoising)
     while isinstance(step, Step):
         asked.append([call.model for call in step.calls])
@@ -424,3 +427,60 @@ def test_the_answer_does_not_depend_on_the_order_of_calls(bundle: Bundle) -> Non
     order = np.random.default_rng(0).permutation(len(calls))
     for place, answer in zip(order, models.answer([calls[i] for i in order]), strict=True):
         assert torch.equal(answer, answers[place])
+
+
+@pytest.fixture(scope="module")
+def seeded(seeded_bundle_path: Path) -> Bundle:
+    return load_bundle(str(seeded_bundle_path))
+
+
+def test_the_last_resort_draws_in_the_place_of_a_lost_expert(
+    tiny_bundle: Bundle, seeded: Bundle
+) -> None:
+    options = {"routing": "full", "num_inference_steps": 3}
+    whole, _ = draw_without(tiny_bundle, set(), **options)
+    unneeded, asked = draw_without(seeded, set(), **options)
+    assert torch.equal(unneeded.latents, whole.latents)
+    assert not unneeded.last_resort
+    assert asked == [[-1], [0, 1, 2]] * 3
+
+    samples, asked = draw_without(seeded, {1}, lost_from=1, **options)
+    assert (samples.missing_experts, samples.last_resort) == ((1,), True)
+    assert asked == [[-1], [0, 1, 2], [-1], [0, 1, 2], [0, 3, 2], [-1], [0, 3, 2]]
+    # Of the same latents the router wants the same, and the weight of the lost one is drawn.
+    assert torch.equal(samples.expert_weights[0, 1], whole.expert_weights[0, 1])
+    assert not torch.equal(samples.latents, whole.latents)
+    torch.testing.assert_close(samples.expert_weights.sum(dim=2), torch.ones(1, 3))
+
+
+def test_where_all_experts_are_lost_the_last_resort_draws_alone(seeded: Bundle) -> None:
+    options = {"num_inference_steps": 3, "guidance_scale": 1.0}
+    samples, _ = draw_without(seeded, {0, 1, 2}, count=3, routing="top-2", **options)
+    assert (samples.missing_experts, samples.last_resort) == ((0, 1, 2), True)
+    assert seeded.last_resort is not None
+    text = seeded.encode_text(PROMPTS[:3])
+    seed = seeded.expert(seeded.last_resort)
+    alone = sample_one_expert(seed, text, seeded.null_text, seeds=[3, 4, 5], **options)
+    torch.testing.assert_close(samples.latents, alone)
+
+
+@pytest.mark.parametrize("allowed", [None, [0, 2, 1]])
+def test_without_a_last_resort_that_may_draw_the_others_do(
+    tiny_bundle: Bundle, seeded: Bundle, allowed: list[int] | None
+) -> None:
+    """It may not where a request names who may, and cannot where it is lost as well."""
+    options = {"routing": "full", "num_inference_steps": 3, "allowed_experts": allowed}
+    expected, _ = draw_without(tiny_bundle, {1}, **options)
+    samples, asked = draw_without(seeded, {1} if allowed else {1, 3}, **options)
+    assert torch.equal(samples.latents, expected.latents)
+    assert (samples.missing_experts, samples.last_resort) == ((1,), False)
+    assert ([0, 3, 2] in asked) == (allowed is None)
+
+
+def test_the_last_resort_is_no_expert_of_the_router(seeded: Bundle) -> None:
+    assert (seeded.num_experts, seeded.num_models, seeded.last_resort) == (3, 4, 3)
+    assert len(seeded.expert_configs) == len(seeded.num_parameters()[0]) == 3
+    with pytest.raises(ParisError, match="numbers from 0 to 2"):
+        sampling_options(seeded, allowed_experts=[3])
+    with pytest.raises(BundleError, match="0 to 2"):
+        seeded.add_view("mine", 3, lambda expert: expert)

@@ -1,6 +1,7 @@
 """Bundles that are written: the public layout both ways, and experts that differ."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import safetensors.torch
 import torch
 
 from paris_ray.artifacts import Folder, Manifest, VerifiedFolder, publish
-from paris_ray.bundle import Bundle, load_bundle
+from paris_ray.bundle import MODEL_INDEX, Bundle, load_bundle
 from paris_ray.config import CodecConfig, TextConfig, load
 from paris_ray.diffusion import predict_velocity
 from paris_ray.errors import BundleError
@@ -201,3 +202,17 @@ def test_starting_from_the_runs_own_seed_is_no_start_from_elsewhere(tmp_path: Pa
     assert started_from(run, experts) == {"expert_1": "another", "seed": "a stranger's"}
     without = Run(load("quickstart", [f"run_dir={tmp_path}", "seed_training.steps=0"]))
     assert started_from(without, experts) == {"expert_0": own, "expert_1": "another"}
+
+
+def test_a_bundle_carries_the_seed_that_its_experts_started_from(
+    seeded_bundle_path: Path, tmp_path: Path
+) -> None:
+    bundle = load_bundle(str(seeded_bundle_path))
+    assert "seed" in json.loads((seeded_bundle_path / MODEL_INDEX).read_text())
+    experts = {bundle.weights_digest(f"expert_{k}") for k in range(3)}
+    assert bundle.weights_digest("seed") not in experts
+    assert "place of\nan expert that is lost" in card(bundle)
+    copy = Path(shutil.copytree(seeded_bundle_path, tmp_path / "copy"))
+    (copy / "seed" / EXPERT_WEIGHTS).unlink()
+    with pytest.raises(BundleError, match=f"lacks seed/{EXPERT_WEIGHTS}"):
+        load_bundle(str(copy))

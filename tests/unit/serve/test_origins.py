@@ -49,6 +49,7 @@ def test_a_file_tells_what_the_sampler_says_of_itself(served: Served, origin: Or
         expert_usage=[[1.0, 0.0, 0.0]] * 2,
         expert_weights=[[[1.0, 0.0, 0.0]]] * 2,
         missing_experts=[],
+        last_resort=False,
         seconds=0.0,
         origin=origin,
     )

@@ -260,6 +260,7 @@ def test_every_file_of_a_server_that_signs_is_signed_and_can_be_drawn_again(
         expert_usage=[[1.0, 0, 0]],
         expert_weights=[[[1.0, 0, 0]] * 3],
         missing_experts=[],
+        last_resort=False,
         seconds=0.0,
         origin=Origin(bundle=bundle_digest(str(tiny_bundle_path))),
     )

@@ -20,7 +20,7 @@ from paris_ray.study.order import paris_order
 from paris_ray.study.page import draw_charts, study_page
 
 ROUTED = ("top-2", "top-1", "full", "oracle")
-CONTROLS = ["experts", "clusters", "shared", "seed", "samples", "routing"]
+CONTROLS = ["experts", "clusters", "balance", "shared", "seed", "samples", "routing"]
 
 
 def drawn(accuracy: float, frechet: float | None) -> dict[str, Any]:
@@ -90,6 +90,7 @@ def study(arms: list[dict[str, Any]]) -> dict[str, Any]:
         "command": "python -m jobs.study --small",
         "form": "small",
         "features": "caption",
+        "max_imbalance": 1.25,
         "image_size": 32,
         "samples": 1000,
         "arms": arms,

@@ -123,14 +123,14 @@ class Order:
         )
 
     def picture_request(self, picture: int) -> ImagesRequest:
-        """Return the request for one of the pictures alone."""
+        """Return the request for one of the pictures alone, which must be that very picture."""
         return ImagesRequest(
             prompt=self.prompts[picture // self.n],
             seed=self.seed + picture,
             size=f"{self.size}x{self.size}",
             output_format=self.output_format,
             output_compression=self.output_compression,
-            allow_degraded=self.allow_degraded,
+            allow_degraded=False,
             **asdict(self.sampling),
         )
 

@@ -26,6 +26,7 @@ class DrawRequest:
         partial_images: How many unfinished states of each picture are sent before the last.
         allow_degraded: Whether it may be finished without an expert that is lost.
         max_pictures_of_client: The most pictures that the client may have in work or waiting.
+        origin: What alone may draw it; None: any.
     """
 
     id: str
@@ -37,6 +38,12 @@ class DrawRequest:
     partial_images: int = 0
     allow_degraded: bool = True
     max_pictures_of_client: int | None = None
+    origin: Origin | None = None
+
+    def check_origin(self, origin: Origin) -> None:
+        """Raise OtherOriginError if a request may not be drawn by this."""
+        if self.origin not in (None, origin):
+            raise OtherOriginError
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,6 +87,10 @@ class Drawing:
     last_resort: bool
     seconds: float
     origin: Origin
+
+
+class OtherOriginError(RuntimeError):
+    """A Sampler has another bundle, data type or adapter than what alone may draw a request."""
 
 
 class RequestCancelledError(RuntimeError):

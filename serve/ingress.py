@@ -5,6 +5,7 @@ import base64
 import secrets
 from collections.abc import AsyncIterator
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from serve import metrics, pictures
 from serve.access import Access, Frontage
 from serve.checking import Order, Served, check
 from serve.drawing import Drawing, DrawRequest
-from serve.errors import ApiError, invalid, unavailable
+from serve.errors import ApiError, invalid
 from serve.keys import Client
 from serve.links import FileCache, LinkError, Links, LinkTarget, cluster_secret
 from serve.relay import Samplers
@@ -242,12 +243,10 @@ class Ingress:
         try:
             target = self._links.read(token)
             client = self.access.client_named(target.client)
-            is_known = target.name in self._files or target.origin == self._source.origin(
-                target.request.lora
-            )
-            if not is_known or client is None:
+            if client is None or not (target.name in self._files or self._can_draw(target)):
                 raise LinkError(
-                    "The link's picture is of another model or adapter, or its key is gone"
+                    "The link's picture is of another model or adapter, or was drawn without an "
+                    "expert that was lost, or its key is gone"
                 )
         except LinkError as error:
             raise _link_expired(str(error)) from None
@@ -257,14 +256,18 @@ class Ingress:
 
         async def draw() -> bytes:
             request = self._request_of(client, order, request_id)
+            request = replace(request, origin=target.origin)
             with self.access.counting(client, order.picture_steps):
                 drawing = await self.samplers.draw(request)
-                if drawing.origin != target.origin:
-                    raise unavailable("The model is being replaced. Ask again")
             (file,) = await self._encode(order, drawing)
             return file
 
         return await self._files.fetch(target.name, draw)
+
+    def _can_draw(self, target: LinkTarget) -> bool:
+        """Return whether the picture of a link would be the same, as far as is known here."""
+        origin = self._source.origin(target.request.lora)
+        return target.origin == origin and not target.is_degraded
 
     async def _encode(self, order: Order, drawing: Drawing) -> list[bytes]:
         with metrics.STAGES.time(stage="encode"):
@@ -305,7 +308,12 @@ class Ingress:
             return ImageData(b64_json=base64.b64encode(file).decode())
         request = order.picture_request(picture)
         assert caller.client is not None
-        target = LinkTarget(request=request, client=caller.client.name, origin=drawing.origin)
+        target = LinkTarget(
+            request=request,
+            client=caller.client.name,
+            origin=drawing.origin,
+            is_degraded=bool(drawing.missing_experts),
+        )
         self._files.put(target.name, file)
         token = self._links.sign(target)
         return ImageData(url=f"{caller.base_url}/v1/images/files/{token}.{order.output_format}")

@@ -35,6 +35,7 @@ class LinkTarget(BaseModel):
         request: The request for its picture.
         client: Who asked for it: drawing it again counts against its quotas.
         origin: What drew it: nothing else may draw it again.
+        is_degraded: Whether an expert was missing: then nothing can.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -42,6 +43,7 @@ class LinkTarget(BaseModel):
     request: ImagesRequest
     client: str
     origin: Origin
+    is_degraded: bool = False
 
     @property
     def name(self) -> str:

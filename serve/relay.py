@@ -16,7 +16,13 @@ from paris_ray.errors import ParisError
 from paris_ray.sampling.engine import DeadlineError, QueueFullError
 from paris_ray.sampling.sampler import ExpertsLostError
 from serve import metrics
-from serve.drawing import Drawing, DrawRequest, Partial, RequestCancelledError
+from serve.drawing import (
+    Drawing,
+    DrawRequest,
+    OtherOriginError,
+    Partial,
+    RequestCancelledError,
+)
 from serve.errors import ApiError, failed, retry_after, too_slow, unavailable
 from serve.expert import ExpertUnavailableError, OtherVersionError
 from serve.schemas import ErrorDetail
@@ -278,7 +284,12 @@ def _errors_for_clients() -> Iterator[None]:
         message = f"The request was cancelled after {error.step} steps"
         detail = ErrorDetail(message=message, type="cancelled_error", code="cancelled")
         raise ApiError(CANCELLED, detail) from error
-    except (ExpertsLostError, ExpertUnavailableError, DeploymentUnavailableError) as error:
+    except (
+        ExpertsLostError,
+        ExpertUnavailableError,
+        DeploymentUnavailableError,
+        OtherOriginError,
+    ) as error:
         message = "A part of the model is being replaced. Send the request again"
         raise unavailable(message) from error
     except ParisError as error:  # a Sampler's own, of which Ray made a traceback: not the client's

@@ -144,6 +144,7 @@ class Sampler:
             ExpertsLostError: if experts are lost that it may not be drawn without.
             RequestCancelledError: if it was cancelled.
             OtherVersionError: if the request, or an expert that it wants, is of another bundle.
+            OtherOriginError: if something else than this may draw it alone.
         """
         async for message in self.stream(request):
             if isinstance(message, Drawing):
@@ -153,6 +154,8 @@ class Sampler:
     async def stream(self, request: DrawRequest) -> AsyncIterator[Partial | Drawing]:
         """Draw the pictures of a request and tell of unfinished ones; raises as `draw`."""
         self._check_version(request.options)
+        origin = self._origin(request.options)
+        request.check_origin(origin)
         events: asyncio.Queue[Event] = asyncio.Queue()
         preview_at = _preview_steps(request)
         ticket = self._engine.admit(
@@ -174,7 +177,6 @@ class Sampler:
                 denoisings = await self._denoisings(request, events)
             self._engine.start(ticket, denoisings, time.monotonic())
             self._wake()
-            origin = self._origin(request.options)
             async for message in self._follow(ticket, events, preview_at, origin):
                 yield message
         finally:

@@ -48,6 +48,11 @@ def drawing(request: DrawRequest) -> Drawing:
     )
 
 
+def whole(request: DrawRequest) -> Drawing:
+    """Return black pictures that no expert was missing for."""
+    return replace(drawing(request), missing_experts=[], last_resort=False)
+
+
 class FullSampler:
     """Refuses everything, as the prompt says."""
 
@@ -118,7 +123,7 @@ class CountingSampler:
         (self._folder / f"{request.id} {request.client} {request.max_pictures_of_client}").touch()
         while not (self._folder / "open").exists():
             await asyncio.sleep(0.05)
-        return drawing(request)
+        return whole(request)
 
     async def cancel(self, client: str, request_id: str) -> int | None:
         (self._folder / f"{request_id} {client} cancelled").touch()
@@ -137,7 +142,9 @@ class ChangingSampler:
 
     async def draw(self, request: DrawRequest) -> Drawing:
         origin = Origin(dtype="bfloat16") if self._changed.exists() else Origin()
-        return replace(drawing(request), origin=origin)
+        request.check_origin(origin)
+        made = drawing(request) if "degraded" in request.prompts[0] else whole(request)
+        return replace(made, origin=origin)
 
 
 class EndlessSampler:
@@ -444,8 +451,8 @@ def test_links_end_with_what_drew_their_pictures(deploy: Deploy, tmp_path: Path)
     """While Serve replaces replicas, a Sampler is perhaps not of the Ingress's version."""
     first, second = (deploy(name, ChangingSampler, str(tmp_path)) for name in ("one", "two"))
 
-    def links() -> list[str]:
-        body = {"prompt": "a cat", "n": 2, "response_format": "url"}
+    def links(prompt: str = "a cat") -> list[str]:
+        body = {"prompt": prompt, "n": 2, "response_format": "url"}
         answer = httpx.post(f"{first}/{IMAGES}", json=body, timeout=60)
         assert answer.status_code == 200, answer.text
         return [picture["url"] for picture in answer.json()["data"]]
@@ -455,6 +462,9 @@ def test_links_end_with_what_drew_their_pictures(deploy: Deploy, tmp_path: Path)
         return answer.status_code, answer.json()["error"]["code"]
 
     kept, forgotten = links()
+    degraded = links("a degraded cat")[0]
+    assert httpx.get(degraded, timeout=60).status_code == 200
+    assert refusal(degraded.replace(first, second)) == (404, "link_expired")
     # Another application of this cluster has the secret, and a memory of its own.
     assert httpx.get(kept.replace(first, second), timeout=60).status_code == 200
     (tmp_path / "changed").touch()

@@ -71,6 +71,7 @@ def test_one_picture_of_many_can_be_asked_for_again(served: Served) -> None:
     whole = check(body, served, random_seed=9)
     alone = check(whole.picture_request(2), served, random_seed=0)
     assert (alone.prompts, alone.seed, alone.n) == (("a dog",), 7, 1)
+    assert (whole.allow_degraded, alone.allow_degraded) == (True, False)
     for field in ("sampling", "options", "size", "output_format", "output_compression"):
         assert getattr(alone, field) == getattr(whole, field)
 

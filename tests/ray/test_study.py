@@ -35,7 +35,7 @@ FORM = replace(
     temperatures=(8.0,),
     shared_shares=(0.25,),
     totals=(Fraction(1, 2),),
-    seeds=2,
+    seeds=1,
 )
 OVERRIDES = ["cluster.features=caption", "router_training.steps=10", "evaluation.max_captions=16"]
 
@@ -87,8 +87,7 @@ def test_all_arms_are_in_the_results(page: Path) -> None:
     for name, arm in arms.items():
         for drawn in arm["drawn"].values():
             assert 0 <= drawn["held_out"]["attributes"]["all"]["mean"] <= 1, name
-    seeds = {name: [a["seed"] for a in study["arms"] if a["name"] == name] for name in arms}
-    assert all(each == [0, 1] for each in seeds.values())
+    assert len(study["arms"]) == len(arms)
     assert set(study["samples_to_target"]) == {"dense", "scratch", "seeded"}
     assert len(study["paris_order"]) == 9  # three kinds of experts by three measures
 
@@ -127,7 +126,7 @@ def test_known_arms_are_not_run_again(page: Path, config: Config, tmp_path: Path
 
 def test_arms_read_one_set_of_embeddings(page: Path, config: Config) -> None:
     arms = list((Path(config.run_dir) / "arms").iterdir())
-    assert len(arms) == 2 * 13
+    assert len(arms) == 13
     assert not any((arm / "embeddings").exists() or (arm / "encoders").exists() for arm in arms)
 
 
@@ -170,10 +169,10 @@ def test_the_oracle_asks_the_expert_of_the_captions_cluster(page: Path, config: 
 def test_an_arm_that_fails_is_named_after_all_others_are_done(page: Path, config: Config) -> None:
     from paris_ray.pipeline.study import run_study
 
-    broken = Run(arm_config(config, "scratch.1")).evaluation
+    broken = Run(arm_config(config, "scratch.0")).evaluation
     whole, said = broken.read("manifest.json"), page.read_text()
     broken.write("manifest.json", whole.replace(b'"config_digest": "', b'"config_digest": "0'))
-    with pytest.raises(TrainingError, match=r"1 of 26 arms failed: scratch\.1: .*another config"):
+    with pytest.raises(TrainingError, match=r"1 of 13 arms failed: scratch\.0: .*another config"):
         run_study(config, FORM, page, command="a test")
     broken.write("manifest.json", whole)
     assert page.read_text() == said

@@ -3,6 +3,7 @@
 import numpy as np
 from numpy.typing import NDArray
 
+from paris_ray.artifacts import canonical_json, sha256_hex
 from paris_ray.config import CorpusConfig
 from paris_ray.corpora.held_out import HeldOut, held_out_rule
 from paris_ray.corpora.image_folder import ImageFolder
@@ -28,6 +29,7 @@ __all__ = [
     "RawRow",
     "Shard",
     "compositions",
+    "corpus_version",
     "decode_row",
     "find_duplicates",
     "held_out_rule",
@@ -44,6 +46,12 @@ def compositions(
         `(M, 32, 32, 3)` pictures and their attributes by name; None of a corpus that does not know.
     """
     return scene_compositions() if config.kind == "scenes" else None
+
+
+def corpus_version(corpus: Corpus) -> str:
+    """Return a digest that is another one when rows of a corpus change, come or go."""
+    versions = {shard.name: corpus.version(shard) for shard in corpus.shards()}
+    return sha256_hex(canonical_json(versions))
 
 
 def open_corpus(config: CorpusConfig) -> Corpus:

@@ -3,6 +3,7 @@
 Each line names a picture and its caption: `{"file_name": "cats/1.png", "text": "a cat"}`.
 """
 
+import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -12,7 +13,7 @@ from typing import Any
 
 from paris_ray.config import CorpusConfig
 from paris_ray.corpora.labels import label_columns, text_columns
-from paris_ray.corpora.paths import corpus_path
+from paris_ray.corpora.paths import corpus_path, file_versions
 from paris_ray.corpora.rows import RawRow, Shard
 from paris_ray.errors import CorpusError
 
@@ -65,11 +66,20 @@ class ImageFolder:
         for row, file_name in self._entries(shard):
             yield row if file_name is None else _with_image(row, self._folder, file_name)
 
-    def _entries(self, shard: Shard) -> Iterator[tuple[RawRow, str | None]]:
-        """Yield each line's row without its picture, and the picture's name."""
+    def version(self, shard: Shard) -> str:
+        """Return a digest of the lines of a shard, and of the sizes and times of their pictures."""
+        lines = hashlib.sha256(self._lines(shard)).hexdigest()
+        names = (name for _, name in self._entries(shard) if name is not None)
+        return f"{lines} {file_versions(self._folder / name for name in names)}"
+
+    def _lines(self, shard: Shard) -> bytes:
         with self._metadata.open("rb") as stream:
             stream.seek(shard.start)
-            lines = stream.read(shard.stop - shard.start).split(b"\n")
+            return stream.read(shard.stop - shard.start)
+
+    def _entries(self, shard: Shard) -> Iterator[tuple[RawRow, str | None]]:
+        """Yield each line's row without its picture, and the picture's name."""
+        lines = self._lines(shard).split(b"\n")
         if not lines[-1]:  # what follows the last line end is not a line
             lines.pop()
         first = shard.index * self._config.rows_per_shard + 1

@@ -68,6 +68,10 @@ class OpenMoji:
             except ValueError as error:
                 yield RawRow(key, None, self._captions[key], "not_an_image", str(error))
 
+    def version(self, _: Shard) -> str:
+        """Return nothing: pictures change with their package alone."""
+        return ""
+
     def _png(self, key: str) -> bytes:
         side = 2 * self._config.image_size
         return self._render(

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 
 from paris_ray.config import CorpusConfig
 from paris_ray.corpora.labels import label_columns, text_columns
-from paris_ray.corpora.paths import corpus_path, list_files
+from paris_ray.corpora.paths import corpus_path, file_versions, list_files
 from paris_ray.corpora.rows import RawRow, Shard
 from paris_ray.errors import CorpusError
 
@@ -83,6 +83,10 @@ class Parquet:
             problem = f"{type(error).__name__}: {error}"
         for key in remaining:
             yield RawRow(key, None, None, "unreadable_shard", problem)
+
+    def version(self, shard: Shard) -> str:
+        """Return a digest of the file's size and time."""
+        return file_versions([Path(shard.source)])
 
     def _slices(self) -> Iterator[tuple[str, int, int]]:
         size = self._config.rows_per_shard

@@ -1,5 +1,7 @@
 """Where a corpus on disk is."""
 
+import hashlib
+from collections.abc import Iterable
 from pathlib import Path
 
 from paris_ray.config import CorpusConfig
@@ -30,3 +32,15 @@ def list_files(path: Path, suffix: str) -> list[Path]:
     if not files:
         raise CorpusError(f"corpus.path={str(path)!r} holds no *{suffix} files")
     return files
+
+
+def file_versions(paths: Iterable[Path]) -> str:
+    """Return a digest of when files were written and how large they are, also of missing ones."""
+    digest = hashlib.sha256()
+    for path in paths:
+        try:
+            found = path.stat()
+            digest.update(f"{found.st_size} {found.st_mtime_ns}\n".encode())
+        except (OSError, ValueError, RuntimeError):  # names that no file system takes, loops
+            digest.update(b"none\n")
+    return digest.hexdigest()

@@ -1,5 +1,6 @@
 """What every corpus looks like to the rest: shards of keyed rows, read one after the other."""
 
+import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -20,6 +21,11 @@ class Shard:
     source: str
     start: int
     stop: int
+
+    @property
+    def name(self) -> str:
+        """What it is called however many other sources there are; sorts by place in its source."""
+        return f"{hashlib.sha256(self.source.encode()).hexdigest()[:12]}-{self.start:012d}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,4 +72,8 @@ class Corpus(Protocol):
 
     def read(self, shard: Shard) -> Iterator[RawRow]:
         """Yield exactly one row for each of `keys(shard)`, in the same order."""
+        ...
+
+    def version(self, shard: Shard) -> str:
+        """Return what becomes another text when rows of a shard change; no picture is read."""
         ...

@@ -11,7 +11,7 @@ from typing import Any, BinaryIO
 
 from paris_ray.config import CorpusConfig
 from paris_ray.corpora.labels import label_columns, text_columns
-from paris_ray.corpora.paths import corpus_path, list_files
+from paris_ray.corpora.paths import corpus_path, file_versions, list_files
 from paris_ray.corpora.rows import RawRow, Shard
 from paris_ray.errors import CorpusError
 
@@ -94,6 +94,10 @@ class WebDataset:
             with path.open("rb") as stream:
                 row = _read_sample(stream, sample, self._label_columns)
             yield row
+
+    def version(self, shard: Shard) -> str:
+        """Return a digest of the tar's size and time."""
+        return file_versions([Path(shard.source)])
 
 
 def _walk(path: Path) -> Iterator[_Sample]:

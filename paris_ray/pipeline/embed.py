@@ -12,17 +12,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+import numpy as np
 import ray
 from ray.data import ActorPoolStrategy, DataContext
 
-from paris_ray.artifacts import Manifest
+from paris_ray.artifacts import Manifest, canonical_json, sha256_hex
 from paris_ray.config import Config
 from paris_ray.corpora import HeldOut, Shard, find_duplicates, held_out_rule, open_corpus
 from paris_ray.embeddings import num_rows, part_names, read_table
 from paris_ray.errors import CorpusError
 from paris_ray.pipeline.embedders import FeatureEmbedder, LatentEmbedder, TextEmbedder
 from paris_ray.pipeline.encoders import SECTIONS
-from paris_ray.pipeline.shards import ShardReader, ShardWriter, shard_of
+from paris_ray.pipeline.shards import ShardReader, ShardWriter, shard_of, version_of
 from paris_ray.pipeline.stage import Stage
 from paris_ray.run import EMBEDDINGS, Run
 
@@ -32,6 +33,7 @@ logger = logging.getLogger("paris_ray")
 # encoders' default, else Ray Data would fuse reading into the text encoder's actor.
 TASK_CPUS = 0.3
 PRINT_INTERVAL_S = 5.0
+NUM_VERSION_TASKS = 16
 
 
 def prepare_embeddings(config: Config, encoders: Manifest) -> Manifest:
@@ -42,58 +44,114 @@ def prepare_embeddings(config: Config, encoders: Manifest) -> Manifest:
             training.
     """
     run = Run(config)
-    parents = {"encoders": encoders.digest}
-    stage = Stage(EMBEDDINGS, run.embeddings, config, sections=SECTIONS, parents=parents)
-    manifest = stage.finished()
-    if manifest is not None:
-        return manifest
-    stage.begin(run.quarantine)
     corpus = open_corpus(config.corpus)
     shards = corpus.shards()
     keys = {shard.index: corpus.keys(shard) for shard in shards}
     duplicates = find_duplicates(keys)
-    pending = _pending(run, shards, keys)
+    held_out = held_out_rule(config.corpus, corpus, config.seed)
+    versions = shard_versions(config, shards, duplicates, held_out)
+    stage = Stage(
+        EMBEDDINGS,
+        run.embeddings,
+        config,
+        sections=SECTIONS,
+        parents={"encoders": encoders.digest},
+        inputs=corpus_input(versions),
+    )
+    manifest = stage.finished()
+    if manifest is not None:
+        return manifest
+    stage.begin(run.quarantine)
+    pending = _pending(run, shards, keys, versions)
     if pending:
         num_pending = sum(len(keys[shard.index]) for shard in pending)
-        held_out = held_out_rule(config.corpus, corpus, config.seed)
-        _follow(_embedding(config, pending, duplicates, held_out), num_pending)
+        _follow(_embedding(config, pending, versions, duplicates, held_out), num_pending)
     counts = count_rows(run, sum(map(len, keys.values())))
     refuse_bad_corpus(config, counts)
     return stage.publish(counts | {"attribution": corpus.attribution})
 
 
-def _pending(run: Run, shards: Sequence[Shard], keys: Mapping[int, Sequence[str]]) -> list[Shard]:
-    """Return the shards that an earlier, interrupted run did not account for row by row.
+def corpus_input(versions: Mapping[str, str]) -> dict[str, str]:
+    """Return the corpus as an input of a stage: the versions of its shards, by name."""
+    return {"the corpus": sha256_hex(canonical_json(versions))}
 
-    What it left of them is deleted: the next run may cut them into files elsewhere.
+
+def shard_versions(
+    config: Config,
+    shards: Sequence[Shard],
+    duplicates: Mapping[int, frozenset[int]],
+    held_out: HeldOut,
+) -> dict[str, str]:
+    """Return, by name of the shard, what becomes another text when its rows would.
+
+    That is not what is in its files alone: other shards decide which of its keys are duplicates,
+    and of a small corpus the number of rows decides how many are held out.
     """
-    found: Counter[int] = Counter()
+    groups = [list(group) for group in np.array_split(np.arange(len(shards)), NUM_VERSION_TASKS)]
+    tasks = [
+        file_versions_of.remote(config, [shards[i] for i in group]) for group in groups if group
+    ]
+    of_files = [version for group in ray.get(tasks) for version in group]
+    return {
+        shard.name: sha256_hex(
+            canonical_json([version, sorted(duplicates[shard.index]), asdict(held_out)])
+        )
+        for shard, version in zip(shards, of_files, strict=True)
+    }
+
+
+@ray.remote(num_cpus=TASK_CPUS)
+def file_versions_of(config: Config, shards: Sequence[Shard]) -> list[str]:
+    """Return the version of the files of each shard: a folder has one for each of its pictures."""
+    corpus = open_corpus(config.corpus)
+    return [corpus.version(shard) for shard in shards]
+
+
+def _pending(
+    run: Run,
+    shards: Sequence[Shard],
+    keys: Mapping[int, Sequence[str]],
+    versions: Mapping[str, str],
+) -> list[Shard]:
+    """Return the shards that an earlier run did not account for row by row, as they are now.
+
+    What it left of them is deleted: the next run may cut them into files elsewhere. So is what it
+    left of shards that are gone.
+    """
+    found: Counter[str] = Counter()
     folders = (run.embeddings, run.held_out, run.quarantine)
     for folder in folders:
         for name in part_names(folder):
             found[shard_of(name)] += num_rows(folder, name)
-    read_to_the_end = {shard_of(name) for name in part_names(run.quarantine)}
+    read_to_the_end = {
+        shard_of(name): version_of(run.quarantine, name) for name in part_names(run.quarantine)
+    }
     pending = [
         shard
         for shard in shards
-        if shard.index not in read_to_the_end or found[shard.index] != len(keys[shard.index])
+        if read_to_the_end.get(shard.name) != versions[shard.name]
+        or found[shard.name] != len(keys[shard.index])
     ]
-    indices = {shard.index for shard in pending}
+    kept = versions.keys() - {shard.name for shard in pending}
     for folder in folders:
         for name in part_names(folder):
-            if shard_of(name) in indices:
+            if shard_of(name) not in kept:
                 folder.delete(name)
+    if found:
+        gone = len(found.keys() - versions.keys())
+        logger.info("embed: of %d shards %d are kept, %d gone", len(shards), len(kept), gone)
     return pending
 
 
 def _embedding(
     config: Config,
     shards: Sequence[Shard],
+    versions: Mapping[str, str],
     duplicates: Mapping[int, frozenset[int]],
     held_out: HeldOut,
 ) -> ray.data.Dataset:
     """Return the Ray Data pipeline over some shards; it runs when it is iterated."""
-    items = [asdict(s) | {"duplicates": sorted(duplicates.get(s.index, ()))} for s in shards]
+    items = [shard_item(shard, versions, duplicates) for shard in shards]
     _quiet_ray_data()
     dataset = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
         ShardReader(config, held_out), batch_size=1, num_cpus=TASK_CPUS
@@ -112,6 +170,14 @@ def _embedding(
             num_gpus=pool.num_gpus,
         )
     return dataset.map_batches(ShardWriter(config), batch_size=None, num_cpus=TASK_CPUS)
+
+
+def shard_item(
+    shard: Shard, versions: Mapping[str, str], duplicates: Mapping[int, frozenset[int]]
+) -> dict[str, Any]:
+    """Return what a `ShardReader` is given of a shard."""
+    more = {"version": versions[shard.name], "duplicates": sorted(duplicates[shard.index])}
+    return asdict(shard) | more
 
 
 def _quiet_ray_data() -> None:

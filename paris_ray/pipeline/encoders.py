@@ -1,5 +1,6 @@
 """Prepare, part one: have a codec, an image encoder and a text encoder for this corpus."""
 
+import math
 from collections.abc import Iterator
 from itertools import islice
 from typing import Any
@@ -10,7 +11,15 @@ from numpy.typing import NDArray
 
 from paris_ray.artifacts import Manifest, VerifiedFolder
 from paris_ray.config import Config
-from paris_ray.corpora import DecodedRow, decode_row, held_out_rule, open_corpus
+from paris_ray.corpora import (
+    Corpus,
+    DecodedRow,
+    HeldOut,
+    Shard,
+    decode_row,
+    held_out_rule,
+    open_corpus,
+)
 from paris_ray.embeddings import write_null_text
 from paris_ray.encoders.autoencoder import copy_autoencoder_kl
 from paris_ray.encoders.clip import TEXT_ENCODER, TOKENIZER, ClipText
@@ -20,10 +29,11 @@ from paris_ray.errors import ConfigError, CorpusError
 from paris_ray.pipeline.progress import ProgressFile, Task, follow
 from paris_ray.pipeline.stage import Stage
 from paris_ray.run import ENCODERS, Run
-from paris_ray.seeding import derive_seed
+from paris_ray.seeding import derive_seed, numpy_generator
 
 PREPARED = ("corpus", "text", "features", "codec")  # what decides encoders and embeddings
 SECTIONS = ("seed", *PREPARED)
+MAX_SHARDS_SAMPLED = 32  # to fit codec and encoder to, unless they have too few rows
 
 
 def prepare_encoders(config: Config) -> Manifest:
@@ -45,7 +55,7 @@ def make_encoders(config: Config) -> dict[str, Any]:
     """Write text encoder, null text, codec and, if there is no checkpoint, the image encoder."""
     _write_text(config)
     needs_fitting = config.codec.kind == "patch_pca" or config.features.checkpoint is None
-    rows = _first_valid_rows(config) if needs_fitting else []
+    rows = _sample_rows(config) if needs_fitting else []
     _write_codec(config, rows)
     facts: dict[str, Any] = {"rows_fitted_to": len(rows)}
     if config.features.checkpoint is None:
@@ -113,13 +123,26 @@ def _images(rows: list[DecodedRow]) -> NDArray[np.uint8]:
     return np.stack([row.image for row in rows])
 
 
-def _first_valid_rows(config: Config) -> list[DecodedRow]:
-    """Return the pictures that something is fitted to: none that is held out.
+def _sample_rows(config: Config) -> list[DecodedRow]:
+    """Return the pictures that something is fitted to, from all over the corpus: none held out.
+
+    Shards are taken in a random order, of each a share of its rows with equal gaps, until there are
+    `features.max_images`; the rows come in corpus order. The embedding pass counts the bad ones.
 
     Raises:
         CorpusError: if there is none, or `corpus.held_out_key` names no group.
     """
-    rows = list(islice(_valid_rows(config), config.features.max_images))
+    corpus, wanted = open_corpus(config.corpus), config.features.max_images
+    shards = corpus.shards()
+    held_out = held_out_rule(config.corpus, corpus, config.seed)
+    most = math.ceil(wanted / min(len(shards), MAX_SHARDS_SAMPLED))
+    found: dict[int, list[DecodedRow]] = {}
+    for index in numpy_generator(config.seed, "rows to fit").permutation(len(shards)).tolist():
+        left = min(most, wanted - sum(map(len, found.values())))
+        found[index] = list(_spread_rows(config, corpus, shards[index], held_out, left))
+        if sum(map(len, found.values())) == wanted:
+            break
+    rows = [row for index in sorted(found) for row in found[index]]
     if not rows:
         raise CorpusError(
             f"corpus.path={config.corpus.path!r} has no usable row that is not held out"
@@ -127,11 +150,11 @@ def _first_valid_rows(config: Config) -> list[DecodedRow]:
     return rows
 
 
-def _valid_rows(config: Config) -> Iterator[DecodedRow]:
-    """Yield usable rows in corpus order; the embedding pass counts and keeps the bad ones."""
-    corpus = open_corpus(config.corpus)
-    held_out = held_out_rule(config.corpus, corpus, config.seed)
-    for raw in (raw for shard in corpus.shards() for raw in corpus.read(shard)):
-        row = None if held_out.holds(raw) else decode_row(raw, config.corpus)
-        if isinstance(row, DecodedRow):
-            yield row
+def _spread_rows(
+    config: Config, corpus: Corpus, shard: Shard, held_out: HeldOut, most: int
+) -> Iterator[DecodedRow]:
+    """Yield usable rows of a shard that have equal gaps, as many as there are to be at most."""
+    gap = max(1, len(corpus.keys(shard)) // most)
+    shown = (row for row in corpus.read(shard) if not held_out.holds(row))
+    decoded = (decode_row(row, config.corpus) for row in islice(shown, 0, None, gap))
+    yield from islice((row for row in decoded if isinstance(row, DecodedRow)), most)

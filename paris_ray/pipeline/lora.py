@@ -27,6 +27,7 @@ from paris_ray.artifacts import (
 )
 from paris_ray.bundle import Bundle, load_bundle
 from paris_ray.config import CodecConfig, Config, CorpusConfig, LoRARun
+from paris_ray.corpora import corpus_version, open_corpus
 from paris_ray.encoders.clip import TEXT_ENCODER, TOKENIZER
 from paris_ray.errors import ArtifactError, ConfigError
 from paris_ray.models import Expert
@@ -70,7 +71,8 @@ def train_lora(run: LoRARun, *, bundle: str, expert: int, data: str, output: str
     size = opened.facts.picture_size
     corpus = replace(_corpus(run.corpus, data), image_size=size, held_out_share=0.0)
     run = replace(run, corpus=corpus, training=on_reserved_device(run.training))
-    stage = Stage(LORA, Folder(output), run, sections=SECTIONS, parents=_parents(opened, expert))
+    parents = _parents(opened, expert) | {"pictures": corpus_version(open_corpus(run.corpus))}
+    stage = Stage(LORA, Folder(output), run, sections=SECTIONS, parents=parents)
     manifest = stage.finished()
     if manifest is not None:
         return manifest

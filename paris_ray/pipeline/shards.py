@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -31,21 +32,29 @@ from paris_ray.run import Run
 
 Batch = dict[str, NDArray[Any]]
 
+VERSION = b"version"  # in the metadata of a quarantine file
 # Of text a batch has one of the two; mirrored latents only if training wants them.
 TENSORS = (LATENTS, LATENTS_FLIPPED, "features", TEXT_EMBEDDING, TOKEN_IDS)
 
 
-def part_name(shard: int, first_row: int) -> str:
+def part_name(shard: str, first_row: int) -> str:
     """Return the name of a file with rows of a corpus shard, good or quarantined ones.
 
-    Names sort in corpus order.
+    It stays the same when other sources come to the corpus. Names sort in the order of a source.
     """
-    return f"part-{shard:06d}-{first_row:08d}.parquet"
+    return f"part-{shard}-{first_row:08d}.parquet"
 
 
-def shard_of(name: str) -> int:
-    """Return the corpus shard whose rows a file holds."""
-    return int(name.split("-")[1])
+def shard_of(name: str) -> str:
+    """Return the name of the corpus shard whose rows a file holds."""
+    return name.removeprefix("part-").rpartition("-")[0]
+
+
+def version_of(folder: Folder, name: str) -> str:
+    """Return which version of its shard a file of `quarantine/` was written of."""
+    with folder.open(name) as file:
+        metadata = pq.read_schema(file).metadata or {}
+    return str(metadata.get(VERSION, b"").decode())
 
 
 @dataclass(slots=True)
@@ -93,7 +102,7 @@ class ShardReader:
             if len(blocks[held_out].rows) == self.config.corpus.rows_per_shard:
                 yield self._pass_on(blocks[held_out])
         yield from (self._pass_on(block) for block in blocks if block.rows)
-        _write_quarantine(Run(self.config).quarantine, shard, bad)
+        _write_quarantine(Run(self.config).quarantine, shard, str(batch["version"][0]), bad)
 
     def _decode(
         self, shard: Shard, duplicates: set[int]
@@ -111,7 +120,7 @@ class ShardReader:
         first, rows = block.first, block.rows
         block.first, block.rows = first + len(rows), []
         batch = {
-            "shard": np.full(len(rows), block.shard.index),
+            "shard": np.full(len(rows), block.shard.name),
             "held_out": np.full(len(rows), block.held_out),
             "row": np.arange(first, first + len(rows)),
             "key": np.array([row.key for row in rows], dtype=object),
@@ -124,10 +133,13 @@ class ShardReader:
         return batch
 
 
-def _write_quarantine(folder: Folder, shard: Shard, rows: list[QuarantinedRow]) -> None:
+def _write_quarantine(
+    folder: Folder, shard: Shard, version: str, rows: list[QuarantinedRow]
+) -> None:
     names = ("key", "reason", "detail")
     columns = {name: pa.array([getattr(r, name) for r in rows], pa.string()) for name in names}
-    write_part(folder, part_name(shard.index, 0), pa.table(columns))
+    table = pa.table(columns).replace_schema_metadata({VERSION: version.encode()})
+    write_part(folder, part_name(shard.name, 0), table)
 
 
 class ShardWriter:
@@ -147,7 +159,7 @@ class ShardWriter:
 
 
 def _write_rows(folder: Folder, batch: Batch) -> None:
-    shard, first = int(batch["shard"][0]), int(batch["row"][0])
+    shard, first = str(batch["shard"][0]), int(batch["row"][0])
     assert (batch["shard"] == shard).all(), "a block holds rows of several shards"
     following = np.arange(first, first + len(batch["row"]))
     assert (batch["row"] == following).all(), "rows lost their order"

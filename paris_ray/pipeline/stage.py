@@ -5,10 +5,12 @@ import json
 import logging
 import time
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from paris_ray.artifacts import (
     IN_PROGRESS,
+    MANIFEST,
     RESOLVED_CONFIG,
     TIMINGS,
     Folder,
@@ -20,6 +22,8 @@ from paris_ray.config import Config, LoRARun, TrainingConfig, digest, run_folder
 
 logger = logging.getLogger("paris_ray")
 
+INPUTS = "inputs"  # a fact of manifests: digests of what was read and is no artefact
+
 
 class Stage:
     """One artefact being made.
@@ -30,6 +34,8 @@ class Stage:
         config: The whole configuration.
         sections: Top-level sections of it that decide the result.
         parents: Digests of the artefacts read, by name.
+        inputs: Digests of what else was read, by name. Where they alone change, a finished artefact
+            is taken up again: what did not change of it may be kept.
     """
 
     def __init__(
@@ -40,8 +46,10 @@ class Stage:
         *,
         sections: tuple[str, ...],
         parents: Mapping[str, str],
+        inputs: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         self.kind, self.folder, self.config, self.parents = kind, folder, config, parents
+        self.inputs = dict(inputs)
         self.config_digest = digest(config, *sections)
 
     def finished(self) -> Manifest | None:
@@ -53,6 +61,12 @@ class Stage:
         manifest = find_finished(
             self.folder, self.kind, config_digest=self.config_digest, parents=self.parents
         )
+        if manifest is not None and manifest.facts.get(INPUTS, {}) != self.inputs:
+            changed = " and ".join(self.inputs)
+            logger.warning("%s: %s changed since it was finished", self.kind, changed)
+            self.folder.write_json(IN_PROGRESS, self._identity)
+            self.folder.delete(MANIFEST)
+            return None
         if manifest is not None:
             logger.info("%s: already finished, kept (%s)", self.kind, self.folder.uri)
         return manifest
@@ -88,7 +102,7 @@ class Stage:
             self.kind,
             config_digest=self.config_digest,
             parents=self.parents,
-            facts=facts,
+            facts={**facts, INPUTS: self.inputs} if self.inputs else facts,
         )
         logger.info("%s: finished (%s)", self.kind, self.folder.uri)
         return manifest

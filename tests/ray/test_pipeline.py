@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from paris_ray.artifacts import Folder, read_manifest
+from paris_ray.artifacts import Folder, Manifest, read_manifest
 from paris_ray.bundle import load_bundle
 from paris_ray.config import Config
 from paris_ray.embeddings import read_table, tensor_column
@@ -357,6 +357,47 @@ def test_an_evaluation_of_other_experts_stays_out_of_the_model_card(
     run.expert(0).write_json("manifest.json", manifest)
     with pytest.raises(ArtifactError, match="is of other experts"):
         export(run.config)
+
+
+def test_where_a_corpus_changed_it_is_encoded_again(
+    finished: Run, shapes_corpus: Path, tmp_path: Path, num_good_rows: int
+) -> None:
+    from paris_ray.pipeline.embed import prepare_embeddings
+
+    pictures = Path(shutil.copytree(shapes_corpus, tmp_path / "pictures"))
+    shutil.copytree(finished.encoders.uri, tmp_path / "run" / "encoders")
+    corpus = replace(finished.config.corpus, path=str(pictures))
+    run = Run(replace(finished.config, run_dir=str(tmp_path / "run"), corpus=corpus))
+
+    def prepare() -> Manifest:
+        return prepare_embeddings(run.config, read_manifest(run.encoders, "encoders"))
+
+    first = prepare()
+    written = {path.name: path.stat().st_mtime_ns for path in Path(run.embeddings.uri).glob("*")}
+    # Two pictures are repaired and a caption is corrected, all of the last shard; one is added.
+    for name in ("truncated.png", "empty.png"):
+        shutil.copy(pictures / "000.png", pictures / name)
+    lines = (pictures / "metadata.jsonl").read_text().replace('"  "', '"no longer silent"')
+    (pictures / "metadata.jsonl").write_text(lines + '{"file_name": "001.png", "text": "more"}\n')
+    second = prepare()
+    assert second.digest != first.digest
+    bad = {row["key"] for row in pq.read_table(run.quarantine.uri).to_pylist()}
+    assert bad == {"text.png", "missing.png", "003.png", "001.png"}  # the last two stand twice
+    captions = {
+        caption
+        for folder in (run.embeddings, run.held_out)
+        for caption in read_table(folder, ["caption"])["caption"].to_pylist()
+    }
+    assert "no longer silent" in captions
+    counted = second.facts["rows"] + second.facts["held_out"]
+    assert counted == num_good_rows + 3
+    again = {path.name: path.stat().st_mtime_ns for path in Path(run.embeddings.uri).glob("part-*")}
+    kept = [name for name, at in again.items() if written.get(name) == at]
+    assert len(kept) == len(again) - 1  # all but the last shard's
+    manifest = Path(run.embeddings.uri) / "manifest.json"
+    published = manifest.stat().st_mtime_ns
+    assert prepare() == second
+    assert manifest.stat().st_mtime_ns == published
 
 
 def test_a_mostly_bad_corpus_is_refused(ray_session: None, finished: Run, tmp_path: Path) -> None:

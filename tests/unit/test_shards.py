@@ -54,7 +54,8 @@ def read(config: Config, held_out: HeldOut = NO_ROW) -> list[Batch]:
     description: Batch = {name: np.array([value]) for name, value in asdict(shard).items()}
     duplicates = np.empty(1, dtype=object)
     duplicates[0] = [NUM_GOOD + 1]
-    return list(ShardReader(config, held_out)(description | {"duplicates": duplicates}))
+    description |= {"duplicates": duplicates, "version": np.array(["1"])}
+    return list(ShardReader(config, held_out)(description))
 
 
 def encoded(batch: Batch) -> Batch:
@@ -77,10 +78,9 @@ def test_pieces_of_a_shard_are_written_side_by_side(config: Config) -> None:
     writer = ShardWriter(config)
     for batch in read(config):
         writer(encoded(batch))
+    (shard,) = open_corpus(config.corpus).shards()
     assert Run(config).embeddings.files() == [
-        "part-000000-00000000.parquet",
-        "part-000000-00000016.parquet",
-        "part-000000-00000032.parquet",
+        f"part-{shard.name}-{first:08d}.parquet" for first in (0, 16, 32)
     ]
     keys = pq.read_table(Run(config).embeddings.uri)["key"].to_pylist()
     assert keys == [f"{i:03d}" for i in range(NUM_GOOD)]
@@ -105,7 +105,7 @@ def test_mirrored_latents_and_token_ids_are_kept_as_they_are(config: Config) -> 
 
 def test_rows_of_two_shards_in_one_block_are_an_error(config: Config) -> None:
     batch = encoded(read(config)[0])
-    batch["shard"] = np.arange(16)
+    batch["shard"] = np.arange(16).astype(str)
     with pytest.raises(AssertionError, match="several shards"):
         ShardWriter(config)(batch)
 

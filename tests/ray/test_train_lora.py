@@ -3,6 +3,7 @@
 import copy
 import io
 import json
+import os
 from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
@@ -146,6 +147,17 @@ def test_a_finished_one_is_kept_and_another_does_not_replace_it(
         with pytest.raises(ArtifactError, match="was made"):
             train(trained.local_path, *overrides, **changes)
     assert digests(trained.local_path) == before
+
+
+def test_one_of_other_pictures_is_refused(train: Train, trained: Folder, pictures: Path) -> None:
+    caption = pictures / "metadata.jsonl"
+    before, times = caption.read_bytes(), caption.stat()
+    caption.write_bytes(before.replace(b"a red square", b"a red block", 1))
+    with pytest.raises(ArtifactError, match="was made from another pictures"):
+        train(trained.local_path)
+    caption.write_bytes(before)
+    os.utime(caption, ns=(times.st_atime_ns, times.st_mtime_ns))
+    train(trained.local_path)
 
 
 def test_nothing_of_a_user_is_deleted(train: Train, pictures: Path, tmp_path: Path) -> None:

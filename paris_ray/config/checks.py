@@ -231,6 +231,11 @@ def _check_corpus(corpus: CorpusConfig) -> None:
     _require(corpus.image_size >= 8, "corpus.image_size", corpus.image_size, "at least 8 pixels")
     _require(corpus.rows_per_shard >= 1, "corpus.rows_per_shard", corpus.rows_per_shard, ">= 1")
     _require(corpus.limit is None or corpus.limit >= 1, "corpus.limit", corpus.limit, ">= 1, null")
+    colour, allowed = corpus.background, "red, green and blue, each 0 to 255, such as [255,255,255]"
+    is_colour = len(colour) == 3 and all(0 <= channel <= 255 for channel in colour)
+    _require(is_colour, "corpus.background", colour, allowed)
+    for key in ("max_image_bytes", "max_pixels"):
+        _require(getattr(corpus, key) >= 1, f"corpus.{key}", getattr(corpus, key), "at least 1")
     share = corpus.held_out_share
     _require(0 <= share < 1, "corpus.held_out_share", share, "0 <= x < 1; 0: no row")
     for key in ("held_out_key", "attributes"):

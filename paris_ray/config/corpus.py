@@ -30,6 +30,9 @@ class CorpusConfig:
     held_out_key: str | None = None
     # What the evaluation compares of drawn and asked pictures: columns, or a pattern with groups
     attributes: str | None = None
+    # sRGB, 0 to 255, that shows through transparent pixels
+    background: list[int] = field(default_factory=lambda: [255, 255, 255])
+    max_image_bytes: int = 200_000_000  # a larger file is not decoded
     max_pixels: int = 64_000_000  # a larger image is taken for a decompression bomb
     max_bad_share: float = 0.1  # refuse to go on if more than this share is quarantined
 

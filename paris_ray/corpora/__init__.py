@@ -7,15 +7,10 @@ from paris_ray.artifacts import canonical_json, sha256_hex
 from paris_ray.config import CorpusConfig
 from paris_ray.corpora.held_out import HeldOut, held_out_rule
 from paris_ray.corpora.image_folder import ImageFolder
-from paris_ray.corpora.images import (
-    REASONS,
-    DecodedRow,
-    QuarantinedRow,
-    decode_row,
-    find_duplicates,
-)
+from paris_ray.corpora.images import DecodedRow, decode_row, find_duplicates
 from paris_ray.corpora.openmoji import OpenMoji
 from paris_ray.corpora.parquet import Parquet
+from paris_ray.corpora.quarantine import REASONS, QuarantinedRow
 from paris_ray.corpora.rows import Corpus, RawRow, Shard
 from paris_ray.corpora.scenes import Scenes, scene_compositions
 from paris_ray.corpora.webdataset import WebDataset

@@ -36,7 +36,7 @@ class RawRow:
         key: Identity of the row; should be unique in the corpus.
         image: Encoded picture, None if the reader found none.
         caption: Caption as written, None if there is none.
-        problem: What the reader already knows to be wrong, one of `images.REASONS`.
+        problem: What the reader already knows to be wrong, one of `quarantine.REASONS`.
         detail: The problem in words.
         columns: What else the corpus says of the row, by name; see `corpora.labels`.
     """

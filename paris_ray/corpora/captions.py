@@ -1,0 +1,39 @@
+"""What counts as a caption: text that shows something."""
+
+import unicodedata
+
+from paris_ray.corpora.quarantine import BadRow
+
+# Letters and symbols by their category, but drawn as nothing: fillers of Hangul, blank Braille.
+_BLANK = frozenset("\u115f\u1160\u2800\u3164\uffa0")
+
+
+def clean_caption(caption: object) -> str:
+    """Return a caption with single spaces and without byte order marks.
+
+    Raises:
+        BadRow: if there is none, if it is not text, or if it shows nothing.
+    """
+    if caption is None or caption != caption:  # NaN: how tables of floats write "none"
+        raise BadRow("missing_caption", f"the caption is {caption}")
+    if not isinstance(caption, str):
+        raise BadRow("caption_not_text", f"the caption is {_shown(caption)}")
+    try:
+        caption.encode()
+    except UnicodeEncodeError as error:  # a lone surrogate, which no table can store
+        raise BadRow("missing_caption", f"the caption is not Unicode: {error.reason}") from None
+    cleaned = " ".join(caption.replace("\ufeff", "").split())
+    if not any(map(_is_visible, cleaned)):
+        raise BadRow("empty_caption", f"the caption is {ascii(caption[:20])}")
+    return cleaned
+
+
+def _is_visible(character: str) -> bool:
+    """Tell whether a character alone leaves ink; marks and variation selectors do not."""
+    category = unicodedata.category(character)
+    return not category.startswith(("M", "Z", "Cc", "Cf")) and character not in _BLANK
+
+
+def _shown(value: object) -> str:
+    """Return a value's type and beginning; what a stranger wrote may be of any size."""
+    return f"{type(value).__name__} ({ascii(value)[:40]}), not text"

@@ -1,0 +1,86 @@
+"""What PNG files carry that Pillow refuses, or leaves in other units than the pixels."""
+
+import zlib
+from collections.abc import Iterator
+
+from PIL import Image, ImageFile
+
+_SIGNATURE_BYTES = 8
+_FRAME_BYTES = 12  # of a chunk: length, name and checksum
+# The texts that may hold an orientation; all others are prompts, workflows and comments.
+_ORIENTATION_TEXTS = (b"XML:com.adobe.xmp\0", b"Raw profile type exif\0")
+_MAX_BYTES = 1 << 20  # of a text or a profile, inflated: Pillow's own limit
+
+
+def without_ballast(encoded: bytes) -> bytes:
+    """Return a PNG file without texts, and without a profile that inflates to more than 1 MiB.
+
+    Generators store prompts and workflows of any size beside the pixels, for which Pillow refuses
+    the whole picture. Texts that may say the orientation stay. Nothing is copied if nothing is
+    left out; what is damaged stays as it is, for Pillow to judge.
+    """
+    kept: list[memoryview] = []
+    start = 0
+    for begin, end in _chunks(encoded):
+        if _is_ballast(encoded, begin, end):
+            kept.append(memoryview(encoded)[start:begin])
+            start = end
+    return b"".join([*kept, memoryview(encoded)[start:]]) if kept else encoded
+
+
+def fit_transparency(image: Image.Image) -> None:
+    """Bring the one transparent colour of a PNG to the depth that its pixels are decoded to.
+
+    Of 16 bits a channel the upper eight are decoded: colours that differ in the lower ones only
+    become transparent too.
+    """
+    colour = image.info.get("transparency")
+    if colour is None or not isinstance(image, ImageFile.ImageFile):
+        return
+    match image.tile[0].args:
+        case "L;2":
+            image.info["transparency"] = colour * 85
+        case "L;4":
+            image.info["transparency"] = colour * 17
+        case "RGB;16B":
+            image.info["transparency"] = tuple(channel >> 8 for channel in colour)
+
+
+def _chunks(encoded: bytes) -> Iterator[tuple[int, int]]:
+    """Yield where each complete chunk begins and ends."""
+    begin = _SIGNATURE_BYTES
+    while True:
+        end = begin + _FRAME_BYTES + int.from_bytes(encoded[begin : begin + 4])
+        if end > len(encoded):
+            return
+        yield begin, end
+        begin = end
+
+
+def _is_ballast(encoded: bytes, begin: int, end: int) -> bool:
+    name = encoded[begin + 4 : begin + 8]
+    if name not in (b"iCCP", b"tEXt", b"zTXt", b"iTXt"):
+        return False
+    content = encoded[begin + 8 : end - 4]
+    if name != b"iCCP" and not content.startswith(_ORIENTATION_TEXTS):
+        return True
+    return len(content) > _MAX_BYTES or _inflates_too_far(_compressed(name, content))
+
+
+def _compressed(name: bytes, content: bytes) -> bytes:
+    """Return the deflated part of a chunk: behind its keyword, its method and, of iTXt, more."""
+    rest = content.partition(b"\0")[2]
+    if name == b"tEXt":
+        return b""
+    if name == b"iTXt":  # flag, method, language, keyword in that language
+        return rest[2:].split(b"\0", 2)[-1] if rest[:1] != b"\0" else b""
+    return rest[1:]
+
+
+def _inflates_too_far(compressed: bytes) -> bool:
+    inflater = zlib.decompressobj()
+    try:
+        inflater.decompress(compressed, _MAX_BYTES)
+    except zlib.error:  # Pillow takes what is damaged for absent
+        return False
+    return bool(inflater.unconsumed_tail)

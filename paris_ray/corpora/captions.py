@@ -24,7 +24,7 @@ def clean_caption(caption: object) -> str:
         raise BadRow("missing_caption", f"the caption is not Unicode: {error.reason}") from None
     cleaned = " ".join(caption.replace("\ufeff", "").split())
     if not any(map(_is_visible, cleaned)):
-        raise BadRow("empty_caption", f"the caption is {ascii(caption[:20])}")
+        raise BadRow("empty_caption", f"the caption is {caption[:20]!a}")
     return cleaned
 
 

@@ -45,10 +45,14 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     values = np.nan_to_num(np.asarray(image), nan=0, posinf=0, neginf=0)
     low, high = values.min(), values.max()
     peaks = (peak for peak in _PEAKS[image.mode[0]] if low >= 0 and high <= peak)
-    peak = next(peaks, None)
-    if peak is None:  # nothing says what is black and white: the darkest and the brightest pixel
-        values, peak = values.astype(np.float64) - low, float(high) - float(low) or 1
-    scaled = values // 257 if peak == 65535 else values * (255 / peak) + 0.5
+    match next(peaks, None):
+        case 65535:
+            scaled = values // 257
+        case int(peak):
+            scaled = values * (255 / peak) + 0.5
+        case None:  # nothing says what is black and white: the darkest and the brightest pixel
+            span = float(high) - float(low) or 1
+            scaled = (values.astype(np.float64) - low) * (255 / span) + 0.5
     grey = Image.fromarray(scaled.astype(np.uint8))
     if "transparency" not in image.info:
         return grey
@@ -95,11 +99,10 @@ class _Conversion:
     transform: ImageCms.ImageCmsTransform
 
     def apply(self, image: Image.Image) -> Image.Image:
-        """Convert a picture of L, CMYK, LAB or RGB; another's profile says nothing of its colours."""
+        """Convert a picture; of another colour space, the profile says nothing of it."""
         if image.mode != self.mode and (image.mode, self.mode) != ("L", "RGB"):
             return image.convert("RGB")
-        converted = self.transform.apply(image.convert(self.mode))
-        return converted
+        return self.transform.apply(image.convert(self.mode))
 
 
 @lru_cache(maxsize=8)
@@ -117,7 +120,7 @@ def _conversion(profile: bytes | None) -> _Conversion | None:
         mode = _MODES[source.xcolor_space.strip()]
         target = ImageCms.createProfile("sRGB")
         transform = ImageCms.buildTransform(source, target, mode, "RGB")
-    except (ImageCms.PyCMSError, OSError, KeyError):
+    except (ImageCms.PyCMSError, OSError, ValueError, TypeError, KeyError):
         return None
     return None if _moves_nothing(transform, mode) else _Conversion(mode, transform)
 
@@ -126,9 +129,8 @@ def _moves_nothing(transform: ImageCms.ImageCmsTransform, mode: str) -> bool:
     """Tell whether no colour of a grid changes by more than one level of 255."""
     if mode not in ("L", "RGB"):
         return False
-    levels = np.linspace(0, 255, 9 if mode == "RGB" else 256).astype(np.uint8)
-    axes = np.meshgrid(*[levels] * len(mode), indexing="ij")
-    grid = Image.fromarray(np.stack(axes, -1).reshape(1, -1, len(mode)).squeeze(0 if mode == "L" else ()))
+    colours = np.indices((9, 9, 9)).reshape(3, 1, -1).T.astype(np.uint8) * 31
+    grid = Image.fromarray(colours).convert(mode)
     moved = np.asarray(transform.apply(grid), int) - np.asarray(grid.convert("RGB"), int)
     return bool(np.abs(moved).max() <= 1)
 

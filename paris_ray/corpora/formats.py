@@ -1,10 +1,10 @@
 """Which bytes are a picture: known by how they begin, never by the name of a file."""
 
 import io
-from functools import cache
 
-from PIL import AvifImagePlugin, Image, ImageFile
+from PIL import AvifImagePlugin, Image
 
+from paris_ray.corpora.jpeg_xl import read_header
 from paris_ray.corpora.png import fit_transparency, without_ballast
 from paris_ray.corpora.quarantine import BadRow
 
@@ -44,16 +44,7 @@ def open_picture(encoded: bytes, max_pixels: int) -> Image.Image:
     """
     kind = _kind(encoded)
     try:
-        match kind:
-            case "HEIC":
-                image = _open_heic(encoded)
-            case "JPEG XL":
-                image = _open_jpeg_xl(encoded, max_pixels)
-            case "PNG":
-                image = Image.open(io.BytesIO(without_ballast(encoded)), formats=("PNG",))
-                fit_transparency(image)
-            case _:
-                image = Image.open(io.BytesIO(encoded), formats=FORMATS)
+        image = _open(kind, encoded, max_pixels)
     except ImportError as error:
         detail = f"{kind}: needs paris_ray[formats] ({error})"
         raise BadRow("unsupported_image", detail) from None
@@ -62,11 +53,7 @@ def open_picture(encoded: bytes, max_pixels: int) -> Image.Image:
     except BadRow:
         raise
     except Exception:  # decoders of arbitrary bytes raise almost anything
-        size = f"{len(encoded)} bytes"
-        if kind is None:
-            detail = f"{size} that begin with {encoded[:8]!r}"
-            raise BadRow("not_an_image", detail) from None
-        raise BadRow("truncated_image", f"{kind} of {size}, whose header is damaged") from None
+        raise _unreadable(kind, encoded) from None
     check_size(image.size, max_pixels)
     return image
 
@@ -101,26 +88,40 @@ def _brands(encoded: bytes) -> set[bytes]:
     return {encoded[8:12], *(encoded[start : start + 4] for start in range(16, end, 4))}
 
 
+def _unreadable(kind: str | None, encoded: bytes) -> BadRow:
+    size = f"{len(encoded)} bytes"
+    if kind is None:
+        return BadRow("not_an_image", f"{size} that begin with {encoded[:8]!r}")
+    return BadRow("truncated_image", f"{kind} of {size}, whose header is damaged")
+
+
+def _open(kind: str | None, encoded: bytes, max_pixels: int) -> Image.Image:
+    match kind:
+        case "PNG":
+            image = Image.open(io.BytesIO(without_ballast(encoded)), formats=("PNG",))
+            fit_transparency(image)
+            return image
+        case "HEIC":
+            return _open_heic(encoded)
+        case "JPEG XL":
+            return _open_jpeg_xl(encoded, max_pixels)
+        case _:
+            return Image.open(io.BytesIO(encoded), formats=FORMATS)
+
+
 def _open_heic(encoded: bytes) -> Image.Image:
-    _register_heif()
-    return Image.open(io.BytesIO(encoded), formats=("HEIF",))
-
-
-@cache
-def _register_heif() -> None:
     from pillow_heif import register_heif_opener
 
     register_heif_opener(decode_threads=1, thumbnails=False, depth_images=False, aux_images=False)
+    return Image.open(io.BytesIO(encoded), formats=("HEIF",))
 
 
 def _open_jpeg_xl(encoded: bytes, max_pixels: int) -> Image.Image:
-    """Open a JPEG XL file. Its plug-in decodes at once, so another package is asked what awaits."""
-    import pylibjxl
     from pillow_jxl import JpegXLImagePlugin
 
     JpegXLImagePlugin.DECODE_THREADS = 0  # none beside this one
-    header = pylibjxl.probe(encoded)
-    check_size((header["width"], header["height"]), max_pixels)
-    if header["have_animation"]:
-        raise BadRow("unsupported_image", "JPEG XL: an animation, of which only the end is decoded")
+    header = read_header(encoded)
+    check_size(header.size, max_pixels)  # now: the plug-in decodes as it opens
+    if header.animated:
+        raise BadRow("unsupported_image", "JPEG XL: of an animation only the end is decoded")
     return Image.open(io.BytesIO(encoded), formats=("JXL",))

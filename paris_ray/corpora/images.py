@@ -16,6 +16,7 @@ from paris_ray.corpora.pixels import decode
 from paris_ray.corpora.quarantine import BadRow, QuarantinedRow
 from paris_ray.corpora.rows import RawRow
 
+
 @dataclass(frozen=True, slots=True, eq=False)
 class DecodedRow:
     """A usable row.

@@ -70,7 +70,7 @@ def _halve(image: Image.Image, side: int) -> Image.Image:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """Turn a picture as its EXIF says; JPEG XL says it elsewhere too, and its decoder has turned it.
+    """Turn a picture as its EXIF says. That of JPEG XL only repeats what its decoder has followed.
 
     A JPEG in a JPEG XL file is taken out of it as it was.
     """

@@ -94,9 +94,9 @@ def grey_profile(gamma: float) -> bytes:
 
 
 def cmyk_profile(lab_of_cyan: tuple[int, int, int]) -> bytes:
-    """A profile in which cyan alone colours the paper, as bytes of CIELAB say."""
-    ramp = bytes(range(256))
-    grid = (bytes((255, 128, 128)) * 8) + bytes(lab_of_cyan) * 8  # cyan varies slowest
+    """A profile of cyan, as bytes of CIELAB say, and black; the other inks colour nothing."""
+    ramp, paper, black = bytes(range(256)), bytes((255, 128, 128)), bytes((0, 128, 128))
+    grid = (paper + black) * 4 + (bytes(lab_of_cyan) + black) * 4  # black varies fastest
     body = b"mft1\0\0\0\0" + bytes((4, 3, 2, 0)) + _fixed((1, 0, 0, 0, 1, 0, 0, 0, 1))
     return _profile(b"CMYK", {b"A2B0": body + ramp * 4 + grid + ramp * 3}, b"prtr")
 

@@ -5,6 +5,8 @@ import tarfile
 import tempfile
 from pathlib import Path
 
+import pillow_heif
+import pillow_jxl  # noqa: F401  registers its encoder
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -20,8 +22,9 @@ from paris_ray.corpora import (
 )
 from paris_ray.corpora.webdataset import WebDataset
 
+pillow_heif.register_heif_opener()
 CONFIG = CorpusConfig(image_size=4, max_pixels=100_000)
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "AVIF", "JPEG2000", "ICO", "HEIF", "JXL")
 # Positions as shares of the length, and the bytes to write there.
 DAMAGE = st.lists(st.tuples(st.floats(0, 1), st.binary(min_size=1, max_size=8)), max_size=4)
 
@@ -55,7 +58,7 @@ def overwrite(intact: bytes, damage: list[tuple[float, bytes]], kept: float) -> 
 
 
 @given(st.sampled_from(FORMATS), DAMAGE, st.floats(0, 1))
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=250)
 def test_damaged_pictures_never_raise(
     image_format: str, damage: list[tuple[float, bytes]], kept: float
 ) -> None:

@@ -8,8 +8,8 @@ import numpy as np
 import pillow_heif
 import pillow_jxl
 import pytest
-from PIL import Image
 from picture_files import BLUE, RED, encode, plain
+from PIL import Image
 
 from paris_ray.config import CorpusConfig
 from paris_ray.corpora.pixels import decode

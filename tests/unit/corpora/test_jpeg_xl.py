@@ -81,5 +81,3 @@ def test_arbitrary_bytes_end(content: bytes, boxed: bool) -> None:
     except ValueError:
         return
     assert all(0 < side <= 2**31 for side in header.size)
-
-

@@ -1,5 +1,6 @@
 """What counts as a caption: text that shows something."""
 
+import math
 import unicodedata
 
 from paris_ray.corpora.quarantine import BadRow
@@ -14,7 +15,7 @@ def clean_caption(caption: object) -> str:
     Raises:
         BadRow: if there is none, if it is not text, or if it shows nothing.
     """
-    if caption is None or caption != caption:  # NaN: how tables of floats write "none"
+    if caption is None or (isinstance(caption, float) and math.isnan(caption)):  # as pandas says it
         raise BadRow("missing_caption", f"the caption is {caption}")
     if not isinstance(caption, str):
         raise BadRow("caption_not_text", f"the caption is {_shown(caption)}")

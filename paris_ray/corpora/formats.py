@@ -27,9 +27,8 @@ _SIGNATURES = {
     b"\xff\x0a": "JPEG XL",
     b"\0\0\0\x0cJXL \r\n\x87\n": "JPEG XL",
 }
+_NUM_THREADS = 1  # rows are decoded by many tasks at once, each on its own core
 _HEIF_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"}
-# Rows are decoded by many tasks at once, each on its own core.
-AvifImagePlugin.DEFAULT_MAX_THREADS = 1
 
 
 def open_picture(encoded: bytes, max_pixels: int) -> Image.Image:
@@ -101,6 +100,9 @@ def _open(kind: str | None, encoded: bytes, max_pixels: int) -> Image.Image:
             image = Image.open(io.BytesIO(without_ballast(encoded)), formats=("PNG",))
             fit_transparency(image)
             return image
+        case "AVIF":
+            AvifImagePlugin.DEFAULT_MAX_THREADS = _NUM_THREADS
+            return Image.open(io.BytesIO(encoded), formats=("AVIF",))
         case "HEIC":
             return _open_heic(encoded)
         case "JPEG XL":
@@ -112,14 +114,16 @@ def _open(kind: str | None, encoded: bytes, max_pixels: int) -> Image.Image:
 def _open_heic(encoded: bytes) -> Image.Image:
     from pillow_heif import register_heif_opener
 
-    register_heif_opener(decode_threads=1, thumbnails=False, depth_images=False, aux_images=False)
+    register_heif_opener(
+        decode_threads=_NUM_THREADS, thumbnails=False, depth_images=False, aux_images=False
+    )
     return Image.open(io.BytesIO(encoded), formats=("HEIF",))
 
 
 def _open_jpeg_xl(encoded: bytes, max_pixels: int) -> Image.Image:
     from pillow_jxl import JpegXLImagePlugin
 
-    JpegXLImagePlugin.DECODE_THREADS = 0  # none beside this one
+    JpegXLImagePlugin.DECODE_THREADS = 0  # beside this one
     header = read_header(encoded)
     check_size(header.size, max_pixels)  # now: the plug-in decodes as it opens
     if header.animated:

@@ -3,7 +3,7 @@
 import zlib
 from collections.abc import Iterator
 
-from PIL import Image, ImageFile
+from PIL import ImageFile
 
 _SIGNATURE_BYTES = 8
 _FRAME_BYTES = 12  # of a chunk: length, name and checksum
@@ -28,14 +28,14 @@ def without_ballast(encoded: bytes) -> bytes:
     return b"".join([*kept, memoryview(encoded)[start:]]) if kept else encoded
 
 
-def fit_transparency(image: Image.Image) -> None:
+def fit_transparency(image: ImageFile.ImageFile) -> None:
     """Bring the one transparent colour of a PNG to the depth that its pixels are decoded to.
 
     Of 16 bits a channel the upper eight are decoded: colours that differ in the lower ones only
     become transparent too.
     """
     colour = image.info.get("transparency")
-    if colour is None or not isinstance(image, ImageFile.ImageFile):
+    if colour is None:
         return
     match image.tile[0].args:
         case "L;2":

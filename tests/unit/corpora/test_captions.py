@@ -3,6 +3,7 @@
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 
 from paris_ray.corpora.captions import clean_caption
@@ -20,6 +21,7 @@ from paris_ray.corpora.quarantine import REASONS, BadRow
         (True, "caption_not_text"),
         (b"a cat", "caption_not_text"),
         (["a"], "caption_not_text"),
+        (np.zeros(2), "caption_not_text"),
         ({"en": "a"}, "caption_not_text"),
         ("", "empty_caption"),
         (" \n\t\u00a0\u3000", "empty_caption"),

@@ -5,13 +5,15 @@ import logging
 import os
 import secrets
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 from jobs.local_cluster import LOOPBACK_ONLY
 from paris_ray.config import Config, load, local_paths, packaged_configs, with_absolute_paths
-from paris_ray.errors import ConfigError, ParisError
+from paris_ray.errors import ArtifactError, ConfigError, ParisError
+from paris_ray.storage import disk_is_full, reach
 
 EXIT_USER_ERROR = 2
 # Ray's job manager sets this for the drivers that it starts.
@@ -27,21 +29,20 @@ def run_job(description: str, verb: str) -> None:
     """
     arguments = parser(description).parse_intermixed_args()
     log_to_stdout()
-    try:
+    with reported():
+        refuse_absent_config(arguments.config)
         config = load(arguments.config, arguments.overrides)
         refuse_relative_paths(local_paths(config))
         if arguments.dry_run:
             _print_plan(config, verb)
             return
         config = with_absolute_paths(config)
+        refuse_unreachable(local_paths(config))
         with ray_session(arguments.address):
             # Imported only now: ray reads RAY_AUTH_MODE when it is imported, and --help is quick.
             from paris_ray.pipeline.stages import run
 
             run(config, verb)
-    except ParisError as error:
-        # Ray hands an error of a task over together with its traceback; the cause says enough.
-        sys.exit(fail(getattr(error, "cause", error)))
 
 
 def parser(description: str) -> argparse.ArgumentParser:
@@ -67,6 +68,43 @@ def log_to_stdout() -> None:
     """Show progress as plain lines, which `ray job logs` also keeps."""
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stdout)
     logging.getLogger("paris_ray").setLevel(logging.INFO)
+
+
+@contextmanager
+def reported() -> Iterator[None]:
+    """End the process with one line for an error that the user can mend; others pass.
+
+    Raises:
+        SystemExit: with `EXIT_USER_ERROR`.
+    """
+    try:
+        yield
+    except Exception as error:
+        told = mendable(error)
+        if told is None:
+            raise
+        sys.exit(fail(told))
+
+
+def mendable(error: BaseException) -> ParisError | None:
+    """Return what of an error its reader can mend, however deep in its causes; None: nothing.
+
+    Ray hands over what a task raised as an error of Ray's and of the same type, whose text is a
+    traceback; its attribute `cause` is the original.
+    """
+    each: BaseException | None = error
+    while each is not None:
+        original = getattr(each, "cause", None)
+        if isinstance(original, BaseException):
+            each = original
+            continue
+        if isinstance(each, ParisError):
+            return each
+        if disk_is_full(each):
+            place = getattr(each, "filename", None) or f"{tempfile.gettempdir()} (TMPDIR)"
+            return ParisError(f"{each}: make room in {place}, on every node, and run again")
+        each = each.__cause__
+    return None
 
 
 def fail(error: ParisError) -> int:
@@ -99,6 +137,33 @@ def refuse_relative_paths(paths: Mapping[str, str]) -> None:
                 f"{field}={path!r} is relative, but a submitted job runs in a copy of the working "
                 f"folder: give an absolute path or a URI, for example {field}=$PWD/{path}"
             )
+
+
+def refuse_absent_config(config: str) -> None:
+    """Raise ConfigError if this is a submitted job, and its `--config` was not sent along."""
+    if SUBMITTED_JOB_VARIABLE not in os.environ or Path(config).suffix != ".yaml":
+        return
+    if not Path(config).is_file():
+        raise ConfigError(
+            f"config={config!r} is not in the copy of the working folder that a submitted job runs "
+            "in: that has the .yaml files of the folder itself, and nothing that .gitignore or "
+            ".rayignore names; put it there, or give an absolute path on the head node"
+        )
+
+
+def refuse_unreachable(paths: Mapping[str, str]) -> None:
+    """Raise ConfigError, before anything is started, if an `s3://` place of a job does not answer.
+
+    Args:
+        paths: By the option that gives each.
+    """
+    for field, path in paths.items():
+        if not path.startswith("s3://"):
+            continue
+        try:
+            reach(path)
+        except ArtifactError as error:
+            raise ConfigError(f"{field}: {error}") from None
 
 
 @contextmanager

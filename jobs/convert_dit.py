@@ -5,8 +5,8 @@ r"""Turn an ImageNet DiT into an expert to start training from.
         training.init_from=$PWD/experts/from_dit training.learning_rate=2e-5
 
 CHECKPOINT is one of facebookresearch/DiT, .pt or .safetensors: a state dict, or what its trainer
-saves (the key ema is taken). Patches, positions, self-attention and MLPs are DiT's; text and output
-are new, and silent until trained. Prints what became of every tensor.
+saves (the key ema is taken, else model). Patches, positions, self-attention and MLPs are DiT's;
+text and output are new, and silent until trained. Prints what became of every tensor.
 
 DiT's weights are CC BY-NC 4.0: not for commercial use, and nor is what is made from them.
 """
@@ -49,15 +49,17 @@ def main() -> int:
         output = Folder(arguments.output)
         if output.files():
             raise ArtifactError(f"--output={output.uri} is not empty: choose another folder")
+        checkpoint = read_dit(arguments.checkpoint)
         conversion = convert_dit(
-            read_dit(arguments.checkpoint),
+            checkpoint.state,
             num_heads=arguments.num_heads,
             num_classes=arguments.num_classes,
             class_embedding=arguments.class_embedding,
             text_embed_dim=arguments.text_embed_dim,
             seed=arguments.seed,
         )
-        notes = f"{_table(conversion.groups)}\n\n{LICENCE}\n"
+        source = f"weights of the checkpoint: {checkpoint.source}"
+        notes = f"{source}\n{_table(conversion.groups)}\n\n{LICENCE}\n"
         _write(output, conversion.expert, notes)
     except ParisError as error:
         return fail(error)

@@ -98,8 +98,21 @@ def _submit_pipeline(cluster: LocalCluster, run: Run) -> None:
     else:  # whoever submitted it was interrupted; two at once would write to the same folders
         print(f"following {running}, which runs already", flush=True)
         command += ["logs", "--follow", running]
-    if subprocess.run(command, env=cluster.environment(), check=False).returncode:
-        raise ParisError("the pipeline job failed: its log is above and in the Ray dashboard")
+    environment, errors = cluster.environment(), subprocess.PIPE
+    done = subprocess.run(command, env=environment, stderr=errors, text=True, check=False)
+    if done.returncode:
+        raise ParisError(why_it_failed(done.stderr))
+
+
+def why_it_failed(errors: str) -> str:
+    """Return what to tell of what `ray job` wrote to stderr."""
+    if "status code 413" in errors:  # Ray's traceback names neither the folder nor a remedy
+        return (
+            f"{REPOSITORY} holds more than the 100 MiB that Ray sends with a job: move what is no "
+            "code out of jobs/, paris_ray/ and serve/, or name it in .rayignore"
+        )
+    print(errors, file=sys.stderr, end="")
+    return "the pipeline job failed: its log is above and in the Ray dashboard"
 
 
 def _running_job(cluster: LocalCluster, config_file: str) -> str | None:

@@ -19,9 +19,17 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from jobs.command import fail, log_to_stdout, parser, ray_session, refuse_relative_paths
+from jobs.command import (
+    log_to_stdout,
+    parser,
+    ray_session,
+    refuse_absent_config,
+    refuse_relative_paths,
+    refuse_unreachable,
+    reported,
+)
 from paris_ray.config import load, local_paths, with_absolute_paths
-from paris_ray.errors import ConfigError, ParisError
+from paris_ray.errors import ConfigError
 
 
 def main() -> None:
@@ -32,10 +40,8 @@ def main() -> None:
     options.add_argument("--output", type=Path, default=Path("docs/study.md"), help="the page")
     arguments = options.parse_intermixed_args()
     log_to_stdout()
-    try:
+    with reported():
         _study(arguments)
-    except ParisError as error:
-        sys.exit(fail(getattr(error, "cause", error)))
 
 
 def _study(arguments: argparse.Namespace) -> None:
@@ -44,6 +50,7 @@ def _study(arguments: argparse.Namespace) -> None:
     from paris_ray.study.plan import study_arms, study_config
 
     form, output = SMALL_FORM if arguments.small else FULL_FORM, arguments.output
+    refuse_absent_config(arguments.config)
     config = load(arguments.config, [*form.overrides, *arguments.overrides])
     places = {"--output": str(output)}
     if arguments.known is not None:
@@ -56,6 +63,7 @@ def _study(arguments: argparse.Namespace) -> None:
         for arm in study_arms(study_config(config), form):
             print(f"{arm.folder:32} {arm.total_steps:6,} steps, drawn {len(arm.drawings) + 1} x")
         return
+    refuse_unreachable(local_paths(config))
     with ray_session(arguments.address):
         # Imported only now: ray reads RAY_AUTH_MODE when it is imported.
         from paris_ray.pipeline.study import run_study

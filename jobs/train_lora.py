@@ -9,30 +9,34 @@ interruption. docs/lora.md says how to draw with it.
 """
 
 import argparse
-import sys
 
-from jobs.command import fail, log_to_stdout, ray_session, refuse_relative_paths
+from jobs.command import (
+    log_to_stdout,
+    ray_session,
+    refuse_absent_config,
+    refuse_relative_paths,
+    refuse_unreachable,
+    reported,
+)
 from paris_ray.config import load_lora
-from paris_ray.errors import ParisError
 
 
-def main() -> int:
-    """Train an adapter; return the exit code."""
+def main() -> None:
+    """Train an adapter."""
     arguments = _parser().parse_intermixed_args()
     log_to_stdout()
-    try:
+    with reported():
+        refuse_absent_config(arguments.config)
         run = load_lora(arguments.config, arguments.overrides)
         paths = {name: getattr(arguments, name) for name in ("bundle", "data", "output")}
-        refuse_relative_paths({f"--{name}": path for name, path in paths.items()})
+        options = {f"--{name}": path for name, path in paths.items()}
+        refuse_relative_paths(options)
+        refuse_unreachable(options)
         with ray_session(arguments.address):
             # Imported only now: ray reads RAY_AUTH_MODE when it is imported, and --help is quick.
             from paris_ray.pipeline.lora import train_lora
 
             train_lora(run, expert=arguments.expert, **paths)
-    except ParisError as error:
-        # Ray hands an error of a task over together with its traceback; the cause says enough.
-        return fail(getattr(error, "cause", error))
-    return 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -56,4 +60,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

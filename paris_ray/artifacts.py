@@ -6,7 +6,6 @@ stores publish a file when its upload completes.
 """
 
 import atexit
-import glob
 import hashlib
 import json
 import os
@@ -19,8 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from pyarrow import NativeFile, fs
+from safetensors import SafetensorError
 
 from paris_ray.errors import ArtifactError
+from paris_ray.storage import disk_is_full, replacing
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
@@ -136,7 +137,7 @@ class Folder:
             return bytes(stream.read())
 
     def write(self, name: str, payload: bytes) -> None:
-        """Write a file so that readers see the old bytes or the new ones, never a part."""
+        """Write a file as `writing` does: readers see the old bytes or the new, never a part."""
         with self.writing(name) as path:
             path.write_bytes(payload)
 
@@ -161,11 +162,26 @@ class Folder:
         """Give a path on this machine to a writer; its file appears as `name` when it is done.
 
         Readers see the old file or the new one, never a part. A name has one writer at a time.
+
+        Raises:
+            ArtifactError: if there is no room for it, or it may not be written.
         """
+        try:
+            with self._written(name) as path:
+                yield path
+        except (OSError, SafetensorError) as error:
+            remedy = ""
+            if disk_is_full(error):
+                place = self.uri if self.is_local else f"{tempfile.gettempdir()} (TMPDIR)"
+                remedy = f"; make room in {place} and run again: what is finished is kept"
+            raise ArtifactError(f"{self.uri}/{name} cannot be written: {error}{remedy}") from error
+
+    @contextmanager
+    def _written(self, name: str) -> Iterator[Path]:
         target = self._full(name)
         self._filesystem.create_dir(os.path.dirname(target), recursive=True)  # noqa: PTH120
         if self.is_local:
-            with _replacing(Path(target)) as temporary:
+            with replacing(Path(target)) as temporary:
                 yield temporary
             return
         with tempfile.NamedTemporaryFile(prefix="paris_ray-") as file:
@@ -204,21 +220,6 @@ class Folder:
         infos = self._filesystem.get_file_info(selector)
         names = [os.path.relpath(i.path, self._path) for i in infos if i.type == fs.FileType.File]
         return sorted(name for name in names if ".tmp-" not in name)
-
-
-@contextmanager
-def _replacing(target: Path) -> Iterator[Path]:
-    """Give a path beside a local file to a writer; when it is done, rename that to the file."""
-    for stale in target.parent.glob(f"{glob.escape(target.name)}.tmp-*"):
-        stale.unlink(missing_ok=True)  # of a writer that was killed
-    temporary = target.with_name(f"{target.name}.tmp-{os.getpid()}")
-    try:
-        yield temporary
-        with temporary.open("rb") as written:
-            os.fsync(written.fileno())
-        temporary.replace(target)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -2,9 +2,16 @@
 
 import math
 import re
+from typing import get_args
 
 from paris_ray.config.conversion import expert_setup
-from paris_ray.config.corpus import COLUMN_NAMES, ClusterConfig, CorpusConfig
+from paris_ray.config.corpus import (
+    COLUMN_NAMES,
+    PACKAGED_KINDS,
+    ClusterConfig,
+    CorpusConfig,
+    CorpusKind,
+)
 from paris_ray.config.encoders import CodecConfig
 from paris_ray.config.evaluation import QUALITIES, EvaluationConfig, SamplingConfig
 from paris_ray.config.fleet import FleetConfig
@@ -223,6 +230,17 @@ def _check_shapes(config: Config) -> None:
     _require(fits, "router.num_experts", config.router.num_experts, allowed)
 
 
+def _check_corpus_path(corpus: CorpusConfig) -> None:
+    """Check that pictures are read from where they are, and that none given are left unread."""
+    path, is_given = corpus.path, corpus.path is not None
+    if corpus.kind in PACKAGED_KINDS:
+        kinds = [kind for kind in get_args(CorpusKind) if kind not in PACKAGED_KINDS]
+        allowed = f"kind={corpus.kind} has its own pictures; say corpus.kind={'|'.join(kinds)}"
+        _require(not is_given, "corpus.path", path, allowed)
+    else:
+        _require(is_given, "corpus.path", path, f"a path for kind={corpus.kind}")
+
+
 def _check_corpus(corpus: CorpusConfig) -> None:
     templates = corpus.caption_templates
     well_formed = templates[:1] == ["{}"] and all(t.count("{}") == 1 for t in templates)
@@ -327,9 +345,7 @@ def check(config: Config) -> None:
     Raises:
         ConfigError: naming the field, its value and what is allowed.
     """
-    if config.corpus.kind not in ("openmoji", "scenes"):
-        allowed = f"a path for kind={config.corpus.kind}"
-        _require(config.corpus.path is not None, "corpus.path", None, allowed)
+    _check_corpus_path(config.corpus)
     _check_corpus(config.corpus)
     _check_codec(config.codec, config.corpus.image_size)
     _check_cluster(config.cluster)

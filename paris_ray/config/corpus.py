@@ -7,12 +7,15 @@ from typing import Literal
 # Labels of rows are named by columns or by the groups of another pattern (`corpora.labels`).
 COLUMN_NAMES = re.compile(r"\w+(,\w+)*")
 
+CorpusKind = Literal["scenes", "openmoji", "image_folder", "parquet", "webdataset"]
+PACKAGED_KINDS = ("scenes", "openmoji")  # whose pictures come in packages: there is no path
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CorpusConfig:
     """Which captioned images to read, and what counts as a bad row."""
 
-    kind: Literal["scenes", "openmoji", "image_folder", "parquet", "webdataset"] = "openmoji"
+    kind: CorpusKind = "openmoji"
     path: str | None = None  # folder, or folder of .parquet / .tar files; null: the packaged ones
     image_size: int = 32  # pixels; the shorter side is resized, then the centre is cropped
     resize: Literal["lanczos", "adm"] = "lanczos"  # adm: halve with a box, then bicubic, as DiT

@@ -7,7 +7,7 @@ from functools import reduce
 from importlib import resources
 from operator import getitem
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args, get_origin
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
@@ -22,6 +22,7 @@ from paris_ray.config.sections import Config
 from paris_ray.errors import ConfigError
 
 LORA = "lora"  # the one packaged configuration that is a LoRARun
+EXPERTS = "experts"  # the section of what differs for single experts
 
 Root = TypeVar("Root", Config, LoRARun)
 
@@ -43,17 +44,28 @@ def _read_yaml(name_or_path: str, packaged: Sequence[str]) -> DictConfig:
     loaded = OmegaConf.create(text)
     if not isinstance(loaded, DictConfig):
         raise ConfigError(f"config={name_or_path!r} does not hold a mapping")
-    experts = loaded.get("experts")
+    experts = loaded.get(EXPERTS)
     if isinstance(experts, DictConfig):  # YAML reads the number of an expert as an integer
-        loaded["experts"] = {str(key): value for key, value in experts.items()}
+        loaded[EXPERTS] = {str(key): value for key, value in experts.items()}
     return loaded
+
+
+def _declared(root: type[Any], keys: Sequence[str]) -> Any:
+    """Return the type that the tree declares at a path of keys; Any where it declares none."""
+    if keys[:1] == [EXPERTS]:
+        keys = keys[2:]  # what one expert overrides has the types that it has for all
+    declared: Any = root
+    for key in keys:
+        if is_dataclass(declared):
+            declared = {f.name: f.type for f in fields(declared)}.get(key, Any)
+        else:
+            declared = get_args(declared)[1] if get_origin(declared) is dict else Any
+    return declared
 
 
 def _allowed_keys(root: type[Any], full_key: str) -> list[str]:
     """Return the keys allowed beside a refused one."""
-    section: Any = root
-    for part in full_key.split(".")[:-1]:
-        section = {f.name: f.type for f in fields(section)}.get(part)
+    section = _declared(root, full_key.split(".")[:-1])
     return [f.name for f in fields(section)] if is_dataclass(section) else []
 
 
@@ -71,13 +83,42 @@ def _explained(root: type[Any], where: str) -> Iterator[None]:
         raise ConfigError(f"{error.full_key}: {reason}" if error.full_key else reason) from None
     except yaml.YAMLError as error:
         raise ConfigError(f"{where} is not YAML: {' '.join(str(error).split())}") from None
+    except TypeError as error:  # a list where a mapping belongs, or the other way round
+        raise ConfigError(f"{where}: {error}") from None
 
 
-def _read_overrides(overrides: Sequence[str]) -> DictConfig:
+def _read_overrides(root: type[Any], overrides: Sequence[str]) -> DictConfig:
+    """Return what overrides say: text as it was given, everything else as YAML reads it."""
+    changes = OmegaConf.create()
     for override in overrides:
-        if "=" not in override:
+        key, is_given, value = override.partition("=")
+        if not is_given:
             raise ConfigError(f"override {override!r} is not of the form key=value")
-    return OmegaConf.from_dotlist(list(overrides))
+        declared = _declared(root, key.split("."))
+        if declared in (str, str | None):
+            OmegaConf.update(changes, key, _read_text(key, value, declared))
+        else:
+            changes.merge_with_dotlist([override])
+    return changes
+
+
+def _read_text(key: str, value: str, declared: Any) -> str | None:
+    """Return a text, which the shell has cut out already: nothing in it is YAML.
+
+    Raises:
+        ConfigError: if it is empty, or holds a variable that the shell did not replace.
+    """
+    if value == "null" and declared is not str:
+        return None
+    if not value:
+        none = "" if declared is str else ", or null for none"
+        raise ConfigError(f"{key}= is not allowed: a text{none}; is a variable of the shell unset?")
+    if "${" in value:
+        raise ConfigError(
+            f"{key}={value!r} is not allowed: no ${{...}} here; single quotes keep the shell from "
+            "replacing a variable"
+        )
+    return value
 
 
 def load(name_or_path: str, overrides: Sequence[str] = ()) -> Config:
@@ -85,7 +126,8 @@ def load(name_or_path: str, overrides: Sequence[str] = ()) -> Config:
 
     Args:
         name_or_path: A packaged name (`quickstart`) or the path of a YAML file.
-        overrides: For example `["training.steps=50", "corpus.kind=image_folder"]`.
+        overrides: For example `["training.steps=50", "corpus.kind=image_folder"]`. What is text
+            is taken as it stands, but `null` where text may be absent; the rest is read as YAML.
 
     Raises:
         ConfigError: for an unknown key, a wrong type or a value that is not allowed.
@@ -103,7 +145,7 @@ def with_overrides(config: Config, overrides: Sequence[str]) -> Config:
         ConfigError: like `load`.
     """
     with _explained(Config, "an override"):
-        changes = _read_overrides(overrides)
+        changes = _read_overrides(Config, overrides)
         changed = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(config), changes))
     assert isinstance(changed, Config)
     check(changed)
@@ -125,7 +167,7 @@ def _load(
     root: type[Root], name_or_path: str, packaged: Sequence[str], overrides: Sequence[str]
 ) -> Root:
     with _explained(root, f"config={name_or_path!r} or an override"):
-        changes, document = _read_overrides(overrides), _read_yaml(name_or_path, packaged)
+        changes, document = _read_overrides(root, overrides), _read_yaml(name_or_path, packaged)
         config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(root), document, changes))
     assert isinstance(config, root)
     return config

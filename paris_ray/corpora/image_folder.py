@@ -5,6 +5,7 @@ Each line names a picture and its caption: `{"file_name": "cats/1.png", "text": 
 
 import hashlib
 import json
+import reprlib
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from itertools import islice, pairwise
@@ -90,10 +91,9 @@ class ImageFolder:
                 detail = f"{type(error).__name__}: {error}"
                 yield RawRow(f"{METADATA}:{number}", None, None, "bad_metadata", detail), None
             else:
-                caption = entry.get("text", entry.get("caption"))
-                columns = text_columns(entry, self._label_columns)
                 file_name = entry["file_name"]
-                yield RawRow(file_name, None, caption, columns=columns), file_name
+                columns = text_columns(entry, self._label_columns)
+                yield RawRow(file_name, None, *_caption(entry), columns=columns), file_name
 
 
 def _parse(line: bytes) -> Mapping[str, Any]:
@@ -110,6 +110,14 @@ def _parse(line: bytes) -> Mapping[str, Any]:
         raise ValueError(f"file_name is {file_name!r}")
     file_name.encode()  # a lone surrogate cannot be stored in a table
     return entry
+
+
+def _caption(entry: Mapping[str, Any]) -> tuple[Any, str | None, str]:
+    """Return the caption of a line, or None and what is wrong: problem and detail."""
+    for name in ("text", "caption"):
+        if name in entry:
+            return entry[name], None, ""
+    return None, "missing_caption", f"no text or caption among {reprlib.repr(list(entry))}"
 
 
 def _with_image(row: RawRow, folder: Path, file_name: str) -> RawRow:

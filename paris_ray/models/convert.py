@@ -48,6 +48,12 @@ CLIP_WIDTH = 768  # of the text encoder that Paris uses
 # Shapes do not tell the number of heads: DiT-S, B and L have 64 channels each, DiT-XL has 72.
 HEADS_OF_HIDDEN_SIZE = {384: 6, 768: 12, 1024: 16, 1152: 16}
 
+# What DiT's trainer saves, the better weights first; and parts of names that are not DiT's: of
+# DistributedDataParallel and torch.compile.
+CHECKPOINT_KEYS = {"ema": "the averaged ones (ema)", "model": "the plain ones (model)"}
+READ_LAYOUTS = f"read are a state dict, or one under the key {' or '.join(CHECKPOINT_KEYS)}"
+WRAPPERS = ("module", "_orig_mod")
+
 CLASS_TABLE = "y_embedder.embedding_table.weight"
 ADALN = "blocks.*.adaLN_modulation.1"
 TIME_BIAS = "time_embed.mlp.2.bias"
@@ -96,6 +102,19 @@ class TensorGroup:
 
 
 @dataclass(frozen=True, slots=True)
+class DiTCheckpoint:
+    """The weights of a DiT that a file held.
+
+    Attributes:
+        state: State dict, under DiT's own names.
+        source: Which of the file's weights they are.
+    """
+
+    state: dict[str, Tensor]
+    source: str
+
+
+@dataclass(frozen=True, slots=True)
 class Conversion:
     """An expert made from a DiT, and what became of each of its tensors."""
 
@@ -103,13 +122,14 @@ class Conversion:
     groups: tuple[TensorGroup, ...]
 
 
-def read_dit(path: Path) -> dict[str, Tensor]:
-    """Return the state dict of a facebookresearch/DiT checkpoint; nothing in the file is run.
+def read_dit(path: Path) -> DiTCheckpoint:
+    """Return the weights of a facebookresearch/DiT checkpoint; nothing in the file is run.
 
     Args:
-        path: A `.safetensors` or `.pt` file with a state dict, or with what DiT's trainer saves,
-            of which the averaged weights (`ema`) are taken. Memory is mapped where the format
-            allows it.
+        path: A `.safetensors` or `.pt` file with a state dict, or with what DiT's trainer saves:
+            of that the averaged weights (`ema`) are taken or, where there are none, `model`. What
+            DistributedDataParallel and `torch.compile` put into names is left out. Memory is
+            mapped where the format allows it.
 
     Raises:
         ConfigError: if there is no such file, or its name ends otherwise.
@@ -119,18 +139,36 @@ def read_dit(path: Path) -> dict[str, Tensor]:
         raise ConfigError(f"checkpoint={str(path)!r} is not allowed: a .safetensors or .pt file")
     if not path.is_file():
         raise ConfigError(f"checkpoint={str(path)!r} is not a file")
-    document = _load(path)
-    state = document.get("ema", document) if isinstance(document, dict) else document
+    state, source = _chosen(_load(path))
     if not isinstance(state, dict) or not state:
-        raise BundleError(f"{path} holds no state dict, nor one under the key ema")
+        raise BundleError(f"{path} holds no state dict ({source}): {READ_LAYOUTS}")
     for name, value in state.items():
         if not isinstance(name, str) or not _is_plain(value):
-            raise BundleError(f"{path}: entry {name!r} is not a dense floating-point tensor")
+            raise BundleError(
+                f"{path}: entry {name!r} is not a dense floating-point tensor: {READ_LAYOUTS}"
+            )
     # A tensor of stride 0 takes no room in the file, and terabytes once it is copied.
     claimed, size = sum(value.nbytes for value in state.values()), path.stat().st_size
     if claimed > size:
         raise BundleError(f"{path}: its tensors claim {claimed} bytes, but the file has {size}")
-    return state
+    return DiTCheckpoint(_unwrapped(path, state), source)
+
+
+def _chosen(document: Any) -> tuple[Any, str]:
+    """Return which part of a file is taken, and what it is called."""
+    if isinstance(document, dict):
+        for key, source in CHECKPOINT_KEYS.items():
+            if document.get(key) is not None:
+                return document[key], source
+    return document, "the whole file"
+
+
+def _unwrapped(path: Path, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return tensors under the names that they have in a model that nothing is wrapped around."""
+    names = {n: ".".join(part for part in n.split(".") if part not in WRAPPERS) for n in state}
+    if len(set(names.values())) < len(names):
+        raise BundleError(f"{path} has a tensor twice, with and without {' or '.join(WRAPPERS)}")
+    return {names[name]: value for name, value in state.items()}
 
 
 def _load(path: Path) -> Any:

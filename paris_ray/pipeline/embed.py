@@ -23,6 +23,7 @@ from paris_ray.embeddings import num_rows, part_names, read_table
 from paris_ray.errors import CorpusError
 from paris_ray.pipeline.embedders import FeatureEmbedder, LatentEmbedder, TextEmbedder
 from paris_ray.pipeline.encoders import SECTIONS
+from paris_ray.pipeline.quarantine import describe_bad_rows, first_bad_row
 from paris_ray.pipeline.shards import ShardReader, ShardWriter, shard_of, version_of
 from paris_ray.pipeline.stage import Stage
 from paris_ray.run import EMBEDDINGS, Run
@@ -152,7 +153,7 @@ def _embedding(
 ) -> ray.data.Dataset:
     """Return the Ray Data pipeline over some shards; it runs when it is iterated."""
     items = [shard_item(shard, versions, duplicates) for shard in shards]
-    _quiet_ray_data()
+    quiet_ray_data()
     dataset = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
         ShardReader(config, held_out), batch_size=1, num_cpus=TASK_CPUS
     )
@@ -180,12 +181,16 @@ def shard_item(
     return asdict(shard) | more
 
 
-def _quiet_ray_data() -> None:
-    """Leave the terminal to our own progress lines."""
+def quiet_ray_data() -> None:
+    """Leave the terminal to our own progress lines, and errors to who reports them."""
     context = DataContext.get_current()
+    context.raise_original_map_exception = True  # else its type is lost on the way
     context.enable_progress_bars = False
     context.issue_detectors_config.detectors = []
     logging.getLogger("ray.data").setLevel(logging.WARNING)
+    # They print the traceback of an error that is raised all the same, and call it a bug of Ray.
+    for name in ("exceptions", "_internal.execution.streaming_executor_state"):
+        logging.getLogger(f"ray.data.{name}").setLevel(logging.CRITICAL)
 
 
 def _follow(dataset: ray.data.Dataset, num_keys: int) -> None:
@@ -234,10 +239,12 @@ def refuse_bad_corpus(config: Config, counts: Mapping[str, Any]) -> None:
     good, bad = counts["rows"] + counts["held_out"], sum(counts["quarantined"].values())
     share = bad / max(1, good + bad)
     if share > config.corpus.max_bad_share or good == 0:
+        quarantine = Run(config).quarantine
         raise CorpusError(
             f"{bad} of {good + bad} rows are bad ({share:.1%}, "
-            f"corpus.max_bad_share={config.corpus.max_bad_share}): {counts['quarantined']}; "
-            f"see {Run(config).quarantine.uri}"
+            f"corpus.max_bad_share={config.corpus.max_bad_share}): "
+            f"{describe_bad_rows(counts['quarantined'], first_bad_row(quarantine))}; "
+            f"see {quarantine.uri}"
         )
     if counts["rows"] == 0:
         raise CorpusError(

@@ -15,6 +15,8 @@ from paris_ray.corpora import (
     Corpus,
     DecodedRow,
     HeldOut,
+    QuarantinedRow,
+    RawRow,
     Shard,
     decode_row,
     held_out_rule,
@@ -27,6 +29,7 @@ from paris_ray.encoders.codec import PatchPCA, load_codec
 from paris_ray.encoders.text import TextEncoder, load_text_encoder, write_text_encoder
 from paris_ray.errors import ConfigError, CorpusError
 from paris_ray.pipeline.progress import ProgressFile, Task, follow
+from paris_ray.pipeline.quarantine import BadRows
 from paris_ray.pipeline.stage import Stage
 from paris_ray.run import ENCODERS, Run
 from paris_ray.seeding import derive_seed, numpy_generator
@@ -55,7 +58,7 @@ def make_encoders(config: Config) -> dict[str, Any]:
     """Write text encoder, null text, codec and, if there is no checkpoint, the image encoder."""
     _write_text(config)
     needs_fitting = config.codec.kind == "patch_pca" or config.features.checkpoint is None
-    rows = _sample_rows(config) if needs_fitting else []
+    rows = sample_rows(config) if needs_fitting else []
     _write_codec(config, rows)
     facts: dict[str, Any] = {"rows_fitted_to": len(rows)}
     if config.features.checkpoint is None:
@@ -123,7 +126,7 @@ def _images(rows: list[DecodedRow]) -> NDArray[np.uint8]:
     return np.stack([row.image for row in rows])
 
 
-def _sample_rows(config: Config) -> list[DecodedRow]:
+def sample_rows(config: Config) -> list[DecodedRow]:
     """Return the pictures that something is fitted to, from all over the corpus: none held out.
 
     Shards are taken in a random order, of each a share of its rows with equal gaps, until there are
@@ -137,24 +140,31 @@ def _sample_rows(config: Config) -> list[DecodedRow]:
     held_out = held_out_rule(config.corpus, corpus, config.seed)
     most = math.ceil(wanted / min(len(shards), MAX_SHARDS_SAMPLED))
     found: dict[int, list[DecodedRow]] = {}
+    bad = BadRows()
     for index in numpy_generator(config.seed, "rows to fit").permutation(len(shards)).tolist():
         left = min(most, wanted - sum(map(len, found.values())))
-        found[index] = list(_spread_rows(config, corpus, shards[index], held_out, left))
+        raws = _spread_rows(corpus, shards[index], held_out, left)
+        found[index] = list(islice(_usable_rows(config, raws, bad), left))
         if sum(map(len, found.values())) == wanted:
             break
     rows = [row for index in sorted(found) for row in found[index]]
     if not rows:
         raise CorpusError(
-            f"corpus.path={config.corpus.path!r} has no usable row that is not held out"
+            f"corpus.path={config.corpus.path!r} has no usable row that is not held out{bad}"
         )
     return rows
 
 
-def _spread_rows(
-    config: Config, corpus: Corpus, shard: Shard, held_out: HeldOut, most: int
-) -> Iterator[DecodedRow]:
-    """Yield usable rows of a shard that have equal gaps, as many as there are to be at most."""
+def _spread_rows(corpus: Corpus, shard: Shard, held_out: HeldOut, most: int) -> Iterator[RawRow]:
+    """Yield rows of a shard that have equal gaps; without the bad ones, `most` are wanted."""
     gap = max(1, len(corpus.keys(shard)) // most)
-    shown = (row for row in corpus.read(shard) if not held_out.holds(row))
-    decoded = (decode_row(row, config.corpus) for row in islice(shown, 0, None, gap))
-    yield from islice((row for row in decoded if isinstance(row, DecodedRow)), most)
+    return islice((row for row in corpus.read(shard) if not held_out.holds(row)), 0, None, gap)
+
+
+def _usable_rows(config: Config, raws: Iterator[RawRow], bad: BadRows) -> Iterator[DecodedRow]:
+    for raw in raws:
+        row = decode_row(raw, config.corpus)
+        if isinstance(row, QuarantinedRow):
+            bad.add(row)
+        else:
+            yield row

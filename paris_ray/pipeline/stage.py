@@ -5,6 +5,7 @@ import json
 import logging
 import time
 from collections.abc import Mapping
+from contextlib import nullcontext, suppress
 from types import MappingProxyType
 from typing import Any
 
@@ -19,6 +20,7 @@ from paris_ray.artifacts import (
     publish,
 )
 from paris_ray.config import Config, LoRARun, TrainingConfig, digest, run_folder, to_yaml
+from paris_ray.errors import ArtifactError
 
 logger = logging.getLogger("paris_ray")
 
@@ -135,7 +137,12 @@ class StageTimer:
 
     def __exit__(self, *exception: object) -> None:
         seconds = round(time.perf_counter() - self._started, 2)
-        earlier = self.folder.read(TIMINGS) if self.folder.exists(TIMINGS) else b""
-        row = {"stage": self.stage, "seconds": seconds, "failed": exception[0] is not None}
-        self.folder.write(TIMINGS, earlier + json.dumps(row).encode() + b"\n")
+        failed = exception[0] is not None
+        # Where a stage failed because the disk is full, its time has no room either.
+        with suppress(ArtifactError) if failed else nullcontext():
+            self._append({"stage": self.stage, "seconds": seconds, "failed": failed})
         logger.info("%s: %.0f s", self.stage, seconds)
+
+    def _append(self, row: Mapping[str, Any]) -> None:
+        earlier = self.folder.read(TIMINGS) if self.folder.exists(TIMINGS) else b""
+        self.folder.write(TIMINGS, earlier + json.dumps(row).encode() + b"\n")

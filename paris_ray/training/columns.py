@@ -8,7 +8,6 @@ The temporary folder must be on a disk: in a tmpfs, as /tmp is on some systems, 
 memory after all. In a Ray worker `TMPDIR` is the one that `ray start` had on its node.
 """
 
-import errno
 import mmap
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -21,8 +20,7 @@ from numpy.typing import NDArray
 from paris_ray.artifacts import Folder
 from paris_ray.embeddings import stream_column
 from paris_ray.errors import TrainingError
-
-DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+from paris_ray.storage import disk_is_full
 
 
 def map_column(shards: Sequence[Folder], column: str) -> NDArray[np.generic]:
@@ -43,7 +41,7 @@ def map_column(shards: Sequence[Folder], column: str) -> NDArray[np.generic]:
             row = _append_all(file, chunks, column)
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except OSError as error:
-        if error.errno not in DISK_IS_FULL:
+        if not disk_is_full(error):
             raise
         raise TrainingError(
             f"column {column} of {len(shards)} shards does not fit into {tempfile.gettempdir()} "

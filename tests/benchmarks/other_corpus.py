@@ -1,7 +1,7 @@
 r"""Write a corpus that the recipe was not made for: an image folder of other drawings and colours.
 
     python tests/benchmarks/other_corpus.py /tmp/other
-    LABELS='"an? (?P<object>.+) on an? (?P<colour>.+) background"'
+    LABELS='an? (?P<object>.+) on an? (?P<colour>.+) background'
     python -m jobs.pipeline --config quickstart run_dir=/tmp/other_run corpus.kind=image_folder \
         corpus.path=/tmp/other "corpus.held_out_key=$LABELS" "corpus.attributes=$LABELS"
 

@@ -65,7 +65,7 @@ def tiny_overrides(shapes_corpus: Path) -> list[str]:
         "corpus.kind=image_folder",
         f"corpus.path={shapes_corpus}",
         "corpus.rows_per_shard=16",
-        r"corpus.attributes='a (?P<colour>\w+) (?P<shape>\w+)'",
+        r"corpus.attributes=a (?P<colour>\w+) (?P<shape>\w+)",
         "text.token_states=6",
         "features.steps=4",
         "features.batch_size=16",

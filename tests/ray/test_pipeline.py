@@ -9,6 +9,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -16,6 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from jobs.command import mendable
 from paris_ray.artifacts import Folder, Manifest, read_manifest
 from paris_ray.bundle import load_bundle
 from paris_ray.config import Config
@@ -411,3 +413,20 @@ def test_a_mostly_bad_corpus_is_refused(ray_session: None, finished: Run, tmp_pa
     with pytest.raises(CorpusError, match=r"6 of 78 rows are bad.*max_bad_share=0.01"):
         prepare_embeddings(config, read_manifest(finished.encoders, "encoders"))
     assert pq.read_table(str(target / "quarantine")).num_rows == 6
+
+
+def test_an_error_in_ray_data_is_told_as_it_was_raised(
+    ray_session: None, capfd: pytest.CaptureFixture[str]
+) -> None:
+    import ray
+
+    from paris_ray.pipeline.embed import quiet_ray_data
+
+    def fill(batch: dict[str, Any]) -> dict[str, Any]:
+        raise ArtifactError("/runs/x cannot be written: No space left on device")
+
+    quiet_ray_data()
+    with pytest.raises(ArtifactError) as caught:
+        list(ray.data.range(1).map_batches(fill).iter_rows())
+    assert str(mendable(caught.value)) == "/runs/x cannot be written: No space left on device"
+    assert "Traceback" not in "".join(capfd.readouterr())

@@ -1,9 +1,15 @@
 """Artefacts: what exists to readers, what is refused, and what is verified."""
 
+import resource
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from safetensors.numpy import save_file
 
 from paris_ray.artifacts import (
     MANIFEST,
@@ -99,6 +105,40 @@ def test_a_write_that_fails_leaves_the_old_file_alone(folder: Folder, tmp_path: 
         write_half()
     assert {path.name for path in (tmp_path / "artefact").iterdir()} == {"data.bin", "deep"}
     assert folder.read("data.bin") == b"payload"
+
+
+NUMBERS = np.random.default_rng(0).random(10_000)
+WRITERS: dict[str, Callable[[Path], object]] = {
+    "bytes": lambda path: path.write_bytes(NUMBERS.tobytes()),
+    "parquet": lambda path: pq.write_table(pa.table({"numbers": NUMBERS}), path),
+    "safetensors": lambda path: save_file({"numbers": NUMBERS}, path),
+}
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+def test_a_full_disk_is_an_error_that_names_the_folder(folder: Folder, writer: str) -> None:
+    def fill() -> None:
+        with folder.writing("data.bin") as path:
+            WRITERS[writer](path)
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+    try:
+        with pytest.raises(ArtifactError) as caught:
+            fill()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    message = str(caught.value)
+    assert message.startswith(f"{folder.uri}/data.bin cannot be written: ")
+    assert message.endswith(f"; make room in {folder.uri} and run again: what is finished is kept")
+    assert folder.read("data.bin") == b"payload"
+    assert folder.files() == ["data.bin", "deep/er/more.bin"]
+
+
+def test_a_place_that_may_not_be_written_is_an_error_that_names_it(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ArtifactError, match=r"file/run/x cannot be written: [^;]*$"):
+        Folder(tmp_path / "file" / "run").write("x", b"")
 
 
 @pytest.mark.parametrize("name", ["data.bin", "data[1]*.bin"])

@@ -69,6 +69,8 @@ def test_yaml_round_trip(tmp_path: Path) -> None:
         ("corpus.kind=tar", ["corpus.kind", "tar"]),
         ("training=5", ["TrainingConfig", "5"]),
         ("training=[1", ["is not YAML"]),
+        ("fleet.gpus={name: A40}", ["override", "container types"]),
+        ("sampling.presets.low.steps=3", ["'sampling.presets.low.steps'", "num_inference_steps"]),
         ("training.steps", ["'training.steps'", "key=value"]),
     ],
 )
@@ -157,6 +159,47 @@ def test_values_that_do_not_fit_are_refused(field: str, value: str) -> None:
     }
     others = extra.get(field, [])
     assert refusal(f"{field}={value}", *others).startswith(f"{field}=")
+
+
+# What YAML reads otherwise: a comment, a mapping, a list, a number, an alias, a truth, quotes.
+TEXTS = ["/data/exp #1", "/data/a: b", "[x]", "{x: 1}", "007", "1e3", "*x", "no", "~", '"x"', " x"]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_a_text_arrives_as_it_was_given(text: str) -> None:
+    keys = ["run_dir", "prepared_from", "corpus.attribution", "training.labels.zone"]
+    config = load("quickstart", [f"{key}={text}" for key in keys])
+    found = (config.run_dir, config.prepared_from, config.corpus.attribution)
+    assert (*found, config.training.labels["zone"]) == (text,) * 4
+
+
+def test_an_experts_own_values_are_read_as_those_of_all() -> None:
+    given = ["init_from=/data/seed #1", "steps=7", "betas=[0.8,0.9]", "max_grad_norm=null"]
+    config = load("quickstart", [f"experts.1.training.{each}" for each in given])
+    training = expert_setup(config, 1).training
+    assert training == replace(load("quickstart", [f"training.{e}" for e in given]).training)
+    assert (training.init_from, training.steps) == ("/data/seed #1", 7)
+
+
+def test_null_stands_for_no_text_where_there_may_be_none() -> None:
+    config = load("quickstart", ["run_dir=null", "prepared_from=null", "corpus.attribution=Null"])
+    assert (config.run_dir, config.prepared_from) == ("null", None)
+    assert config.corpus.attribution == "Null"
+
+
+@pytest.mark.parametrize("key", ["run_dir", "prepared_from", "experts.1.training.init_from"])
+def test_what_the_shell_did_not_replace_is_no_text(key: str) -> None:
+    assert refusal(f"{key}=").startswith(f"{key}= is not allowed: a text")
+    message = refusal(f"{key}=${{HOME}}/x")
+    assert message.startswith(f"{key}='${{HOME}}/x' is not allowed: no ${{...}} here")
+
+
+@pytest.mark.parametrize("kind", ["scenes", "openmoji"])
+def test_a_path_is_refused_by_a_kind_that_would_not_read_it(kind: str) -> None:
+    assert refusal("corpus.path=/data/mine", f"corpus.kind={kind}") == (
+        f"corpus.path='/data/mine' is not allowed: kind={kind} has its own pictures; "
+        "say corpus.kind=image_folder|parquet|webdataset"
+    )
 
 
 @pytest.mark.parametrize(
@@ -345,7 +388,7 @@ def test_random_clusters_have_no_directions_to_remove() -> None:
 
 @pytest.mark.parametrize("name", ["", "../x", ".x", "a/b"])
 def test_the_name_of_an_evaluation_is_a_plain_folder(name: str) -> None:
-    assert refusal(f"evaluation.name='{name}'").startswith("evaluation.name=")
+    assert refusal(f"evaluation.name={name}").startswith("evaluation.name=")
 
 
 def test_a_configuration_is_changed_as_it_is_loaded() -> None:

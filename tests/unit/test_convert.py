@@ -301,9 +301,53 @@ def test_every_form_of_a_checkpoint_is_read(form: str, tmp_path: Path) -> None:
     else:
         document = trainer_checkpoint(state) if form == "trainer" else state
         torch.save(document, path, _use_new_zipfile_serialization=form != "legacy")
-    found = read_dit(path)
+    found = read_dit(path).state
     assert found.keys() == state.keys()
     assert all(torch.equal(found[name], state[name]) for name in state)
+
+
+@pytest.mark.parametrize(
+    ("keys", "source"),
+    [
+        (["ema"], "the averaged ones (ema)"),
+        (["model", "ema"], "the averaged ones (ema)"),
+        (["model"], "the plain ones (model)"),
+        ([], "the whole file"),
+    ],
+)
+def test_which_weights_are_taken_is_said(keys: list[str], source: str, tmp_path: Path) -> None:
+    states = {key: random_dit(seed) for seed, key in enumerate(keys)}
+    torch.save(states or random_dit(), tmp_path / "dit.pt")
+    found = read_dit(tmp_path / "dit.pt")
+    assert found.source == source
+    expected = states[keys[-1]] if keys else random_dit()
+    assert all(torch.equal(found.state[name], expected[name]) for name in expected)
+
+
+def test_without_an_average_the_plain_weights_are_taken(tmp_path: Path) -> None:
+    torch.save({"ema": None, "model": random_dit()}, tmp_path / "dit.pt")
+    assert read_dit(tmp_path / "dit.pt").source == "the plain ones (model)"
+
+
+@pytest.mark.parametrize("wrapped", ["module.{}", "_orig_mod.{}", "_orig_mod.module.{}", "blocks"])
+def test_what_wraps_a_model_is_not_part_of_names(wrapped: str, tmp_path: Path) -> None:
+    state = random_dit()
+    if wrapped == "blocks":  # compiled one by one
+        given = {re.sub(r"(blocks\.\d+)\.", r"\1._orig_mod.", n): v for n, v in state.items()}
+    else:
+        given = {wrapped.format(name): value for name, value in state.items()}
+    assert given.keys() != state.keys()
+    torch.save({"model": given}, tmp_path / "dit.pt")
+    found = read_dit(tmp_path / "dit.pt").state
+    assert found.keys() == state.keys()
+    assert convert_dit(found, **OPTIONS).expert.config.num_layers == DEPTH
+
+
+def test_a_tensor_that_is_there_twice_is_refused(tmp_path: Path) -> None:
+    state = random_dit() | {"module.pos_embed": torch.zeros(1, GRID**2, WIDTH)}
+    torch.save(state, tmp_path / "dit.pt")
+    with pytest.raises(BundleError, match="twice, with and without module or _orig_mod"):
+        read_dit(tmp_path / "dit.pt")
 
 
 class Payload:
@@ -358,7 +402,11 @@ def test_no_other_class_becomes_loadable(tmp_path: Path) -> None:
         ([1, 2], "no state dict"),
         ({"ema": "averaged"}, "no state dict"),
         ({}, "no state dict"),
-        ({"model": {"weight": torch.ones(2)}}, "entry 'model' is not a dense floating-point"),
+        ({"ema": {"decay": 0.9999}}, "entry 'decay' is not a dense floating-point"),
+        (
+            {"state_dict": {"weight": torch.ones(2)}},
+            "'state_dict' is not a .*: read are a state dict, or one under the key ema or model",
+        ),
         ({"x": torch.arange(3)}, "entry 'x' is not a dense floating-point tensor"),
         ({"x": torch.eye(3).to_sparse()}, "entry 'x' is not a dense floating-point tensor"),
         ({"x": torch.empty(2, device="meta")}, "entry 'x' is not a dense floating-point tensor"),
@@ -447,6 +495,7 @@ def test_the_job_says_what_it_did_and_what_the_licence_is(
     assert "3 of 96 x 32" in qkv
     headings = [line.split(":")[0] for line in lines if "parameters" in line]
     assert headings == ["kept", "mapped", "re-initialised"]
+    assert lines[0] == "weights of the checkpoint: the averaged ones (ema)"
     assert "CC BY-NC 4.0" in result.stdout
     assert f"training.init_from={output}" in result.stdout
     assert "CC BY-NC 4.0" in (output / "conversion.txt").read_text()

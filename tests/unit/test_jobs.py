@@ -1,25 +1,32 @@
 """The command line of the jobs, as a user types it; nothing here starts Ray."""
 
+import errno
 import importlib.util
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from zipfile import ZipFile
 
 import pytest
 import yaml
+from ray._private.runtime_env.packaging import create_package
+from ray.exceptions import RayTaskError
 
-from jobs.command import parser
+from jobs.command import mendable, parser, reported
+from jobs.quickstart import why_it_failed
 from paris_ray.artifacts import Folder
 from paris_ray.config import load
 from paris_ray.encoders.autoencoder import VAE_FILES
 from paris_ray.encoders.clip import TEXT_ENCODER_FILES, tokenizer_files
 from paris_ray.encoders.images import TIMM_FILES
-from paris_ray.errors import ConfigError
+from paris_ray.errors import ArtifactError, ConfigError
+from paris_ray.pipeline.stage import StageTimer
 from paris_ray.planning import plan, render
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -135,6 +142,100 @@ def test_a_submitted_job_refuses_a_relative_path(dry: list[str]) -> None:
     assert result.returncode == 2
     assert "run_dir='runs/mine' is relative" in result.stderr
     assert "run_dir=$PWD/runs/mine" in result.stderr
+
+
+def test_a_submitted_job_says_that_its_configuration_was_not_sent(tmp_path: Path) -> None:
+    submitted = {"RAY_JOB_CONFIG_JSON_ENV_VAR": "{}"}
+    result = run_job("pipeline", "--config", "runs/mine.yaml", "--dry-run", **submitted)
+    assert result.returncode == 2
+    assert "error: config='runs/mine.yaml' is not in the copy of the working" in result.stderr
+    assert "absolute path" in result.stderr
+
+
+def test_code_and_configurations_alone_are_sent_with_a_job(tmp_path: Path) -> None:
+    """As Ray packs a folder, which may be a checkout with pictures and runs in it."""
+    checkout, package = tmp_path / "checkout", tmp_path / "package.zip"
+    sent = ["jobs/prepare.py", "paris_ray/configs/quickstart.yaml", "serve/web/page.js", "my.yaml"]
+    kept = ["data/000.tar", "d/x.tar", "pictures.tar", "data/0.yaml", "runs/mine.yaml", ".git/x"]
+    for name in [*sent, *kept]:
+        (checkout / name).parent.mkdir(parents=True, exist_ok=True)
+        (checkout / name).touch()
+    for name in (".gitignore", ".rayignore"):
+        shutil.copy(REPOSITORY / name, checkout)
+    create_package(str(checkout), package, include_gitignore=True, excludes=[])
+    with ZipFile(package) as archive:
+        assert sorted(name for name in archive.namelist() if name[-1] != "/") == sorted(sent)
+
+
+def test_a_folder_too_large_to_send_is_told_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    traceback = "Traceback ...\nRuntimeError: Request failed with status code 413: Maximum request"
+    message = why_it_failed(traceback)
+    assert "more than the 100 MiB" in message
+    assert ".rayignore" in message
+    assert "its log is above" in why_it_failed("Job 'x' failed\n")
+    assert capsys.readouterr().err == "Job 'x' failed\n"
+
+
+def test_a_store_out_of_reach_is_refused_before_anything_starts() -> None:
+    uri = "s3://bucket/run?endpoint_override=127.0.0.1:1&scheme=http&region=us-east-1"
+    keys = {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b"}
+    result = run_job("prepare", f"run_dir={uri}", **keys)
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: run_dir: s3://bucket/run cannot be reached (")
+    assert len(result.stderr.splitlines()) == 1
+
+
+# --- what of an error its reader can mend -------------------------------------------------------
+
+FULL = OSError(errno.ENOSPC, "No space left on device")
+UNFINISHED = ArtifactError("no finished router at runs/x")
+
+
+def from_task(cause: Exception) -> Exception:
+    """The error as Ray raises it on the driver."""
+    error: Exception = RayTaskError("task", "Traceback: long", cause, ip="127.0.0.1")
+    return error.as_instanceof_cause()  # type: ignore[attr-defined, no-any-return]
+
+
+def caused_by(cause: Exception) -> Exception:
+    error = RuntimeError("around it")
+    error.__cause__ = cause
+    return error
+
+
+@pytest.mark.parametrize("wrap", [lambda e: e, from_task, caused_by])
+def test_what_can_be_mended_is_found_in_the_chain_of_causes(wrap: Any) -> None:
+    assert mendable(wrap(UNFINISHED)) is UNFINISHED
+    assert mendable(from_task(wrap(UNFINISHED))) is UNFINISHED
+    told = str(mendable(wrap(FULL)))
+    assert "No space left on device" in told
+    assert "make room in" in told
+    assert "Traceback" not in told
+    assert mendable(wrap(KeyError("a bug"))) is None
+
+
+def test_other_errors_pass_as_they_are() -> None:
+    with pytest.raises(KeyError, match="a bug"), reported():
+        raise KeyError("a bug")
+
+
+def test_what_can_be_mended_ends_the_job_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught, reported():
+        raise from_task(OSError(errno.ENOSPC, "No space left on device", "/runs/x"))
+    assert caught.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: [Errno 28] No space left on device")
+    assert "make room in /runs/x" in error
+    assert error.count("\n") == 1
+
+
+def test_where_a_stage_failed_its_time_may_fail_too(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    config = load("quickstart", [f"run_dir={tmp_path}/file/run"])
+    with pytest.raises(KeyError, match="why"), StageTimer(config, "prepare"):
+        raise KeyError("why")
+    with pytest.raises(ArtifactError, match="cannot be written"), StageTimer(config, "prepare"):
+        pass
 
 
 # --- docs/training.md ---------------------------------------------------------------------------

@@ -1,8 +1,10 @@
 """Reading a corpus shard in pieces and writing them, without Ray."""
 
 import io
+import json
+import re
 import tarfile
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +14,12 @@ from PIL import Image
 
 from paris_ray.artifacts import Folder
 from paris_ray.config import Config, load
-from paris_ray.corpora import HeldOut, open_corpus
+from paris_ray.corpora import HeldOut, QuarantinedRow, open_corpus
 from paris_ray.embeddings import column_names, read_table, stream_column
 from paris_ray.errors import CorpusError
 from paris_ray.pipeline.embed import count_rows, refuse_bad_corpus
+from paris_ray.pipeline.encoders import sample_rows
+from paris_ray.pipeline.quarantine import describe_bad_rows
 from paris_ray.pipeline.shards import Batch, ShardReader, ShardWriter
 from paris_ray.run import Run
 
@@ -44,7 +48,7 @@ def config(tmp_path: Path) -> Config:
         "corpus.rows_per_shard=16",
         "corpus.held_out_key=null",
         "corpus.held_out_share=0.02",
-        "corpus.attributes='(?P<article>an?) (square)'",
+        "corpus.attributes=(?P<article>an?) (square)",
     ]
     return load("quickstart", overrides)
 
@@ -173,3 +177,41 @@ def test_a_corpus_that_is_held_out_as_a_whole_is_refused(config: Config) -> None
         "all 40 usable rows are held out (corpus.held_out_share=0.02, corpus.held_out_key=None): "
         "none are left to train on"
     )
+
+
+def test_a_corpus_with_too_many_bad_rows_is_refused_with_an_example(config: Config) -> None:
+    for batch in read(config, HeldOut(None, 0.0, seed=0)):
+        ShardWriter(config)(encoded(batch))
+    config = replace(config, corpus=replace(config.corpus, max_bad_share=0.0))
+    with pytest.raises(CorpusError) as caught:
+        refuse_bad_corpus(config, count_rows(Run(config), NUM_GOOD + 2))
+    message = str(caught.value)
+    assert message.startswith(f"2 of {NUM_GOOD + 2} rows are bad (")
+    assert "1 duplicate_key (an earlier row has the same key), 1 not_an_image (the b" in message
+    assert re.search(
+        r"; such as '.*', (duplicate_key|not_an_image): '.+'; see .*quarantine", message
+    )
+
+
+def test_a_corpus_without_a_usable_row_says_why(tmp_path: Path) -> None:
+    rows = [{"file_name": f"{i}.png", "prompt": "a cat"} for i in range(12)]
+    for row in rows:
+        Image.new("RGB", (8, 8)).save(tmp_path / row["file_name"])
+    (tmp_path / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = ["corpus.kind=image_folder", f"corpus.path={tmp_path}", "corpus.held_out_share=0"]
+    config = load("quickstart", given)
+    with pytest.raises(CorpusError) as caught:
+        sample_rows(config)
+    assert str(caught.value) == (
+        f"corpus.path={str(tmp_path)!r} has no usable row that is not held out: 12 missing_caption "
+        "(there is no caption, or it is not text); such as '0.png', missing_caption: "
+        "\"no text or caption among ['file_name', 'prompt']\""
+    )
+
+
+def test_an_example_of_a_bad_row_is_short_and_plain() -> None:
+    bad = QuarantinedRow("\x1b[31m" + "x" * 10_000, "bad_metadata", "y\n" * 10_000)
+    described = describe_bad_rows({"bad_metadata": 3}, bad)
+    assert described.startswith("3 bad_metadata (the row's metadata is not JSON")
+    assert len(described) < 1000
+    assert described.isprintable()

@@ -1,0 +1,78 @@
+"""What storage does beneath artefacts: files that appear whole, full disks, places out of reach."""
+
+import errno
+import glob
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from urllib.parse import parse_qs, unquote, urlsplit
+
+from pyarrow import fs
+from safetensors import SafetensorError
+
+from paris_ray.errors import ArtifactError
+
+DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# Of the first touch alone: from then on pyarrow waits and retries as it always does.
+CONNECT_TIMEOUT_S = 5.0
+ANSWER_TIMEOUT_S = 10.0
+ATTEMPTS = 2
+
+
+@contextmanager
+def replacing(target: Path) -> Iterator[Path]:
+    """Give a path beside a local file to a writer; when it is done, rename that to the file."""
+    for stale in target.parent.glob(f"{glob.escape(target.name)}.tmp-*"):
+        stale.unlink(missing_ok=True)  # of a writer that was killed
+    temporary = target.with_name(f"{target.name}.tmp-{os.getpid()}")
+    try:
+        yield temporary
+        with temporary.open("rb") as written:
+            os.fsync(written.fileno())
+        temporary.replace(target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def disk_is_full(error: BaseException) -> bool:
+    """Return whether an error says that there is no room, or no more within a quota."""
+    if isinstance(error, OSError):
+        return error.errno in DISK_IS_FULL
+    # The Rust that writes safetensors tells it in words only.
+    told = (f"(os error {number})" in str(error) for number in DISK_IS_FULL)
+    return isinstance(error, SafetensorError) and any(told)
+
+
+def reach(uri: str) -> None:
+    """Ask the store of an `s3://` URI for anything, once and with little patience.
+
+    pyarrow itself gives up on a store that does not answer after about 100 seconds, each time that
+    it is asked. Any answer will do here, also that something is not there or not allowed.
+
+    Raises:
+        ArtifactError: if nobody answers.
+    """
+    parts = urlsplit(uri)
+    place = f"{parts.netloc.rpartition('@')[2]}{parts.path}"
+    options = {name: values[-1] for name, values in parse_qs(parts.query).items()}
+    try:
+        store = fs.S3FileSystem(
+            access_key=unquote(parts.username or "") or None,
+            secret_key=unquote(parts.password or "") or None,
+            region=options.get("region"),
+            scheme=options.get("scheme"),
+            endpoint_override=options.get("endpoint_override"),
+            connect_timeout=CONNECT_TIMEOUT_S,
+            request_timeout=ANSWER_TIMEOUT_S,
+            retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=ATTEMPTS),
+        )
+        store.get_file_info(place)
+    except OSError as error:
+        if "NETWORK_CONNECTION" not in str(error):
+            return
+        reason = str(error).rpartition("Details: ")[2]
+        raise ArtifactError(
+            f"s3://{place} cannot be reached ({reason}): check the name of the bucket, region and "
+            "endpoint (AWS_REGION, AWS_ENDPOINT_URL), and the network"
+        ) from None

@@ -301,6 +301,8 @@ def another(value: Any, hint: Any) -> Any:
         return value + "x"
     if isinstance(value, dict):
         return value | {"0": Preset(num_inference_steps=1) if "Preset" in str(hint) else "x"}
+    if isinstance(value, list) and "int" in str(hint):
+        return value[::-1] + [0]
     if isinstance(value, list):
         return [*value, {"a": "b"} if "dict" in str(hint) else "a {}"]
     if isinstance(value, tuple):

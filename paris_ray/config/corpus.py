@@ -12,8 +12,17 @@ COLUMN_NAMES = re.compile(r"\w+(,\w+)*")
 class CorpusConfig:
     """Which captioned images to read, and what counts as a bad row."""
 
-    kind: Literal["scenes", "openmoji", "image_folder", "parquet", "webdataset"] = "openmoji"
+    kind: Literal["scenes", "openmoji", "image_folder", "sidecars", "parquet", "webdataset"] = (
+        "openmoji"
+    )
     path: str | None = None  # folder, or folder of .parquet / .tar files; null: the packaged ones
+    # Which files to read, where their names or folders tell splits apart; null: train, if there is
+    # one; all: every file
+    split: str | None = None
+    # The column, field or extension of pictures (of names, in a metadata file) and of captions;
+    # null: the usual names (docs/training.md)
+    image_column: str | None = None
+    caption_column: str | None = None
     image_size: int = 32  # pixels; the shorter side is resized, then the centre is cropped
     resize: Literal["lanczos", "adm"] = "lanczos"  # adm: halve with a box, then bicubic, as DiT
     horizontal_flip: bool = False  # also encode the mirror image; training draws one of the two

@@ -18,6 +18,7 @@ from paris_ray.corpora.openmoji import OpenMoji
 from paris_ray.corpora.parquet import Parquet
 from paris_ray.corpora.rows import Corpus, RawRow, Shard
 from paris_ray.corpora.scenes import Scenes, scene_compositions
+from paris_ray.corpora.sidecars import Sidecars
 from paris_ray.corpora.webdataset import WebDataset
 
 __all__ = [
@@ -67,6 +68,8 @@ def open_corpus(config: CorpusConfig) -> Corpus:
             return OpenMoji(config)
         case "image_folder":
             return ImageFolder(config)
+        case "sidecars":
+            return Sidecars(config)
         case "parquet":
             return Parquet(config)
         case "webdataset":

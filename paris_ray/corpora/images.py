@@ -20,6 +20,7 @@ REASONS: Mapping[str, str] = {
     "missing_file": "there is no picture where the corpus says there is one",
     "unreadable_shard": "a file of the corpus cannot be read from here on",
     "bad_metadata": "the row's metadata is not JSON of the expected form",
+    "too_many_bytes": "the file of the picture is larger than pictures are",
     "empty_image": "the picture has no bytes",
     "not_an_image": "the bytes are not PNG, JPEG, WEBP, BMP or GIF",
     "truncated_image": "the picture begins well but cannot be decoded to its end",

@@ -16,7 +16,7 @@ from paris_ray.corpora.rows import RawRow, Shard
 from paris_ray.errors import CorpusError
 
 # What pyarrow raises for damaged files; damaged column names are not UTF-8.
-_READ_ERRORS = (pa.ArrowException, OSError, UnicodeDecodeError)
+READ_ERRORS = (pa.ArrowException, OSError, UnicodeDecodeError)
 _ROWS_AT_ONCE = 16  # whole pictures: a batch should not outgrow memory
 
 
@@ -57,9 +57,13 @@ class Parquet:
             return [name]
         keys = [f"{name}:{row}" for row in range(shard.start, shard.stop)]
         # Where the file is damaged, reading the pictures fails too, and says so row by row.
-        with suppress(*_READ_ERRORS), pq.ParquetFile(shard.source) as file:
+        with suppress(*READ_ERRORS), pq.ParquetFile(shard.source) as file:
             if "key" in file.schema_arrow.names:
-                values = (v for b in _batches(file, shard, ["key"]) for v in b.column("key"))
+                values = (
+                    v
+                    for b in batches_of(file, shard.start, shard.stop, ["key"])
+                    for v in b.column("key")
+                )
                 for row, value in enumerate(values):
                     keys[row] = _key(value) or keys[row]
         return keys
@@ -73,13 +77,15 @@ class Parquet:
                 names = file.schema_arrow.names
                 caption_column = _caption_column(names)
                 labels = [name for name in label_columns(self._config) if name in names]
-                for batch in _batches(file, shard, ["image", caption_column, *labels]):
+                for batch in batches_of(
+                    file, shard.start, shard.stop, ["image", caption_column, *labels]
+                ):
                     columns = batch.select(labels).to_pylist()
                     pairs = zip(batch.column("image"), batch.column(caption_column), strict=True)
                     for (image, caption), found in zip(pairs, columns, strict=True):
                         row = _row(next(remaining), image, caption)
                         yield replace(row, columns=text_columns(found, labels))
-        except _READ_ERRORS as error:
+        except READ_ERRORS as error:
             problem = f"{type(error).__name__}: {error}"
         for key in remaining:
             yield RawRow(key, None, None, "unreadable_shard", problem)
@@ -91,7 +97,7 @@ class Parquet:
     def _slices(self) -> Iterator[tuple[str, int, int]]:
         size = self._config.rows_per_shard
         left = sys.maxsize if self._config.limit is None else self._config.limit
-        for path in list_files(self._path, ".parquet"):
+        for path in list_files(self._config, [".parquet"]):
             if left == 0:
                 return
             num_rows = _count_rows(path)
@@ -114,7 +120,7 @@ def _count_rows(path: Path) -> int | None:
         with pq.ParquetFile(path) as file:
             _check_columns(path, file.schema_arrow)
             return int(file.metadata.num_rows)
-    except _READ_ERRORS:
+    except READ_ERRORS:
         return None
 
 
@@ -141,23 +147,25 @@ def _holds_images(schema: pa.Schema) -> bool:
     return kind in (pa.binary(), pa.large_binary())
 
 
-def _batches(file: pq.ParquetFile, shard: Shard, columns: list[str]) -> Iterator[pa.RecordBatch]:
+def batches_of(
+    file: pq.ParquetFile, start: int, stop: int, columns: list[str]
+) -> Iterator[pa.RecordBatch]:
     """Yield exactly the rows of a slice, from the row groups it overlaps."""
     groups: list[int] = []
     position = end = 0
     for group in range(file.metadata.num_row_groups):
         begin, end = end, end + file.metadata.row_group(group).num_rows
-        if end <= shard.start:
+        if end <= start:
             position = end
-        elif begin < shard.stop:
+        elif begin < stop:
             groups.append(group)
     for batch in file.iter_batches(_ROWS_AT_ONCE, row_groups=groups, columns=columns):
-        first = max(shard.start - position, 0)
-        last = min(shard.stop - position, batch.num_rows)
+        first = max(start - position, 0)
+        last = min(stop - position, batch.num_rows)
         if first < last:
             yield batch.slice(first, last - first)
         position += batch.num_rows
-        if position >= shard.stop:
+        if position >= stop:
             return
 
 

@@ -15,12 +15,14 @@ class Shard:
         source: Absolute path, or name, of what is read.
         start: Where the piece begins, in the reader's own unit (rows, bytes of a metadata file).
         stop: Where it ends, exclusive, in the same unit.
+        first: Number of its first row in the source, where `start` does not tell.
     """
 
     index: int
     source: str
     start: int
     stop: int
+    first: int = 0
 
     @property
     def name(self) -> str:

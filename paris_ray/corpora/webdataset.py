@@ -55,6 +55,7 @@ class WebDataset:
     def __init__(self, config: CorpusConfig) -> None:
         self.attribution: str | None = config.attribution
         self._limit = config.limit
+        self._config = config
         self._label_columns = label_columns(config)
         self._path = corpus_path(config)
 
@@ -69,7 +70,7 @@ class WebDataset:
         shards: list[Shard] = []
         left = self._limit
         readable = False
-        for path in list_files(self._path, ".tar"):
+        for path in list_files(self._config, [".tar"]):
             samples = list(islice(_walk(path), 1 if left is None else left))
             readable |= any(not sample.damage for sample in samples)
             stop = sys.maxsize if left is None else len(samples)

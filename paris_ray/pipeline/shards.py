@@ -90,6 +90,7 @@ class ShardReader:
             source=str(batch["source"][0]),
             start=int(batch["start"][0]),
             stop=int(batch["stop"][0]),
+            first=int(batch["first"][0]),
         )
         duplicates = set(np.asarray(batch["duplicates"][0]).tolist())
         bad: list[QuarantinedRow] = []

@@ -231,6 +231,9 @@ def _check_corpus(corpus: CorpusConfig) -> None:
     _require(corpus.image_size >= 8, "corpus.image_size", corpus.image_size, "at least 8 pixels")
     _require(corpus.rows_per_shard >= 1, "corpus.rows_per_shard", corpus.rows_per_shard, ">= 1")
     _require(corpus.limit is None or corpus.limit >= 1, "corpus.limit", corpus.limit, ">= 1, null")
+    count = corpus.captions_per_row
+    allowed = "between 1 and 64, or null"
+    _require(count is None or 1 <= count <= 64, "corpus.captions_per_row", count, allowed)
     for key in ("split", "image_column", "caption_column"):
         value = getattr(corpus, key)
         _require(value != "", f"corpus.{key}", value, "a name, or null")

@@ -28,6 +28,9 @@ class CorpusConfig:
     horizontal_flip: bool = False  # also encode the mirror image; training draws one of the two
     limit: int | None = None  # keep only the first rows, in corpus order
     rows_per_shard: int = 64  # the unit of reading, of resuming and of one output file
+    # Captions that are kept of a row, of which training draws one; null: as many as the first 256
+    # rows have at most. Rows with fewer repeat theirs
+    captions_per_row: int | None = None
     caption_templates: list[str] = field(default_factory=lambda: ["{}"])  # first = the caption
     attribution: str | None = None  # licence line to show beside pictures; packaged ones have one
     # Rows set aside before anything is fitted, to measure with: a share of the corpus, but at least

@@ -5,6 +5,8 @@ from numpy.typing import NDArray
 
 from paris_ray.artifacts import canonical_json, sha256_hex
 from paris_ray.config import CorpusConfig
+from paris_ray.corpora import img2dataset
+from paris_ray.corpora.captions import captions_per_row
 from paris_ray.corpora.held_out import HeldOut, held_out_rule
 from paris_ray.corpora.image_folder import ImageFolder
 from paris_ray.corpora.images import (
@@ -16,6 +18,7 @@ from paris_ray.corpora.images import (
 )
 from paris_ray.corpora.openmoji import OpenMoji
 from paris_ray.corpora.parquet import Parquet
+from paris_ray.corpora.paths import corpus_path
 from paris_ray.corpora.rows import Corpus, RawRow, Shard
 from paris_ray.corpora.scenes import Scenes, scene_compositions
 from paris_ray.corpora.sidecars import Sidecars
@@ -29,11 +32,13 @@ __all__ = [
     "QuarantinedRow",
     "RawRow",
     "Shard",
+    "captions_per_row",
     "compositions",
     "corpus_version",
     "decode_row",
     "find_duplicates",
     "held_out_rule",
+    "not_fetched",
     "open_corpus",
 ]
 
@@ -53,6 +58,15 @@ def corpus_version(corpus: Corpus) -> str:
     """Return a digest that is another one when rows of a corpus change, come or go."""
     versions = {shard.name: corpus.version(shard) for shard in corpus.shards()}
     return sha256_hex(canonical_json(versions))
+
+
+def not_fetched(config: CorpusConfig) -> dict[str, int]:
+    """Return how many pictures the corpus itself says it lacks, by reason, as img2dataset does."""
+    if config.kind == "parquet":
+        return Parquet(config).not_fetched()
+    if config.kind in ("sidecars", "webdataset"):
+        return img2dataset.not_fetched(corpus_path(config))
+    return {}
 
 
 def open_corpus(config: CorpusConfig) -> Corpus:

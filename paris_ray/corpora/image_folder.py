@@ -3,21 +3,24 @@
 For example a `metadata.jsonl` of lines such as `{"file_name": "cats/1.png", "text": "a cat"}`.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
-from itertools import groupby, islice
+from itertools import chain, groupby, islice
 from pathlib import Path
+from typing import Any
 
 from paris_ray.config import CorpusConfig
 from paris_ray.corpora.columns import CAPTION_COLUMNS, choose_column, first_caption, is_said
 from paris_ray.corpora.labels import label_columns, text_columns
-from paris_ray.corpora.metadata import METADATA, Entry, read_entries
-from paris_ray.corpora.paths import corpus_path, inside, list_files
+from paris_ray.corpora.metadata import METADATA, Entry, entries_version, read_entries
+from paris_ray.corpora.paths import corpus_path, file_versions, inside, list_files
 from paris_ray.corpora.rows import RawRow, Shard
+from paris_ray.corpora.samples import LOAD_ERRORS
 from paris_ray.errors import CorpusError
 
 FILE_NAME = "file_name"
+MAX_CAPTIONS = 64  # of a picture
 _ROWS_LOOKED_AT = 64  # to know the columns of a table of JSON lines
 
 
@@ -64,10 +67,11 @@ class ImageFolder:
         left: int | None = self._config.limit
         for table in self._tables:
             self._check_columns(table)
-            start, first, entries = 0, 1, islice(read_entries(table), left)
-            while piece := list(islice(entries, self._config.rows_per_shard)):
-                shards.append(Shard(len(shards), str(table), start, piece[-1].end, first))
-                start, first = piece[-1].end, piece[-1].number + 1
+            start, first, groups = 0, 1, islice(self._groups(read_entries(table)), left)
+            while piece := list(islice(groups, self._config.rows_per_shard)):
+                last = piece[-1][-1]
+                shards.append(Shard(len(shards), str(table), start, last.end, first))
+                start, first = last.end, last.number + 1
                 left = None if left is None else left - len(piece)
         if not shards:
             raise CorpusError(f"{', '.join(map(str, self._tables))} holds no rows")
@@ -83,23 +87,60 @@ class ImageFolder:
         for row, file_name in self._rows(shard):
             yield row if file_name is None else _with_image(row, self._folder, folder, file_name)
 
+    def version(self, shard: Shard) -> str:
+        """Return a digest of a shard's rows, and of the sizes and times of their pictures."""
+        table = Path(shard.source)
+        names = (name for _, name in self._rows(shard) if name is not None)
+        pictures = file_versions(self._place(table.parent, name) for name in names)
+        return f"{entries_version(table, shard.start, shard.stop)} {pictures}"
+
+    def _place(self, folder: Path, file_name: str) -> Path:
+        try:
+            return inside(self._folder, folder, file_name)
+        except LOAD_ERRORS:
+            return folder / file_name
+
     def _rows(self, shard: Shard) -> Iterator[tuple[RawRow, str | None]]:
         """Yield each row without its picture, and the picture's name."""
         table = Path(shard.source)
         place = table.relative_to(self._folder)
-        for entry in read_entries(table, shard.start, shard.first):
+        for group in self._groups(read_entries(table, shard.start, shard.first)):
+            entry = group[0]
             try:
                 file_name = _file_name(entry, self._config.image_column)
             except ValueError as error:
                 key = f"{place.as_posix()}:{entry.number}"
                 yield RawRow(key, None, None, "bad_metadata", str(error)), None
             else:
-                caption = first_caption(entry.fields, self._config.caption_column)
                 columns = text_columns(entry.fields, self._label_columns)
                 key = (place.parent / file_name).as_posix()
-                yield RawRow(key, None, caption, columns=columns), file_name
-            if entry.end >= shard.stop:
+                yield RawRow(key, None, self._captions(group), columns=columns), file_name
+            if group[-1].end >= shard.stop:
                 return
+
+    def _groups(self, entries: Iterable[Entry]) -> Iterator[list[Entry]]:
+        """Yield the entries of each row: a picture that is named repeatedly has several captions.
+
+        Entries without a usable name, and more than `MAX_CAPTIONS`, are rows of their own.
+        """
+        group: list[Entry] = []
+        name = None
+        for entry in entries:
+            previous, name = name, _name_or_none(entry, self._config.image_column)
+            if group and (name is None or name != previous or len(group) == MAX_CAPTIONS):
+                yield group
+                group = []
+            group.append(entry)
+        if group:
+            yield group
+
+    def _captions(self, group: Sequence[Entry]) -> Any:
+        """Return the caption of a row, or a list of its captions."""
+        found = [first_caption(e.fields, self._config.caption_column) for e in group]
+        if len(found) == 1:
+            return found[0]
+        lists = (each if isinstance(each, list) else [each] for each in found)
+        return list(chain.from_iterable(lists))
 
     def _check_columns(self, table: Path) -> None:
         """Refuse a table that does not tell pictures or captions, by its first rows."""
@@ -139,8 +180,15 @@ def _file_name(entry: Entry, column: str | None) -> str:
     return file_name
 
 
+def _name_or_none(entry: Entry, column: str | None) -> str | None:
+    try:
+        return _file_name(entry, column)
+    except ValueError:
+        return None
+
+
 def _with_image(row: RawRow, root: Path, folder: Path, file_name: str) -> RawRow:
     try:
         return replace(row, image=inside(root, folder, file_name).read_bytes())
-    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: a loop of symlinks
+    except LOAD_ERRORS as error:
         return replace(row, problem="missing_file", detail=str(error))

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from paris_ray.config import CorpusConfig
+from paris_ray.corpora.columns import is_said
 from paris_ray.corpora.labels import labels_of
 from paris_ray.corpora.rows import RawRow
 
@@ -41,15 +42,20 @@ class DecodedRow:
 
     Attributes:
         key: Identity of the row.
-        caption: Caption with single spaces.
+        captions: Its captions with single spaces, of which the first counts most.
         image: uint8 RGB of shape (image_size, image_size, 3).
         attributes: Labels by name, as `corpus.attributes` says; empty if the row lacks one.
     """
 
     key: str
-    caption: str
+    captions: tuple[str, ...]
     image: NDArray[np.uint8]
     attributes: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def caption(self) -> str:
+        """The first caption."""
+        return self.captions[0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,15 +91,15 @@ def decode_row(row: RawRow, config: CorpusConfig) -> DecodedRow | QuarantinedRow
     try:
         if row.problem is not None:
             raise _BadRow(row.problem, row.detail)
-        caption = _clean_caption(row.caption)
+        captions = _clean_captions(row.caption)
         image = _decode(row.image, config)
     except _BadRow as bad:
         reason, detail = bad.args
         return QuarantinedRow(row.key, reason, detail)
     labelling, attributes = config.attributes, None
     if labelling is not None:
-        attributes = labels_of(labelling, row.columns, caption)
-    return DecodedRow(row.key, caption, np.array(image), attributes or {})
+        attributes = labels_of(labelling, row.columns, captions[0])
+    return DecodedRow(row.key, captions, np.array(image), attributes or {})
 
 
 def find_duplicates(keys_by_shard: Mapping[int, Sequence[str]]) -> dict[int, frozenset[int]]:
@@ -119,6 +125,14 @@ def find_duplicates(keys_by_shard: Mapping[int, Sequence[str]]) -> dict[int, fro
             repeats[index].add(row)
         seen.add(key)
     return {index: frozenset(rows) for index, rows in repeats.items()}
+
+
+def _clean_captions(caption: object) -> tuple[str, ...]:
+    """Return the caption, or all of several that say something, each once."""
+    if not isinstance(caption, list | tuple):
+        return (_clean_caption(caption),)
+    said = [each for each in caption if is_said(each)] or [next(iter(caption), None)]
+    return tuple(dict.fromkeys(map(_clean_caption, said)))
 
 
 def _clean_caption(caption: object) -> str:

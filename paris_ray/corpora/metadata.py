@@ -14,7 +14,9 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from paris_ray.artifacts import sha256_hex
 from paris_ray.corpora.parquet import READ_ERRORS, batches_of
+from paris_ray.corpora.paths import file_versions
 from paris_ray.errors import CorpusError
 
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
@@ -51,6 +53,15 @@ def read_entries(path: Path, start: int = 0, first: int = 1) -> Iterator[Entry]:
         CorpusError: if the file is UTF-16, or not readable Parquet.
     """
     return _READERS[path.suffix](path, start, first)
+
+
+def entries_version(path: Path, start: int, stop: int) -> str:
+    """Return a digest of a piece of a table; of one with a header or pages, of the file's time."""
+    if path.suffix != ".jsonl":
+        return file_versions([path])
+    with path.open("rb") as stream:
+        stream.seek(start)
+        return sha256_hex(stream.read(stop - start))
 
 
 def _json_entries(path: Path, start: int, first: int) -> Iterator[Entry]:

@@ -40,6 +40,11 @@ def corpus_path(config: CorpusConfig) -> Path:
     return path
 
 
+def place_of(root: Path, path: Path) -> str:
+    """Return the name of one of a corpus's files: its path from `corpus.path`, or its own name."""
+    return path.name if path == root else path.relative_to(root).as_posix()
+
+
 def list_files(config: CorpusConfig, suffixes: Sequence[str]) -> list[Path]:
     """Return the file at `corpus.path`, or those in its folders, of the wanted split, by name.
 

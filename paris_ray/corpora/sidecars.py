@@ -3,12 +3,14 @@
 As kohya's scripts, SimpleTuner and OneTrainer have them.
 """
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from paris_ray.artifacts import canonical_json, sha256_hex
 from paris_ray.config import CorpusConfig
-from paris_ray.corpora.paths import corpus_path, inside, of_split, walk
+from paris_ray.corpora.paths import corpus_path, file_versions, inside, of_split, walk
 from paris_ray.corpora.rows import RawRow, Shard
 from paris_ray.corpora.samples import TooLargeError, image_extensions, read_sample
 from paris_ray.errors import CorpusError
@@ -72,7 +74,20 @@ class Sidecars:
     def read(self, shard: Shard) -> Iterator[RawRow]:
         """Yield each picture and its caption."""
         folder = Path(shard.source)
-        names = _names(folder)
+        for name, files in self._samples(shard):
+            members = {e: _File(self._root, folder, n) for e, n in files.items()}
+            key = (folder.relative_to(self._root) / name).as_posix()
+            yield read_sample(key, members, self._config)
+
+    def version(self, shard: Shard) -> str:
+        """Return a digest of the names, sizes and times of pictures and what is beside them."""
+        names = [name for _, files in self._samples(shard) for name in files.values()]
+        versions = file_versions(Path(shard.source) / name for name in names)
+        return sha256_hex(canonical_json([*names, versions]))
+
+    def _samples(self, shard: Shard) -> Iterator[tuple[str, dict[str, str]]]:
+        """Yield the name of each picture, and its and its captions' names by extension."""
+        names = _names(Path(shard.source))
         beside: dict[str, dict[str, str]] = {}  # names by stem and extension
         for name in names:
             stem, _, extension = name.rpartition(".")
@@ -80,10 +95,7 @@ class Sidecars:
         for name in self._pictures(names)[shard.start : shard.stop]:
             stem, _, extension = name.rpartition(".")
             files = {e: n for e, n in beside[stem].items() if e not in self._extensions}
-            files[extension.lower()] = name
-            members = {e: _File(self._root, folder, n) for e, n in files.items()}
-            key = (folder.relative_to(self._root) / name).as_posix()
-            yield read_sample(key, members, self._config)
+            yield name, files | {extension.lower(): name}
 
     def _pictures(self, names: list[str]) -> list[str]:
         pictures = []
@@ -112,4 +124,5 @@ class _File:
 
 def _names(folder: Path) -> list[str]:
     """Return the names of a folder's own files as `walk` does."""
-    return next(walk(folder))[1]
+    with os.scandir(folder) as entries:
+        return sorted(e.name for e in entries if not (e.is_dir() or e.name.startswith(".")))

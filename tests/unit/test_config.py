@@ -84,6 +84,8 @@ def test_unknown_keys_and_wrong_types_are_refused(override: str, fragments: list
         ("corpus.caption_templates", "[nothing]"),
         ("corpus.caption_templates", "[]"),
         ("corpus.image_size", "4"),
+        ("corpus.captions_per_row", "0"),
+        ("corpus.captions_per_row", "65"),
         ("corpus.max_bad_share", "2"),
         ("codec.patch_size", "5"),
         ("codec.num_components", "769"),

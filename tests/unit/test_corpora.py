@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from corpus_files import BLUE, GREEN, RED, encode, png, read_all
 from PIL import Image, ImageFile
@@ -17,6 +19,7 @@ from paris_ray.corpora import (
     DecodedRow,
     QuarantinedRow,
     RawRow,
+    captions_per_row,
     decode_row,
     find_duplicates,
     open_corpus,
@@ -126,7 +129,11 @@ class TestCaptions:
         [
             (None, "missing_caption"),
             (7, "missing_caption"),
-            (["a"], "missing_caption"),
+            ([7], "missing_caption"),
+            ([["a"]], "missing_caption"),
+            ([], "missing_caption"),
+            ([None, " "], "missing_caption"),
+            ([" ", None], "empty_caption"),
             ("\ud800", "missing_caption"),
             ("", "empty_caption"),
             (" \n\t\u00a0", "empty_caption"),
@@ -138,6 +145,23 @@ class TestCaptions:
     def test_whitespace_is_collapsed(self) -> None:
         row = decode_row(RawRow("k", png(), "  a\n red\t\tsquare "), CONFIG)
         assert isinstance(row, DecodedRow) and row.caption == "a red square"
+
+    def test_several_captions_are_kept_once_each(self) -> None:
+        row = decode_row(RawRow("k", png(), ["b", " a  c", "", None, "b"]), CONFIG)  # type: ignore[list-item]
+        assert isinstance(row, DecodedRow)
+        assert (row.caption, row.captions) == ("b", ("b", "a c"))
+
+    def test_room_for_captions_is_what_the_first_rows_need(self, tmp_path: Path) -> None:
+        captions = ["a", ["a", "b", ""], ["c"], ["a", "b", "c"]]
+        table = {"image": [b"x"] * 4, "text": [c if isinstance(c, list) else [c] for c in captions]}
+        pq.write_table(pa.table(table), tmp_path / "0.parquet")
+        config = CorpusConfig(kind="parquet", path=str(tmp_path))
+        assert captions_per_row(config, open_corpus(config)) == 3
+        for limit, count in ((1, 1), (2, 2)):
+            config = CorpusConfig(kind="parquet", path=str(tmp_path), limit=limit)
+            assert captions_per_row(config, open_corpus(config)) == count
+        config = CorpusConfig(kind="parquet", path=str(tmp_path), captions_per_row=5)
+        assert captions_per_row(config, open_corpus(config)) == 5
 
 
 class TestPictures:

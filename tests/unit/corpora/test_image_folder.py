@@ -13,6 +13,7 @@ from corpus_files import BLUE, RED, png, problems, read_all, write_files
 
 from paris_ray.config import CorpusConfig
 from paris_ray.corpora import RawRow, open_corpus
+from paris_ray.corpora.image_folder import MAX_CAPTIONS
 from paris_ray.errors import CorpusError
 
 
@@ -47,8 +48,7 @@ class TestImageFolder:
         rows = read_all(self.config(tmp_path, lines, rows_per_shard=2))
         assert rows == [
             RawRow("cats/1.png", png(RED), "one"),
-            RawRow("2.png", png(BLUE), "two"),
-            RawRow("2.png", png(BLUE), None),
+            RawRow("2.png", png(BLUE), ["two", None]),
         ]
 
     def test_bad_metadata_names_its_line(self, tmp_path: Path) -> None:
@@ -162,13 +162,13 @@ class TestTables:
         assert problems(rows) == {"0.png": None, "metadata.jsonl:5": "bad_metadata"}
 
     def test_lines_of_csv_that_do_not_fit_are_bad_rows(self, tmp_path: Path) -> None:
-        lines = ["file_name,text", "0.png,one", "0.png", "0.png,a,b", '0.png,"a" b', ",c"]
-        text = "\n".join(lines).encode() + b"\n0.png,\xff\n0.png," + b"x" * 200_000
-        write_files(tmp_path, {"0.png": png(), "metadata.csv": text})
+        lines = ["file_name,text", "0.png,one", "0.png", "0.png,a,b", ",c", "1.png,two"]
+        text = "\n".join(lines).encode() + b"\n\xff.png,x\n2.png," + b"x" * 200_000
+        write_files(tmp_path, {"0.png": png(), "1.png": png(), "metadata.csv": text})
         rows = read(tmp_path)
-        bad = {f"metadata.csv:{n}": "bad_metadata" for n in (3, 4, 6, 8)}
-        assert problems(rows[1:]) == bad | {"0.png": None}
-        assert rows[0].caption == "one"
+        bad = {f"metadata.csv:{n}": "bad_metadata" for n in (3, 4, 5, 7, 8)}
+        assert problems(rows) == bad | {"0.png": None, "1.png": None}
+        assert [found.caption for found in rows if found.problem is None] == ["one", "two"]
         assert "1 values were found where the first line names 2" in rows[1].detail
 
     def test_tables_that_cannot_be_read_are_named(self, tmp_path: Path) -> None:
@@ -189,8 +189,8 @@ class TestTables:
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr("paris_ray.corpora.metadata.MAX_LINE_BYTES", 100)
-        text = jsonl(row("0.png")) + "x" * 250 + "\n" + jsonl(row("0.png"))
-        write_files(tmp_path, {"0.png": png(), "metadata.jsonl": text})
+        text = jsonl(row("0.png")) + "x" * 250 + "\n" + jsonl(row("1.png"))
+        write_files(tmp_path, {"0.png": png(), "1.png": png(), "metadata.jsonl": text})
         reasons = [found.problem for found in read(tmp_path)]
         assert reasons == [None, "bad_metadata", "bad_metadata", "bad_metadata", None]
 
@@ -202,8 +202,9 @@ class TestColumns:
         assert [found.caption for found in read(tmp_path)] == ["found"]
 
     def test_a_caption_that_says_nothing_gives_way(self, tmp_path: Path) -> None:
-        rows = [row("0.png", text, caption="found") for text in (None, "", " \n")]
-        write_files(tmp_path, {"metadata.jsonl": jsonl(*rows, row("0.png", " ", caption=None))})
+        texts = ("", " \n", "\t")
+        rows = [row(f"{i}.png", text, caption="found") for i, text in enumerate(texts)]
+        write_files(tmp_path, {"metadata.jsonl": jsonl(*rows, row("3.png", " ", caption=None))})
         assert [found.caption for found in read(tmp_path)] == ["found", "found", "found", " "]
 
     def test_an_ambiguous_caption_is_refused_before_rows_are_read(self, tmp_path: Path) -> None:
@@ -235,6 +236,37 @@ class TestColumns:
         with pytest.raises(CorpusError, match="both image_file_name and mask_file_name"):
             read(tmp_path)
         assert read(tmp_path, image_column="image_file_name") == [RawRow("0.png", png(), "a")]
+
+
+class TestSeveralCaptions:
+    @pytest.mark.parametrize("rows_per_shard", [1, 2, 100])
+    def test_lines_of_one_picture_are_one_row(self, tmp_path: Path, rows_per_shard: int) -> None:
+        lines = [row("0.png", "a"), row("0.png", "b"), row("1.png", "c")]
+        lines += [row("2.png", f"{i}") for i in range(5)]
+        text = jsonl(*lines[:2]) + "\n" + jsonl(*lines[2:]) + "{\n{\n"
+        write_files(tmp_path, {f"{i}.png": png() for i in range(3)} | {"metadata.jsonl": text})
+        rows = read(tmp_path, rows_per_shard=rows_per_shard)
+        assert rows[:3] == [
+            RawRow("0.png", png(), ["a", "b"]),
+            RawRow("1.png", png(), "c"),
+            RawRow("2.png", png(), ["0", "1", "2", "3", "4"]),
+        ]
+        assert [found.key for found in rows[3:]] == ["metadata.jsonl:10", "metadata.jsonl:11"]
+        assert read(tmp_path, rows_per_shard=rows_per_shard, limit=2) == rows[:2]
+
+    def test_lists_of_a_picture_are_joined(self, tmp_path: Path) -> None:
+        lines = [{"file_name": "0.png", "text": text} for text in (["a", "b"], "c", ["d"])]
+        write_files(tmp_path, {"0.png": png(), "metadata.jsonl": jsonl(*lines)})
+        assert read(tmp_path) == [RawRow("0.png", png(), ["a", "b", "c", "d"])]
+
+    def test_a_picture_without_end_is_cut_into_rows(self, tmp_path: Path) -> None:
+        lines = jsonl(*(row("0.png", f"{i}") for i in range(MAX_CAPTIONS + 3)))
+        write_files(tmp_path, {"0.png": png(), "metadata.jsonl": lines})
+        rows = read(tmp_path, rows_per_shard=1)
+        assert [(found.key, len(found.caption or "")) for found in rows] == [
+            ("0.png", MAX_CAPTIONS),
+            ("0.png", 3),
+        ]
 
 
 class TestNames:

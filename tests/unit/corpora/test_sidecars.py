@@ -129,3 +129,26 @@ def test_a_folder_without_pictures_is_refused(tmp_path: Path) -> None:
         open_corpus(CorpusConfig(kind="sidecars", path=str(tmp_path))).shards()
     with pytest.raises(CorpusError, match="is a file; expected a folder"):
         open_corpus(CorpusConfig(kind="sidecars", path=str(tmp_path / "a.txt")))
+
+
+def test_a_version_is_that_of_pictures_and_captions(tmp_path: Path) -> None:
+    files = {f"{name}.{e}": "a" for name in "abc" for e in ("png", "txt")}
+    write_files(tmp_path, files)
+    corpus = open_corpus(CorpusConfig(kind="sidecars", path=str(tmp_path), rows_per_shard=1))
+
+    def versions() -> list[str]:
+        return [corpus.version(shard) for shard in corpus.shards()]
+
+    before = versions()
+    for name in ("a.txt", "b.png"):
+        write_files(tmp_path, {name: "another"})
+    write_files(tmp_path, {"notes.md": "no part of it"})
+    recaptioned = versions()
+    assert [new == old for new, old in zip(recaptioned, before, strict=True)] == [
+        False,
+        False,
+        True,
+    ]
+    (tmp_path / "c.txt").unlink()
+    (tmp_path / "c.caption").write_text("a")
+    assert versions()[2] != before[2]

@@ -6,7 +6,6 @@ from numpy.typing import NDArray
 from paris_ray.artifacts import canonical_json, sha256_hex
 from paris_ray.config import CorpusConfig
 from paris_ray.corpora import img2dataset
-from paris_ray.corpora.captions import captions_per_row
 from paris_ray.corpora.held_out import HeldOut, held_out_rule
 from paris_ray.corpora.image_folder import ImageFolder
 from paris_ray.corpora.images import (
@@ -22,6 +21,7 @@ from paris_ray.corpora.paths import corpus_path
 from paris_ray.corpora.rows import Corpus, RawRow, Shard
 from paris_ray.corpora.scenes import Scenes, scene_compositions
 from paris_ray.corpora.sidecars import Sidecars
+from paris_ray.corpora.variants import captions_per_row
 from paris_ray.corpora.webdataset import WebDataset
 
 __all__ = [

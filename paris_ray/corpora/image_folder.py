@@ -155,6 +155,8 @@ class ImageFolder:
         choose_column("image_column", config.image_column, _file_columns(columns), columns, found)
         said = [{name for name, value in row.items() if is_said(value)} for row in rows]
         usable = max(said, key=lambda names: len(names.intersection(CAPTION_COLUMNS)))
+        if config.caption_column is not None:
+            usable = set().union(*said)
         choose_column("caption_column", config.caption_column, CAPTION_COLUMNS, usable, found)
 
 

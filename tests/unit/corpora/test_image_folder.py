@@ -227,6 +227,11 @@ class TestColumns:
         with pytest.raises(CorpusError, match=r"no usable path: corpus\.image_column='path'"):
             read(tmp_path, caption_column="title", image_column="path")
 
+    def test_a_chosen_column_may_begin_late(self, tmp_path: Path) -> None:
+        lines = [row("0.png", "a"), {"file_name": "1.png", "title": "b"}]
+        write_files(tmp_path, {"metadata.jsonl": jsonl(*lines)})
+        assert [r.caption for r in read(tmp_path, caption_column="title")] == [None, "b"]
+
     def test_columns_that_end_in_file_name(self, tmp_path: Path) -> None:
         fields = {"image_file_name": "0.png", "text": "a"}
         write_files(tmp_path, {"0.png": png(), "metadata.jsonl": jsonl(fields)})

@@ -102,7 +102,8 @@ class TestWebDataset:
             open_corpus(self.config(tmp_path)).shards()
         write_tar(tmp_path / "2.tar", {"1.png": b"x"})
         rows = read_all(self.config(tmp_path))
-        assert problems(rows) == {"1.tar": "unreadable_shard", "1": None}
+        assert (rows[0].key, rows[0].problem) == ("1.tar", "unreadable_shard")
+        assert rows[-1] == RawRow("2.tar/1", b"x", None, "missing_caption", "no caption in: png")
 
     def test_keys_may_restart_in_every_tar(self, tmp_path: Path) -> None:
         for name in ("a.tar", "deep/b.tar"):

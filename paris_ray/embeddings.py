@@ -7,13 +7,13 @@ Columns, one row an image:
     latents             (C, H, W) float16
     latents_flipped     (C, H, W) float16, of the mirror image; only with corpus.horizontal_flip
     features            (D,)
-    text_embedding      (V, D) float16, one row of it for each caption template; with token states
-                        (V, 1 + L, D), as `TextConditioning.vectors` has them; or
+    text_embedding      (V, D) float16, one row of it for each caption in each template; with token
+                        states (V, 1 + L, D), as `TextConditioning.vectors` has them; or
     token_ids           (V, L) uint16, if text is a sequence of states: those are too large to keep
     attribute.NAME      strings, one column for each label of corpus.attributes; empty: it has none
 
-The first of V variants is the caption itself. Tensor columns use Arrow's canonical fixed-shape
-tensor type, which any Arrow implementation reads.
+The first of V variants is the caption itself; of several captions, `caption` is the first. Tensor
+columns use Arrow's canonical fixed-shape tensor type, which any Arrow implementation reads.
 """
 
 from collections.abc import Iterator, Mapping, Sequence

@@ -254,6 +254,12 @@ def _check_corpus(corpus: CorpusConfig) -> None:
     _require(is_colour, "corpus.background", colour, allowed)
     for key in ("max_image_bytes", "max_pixels"):
         _require(getattr(corpus, key) >= 1, f"corpus.{key}", getattr(corpus, key), "at least 1")
+    count = corpus.captions_per_row
+    allowed = "between 1 and 64, or null"
+    _require(count is None or 1 <= count <= 64, "corpus.captions_per_row", count, allowed)
+    for key in ("split", "image_column", "caption_column"):
+        value = getattr(corpus, key)
+        _require(value != "", f"corpus.{key}", value, "a name, or null")
     share = corpus.held_out_share
     _require(0 <= share < 1, "corpus.held_out_share", share, "0 <= x < 1; 0: no row")
     for key in ("held_out_key", "attributes"):

@@ -7,7 +7,7 @@ from typing import Literal
 # Labels of rows are named by columns or by the groups of another pattern (`corpora.labels`).
 COLUMN_NAMES = re.compile(r"\w+(,\w+)*")
 
-CorpusKind = Literal["scenes", "openmoji", "image_folder", "parquet", "webdataset"]
+CorpusKind = Literal["scenes", "openmoji", "image_folder", "sidecars", "parquet", "webdataset"]
 PACKAGED_KINDS = ("scenes", "openmoji")  # whose pictures come in packages: there is no path
 
 
@@ -17,11 +17,21 @@ class CorpusConfig:
 
     kind: CorpusKind = "openmoji"
     path: str | None = None  # folder, or folder of .parquet / .tar files; null: the packaged ones
+    # Which files to read, where their names or folders tell splits apart; null: train, if there is
+    # one; all: every file
+    split: str | None = None
+    # The column, field or extension of pictures (of names, in a metadata file) and of captions;
+    # null: the usual names (docs/training.md)
+    image_column: str | None = None
+    caption_column: str | None = None
     image_size: int = 32  # pixels; the shorter side is resized, then the centre is cropped
     resize: Literal["lanczos", "adm"] = "lanczos"  # adm: halve with a box, then bicubic, as DiT
     horizontal_flip: bool = False  # also encode the mirror image; training draws one of the two
     limit: int | None = None  # keep only the first rows, in corpus order
     rows_per_shard: int = 64  # the unit of reading, of resuming and of one output file
+    # Captions that are kept of a row, of which training draws one; null: as many as the first 256
+    # rows have at most. Rows with fewer repeat theirs
+    captions_per_row: int | None = None
     caption_templates: list[str] = field(default_factory=lambda: ["{}"])  # first = the caption
     attribution: str | None = None  # licence line to show beside pictures; packaged ones have one
     # Rows set aside before anything is fitted, to measure with: a share of the corpus, but at least

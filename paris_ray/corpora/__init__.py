@@ -5,14 +5,18 @@ from numpy.typing import NDArray
 
 from paris_ray.artifacts import canonical_json, sha256_hex
 from paris_ray.config import CorpusConfig
+from paris_ray.corpora import img2dataset
 from paris_ray.corpora.held_out import HeldOut, held_out_rule
 from paris_ray.corpora.image_folder import ImageFolder
 from paris_ray.corpora.images import DecodedRow, decode_row, find_duplicates
 from paris_ray.corpora.openmoji import OpenMoji
 from paris_ray.corpora.parquet import Parquet
+from paris_ray.corpora.paths import corpus_path
 from paris_ray.corpora.quarantine import REASONS, QuarantinedRow
 from paris_ray.corpora.rows import Corpus, RawRow, Shard
 from paris_ray.corpora.scenes import Scenes, scene_compositions
+from paris_ray.corpora.sidecars import Sidecars
+from paris_ray.corpora.variants import captions_per_row
 from paris_ray.corpora.webdataset import WebDataset
 
 __all__ = [
@@ -23,11 +27,13 @@ __all__ = [
     "QuarantinedRow",
     "RawRow",
     "Shard",
+    "captions_per_row",
     "compositions",
     "corpus_version",
     "decode_row",
     "find_duplicates",
     "held_out_rule",
+    "not_fetched",
     "open_corpus",
 ]
 
@@ -49,6 +55,15 @@ def corpus_version(corpus: Corpus) -> str:
     return sha256_hex(canonical_json(versions))
 
 
+def not_fetched(config: CorpusConfig) -> dict[str, int]:
+    """Return how many pictures the corpus itself says it lacks, by reason, as img2dataset does."""
+    if config.kind == "parquet":
+        return Parquet(config).not_fetched()
+    if config.kind in ("sidecars", "webdataset"):
+        return img2dataset.not_fetched(corpus_path(config))
+    return {}
+
+
 def open_corpus(config: CorpusConfig) -> Corpus:
     """Return the corpus that `config.kind` names.
 
@@ -62,6 +77,8 @@ def open_corpus(config: CorpusConfig) -> Corpus:
             return OpenMoji(config)
         case "image_folder":
             return ImageFolder(config)
+        case "sidecars":
+            return Sidecars(config)
         case "parquet":
             return Parquet(config)
         case "webdataset":

@@ -3,10 +3,23 @@
 import math
 import unicodedata
 
+from paris_ray.corpora.columns import is_said
 from paris_ray.corpora.quarantine import BadRow
 
 # Letters and symbols by their category, but drawn as nothing: fillers of Hangul, blank Braille.
 _BLANK = frozenset("\u115f\u1160\u2800\u3164\uffa0")
+
+
+def clean_captions(caption: object) -> tuple[str, ...]:
+    """Return the caption of a row, or all of several that say something, each once.
+
+    Raises:
+        BadRow: as `clean_caption`.
+    """
+    if not isinstance(caption, list | tuple):
+        return (clean_caption(caption),)
+    said = [each for each in caption if is_said(each)] or [next(iter(caption), None)]
+    return tuple(dict.fromkeys(map(clean_caption, said)))
 
 
 def clean_caption(caption: object) -> str:

@@ -37,7 +37,7 @@ class HeldOut:
         """Return whether a row is held out; a row without a group never is."""
         group: object = row.key
         if self.key is not None:
-            group = labels_of(self.key, row.columns, row.caption)
+            group = labels_of(self.key, row.columns, row.first_caption)
         if group is None or self.share == 0:
             return False
         digest = sha256_hex(canonical_json(["held out", self.seed, group]))
@@ -69,9 +69,9 @@ def _check_key(config: CorpusConfig, corpus: Corpus) -> None:
     if key is None:
         return
     for row in islice(corpus.read(corpus.shards()[0]), MAX_ROWS_WITHOUT_GROUP):
-        if labels_of(key, row.columns, row.caption) is not None:
+        if labels_of(key, row.columns, row.first_caption) is not None:
             return
-        captions.append(row.caption)
+        captions.append(row.first_caption)
     example = next(filter(None, captions), None)
     raise CorpusError(
         f"corpus.held_out_key={key!r} names no group in the first {len(captions)} rows: expected "

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from paris_ray.config import CorpusConfig
-from paris_ray.corpora.captions import clean_caption
+from paris_ray.corpora.captions import clean_captions
 from paris_ray.corpora.labels import labels_of
 from paris_ray.corpora.pixels import decode
 from paris_ray.corpora.quarantine import BadRow, QuarantinedRow
@@ -23,15 +23,20 @@ class DecodedRow:
 
     Attributes:
         key: Identity of the row.
-        caption: Caption with single spaces.
+        captions: Its captions with single spaces, of which the first counts most.
         image: uint8 RGB of shape (image_size, image_size, 3).
         attributes: Labels by name, as `corpus.attributes` says; empty if the row lacks one.
     """
 
     key: str
-    caption: str
+    captions: tuple[str, ...]
     image: NDArray[np.uint8]
     attributes: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def caption(self) -> str:
+        """The first caption."""
+        return self.captions[0]
 
 
 def decode_row(row: RawRow, config: CorpusConfig) -> DecodedRow | QuarantinedRow:
@@ -44,14 +49,14 @@ def decode_row(row: RawRow, config: CorpusConfig) -> DecodedRow | QuarantinedRow
     try:
         if row.problem is not None:
             raise BadRow(row.problem, row.detail)
-        caption = clean_caption(row.caption)
+        captions = clean_captions(row.caption)
         image = decode(row.image, config)
     except BadRow as bad:
         return QuarantinedRow(row.key, bad.reason, bad.detail)
     labelling, attributes = config.attributes, None
     if labelling is not None:
-        attributes = labels_of(labelling, row.columns, caption)
-    return DecodedRow(row.key, caption, image, attributes or {})
+        attributes = labels_of(labelling, row.columns, captions[0])
+    return DecodedRow(row.key, captions, image, attributes or {})
 
 
 def find_duplicates(keys_by_shard: Mapping[int, Sequence[str]]) -> dict[int, frozenset[int]]:

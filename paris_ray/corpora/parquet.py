@@ -1,34 +1,41 @@
 """Parquet files with pictures and captions in columns, as Hugging Face data sets are published."""
 
+import re
 import sys
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from paris_ray.config import CorpusConfig
+from paris_ray.corpora.columns import CAPTION_COLUMNS, IMAGE_COLUMNS, choose_column
+from paris_ray.corpora.img2dataset import SUCCESS, status_column
 from paris_ray.corpora.labels import label_columns, text_columns
-from paris_ray.corpora.paths import corpus_path, file_versions, list_files
+from paris_ray.corpora.paths import corpus_path, file_versions, list_files, place_of
 from paris_ray.corpora.rows import RawRow, Shard
 from paris_ray.errors import CorpusError
 
 # What pyarrow raises for damaged files; damaged column names are not UTF-8.
-_READ_ERRORS = (pa.ArrowException, OSError, UnicodeDecodeError)
+READ_ERRORS = (pa.ArrowException, OSError, UnicodeDecodeError)
+_NUMBERED_CAPTION = re.compile(r"caption_?\d+")  # one of several captions of a row
 _ROWS_AT_ONCE = 16  # whole pictures: a batch should not outgrow memory
 
 
 class Parquet:
-    """The rows of one Parquet file, or of a folder of them in the order of their names.
+    """The rows of one Parquet file, or of a folder of them and those below it, by their names.
 
-    Columns: `image` (binary, or a struct with `bytes`), `caption` or `text`, and optionally `key`.
-    A row without a key is called `FILE:ROW`. A shard is a slice of one file, and reading it touches
-    only the row groups it overlaps.
+    Columns: a picture (binary, or a struct with `bytes`), a caption (text, or a list of them), and
+    optionally `key`. A row is called `FILE/KEY`, without a key `FILE:ROW`. A shard is a slice of
+    one file, and reading it touches only the row groups it overlaps. What img2dataset could not
+    fetch (a column `status`) is no row.
 
     Args:
-        config: `path`, `limit`, `rows_per_shard` and `attribution` are used.
+        config: `path`, `split`, `image_column`, `caption_column`, `limit`, `rows_per_shard` and
+            `attribution` are used.
 
     Raises:
         CorpusError: if the path does not exist.
@@ -40,29 +47,42 @@ class Parquet:
         self._path = corpus_path(config)
 
     def shards(self) -> list[Shard]:
-        """Return slices of files; that of a file that is not readable Parquet is empty.
+        """Return slices of files.
+
+        A file that is not readable Parquet counts with as many rows, which all are bad, as the
+        file with the most rows has: what it held cannot be known.
 
         Raises:
             CorpusError: if no file has readable rows, or one lacks a column.
         """
-        slices = list(self._slices())
-        if all(start == stop for _, start, stop in slices):
+        counts = {path: self._count_rows(path) for path in list_files(self._config, [".parquet"])}
+        most = max(count or 0 for count in counts.values())
+        if most == 0:
             raise CorpusError(f"corpus.path={str(self._path)!r} holds no readable Parquet rows")
-        return [Shard(index, *piece) for index, piece in enumerate(slices)]
+        shards: list[Shard] = []
+        size, left = self._config.rows_per_shard, self._config.limit or sys.maxsize
+        for path, count in counts.items():
+            stop = min(most if count is None else count, left)
+            left -= stop
+            for row in range(0, stop, size):
+                shards.append(Shard(len(shards), str(path), row, min(row + size, stop)))
+        return shards
 
     def keys(self, shard: Shard) -> list[str]:
-        """Return the `key` column of a shard, or the positions of its rows."""
-        name = Path(shard.source).name
-        if shard.start == shard.stop:
-            return [name]
-        keys = [f"{name}:{row}" for row in range(shard.start, shard.stop)]
+        """Return the keys of a shard, from the `key` column or the positions of its rows."""
+        name = place_of(self._path, Path(shard.source))
+        keys = {row: f"{name}:{row}" for row in range(shard.start, shard.stop)}
         # Where the file is damaged, reading the pictures fails too, and says so row by row.
-        with suppress(*_READ_ERRORS), pq.ParquetFile(shard.source) as file:
-            if "key" in file.schema_arrow.names:
-                values = (v for b in _batches(file, shard, ["key"]) for v in b.column("key"))
-                for row, value in enumerate(values):
-                    keys[row] = _key(value) or keys[row]
-        return keys
+        with suppress(*READ_ERRORS), pq.ParquetFile(shard.source) as file:
+            status = status_column(file.schema_arrow.names)
+            columns = [c for c in ("key", status) if c and c in file.schema_arrow.names]
+            for row, values in _records(file, shard, columns):
+                key = _text(values["key"]) if "key" in values else None
+                if not _is_fetched(values, status):
+                    del keys[row]
+                elif key is not None:
+                    keys[row] = f"{name}/{key}"
+        return list(keys.values())
 
     def read(self, shard: Shard) -> Iterator[RawRow]:
         """Yield the rows of a slice; from where it cannot be read on, every row says so."""
@@ -71,15 +91,14 @@ class Parquet:
         try:
             with pq.ParquetFile(shard.source) as file:
                 names = file.schema_arrow.names
-                caption_column = _caption_column(names)
+                image, captions = self._columns(Path(shard.source), file.schema_arrow)
                 labels = [name for name in label_columns(self._config) if name in names]
-                for batch in _batches(file, shard, ["image", caption_column, *labels]):
-                    columns = batch.select(labels).to_pylist()
-                    pairs = zip(batch.column("image"), batch.column(caption_column), strict=True)
-                    for (image, caption), found in zip(pairs, columns, strict=True):
-                        row = _row(next(remaining), image, caption)
-                        yield replace(row, columns=text_columns(found, labels))
-        except _READ_ERRORS as error:
+                status = status_column(names)
+                wanted = filter(None, dict.fromkeys([image, *captions, *labels, status]))
+                for _, values in _records(file, shard, list(wanted)):
+                    if _is_fetched(values, status):
+                        yield _row(next(remaining), values, image, captions, labels)
+        except READ_ERRORS as error:
             problem = f"{type(error).__name__}: {error}"
         for key in remaining:
             yield RawRow(key, None, None, "unreadable_shard", problem)
@@ -88,93 +107,123 @@ class Parquet:
         """Return a digest of the file's size and time."""
         return file_versions([Path(shard.source)])
 
-    def _slices(self) -> Iterator[tuple[str, int, int]]:
-        size = self._config.rows_per_shard
-        left = sys.maxsize if self._config.limit is None else self._config.limit
-        for path in list_files(self._path, ".parquet"):
-            if left == 0:
-                return
-            num_rows = _count_rows(path)
-            if num_rows is None:
-                yield str(path), 0, 0
-                left -= 1
-                continue
-            stop = min(num_rows, left)
-            left -= stop
-            yield from ((str(path), row, min(row + size, stop)) for row in range(0, stop, size))
+    def not_fetched(self) -> dict[str, int]:
+        """Return how many rows img2dataset wrote of pictures that it could not fetch, by reason."""
+        counts: Counter[str] = Counter()
+        for path in list_files(self._config, [".parquet"]):
+            with suppress(*READ_ERRORS), pq.ParquetFile(path) as file:
+                status = status_column(file.schema_arrow.names)
+                for batch in file.iter_batches(columns=[status]) if status else ():
+                    counts.update(map(str, batch.column(status).to_pylist()))
+        return {reason: count for reason, count in sorted(counts.items()) if reason != SUCCESS}
+
+    def _count_rows(self, path: Path) -> int | None:
+        """Return a file's number of rows, None if it is not readable Parquet.
+
+        Raises:
+            CorpusError: if it is readable but lacks a column.
+        """
+        try:
+            with pq.ParquetFile(path) as file:
+                self._columns(path, file.schema_arrow)
+                return int(file.metadata.num_rows)
+        except READ_ERRORS:
+            return None
+
+    def _columns(self, path: Path, schema: pa.Schema) -> tuple[str, list[str]]:
+        """Return the columns of pictures and of captions.
+
+        Raises:
+            CorpusError: if there is no telling which they are.
+        """
+        table = path, {field.name: field.type for field in schema}
+        images = {field.name for field in schema if _holds_images(field.type)}
+        texts = {field.name for field in schema if _holds_texts(field.type)}
+        wanted = self._config.image_column
+        image = choose_column("image_column", wanted, IMAGE_COLUMNS, images, table)
+        numbered = [n for n in schema.names if n in texts and _NUMBERED_CAPTION.fullmatch(n)]
+        wanted = self._config.caption_column
+        if wanted is None and numbered and texts.isdisjoint(CAPTION_COLUMNS):
+            return image, numbered
+        return image, [choose_column("caption_column", wanted, CAPTION_COLUMNS, texts, table)]
 
 
-def _count_rows(path: Path) -> int | None:
-    """Return a file's number of rows, None if it is not readable Parquet.
-
-    Raises:
-        CorpusError: if it is readable but lacks a column.
-    """
-    try:
-        with pq.ParquetFile(path) as file:
-            _check_columns(path, file.schema_arrow)
-            return int(file.metadata.num_rows)
-    except _READ_ERRORS:
-        return None
-
-
-def _check_columns(path: Path, schema: pa.Schema) -> None:
-    if _caption_column(schema.names) in schema.names and _holds_images(schema):
-        return
-    found = ", ".join(f"{field.name} ({field.type})" for field in schema)
-    raise CorpusError(
-        f"{path} has the columns {found}; expected image (binary, or struct with bytes) "
-        "and caption or text"
-    )
-
-
-def _caption_column(names: list[str]) -> str:
-    return "caption" if "caption" in names else "text"
-
-
-def _holds_images(schema: pa.Schema) -> bool:
-    if "image" not in schema.names:
-        return False
-    kind = schema.field("image").type
+def _holds_images(kind: pa.DataType) -> bool:
     if pa.types.is_struct(kind):
-        kind = next((field.type for field in kind if field.name == "bytes"), None)
-    return kind in (pa.binary(), pa.large_binary())
+        kind = next((field.type for field in kind if field.name == "bytes"), kind)
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    return kind in (pa.binary(), pa.large_binary(), pa.binary_view())
 
 
-def _batches(file: pq.ParquetFile, shard: Shard, columns: list[str]) -> Iterator[pa.RecordBatch]:
+def _holds_texts(kind: pa.DataType) -> bool:
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    if any(is_list(kind) for is_list in (pa.types.is_list, pa.types.is_large_list)):
+        return _holds_texts(kind.value_type)
+    return kind in (pa.string(), pa.large_string(), pa.string_view())
+
+
+def _records(
+    file: pq.ParquetFile, shard: Shard, columns: list[str]
+) -> Iterator[tuple[int, dict[str, pa.Scalar]]]:
+    """Yield the number of each row of a slice and its values by column."""
+    row = shard.start
+    for batch in batches_of(file, shard.start, shard.stop, columns) if columns else ():
+        for values in zip(*(batch.column(name) for name in columns), strict=True):
+            yield row, dict(zip(columns, values, strict=True))
+            row += 1
+
+
+def batches_of(
+    file: pq.ParquetFile, start: int, stop: int, columns: list[str]
+) -> Iterator[pa.RecordBatch]:
     """Yield exactly the rows of a slice, from the row groups it overlaps."""
     groups: list[int] = []
     position = end = 0
     for group in range(file.metadata.num_row_groups):
         begin, end = end, end + file.metadata.row_group(group).num_rows
-        if end <= shard.start:
+        if end <= start:
             position = end
-        elif begin < shard.stop:
+        elif begin < stop:
             groups.append(group)
     for batch in file.iter_batches(_ROWS_AT_ONCE, row_groups=groups, columns=columns):
-        first = max(shard.start - position, 0)
-        last = min(shard.stop - position, batch.num_rows)
+        first = max(start - position, 0)
+        last = min(stop - position, batch.num_rows)
         if first < last:
             yield batch.slice(first, last - first)
         position += batch.num_rows
-        if position >= shard.stop:
+        if position >= stop:
             return
 
 
-def _key(value: pa.Scalar) -> str | None:
+def _is_fetched(values: Mapping[str, pa.Scalar], status: str | None) -> bool:
+    return status is None or _text(values[status]) == SUCCESS
+
+
+def _text(value: pa.Scalar) -> str | None:
     try:
         return str(value.as_py()) if value.is_valid else None
     except UnicodeDecodeError:
         return None
 
 
-def _row(key: str, image: pa.Scalar, caption: pa.Scalar) -> RawRow:
+def _row(
+    key: str,
+    values: Mapping[str, pa.Scalar],
+    image_column: str,
+    caption_columns: Sequence[str],
+    labels: Sequence[str],
+) -> RawRow:
+    image = values[image_column]
     if isinstance(image, pa.StructScalar) and image.is_valid:
         image = image["bytes"]
     encoded = image.as_py()
     if encoded is None:
-        return RawRow(key, None, None, "missing_file", "the image column has no bytes")
+        return RawRow(key, None, None, "missing_file", f"{image_column} has no bytes")
     try:
-        return RawRow(key, encoded, caption.as_py())
+        captions: Any = [values[name].as_py() for name in caption_columns]
     except UnicodeDecodeError:
         return RawRow(key, encoded, None, "missing_caption", "the caption is not UTF-8")
+    columns = text_columns({name: values[name].as_py() for name in labels}, labels)
+    return RawRow(key, encoded, captions if captions[1:] else captions[0], columns=columns)

@@ -15,12 +15,14 @@ class Shard:
         source: Absolute path, or name, of what is read.
         start: Where the piece begins, in the reader's own unit (rows, bytes of a metadata file).
         stop: Where it ends, exclusive, in the same unit.
+        first: Number of its first row in the source, where `start` does not tell.
     """
 
     index: int
     source: str
     start: int
     stop: int
+    first: int = 0
 
     @property
     def name(self) -> str:
@@ -35,7 +37,7 @@ class RawRow:
     Attributes:
         key: Identity of the row; should be unique in the corpus.
         image: Encoded picture, None if the reader found none.
-        caption: Caption as written, None if there is none.
+        caption: Caption as written, or a list of several; None if there is none.
         problem: What the reader already knows to be wrong, one of `quarantine.REASONS`.
         detail: The problem in words.
         columns: What else the corpus says of the row, by name; see `corpora.labels`.
@@ -43,10 +45,16 @@ class RawRow:
 
     key: str
     image: bytes | None
-    caption: str | None
+    caption: str | list[str] | None
     problem: str | None = None
     detail: str = ""
     columns: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def first_caption(self) -> str | None:
+        """The first caption that is text: what patterns are searched in."""
+        found = self.caption if isinstance(self.caption, list) else [self.caption]
+        return next((caption for caption in found if isinstance(caption, str)), None)
 
 
 class Corpus(Protocol):

@@ -4,6 +4,7 @@ Nearest by L2 distance on 32x32 RGB. Pictures of an identical caption count as h
 tells them apart. It measures recall of the training set, not the quality of new pictures.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -22,11 +23,14 @@ class CaptionRecall:
         hit: `(N,)` whether that row has the caption that was asked for.
         squared_error: `(N,)` mean squared pixel error to the caption's own picture, pixels in
             [-1, 1].
+        by_chance: Share of hits that pictures drawn at random from the gallery would have: 1 where
+            all rows have one caption, and recall says nothing.
     """
 
     nearest: NDArray[np.int64]
     hit: NDArray[np.bool_]
     squared_error: NDArray[np.float32]
+    by_chance: float
 
 
 def caption_recall(
@@ -47,7 +51,9 @@ def caption_recall(
     nearest = nearest_neighbours(flat_drawn, flat_gallery, 1)[1][:, 0]
     hit = np.array([captions[i] == captions[j] for i, j in zip(nearest, own, strict=True)])
     squared_error = ((flat_drawn - flat_gallery[own]) ** 2).mean(axis=1)
-    return CaptionRecall(nearest, hit, squared_error)
+    counts = Counter(captions)
+    by_chance = sum(counts[captions[i]] for i in own) / (len(own) * len(captions))
+    return CaptionRecall(nearest, hit, squared_error, by_chance)
 
 
 def _flatten(images: NDArray[np.uint8]) -> NDArray[np.float32]:

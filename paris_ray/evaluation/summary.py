@@ -104,12 +104,18 @@ def by_cluster(
     return rows
 
 
+MUCH_BY_CHANCE = 0.05
+
+
 def headline(facts: Mapping[str, Any]) -> list[str]:
     """Return what an evaluation says, in a few lines: trained on and never shown apart."""
     shown = facts["shown"]
     lines = [
         f"caption recall {shown['caption_recall']['mean']:.4f} ({shown['captions']} trained on)"
     ]
+    by_chance = shown.get("recall_by_chance", 0.0)  # evaluations of earlier versions lack it
+    if by_chance > MUCH_BY_CHANCE:
+        lines.append(f"of it {by_chance:.4f} by chance: many pictures share their caption")
     for split, name in (("shown", "trained on"), ("held_out", "never shown")):
         attributes = facts.get(split, {}).get("attributes", {})
         shares = ", ".join(f"{key} {value['mean']:.3f}" for key, value in attributes.items())

@@ -18,7 +18,14 @@ from ray.data import ActorPoolStrategy, DataContext
 
 from paris_ray.artifacts import Manifest, canonical_json, sha256_hex
 from paris_ray.config import Config
-from paris_ray.corpora import HeldOut, Shard, find_duplicates, held_out_rule, open_corpus
+from paris_ray.corpora import (
+    Shard,
+    captions_per_row,
+    find_duplicates,
+    held_out_rule,
+    not_fetched,
+    open_corpus,
+)
 from paris_ray.embeddings import num_rows, part_names, read_table
 from paris_ray.errors import CorpusError
 from paris_ray.pipeline.embedders import FeatureEmbedder, LatentEmbedder, TextEmbedder
@@ -50,7 +57,8 @@ def prepare_embeddings(config: Config, encoders: Manifest) -> Manifest:
     keys = {shard.index: corpus.keys(shard) for shard in shards}
     duplicates = find_duplicates(keys)
     held_out = held_out_rule(config.corpus, corpus, config.seed)
-    versions = shard_versions(config, shards, duplicates, held_out)
+    reader = ShardReader(config, held_out, captions_per_row(config.corpus, corpus))
+    versions = shard_versions(reader, shards, duplicates)
     stage = Stage(
         EMBEDDINGS,
         run.embeddings,
@@ -66,10 +74,14 @@ def prepare_embeddings(config: Config, encoders: Manifest) -> Manifest:
     pending = _pending(run, shards, keys, versions)
     if pending:
         num_pending = sum(len(keys[shard.index]) for shard in pending)
-        _follow(_embedding(config, pending, versions, duplicates, held_out), num_pending)
+        _follow(_embedding(config, reader, pending, versions, duplicates), num_pending)
     counts = count_rows(run, sum(map(len, keys.values())))
     refuse_bad_corpus(config, counts)
-    return stage.publish(counts | {"attribution": corpus.attribution})
+    lacking = not_fetched(config.corpus)
+    for reason, count in lacking.items():
+        logger.info("not in the corpus: %d pictures, %s", count, reason)
+    facts = {"not_fetched": lacking} if lacking else {}
+    return stage.publish(counts | facts | {"attribution": corpus.attribution})
 
 
 def corpus_input(versions: Mapping[str, str]) -> dict[str, str]:
@@ -78,25 +90,24 @@ def corpus_input(versions: Mapping[str, str]) -> dict[str, str]:
 
 
 def shard_versions(
-    config: Config,
-    shards: Sequence[Shard],
-    duplicates: Mapping[int, frozenset[int]],
-    held_out: HeldOut,
+    reader: ShardReader, shards: Sequence[Shard], duplicates: Mapping[int, frozenset[int]]
 ) -> dict[str, str]:
     """Return, by name of the shard, what becomes another text when its rows would.
 
     That is not what is in its files alone: other shards decide which of its keys are duplicates,
-    and of a small corpus the number of rows decides how many are held out.
+    of a small corpus the number of rows decides how many are held out, and its first rows how many
+    captions are kept.
     """
     groups = [list(group) for group in np.array_split(np.arange(len(shards)), NUM_VERSION_TASKS)]
     tasks = [
-        file_versions_of.remote(config, [shards[i] for i in group]) for group in groups if group
+        file_versions_of.remote(reader.config, [shards[i] for i in group])
+        for group in groups
+        if group
     ]
     of_files = [version for group in ray.get(tasks) for version in group]
+    rule = [asdict(reader.held_out), reader.num_captions]
     return {
-        shard.name: sha256_hex(
-            canonical_json([version, sorted(duplicates[shard.index]), asdict(held_out)])
-        )
+        shard.name: sha256_hex(canonical_json([version, sorted(duplicates[shard.index]), *rule]))
         for shard, version in zip(shards, of_files, strict=True)
     }
 
@@ -146,16 +157,16 @@ def _pending(
 
 def _embedding(
     config: Config,
+    reader: ShardReader,
     shards: Sequence[Shard],
     versions: Mapping[str, str],
     duplicates: Mapping[int, frozenset[int]],
-    held_out: HeldOut,
 ) -> ray.data.Dataset:
     """Return the Ray Data pipeline over some shards; it runs when it is iterated."""
     items = [shard_item(shard, versions, duplicates) for shard in shards]
     quiet_ray_data()
     dataset = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
-        ShardReader(config, held_out), batch_size=1, num_cpus=TASK_CPUS
+        reader, batch_size=1, num_cpus=TASK_CPUS
     )
     for encoder, pool in (
         (TextEmbedder, config.text.pool),

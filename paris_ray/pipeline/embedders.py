@@ -21,7 +21,7 @@ from paris_ray.embeddings import (
 from paris_ray.encoders.clip import TEXT_ENCODER, TOKENIZER, ClipTokenizer, tokenizer_files
 from paris_ray.encoders.codec import load_codec
 from paris_ray.encoders.text import MODEL_FILES, MiniLM
-from paris_ray.pipeline.shards import Batch
+from paris_ray.pipeline.shards import Batch, caption_variants
 from paris_ray.run import Run
 from paris_ray.seeding import torch_generator
 
@@ -42,9 +42,8 @@ class TextEmbedder:
 
     def __call__(self, batch: Batch) -> Batch:
         """Return the batch with the column."""
-        captions = [t.replace("{}", c) for c in batch["caption"] for t in self.templates]
-        encoded = self.encode(captions)
-        shape = (len(batch["caption"]), len(self.templates), *encoded.shape[1:])
+        encoded = self.encode(caption_variants(batch, self.templates))
+        shape = (len(batch["caption"]), -1, *encoded.shape[1:])
         return batch | {self.column: encoded.reshape(shape)}
 
 

@@ -45,7 +45,7 @@ logger = logging.getLogger("paris_ray")
 
 SECTIONS = ("seed", "corpus", "lora", "training")
 # What a corpus of each kind consists of.
-TRACES = {"image_folder": "metadata.jsonl", "parquet": "*.parquet", "webdataset": "*.tar"}
+TRACES = {"image_folder": "metadata.*", "parquet": "*.parquet", "webdataset": "*.tar"}
 
 
 def train_lora(run: LoRARun, *, bundle: str, expert: int, data: str, output: str) -> Manifest:
@@ -55,7 +55,7 @@ def train_lora(run: LoRARun, *, bundle: str, expert: int, data: str, output: str
         run: The adapter and its training.
         bundle: Path or URI of a model folder.
         expert: Number of the expert.
-        data: Path of captioned pictures: a folder with `metadata.jsonl`, or Parquet or tar files.
+        data: Path of captioned pictures: a folder with a metadata file, or Parquet or tar files.
         output: The adapter's own folder, new or left by an interruption of this very training.
 
     Raises:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from paris_ray.artifacts import Manifest
 from paris_ray.bundle import Bundle
 from paris_ray.config import Config
-from paris_ray.corpora import find_duplicates, held_out_rule, open_corpus
+from paris_ray.corpora import captions_per_row, find_duplicates, held_out_rule, open_corpus
 from paris_ray.embeddings import (
     LATENTS,
     LATENTS_FLIPPED,
@@ -20,7 +20,7 @@ from paris_ray.embeddings import (
 )
 from paris_ray.encoders.clip import ClipText
 from paris_ray.pipeline.embed import count_rows, refuse_bad_corpus
-from paris_ray.pipeline.shards import Batch, ShardReader, ShardWriter
+from paris_ray.pipeline.shards import Batch, ShardReader, ShardWriter, caption_variants
 from paris_ray.pipeline.stage import Stage
 from paris_ray.run import EMBEDDINGS, Run
 
@@ -51,7 +51,8 @@ def embed_pictures(setup: Config, bundle: Bundle, parents: Mapping[str, str]) ->
     keys = {shard.index: corpus.keys(shard) for shard in shards}
     duplicates = find_duplicates(keys)
     held_out = held_out_rule(setup.corpus, corpus, setup.seed)
-    read, write = ShardReader(setup, held_out), ShardWriter(setup)
+    num_captions = captions_per_row(setup.corpus, corpus)
+    read, write = ShardReader(setup, held_out, num_captions), ShardWriter(setup)
     for shard in shards:
         # Where pictures changed, the adapter's folder is refused: there is nothing to tell apart.
         item = asdict(shard) | {"version": "", "duplicates": sorted(duplicates[shard.index])}
@@ -65,11 +66,8 @@ def embed_pictures(setup: Config, bundle: Bundle, parents: Mapping[str, str]) ->
 
 
 def _text(batch: Batch, setup: Config, bundle: Bundle) -> Batch:
-    templates = setup.corpus.caption_templates
-    encoded = _encode_captions(
-        bundle, [t.replace("{}", c) for c in batch["caption"] for t in templates]
-    )
-    shape = (len(batch["caption"]), len(templates), *encoded.shape[1:])
+    encoded = _encode_captions(bundle, caption_variants(batch, setup.corpus.caption_templates))
+    shape = (len(batch["caption"]), -1, *encoded.shape[1:])
     if isinstance(bundle.text_encoder, ClipText):
         return {TOKEN_IDS: encoded.reshape(shape)}
     return {TEXT_EMBEDDING: encoded.reshape(shape).astype(np.float16)}

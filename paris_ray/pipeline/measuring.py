@@ -144,6 +144,7 @@ def _measure_split(
         columns["recalled"] = recalled.hit
         facts |= {
             "caption_recall": mean_with_interval(recalled.hit, seed),
+            "recall_by_chance": recalled.by_chance,
             "gallery": len(corpus.rows),
         }
     if drawn.image_embeddings.shape[1]:

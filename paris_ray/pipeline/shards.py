@@ -4,8 +4,9 @@ This module imports nothing heavy: its classes run in plain tasks, whose workers
 an import of torch would take longer than their work.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import cycle, islice
 from typing import Any
 
 import numpy as np
@@ -35,6 +36,15 @@ Batch = dict[str, NDArray[Any]]
 VERSION = b"version"  # in the metadata of a quarantine file
 # Of text a batch has one of the two; mirrored latents only if training wants them.
 TENSORS = (LATENTS, LATENTS_FLIPPED, "features", TEXT_EMBEDDING, TOKEN_IDS)
+CAPTION = "caption"
+OTHER_CAPTION = "caption."  # and a number: what is encoded, but not stored as text
+
+
+def caption_variants(batch: Batch, templates: Sequence[str]) -> list[str]:
+    """Return every caption of each row in every template: those of a row follow each other."""
+    names = [name for name in batch if name == CAPTION or name.startswith(OTHER_CAPTION)]
+    rows = zip(*(batch[name] for name in names), strict=True)
+    return [t.replace("{}", str(c)) for row in rows for c in row for t in templates]
 
 
 def part_name(shard: str, first_row: int) -> str:
@@ -73,10 +83,11 @@ class ShardReader:
     Args:
         config: The run.
         held_out: Which rows go on apart from the others, in blocks of their own.
+        num_captions: How many captions of each row go on.
     """
 
-    def __init__(self, config: Config, held_out: HeldOut) -> None:
-        self.config, self.held_out = config, held_out
+    def __init__(self, config: Config, held_out: HeldOut, num_captions: int = 1) -> None:
+        self.config, self.held_out, self.num_captions = config, held_out, num_captions
         self.attributes = label_names(config.corpus.attributes)
 
     def __call__(self, batch: Batch) -> Iterator[Batch]:
@@ -90,6 +101,7 @@ class ShardReader:
             source=str(batch["source"][0]),
             start=int(batch["start"][0]),
             stop=int(batch["stop"][0]),
+            first=int(batch["first"][0]),
         )
         duplicates = set(np.asarray(batch["duplicates"][0]).tolist())
         bad: list[QuarantinedRow] = []
@@ -124,9 +136,12 @@ class ShardReader:
             "held_out": np.full(len(rows), block.held_out),
             "row": np.arange(first, first + len(rows)),
             "key": np.array([row.key for row in rows], dtype=object),
-            "caption": np.array([row.caption for row in rows], dtype=object),
+            CAPTION: np.array([row.caption for row in rows], dtype=object),
             "image": np.stack([row.image for row in rows]),
         }
+        variants = [list(islice(cycle(row.captions), self.num_captions)) for row in rows]
+        for i in range(1, self.num_captions):  # a row with fewer repeats its own
+            batch[f"{OTHER_CAPTION}{i}"] = np.array([v[i] for v in variants], dtype=object)
         for name in self.attributes:
             values = [row.attributes.get(name, "") for row in rows]
             batch[f"{ATTRIBUTE}{name}"] = np.array(values, dtype=object)
@@ -171,7 +186,7 @@ def _embeddings_table(batch: Batch) -> pa.Table:
     return to_table(
         {
             "key": _texts(batch["key"]),
-            "caption": _texts(batch["caption"]),
+            CAPTION: _texts(batch[CAPTION]),
             "thumbnail": thumbnails,
             **{name: _texts(batch[name]) for name in batch if name.startswith(ATTRIBUTE)},
             **{name: batch[name] for name in TENSORS if name in batch},

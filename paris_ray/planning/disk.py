@@ -39,7 +39,9 @@ def trained_row_bytes(config: Config) -> dict[str, int]:
     if config.text.kind == "minilm":
         vectors = 1 + config.text.token_states
         name, width = "text embedding", FLOAT16 * vectors * expert.text_embed_dim
-    return {"latents": latents, **mirrored, name: width * len(corpus.caption_templates)}
+    # The plan reads no corpus: where null leaves the number to it, one caption is counted.
+    variants = len(corpus.caption_templates) * (corpus.captions_per_row or 1)
+    return {"latents": latents, **mirrored, name: width * variants}
 
 
 def _feature_bytes(model: str) -> int | None:

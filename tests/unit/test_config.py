@@ -86,6 +86,8 @@ def test_unknown_keys_and_wrong_types_are_refused(override: str, fragments: list
         ("corpus.caption_templates", "[nothing]"),
         ("corpus.caption_templates", "[]"),
         ("corpus.image_size", "4"),
+        ("corpus.captions_per_row", "0"),
+        ("corpus.captions_per_row", "65"),
         ("corpus.max_bad_share", "2"),
         ("corpus.background", "[0,0]"),
         ("corpus.background", "[0,0,256]"),
@@ -289,6 +291,11 @@ def changed(section: Any, path: Sequence[str]) -> Any:
     return replace(section, **{name: changed(value, rest) if rest else another(value, hint)})
 
 
+def kind_of_list(hint: Any) -> str | None:
+    """Return which of two types a list's hint names."""
+    return next((kind for kind in ("dict", "int") if kind in str(hint)), None)
+
+
 def another(value: Any, hint: Any) -> Any:
     if "Literal" in str(hint):  # or one that may be null
         literal = hint if get_origin(hint) is Literal else get_args(hint)[0]
@@ -301,10 +308,8 @@ def another(value: Any, hint: Any) -> Any:
         return value + "x"
     if isinstance(value, dict):
         return value | {"0": Preset(num_inference_steps=1) if "Preset" in str(hint) else "x"}
-    if isinstance(value, list) and "int" in str(hint):
-        return value[::-1] + [0]
     if isinstance(value, list):
-        return [*value, {"a": "b"} if "dict" in str(hint) else "a {}"]
+        return [*value, {"dict": {"a": "b"}, "int": 0}.get(kind_of_list(hint), "a {}")]
     if isinstance(value, tuple):
         return (0.5, 0.5)
     return value + 1

@@ -41,8 +41,10 @@ def write_corpus(kind: str, folder: Path, num_rows: int) -> CorpusConfig:
     """The same rows in the form of a kind."""
     folder.mkdir()
     if kind == "image_folder":
-        (folder / "picture.png").write_bytes(png())
-        lines = [{"file_name": "picture.png", "text": "a"} | entry(i) for i in range(num_rows)]
+        names = [f"{i}.png" for i in range(num_rows)]
+        for name in names:
+            (folder / name).write_bytes(png())
+        lines = [{"file_name": name, "text": "a"} | entry(i) for i, name in enumerate(names)]
         text = "".join(json.dumps(line | {"tags": ["x"]}) + "\n" for line in lines)
         (folder / "metadata.jsonl").write_text(text)
     elif kind == "parquet":
@@ -229,8 +231,8 @@ def test_of_few_rows_a_larger_share_is_held_out(
     tmp_path: Path, num_rows: int, share: float, expected: float
 ) -> None:
     """About 64 rows, but at most a tenth."""
-    line = json.dumps({"file_name": "absent.png", "text": "a"}) + "\n"
-    (tmp_path / "metadata.jsonl").write_text(line * num_rows)
+    lines = [json.dumps({"file_name": f"{i}.png", "text": "a"}) + "\n" for i in range(num_rows)]
+    (tmp_path / "metadata.jsonl").write_text("".join(lines))
     config = CorpusConfig(kind="image_folder", path=str(tmp_path), held_out_share=share)
     rule = held_out_rule(config, open_corpus(config), seed=7)
     assert (rule.key, rule.seed) == (None, 7)
@@ -262,7 +264,7 @@ def test_a_share_of_0_asks_for_no_group(tmp_path: Path) -> None:
 
 def test_a_group_is_looked_for_in_the_first_rows(tmp_path: Path) -> None:
     """Of a shard with a million rows not all are read before the key is called wrong."""
-    lines = [{"file_name": "absent.png", "text": "a"} for _ in range(300)]
+    lines = [{"file_name": f"{i}.png", "text": "a"} for i in range(300)]
     lines[255]["object"] = "cat"
     path = tmp_path / "metadata.jsonl"
     config = CorpusConfig(
@@ -270,6 +272,6 @@ def test_a_group_is_looked_for_in_the_first_rows(tmp_path: Path) -> None:
     )
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert held_out_rule(config, open_corpus(config), seed=0).key == "object"
-    path.write_text("".join(json.dumps(line) + "\n" for line in [lines[0], *lines]))
+    path.write_text("".join(json.dumps(line) + "\n" for line in [lines[299], *lines]))
     with pytest.raises(CorpusError, match="names no group in the first 256 rows"):
         held_out_rule(config, open_corpus(config), seed=0)

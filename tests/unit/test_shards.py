@@ -8,6 +8,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
@@ -20,7 +21,7 @@ from paris_ray.errors import CorpusError
 from paris_ray.pipeline.embed import count_rows, refuse_bad_corpus
 from paris_ray.pipeline.encoders import sample_rows
 from paris_ray.pipeline.quarantine import describe_bad_rows
-from paris_ray.pipeline.shards import Batch, ShardReader, ShardWriter
+from paris_ray.pipeline.shards import Batch, ShardReader, ShardWriter, caption_variants
 from paris_ray.run import Run
 
 NUM_GOOD = 40
@@ -53,13 +54,13 @@ def config(tmp_path: Path) -> Config:
     return load("quickstart", overrides)
 
 
-def read(config: Config, held_out: HeldOut = NO_ROW) -> list[Batch]:
+def read(config: Config, held_out: HeldOut = NO_ROW, num_captions: int = 1) -> list[Batch]:
     (shard,) = open_corpus(config.corpus).shards()
     description: Batch = {name: np.array([value]) for name, value in asdict(shard).items()}
     duplicates = np.empty(1, dtype=object)
     duplicates[0] = [NUM_GOOD + 1]
     description |= {"duplicates": duplicates, "version": np.array(["1"])}
-    return list(ShardReader(config, held_out)(description))
+    return list(ShardReader(config, held_out, num_captions)(description))
 
 
 def encoded(batch: Batch) -> Batch:
@@ -75,7 +76,7 @@ def test_a_large_shard_is_read_in_pieces_that_follow_each_other(config: Config) 
     assert np.concatenate([batch["row"] for batch in batches]).tolist() == list(range(NUM_GOOD))
     quarantined = pq.read_table(Run(config).quarantine.uri).to_pylist()
     reasons = [(row["key"], row["reason"]) for row in quarantined]
-    assert reasons == [("broken", "not_an_image"), ("007", "duplicate_key")]
+    assert reasons == [("a.tar/broken", "not_an_image"), ("a.tar/007", "duplicate_key")]
 
 
 def test_pieces_of_a_shard_are_written_side_by_side(config: Config) -> None:
@@ -87,7 +88,7 @@ def test_pieces_of_a_shard_are_written_side_by_side(config: Config) -> None:
         f"part-{shard.name}-{first:08d}.parquet" for first in (0, 16, 32)
     ]
     keys = pq.read_table(Run(config).embeddings.uri)["key"].to_pylist()
-    assert keys == [f"{i:03d}" for i in range(NUM_GOOD)]
+    assert keys == [f"a.tar/{i:03d}" for i in range(NUM_GOOD)]
 
 
 def test_mirrored_latents_and_token_ids_are_kept_as_they_are(config: Config) -> None:
@@ -117,7 +118,7 @@ def test_rows_of_two_shards_in_one_block_are_an_error(config: Config) -> None:
 def test_held_out_rows_go_into_a_folder_of_their_own(config: Config) -> None:
     rule = HeldOut(None, 0.4, seed=0)
     rows = open_corpus(config.corpus).read(open_corpus(config.corpus).shards()[0])
-    withheld = {row.key for row in rows if rule.holds(row)} - {"broken"}
+    withheld = {row.key for row in rows if rule.holds(row)} - {"a.tar/broken"}
     assert 5 < len(withheld) < 35
     batches, writer = read(config, rule), ShardWriter(config)
     assert all(len(set(batch["held_out"])) == 1 for batch in batches)
@@ -145,6 +146,26 @@ def test_labels_are_kept_as_columns(config: Config) -> None:
     batch = read(config)[0]
     assert batch["attribute.article"].tolist() == ["a"] * 16
     assert batch["attribute.group_2"].tolist() == ["square"] * 16
+
+
+def test_several_captions_become_variants_of_text(config: Config, tmp_path: Path) -> None:
+    """Rows have one, two and three captions; there is room for two."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8), "red").save(buffer, format="PNG")
+    captions = [["a"], ["a", "b"], ["a", "b", "c"]]
+    table = pa.table({"image": [buffer.getvalue()] * 3, "caption": captions})
+    pq.write_table(table, tmp_path / "rows.parquet")
+    corpus = replace(config.corpus, kind="parquet")
+    batch = read(replace(config, corpus=corpus), num_captions=2)[0]
+    assert batch["caption"].tolist() == ["a", "a", "a"]
+    assert batch["caption.1"].tolist() == ["a", "b", "b"]
+    texts = caption_variants(batch, ["{}", "a picture of {}"])
+    assert texts[:8] == [
+        *("a", "a picture of a", "a", "a picture of a"),
+        *("a", "a picture of a", "b", "a picture of b"),
+    ]
+    ShardWriter(config)(encoded(batch))
+    assert "caption.1" not in column_names(Run(config).embeddings)
 
 
 def keys_in(folder: Folder) -> list[str]:

@@ -31,3 +31,10 @@ def test_identical_captions_are_hits_and_others_are_not() -> None:
 def test_the_error_is_to_the_own_picture_in_unit_range() -> None:
     result = caption_recall(plain(255, 51), np.array([0, 1]), GALLERY, CAPTIONS)
     np.testing.assert_allclose(result.squared_error, [2.0**2, (49 / 127.5) ** 2], rtol=1e-5)
+
+
+def test_where_captions_are_shared_chance_says_how_little_a_hit_is() -> None:
+    own = np.arange(3)
+    assert caption_recall(GALLERY, own, GALLERY, ["one"] * 3).by_chance == 1
+    assert caption_recall(GALLERY, own, GALLERY, ["a", "b", "c"]).by_chance == 1 / 3
+    assert caption_recall(GALLERY, own, GALLERY, CAPTIONS).by_chance == (2 + 1 + 2) / 9

@@ -89,6 +89,15 @@ def test_the_headline_tells_trained_on_and_never_shown_apart() -> None:
     assert headline({"shown": shown}) == ["caption recall 0.8750 (9 trained on)"]
 
 
+def test_the_headline_says_that_recall_is_chance() -> None:
+    shown = {"captions": 9, "caption_recall": {"mean": 1.0}, "recall_by_chance": 0.0001}
+    assert headline({"shown": shown}) == ["caption recall 1.0000 (9 trained on)"]
+    assert headline({"shown": shown | {"recall_by_chance": 1.0}}) == [
+        "caption recall 1.0000 (9 trained on)",
+        "of it 1.0000 by chance: many pictures share their caption",
+    ]
+
+
 def test_models_are_compared_on_what_all_of_them_have() -> None:
     def facts(mean: float, losses: list[list[float | None]]) -> dict[str, object]:
         split = {"attributes": {"all": {"mean": mean}}}

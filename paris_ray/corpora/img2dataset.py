@@ -1,0 +1,51 @@
+"""What img2dataset writes beside the pictures that it fetched: how many, and why others are not.
+
+Its output is read as any other: tars (`webdataset`), files (`sidecars`) or Parquet (`parquet`).
+"""
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from paris_ray.corpora.paths import walk
+
+SUCCESS = "success"  # in the column `status`; anything else is why a picture is missing
+_STATISTICS = "_stats.json"
+_MAX_BYTES = 1 << 20
+_FAILURES = ("failed_to_download", "failed_to_resize")
+
+
+def status_column(columns: Sequence[str]) -> str | None:
+    """Return the column that says what became of a link, if a table is one of img2dataset's."""
+    return "status" if {"url", "status", "error_message"} <= set(columns) else None
+
+
+def not_fetched(folder: Path) -> dict[str, int]:
+    """Return how many pictures the statistics in a folder count as not fetched, by reason."""
+    counts: Counter[str] = Counter()
+    for place, names in walk(folder):
+        for name in names:
+            if name.endswith(_STATISTICS):
+                found = _statistics(place / name)
+                counts.update({reason: found.get(reason, 0) for reason in _FAILURES})
+    return {reason: count for reason, count in counts.items() if count}
+
+
+def num_fetched(path: Path) -> int | None:
+    """Return how many samples a tar had when it was written; None if that is not known."""
+    return _statistics(path.with_name(path.name.partition(".")[0] + _STATISTICS)).get("successes")
+
+
+def _statistics(path: Path) -> dict[str, int]:
+    """Return the counts of one shard; none of a file that is not one of img2dataset's."""
+    try:
+        with path.open("rb") as stream:
+            found = json.loads(stream.read(_MAX_BYTES))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    if not isinstance(found, dict):
+        return {}
+    names = ("successes", *_FAILURES)
+    # bool is an int to Python, not to us.
+    return {n: found[n] for n in names if type(found.get(n)) is int and found[n] >= 0}

@@ -1,0 +1,128 @@
+"""Pictures with captions in files of the same name beside them: `a.jpg` and `a.txt`.
+
+As kohya's scripts, SimpleTuner and OneTrainer have them.
+"""
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from paris_ray.artifacts import canonical_json, sha256_hex
+from paris_ray.config import CorpusConfig
+from paris_ray.corpora.paths import corpus_path, file_versions, inside, of_split, walk
+from paris_ray.corpora.rows import RawRow, Shard
+from paris_ray.corpora.samples import TooLargeError, image_extensions, read_sample
+from paris_ray.errors import CorpusError
+
+# Masks and conditions that OneTrainer keeps beside pictures; they are no pictures of their own.
+_ATTACHED = ("-masklabel", "-condlabel")
+
+
+class Sidecars:
+    """The pictures of a folder and those below it, each with its own file of a caption.
+
+    Captions are UTF-8 in `.txt` or `.caption`, or a field of `.json`. A key is the path of the
+    picture. A shard is some of the pictures of one folder, which are sorted by name.
+
+    Args:
+        config: `path`, `split`, `image_column`, `caption_column`, `limit`, `rows_per_shard` and
+            `attribution` are used.
+
+    Raises:
+        CorpusError: if the folder does not exist.
+    """
+
+    def __init__(self, config: CorpusConfig) -> None:
+        self.attribution: str | None = config.attribution
+        self._config = config
+        self._extensions = frozenset(image_extensions(config))
+        self._root = corpus_path(config)
+        if not self._root.is_dir():
+            raise CorpusError(f"corpus.path={config.path!r} is a file; expected a folder")
+
+    def shards(self) -> list[Shard]:
+        """Return slices of folders.
+
+        Raises:
+            CorpusError: if there is no picture.
+        """
+        counts = {folder: len(self._pictures(names)) for folder, names in walk(self._root)}
+        folders = [folder for folder, count in counts.items() if count]
+        if not folders:
+            raise CorpusError(
+                f"corpus.path={self._config.path!r} holds no pictures; expected names such as "
+                "cat.jpg, with their captions in cat.txt, cat.caption or cat.json"
+            )
+        shards: list[Shard] = []
+        left, size = self._config.limit, self._config.rows_per_shard
+        for folder in of_split(self._config, folders, by_folder=True):
+            total = counts[folder] if left is None else min(counts[folder], left)
+            left = None if left is None else left - total
+            for start in range(0, total, size):
+                stop = min(start + size, total)
+                shards.append(Shard(len(shards), str(folder), start, stop))
+        return shards
+
+    def keys(self, shard: Shard) -> list[str]:
+        """Return the paths of a shard's pictures."""
+        folder = Path(shard.source)
+        place = folder.relative_to(self._root)
+        pictures = self._pictures(_names(folder))[shard.start : shard.stop]
+        return [(place / name).as_posix() for name in pictures]
+
+    def read(self, shard: Shard) -> Iterator[RawRow]:
+        """Yield each picture and its caption."""
+        folder = Path(shard.source)
+        for name, files in self._samples(shard):
+            members = {e: _File(self._root, folder, n) for e, n in files.items()}
+            key = (folder.relative_to(self._root) / name).as_posix()
+            yield read_sample(key, members, self._config)
+
+    def version(self, shard: Shard) -> str:
+        """Return a digest of the names, sizes and times of pictures and what is beside them."""
+        names = [name for _, files in self._samples(shard) for name in files.values()]
+        versions = file_versions(Path(shard.source) / name for name in names)
+        return sha256_hex(canonical_json([*names, versions]))
+
+    def _samples(self, shard: Shard) -> Iterator[tuple[str, dict[str, str]]]:
+        """Yield the name of each picture, and its and its captions' names by extension."""
+        names = _names(Path(shard.source))
+        beside: dict[str, dict[str, str]] = {}  # names by stem and extension
+        for name in names:
+            stem, _, extension = name.rpartition(".")
+            beside.setdefault(stem, {})[extension.lower()] = name
+        for name in self._pictures(names)[shard.start : shard.stop]:
+            stem, _, extension = name.rpartition(".")
+            files = {e: n for e, n in beside[stem].items() if e not in self._extensions}
+            yield name, files | {extension.lower(): name}
+
+    def _pictures(self, names: list[str]) -> list[str]:
+        pictures = []
+        for name in names:
+            stem, dot, extension = name.rpartition(".")
+            is_picture = dot and extension.lower() in self._extensions
+            if is_picture and not stem.endswith(_ATTACHED):
+                pictures.append(name)
+        return pictures
+
+
+@dataclass(frozen=True, slots=True)
+class _File:
+    """A `samples.Member`."""
+
+    root: Path
+    folder: Path
+    name: str
+
+    def load(self, max_bytes: int) -> bytes:
+        path = inside(self.root, self.folder, self.name)
+        if path.stat().st_size > max_bytes:
+            raise TooLargeError(path.stat().st_size, max_bytes)
+        return path.read_bytes()
+
+
+def _names(folder: Path) -> list[str]:
+    """Return the names of a folder's own files as `walk` does."""
+    with os.scandir(folder) as entries:
+        return sorted(e.name for e in entries if not (e.is_dir() or e.name.startswith(".")))

@@ -1,0 +1,165 @@
+"""The members of a tar, plain or gzipped, without extracting anything.
+
+`tarfile` reads the headers. What it takes for the end of an archive, we take for damage, unless the
+archive ends as archives do; and links are followed within the archive alone.
+"""
+
+import gzip
+import io
+import posixpath
+import tarfile
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, cast
+
+from paris_ray.corpora.samples import MAX_IMAGE_BYTES, Member, TooLargeError
+
+SUFFIXES = (".tar", ".tar.gz", ".tgz")
+# What damage raises; tarfile raises ValueError and OverflowError for headers of arbitrary bytes.
+READ_ERRORS = (tarfile.TarError, OSError, ValueError, OverflowError, EOFError, zlib.error)
+_END = bytes(tarfile.BLOCKSIZE)  # an archive ends in blocks of zeros
+_MAX_HEADER_BYTES = 1 << 20  # of one extended header
+_GZIP = b"\x1f\x8b"
+
+
+@dataclass(frozen=True, slots=True)
+class _Stored:
+    """A `Member` of a plain tar."""
+
+    stream: IO[bytes]
+    offset: int
+    num_bytes: int
+
+    def load(self, max_bytes: int) -> bytes:
+        if self.num_bytes > max_bytes:
+            raise TooLargeError(self.num_bytes, max_bytes)
+        self.stream.seek(self.offset)
+        return self.stream.read(self.num_bytes)
+
+
+@dataclass(frozen=True, slots=True)
+class _Inflated:
+    """A `Member` of a gzipped tar, which is read once, from its beginning to its end."""
+
+    content: bytes | None  # None: it was too large to keep
+    num_bytes: int
+
+    def load(self, max_bytes: int) -> bytes:
+        if self.content is None or self.num_bytes > max_bytes:
+            raise TooLargeError(self.num_bytes, max_bytes)
+        return self.content
+
+
+@dataclass(frozen=True, slots=True)
+class _Unusable:
+    """A `Member` that is not a file whose content stands in the tar."""
+
+    reason: str
+
+    def load(self, max_bytes: int) -> bytes:
+        raise ValueError(self.reason)
+
+
+class Tar:
+    """An open tar.
+
+    Attributes:
+        path: Where it is.
+        stream: Its bytes as they are stored.
+        is_gzipped: Whether they are compressed.
+    """
+
+    def __init__(self, path: Path, stream: IO[bytes]) -> None:
+        self.path, self.stream = path, stream
+        self.is_gzipped = stream.read(2) == _GZIP
+        stream.seek(0)
+
+    def members(self, is_wanted: Callable[[str], bool]) -> Iterator[tuple[str, Member]]:
+        """Yield the names and contents of all members but folders, in order.
+
+        Args:
+            is_wanted: Whether a member of this name may be loaded: of a gzipped tar no other is
+                kept.
+
+        Raises:
+            tarfile.ReadError: where the tar is damaged, or another of `READ_ERRORS`.
+        """
+        stream: IO[bytes] = self.stream
+        if self.is_gzipped:
+            stream = cast(IO[bytes], gzip.GzipFile(fileobj=self.stream))
+        headers = _Headers(stream)
+        before: dict[str, Member] = {}
+        with tarfile.open(fileobj=headers, mode="r:", encoding="utf-8", errors="replace") as tar:
+            while (header := tar.next()) is not None:
+                tar.members = []  # type: ignore[attr-defined]  # else it keeps every header
+                if tar.offset <= header.offset:  # a negative size would make us read in circles
+                    raise tarfile.ReadError(f"the size of {header.name!r} is negative")
+                if header.isdir():
+                    continue
+                if header.isreg() and not header.issparse():
+                    member = self._file(header, stream, is_wanted(header.name))
+                else:
+                    member = self._link(header, before)
+                if not self.is_gzipped:
+                    before[posixpath.normpath(header.name)] = member
+                yield header.name, member
+        if headers.last != _END:
+            raise tarfile.ReadError(f"neither a header nor the end of the archive at {tar.offset}")
+
+    def _file(self, header: tarfile.TarInfo, stream: IO[bytes], is_wanted: bool) -> Member:
+        start, size = header.offset_data, header.size
+        if not self.is_gzipped:
+            if start + size > self.path.stat().st_size:
+                raise tarfile.ReadError(f"the data of {header.name!r} is cut off")
+            return _Stored(stream, start, size)
+        if not is_wanted or size > MAX_IMAGE_BYTES:
+            return _Inflated(None, size)
+        content = stream.read(size)
+        if len(content) < size:
+            raise tarfile.ReadError(f"the data of {header.name!r} is cut off")
+        return _Inflated(content, size)
+
+    def _link(self, header: tarfile.TarInfo, before: Mapping[str, Member]) -> Member:
+        if not (header.islnk() or header.issym()):
+            # A sparse file is not contiguous and may claim any size.
+            return _Unusable(f"{header.name!r} is sparse, or no file")
+        if self.is_gzipped:
+            return _Unusable(
+                f"{header.name!r} is a link, which cannot be followed in a gzipped tar"
+            )
+        folder = posixpath.dirname(header.name) if header.issym() else ""
+        target = posixpath.normpath(posixpath.join(folder, header.linkname))
+        reason = f"{header.name!r} is a link to {target!r}, which is not before it in the tar"
+        return before.get(target, _Unusable(reason))
+
+
+class _Headers(io.BufferedIOBase):
+    """A stream as `tarfile` reads it: headers alone, and none that fills the memory.
+
+    Attributes:
+        last: What was read last.
+    """
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        self._stream, self.last = stream, b""
+
+    def read(self, num_bytes: int | None = -1, /) -> bytes:
+        """Read a header.
+
+        Raises:
+            tarfile.ReadError: if it is larger than headers are.
+        """
+        if num_bytes is None or not 0 <= num_bytes <= _MAX_HEADER_BYTES:
+            raise tarfile.ReadError(f"a header of {num_bytes} bytes")
+        self.last = self._stream.read(num_bytes)
+        return self.last
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
+        """Go to a place."""
+        return self._stream.seek(offset, whence)
+
+    def tell(self) -> int:
+        """Return the place."""
+        return self._stream.tell()

@@ -1,0 +1,143 @@
+"""Tars as different programs write them: compression, headers, links, and damage."""
+
+import gzip
+import io
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from corpus_files import problems, read_all, write_tar
+
+from paris_ray.config import CorpusConfig
+from paris_ray.corpora import RawRow, open_corpus
+from paris_ray.corpora.rows import Shard
+
+
+def read(path: Path, **options: Any) -> list[RawRow]:
+    return read_all(CorpusConfig(kind="webdataset", path=str(path), **options))
+
+
+def pairs(count: int) -> list[tuple[str, bytes]]:
+    names = [f"{i:03}" for i in range(count)]
+    return [m for n in names for m in ((f"{n}.png", bytes(512)), (f"{n}.txt", n.encode()))]
+
+
+def write_links(path: Path, *links: tuple[str, str, bytes]) -> None:
+    """Write one sample, a/0, and then links as `(name, target, type)`."""
+    write_tar(path, {"a/0.png": b"png", "a/0.txt": b"txt"})
+    with tarfile.open(path, "a") as tar:
+        for name, target, kind in links:
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = kind, target
+            tar.addfile(info)
+
+
+@pytest.mark.parametrize("name", ["a.tar.gz", "a.tgz", "a.tar"])
+def test_gzipped_tars(tmp_path: Path, name: str) -> None:
+    plain, zipped = tmp_path / "plain" / "a.tar", tmp_path / "zipped" / name
+    plain.parent.mkdir()
+    zipped.parent.mkdir()
+    write_tar(plain, pairs(5))
+    write_tar(zipped, pairs(5), "w:gz")
+    found = [(row.key.removeprefix(name), row.image, row.caption) for row in read(zipped.parent)]
+    assert found == [(r.key.removeprefix("a.tar"), r.image, r.caption) for r in read(plain.parent)]
+    assert len(read(zipped.parent, limit=3)) == 3
+
+
+@pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+@pytest.mark.parametrize("mode", ["w", "w:gz"])
+def test_headers(tmp_path: Path, form: int, mode: str) -> None:
+    folder = "/".join(["long folder"] * 12)  # does not fit into one field of the header
+    members = {f"{folder}/\u00fc #1.png": b"png", f"{folder}/\u00fc #1.txt": b"txt"}
+    write_tar(tmp_path / "a.tar", members, mode, format=form)
+    assert read(tmp_path) == [RawRow(f"a.tar/{folder}/\u00fc #1", b"png", "txt")]
+
+
+def test_links_are_followed_within_the_tar(tmp_path: Path) -> None:
+    write_links(
+        tmp_path / "a.tar",
+        ("1.png", "a/0.png", tarfile.LNKTYPE),
+        ("1.txt", "./a/0.txt", tarfile.LNKTYPE),
+        ("b/2.png", "../a/0.png", tarfile.SYMTYPE),
+        ("b/2.txt", "../1.txt", tarfile.SYMTYPE),  # a link to a link
+    )
+    assert read(tmp_path) == [RawRow(f"a.tar/{key}", b"png", "txt") for key in ("a/0", "1", "b/2")]
+
+
+def test_links_that_lead_nowhere_are_counted(tmp_path: Path) -> None:
+    write_links(
+        tmp_path / "a.tar",
+        ("1.png", "2.png", tarfile.LNKTYPE),  # after it
+        ("2.png", "/etc/passwd", tarfile.SYMTYPE),
+        ("3.png", "../../etc/passwd", tarfile.SYMTYPE),
+        ("4.png", "4.png", tarfile.SYMTYPE),
+        ("5.png", "", tarfile.FIFOTYPE),
+        ("6.png", "", tarfile.GNUTYPE_SPARSE),
+    )
+    rows = read(tmp_path)
+    assert problems(rows[1:]) == {f"a.tar/{i}": "missing_file" for i in range(1, 7)}
+    assert "'1.png' is a link to '2.png', which is not before it in the tar" in rows[1].detail
+
+
+def test_links_in_a_gzipped_tar_are_counted(tmp_path: Path) -> None:
+    write_links(tmp_path / "a.tar", ("1.png", "a/0.png", tarfile.LNKTYPE))
+    (tmp_path / "b.tar.gz").write_bytes(gzip.compress((tmp_path / "a.tar").read_bytes()))
+    rows = read(tmp_path)
+    assert [row.problem for row in rows] == [None, "missing_caption", None, "missing_file"]
+    assert "cannot be followed in a gzipped tar" in rows[3].detail
+
+
+def damage_tar(content: bytes, kept: float) -> bytes:
+    return content[: int(kept * len(content))]
+
+
+def flip(content: bytes, place: float) -> bytes:
+    position = int(place * len(content))
+    return content[:position] + bytes([content[position] ^ 0xFF]) + content[position + 1 :]
+
+
+@pytest.mark.parametrize("change", [damage_tar, flip])
+@pytest.mark.parametrize("place", [0.02, 0.3, 0.5, 0.9])
+def test_damaged_gzip_keeps_what_is_before(
+    tmp_path: Path, change: Callable[[bytes, float], bytes], place: float
+) -> None:
+    path = tmp_path / "a.tgz"
+    content = [(name, bytes(range(256)) * (1 + i % 5)) for i, (name, _) in enumerate(pairs(40))]
+    write_tar(path, content, "w:gz")
+    path.write_bytes(change(path.read_bytes(), place))
+    corpus = open_corpus(CorpusConfig(kind="webdataset", path=str(path)))
+    shard = Shard(0, str(path), 0, 10_000)
+    rows = list(corpus.read(shard))
+    assert [row.key for row in rows] == corpus.keys(shard)
+    assert rows[-1].problem == "unreadable_shard"
+
+
+def test_what_inflates_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("paris_ray.corpora.tars.MAX_IMAGE_BYTES", 1000)
+    monkeypatch.setattr("paris_ray.corpora.samples.MAX_IMAGE_BYTES", 1000)
+    members = {"0.png": bytes(100_000), "0.txt": b"a", "1.png": b"x", "1.txt": b"b"}
+    for name, mode in (("a.tar", "w"), ("b.tgz", "w:gz")):
+        write_tar(tmp_path / name, members, mode)
+        rows = read(tmp_path / name)
+        assert problems(rows) == {f"{name}/0": "too_many_bytes", f"{name}/1": None}
+        assert "it has 100000 bytes, at most 1000 are read" in rows[0].detail
+
+
+@pytest.mark.parametrize("kind", [tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME])
+def test_a_header_that_inflates_is_damage(tmp_path: Path, kind: bytes) -> None:
+    path = tmp_path / "a.tgz"
+    header = tarfile.TarInfo("x")
+    header.type, header.size = kind, 1 << 24
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as tar:
+        for name in ("0.png", "0.txt"):
+            info = tarfile.TarInfo(name)
+            info.size = 1
+            tar.addfile(info, io.BytesIO(b"x"))
+        members = buffer.getvalue()[: tar.offset]
+    path.write_bytes(gzip.compress(members + header.tobuf(tarfile.GNU_FORMAT) + bytes(1 << 20)))
+    rows = read(path)
+    assert rows[0] == RawRow("a.tgz/0", b"x", "x")
+    assert rows[1].problem == "unreadable_shard" and "a header of 16777216 bytes" in rows[1].detail

@@ -125,7 +125,7 @@ def test_held_out_rows_go_into_a_folder_of_their_own(config: Config) -> None:
     for batch in batches:
         writer(encoded(batch))
     run = Run(config)
-    keys = [f"{i:03d}" for i in range(NUM_GOOD)]
+    keys = [f"a.tar/{i:03d}" for i in range(NUM_GOOD)]
     assert keys_in(run.held_out) == [key for key in keys if key in withheld]
     assert keys_in(run.embeddings) == [key for key in keys if key not in withheld]
 

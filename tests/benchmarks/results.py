@@ -29,7 +29,7 @@ from paris_ray.run import EVALUATION, ROUTER, Run
 
 HERE = Path(__file__).parent
 REPOSITORY = HERE.parents[1]
-LABELS = '"an? (?P<object>.+) on an? (?P<colour>.+) background"'  # of the captions of other_corpus
+LABELS = "an? (?P<object>.+) on an? (?P<colour>.+) background"  # of the captions of other_corpus
 
 
 def quickstart(runs: Path) -> str:

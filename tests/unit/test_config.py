@@ -200,7 +200,7 @@ def test_what_the_shell_did_not_replace_is_no_text(key: str) -> None:
 def test_a_path_is_refused_by_a_kind_that_would_not_read_it(kind: str) -> None:
     assert refusal("corpus.path=/data/mine", f"corpus.kind={kind}") == (
         f"corpus.path='/data/mine' is not allowed: kind={kind} has its own pictures; "
-        "say corpus.kind=image_folder|parquet|webdataset"
+        "say corpus.kind=image_folder|sidecars|parquet|webdataset"
     )
 
 

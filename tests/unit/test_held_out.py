@@ -142,12 +142,11 @@ ALLOWED = "names of columns such as object,background, or a regular expression w
         ("a (cat", " (missing ), unterminated subpattern at position 2)"),
         ("a cat", ""),
         ("object, background", ""),
-        ("", ""),
     ],
 )
 def test_labellings_that_name_nothing_are_refused(key: str, labelling: str, reason: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        load("quickstart", ["corpus.kind=openmoji", f"corpus.{key}='{labelling}'"])
+        load("quickstart", ["corpus.kind=openmoji", f"corpus.{key}={labelling}"])
     assert str(caught.value) == f"corpus.{key}={labelling!r} is not allowed: {ALLOWED}{reason}"
 
 

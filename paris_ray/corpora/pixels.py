@@ -9,7 +9,7 @@ from PIL import Image, ImageOps
 
 from paris_ray.config import CorpusConfig
 from paris_ray.corpora.colours import to_rgb
-from paris_ray.corpora.formats import check_size, open_picture
+from paris_ray.corpora.formats import open_picture
 from paris_ray.corpora.quarantine import BadRow
 
 
@@ -47,13 +47,10 @@ def _load(image: Image.Image, config: CorpusConfig) -> Image.Image:
     resample = Image.Resampling.LANCZOS
     try:
         image.load()
-        check_size(image.size, config.max_pixels)  # of an icon the header may say another size
         picture = to_rgb(_upright(image), config.background)
         if config.resize == "adm":
             picture, resample = _halve(picture, config.image_size), Image.Resampling.BICUBIC
         return ImageOps.fit(picture, (config.image_size, config.image_size), resample)
-    except BadRow:
-        raise
     except Exception as error:  # decoders of arbitrary bytes raise almost anything
         detail = f"{image.format}: {type(error).__name__}: {error}"
         raise BadRow("truncated_image", detail) from None

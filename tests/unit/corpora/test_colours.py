@@ -1,5 +1,6 @@
 """Colours as any viewer shows them: profiles, gamma, deep greys, transparency."""
 
+import io
 import struct
 from typing import Any
 
@@ -89,8 +90,15 @@ class TestProfiles:
 
     def test_copies_of_srgb_change_nothing(self) -> None:
         pixels = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
-        profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
-        assert differs(encode(Image.fromarray(pixels), icc_profile=profile), pixels) == 0
+        target = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))
+        copy = bytearray(target.tobytes())
+        green = 12 + int.from_bytes(copy[(at := copy.index(b"gXYZ") + 4) : at + 4])
+        nudged = int.from_bytes(copy[green : green + 4]) + 30  # of 65536: as if rounded elsewhere
+        copy[green : green + 4] = nudged.to_bytes(4)
+        source = ImageCms.ImageCmsProfile(io.BytesIO(bytes(copy)))
+        moved = ImageCms.profileToProfile(Image.fromarray(pixels), source, target)
+        assert 0 < np.abs(np.asarray(moved, int) - pixels).max() <= 1
+        assert differs(encode(Image.fromarray(pixels), icc_profile=bytes(copy)), pixels) == 0
 
     @pytest.mark.parametrize(
         "profile",

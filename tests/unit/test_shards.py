@@ -14,7 +14,7 @@ from PIL import Image
 
 from paris_ray.artifacts import Folder
 from paris_ray.config import Config, load
-from paris_ray.corpora import HeldOut, QuarantinedRow, open_corpus
+from paris_ray.corpora import REASONS, HeldOut, QuarantinedRow, open_corpus
 from paris_ray.embeddings import column_names, read_table, stream_column
 from paris_ray.errors import CorpusError
 from paris_ray.pipeline.embed import count_rows, refuse_bad_corpus
@@ -217,16 +217,16 @@ def test_a_corpus_with_too_many_bad_rows_is_refused_with_an_example(
 def test_a_corpus_without_a_usable_row_says_why(tmp_path: Path) -> None:
     rows = [{"file_name": f"{i}.png", "prompt": "a cat"} for i in range(12)]
     for row in rows:
-        Image.new("RGB", (8, 8)).save(tmp_path / row["file_name"])
+        (tmp_path / row["file_name"]).write_text("no picture")
     (tmp_path / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     given = ["corpus.kind=image_folder", f"corpus.path={tmp_path}", "corpus.held_out_share=0"]
     config = load("quickstart", given)
     with pytest.raises(CorpusError) as caught:
         sample_rows(config)
+    detail = "10 bytes that begin with b'no pictu'"
     assert str(caught.value) == (
-        f"corpus.path={str(tmp_path)!r} has no usable row that is not held out: 12 missing_caption "
-        "(there is no caption, or it is not text); such as '0.png', missing_caption: "
-        "\"no text or caption among ['file_name', 'prompt']\""
+        f"corpus.path={str(tmp_path)!r} has no usable row that is not held out: 12 not_an_image "
+        f"({REASONS['not_an_image']}); such as '0.png', not_an_image: {detail!r}"
     )
 
 

@@ -21,6 +21,10 @@ figcaption { font-size: .75rem; line-height: 1.2; overflow-wrap: anywhere; }
 table { border-collapse: collapse; margin: 1rem 0; font-size: .9rem; }
 td, th { padding: .15rem .6rem; text-align: right; }
 td:first-child, th:first-child { text-align: left; }
+.wide { overflow-x: auto; }
+.bars { display: grid; grid-template-columns: max-content 1fr max-content; gap: .2rem .6rem; }
+.bars { max-width: 40rem; font-size: .9rem; align-items: center; }
+.bars meter { width: 100%; }
 footer { opacity: .7; font-size: .85rem; }
 """
 MIN_WORD_LENGTH = 3
@@ -121,6 +125,17 @@ def paragraph(text: str) -> str:
     return f"<p>{html.escape(text)}</p>"
 
 
+def bars(rows: Sequence[tuple[str, int]]) -> str:
+    """Return counts by label as horizontal bars, the longest for the largest count."""
+    most = max((count for _, count in rows), default=0) or 1
+    cells = (
+        f'<span>{html.escape(label)}</span><meter max="{most}" value="{count}"></meter>'
+        f"<span>{count:,}</span>"
+        for label, count in rows
+    )
+    return f'<div class="bars">{"".join(cells)}</div>'
+
+
 def table(rows: Sequence[Sequence[str]]) -> str:
     """Return rows of text as an HTML table; the first row is its head."""
     tags = ["th", *["td"] * (len(rows) - 1)]
@@ -128,12 +143,14 @@ def table(rows: Sequence[Sequence[str]]) -> str:
         "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in row) + "</tr>"
         for tag, row in zip(tags, rows, strict=True)
     )
-    return f"<table>{''.join(lines)}</table>"
+    return f'<div class="wide"><table>{"".join(lines)}</table></div>'
 
 
 def page(title: str, sections: Sequence[str], attribution: str | None) -> bytes:
     """Return a whole HTML page; `sections` are HTML already."""
     footer = f"<footer>{html.escape(attribution)}</footer>" if attribution else ""
-    head = f'<meta charset="utf-8"><title>{html.escape(title)}</title><style>{STYLE}</style>'
+    view = '<meta name="viewport" content="width=device-width, initial-scale=1">'
+    style = f"<style>{STYLE}</style>"
+    head = f'<meta charset="utf-8">{view}<title>{html.escape(title)}</title>{style}'
     body = f"<h1>{html.escape(title)}</h1>{''.join(sections)}{footer}"
     return f'<!doctype html><html lang="en"><head>{head}</head><body>{body}</body></html>'.encode()

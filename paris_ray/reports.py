@@ -22,6 +22,9 @@ table { border-collapse: collapse; margin: 1rem 0; font-size: .9rem; }
 td, th { padding: .15rem .6rem; text-align: right; }
 td:first-child, th:first-child { text-align: left; }
 .wide { overflow-x: auto; }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: .15rem 1rem; font-size: .9rem; }
+dd { margin: 0; overflow-wrap: anywhere; }
+svg { max-width: 40rem; width: 100%; background: #8881; border-radius: .4rem; }
 .bars { display: grid; grid-template-columns: max-content 1fr max-content; gap: .2rem .6rem; }
 .bars { max-width: 40rem; font-size: .9rem; align-items: center; }
 .bars meter { width: 100%; }
@@ -109,9 +112,9 @@ def inline_image(image: Image.Image, alt: str, width: int | None = None) -> str:
     return f'<img src="data:image/png;base64,{data}" alt="{html.escape(alt)}"{size}>'
 
 
-def figure(image: Image.Image, caption: str) -> str:
-    """Return a picture with its caption under it."""
-    picture = inline_image(image, caption, width=96)
+def figure(image: Image.Image | None, caption: str) -> str:
+    """Return a picture with its caption under it; the caption alone if there is none."""
+    picture = "" if image is None else inline_image(image, caption, width=96)
     return f"<figure>{picture}<figcaption>{html.escape(caption)}</figcaption></figure>"
 
 
@@ -123,6 +126,12 @@ def section(title: str, *parts: str) -> str:
 def paragraph(text: str) -> str:
     """Return text as an HTML paragraph."""
     return f"<p>{html.escape(text)}</p>"
+
+
+def definitions(pairs: Iterable[tuple[str, str]]) -> str:
+    """Return names and what there is to say of each, as an HTML list."""
+    lines = (f"<dt>{html.escape(name)}</dt><dd>{html.escape(text)}</dd>" for name, text in pairs)
+    return f"<dl>{''.join(lines)}</dl>"
 
 
 def bars(rows: Sequence[tuple[str, int]]) -> str:

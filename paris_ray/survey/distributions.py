@@ -83,8 +83,7 @@ def _bars(values: Iterable[float], starts: Sequence[float], names: Sequence[str]
 
 def _ranges(starts: Sequence[int]) -> list[str]:
     middle = [
-        str(low) if low + 1 == high else f"{low} to {high - 1}"
-        for low, high in pairwise(starts)
+        str(low) if low + 1 == high else f"{low} to {high - 1}" for low, high in pairwise(starts)
     ]
     first = "1" if starts[0] == 2 else f"below {starts[0]}"
     return [first, *middle, f"{starts[-1]} or more"]

@@ -9,12 +9,12 @@ from paris_ray.corpora import REASONS
 from paris_ray.reports import (
     bars,
     count_words,
+    definitions,
     figure,
     frequent_words,
     page,
     paragraph,
     section,
-    table,
 )
 from paris_ray.survey.distributions import Bars, distributions
 from paris_ray.survey.inspection import Inspection
@@ -153,15 +153,14 @@ def _text_bars(rows: Bars) -> list[str]:
 
 def inspection_page(found: Inspection) -> bytes:
     """Return an inspection as a self-contained HTML page."""
-    rows = [["what", "found"], *map(list, facts(found))]
     pictures = "".join(row_figure(row, f"{row.caption} ({_size(row)})") for row in shown(found))
     sections = [
-        section("What was recognised", table(rows)),
+        section("What was recognised", definitions(facts(found))),
         section(
             "Some rows, cut as for training",
             pictures or paragraph("No row of the sample can be used."),
         ),
-        *quarantine_sections(found.quarantined, dict(examples(found.rows, BAD_ROWS_SHOWN))),
+        quarantine_section(found.quarantined, dict(examples(found.rows, BAD_ROWS_SHOWN))),
         *distribution_sections(found.rows, found.config.corpus.image_size),
         section("Most frequent words", paragraph(words_of([row.caption for row in found.good]))),
     ]
@@ -170,9 +169,8 @@ def inspection_page(found: Inspection) -> bytes:
 
 def row_figure(row: SampledRow, text: str) -> str:
     """Return a row's picture above a text; the text alone if it has none."""
-    if row.picture is None:
-        return f"<figure>{paragraph(shorten(text, LONG))}</figure>"
-    return figure(Image.fromarray(row.picture), shorten(text, LONG))
+    picture = None if row.picture is None else Image.fromarray(row.picture)
+    return figure(picture, shorten(text, LONG))
 
 
 def distribution_sections(rows: Sequence[SampledRow], image_size: int) -> list[str]:
@@ -183,24 +181,16 @@ def distribution_sections(rows: Sequence[SampledRow], image_size: int) -> list[s
     ]
 
 
-def quarantine_sections(
-    counts: Mapping[str, int], rows: Mapping[str, Sequence[SampledRow]]
-) -> list[str]:
+def quarantine_section(counts: Mapping[str, int], rows: Mapping[str, Sequence[SampledRow]]) -> str:
     """Return how many rows are bad, by reason, with some of them; nothing if none is.
 
     Args:
         counts: Number of rows of each reason.
         rows: Some of them, likewise.
     """
-    if not counts:
-        return []
-    total = sum(counts.values())
-    head = ["reason", "rows", "share", "what it means"]
-    ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
-    body = [[r, f"{n:,}", f"{n / total:.1%}", REASONS.get(r, "")] for r, n in ordered]
-    parts = [table([head, *body])]
-    for reason, _ in ordered:
+    parts = []
+    for reason, count in sorted(counts.items(), key=lambda item: (-item[1], item[0])):
         figures = [row_figure(row, f"{row.key}: {row.detail}") for row in rows.get(reason, ())]
-        if figures:
-            parts.append(f"<h3>{reason}</h3>{''.join(figures)}")
-    return [section("Quarantined", *parts)]
+        heading = paragraph(f"{count:,} {reason}: {REASONS.get(reason, 'another reason')}")
+        parts.append(heading + "".join(figures))
+    return section("Quarantined", *parts) if parts else ""

@@ -49,39 +49,40 @@ class SampledRow:
     picture: NDArray[np.uint8] | None
 
 
-def sample_corpus(
+def some_rows(
     listing: Listing,
-    held_out: HeldOut,
     *,
     rows: int = ROWS,
     seconds: float = SECONDS,
     clock: Callable[[], float] = time.monotonic,
-) -> list[SampledRow]:
-    """Return some rows in corpus order: the first few of shards from all over the corpus.
+) -> Iterator[tuple[int, RawRow]]:
+    """Yield some rows with the numbers of their shards: the first few of shards from all over.
 
     Args:
         listing: The corpus.
-        held_out: Its rule.
         rows: At most so many.
         seconds: About so long; every opened shard gives at least one row.
         clock: Tells seconds.
     """
-    shards = _some_shards(listing)
-    each = -(-rows // len(shards))
-    seen: set[str] = set()
-    found: list[tuple[int, list[SampledRow]]] = []
-    started = clock()
-    for i, shard in enumerate(shards, 1):
+    shards = _some_shards(listing)[:rows]
+    started, counts = clock(), np.diff(np.linspace(0, rows, len(shards) + 1).astype(int))
+    for i, (shard, count) in enumerate(zip(shards, counts, strict=True), 1):
         # A shard that needs less than its part of the time leaves the rest to the next ones.
         deadline = started + seconds * i / len(shards)
-        chosen = []
-        for raw in islice(listing.corpus.read(shard), each):
-            chosen.append(_judge(raw, listing.config.corpus, held_out, seen))
+        for raw in islice(listing.corpus.read(shard), int(count)):
+            yield shard.index, raw
             if clock() > deadline:
                 break
-        found.append((shard.index, chosen))
-    ordered = [row for _, chosen in sorted(found, key=lambda pair: pair[0]) for row in chosen]
-    return ordered[:rows]
+
+
+def sample_corpus(listing: Listing, held_out: HeldOut) -> list[SampledRow]:
+    """Return some rows in corpus order, and what becomes of them under a rule of held-out rows."""
+    seen: set[str] = set()
+    judged = [
+        (shard, _judge(raw, listing.config.corpus, held_out, seen))
+        for shard, raw in some_rows(listing)
+    ]
+    return [row for _, row in sorted(judged, key=lambda pair: pair[0])]
 
 
 def _some_shards(listing: Listing) -> list[Shard]:

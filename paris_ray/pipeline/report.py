@@ -46,9 +46,9 @@ CORPUS_S = 3.0  # spent in the corpus for sizes, and again for bad pictures
 
 PART = "prepare: "  # so begin the names of its parts in timings.jsonl
 
-BadRows = Mapping[str, Sequence[tuple[int, QuarantinedRow]]]  # with their shards, by reason
+BadRows = Mapping[str, Sequence[tuple[str, QuarantinedRow]]]  # with names of shards, by reason
 
-Pictures = dict[tuple[int, str], NDArray[np.uint8] | None]  # by shard and key
+Pictures = dict[tuple[str, str], NDArray[np.uint8] | None]  # by shard and key
 
 
 def report_preparation(config: Config) -> None:
@@ -94,7 +94,7 @@ def write_report(config: Config) -> None:
 
 def _bad_rows(quarantine: Folder, counts: Mapping[str, int]) -> BadRows:
     """Return some quarantined rows of every reason that is among some of the files."""
-    found: dict[str, list[tuple[int, QuarantinedRow]]] = defaultdict(list)
+    found: dict[str, list[tuple[str, QuarantinedRow]]] = defaultdict(list)
     missing = {reason: min(count, BAD_ROWS_SHOWN) for reason, count in counts.items()}
     for name in spread(part_names(quarantine), QUARANTINE_FILES):
         if all(len(found[reason]) >= count for reason, count in missing.items()):
@@ -113,14 +113,15 @@ def _sizes(listing: Listing) -> list[tuple[int, int]]:
 def _bad_pictures(listing: Listing, bad: BadRows) -> Pictures:
     """Return the pictures of bad rows that have one all the same."""
     wanted = {(shard, row.key) for rows in bad.values() for shard, row in rows}
+    names = {name for name, _ in wanted}
     deadline = time.monotonic() + CORPUS_S
     found: Pictures = {}
-    for index in sorted({shard for shard, _ in wanted}):
-        if index >= len(listing.shards) or time.monotonic() > deadline:
-            break
-        for raw in listing.corpus.read(listing.shards[index]):
-            if (index, raw.key) in wanted:
-                found[index, raw.key] = picture_of(raw, listing.config.corpus)
+    for shard in listing.shards:
+        if shard.name not in names or time.monotonic() > deadline:
+            continue
+        for raw in listing.corpus.read(shard):
+            if (shard.name, raw.key) in wanted:
+                found[shard.name, raw.key] = picture_of(raw, listing.config.corpus)
             if time.monotonic() > deadline:
                 break
     return found

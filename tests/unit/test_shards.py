@@ -2,6 +2,7 @@
 
 import io
 import tarfile
+from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from paris_ray.config import Config, load
 from paris_ray.corpora import HeldOut, open_corpus
 from paris_ray.embeddings import column_names, read_table, stream_column
 from paris_ray.errors import CorpusError
-from paris_ray.pipeline.embed import count_rows, refuse_bad_corpus
+from paris_ray.pipeline.embed import count_rows, progress_line, refuse_bad_corpus
 from paris_ray.pipeline.shards import Batch, ShardReader, ShardWriter
 from paris_ray.run import Run
 
@@ -130,11 +131,30 @@ def test_a_block_of_both_kinds_is_parted_where_it_is_written(config: Config) -> 
     batches = read(config, HeldOut(None, 0.4, seed=0))
     last = {bool(batch["held_out"][0]): encoded(batch) for batch in batches}
     joined = {name: np.concatenate([last[False][name], last[True][name]]) for name in last[True]}
-    written = ShardWriter(config)(joined)["rows"].tolist()
+    written = {name: count.tolist() for name, count in ShardWriter(config)(joined).items()}
     run = Run(config)
     assert keys_in(run.embeddings) == last[False]["key"].tolist()
     assert keys_in(run.held_out) == last[True]["key"].tolist()
-    assert written == [len(joined["key"])]
+    assert written == {
+        "good": [len(last[False]["key"])],
+        "held_out": [len(last[True]["key"])],
+        "quarantined": [int(joined["quarantined"].sum())],
+    }
+
+
+def test_progress_counts_every_row_of_a_shard(config: Config) -> None:
+    """Also of blocks that Ray Data cuts in two."""
+    writer, counts = ShardWriter(config), Counter[str]()
+    for batch in map(encoded, read(config, HeldOut(None, 0.4, seed=0))):
+        for half in (slice(0, 3), slice(3, None)):
+            piece = {name: column[half] for name, column in batch.items()}
+            counts.update({name: int(count[0]) for name, count in writer(piece).items()})
+    withheld = len(keys_in(Run(config).held_out))
+    assert counts == {"good": NUM_GOOD - withheld, "held_out": withheld, "quarantined": 2}
+    assert progress_line(counts, 2 * (NUM_GOOD + 2), seconds=21.0) == (
+        f"42/84 rows, 2 rows/s, ETA 21 s; {NUM_GOOD - withheld} good, {withheld} held out, "
+        "2 quarantined"
+    )
 
 
 def test_labels_are_kept_as_columns(config: Config) -> None:

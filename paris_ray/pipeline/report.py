@@ -42,12 +42,10 @@ SAMPLED_ROWS = 2000  # of all clusters together, about
 FILES_PER_CLUSTER = 16  # at most so many are read
 QUARANTINE_FILES = 256  # likewise
 BAD_ROWS_SHOWN = 6  # of a reason
-CORPUS_S = 3.0  # spent in the corpus for sizes, and again for bad pictures
-
+ROWS, CORPUS_S = 256, 2.0  # of the corpus, for sizes; as long for its list and for bad pictures
 PART = "prepare: "  # so begin the names of its parts in timings.jsonl
 
 BadRows = Mapping[str, Sequence[tuple[str, QuarantinedRow]]]  # with names of shards, by reason
-
 Pictures = dict[tuple[str, str], NDArray[np.uint8] | None]  # by shard and key
 
 
@@ -66,14 +64,7 @@ def write_report(config: Config) -> None:
     run = Run(config)
     facts = read_manifest(run.embeddings, EMBEDDINGS).facts
     bad = _bad_rows(run.quarantine, facts["quarantined"])
-    note, sizes = "", list[tuple[int, int]]()
-    pictures: Pictures = {}
-    try:
-        listing = list_corpus(config, CORPUS_S)
-        sizes = _sizes(listing)
-        pictures = _bad_pictures(listing, bad)
-    except (CorpusError, OSError) as error:
-        note = f"Sizes of pictures are missing, since the corpus cannot be read any more: {error}"
+    sizes, pictures, note = _from_corpus(config, bad)
     page = prepared_page(
         Prepared(
             counts=facts,
@@ -92,6 +83,19 @@ def write_report(config: Config) -> None:
     run.clusters.write(REPORT, page)
 
 
+def _from_corpus(config: Config, bad: BadRows) -> tuple[list[tuple[int, int]], Pictures, str]:
+    """Return sizes of some pictures, and those of bad rows; or none, and why."""
+    if config.prepared_from is not None:
+        return [], {}, f"Sizes of pictures are in the report of {config.prepared_from}."
+    try:
+        listing = list_corpus(config, CORPUS_S)
+        found = (picture_size(r.image) for _, r in some_rows(listing, rows=ROWS, seconds=CORPUS_S))
+        sizes = [size for size in found if size is not None]
+        return sizes, _bad_pictures(listing, bad), ""
+    except (CorpusError, OSError) as error:
+        return [], {}, f"The corpus cannot be read again, for sizes of pictures: {error}"
+
+
 def _bad_rows(quarantine: Folder, counts: Mapping[str, int]) -> BadRows:
     """Return some quarantined rows of every reason that is among some of the files."""
     found: dict[str, list[tuple[str, QuarantinedRow]]] = defaultdict(list)
@@ -103,11 +107,6 @@ def _bad_rows(quarantine: Folder, counts: Mapping[str, int]) -> BadRows:
             if len(found[row["reason"]]) < BAD_ROWS_SHOWN:
                 found[row["reason"]].append((shard_of(name), QuarantinedRow(**row)))
     return found
-
-
-def _sizes(listing: Listing) -> list[tuple[int, int]]:
-    sizes = (picture_size(raw.image) for _, raw in some_rows(listing, seconds=CORPUS_S))
-    return [size for size in sizes if size is not None]
 
 
 def _bad_pictures(listing: Listing, bad: BadRows) -> Pictures:

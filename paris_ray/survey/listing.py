@@ -82,6 +82,8 @@ def list_corpus(config: Config, seconds: float = LISTING_S) -> Listing:
         rows = min(config.corpus.limit or FIRST_ROWS, FIRST_ROWS)
         first = open_corpus(replace(config.corpus, limit=rows))
         return Listing(config, first, first.shards(), is_whole=False)
+    except OSError as error:
+        raise CorpusError(f"corpus.path={config.corpus.path!r} cannot be read: {error}") from None
 
 
 def _within(seconds: float, call: Callable[[], Result]) -> Result:

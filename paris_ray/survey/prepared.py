@@ -113,7 +113,7 @@ def _distributions(prepared: Prepared) -> list[str]:
         section(each.title, bars(each.bars), paragraph(each.note) if each.note else "")
         for each in found
     ]
-    sampled = paragraph(f"Of {len(captions):,} rows from all clusters.")
+    sampled = paragraph(f"Of {len(captions):,} rows from all clusters, as the lengths.")
     return [*sections, section("Most frequent words", sampled, paragraph(words_of(captions)))]
 
 

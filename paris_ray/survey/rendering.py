@@ -192,5 +192,6 @@ def quarantine_section(counts: Mapping[str, int], rows: Mapping[str, Sequence[Sa
     for reason, count in sorted(counts.items(), key=lambda item: (-item[1], item[0])):
         figures = [row_figure(row, f"{row.key}: {row.detail}") for row in rows.get(reason, ())]
         heading = paragraph(f"{count:,} {reason}: {REASONS.get(reason, 'another reason')}")
-        parts.append(heading + "".join(figures))
+        elsewhere = paragraph("None of them is in the files that were looked at for this page.")
+        parts.append(heading + ("".join(figures) or elsewhere))
     return section("Quarantined", *parts) if parts else ""

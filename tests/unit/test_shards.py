@@ -1,9 +1,10 @@
 """Reading a corpus shard in pieces and writing them, without Ray."""
 
 import io
+import json
 import tarfile
 from collections import Counter
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from paris_ray.config import Config, load
 from paris_ray.corpora import HeldOut, open_corpus
 from paris_ray.embeddings import column_names, read_table, stream_column
 from paris_ray.errors import CorpusError
+from paris_ray.pipeline import report
 from paris_ray.pipeline.embed import count_rows, progress_line, refuse_bad_corpus
 from paris_ray.pipeline.shards import Batch, ShardReader, ShardWriter
 from paris_ray.run import Run
@@ -193,3 +195,34 @@ def test_a_corpus_that_is_held_out_as_a_whole_is_refused(config: Config) -> None
         "all 40 usable rows are held out (corpus.held_out_share=0.02, corpus.held_out_key=None): "
         "none are left to train on"
     )
+
+
+def test_bad_rows_are_found_again_for_the_report_with_their_pictures(config: Config) -> None:
+    read(config)
+    bad = report._bad_rows(Run(config).quarantine, {"not_an_image": 1, "duplicate_key": 1})
+    assert {reason: [row.key for _, row in rows] for reason, rows in bad.items()} == {
+        "not_an_image": ["broken"],
+        "duplicate_key": ["007"],
+    }
+    sizes, pictures, note = report._from_corpus(config, bad)
+    assert (set(sizes), note) == ({(8, 8)}, "")
+    shown = {key: picture is not None for (_, key), picture in pictures.items()}
+    assert shown == {"broken": False, "007": True}
+
+
+def test_a_report_without_its_corpus_says_so(config: Config) -> None:
+    corpus = replace(config.corpus, path="/absent")
+    assert report._from_corpus(replace(config, corpus=corpus), {}) == (
+        [],
+        {},
+        "The corpus cannot be read again, for sizes of pictures: corpus.path='/absent' does not "
+        "exist (/absent)",
+    )
+
+
+def test_time_of_a_part_is_that_of_all_attempts(tmp_path: Path) -> None:
+    rows = [("prepare: embeddings", 2.5), ("prepare: embeddings", 1.0), ("train_seed", 9.0)]
+    lines = [json.dumps({"stage": stage, "seconds": seconds}) for stage, seconds in rows]
+    (tmp_path / "timings.jsonl").write_text("\n".join(lines) + "\n")
+    assert report._seconds(Folder(tmp_path)) == {"embeddings": 3.5}
+    assert report._seconds(Folder(tmp_path / "absent")) == {}

@@ -8,7 +8,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from paris_ray.reports import (
-    bars,
     decode_thumbnails,
     definitions,
     inline_image,
@@ -20,7 +19,7 @@ from paris_ray.reports import (
 )
 from paris_ray.survey.distributions import caption_lengths, size_distributions
 from paris_ray.survey.map import drawn_map
-from paris_ray.survey.rendering import quarantine_section, words_of
+from paris_ray.survey.rendering import distribution_sections, quarantine_section, words_of
 from paris_ray.survey.sample import SampledRow
 
 PICTURES_PER_CLUSTER, COLUMNS = 60, 12
@@ -109,12 +108,11 @@ def _rows(prepared: Prepared) -> str:
 def _distributions(prepared: Prepared) -> list[str]:
     captions = [caption for cluster in prepared.clusters for caption in cluster.captions]
     found = [*size_distributions(prepared.sizes, prepared.image_size), caption_lengths(captions)]
-    sections = [
-        section(each.title, bars(each.bars), paragraph(each.note) if each.note else "")
-        for each in found
-    ]
     sampled = paragraph(f"Of {len(captions):,} rows from all clusters, as the lengths.")
-    return [*sections, section("Most frequent words", sampled, paragraph(words_of(captions)))]
+    return [
+        *distribution_sections(found),
+        section("Most frequent words", sampled, paragraph(words_of(captions))),
+    ]
 
 
 def _map(clusters: Sequence[ClusterSample]) -> str:

@@ -16,7 +16,7 @@ from paris_ray.reports import (
     paragraph,
     section,
 )
-from paris_ray.survey.distributions import Bars, distributions
+from paris_ray.survey.distributions import Bars, Distribution, distributions
 from paris_ray.survey.inspection import Inspection
 from paris_ray.survey.sample import SampledRow, examples, spread
 
@@ -45,11 +45,11 @@ def facts(found: Inspection) -> Iterator[tuple[str, str]]:
         kinds = ", ".join(f"corpus.kind={kind}" for kind in found.other_kinds)
         yield "also readable", f"{kinds}; say which one is meant"
     if corpus.path is not None:
-        yield "path", corpus.path
+        yield "path", shorten(corpus.path, LONG)
         yield "files", _files(found)
     if found.fields is not None:
-        yield "picture from", found.fields.picture
-        yield "caption from", found.fields.caption
+        yield "picture from", shorten(found.fields.picture, SHORT)
+        yield "caption from", shorten(found.fields.caption, SHORT)
         if found.fields.others:
             yield "not taken", shorten(", ".join(found.fields.others), LONG)
     elif corpus.path is not None:
@@ -119,6 +119,7 @@ def inspection_text(found: Inspection) -> str:
             subsequent_indent=" " * (LABEL_WIDTH + 1),
             width=100,
             break_long_words=False,
+            break_on_hyphens=False,
         )
     for reason, bad in examples(found.rows, 1):
         lines += ["", f"{found.quarantined[reason]} {reason}: {REASONS[reason]}"]
@@ -161,7 +162,7 @@ def inspection_page(found: Inspection) -> bytes:
             pictures or paragraph("No row of the sample can be used."),
         ),
         quarantine_section(found.quarantined, dict(examples(found.rows, BAD_ROWS_SHOWN))),
-        *distribution_sections(found.rows, found.config.corpus.image_size),
+        *distribution_sections(distributions(found.rows, found.config.corpus.image_size)),
         section("Most frequent words", paragraph(words_of([row.caption for row in found.good]))),
     ]
     return page(headline(found), sections, found.attribution)
@@ -173,11 +174,11 @@ def row_figure(row: SampledRow, text: str) -> str:
     return figure(picture, shorten(text, LONG))
 
 
-def distribution_sections(rows: Sequence[SampledRow], image_size: int) -> list[str]:
-    """Return the distributions of rows as parts of a page."""
+def distribution_sections(found: Sequence[Distribution]) -> list[str]:
+    """Return distributions as parts of a page."""
     return [
         section(each.title, bars(each.bars), paragraph(each.note) if each.note else "")
-        for each in distributions(rows, image_size)
+        for each in found
     ]
 
 

@@ -34,6 +34,7 @@ METRICS = "metrics.jsonl"
 EVENTS = "events.out.tfevents"  # a name that TensorBoard looks for
 SAMPLES = "samples"  # a folder of pictures drawn on the way
 IN_PROGRESS = "in_progress.json"
+REPORT = "report.html"  # a page for people; may tell how long things took
 UNHASHED = frozenset(
     {
         MANIFEST,
@@ -45,6 +46,7 @@ UNHASHED = frozenset(
         EVENTS,
         SAMPLES,
         IN_PROGRESS,
+        REPORT,
     }
 )
 

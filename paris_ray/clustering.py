@@ -44,6 +44,26 @@ class Clustering:
         relevant = self.nuisance.remove(features)
         return self.coarse_of_fine[_nearest(relevant, self.fine_centroids)]
 
+    def overlap(self, features: Features) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """Return the second nearest cluster of unit-length features `(N, D)`, and how near it is.
+
+        Returns:
+            Its number `(N,)`, and the distance to the nearest cluster as a share of the distance to
+            this one `(N,)`: 1 half-way between the two, 0 at a centre. A distance is 1 - cosine.
+
+        Raises:
+            ValueError: if there is only one cluster.
+        """
+        numbers = np.unique(self.coarse_of_fine)
+        if len(numbers) < 2:
+            raise ValueError("one cluster alone overlaps with nothing")
+        cosines = self.nuisance.remove(features) @ self.fine_centroids.T
+        best = np.stack([cosines[:, self.coarse_of_fine == k].max(axis=1) for k in numbers], axis=1)
+        order = np.argsort(-best, axis=1)[:, :2]
+        nearest, second = np.maximum(1 - np.take_along_axis(best, order, axis=1), 0).T
+        share: Features = (nearest / np.maximum(second, 1e-12)).astype(np.float32)
+        return numbers[order[:, 1]], share
+
     def save(self, folder: Folder) -> None:
         """Write the centres."""
         tensors: dict[str, NDArray[Any]] = {

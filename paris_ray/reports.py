@@ -21,6 +21,13 @@ figcaption { font-size: .75rem; line-height: 1.2; overflow-wrap: anywhere; }
 table { border-collapse: collapse; margin: 1rem 0; font-size: .9rem; }
 td, th { padding: .15rem .6rem; text-align: right; }
 td:first-child, th:first-child { text-align: left; }
+.wide { overflow-x: auto; }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: .15rem 1rem; font-size: .9rem; }
+dd { margin: 0; overflow-wrap: anywhere; }
+svg { max-width: 40rem; width: 100%; background: #8881; border-radius: .4rem; }
+.bars { display: grid; grid-template-columns: max-content 1fr max-content; gap: .2rem .6rem; }
+.bars { max-width: 40rem; font-size: .9rem; align-items: center; }
+.bars meter { width: 100%; }
 footer { opacity: .7; font-size: .85rem; }
 """
 MIN_WORD_LENGTH = 3
@@ -105,9 +112,9 @@ def inline_image(image: Image.Image, alt: str, width: int | None = None) -> str:
     return f'<img src="data:image/png;base64,{data}" alt="{html.escape(alt)}"{size}>'
 
 
-def figure(image: Image.Image, caption: str) -> str:
-    """Return a picture with its caption under it."""
-    picture = inline_image(image, caption, width=96)
+def figure(image: Image.Image | None, caption: str) -> str:
+    """Return a picture with its caption under it; the caption alone if there is none."""
+    picture = "" if image is None else inline_image(image, caption, width=96)
     return f"<figure>{picture}<figcaption>{html.escape(caption)}</figcaption></figure>"
 
 
@@ -121,6 +128,23 @@ def paragraph(text: str) -> str:
     return f"<p>{html.escape(text)}</p>"
 
 
+def definitions(pairs: Iterable[tuple[str, str]]) -> str:
+    """Return names and what there is to say of each, as an HTML list."""
+    lines = (f"<dt>{html.escape(name)}</dt><dd>{html.escape(text)}</dd>" for name, text in pairs)
+    return f"<dl>{''.join(lines)}</dl>"
+
+
+def bars(rows: Sequence[tuple[str, int]]) -> str:
+    """Return counts by label as horizontal bars, the longest for the largest count."""
+    most = max((count for _, count in rows), default=0) or 1
+    cells = (
+        f'<span>{html.escape(label)}</span><meter max="{most}" value="{count}"></meter>'
+        f"<span>{count:,}</span>"
+        for label, count in rows
+    )
+    return f'<div class="bars">{"".join(cells)}</div>'
+
+
 def table(rows: Sequence[Sequence[str]]) -> str:
     """Return rows of text as an HTML table; the first row is its head."""
     tags = ["th", *["td"] * (len(rows) - 1)]
@@ -128,12 +152,14 @@ def table(rows: Sequence[Sequence[str]]) -> str:
         "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in row) + "</tr>"
         for tag, row in zip(tags, rows, strict=True)
     )
-    return f"<table>{''.join(lines)}</table>"
+    return f'<div class="wide"><table>{"".join(lines)}</table></div>'
 
 
 def page(title: str, sections: Sequence[str], attribution: str | None) -> bytes:
     """Return a whole HTML page; `sections` are HTML already."""
     footer = f"<footer>{html.escape(attribution)}</footer>" if attribution else ""
-    head = f'<meta charset="utf-8"><title>{html.escape(title)}</title><style>{STYLE}</style>'
+    view = '<meta name="viewport" content="width=device-width, initial-scale=1">'
+    style = f"<style>{STYLE}</style>"
+    head = f'<meta charset="utf-8">{view}<title>{html.escape(title)}</title>{style}'
     body = f"<h1>{html.escape(title)}</h1>{''.join(sections)}{footer}"
     return f'<!doctype html><html lang="en"><head>{head}</head><body>{body}</body></html>'.encode()

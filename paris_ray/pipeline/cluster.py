@@ -29,17 +29,7 @@ from paris_ray.embeddings import (
 )
 from paris_ray.errors import ConfigError
 from paris_ray.pipeline.stage import Stage
-from paris_ray.reports import (
-    count_words,
-    decode_thumbnails,
-    frequent_words,
-    inline_image,
-    page,
-    paragraph,
-    picture_grid,
-    section,
-    telling_words,
-)
+from paris_ray.reports import count_words, telling_words
 from paris_ray.run import CLUSTERS, EMBEDDINGS, SHARD, Run
 from paris_ray.seeding import derive_seed, numpy_generator
 
@@ -56,13 +46,11 @@ MAX_FIT_ROWS = 200_000
 MIN_SPLIT_TASKS = 64  # as many as there are files, if there are fewer; a shard has a file of each
 SPLIT_TASK_ROWS = 20_000  # about so many does one task hold in memory
 MAX_SHARED_ROWS = 100_000
-PICTURES_PER_CLUSTER = 60
-WORDS_PER_CLUSTER = 12
 TOLD_PICTURES, TOLD_WORDS = 6, 8  # of a cluster, in a bundle
 
 
 def prepare_clusters(config: Config, embeddings: Manifest) -> Manifest:
-    """Publish `clusters/`: centroids, shards, held-out rows by cluster, `report.html`, its facts.
+    """Publish `clusters/`: centroids, shards, held-out rows by cluster, what bundles tell of them.
 
     Of random clusters there are no centroids. With `cluster.shared_share` also `shared/`, rows of
     the whole corpus for every expert.
@@ -96,8 +84,7 @@ def prepare_clusters(config: Config, embeddings: Manifest) -> Manifest:
             f"cluster.num_clusters={run.num_experts} leaves empty clusters (sizes {sizes}): "
             "choose fewer"
         )
-    attribution = embeddings.facts["attribution"]
-    ray.get(write_report.options(num_cpus=num_cpus).remote(config, sizes, attribution))
+    ray.get(describe_clusters.options(num_cpus=num_cpus).remote(config, sizes))
     return stage.publish({"sizes": sizes})
 
 
@@ -194,15 +181,12 @@ def _publish_shard(run: Run, config_digest: str, shard: Folder) -> int:
 
 
 @ray.remote
-def write_report(config: Config, sizes: Sequence[int], attribution: str | None) -> None:
-    """Write size, pictures and words of every cluster: `report.html`, and less for bundles."""
+def describe_clusters(config: Config, sizes: Sequence[int]) -> None:
+    """Write size, words and a few pictures of every cluster, for bundles."""
     run = Run(config)
     shards = [run.shard(k) for k in range(run.num_experts)]
     words = [count_words(read_table(s, ["caption"])["caption"].to_pylist()) for s in shards]
     write_clusters(run.clusters, _cluster_facts(shards, sizes, words))
-    sections = [_cluster_section(shard, k, sizes, words[k]) for k, shard in enumerate(shards)]
-    title = f"{sum(sizes)} captioned pictures in {len(sizes)} clusters"
-    run.clusters.write("report.html", page(title, sections, attribution))
 
 
 def _cluster_facts(
@@ -220,15 +204,6 @@ def _cluster_facts(
         )
         for k, shard in enumerate(shards)
     ]
-
-
-def _cluster_section(shard: Folder, cluster: int, sizes: Sequence[int], words: Counter[str]) -> str:
-    title = f"Cluster {cluster}: {sizes[cluster]} pictures, {sizes[cluster] / sum(sizes):.1%}"
-    thumbnails = _spread_thumbnails(shard, sizes[cluster], PICTURES_PER_CLUSTER)
-    grid = picture_grid(decode_thumbnails(thumbnails), columns=20)
-    frequent = frequent_words(words, WORDS_PER_CLUSTER)
-    text = ", ".join(f"{word} ({count})" for word, count in frequent)
-    return section(title, paragraph(text), inline_image(grid, title, width=960))
 
 
 def _spread_thumbnails(shard: Folder, num_pictures: int, count: int) -> list[bytes]:

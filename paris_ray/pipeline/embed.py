@@ -31,7 +31,7 @@ from paris_ray.errors import CorpusError
 from paris_ray.pipeline.embedders import FeatureEmbedder, LatentEmbedder, TextEmbedder
 from paris_ray.pipeline.encoders import SECTIONS
 from paris_ray.pipeline.quarantine import describe_bad_rows, first_bad_row
-from paris_ray.pipeline.shards import ShardReader, ShardWriter, shard_of, version_of
+from paris_ray.pipeline.shards import QUARANTINED, ShardReader, ShardWriter, shard_of, version_of
 from paris_ray.pipeline.stage import Stage
 from paris_ray.run import EMBEDDINGS, Run
 
@@ -207,14 +207,29 @@ def quiet_ray_data() -> None:
 def _follow(dataset: ray.data.Dataset, num_keys: int) -> None:
     """Run the pipeline and print how far it is."""
     started = printed_at = time.monotonic()
-    done = 0
+    counts: Counter[str] = Counter()
     for written in dataset.iter_rows():
-        done += written["rows"]
+        counts.update(written)
         now = time.monotonic()
-        if done and now - printed_at > PRINT_INTERVAL_S:
-            printed_at, rate = now, done / (now - started)
-            eta = (num_keys - done) / rate
-            logger.info("embed: %d/%d rows, %.0f rows/s, ETA %.0f s", done, num_keys, rate, eta)
+        if now - printed_at > PRINT_INTERVAL_S:
+            printed_at = now
+            logger.info("embed: %s", progress_line(counts, num_keys, now - started))
+
+
+def progress_line(counts: Counter[str], num_keys: int, seconds: float) -> str:
+    """Return how far encoding is.
+
+    Args:
+        counts: What became of the rows so far, at least of one: what `ShardWriter` returns, summed.
+        num_keys: How many rows there are.
+        seconds: How long it took.
+    """
+    done = counts.total()
+    rate = done / seconds
+    return (
+        f"{done}/{num_keys} rows, {rate:.0f} rows/s, ETA {(num_keys - done) / rate:.0f} s; "
+        f"{counts['good']} good, {counts['held_out']} held out, {counts[QUARANTINED]} quarantined"
+    )
 
 
 def count_rows(run: Run, num_keys: int) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import pyarrow as pa
 import ray
 from numpy.typing import NDArray
 
-from paris_ray.artifacts import Folder, read_manifest
+from paris_ray.artifacts import REPORT, Folder, read_manifest
 from paris_ray.config import Config
 from paris_ray.corpora import compositions
 from paris_ray.corpora.labels import label_names
@@ -100,7 +100,7 @@ def measure(
     if student is None:
         router = read_manifest(run.router, ROUTER).facts.get("held_out")
     report, grid = evaluation_page(facts, pairs, attribution, router)
-    output.write("report.html", report)
+    output.write(REPORT, report)
     output.write("samples.png", png_bytes(grid))
     return facts
 

@@ -34,6 +34,9 @@ from paris_ray.run import Run
 Batch = dict[str, NDArray[Any]]
 
 VERSION = b"version"  # in the metadata of a quarantine file
+# Column of the bad rows that a shard had since the block before, which only progress is told of:
+# those after its last block are missing there.
+QUARANTINED = "quarantined"
 # Of text a batch has one of the two; mirrored latents only if training wants them.
 TENSORS = (LATENTS, LATENTS_FLIPPED, "features", TEXT_EMBEDDING, TOKEN_IDS)
 CAPTION = "caption"
@@ -105,6 +108,16 @@ class ShardReader:
         )
         duplicates = set(np.asarray(batch["duplicates"][0]).tolist())
         bad: list[QuarantinedRow] = []
+        told = 0
+        for block in self._good_rows(shard, duplicates, bad):
+            yield block | {QUARANTINED: _first(len(bad) - told, len(block["row"]))}
+            told = len(bad)
+        _write_quarantine(Run(self.config).quarantine, shard, str(batch["version"][0]), bad)
+
+    def _good_rows(
+        self, shard: Shard, duplicates: set[int], bad: list[QuarantinedRow]
+    ) -> Iterator[Batch]:
+        """Yield the good rows, some at a time, and append the bad ones to `bad`."""
         blocks = [_Block(shard, held_out) for held_out in (False, True)]
         for row, held_out in self._decode(shard, duplicates):
             if isinstance(row, QuarantinedRow):
@@ -114,7 +127,6 @@ class ShardReader:
             if len(blocks[held_out].rows) == self.config.corpus.rows_per_shard:
                 yield self._pass_on(blocks[held_out])
         yield from (self._pass_on(block) for block in blocks if block.rows)
-        _write_quarantine(Run(self.config).quarantine, shard, str(batch["version"][0]), bad)
 
     def _decode(
         self, shard: Shard, duplicates: set[int]
@@ -148,6 +160,11 @@ class ShardReader:
         return batch
 
 
+def _first(number: int, count: int) -> NDArray[np.int64]:
+    """Return a number and zeros, `(count,)`: their sum stays, however Ray Data cuts a block."""
+    return np.array([number, *[0] * (count - 1)])
+
+
 def _write_quarantine(
     folder: Folder, shard: Shard, version: str, rows: list[QuarantinedRow]
 ) -> None:
@@ -158,7 +175,7 @@ def _write_quarantine(
 
 
 class ShardWriter:
-    """Writes rows as one file of `embeddings/` or of its `held_out/`; returns how many."""
+    """Writes rows as one file of `embeddings/` or of its `held_out/`; returns counts of them."""
 
     def __init__(self, config: Config) -> None:
         run = Run(config)
@@ -170,7 +187,9 @@ class ShardWriter:
             chosen = batch["held_out"] == bool(held_out)
             if chosen.any():
                 _write_rows(folder, {name: column[chosen] for name, column in batch.items()})
-        return {"rows": np.array([len(batch["row"])])}
+        held_out, bad = int(batch["held_out"].sum()), int(batch[QUARANTINED].sum())
+        counts = {"good": len(batch["row"]) - held_out, "held_out": held_out, QUARANTINED: bad}
+        return {name: np.array([count]) for name, count in counts.items()}
 
 
 def _write_rows(folder: Folder, batch: Batch) -> None:

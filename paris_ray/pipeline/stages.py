@@ -14,6 +14,7 @@ from paris_ray.pipeline.encoders import PREPARED, prepare_encoders
 from paris_ray.pipeline.evaluate import evaluate
 from paris_ray.pipeline.experts import train_experts
 from paris_ray.pipeline.export import export
+from paris_ray.pipeline.report import PART, report_preparation
 from paris_ray.pipeline.router import train_router
 from paris_ray.pipeline.seed import train_seed
 from paris_ray.pipeline.stage import StageTimer
@@ -26,10 +27,15 @@ logger = logging.getLogger("paris_ray")
 def prepare(config: Config) -> None:
     """Encode and cluster the corpus; only cluster it if another run has encoded it."""
     if config.prepared_from is None:
-        embeddings = prepare_embeddings(config, prepare_encoders(config))
+        with StageTimer(config, f"{PART}encoders"):
+            encoders = prepare_encoders(config)
+        with StageTimer(config, f"{PART}embeddings"):
+            embeddings = prepare_embeddings(config, encoders)
     else:
         embeddings = _prepared_elsewhere(config)
-    prepare_clusters(config, embeddings)
+    with StageTimer(config, f"{PART}clusters"):
+        prepare_clusters(config, embeddings)
+    report_preparation(config)
 
 
 def _prepared_elsewhere(config: Config) -> Manifest:

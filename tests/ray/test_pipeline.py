@@ -18,7 +18,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from jobs.command import mendable
-from paris_ray.artifacts import Folder, Manifest, read_manifest
+from paris_ray.artifacts import REPORT, Folder, Manifest, read_manifest
 from paris_ray.bundle import load_bundle
 from paris_ray.config import Config
 from paris_ray.embeddings import read_table, tensor_column
@@ -186,8 +186,9 @@ def test_centres_are_fitted_to_some_of_very_many_rows(
 
 def test_reports_and_sample_grids_are_there(finished: Run) -> None:
     report = finished.clusters.read("report.html").decode()
-    assert "Cluster 2" in report
-    assert "data:image/png" in report
+    for part in ("Cluster 2", "data:image/png", "Quarantined", "<svg", "Overlap", "embeddings"):
+        assert part in report
+    assert REPORT not in read_manifest(finished.clusters, CLUSTERS).files  # it tells times
     for k in range(3):
         assert finished.expert(k).read("samples.png").startswith(b"\x89PNG")
     report = finished.evaluation.read("report.html").decode()

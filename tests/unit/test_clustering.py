@@ -164,3 +164,23 @@ def test_what_is_removed_is_saved_and_loaded(tmp_path: Path) -> None:
     assert np.array_equal(loaded.nuisance.mean, clustering.nuisance.mean)
     assert np.array_equal(loaded.nuisance.directions, clustering.nuisance.directions)
     assert agreement(loaded.assign(features), groups) == 1.0
+
+
+def test_rows_between_two_clusters_are_told_from_those_at_a_centre() -> None:
+    features, labels = blobs([50, 50, 50, 50], spread=0.05)
+    clustering = fit_clustering(features, CONFIG, seed=0)
+    second, nearness = clustering.overlap(features)
+    assert (second != clustering.assign(features)).all()
+    assert nearness.max() < 0.2
+    between = unit_vectors(features[labels == 0][:20] + features[labels == 1][:20])
+    second, nearness = clustering.overlap(between)
+    pair = set(clustering.assign(features[np.isin(labels, (0, 1))]).tolist())
+    assert nearness.min() > 0.5 and nearness.max() <= 1
+    assert set(second.tolist()) <= pair
+
+
+def test_one_cluster_overlaps_with_nothing() -> None:
+    features, _ = blobs([20], spread=0.05)
+    alone = fit_clustering(features, replace(CONFIG, num_clusters=1), seed=0)
+    with pytest.raises(ValueError, match="one cluster alone"):
+        alone.overlap(features)

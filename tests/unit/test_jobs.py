@@ -17,6 +17,7 @@ import pytest
 import yaml
 from ray._private.runtime_env.packaging import create_package
 from ray.exceptions import RayTaskError
+from small_corpora import rows_of, write_parquet
 
 from jobs.command import mendable, parser, reported
 from jobs.quickstart import why_it_failed
@@ -60,7 +61,19 @@ def test_a_study_lists_its_arms() -> None:
     assert "--output='study.txt' is not allowed: a name that ends in .md" in refused.stderr
 
 
-@pytest.mark.parametrize("verb", [*VERBS, "quickstart", "study", "distil"])
+def test_a_corpus_is_inspected_without_ray(tmp_path: Path) -> None:
+    path, page = write_parquet(tmp_path / "corpus", rows_of(5)), tmp_path / "page.html"
+    result = run_job("inspect", f"corpus.path={path}", "--output", str(page))
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout.startswith("parquet: 5 of 5 rows read are good\n")
+    assert str(page) in result.stdout.splitlines()[-1]
+    assert page.read_bytes().startswith(b"<!doctype html>")
+    absent = run_job("inspect", f"corpus.path={tmp_path / 'absent'}", "--output", str(page))
+    assert absent.returncode == 2
+    assert absent.stderr.startswith("error: ") and absent.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("verb", [*VERBS, "quickstart", "study", "distil", "inspect"])
 def test_help_shows_the_command(verb: str) -> None:
     result = run_job(verb, "--help")
     assert result.returncode == 0

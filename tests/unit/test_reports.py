@@ -8,8 +8,10 @@ import pytest
 from PIL import Image
 
 from paris_ray.reports import (
+    bars,
     count_words,
     decode_thumbnails,
+    definitions,
     figure,
     frequent_words,
     page,
@@ -88,3 +90,15 @@ def test_telling_words_are_those_that_others_do_not_say() -> None:
     counts = [count_words(captions) for captions in clusters]
     assert telling_words(counts, [4, 2], 3) == [["cat", "hat", "lion"], ["dog", "and", "blue"]]
     assert telling_words([count_words(["a red cat"])], [1], 1) == [["cat"]]  # nobody else
+
+
+def test_the_longest_bar_is_the_largest_count() -> None:
+    drawn = bars([("<b>", 3), ("more", 1200)])
+    assert drawn.count('<meter max="1200"') == 2
+    assert "&lt;b&gt;" in drawn and "1,200" in drawn
+    assert "meter" not in bars([])
+
+
+def test_a_figure_without_a_picture_is_its_caption() -> None:
+    assert figure(None, "a & b") == "<figure><figcaption>a &amp; b</figcaption></figure>"
+    assert definitions([("<", ">")]) == "<dl><dt>&lt;</dt><dd>&gt;</dd></dl>"

@@ -3,6 +3,7 @@
 import io
 import json
 import tarfile
+from collections import Counter
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -17,7 +18,8 @@ from paris_ray.config import Config, load
 from paris_ray.corpora import REASONS, HeldOut, QuarantinedRow, open_corpus
 from paris_ray.embeddings import column_names, read_table, stream_column
 from paris_ray.errors import CorpusError
-from paris_ray.pipeline.embed import count_rows, refuse_bad_corpus
+from paris_ray.pipeline import report
+from paris_ray.pipeline.embed import count_rows, progress_line, refuse_bad_corpus
 from paris_ray.pipeline.encoders import sample_rows
 from paris_ray.pipeline.quarantine import describe_bad_rows
 from paris_ray.pipeline.shards import Batch, ShardReader, ShardWriter, caption_variants
@@ -134,11 +136,30 @@ def test_a_block_of_both_kinds_is_parted_where_it_is_written(config: Config) -> 
     batches = read(config, HeldOut(None, 0.4, seed=0))
     last = {bool(batch["held_out"][0]): encoded(batch) for batch in batches}
     joined = {name: np.concatenate([last[False][name], last[True][name]]) for name in last[True]}
-    written = ShardWriter(config)(joined)["rows"].tolist()
+    written = {name: count.tolist() for name, count in ShardWriter(config)(joined).items()}
     run = Run(config)
     assert keys_in(run.embeddings) == last[False]["key"].tolist()
     assert keys_in(run.held_out) == last[True]["key"].tolist()
-    assert written == [len(joined["key"])]
+    assert written == {
+        "good": [len(last[False]["key"])],
+        "held_out": [len(last[True]["key"])],
+        "quarantined": [int(joined["quarantined"].sum())],
+    }
+
+
+def test_progress_counts_every_row_of_a_shard(config: Config) -> None:
+    """Also of blocks that Ray Data cuts in two."""
+    writer, counts = ShardWriter(config), Counter[str]()
+    for batch in map(encoded, read(config, HeldOut(None, 0.4, seed=0))):
+        for half in (slice(0, 3), slice(3, None)):
+            piece = {name: column[half] for name, column in batch.items()}
+            counts.update({name: int(count[0]) for name, count in writer(piece).items()})
+    withheld = len(keys_in(Run(config).held_out))
+    assert counts == {"good": NUM_GOOD - withheld, "held_out": withheld, "quarantined": 2}
+    assert progress_line(counts, 2 * (NUM_GOOD + 2), seconds=21.0) == (
+        f"42/84 rows, 2 rows/s, ETA 21 s; {NUM_GOOD - withheld} good, {withheld} held out, "
+        "2 quarantined"
+    )
 
 
 def test_labels_are_kept_as_columns(config: Config) -> None:
@@ -236,3 +257,34 @@ def test_an_example_of_a_bad_row_is_short_and_plain() -> None:
     assert described.startswith("3 bad_metadata (the row's metadata is not JSON")
     assert len(described) < 1000
     assert described.isprintable()
+
+
+def test_bad_rows_are_found_again_for_the_report_with_their_pictures(config: Config) -> None:
+    read(config)
+    bad = report._bad_rows(Run(config).quarantine, {"not_an_image": 1, "duplicate_key": 1})
+    assert {reason: [row.key for _, row in rows] for reason, rows in bad.items()} == {
+        "not_an_image": ["broken"],
+        "duplicate_key": ["007"],
+    }
+    sizes, pictures, note = report._from_corpus(config, bad)
+    assert (set(sizes), note) == ({(8, 8)}, "")
+    shown = {key: picture is not None for (_, key), picture in pictures.items()}
+    assert shown == {"broken": False, "007": True}
+
+
+def test_a_report_without_its_corpus_says_so(config: Config) -> None:
+    corpus = replace(config.corpus, path="/absent")
+    assert report._from_corpus(replace(config, corpus=corpus), {}) == (
+        [],
+        {},
+        "The corpus cannot be read again, for sizes of pictures: corpus.path='/absent' does not "
+        "exist (/absent)",
+    )
+
+
+def test_time_of_a_part_is_that_of_all_attempts(tmp_path: Path) -> None:
+    rows = [("prepare: embeddings", 2.5), ("prepare: embeddings", 1.0), ("train_seed", 9.0)]
+    lines = [json.dumps({"stage": stage, "seconds": seconds}) for stage, seconds in rows]
+    (tmp_path / "timings.jsonl").write_text("\n".join(lines) + "\n")
+    assert report._seconds(Folder(tmp_path)) == {"embeddings": 3.5}
+    assert report._seconds(Folder(tmp_path / "absent")) == {}

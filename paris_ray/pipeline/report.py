@@ -1,0 +1,176 @@
+"""Prepare, at its end: a page of what became of the corpus, gathered from samples by one task."""
+
+import json
+import logging
+import time
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import pyarrow as pa
+import ray
+from numpy.typing import NDArray
+
+from paris_ray.artifacts import REPORT, TIMINGS, Folder, VerifiedFolder, read_manifest
+from paris_ray.bundle.clusters import read_clusters
+from paris_ray.clustering import Clustering
+from paris_ray.config import Config
+from paris_ray.corpora import QuarantinedRow
+from paris_ray.embeddings import part_names, read_parts, tensor_column
+from paris_ray.errors import CorpusError
+from paris_ray.pipeline.cluster import FEATURE_COLUMNS, unit_length
+from paris_ray.pipeline.shards import shard_of
+from paris_ray.run import CLUSTERS, EMBEDDINGS, Run
+from paris_ray.survey.listing import Listing, list_corpus
+from paris_ray.survey.prepared import (
+    PICTURES_PER_CLUSTER,
+    ClusterSample,
+    Prepared,
+    prepared_page,
+)
+from paris_ray.survey.sample import (
+    SampledRow,
+    picture_of,
+    picture_size,
+    some_rows,
+    spread,
+)
+
+logger = logging.getLogger("paris_ray")
+
+SAMPLED_ROWS = 2000  # of all clusters together, about
+FILES_PER_CLUSTER = 16  # at most so many are read
+QUARANTINE_FILES = 256  # likewise
+BAD_ROWS_SHOWN = 6  # of a reason
+ROWS, CORPUS_S = 256, 2.0  # of the corpus, for sizes; as long for its list and for bad pictures
+PART = "prepare: "  # so begin the names of its parts in timings.jsonl
+
+BadRows = Mapping[str, Sequence[tuple[str, QuarantinedRow]]]  # with names of shards, by reason
+Pictures = dict[tuple[str, str], NDArray[np.uint8] | None]  # by shard and key
+
+
+def report_preparation(config: Config) -> None:
+    """Write `report.html` of finished clusters, unless it is there already."""
+    run = Run(config)
+    if run.clusters.exists(REPORT):
+        return
+    ray.get(write_report.options(num_cpus=config.cluster.num_cpus).remote(config))
+    logger.info("prepare: see %s/%s", run.clusters.uri, REPORT)
+
+
+@ray.remote
+def write_report(config: Config) -> None:
+    """Gather what is shown, and write the page."""
+    run = Run(config)
+    facts = read_manifest(run.embeddings, EMBEDDINGS).facts
+    bad = _bad_rows(run.quarantine, facts["quarantined"])
+    sizes, pictures, note = _from_corpus(config, bad)
+    page = prepared_page(
+        Prepared(
+            counts=facts,
+            bad_rows={
+                reason: [_shown(row, pictures.get((shard, row.key))) for shard, row in rows]
+                for reason, rows in bad.items()
+            },
+            sizes=sizes,
+            image_size=config.corpus.image_size,
+            clusters=_cluster_samples(run),
+            seconds=_seconds(run.folder),
+            note=note,
+            attribution=facts["attribution"],
+        )
+    )
+    run.clusters.write(REPORT, page)
+
+
+def _from_corpus(config: Config, bad: BadRows) -> tuple[list[tuple[int, int]], Pictures, str]:
+    """Return sizes of some pictures, and those of bad rows; or none, and why."""
+    if config.prepared_from is not None:
+        return [], {}, f"Sizes of pictures are in the report of {config.prepared_from}."
+    try:
+        listing = list_corpus(config, CORPUS_S)
+        found = (picture_size(r.image) for _, r in some_rows(listing, rows=ROWS, seconds=CORPUS_S))
+        sizes = [size for size in found if size is not None]
+        return sizes, _bad_pictures(listing, bad), ""
+    except (CorpusError, OSError) as error:
+        return [], {}, f"The corpus cannot be read again, for sizes of pictures: {error}"
+
+
+def _bad_rows(quarantine: Folder, counts: Mapping[str, int]) -> BadRows:
+    """Return some quarantined rows of every reason that is among some of the files."""
+    found: dict[str, list[tuple[str, QuarantinedRow]]] = defaultdict(list)
+    missing = {reason: min(count, BAD_ROWS_SHOWN) for reason, count in counts.items()}
+    for name in spread(part_names(quarantine), QUARANTINE_FILES):
+        if all(len(found[reason]) >= count for reason, count in missing.items()):
+            break
+        for row in read_parts(quarantine, [name], ["key", "reason", "detail"]).to_pylist():
+            if len(found[row["reason"]]) < BAD_ROWS_SHOWN:
+                found[row["reason"]].append((shard_of(name), QuarantinedRow(**row)))
+    return found
+
+
+def _bad_pictures(listing: Listing, bad: BadRows) -> Pictures:
+    """Return the pictures of bad rows that have one all the same."""
+    wanted = {(shard, row.key) for rows in bad.values() for shard, row in rows}
+    names = {name for name, _ in wanted}
+    deadline = time.monotonic() + CORPUS_S
+    found: Pictures = {}
+    for shard in listing.shards:
+        if shard.name not in names or time.monotonic() > deadline:
+            continue
+        for raw in listing.corpus.read(shard):
+            if (shard.name, raw.key) in wanted:
+                found[shard.name, raw.key] = picture_of(raw, listing.config.corpus)
+            if time.monotonic() > deadline:
+                break
+    return found
+
+
+def _shown(row: QuarantinedRow, picture: NDArray[np.uint8] | None) -> SampledRow:
+    return SampledRow(row.key, "", row.reason, row.detail, False, None, picture)
+
+
+def _cluster_samples(run: Run) -> list[ClusterSample]:
+    sizes = read_manifest(run.clusters, CLUSTERS).facts["sizes"]
+    told = read_clusters(VerifiedFolder(run.clusters, None), run.num_experts)
+    names = FEATURE_COLUMNS[run.config.cluster.features]
+    clustering = Clustering.load(run.clusters) if names and run.num_experts > 1 else None
+    samples = []
+    for k, size in enumerate(sizes):
+        count = max(PICTURES_PER_CLUSTER, SAMPLED_ROWS * size // sum(sizes))
+        # Of random clusters the map shows how alike they are.
+        rows = _sample(run.shard(k), ["caption", "thumbnail", *(names or ("features",))], count)
+        features = unit_length([tensor_column(rows, name) for name in names or ("features",)])
+        second, nearness = clustering.overlap(features) if clustering else (None, None)
+        samples.append(
+            ClusterSample(
+                rows=size,
+                words=told[k].words,
+                captions=rows["caption"].to_pylist(),
+                thumbnails=spread(rows["thumbnail"].to_pylist(), PICTURES_PER_CLUSTER),
+                features=features,
+                second=second,
+                nearness=nearness,
+            )
+        )
+    return samples
+
+
+def _sample(shard: Folder, columns: Sequence[str], count: int) -> pa.Table:
+    """Return about so many rows, evenly spread over some files."""
+    names = spread(part_names(shard), FILES_PER_CLUSTER)
+    parts = []
+    for name in names:
+        rows = read_parts(shard, [name], columns)
+        parts.append(rows.take(spread(range(rows.num_rows), -(-count // len(names)))))
+    return pa.concat_tables(parts)
+
+
+def _seconds(folder: Folder) -> dict[str, float]:
+    """Return how long each part of `prepare` took, over all attempts."""
+    seconds: dict[str, float] = defaultdict(float)
+    rows = folder.read(TIMINGS).splitlines() if folder.exists(TIMINGS) else []
+    for row in map(json.loads, rows):
+        if row["stage"].startswith(PART):
+            seconds[row["stage"].removeprefix(PART)] += row["seconds"]
+    return seconds

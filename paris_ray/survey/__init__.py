@@ -1,0 +1,1 @@
+"""What a corpus looks like, to a person: before anything long is started, and after `prepare`."""

@@ -12,7 +12,7 @@ from paris_ray.config.conversion import (
     to_dict,
     to_yaml,
 )
-from paris_ray.config.corpus import ClusterConfig, CorpusConfig
+from paris_ray.config.corpus import PATH_KINDS, ClusterConfig, CorpusConfig
 from paris_ray.config.distillation import DistillationConfig, Objective
 from paris_ray.config.encoders import CodecConfig, FeaturesConfig, PoolConfig, TextConfig
 from paris_ray.config.evaluation import (
@@ -47,6 +47,7 @@ from paris_ray.config.sections import RESOURCE_KEYS, Config
 from paris_ray.config.training import Precision, TrainingConfig
 
 __all__ = [
+    "PATH_KINDS",
     "MAX_EXPERTS",
     "MAX_TEXT_WIDTH",
     "MODEL_LIMITS",

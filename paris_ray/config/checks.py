@@ -2,15 +2,14 @@
 
 import math
 import re
-from typing import get_args
 
 from paris_ray.config.conversion import expert_setup
 from paris_ray.config.corpus import (
     COLUMN_NAMES,
     PACKAGED_KINDS,
+    PATH_KINDS,
     ClusterConfig,
     CorpusConfig,
-    CorpusKind,
 )
 from paris_ray.config.encoders import CodecConfig
 from paris_ray.config.evaluation import QUALITIES, EvaluationConfig, SamplingConfig
@@ -234,8 +233,7 @@ def _check_corpus_path(corpus: CorpusConfig) -> None:
     """Check that pictures are read from where they are, and that none given are left unread."""
     path, is_given = corpus.path, corpus.path is not None
     if corpus.kind in PACKAGED_KINDS:
-        kinds = [kind for kind in get_args(CorpusKind) if kind not in PACKAGED_KINDS]
-        allowed = f"kind={corpus.kind} has its own pictures; say corpus.kind={'|'.join(kinds)}"
+        allowed = f"kind={corpus.kind} has its own pictures; say corpus.kind={'|'.join(PATH_KINDS)}"
         _require(not is_given, "corpus.path", path, allowed)
     else:
         _require(is_given, "corpus.path", path, f"a path for kind={corpus.kind}")

@@ -2,13 +2,14 @@
 
 import re
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Literal, get_args
 
 # Labels of rows are named by columns or by the groups of another pattern (`corpora.labels`).
 COLUMN_NAMES = re.compile(r"\w+(,\w+)*")
 
 CorpusKind = Literal["scenes", "openmoji", "image_folder", "sidecars", "parquet", "webdataset"]
 PACKAGED_KINDS = ("scenes", "openmoji")  # whose pictures come in packages: there is no path
+PATH_KINDS = tuple(kind for kind in get_args(CorpusKind) if kind not in PACKAGED_KINDS)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -3,13 +3,12 @@
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar, get_args, get_type_hints
+from typing import Any, TypeVar
 
-from paris_ray.config import Config, CorpusConfig, load
+from paris_ray.config import PATH_KINDS, Config, load
 from paris_ray.corpora import Corpus, Shard, open_corpus
 from paris_ray.errors import CorpusError
 
-PACKAGED = ("scenes", "openmoji")  # kinds whose pictures come in packages: there is no path
 LISTING_S = 20.0  # a corpus that takes longer to list is known by its first rows
 FIRST_ROWS = 512
 
@@ -51,7 +50,7 @@ def recognise(name_or_path: str, overrides: Sequence[str]) -> Listing:
         return list_corpus(load(name_or_path, overrides))
     readable: list[Listing] = []
     refusals = {}
-    for kind in _kinds_of_paths():
+    for kind in PATH_KINDS:
         try:
             config = load(name_or_path, [*overrides, f"corpus.kind={kind}"])
             readable.append(list_corpus(config))
@@ -62,11 +61,6 @@ def recognise(name_or_path: str, overrides: Sequence[str]) -> Listing:
         raise CorpusError(f"no layout of captioned pictures was recognised: {reasons}")
     others = tuple(listing.config.corpus.kind for listing in readable[1:])
     return replace(readable[0], other_kinds=others)
-
-
-def _kinds_of_paths() -> list[str]:
-    kinds = get_args(get_type_hints(CorpusConfig)["kind"])
-    return [kind for kind in kinds if kind not in PACKAGED]
 
 
 def list_corpus(config: Config, seconds: float = LISTING_S) -> Listing:

@@ -16,6 +16,7 @@ from paris_ray.errors import ArtifactError, ConfigError, ParisError
 from paris_ray.storage import disk_is_full, reach
 
 EXIT_USER_ERROR = 2
+RAY_DATA_ADDS = "\nFailed to apply UDF"
 # Ray's job manager sets this for the drivers that it starts.
 SUBMITTED_JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 
@@ -90,7 +91,7 @@ def mendable(error: BaseException) -> ParisError | None:
     """Return what of an error its reader can mend, however deep in its causes; None: nothing.
 
     Ray hands over what a task raised as an error of Ray's and of the same type, whose text is a
-    traceback; its attribute `cause` is the original.
+    traceback; its attribute `cause` is the original. Ray Data writes of its retries behind the text.
     """
     each: BaseException | None = error
     while each is not None:
@@ -99,7 +100,8 @@ def mendable(error: BaseException) -> ParisError | None:
             each = original
             continue
         if isinstance(each, ParisError):
-            return each
+            told, ray_data, _ = str(each).partition(RAY_DATA_ADDS)
+            return ParisError(told) if ray_data else each
         if disk_is_full(each):
             place = getattr(each, "filename", None) or f"{tempfile.gettempdir()} (TMPDIR)"
             return ParisError(f"{each}: make room in {place}, on every node, and run again")

@@ -100,7 +100,10 @@ def test_it_is_an_artefact_that_tells_what_it_was_made_of(
     assert manifest.facts["expert"] == EXPERT
     assert manifest.facts["rows"] == NUM_PICTURES
     assert manifest.facts["quarantined"] == {"truncated_image": 1}
-    assert manifest.parents.keys() == {f"expert_{EXPERT}", "codec", "text_encoder"}
+    assert manifest.parents.keys() == {
+        *(f"expert_{EXPERT}", "codec", "text_encoder"),
+        "pictures",
+    }
     assert {ADAPTER_CONFIG, ADAPTER_WEIGHTS, "samples.png"} <= manifest.files.keys()
     quarantine = read_table(trained / "quarantine", ["key", "reason"]).to_pylist()
     assert quarantine == [{"key": f"{NUM_PICTURES}.png", "reason": "truncated_image"}]
@@ -220,6 +223,9 @@ def test_the_public_release_is_adapted_too(
     changes = {"bundle": str(release_path), "data": str(tmp_path / "cats.parquet"), "expert": 2}
     manifest = train(tmp_path / "lora", *overrides, **changes)
     assert manifest.facts["rows"] == 4
-    assert manifest.parents.keys() == {"expert_2", "vae", "text_encoder", "tokenizer"}
+    assert manifest.parents.keys() == {
+        *("expert_2", "vae", "text_encoder", "tokenizer"),
+        "pictures",
+    }
     columns = column_names(Folder(tmp_path / "lora" / "embeddings"))
     assert {"latents", "latents_flipped", "token_ids"} <= set(columns)

@@ -91,7 +91,7 @@ def mendable(error: BaseException) -> ParisError | None:
     """Return what of an error its reader can mend, however deep in its causes; None: nothing.
 
     Ray hands over what a task raised as an error of Ray's and of the same type, whose text is a
-    traceback; its attribute `cause` is the original. Ray Data writes of its retries behind the text.
+    traceback; its attribute `cause` is the original. Behind that text Ray Data tells of retries.
     """
     each: BaseException | None = error
     while each is not None:

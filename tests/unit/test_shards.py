@@ -232,7 +232,7 @@ def test_a_corpus_with_too_many_bad_rows_is_refused_with_an_example(
     assert message.startswith(f"2 of {NUM_GOOD + 2} rows are bad (")
     assert "1 duplicate_key (an earlier row has the same key), 1 not_an_image (the b" in message
     detail = "10 bytes that begin with b'no pictu'"
-    assert f"; such as 'broken', not_an_image: {detail!r}; see {tmp_path}" in message
+    assert f"; such as 'a.tar/broken', not_an_image: {detail!r}; see {tmp_path}" in message
 
 
 def test_a_corpus_without_a_usable_row_says_why(tmp_path: Path) -> None:
@@ -263,13 +263,13 @@ def test_bad_rows_are_found_again_for_the_report_with_their_pictures(config: Con
     read(config)
     bad = report._bad_rows(Run(config).quarantine, {"not_an_image": 1, "duplicate_key": 1})
     assert {reason: [row.key for _, row in rows] for reason, rows in bad.items()} == {
-        "not_an_image": ["broken"],
-        "duplicate_key": ["007"],
+        "not_an_image": ["a.tar/broken"],
+        "duplicate_key": ["a.tar/007"],
     }
     sizes, pictures, note = report._from_corpus(config, bad)
     assert (set(sizes), note) == ({(8, 8)}, "")
     shown = {key: picture is not None for (_, key), picture in pictures.items()}
-    assert shown == {"broken": False, "007": True}
+    assert shown == {"a.tar/broken": False, "a.tar/007": True}
 
 
 def test_a_report_without_its_corpus_says_so(config: Config) -> None:

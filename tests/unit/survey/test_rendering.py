@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 from small_corpora import jpeg, rows_of, write_image_folder
 
+from paris_ray.corpora import REASONS
 from paris_ray.reports import png_bytes
 from paris_ray.survey.distributions import caption_lengths, distributions, size_distributions
 from paris_ray.survey.inspection import Inspection, inspect_corpus
@@ -52,7 +53,7 @@ def test_the_text_tells_what_was_recognised_and_what_is_bad(found: Inspection) -
     assert text.startswith("image_folder: 18 of 20 rows read are good, 2 would be quarantined")
     for part in ("corpus.kind=image_folder", "metadata.jsonl", "file_name", "not taken", "source"):
         assert part in text
-    assert "1 empty_caption: the caption is only whitespace\n  such as 004.jpg: " in text
+    assert f"1 empty_caption: {REASONS['empty_caption']}\n  such as 004.jpg: " in text
     assert "1 truncated_image: " in text
     assert "of the good ones; the rule is 10.0% of rows" in text
     assert text.count(" x ") == 10  # sizes of the rows that are shown

@@ -26,6 +26,9 @@ KEY = "key.pem"
 CERTIFICATE = "certificate.pem"
 VALIDITY = timedelta(days=3652)  # ten years
 MAX_CERTIFICATE = 4096  # characters; ours have about 600
+# DER of what stands between the signed part of a certificate and the 64 bytes of its signature: the
+# algorithm Ed25519 (RFC 8410, section 3), and a string of bits of which none is left out.
+SIGNED_BY = bytes.fromhex("300506032b6570034100")
 READABLE_BY_OTHERS = 0o077
 WRITABLE_BY_OTHERS = 0o022
 # What reading a certificate raises: the errors of x509 have no common base.
@@ -145,6 +148,9 @@ def _checked_key(certificate_pem: str) -> Ed25519PublicKey:
     key = certificate.public_key()
     if not isinstance(key, Ed25519PublicKey):
         raise ValueError("its key is not an Ed25519 key")
+    # What follows the signed part is not signed: cryptography reads a signature of fewer bits, too.
+    if not certificate.public_bytes(Encoding.DER).endswith(SIGNED_BY + certificate.signature):
+        raise ValueError("its signature is not in the usual form")
     if certificate.extensions.get_extension_for_class(x509.BasicConstraints).value.ca:
         raise ValueError("it is that of an authority")
     certificate.verify_directly_issued_by(certificate)

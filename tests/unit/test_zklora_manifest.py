@@ -272,6 +272,23 @@ def test_a_signed_negative_serial_number_is_refused() -> None:
         public_key_of(pem)
 
 
+def test_a_signature_of_fewer_bits_is_no_other_spelling() -> None:
+    """Whether its last bit is zero, and so may be left out, differs from key to key."""
+    others = 0
+    for _ in range(40):
+        certificate = x509.load_pem_x509_certificate(certify(Ed25519PrivateKey.generate()).encode())
+        signature, der = certificate.signature, certificate.public_bytes(Encoding.DER)
+        fewer = der.removesuffix(b"\x00" + signature) + b"\x01" + signature
+        try:
+            other = x509.load_der_x509_certificate(fewer).public_bytes(Encoding.PEM).decode()
+        except ValueError:
+            continue
+        others += 1
+        with pytest.raises(SignatureError, match="signature is not in the usual form"):
+            public_key_of(other)
+    assert others
+
+
 @given(position=st.integers(0, 10_000), bit=st.integers(0, 7))
 @settings(max_examples=150, deadline=None)
 @pytest.mark.filterwarnings("ignore::cryptography.utils.CryptographyDeprecationWarning")

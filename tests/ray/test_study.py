@@ -142,7 +142,7 @@ def test_random_clusters_are_decided_by_the_key_alone(page: Path, config: Config
 def test_the_oracle_asks_the_expert_of_the_captions_cluster(page: Path, config: Config) -> None:
     from paris_ray.pipeline.drawing import sample_own_experts
 
-    run = Run(arm_config(config, "scratch.0"))
+    run = Run(arm_config(config, "scratch.0", "seed_training.steps=0"))
     bundle = open_trained_parts(run)
     text, options = bundle.encode_text(["a red square", "a blue cross"]), sampling_options(bundle)
     drawn = sample_own_experts(bundle, text, [3, 4], options, np.array([2, 0]))

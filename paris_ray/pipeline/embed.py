@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-import numpy as np
 import ray
 from ray.data import ActorPoolStrategy, DataContext
 
@@ -41,7 +40,7 @@ logger = logging.getLogger("paris_ray")
 # encoders' default, else Ray Data would fuse reading into the text encoder's actor.
 TASK_CPUS = 0.3
 PRINT_INTERVAL_S = 5.0
-NUM_VERSION_TASKS = 16
+SHARDS_A_TASK = 64  # whose versions one task tells: a worker takes longer to start than to look
 
 
 def prepare_embeddings(config: Config, encoders: Manifest) -> Manifest:
@@ -98,11 +97,9 @@ def shard_versions(
     of a small corpus the number of rows decides how many are held out, and its first rows how many
     captions are kept.
     """
-    groups = [list(group) for group in np.array_split(np.arange(len(shards)), NUM_VERSION_TASKS)]
     tasks = [
-        file_versions_of.remote(reader.config, [shards[i] for i in group])
-        for group in groups
-        if group
+        file_versions_of.remote(reader.config, shards[first : first + SHARDS_A_TASK])
+        for first in range(0, len(shards), SHARDS_A_TASK)
     ]
     of_files = [version for group in ray.get(tasks) for version in group]
     rule = [asdict(reader.held_out), reader.num_captions]

@@ -7,18 +7,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from picture_files import encode
 from PIL import Image
 
 from paris_ray.config import CorpusConfig
 from paris_ray.corpora import REASONS, RawRow, open_corpus
 
 RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
-
-
-def encode(image: Image.Image, image_format: str = "PNG", **options: Any) -> bytes:
-    stream = io.BytesIO()
-    image.save(stream, image_format, **options)
-    return stream.getvalue()
 
 
 def png(color: tuple[int, ...] = RED, size: tuple[int, int] = (8, 8)) -> bytes:

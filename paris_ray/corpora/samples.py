@@ -15,7 +15,6 @@ IMAGE_EXTENSIONS = (
     *("jp2", "jfif", "ppm", "tga"),
 )
 CAPTION_EXTENSIONS = ("txt", "caption", "json")
-MAX_IMAGE_BYTES = 1 << 28
 MAX_CAPTION_BYTES = 1 << 20
 
 
@@ -60,15 +59,15 @@ def read_sample(key: str, members: Mapping[str, Member], config: CorpusConfig) -
     Args:
         key: Its key.
         members: Its files by extension, in lower case.
-        config: `image_column` is the extension of pictures; `caption_column` is the extension of
-            captions or a field of the `.json`, where labels are too.
+        config: `max_image_bytes`; `image_column` is the extension of pictures; `caption_column` is
+            the extension of captions or a field of the `.json`, where labels are too.
     """
     extension = next((e for e in image_extensions(config) if e in members), None)
     if extension is None:
         found = ", ".join(sorted(members)[:10])
         return RawRow(key, None, None, "missing_file", f"no picture among: {found}")
     try:
-        image = members[extension].load(MAX_IMAGE_BYTES)
+        image = members[extension].load(config.max_image_bytes)
     except LOAD_ERRORS as error:
         reason = "too_many_bytes" if isinstance(error, TooLargeError) else "missing_file"
         return RawRow(key, None, None, reason, f".{extension}: {error}")

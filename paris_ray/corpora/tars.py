@@ -14,12 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, cast
 
-from paris_ray.corpora.samples import MAX_IMAGE_BYTES, Member, TooLargeError
+from paris_ray.corpora.samples import Member, TooLargeError
 
 SUFFIXES = (".tar", ".tar.gz", ".tgz")
 # What damage raises; tarfile raises ValueError and OverflowError for headers of arbitrary bytes.
 READ_ERRORS = (tarfile.TarError, OSError, ValueError, OverflowError, EOFError, zlib.error)
 _END = bytes(tarfile.BLOCKSIZE)  # an archive ends in blocks of zeros
+MAX_INFLATED_BYTES = 1 << 28  # of a member of a gzipped tar, which is kept until it is loaded
 _MAX_HEADER_BYTES = 1 << 20  # of one extended header
 _GZIP = b"\x1f\x8b"
 
@@ -114,7 +115,7 @@ class Tar:
             if start + size > self.path.stat().st_size:
                 raise tarfile.ReadError(f"the data of {header.name!r} is cut off")
             return _Stored(stream, start, size)
-        if not is_wanted or size > MAX_IMAGE_BYTES:
+        if not is_wanted or size > MAX_INFLATED_BYTES:
             return _Inflated(None, size)
         content = stream.read(size)
         if len(content) < size:

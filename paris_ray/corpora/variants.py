@@ -2,7 +2,7 @@
 
 from itertools import chain, islice
 
-from paris_ray.config import CorpusConfig
+from paris_ray.config import PATH_KINDS, CorpusConfig
 from paris_ray.corpora.columns import is_said
 from paris_ray.corpora.rows import Corpus
 
@@ -17,7 +17,7 @@ def captions_per_row(config: CorpusConfig, corpus: Corpus) -> int:
     """
     if config.captions_per_row is not None:
         return config.captions_per_row
-    if config.kind in ("scenes", "openmoji"):  # whose rows take long to draw, and have one
+    if config.kind not in PATH_KINDS:  # rows take long to draw, and have one
         return 1
     rows = chain.from_iterable(map(corpus.read, corpus.shards()))
     lists = (row.caption for row in islice(rows, ROWS_LOOKED_AT) if isinstance(row.caption, list))

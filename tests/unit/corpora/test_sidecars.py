@@ -70,7 +70,6 @@ def test_masks_are_no_pictures(tmp_path: Path) -> None:
 def test_what_is_wrong_is_said_of_each_picture(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("paris_ray.corpora.samples.MAX_IMAGE_BYTES", 100)
     monkeypatch.setattr("paris_ray.corpora.samples.MAX_CAPTION_BYTES", 200)
     texts: dict[str, bytes | str] = {
         "b.txt": b"\xff",
@@ -80,7 +79,9 @@ def test_what_is_wrong_is_said_of_each_picture(
         "f.txt": "x" * 201,
     }
     pictures: dict[str, bytes | str] = {f"{name}.png": b"x" for name in "abcdef"}
-    rows = read(write_files(tmp_path, texts | pictures | {"g.png": b"x" * 101}))
+    rows = read(
+        write_files(tmp_path, texts | pictures | {"g.png": b"x" * 101}), max_image_bytes=100
+    )
     assert problems(rows) == {
         "a.png": "missing_caption",
         "b.png": "missing_caption",

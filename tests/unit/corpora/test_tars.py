@@ -115,12 +115,12 @@ def test_damaged_gzip_keeps_what_is_before(
 
 
 def test_what_inflates_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("paris_ray.corpora.tars.MAX_IMAGE_BYTES", 1000)
-    monkeypatch.setattr("paris_ray.corpora.samples.MAX_IMAGE_BYTES", 1000)
+    monkeypatch.setattr("paris_ray.corpora.tars.MAX_INFLATED_BYTES", 1000)
     members = {"0.png": bytes(100_000), "0.txt": b"a", "1.png": b"x", "1.txt": b"b"}
     for name, mode in (("a.tar", "w"), ("b.tgz", "w:gz")):
         write_tar(tmp_path / name, members, mode)
-        rows = read(tmp_path / name)
+        config = CorpusConfig(kind="webdataset", path=str(tmp_path / name), max_image_bytes=1000)
+        rows = read_all(config)
         assert problems(rows) == {f"{name}/0": "too_many_bytes", f"{name}/1": None}
         assert "it has 100000 bytes, at most 1000 are read" in rows[0].detail
 

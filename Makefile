@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 
-.PHONY: help quickstart demo-zklora stop test lint fuzz chaos soak bench study clean
+.PHONY: help quickstart demo-zklora stop test lint fuzz chaos soak bench bench-data study clean
 
 help:
 	@echo "make quickstart   from a bare machine to pictures over HTTP"
@@ -14,6 +14,7 @@ help:
 	@echo "make chaos        an application that grows, shrinks and is replaced under load, without and with HAProxy"
 	@echo "make soak         half an hour of load, cancels and kills (MINUTES=30); needs the quickstart's bundle"
 	@echo "make bench        write the numbers of docs/results.md and docs/zklora.md"
+	@echo "make bench-data   of these, a corpus of ten million rows (needs runs/bench/quickstart, which bench makes)"
 	@echo "make study        one dense model against isolated experts: hours, writes docs/study.md"
 
 quickstart: $(VENV)/quickstart
@@ -51,6 +52,9 @@ soak: $(VENV)/test
 bench: $(VENV)/test
 	$(PY) tests/benchmarks/results.py --write docs/results.md
 	$(PY) tests/benchmarks/bench_zklora.py --write docs/zklora.md
+
+bench-data: $(VENV)/test
+	$(PY) tests/benchmarks/results.py data --write docs/results.md
 
 study: $(VENV)/test
 	$(PY) -m jobs.study --config quickstart

@@ -13,7 +13,7 @@ from pathlib import Path
 from jobs.local_cluster import LOOPBACK_ONLY
 from paris_ray.config import Config, load, local_paths, packaged_configs, with_absolute_paths
 from paris_ray.errors import ArtifactError, ConfigError, ParisError
-from paris_ray.storage import disk_is_full, reach
+from paris_ray.storage import disk_is_full, is_uri, reach
 
 EXIT_USER_ERROR = 2
 RAY_DATA_ADDS = "\nFailed to apply UDF"
@@ -134,7 +134,7 @@ def refuse_relative_paths(paths: Mapping[str, str]) -> None:
     if SUBMITTED_JOB_VARIABLE not in os.environ:
         return
     for field, path in paths.items():
-        if "://" not in path and not Path(path).is_absolute():
+        if not is_uri(path) and not Path(path).is_absolute():
             raise ConfigError(
                 f"{field}={path!r} is relative, but a submitted job runs in a copy of the working "
                 f"folder: give an absolute path or a URI, for example {field}=$PWD/{path}"

@@ -21,7 +21,7 @@ from pyarrow import NativeFile, fs
 from safetensors import SafetensorError
 
 from paris_ray.errors import ArtifactError
-from paris_ray.storage import disk_is_full, replacing
+from paris_ray.storage import disk_is_full, is_uri, joined_uri, open_store, replacing
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
@@ -71,25 +71,26 @@ def parse_json(payload: bytes, source: str) -> Any:
 
 def absolute_uri(location: str) -> str:
     """Return a location that means the same in every process: a URI as it is, a path absolute."""
-    return location if "://" in location else str(Path(location).expanduser().resolve())
+    return location if is_uri(location) else str(Path(location).expanduser().resolve())
 
 
 class Folder:
     """A folder of small files on a local disk or an object store.
 
     Args:
-        location: A path, or a URI that `pyarrow.fs` understands (`s3://bucket/run`, `gs://...`).
+        location: A path, or a URI that `pyarrow.fs` or fsspec understands (`s3://bucket/run`,
+            `gs://...`).
     """
 
     def __init__(self, location: str | Path) -> None:
         self.uri = absolute_uri(str(location))
-        if "://" in self.uri:
-            self._filesystem, self._path = fs.FileSystem.from_uri(self.uri)
+        if is_uri(self.uri):
+            self._filesystem, self._path = open_store(self.uri)
         else:
             self._filesystem, self._path = fs.LocalFileSystem(), self.uri
 
     def __truediv__(self, name: str) -> "Folder":
-        return Folder(f"{self.uri.rstrip('/')}/{name}")
+        return Folder(joined_uri(self.uri, name) if is_uri(self.uri) else f"{self.uri}/{name}")
 
     def __repr__(self) -> str:
         return f"Folder({self.uri!r})"
@@ -107,6 +108,10 @@ class Folder:
 
     def _full(self, name: str) -> str:
         return f"{self._path}/{name}" if name else self._path
+
+    def place_of(self, inner: "Folder") -> str:
+        """Return the path from here to a folder below."""
+        return os.path.relpath(inner._path, self._path)
 
     def exists(self, name: str = "") -> bool:
         """Return whether the folder, or the file or folder `name` in it, exists."""
@@ -232,7 +237,7 @@ class Manifest:
         kind: Name of the artefact, for example `embeddings` or `expert`.
         config_digest: Digest of the configuration sections that the stage depends on.
         parents: Digests of the artefacts read, by name.
-        files: SHA-256 of every file, by relative name.
+        files: SHA-256 of every file, by relative name; or of what lists them, where they are many.
         facts: Counts and measured numbers; not part of the digest.
     """
 
@@ -258,17 +263,38 @@ def publish(
     config_digest: str,
     parents: Mapping[str, str],
     facts: Mapping[str, Any],
+    files: Mapping[str, str] | None = None,
 ) -> Manifest:
-    """Hash every file of a folder and write its manifest: from now on the artefact exists."""
+    """Write the manifest of a folder: from now on the artefact exists.
+
+    Args:
+        folder: Where its files are.
+        kind: Its name.
+        config_digest: Digest of the configuration sections that it depends on.
+        parents: Digests of the artefacts read, by name.
+        facts: Counts and measured numbers.
+        files: SHA-256 by name, where they have been taken already; else every file is hashed here.
+    """
     folder.delete(PROGRESS)
     folder.delete(IN_PROGRESS)
-    names = [name for name in folder.files() if UNHASHED.isdisjoint(name.split("/"))]
-    files = {name: sha256_hex(folder.read(name)) for name in names}
+    if files is None:
+        files = {name: file_digest(folder, name) for name in hashed_names(folder)}
     manifest = Manifest(
         kind=kind, config_digest=config_digest, parents=parents, files=files, facts=facts
     )
     folder.write_json(MANIFEST, asdict(manifest))
     return manifest
+
+
+def hashed_names(folder: Folder) -> list[str]:
+    """Return the names of the files of a folder that its digest depends on, sorted."""
+    return [name for name in folder.files() if UNHASHED.isdisjoint(name.split("/"))]
+
+
+def file_digest(folder: Folder, name: str) -> str:
+    """Return the SHA-256 of a file, which need not fit into memory, as hexadecimal."""
+    with folder.open(name) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
 
 
 def read_manifest(folder: Folder, kind: str) -> Manifest:

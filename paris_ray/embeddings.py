@@ -16,6 +16,7 @@ The first of V variants is the caption itself; of several captions, `caption` is
 columns use Arrow's canonical fixed-shape tensor type, which any Arrow implementation reads.
 """
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
@@ -34,6 +35,7 @@ ATTRIBUTE = "attribute."
 NULL_TEXT = "null_text.safetensors"
 ROWS_PER_GROUP = 1024  # of a file that is written
 ROWS_PER_READ = 256
+_PART = re.compile(r"part-[^/]*\.parquet")
 
 
 def to_table(columns: Mapping[str, Column]) -> pa.Table:
@@ -54,8 +56,8 @@ def write_part(folder: Folder, name: str, table: pa.Table) -> None:
 
 
 def part_names(folder: Folder) -> list[str]:
-    """Return the names of a folder's own Parquet files, in the order of their rows."""
-    return [n for n in folder.files() if n.endswith(".parquet") and "/" not in n]
+    """Return the names of a folder's own files of rows, in the order of their rows."""
+    return [n for n in folder.files() if _PART.fullmatch(n)]
 
 
 def read_parts(folder: Folder, names: Sequence[str], columns: Sequence[str]) -> pa.Table:
@@ -65,7 +67,7 @@ def read_parts(folder: Folder, names: Sequence[str], columns: Sequence[str]) -> 
         ArtifactError: if there is nothing to read.
     """
     _require_parts(folder, names)
-    return pa.concat_tables([_read_part(folder, name, columns) for name in names])
+    return pa.concat_tables([read_part(folder, name, columns) for name in names])
 
 
 def _require_parts(folder: Folder, names: Sequence[str]) -> None:
@@ -73,9 +75,10 @@ def _require_parts(folder: Folder, names: Sequence[str]) -> None:
         raise ArtifactError(f"{folder.uri} holds no Parquet files")
 
 
-def _read_part(folder: Folder, name: str, columns: Sequence[str]) -> pa.Table:
+def read_part(folder: Folder, name: str, columns: Sequence[str] | None = None) -> pa.Table:
+    """Return some columns of one Parquet file, or all."""
     with folder.open(name) as file:
-        return pq.read_table(file, columns=list(columns))
+        return pq.read_table(file, columns=None if columns is None else list(columns))
 
 
 def read_table(folder: Folder, columns: Sequence[str]) -> pa.Table:
@@ -97,7 +100,7 @@ def read_rows(folder: Folder, rows: NDArray[np.int64], columns: Sequence[str]) -
     parts, start = [], 0
     for name, end in zip(names, ends, strict=True):
         inside = rows[(rows >= start) & (rows < end)] - start
-        parts.append(_read_part(folder, name, columns).take(inside))
+        parts.append(read_part(folder, name, columns).take(inside))
         start = end
     return pa.concat_tables(parts)
 

@@ -3,11 +3,14 @@
 import errno
 import glob
 import os
+import posixpath
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from urllib.parse import parse_qs, unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit, urlunsplit
 
+import fsspec
+import pyarrow as pa
 from pyarrow import fs
 from safetensors import SafetensorError
 
@@ -44,6 +47,42 @@ def disk_is_full(error: BaseException) -> bool:
     return isinstance(error, SafetensorError) and any(told)
 
 
+def is_uri(location: str) -> bool:
+    """Return whether a location is a URI, and not a path."""
+    return "://" in location
+
+
+def joined_uri(uri: str, *names: str) -> str:
+    """Return the URI of what lies in a folder; options after a question mark stay at the end."""
+    parts = urlsplit(uri)
+    path = posixpath.normpath(posixpath.join(parts.path or "/", *names)) if names else parts.path
+    return urlunsplit(parts._replace(path="" if path in ("/", ".") else path))
+
+
+def open_store(uri: str) -> tuple[fs.FileSystem, str]:
+    """Return the store that a URI names, and the path in it: by pyarrow, or else by fsspec.
+
+    Raises:
+        ArtifactError: if neither knows it.
+    """
+    try:
+        return fs.FileSystem.from_uri(uri)
+    except pa.ArrowInvalid:  # of a scheme that is not its own
+        pass
+    try:  # without a cache of listings: files come and go
+        store, path = fsspec.core.url_to_fs(uri, use_listings_cache=False)
+    except (ValueError, ImportError) as error:
+        raise ArtifactError(
+            f"{uri!r} names no store that can be opened here ({error}): expected a path, s3://, "
+            "gs://, hf://, http:// or another scheme of pyarrow or fsspec"
+        ) from None
+    return fs.PyFileSystem(fs.FSSpecHandler(store)), str(path)
+
+
+def _endpoint_of_environment() -> str | None:
+    return os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+
+
 def reach(uri: str) -> None:
     """Ask the store of an `s3://` URI for anything, once and with little patience.
 
@@ -62,7 +101,8 @@ def reach(uri: str) -> None:
             secret_key=unquote(parts.password or "") or None,
             region=options.get("region"),
             scheme=options.get("scheme"),
-            endpoint_override=options.get("endpoint_override"),
+            # Only stores that a URI opens look at the environment by themselves.
+            endpoint_override=options.get("endpoint_override") or _endpoint_of_environment(),
             connect_timeout=CONNECT_TIMEOUT_S,
             request_timeout=ANSWER_TIMEOUT_S,
             retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=ATTEMPTS),

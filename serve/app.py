@@ -23,6 +23,7 @@ from paris_ray.artifacts import absolute_uri
 from paris_ray.bundle import Dtype
 from paris_ray.errors import ConfigError
 from paris_ray.sampling.engine import Limits
+from paris_ray.storage import is_uri
 from serve import gate
 from serve.access import is_loopback
 from serve.expert import ExpertServer
@@ -413,4 +414,4 @@ def _deploy(deployment_class: type[Any], name: str, options: DeploymentOptions) 
 
 
 def _from_repository(location: str) -> str:
-    return location if "://" in location else absolute_uri(str(REPOSITORY / location))
+    return location if is_uri(location) else absolute_uri(str(REPOSITORY / location))

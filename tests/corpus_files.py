@@ -28,7 +28,7 @@ def read_all(config: CorpusConfig) -> list[RawRow]:
     rows: list[RawRow] = []
     for shard in shards:
         part = list(corpus.read(shard))
-        assert corpus.keys(shard) == [row.key for row in part]
+        assert list(corpus.keys(shard)) == [row.key for row in part]
         assert all(row.problem is None or row.problem in REASONS for row in part)
         rows += part
     return rows

@@ -59,8 +59,18 @@ def write_tars(folder: Path, rows: Rows) -> Path:
     return folder
 
 
+def write_sidecars(folder: Path, rows: Rows) -> Path:
+    """Pictures in a folder below, each with a text file beside it."""
+    (folder / "below").mkdir(parents=True)
+    for i, (picture, caption) in enumerate(rows):
+        (folder / "below" / f"{i:03d}.jpg").write_bytes(picture)
+        (folder / "below" / f"{i:03d}.txt").write_text(caption)
+    return folder
+
+
 LAYOUTS: dict[str, Callable[[Path, Rows], Path]] = {
     "image_folder": write_image_folder,
     "parquet": write_parquet,
+    "sidecars": write_sidecars,
     "webdataset": write_tars,
 }

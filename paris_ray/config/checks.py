@@ -239,6 +239,24 @@ def _check_corpus_path(corpus: CorpusConfig) -> None:
         _require(is_given, "corpus.path", path, f"a path for kind={corpus.kind}")
 
 
+def _check_places(config: Config) -> None:
+    """Check that no keys of a store stand in a URI: it goes into files and messages of the run."""
+    places = {
+        "run_dir": config.run_dir,
+        "prepared_from": config.prepared_from,
+        "corpus.path": config.corpus.path,
+    }
+    for name, uri in places.items():
+        scheme, is_uri, rest = (uri or "").partition("://")
+        place = rest.partition("/")[0]
+        if is_uri and "@" in place:
+            allowed = (
+                "a URI without keys, which would be written into files of the run; stores find "
+                "theirs in the environment (AWS_ACCESS_KEY_ID and others)"
+            )
+            _require(False, name, f"{scheme}://...@{rest.rpartition('@')[2]}", allowed)
+
+
 def _check_corpus(corpus: CorpusConfig) -> None:
     templates = corpus.caption_templates
     well_formed = templates[:1] == ["{}"] and all(t.count("{}") == 1 for t in templates)
@@ -350,6 +368,7 @@ def check(config: Config) -> None:
         ConfigError: naming the field, its value and what is allowed.
     """
     _check_corpus_path(config.corpus)
+    _check_places(config)
     _check_corpus(config.corpus)
     _check_codec(config.codec, config.corpus.image_size)
     _check_cluster(config.cluster)

@@ -8,7 +8,7 @@ from paris_ray.config import CorpusConfig
 from paris_ray.corpora import img2dataset
 from paris_ray.corpora.held_out import HeldOut, held_out_rule
 from paris_ray.corpora.image_folder import ImageFolder
-from paris_ray.corpora.images import DecodedRow, decode_row, find_duplicates
+from paris_ray.corpora.images import DecodedRow, decode_row
 from paris_ray.corpora.openmoji import OpenMoji
 from paris_ray.corpora.parquet import Parquet
 from paris_ray.corpora.paths import corpus_path
@@ -31,7 +31,6 @@ __all__ = [
     "compositions",
     "corpus_version",
     "decode_row",
-    "find_duplicates",
     "held_out_rule",
     "not_fetched",
     "open_corpus",

@@ -7,14 +7,15 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from itertools import chain, groupby, islice
-from pathlib import Path
+from pathlib import PurePosixPath
 from typing import Any
 
 from paris_ray.config import CorpusConfig
 from paris_ray.corpora.columns import CAPTION_COLUMNS, choose_column, first_caption, is_said
 from paris_ray.corpora.labels import label_columns, text_columns
 from paris_ray.corpora.metadata import METADATA, Entry, entries_version, read_entries
-from paris_ray.corpora.paths import corpus_path, file_versions, inside, list_files
+from paris_ray.corpora.paths import corpus_path, file_versions, inside, list_files, place_of
+from paris_ray.corpora.places import Place, place
 from paris_ray.corpora.rows import RawRow, Shard
 from paris_ray.corpora.samples import LOAD_ERRORS
 from paris_ray.errors import CorpusError
@@ -47,7 +48,7 @@ class ImageFolder:
             raise CorpusError(f"corpus.path={config.path!r} is a file; expected a folder")
 
     @cached_property
-    def _tables(self) -> list[Path]:
+    def _tables(self) -> list[Place]:
         try:
             tables = list_files(self._config, METADATA)
         except CorpusError as error:
@@ -77,24 +78,24 @@ class ImageFolder:
             raise CorpusError(f"{', '.join(map(str, self._tables))} holds no rows")
         return shards
 
-    def keys(self, shard: Shard) -> list[str]:
-        """Return the paths of a shard's pictures; a row without one is `metadata.jsonl:LINE`."""
-        return [row.key for row, _ in self._rows(shard)]
+    def keys(self, shard: Shard) -> Iterator[str]:
+        """Yield the paths of a shard's pictures; a row without one is `metadata.jsonl:LINE`."""
+        return (row.key for row, _ in self._rows(shard))
 
     def read(self, shard: Shard) -> Iterator[RawRow]:
         """Yield the picture and caption of each row."""
-        folder = Path(shard.source).parent
+        folder = place(shard.source).parent
         for row, file_name in self._rows(shard):
             yield row if file_name is None else _with_image(row, self._folder, folder, file_name)
 
     def version(self, shard: Shard) -> str:
         """Return a digest of a shard's rows, and of the sizes and times of their pictures."""
-        table = Path(shard.source)
+        table = place(shard.source)
         names = (name for _, name in self._rows(shard) if name is not None)
         pictures = file_versions(self._place(table.parent, name) for name in names)
         return f"{entries_version(table, shard.start, shard.stop)} {pictures}"
 
-    def _place(self, folder: Path, file_name: str) -> Path:
+    def _place(self, folder: Place, file_name: str) -> Place:
         try:
             return inside(self._folder, folder, file_name)
         except LOAD_ERRORS:
@@ -102,18 +103,18 @@ class ImageFolder:
 
     def _rows(self, shard: Shard) -> Iterator[tuple[RawRow, str | None]]:
         """Yield each row without its picture, and the picture's name."""
-        table = Path(shard.source)
-        place = table.relative_to(self._folder)
+        table = place(shard.source)
+        within = PurePosixPath(place_of(self._folder, table))
         for group in self._groups(read_entries(table, shard.start, shard.first)):
             entry = group[0]
             try:
                 file_name = _file_name(entry, self._config.image_column)
             except ValueError as error:
-                key = f"{place.as_posix()}:{entry.number}"
+                key = f"{within}:{entry.number}"
                 yield RawRow(key, None, None, "bad_metadata", str(error)), None
             else:
                 columns = text_columns(entry.fields, self._label_columns)
-                key = (place.parent / file_name).as_posix()
+                key = (within.parent / file_name).as_posix()
                 yield RawRow(key, None, self._captions(group), columns=columns), file_name
             if group[-1].end >= shard.stop:
                 return
@@ -142,7 +143,7 @@ class ImageFolder:
         lists = (each if isinstance(each, list) else [each] for each in found)
         return list(chain.from_iterable(lists))
 
-    def _check_columns(self, table: Path) -> None:
+    def _check_columns(self, table: Place) -> None:
         """Refuse a table that does not tell pictures or captions, by its first rows."""
         entries = list(islice(read_entries(table), _ROWS_LOOKED_AT))
         rows = [entry.fields for entry in entries if not entry.problem]
@@ -189,7 +190,7 @@ def _name_or_none(entry: Entry, column: str | None) -> str | None:
         return None
 
 
-def _with_image(row: RawRow, root: Path, folder: Path, file_name: str) -> RawRow:
+def _with_image(row: RawRow, root: Place, folder: Place, file_name: str) -> RawRow:
     try:
         return replace(row, image=inside(root, folder, file_name).read_bytes())
     except LOAD_ERRORS as error:

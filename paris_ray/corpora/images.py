@@ -3,7 +3,7 @@
 Bad input is expected at scale: nothing here raises for it. Each bad row becomes a `QuarantinedRow`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -57,28 +57,3 @@ def decode_row(row: RawRow, config: CorpusConfig) -> DecodedRow | QuarantinedRow
     if labelling is not None:
         attributes = labels_of(labelling, row.columns, captions[0])
     return DecodedRow(row.key, captions, image, attributes or {})
-
-
-def find_duplicates(keys_by_shard: Mapping[int, Sequence[str]]) -> dict[int, frozenset[int]]:
-    """Return, for each shard, the positions of the rows whose key an earlier row already has.
-
-    The first occurrence in shard order stays. Keys are compared as 64-bit hashes first, so that a
-    corpus of millions of rows needs eight bytes a row and not a set of strings; only the few keys
-    with equal hashes are compared as text.
-    """
-    order = sorted(keys_by_shard)
-    every_key = (key for index in order for key in keys_by_shard[index])
-    hashes = np.fromiter(map(hash, every_key), np.int64)
-    values, counts = np.unique(hashes, return_counts=True)
-    candidates = np.flatnonzero(np.isin(hashes, values[counts > 1]))
-    ends = np.cumsum([len(keys_by_shard[index]) for index in order], dtype=np.int64)
-    repeats: dict[int, set[int]] = {index: set() for index in order}
-    seen: set[str] = set()
-    for position, place in zip(candidates, np.searchsorted(ends, candidates, "right"), strict=True):
-        index = order[place]
-        row = int(position - ends[place]) + len(keys_by_shard[index])
-        key = keys_by_shard[index][row]
-        if key in seen:
-            repeats[index].add(row)
-        seen.add(key)
-    return {index: frozenset(rows) for index, rows in repeats.items()}

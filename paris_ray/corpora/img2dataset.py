@@ -6,9 +6,9 @@ Its output is read as any other: tars (`webdataset`), files (`sidecars`) or Parq
 import json
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 
 from paris_ray.corpora.paths import walk
+from paris_ray.corpora.places import Place
 
 SUCCESS = "success"  # in the column `status`; anything else is why a picture is missing
 _STATISTICS = "_stats.json"
@@ -21,7 +21,7 @@ def status_column(columns: Sequence[str]) -> str | None:
     return "status" if {"url", "status", "error_message"} <= set(columns) else None
 
 
-def not_fetched(folder: Path) -> dict[str, int]:
+def not_fetched(folder: Place) -> dict[str, int]:
     """Return how many pictures the statistics in a folder count as not fetched, by reason."""
     counts: Counter[str] = Counter()
     for place, names in walk(folder):
@@ -32,12 +32,12 @@ def not_fetched(folder: Path) -> dict[str, int]:
     return {reason: count for reason, count in counts.items() if count}
 
 
-def num_fetched(path: Path) -> int | None:
+def num_fetched(path: Place) -> int | None:
     """Return how many samples a tar had when it was written; None if that is not known."""
     return _statistics(path.with_name(path.name.partition(".")[0] + _STATISTICS)).get("successes")
 
 
-def _statistics(path: Path) -> dict[str, int]:
+def _statistics(path: Place) -> dict[str, int]:
     """Return the counts of one shard; none of a file that is not one of img2dataset's."""
     try:
         with path.open("rb") as stream:

@@ -8,15 +8,14 @@ import csv
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, BinaryIO
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from paris_ray.artifacts import sha256_hex
 from paris_ray.corpora.parquet import READ_ERRORS, batches_of
 from paris_ray.corpora.paths import file_versions
+from paris_ray.corpora.places import Place, open_parquet
 from paris_ray.errors import CorpusError
 
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
@@ -41,7 +40,7 @@ class Entry:
     problem: str = ""
 
 
-def read_entries(path: Path, start: int = 0, first: int = 1) -> Iterator[Entry]:
+def read_entries(path: Place, start: int = 0, first: int = 1) -> Iterator[Entry]:
     """Yield the rows of a table from a place on; blank lines are none.
 
     Args:
@@ -55,7 +54,7 @@ def read_entries(path: Path, start: int = 0, first: int = 1) -> Iterator[Entry]:
     return _READERS[path.suffix](path, start, first)
 
 
-def entries_version(path: Path, start: int, stop: int) -> str:
+def entries_version(path: Place, start: int, stop: int) -> str:
     """Return a digest of a piece of a table; of one with a header or pages, of the file's time."""
     if path.suffix != ".jsonl":
         return file_versions([path])
@@ -64,7 +63,7 @@ def entries_version(path: Path, start: int, stop: int) -> str:
         return sha256_hex(stream.read(stop - start))
 
 
-def _json_entries(path: Path, start: int, first: int) -> Iterator[Entry]:
+def _json_entries(path: Place, start: int, first: int) -> Iterator[Entry]:
     with path.open("rb") as stream:
         for line, number, end in _Lines(path, stream).lines_from(start, first):
             if not line.isspace():
@@ -84,7 +83,7 @@ def _json_entry(line: bytes, number: int, end: int) -> Entry:
 class _Lines:
     """The lines of a text file, and how far it has been read."""
 
-    def __init__(self, path: Path, stream: BinaryIO) -> None:
+    def __init__(self, path: Place, stream: BinaryIO) -> None:
         self.stream, self.end, self.number = stream, 0, 0
         if stream.read(2) in _UTF_16:
             raise CorpusError(f"{path} is UTF-16: save it as UTF-8")
@@ -105,7 +104,7 @@ class _Lines:
             yield line.decode("utf-8-sig", "surrogateescape")
 
 
-def _csv_entries(path: Path, start: int, first: int) -> Iterator[Entry]:
+def _csv_entries(path: Place, start: int, first: int) -> Iterator[Entry]:
     with path.open("rb") as stream:
         lines = _Lines(path, stream)
         header = _csv_record(csv.reader(lines.texts_from(0, 1)))
@@ -135,9 +134,9 @@ def _csv_entry(header: list[str], record: list[str] | str, number: int, end: int
     return Entry(number, end, dict(zip(header, record, strict=True)))
 
 
-def _parquet_entries(path: Path, start: int, first: int) -> Iterator[Entry]:
+def _parquet_entries(path: Place, start: int, first: int) -> Iterator[Entry]:
     try:
-        with pq.ParquetFile(path) as file:
+        with open_parquet(path) as file:
             names = [f.name for f in file.schema_arrow if not _is_binary(f.type)]
             for batch in batches_of(file, start, file.metadata.num_rows, names):
                 for fields in batch.to_pylist():
@@ -151,7 +150,7 @@ def _is_binary(kind: pa.DataType) -> bool:
     return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
 
 
-_READERS: Mapping[str, Callable[[Path, int, int], Iterator[Entry]]] = {
+_READERS: Mapping[str, Callable[[Place, int, int], Iterator[Entry]]] = {
     ".jsonl": _json_entries,
     ".csv": _csv_entries,
     ".parquet": _parquet_entries,

@@ -5,6 +5,7 @@ make people half of the corpus.
 """
 
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 from paris_ray.config import CorpusConfig
@@ -56,9 +57,9 @@ class OpenMoji:
         starts = range(0, total, size)
         return [Shard(i, "openmoji", s, min(s + size, total)) for i, s in enumerate(starts)]
 
-    def keys(self, shard: Shard) -> list[str]:
-        """Return the file stems of a shard, for example `1F63A`."""
-        return list(self._captions)[shard.start : shard.stop]
+    def keys(self, shard: Shard) -> Iterator[str]:
+        """Yield the file stems of a shard, for example `1F63A`."""
+        return islice(self._captions, shard.start, shard.stop)
 
     def read(self, shard: Shard) -> Iterator[RawRow]:
         """Yield each picture, rendered at twice the corpus's size over white."""

@@ -1,11 +1,12 @@
 """Parquet files with pictures and captions in columns, as Hugging Face data sets are published."""
 
+import math
 import re
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -16,12 +17,15 @@ from paris_ray.corpora.columns import CAPTION_COLUMNS, IMAGE_COLUMNS, choose_col
 from paris_ray.corpora.img2dataset import SUCCESS, status_column
 from paris_ray.corpora.labels import label_columns, text_columns
 from paris_ray.corpora.paths import corpus_path, file_versions, list_files, place_of
+from paris_ray.corpora.places import Place, open_parquet, place
 from paris_ray.corpora.rows import RawRow, Shard
 from paris_ray.errors import CorpusError
 
 # What pyarrow raises for damaged files; damaged column names are not UTF-8.
 READ_ERRORS = (pa.ArrowException, OSError, UnicodeDecodeError)
 _NUMBERED_CAPTION = re.compile(r"caption_?\d+")  # one of several captions of a row
+_MAX_SLICES = 32  # of a file: whoever plans the work keeps them all in mind
+_FOOTERS_AT_ONCE = 16  # a store that is far away answers each in its own time
 _ROWS_AT_ONCE = 16  # whole pictures: a batch should not outgrow memory
 
 
@@ -47,7 +51,7 @@ class Parquet:
         self._path = corpus_path(config)
 
     def shards(self) -> list[Shard]:
-        """Return slices of files.
+        """Return slices of files, of `rows_per_shard` rows or, of a long file, a multiple of them.
 
         A file that is not readable Parquet counts with as many rows, which all are bad, as the
         file with the most rows has: what it held cannot be known.
@@ -55,25 +59,28 @@ class Parquet:
         Raises:
             CorpusError: if no file has readable rows, or one lacks a column.
         """
-        counts = {path: self._count_rows(path) for path in list_files(self._config, [".parquet"])}
+        paths = list_files(self._config, [".parquet"])
+        with ThreadPoolExecutor(_FOOTERS_AT_ONCE) as pool:
+            counts = dict(zip(paths, pool.map(self._count_rows, paths), strict=True))
         most = max(count or 0 for count in counts.values())
         if most == 0:
             raise CorpusError(f"corpus.path={str(self._path)!r} holds no readable Parquet rows")
         shards: list[Shard] = []
-        size, left = self._config.rows_per_shard, self._config.limit or sys.maxsize
+        left, rows_per_shard = self._config.limit or sys.maxsize, self._config.rows_per_shard
         for path, count in counts.items():
             stop = min(most if count is None else count, left)
             left -= stop
+            size = rows_per_shard * max(1, math.ceil(stop / (_MAX_SLICES * rows_per_shard)))
             for row in range(0, stop, size):
                 shards.append(Shard(len(shards), str(path), row, min(row + size, stop)))
         return shards
 
-    def keys(self, shard: Shard) -> list[str]:
-        """Return the keys of a shard, from the `key` column or the positions of its rows."""
-        name = place_of(self._path, Path(shard.source))
+    def keys(self, shard: Shard) -> Iterator[str]:
+        """Yield the keys of a shard, from the `key` column or the positions of its rows."""
+        name = place_of(self._path, place(shard.source))
         keys = {row: f"{name}:{row}" for row in range(shard.start, shard.stop)}
         # Where the file is damaged, reading the pictures fails too, and says so row by row.
-        with suppress(*READ_ERRORS), pq.ParquetFile(shard.source) as file:
+        with suppress(*READ_ERRORS), open_parquet(place(shard.source)) as file:
             status = status_column(file.schema_arrow.names)
             columns = [c for c in ("key", status) if c and c in file.schema_arrow.names]
             for row, values in _records(file, shard, columns):
@@ -82,16 +89,16 @@ class Parquet:
                     del keys[row]
                 elif key is not None:
                     keys[row] = f"{name}/{key}"
-        return list(keys.values())
+        return iter(keys.values())
 
     def read(self, shard: Shard) -> Iterator[RawRow]:
         """Yield the rows of a slice; from where it cannot be read on, every row says so."""
-        remaining = iter(self.keys(shard))
+        remaining = self.keys(shard)
         problem = "the file was not readable when the corpus was listed"
         try:
-            with pq.ParquetFile(shard.source) as file:
+            with open_parquet(place(shard.source)) as file:
                 names = file.schema_arrow.names
-                image, captions = self._columns(Path(shard.source), file.schema_arrow)
+                image, captions = self._columns(place(shard.source), file.schema_arrow)
                 labels = [name for name in label_columns(self._config) if name in names]
                 status = status_column(names)
                 wanted = filter(None, dict.fromkeys([image, *captions, *labels, status]))
@@ -105,32 +112,32 @@ class Parquet:
 
     def version(self, shard: Shard) -> str:
         """Return a digest of the file's size and time."""
-        return file_versions([Path(shard.source)])
+        return file_versions([place(shard.source)])
 
     def not_fetched(self) -> dict[str, int]:
         """Return how many rows img2dataset wrote of pictures that it could not fetch, by reason."""
         counts: Counter[str] = Counter()
         for path in list_files(self._config, [".parquet"]):
-            with suppress(*READ_ERRORS), pq.ParquetFile(path) as file:
+            with suppress(*READ_ERRORS), open_parquet(path) as file:
                 status = status_column(file.schema_arrow.names)
                 for batch in file.iter_batches(columns=[status]) if status else ():
                     counts.update(map(str, batch.column(status).to_pylist()))
         return {reason: count for reason, count in sorted(counts.items()) if reason != SUCCESS}
 
-    def _count_rows(self, path: Path) -> int | None:
+    def _count_rows(self, path: Place) -> int | None:
         """Return a file's number of rows, None if it is not readable Parquet.
 
         Raises:
             CorpusError: if it is readable but lacks a column.
         """
         try:
-            with pq.ParquetFile(path) as file:
+            with open_parquet(path) as file:
                 self._columns(path, file.schema_arrow)
                 return int(file.metadata.num_rows)
         except READ_ERRORS:
             return None
 
-    def _columns(self, path: Path, schema: pa.Schema) -> tuple[str, list[str]]:
+    def _columns(self, path: Place, schema: pa.Schema) -> tuple[str, list[str]]:
         """Return the columns of pictures and of captions.
 
         Raises:

@@ -7,9 +7,12 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path, PurePath
+from fnmatch import fnmatchcase
+from itertools import product
+from pathlib import Path, PurePath, PurePosixPath
 
 from paris_ray.config import CorpusConfig
+from paris_ray.corpora.places import Place, RemotePath, place
 from paris_ray.errors import CorpusError
 
 logger = logging.getLogger("paris_ray")
@@ -21,52 +24,138 @@ SPLITS = {
     "test": ("test", "testing", "eval", "evaluation"),
 }
 ALL_SPLITS = "all"
+_SPECIAL = re.compile(r"[*?\[{]")
+_WILDCARD = re.compile(r"[*?\[]")
+_BRACES = re.compile(r"\{([^{}]*)\}")
+_NUMBERS = re.compile(r"(\d+)\.\.(\d+)")
 COPY_LINKS = "copy the pictures themselves there (cp -rL, hf download --local-dir)"
 
 
-def corpus_path(config: CorpusConfig) -> Path:
+def corpus_path(config: CorpusConfig) -> Place:
     """Return `corpus.path` in the form that means the same in every process.
 
-    Links stay as they are: a file of a hub's cache has its name from the link alone.
+    Of a pattern it is the folder before the first part with `*`, `?`, `[...]` or `{...}`. Links
+    stay as they are: a file of a hub's cache has its name from the link alone.
 
     Raises:
-        CorpusError: if it is not set or does not exist.
+        CorpusError: if it is not set, does not exist or cannot be looked up.
     """
+    root, _ = _root_and_patterns(config)
+    return root
+
+
+def _root_and_patterns(config: CorpusConfig) -> tuple[Place, list[PurePosixPath]]:
+    """Return what `corpus.path` names, or the folder in which its patterns are looked for."""
     if config.path is None:
         raise CorpusError(f"corpus.path is null; corpus.kind={config.kind!r} needs a path")
-    path = Path(config.path).expanduser().absolute()
-    if not path.exists():
-        raise CorpusError(f"corpus.path={config.path!r} does not exist ({path})")
-    return path
+    path = place(config.path)
+    if isinstance(path, Path):
+        path = path.expanduser().absolute()
+    try:
+        if path.exists():
+            return path, []
+        root, pattern = _cut(path)
+        if pattern is not None and root.exists():
+            return root, [PurePosixPath(each) for each in _alternatives(pattern)]
+    except OSError as error:
+        raise CorpusError(f"corpus.path={config.path!r} cannot be looked up: {error}") from None
+    raise CorpusError(f"corpus.path={config.path!r} does not exist ({path})")
 
 
-def place_of(root: Path, path: Path) -> str:
+def _cut(path: Place) -> tuple[Place, str | None]:
+    """Return the folder before the first part of a path that is a pattern, and the rest."""
+    if isinstance(path, Path):
+        parts = path.parts
+        first = next((i for i, part in enumerate(parts) if _SPECIAL.search(part)), None)
+        return (path, None) if first is None else (Path(*parts[:first]), "/".join(parts[first:]))
+    base, _, options = path.uri.partition("?")
+    found = _SPECIAL.search(base)
+    if found is None:
+        return path, None
+    end = base.rindex("/", 0, found.start())
+    return RemotePath(base[:end] + (options and f"?{options}")), base[end + 1 :]
+
+
+def _alternatives(pattern: str) -> list[str]:
+    """Return what braces stand for: `{a,b}` each of these, `{000..099}` each number so written."""
+    parts = _BRACES.split(pattern)
+    choices = [[text] if i % 2 == 0 else _choices(text) for i, text in enumerate(parts)]
+    return ["".join(chosen) for chosen in product(*choices)]
+
+
+def _choices(inside: str) -> list[str]:
+    numbers = _NUMBERS.fullmatch(inside)
+    if numbers is None:
+        return inside.split(",")
+    first, last = numbers.groups()
+    return [f"{number:0{len(first)}d}" for number in range(int(first), int(last) + 1)]
+
+
+def place_of(root: Place, path: Place) -> str:
     """Return the name of one of a corpus's files: its path from `corpus.path`, or its own name."""
-    return path.name if path == root else path.relative_to(root).as_posix()
+    return path.name if path == root else _inner(root, path).as_posix()
 
 
-def list_files(config: CorpusConfig, suffixes: Sequence[str]) -> list[Path]:
+def _inner(root: Place, path: Place) -> PurePath:
+    return path.relative_to(root)  # type: ignore[arg-type]  # both are here, or in one store
+
+
+def list_files(config: CorpusConfig, suffixes: Sequence[str]) -> list[Place]:
     """Return the file at `corpus.path`, or those in its folders, of the wanted split, by name.
 
     Raises:
         CorpusError: if there are none, or there is no telling which split is meant.
     """
-    path = corpus_path(config)
-    if path.is_file():
+    path, patterns = _root_and_patterns(config)
+    if not patterns and path.is_file():
         return [path]
+    if patterns and not any(_WILDCARD.search(str(pattern)) for pattern in patterns):
+        files = [path / str(name) for name in patterns]  # a web server tells no list of its files
+        if all(name.name.endswith(tuple(suffixes)) for name in files):
+            return of_split(config, files)
     endings = tuple(suffixes)
-    files = [folder / n for folder, names in walk(path) for n in names if n.endswith(endings)]
+    files = [
+        folder / name
+        for folder, names in folders_of(config)
+        for name in names
+        if name.endswith(endings)
+    ]
     if not files:
         expected = ", ".join(f"*{suffix}" for suffix in suffixes)
-        raise CorpusError(f"corpus.path={str(path)!r} holds no files {expected}")
+        raise CorpusError(f"corpus.path={config.path!r} holds no files {expected}")
     return of_split(config, files)
 
 
-def walk(path: Path) -> Iterator[tuple[Path, list[str]]]:
+def folders_of(config: CorpusConfig) -> Iterator[tuple[Place, list[str]]]:
+    """Yield every folder of a corpus, sorted, and the names of its files, sorted."""
+    root, patterns = _root_and_patterns(config)
+    for folder, names in walk(root):
+        if patterns:
+            inner = PurePosixPath(_inner(root, folder))
+            names = [name for name in names if any(_matches(inner / name, p) for p in patterns)]
+        yield folder, names
+
+
+def _matches(path: PurePosixPath, pattern: PurePosixPath) -> bool:
+    """Return whether a pattern names a file, or a folder that it is in."""
+    pairs = zip(path.parts, pattern.parts, strict=False)
+    return len(path.parts) >= len(pattern.parts) and all(fnmatchcase(*pair) for pair in pairs)
+
+
+def walk(path: Place) -> Iterator[tuple[Place, list[str]]]:
     """Yield every folder from `path` down, sorted, and the names of its files, sorted.
 
     What is hidden is left out, and links to folders outside, with a warning.
     """
+    if isinstance(path, Path):
+        yield from _walk_here(path)
+        return
+    for folder, names in path.walk():
+        if not any(part.startswith(".") for part in folder.relative_to(path).parts):
+            yield folder, [name for name in names if not name.startswith(".")]
+
+
+def _walk_here(path: Path) -> Iterator[tuple[Path, list[str]]]:
     seen = set()
     for name, folders, files in os.walk(path, followlinks=True):
         folder = Path(name)
@@ -83,7 +172,17 @@ def walk(path: Path) -> Iterator[tuple[Path, list[str]]]:
         yield folder, sorted(n for n in files if not n.startswith("."))
 
 
-def of_split(config: CorpusConfig, paths: Sequence[Path], *, by_folder: bool = False) -> list[Path]:
+def names_in(folder: Place) -> list[str]:
+    """Return the names of a folder's own files, sorted, as `walk` tells them."""
+    if isinstance(folder, Path):
+        with os.scandir(folder) as entries:
+            return sorted(e.name for e in entries if not (e.is_dir() or e.name.startswith(".")))
+    return [name for name in folder.names() if not name.startswith(".")]
+
+
+def of_split(
+    config: CorpusConfig, paths: Sequence[Place], *, by_folder: bool = False
+) -> list[Place]:
     """Return those files that are of the split that `corpus.split` names.
 
     Without a name, that is the train split where there is one, and else what is of no split.
@@ -97,7 +196,7 @@ def of_split(config: CorpusConfig, paths: Sequence[Path], *, by_folder: bool = F
         CorpusError: if nothing is of that split, or others are told apart and train is not.
     """
     root, wanted = corpus_path(config), config.split
-    places = [path.relative_to(root) / ("*" if by_folder else "") for path in paths]
+    places = [_inner(root, path) / ("*" if by_folder else "") for path in paths]
     if wanted == ALL_SPLITS:
         return list(paths)
     splits = [_split_of(place) for place in places]
@@ -132,7 +231,7 @@ def _is_of(place: PurePath, split: str | None) -> bool:
     return begin is not None or split.lower() in (folder.lower() for folder in folders)
 
 
-def inside(root: Path, folder: Path, name: str) -> Path:
+def inside(root: Place, folder: Place, name: str) -> Place:
     """Return the file that a corpus names, relative to one of its folders.
 
     If there is none, the same name with slashes for backslashes, and in the other Unicode form, is
@@ -146,7 +245,8 @@ def inside(root: Path, folder: Path, name: str) -> Path:
     for spelling in _spellings(name):
         path = folder / spelling
         if PurePath(spelling).is_absolute() or not _is_within(root, path):
-            link = f", as a link: {COPY_LINKS}" if path.is_symlink() else ""
+            is_link = isinstance(path, Path) and path.is_symlink()
+            link = f", as a link: {COPY_LINKS}" if is_link else ""
             raise ValueError(f"{name!r} leaves the folder {root}{link}")
         if path.is_file():
             return path
@@ -161,15 +261,17 @@ def _spellings(name: str) -> Iterator[str]:
                 yield unicodedata.normalize(unicode_form, form)
 
 
-def _is_within(root: Path, path: Path) -> bool:
+def _is_within(root: Place, path: Place) -> bool:
     """Return whether a path leads into the corpus, or, from a hub's snapshot, to its blobs."""
+    if isinstance(path, RemotePath) or isinstance(root, RemotePath):
+        return path.parts[: len(root.parts)] == root.parts
     real, home = path.resolve(), root.resolve()
     if home.parent.name == "snapshots" and real.is_relative_to(home.parent.parent / "blobs"):
         return True
     return real.is_relative_to(home)
 
 
-def file_versions(paths: Iterable[Path]) -> str:
+def file_versions(paths: Iterable[Place]) -> str:
     """Return a digest of when files were written and how large they are, also of missing ones."""
     digest = hashlib.sha256()
     for path in paths:

@@ -74,8 +74,8 @@ class Corpus(Protocol):
         """
         ...
 
-    def keys(self, shard: Shard) -> list[str]:
-        """Return the key of every row of a shard in order, without reading pictures."""
+    def keys(self, shard: Shard) -> Iterator[str]:
+        """Yield the key of every row of a shard in order, without reading pictures."""
         ...
 
     def read(self, shard: Shard) -> Iterator[RawRow]:

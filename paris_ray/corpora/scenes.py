@@ -219,9 +219,9 @@ class Scenes:
         starts = range(0, total, size)
         return [Shard(i, "scenes", s, min(s + size, total)) for i, s in enumerate(starts)]
 
-    def keys(self, shard: Shard) -> list[str]:
-        """Return the keys of a shard's scenes, for example `cat-purple-yellow-left`."""
-        return [scene.key for scene in self._scenes[shard.start : shard.stop]]
+    def keys(self, shard: Shard) -> Iterator[str]:
+        """Yield the keys of a shard's scenes, for example `cat-purple-yellow-left`."""
+        return (scene.key for scene in self._scenes[shard.start : shard.stop])
 
     def read(self, shard: Shard) -> Iterator[RawRow]:
         """Yield each scene at the corpus's size, with its attributes as columns."""

@@ -3,14 +3,22 @@
 As kohya's scripts, SimpleTuner and OneTrainer have them.
 """
 
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import PurePosixPath
 
 from paris_ray.artifacts import canonical_json, sha256_hex
 from paris_ray.config import CorpusConfig
-from paris_ray.corpora.paths import corpus_path, file_versions, inside, of_split, walk
+from paris_ray.corpora.paths import (
+    corpus_path,
+    file_versions,
+    folders_of,
+    inside,
+    names_in,
+    of_split,
+    place_of,
+)
+from paris_ray.corpora.places import Place, place
 from paris_ray.corpora.rows import RawRow, Shard
 from paris_ray.corpora.samples import TooLargeError, image_extensions, read_sample
 from paris_ray.errors import CorpusError
@@ -47,7 +55,7 @@ class Sidecars:
         Raises:
             CorpusError: if there is no picture.
         """
-        counts = {folder: len(self._pictures(names)) for folder, names in walk(self._root)}
+        counts = {folder: len(self._pictures(names)) for folder, names in folders_of(self._config)}
         folders = [folder for folder, count in counts.items() if count]
         if not folders:
             raise CorpusError(
@@ -64,30 +72,33 @@ class Sidecars:
                 shards.append(Shard(len(shards), str(folder), start, stop))
         return shards
 
-    def keys(self, shard: Shard) -> list[str]:
-        """Return the paths of a shard's pictures."""
-        folder = Path(shard.source)
-        place = folder.relative_to(self._root)
-        pictures = self._pictures(_names(folder))[shard.start : shard.stop]
-        return [(place / name).as_posix() for name in pictures]
+    def keys(self, shard: Shard) -> Iterator[str]:
+        """Yield the paths of a shard's pictures."""
+        folder = place(shard.source)
+        within = self._within(folder)
+        for name in self._pictures(names_in(folder))[shard.start : shard.stop]:
+            yield (within / name).as_posix()
 
     def read(self, shard: Shard) -> Iterator[RawRow]:
         """Yield each picture and its caption."""
-        folder = Path(shard.source)
+        folder = place(shard.source)
         for name, files in self._samples(shard):
             members = {e: _File(self._root, folder, n) for e, n in files.items()}
-            key = (folder.relative_to(self._root) / name).as_posix()
+            key = (self._within(folder) / name).as_posix()
             yield read_sample(key, members, self._config)
 
     def version(self, shard: Shard) -> str:
         """Return a digest of the names, sizes and times of pictures and what is beside them."""
         names = [name for _, files in self._samples(shard) for name in files.values()]
-        versions = file_versions(Path(shard.source) / name for name in names)
+        versions = file_versions(place(shard.source) / name for name in names)
         return sha256_hex(canonical_json([*names, versions]))
+
+    def _within(self, folder: Place) -> PurePosixPath:
+        return PurePosixPath("" if folder == self._root else place_of(self._root, folder))
 
     def _samples(self, shard: Shard) -> Iterator[tuple[str, dict[str, str]]]:
         """Yield the name of each picture, and its and its captions' names by extension."""
-        names = _names(Path(shard.source))
+        names = names_in(place(shard.source))
         beside: dict[str, dict[str, str]] = {}  # names by stem and extension
         for name in names:
             stem, _, extension = name.rpartition(".")
@@ -111,8 +122,8 @@ class Sidecars:
 class _File:
     """A `samples.Member`."""
 
-    root: Path
-    folder: Path
+    root: Place
+    folder: Place
     name: str
 
     def load(self, max_bytes: int) -> bytes:
@@ -120,9 +131,3 @@ class _File:
         if path.stat().st_size > max_bytes:
             raise TooLargeError(path.stat().st_size, max_bytes)
         return path.read_bytes()
-
-
-def _names(folder: Path) -> list[str]:
-    """Return the names of a folder's own files as `walk` does."""
-    with os.scandir(folder) as entries:
-        return sorted(e.name for e in entries if not (e.is_dir() or e.name.startswith(".")))

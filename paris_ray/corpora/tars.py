@@ -11,9 +11,9 @@ import tarfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import IO, cast
 
+from paris_ray.corpora.places import Place
 from paris_ray.corpora.samples import Member, TooLargeError
 
 SUFFIXES = (".tar", ".tar.gz", ".tgz")
@@ -67,13 +67,13 @@ class Tar:
     """An open tar.
 
     Attributes:
-        path: Where it is.
+        size: How many bytes it has.
         stream: Its bytes as they are stored.
         is_gzipped: Whether they are compressed.
     """
 
-    def __init__(self, path: Path, stream: IO[bytes]) -> None:
-        self.path, self.stream = path, stream
+    def __init__(self, path: Place, stream: IO[bytes]) -> None:
+        self.size, self.stream = path.stat().st_size, stream
         self.is_gzipped = stream.read(2) == _GZIP
         stream.seek(0)
 
@@ -112,7 +112,7 @@ class Tar:
     def _file(self, header: tarfile.TarInfo, stream: IO[bytes], is_wanted: bool) -> Member:
         start, size = header.offset_data, header.size
         if not self.is_gzipped:
-            if start + size > self.path.stat().st_size:
+            if start + size > self.size:
                 raise tarfile.ReadError(f"the data of {header.name!r} is cut off")
             return _Stored(stream, start, size)
         if not is_wanted or size > MAX_INFLATED_BYTES:

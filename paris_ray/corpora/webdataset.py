@@ -5,11 +5,11 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import islice
-from pathlib import Path
 
 from paris_ray.config import CorpusConfig
 from paris_ray.corpora.img2dataset import num_fetched
 from paris_ray.corpora.paths import corpus_path, file_versions, list_files, place_of
+from paris_ray.corpora.places import Place, place
 from paris_ray.corpora.rows import RawRow, Shard
 from paris_ray.corpora.samples import Member, read_sample, wanted_extensions
 from paris_ray.corpora.tars import READ_ERRORS, SUFFIXES, Tar
@@ -36,7 +36,7 @@ class _Samples:
         damage: Why there are no more, if that is not the end.
     """
 
-    def __init__(self, path: Path, wanted: Collection[str]) -> None:
+    def __init__(self, path: Place, wanted: Collection[str]) -> None:
         self._path, self._wanted = path, wanted
         self.count, self.position, self.damage = 0, 0, ""
 
@@ -93,37 +93,36 @@ class WebDataset:
         self._path = corpus_path(config)
 
     def shards(self) -> list[Shard]:
-        """Return one shard for each tar that is not empty.
+        """Return one shard for each tar, or for as many of them as `limit` needs.
 
-        Without a limit `stop` is `sys.maxsize`: counting means reading every header of every tar.
+        Without a limit `stop` is `sys.maxsize`: counting means reading every header of every tar,
+        and no more of them are opened than it takes to find a sample.
 
         Raises:
             CorpusError: if there is no readable sample.
         """
-        shards: list[Shard] = []
-        left = self._config.limit
-        readable = False
-        for path in list_files(self._config, SUFFIXES):
-            count = 0
-            for sample in islice(self._samples(path), 1 if left is None else left):
-                count += 1
-                readable |= not sample.damage
-            stop = sys.maxsize if left is None else count
-            left = None if left is None else left - count
-            if count:
-                shards.append(Shard(len(shards), str(path), 0, stop))
-        if not readable:
+        paths = list_files(self._config, SUFFIXES)
+        if not any(True for path in paths for _ in _Samples(path, self._wanted)):
             raise CorpusError(f"corpus.path={str(self._path)!r} holds no readable samples")
+        left = self._config.limit
+        if left is None:
+            return [Shard(i, str(path), 0, sys.maxsize) for i, path in enumerate(paths)]
+        shards: list[Shard] = []
+        for path in paths:
+            count = sum(1 for _ in islice(self._samples(path), left))
+            left -= count
+            if count:
+                shards.append(Shard(len(shards), str(path), 0, count))
         return shards
 
-    def keys(self, shard: Shard) -> list[str]:
-        """Return the tar's name and the paths of its samples, as `__key__` in WebDataset."""
-        samples = self._samples(Path(shard.source))
-        return [sample.key for sample in islice(samples, shard.stop)]
+    def keys(self, shard: Shard) -> Iterator[str]:
+        """Yield the tar's name and the paths of its samples, as `__key__` in WebDataset."""
+        samples = self._samples(place(shard.source))
+        return (sample.key for sample in islice(samples, shard.stop))
 
     def read(self, shard: Shard) -> Iterator[RawRow]:
         """Yield the samples of a tar in order."""
-        for sample in islice(self._samples(Path(shard.source)), shard.stop):
+        for sample in islice(self._samples(place(shard.source)), shard.stop):
             if sample.damage:
                 yield RawRow(sample.key, None, None, "unreadable_shard", sample.damage)
             else:
@@ -131,9 +130,9 @@ class WebDataset:
 
     def version(self, shard: Shard) -> str:
         """Return a digest of the tar's size and time."""
-        return file_versions([Path(shard.source)])
+        return file_versions([place(shard.source)])
 
-    def _samples(self, path: Path) -> Iterator[_Sample]:
+    def _samples(self, path: Place) -> Iterator[_Sample]:
         """Yield the samples of a tar, then those that are lost by damage."""
         name, samples = place_of(self._path, path), _Samples(path, self._wanted)
         for key, members in samples:
@@ -143,7 +142,7 @@ class WebDataset:
             key = f"{name}:lost-{number}" if number else name
             yield _Sample(key, damage=f"one of about {lost} rows after: {samples.damage}")
 
-    def _num_lost(self, path: Path, found: _Samples) -> int:
+    def _num_lost(self, path: Place, found: _Samples) -> int:
         """Return about how many samples a damaged tar has lost.
 
         img2dataset says it; else it is taken for as long as the longest tar of the corpus, and for

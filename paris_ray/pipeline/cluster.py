@@ -10,7 +10,14 @@ import pyarrow as pa
 import ray
 from numpy.typing import NDArray
 
-from paris_ray.artifacts import Folder, Manifest, publish, read_manifest
+from paris_ray.artifacts import (
+    Folder,
+    Manifest,
+    file_digest,
+    hashed_names,
+    publish,
+    read_manifest,
+)
 from paris_ray.bundle import ClusterFacts, write_clusters
 from paris_ray.bundle.clusters import MAX_WORD_LENGTH
 from paris_ray.clustering import Clustering, fit_clustering, random_clusters
@@ -28,6 +35,7 @@ from paris_ray.embeddings import (
     write_part,
 )
 from paris_ray.errors import ConfigError
+from paris_ray.pipeline.file_list import list_files
 from paris_ray.pipeline.stage import Stage
 from paris_ray.reports import count_words, telling_words
 from paris_ray.run import CLUSTERS, EMBEDDINGS, SHARD, Run
@@ -74,10 +82,10 @@ def prepare_clusters(config: Config, embeddings: Manifest) -> Manifest:
     ray.get([split.remote(config, *job) for job in jobs])
     for folder in run.held_out_shards().values():
         folder.write(NULL_TEXT, run.encoders.read(NULL_TEXT))
-    if config.cluster.shared_share:
-        _publish_shard(run, stage.config_digest, run.shared)
     shards = [run.shard(k) for k in range(run.num_experts)]
-    sizes = [_publish_shard(run, stage.config_digest, shard) for shard in shards]
+    parts = [*shards, run.shared] if config.cluster.shared_share else shards
+    published = [_publish_shard(run, stage.config_digest, part) for part in parts]
+    sizes = [manifest.facts["rows"] for manifest in published[: len(shards)]]
     logger.info("cluster: sizes %s", sizes)
     if not all(sizes):
         raise ConfigError(
@@ -85,7 +93,7 @@ def prepare_clusters(config: Config, embeddings: Manifest) -> Manifest:
             "choose fewer"
         )
     ray.get(describe_clusters.options(num_cpus=num_cpus).remote(config, sizes))
-    return stage.publish({"sizes": sizes})
+    return stage.publish({"sizes": sizes}, files=_digests(run.clusters, parts, published))
 
 
 def _groups(folder: Folder, num_rows: int) -> list[list[str]]:
@@ -172,12 +180,28 @@ def _share(run: Run, index: int, table: pa.Table) -> None:
         write_part(run.shared, f"part-{index:06d}.parquet", table.filter(pa.array(chosen)))
 
 
-def _publish_shard(run: Run, config_digest: str, shard: Folder) -> int:
+def _publish_shard(run: Run, config_digest: str, shard: Folder) -> Manifest:
     """Make a shard an artefact of its own, so that an expert needs to read nothing else."""
     shard.write(NULL_TEXT, run.encoders.read(NULL_TEXT))
+    files = list_files(shard)
     rows = sum(num_rows(shard, name) for name in part_names(shard))
-    publish(shard, SHARD, config_digest=config_digest, parents={}, facts={"rows": rows})
-    return rows
+    return publish(
+        shard, SHARD, config_digest=config_digest, parents={}, facts={"rows": rows}, files=files
+    )
+
+
+def _digests(
+    clusters: Folder, parts: Sequence[Folder], published: Sequence[Manifest]
+) -> dict[str, str]:
+    """Return the digests of all in a folder: of a part that is published, that of its manifest."""
+    places = [clusters.place_of(part) for part in parts]
+    beside = [
+        name
+        for name in hashed_names(clusters)
+        if not any(name.startswith(f"{place}/") for place in places)
+    ]
+    digests = {place: manifest.digest for place, manifest in zip(places, published, strict=True)}
+    return digests | {name: file_digest(clusters, name) for name in beside}
 
 
 @ray.remote

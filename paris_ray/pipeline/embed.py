@@ -20,27 +20,33 @@ from paris_ray.config import Config
 from paris_ray.corpora import (
     Shard,
     captions_per_row,
-    find_duplicates,
     held_out_rule,
     not_fetched,
     open_corpus,
 )
-from paris_ray.embeddings import num_rows, part_names, read_table
 from paris_ray.errors import CorpusError
+from paris_ray.pipeline.accounts import (
+    SHARDS_A_TASK,
+    TASK_CPUS,
+    Account,
+    accounts_of,
+    delete_files,
+    files_by_shard,
+    total,
+)
+from paris_ray.pipeline.duplicates import DUPLICATE, drop_duplicates
 from paris_ray.pipeline.embedders import FeatureEmbedder, LatentEmbedder, TextEmbedder
 from paris_ray.pipeline.encoders import SECTIONS
+from paris_ray.pipeline.file_list import list_files
 from paris_ray.pipeline.quarantine import describe_bad_rows, first_bad_row
-from paris_ray.pipeline.shards import QUARANTINED, ShardReader, ShardWriter, shard_of, version_of
+from paris_ray.pipeline.shards import ENDED, QUARANTINED, ShardReader, ShardWriter
 from paris_ray.pipeline.stage import Stage
 from paris_ray.run import EMBEDDINGS, Run
 
 logger = logging.getLogger("paris_ray")
 
-# Small, since readers and writers share a small machine with the encoders' actors; and unlike the
-# encoders' default, else Ray Data would fuse reading into the text encoder's actor.
-TASK_CPUS = 0.3
 PRINT_INTERVAL_S = 5.0
-SHARDS_A_TASK = 64  # whose versions one task tells: a worker takes longer to start than to look
+MAX_BLOCKS = 10_000  # of shards, each of some: Ray Data keeps what it knows of each in one process
 
 
 def prepare_embeddings(config: Config, encoders: Manifest) -> Manifest:
@@ -53,34 +59,38 @@ def prepare_embeddings(config: Config, encoders: Manifest) -> Manifest:
     run = Run(config)
     corpus = open_corpus(config.corpus)
     shards = corpus.shards()
-    keys = {shard.index: corpus.keys(shard) for shard in shards}
-    duplicates = find_duplicates(keys)
     held_out = held_out_rule(config.corpus, corpus, config.seed)
     reader = ShardReader(config, held_out, captions_per_row(config.corpus, corpus))
-    versions = shard_versions(reader, shards, duplicates)
-    stage = Stage(
-        EMBEDDINGS,
-        run.embeddings,
-        config,
-        sections=SECTIONS,
-        parents={"encoders": encoders.digest},
-        inputs=corpus_input(versions),
-    )
+    versions = shard_versions(reader, shards)
+    stage = embedding_stage(config, encoders, versions)
     manifest = stage.finished()
     if manifest is not None:
         return manifest
     stage.begin(run.quarantine)
-    pending = _pending(run, shards, keys, versions)
+    pending = _pending(config, shards, versions)
     if pending:
-        num_pending = sum(len(keys[shard.index]) for shard in pending)
-        _follow(_embedding(config, reader, pending, versions, duplicates), num_pending)
-    counts = count_rows(run, sum(map(len, keys.values())))
+        _follow(_embedding(config, reader, pending, versions), len(pending))
+    drop_duplicates(config, list(versions))
+    counts = count_rows(accounts_of(config, files_by_shard(run)))
     refuse_bad_corpus(config, counts)
     lacking = not_fetched(config.corpus)
     for reason, count in lacking.items():
         logger.info("not in the corpus: %d pictures, %s", count, reason)
     facts = {"not_fetched": lacking} if lacking else {}
-    return stage.publish(counts | facts | {"attribution": corpus.attribution})
+    facts |= counts | {"attribution": corpus.attribution}
+    return stage.publish(facts, files=list_files(run.embeddings))
+
+
+def embedding_stage(config: Config, encoders: Manifest, versions: Mapping[str, str]) -> Stage:
+    """Return the stage as it is for these encoders and versions of shards, by name."""
+    return Stage(
+        EMBEDDINGS,
+        Run(config).embeddings,
+        config,
+        sections=SECTIONS,
+        parents={"encoders": encoders.digest},
+        inputs=corpus_input(versions),
+    )
 
 
 def corpus_input(versions: Mapping[str, str]) -> dict[str, str]:
@@ -88,14 +98,11 @@ def corpus_input(versions: Mapping[str, str]) -> dict[str, str]:
     return {"the corpus": sha256_hex(canonical_json(versions))}
 
 
-def shard_versions(
-    reader: ShardReader, shards: Sequence[Shard], duplicates: Mapping[int, frozenset[int]]
-) -> dict[str, str]:
+def shard_versions(reader: ShardReader, shards: Sequence[Shard]) -> dict[str, str]:
     """Return, by name of the shard, what becomes another text when its rows would.
 
-    That is not what is in its files alone: other shards decide which of its keys are duplicates,
-    of a small corpus the number of rows decides how many are held out, and its first rows how many
-    captions are kept.
+    That is not what is in its files alone: of a small corpus the number of rows decides how many
+    are held out, and its first rows how many captions are kept.
     """
     tasks = [
         file_versions_of.remote(reader.config, shards[first : first + SHARDS_A_TASK])
@@ -104,7 +111,7 @@ def shard_versions(
     of_files = [version for group in ray.get(tasks) for version in group]
     rule = [asdict(reader.held_out), reader.num_captions]
     return {
-        shard.name: sha256_hex(canonical_json([version, sorted(duplicates[shard.index]), *rule]))
+        shard.name: sha256_hex(canonical_json([version, *rule]))
         for shard, version in zip(shards, of_files, strict=True)
     }
 
@@ -116,55 +123,39 @@ def file_versions_of(config: Config, shards: Sequence[Shard]) -> list[str]:
     return [corpus.version(shard) for shard in shards]
 
 
-def _pending(
-    run: Run,
-    shards: Sequence[Shard],
-    keys: Mapping[int, Sequence[str]],
-    versions: Mapping[str, str],
-) -> list[Shard]:
+def _pending(config: Config, shards: Sequence[Shard], versions: Mapping[str, str]) -> list[Shard]:
     """Return the shards that an earlier run did not account for row by row, as they are now.
 
     What it left of them is deleted: the next run may cut them into files elsewhere. So is what it
-    left of shards that are gone.
+    left of shards that are gone. Where anything changed, shards of which rows were set aside are
+    encoded again, too: what those rows repeated may be gone.
     """
-    found: Counter[str] = Counter()
-    folders = (run.embeddings, run.held_out, run.quarantine)
-    for folder in folders:
-        for name in part_names(folder):
-            found[shard_of(name)] += num_rows(folder, name)
-    read_to_the_end = {
-        shard_of(name): version_of(run.quarantine, name) for name in part_names(run.quarantine)
+    run = Run(config)
+    found = files_by_shard(run)
+    kept = {
+        name: account
+        for name, account in accounts_of(config, found).items()
+        if account is not None and account.version == versions.get(name)
     }
-    pending = [
-        shard
-        for shard in shards
-        if read_to_the_end.get(shard.name) != versions[shard.name]
-        or found[shard.name] != len(keys[shard.index])
-    ]
-    kept = versions.keys() - {shard.name for shard in pending}
-    for folder in folders:
-        for name in part_names(folder):
-            if shard_of(name) not in kept:
-                folder.delete(name)
+    if len(kept) < max(len(versions), len(found)):
+        kept = {name: a for name, a in kept.items() if DUPLICATE not in a.quarantined}
+    for name in found.keys() - kept.keys():
+        delete_files(run, found[name])
     if found:
         gone = len(found.keys() - versions.keys())
         logger.info("embed: of %d shards %d are kept, %d gone", len(shards), len(kept), gone)
-    return pending
+    return [shard for shard in shards if shard.name not in kept]
 
 
 def _embedding(
-    config: Config,
-    reader: ShardReader,
-    shards: Sequence[Shard],
-    versions: Mapping[str, str],
-    duplicates: Mapping[int, frozenset[int]],
+    config: Config, reader: ShardReader, shards: Sequence[Shard], versions: Mapping[str, str]
 ) -> ray.data.Dataset:
     """Return the Ray Data pipeline over some shards; it runs when it is iterated."""
-    items = [shard_item(shard, versions, duplicates) for shard in shards]
+    items = [asdict(shard) | {"version": versions[shard.name]} for shard in shards]
     quiet_ray_data()
-    dataset = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
-        reader, batch_size=1, num_cpus=TASK_CPUS
-    )
+    dataset = ray.data.from_items(
+        items, override_num_blocks=min(len(items), MAX_BLOCKS)
+    ).map_batches(reader, batch_size=1, num_cpus=TASK_CPUS)
     for encoder, pool in (
         (TextEmbedder, config.text.pool),
         (FeatureEmbedder, config.features.pool),
@@ -181,14 +172,6 @@ def _embedding(
     return dataset.map_batches(ShardWriter(config), batch_size=None, num_cpus=TASK_CPUS)
 
 
-def shard_item(
-    shard: Shard, versions: Mapping[str, str], duplicates: Mapping[int, frozenset[int]]
-) -> dict[str, Any]:
-    """Return what a `ShardReader` is given of a shard."""
-    more = {"version": versions[shard.name], "duplicates": sorted(duplicates[shard.index])}
-    return asdict(shard) | more
-
-
 def quiet_ray_data() -> None:
     """Leave the terminal to our own progress lines, and errors to who reports them."""
     context = DataContext.get_current()
@@ -201,7 +184,7 @@ def quiet_ray_data() -> None:
         logging.getLogger(f"ray.data.{name}").setLevel(logging.CRITICAL)
 
 
-def _follow(dataset: ray.data.Dataset, num_keys: int) -> None:
+def _follow(dataset: ray.data.Dataset, num_shards: int) -> None:
     """Run the pipeline and print how far it is."""
     started = printed_at = time.monotonic()
     counts: Counter[str] = Counter()
@@ -210,51 +193,49 @@ def _follow(dataset: ray.data.Dataset, num_keys: int) -> None:
         now = time.monotonic()
         if now - printed_at > PRINT_INTERVAL_S:
             printed_at = now
-            logger.info("embed: %s", progress_line(counts, num_keys, now - started))
+            logger.info("embed: %s", progress_line(counts, num_shards, now - started))
 
 
-def progress_line(counts: Counter[str], num_keys: int, seconds: float) -> str:
-    """Return how far encoding is.
+def progress_line(counts: Counter[str], num_shards: int, seconds: float) -> str:
+    """Return how far encoding is; when it ends is told by the first shard that did.
 
     Args:
         counts: What became of the rows so far, at least of one: what `ShardWriter` returns, summed.
-        num_keys: How many rows there are.
+        num_shards: How many shards there are.
         seconds: How long it took.
     """
-    done = counts.total()
-    rate = done / seconds
+    ended = counts[ENDED]
+    done = counts.total() - ended
+    eta = f", ETA {(num_shards - ended) * seconds / ended:.0f} s" if ended else ""
     return (
-        f"{done}/{num_keys} rows, {rate:.0f} rows/s, ETA {(num_keys - done) / rate:.0f} s; "
+        f"{ended}/{num_shards} shards, {done} rows, {done / seconds:.0f} rows/s{eta}; "
         f"{counts['good']} good, {counts['held_out']} held out, {counts[QUARANTINED]} quarantined"
     )
 
 
-def count_rows(run: Run, num_keys: int) -> dict[str, Any]:
+def count_rows(accounts: Mapping[str, Account | None]) -> dict[str, Any]:
     """Count what became of every row, good ones and bad ones by reason.
 
     Raises:
-        CorpusError: if one is unaccounted for.
+        CorpusError: if some of a shard are unaccounted for.
     """
-    reasons: Counter[str] = Counter()
-    if part_names(run.quarantine):
-        reasons.update(read_table(run.quarantine, ["reason"])["reason"].to_pylist())
-    good, held_out = (
-        sum(num_rows(folder, name) for name in part_names(folder))
-        for folder in (run.embeddings, run.held_out)
-    )
-    read = good + held_out + reasons.total()
-    if read != num_keys:
+    lost = [name for name, account in accounts.items() if account is None]
+    if lost:
         raise CorpusError(
-            f"{num_keys} rows were listed but {read} were read: the corpus "
-            "changed meanwhile; run again"
+            f"{len(lost)} of {len(accounts)} shards were not written as they were read, such as "
+            f"{lost[0]}: run again"
         )
-    for reason, count in sorted(reasons.items()):
+    counts = total(filter(None, accounts.values()))
+    for reason, count in counts.quarantined.items():
         logger.warning("quarantined: %d rows, %s", count, reason)
     logger.info(
-        "embed: %d rows for training, %d held out, %d quarantined", good, held_out, reasons.total()
+        "embed: %d rows for training, %d held out, %d quarantined",
+        counts.good,
+        counts.held_out,
+        sum(counts.quarantined.values()),
     )
-    quarantined = dict(sorted(reasons.items()))
-    return {"rows": good, "held_out": held_out, "quarantined": quarantined}
+    quarantined = dict(counts.quarantined)
+    return {"rows": counts.good, "held_out": counts.held_out, "quarantined": quarantined}
 
 
 def refuse_bad_corpus(config: Config, counts: Mapping[str, Any]) -> None:

@@ -37,6 +37,7 @@ from paris_ray.seeding import derive_seed, numpy_generator
 PREPARED = ("corpus", "text", "features", "codec")  # what decides encoders and embeddings
 SECTIONS = ("seed", *PREPARED)
 MAX_SHARDS_SAMPLED = 32  # to fit codec and encoder to, unless they have too few rows
+MAX_GAP = 4  # between rows of a shard: the pictures between them are read, too
 
 
 def prepare_encoders(config: Config) -> Manifest:
@@ -129,8 +130,9 @@ def _images(rows: list[DecodedRow]) -> NDArray[np.uint8]:
 def sample_rows(config: Config) -> list[DecodedRow]:
     """Return the pictures that something is fitted to, from all over the corpus: none held out.
 
-    Shards are taken in a random order, of each a share of its rows with equal gaps, until there are
-    `features.max_images`; the rows come in corpus order. The embedding pass counts the bad ones.
+    Shards are taken in a random order, of each a share of its rows with equal gaps of at most
+    `MAX_GAP`, until there are `features.max_images`; the rows come in corpus order. The embedding
+    pass counts the bad ones.
 
     Raises:
         CorpusError: if there is none, or `corpus.held_out_key` names no group.
@@ -157,7 +159,7 @@ def sample_rows(config: Config) -> list[DecodedRow]:
 
 def _spread_rows(corpus: Corpus, shard: Shard, held_out: HeldOut, most: int) -> Iterator[RawRow]:
     """Yield rows of a shard that have equal gaps; without the bad ones, `most` are wanted."""
-    gap = max(1, len(corpus.keys(shard)) // most)
+    gap = max(1, sum(1 for _ in islice(corpus.keys(shard), MAX_GAP * most)) // most)
     return islice((row for row in corpus.read(shard) if not held_out.holds(row)), 0, None, gap)
 
 

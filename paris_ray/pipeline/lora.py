@@ -4,7 +4,6 @@ The output is a folder that the `peft` library loads, and beside that a run fold
 `embeddings/` and `quarantine/` hold what became of the pictures. The bundle is only read.
 """
 
-import hashlib
 import json
 import logging
 from collections.abc import Mapping
@@ -23,6 +22,7 @@ from paris_ray.artifacts import (
     VerifiedFolder,
     absolute_uri,
     canonical_json,
+    file_digest,
     sha256_hex,
 )
 from paris_ray.bundle import Bundle, load_bundle
@@ -135,13 +135,8 @@ def _digest(part: VerifiedFolder) -> str:
     """Return the digest of a part's files, taken now where nobody published any."""
     digests = part.digests
     if digests is None:
-        digests = {name: _file_digest(part.folder, name) for name in part.folder.files()}
+        digests = {name: file_digest(part.folder, name) for name in part.folder.files()}
     return sha256_hex(canonical_json(dict(digests)))
-
-
-def _file_digest(folder: Folder, name: str) -> str:
-    with folder.open(name) as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @ray.remote

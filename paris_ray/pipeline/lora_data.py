@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from paris_ray.artifacts import Manifest
 from paris_ray.bundle import Bundle
 from paris_ray.config import Config
-from paris_ray.corpora import captions_per_row, find_duplicates, held_out_rule, open_corpus
+from paris_ray.corpora import captions_per_row, held_out_rule, open_corpus
 from paris_ray.embeddings import (
     LATENTS,
     LATENTS_FLIPPED,
@@ -19,6 +19,8 @@ from paris_ray.embeddings import (
     write_null_text,
 )
 from paris_ray.encoders.clip import ClipText
+from paris_ray.pipeline.accounts import account_of, files_by_shard
+from paris_ray.pipeline.duplicates import drop_few_duplicates
 from paris_ray.pipeline.embed import count_rows, refuse_bad_corpus
 from paris_ray.pipeline.shards import Batch, ShardReader, ShardWriter, caption_variants
 from paris_ray.pipeline.stage import Stage
@@ -48,19 +50,19 @@ def embed_pictures(setup: Config, bundle: Bundle, parents: Mapping[str, str]) ->
     stage.begin()
     corpus = open_corpus(setup.corpus)
     shards = corpus.shards()
-    keys = {shard.index: corpus.keys(shard) for shard in shards}
-    duplicates = find_duplicates(keys)
     held_out = held_out_rule(setup.corpus, corpus, setup.seed)
     num_captions = captions_per_row(setup.corpus, corpus)
     read, write = ShardReader(setup, held_out, num_captions), ShardWriter(setup)
     for shard in shards:
         # Where pictures changed, the adapter's folder is refused: there is nothing to tell apart.
-        item = asdict(shard) | {"version": "", "duplicates": sorted(duplicates[shard.index])}
+        item = asdict(shard) | {"version": ""}
         for batch in read({name: np.array([value]) for name, value in item.items()}):
             text, latents = _text(batch, setup, bundle), _latents(batch, setup, bundle)
             write(batch | text | latents)
     write_null_text(run.embeddings, _encode_captions(bundle, [""])[0])
-    counts = count_rows(run, sum(map(len, keys.values())))
+    drop_few_duplicates(run, [shard.name for shard in shards])
+    files = files_by_shard(run)
+    counts = count_rows({name: account_of(run, files[name]) for name in files})
     refuse_bad_corpus(setup, counts)
     return stage.publish(counts | {"attribution": corpus.attribution})
 

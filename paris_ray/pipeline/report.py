@@ -18,8 +18,8 @@ from paris_ray.config import Config
 from paris_ray.corpora import QuarantinedRow
 from paris_ray.embeddings import part_names, read_parts, tensor_column
 from paris_ray.errors import CorpusError
+from paris_ray.pipeline.accounts import shard_of
 from paris_ray.pipeline.cluster import FEATURE_COLUMNS, unit_length
-from paris_ray.pipeline.shards import shard_of
 from paris_ray.run import CLUSTERS, EMBEDDINGS, Run
 from paris_ray.survey.listing import Listing, list_corpus
 from paris_ray.survey.prepared import (

@@ -4,6 +4,7 @@ This module imports nothing heavy: its classes run in plain tasks, whose workers
 an import of torch would take longer than their work.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import cycle, islice
@@ -11,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -28,15 +28,15 @@ from paris_ray.embeddings import (
     to_table,
     write_part,
 )
+from paris_ray.pipeline.accounts import Account, count_reasons, part_name, write_account
 from paris_ray.reports import png_bytes, thumbnail
 from paris_ray.run import Run
 
 Batch = dict[str, NDArray[Any]]
 
-VERSION = b"version"  # in the metadata of a quarantine file
-# Column of the bad rows that a shard had since the block before, which only progress is told of:
-# those after its last block are missing there.
-QUARANTINED = "quarantined"
+# Columns which only progress is told of: the bad rows that a shard had since the block before, and
+# whether this block is its last; a shard without a good row has none.
+QUARANTINED, ENDED = "quarantined", "ended"
 # Of text a batch has one of the two; mirrored latents only if training wants them.
 TENSORS = (LATENTS, LATENTS_FLIPPED, "features", TEXT_EMBEDDING, TOKEN_IDS)
 CAPTION = "caption"
@@ -48,26 +48,6 @@ def caption_variants(batch: Batch, templates: Sequence[str]) -> list[str]:
     names = [name for name in batch if name == CAPTION or name.startswith(OTHER_CAPTION)]
     rows = zip(*(batch[name] for name in names), strict=True)
     return [t.replace("{}", str(c)) for row in rows for c in row for t in templates]
-
-
-def part_name(shard: str, first_row: int) -> str:
-    """Return the name of a file with rows of a corpus shard, good or quarantined ones.
-
-    It stays the same when other sources come to the corpus. Names sort in the order of a source.
-    """
-    return f"part-{shard}-{first_row:08d}.parquet"
-
-
-def shard_of(name: str) -> str:
-    """Return the name of the corpus shard whose rows a file holds."""
-    return name.removeprefix("part-").rpartition("-")[0]
-
-
-def version_of(folder: Folder, name: str) -> str:
-    """Return which version of its shard a file of `quarantine/` was written of."""
-    with folder.open(name) as file:
-        metadata = pq.read_schema(file).metadata or {}
-    return str(metadata.get(VERSION, b"").decode())
 
 
 @dataclass(slots=True)
@@ -96,8 +76,7 @@ class ShardReader:
     def __call__(self, batch: Batch) -> Iterator[Batch]:
         """Yield the good rows of the one shard that `batch` describes, some at a time.
 
-        The quarantine file comes last, also when there is nothing to put into it: a shard with one
-        has been read to its end.
+        Its account comes last: a shard that has one has been read to its end.
         """
         shard = Shard(
             index=int(batch["index"][0]),
@@ -106,38 +85,32 @@ class ShardReader:
             stop=int(batch["stop"][0]),
             first=int(batch["first"][0]),
         )
-        duplicates = set(np.asarray(batch["duplicates"][0]).tolist())
         bad: list[QuarantinedRow] = []
-        told = 0
-        for block in self._good_rows(shard, duplicates, bad):
-            yield block | {QUARANTINED: _first(len(bad) - told, len(block["row"]))}
+        told, counts = 0, Counter[bool]()
+        for block, is_last in _with_last(self._good_rows(shard, bad)):
+            count = len(block["row"])
+            counts[bool(block["held_out"][0])] += count
+            yield block | {
+                QUARANTINED: _first(len(bad) - told, count),
+                ENDED: _first(int(is_last), count),
+            }
             told = len(bad)
-        _write_quarantine(Run(self.config).quarantine, shard, str(batch["version"][0]), bad)
+        account = Account(str(batch["version"][0]), counts[False], counts[True], count_reasons(bad))
+        write_account(Run(self.config).quarantine, shard.name, account, bad)
 
-    def _good_rows(
-        self, shard: Shard, duplicates: set[int], bad: list[QuarantinedRow]
-    ) -> Iterator[Batch]:
+    def _good_rows(self, shard: Shard, bad: list[QuarantinedRow]) -> Iterator[Batch]:
         """Yield the good rows, some at a time, and append the bad ones to `bad`."""
         blocks = [_Block(shard, held_out) for held_out in (False, True)]
-        for row, held_out in self._decode(shard, duplicates):
+        for raw in open_corpus(self.config.corpus).read(shard):
+            row = decode_row(raw, self.config.corpus)
             if isinstance(row, QuarantinedRow):
                 bad.append(row)
                 continue
-            blocks[held_out].rows.append(row)
-            if len(blocks[held_out].rows) == self.config.corpus.rows_per_shard:
-                yield self._pass_on(blocks[held_out])
+            block = blocks[self.held_out.holds(raw)]
+            block.rows.append(row)
+            if len(block.rows) == self.config.corpus.rows_per_shard:
+                yield self._pass_on(block)
         yield from (self._pass_on(block) for block in blocks if block.rows)
-
-    def _decode(
-        self, shard: Shard, duplicates: set[int]
-    ) -> Iterator[tuple[DecodedRow | QuarantinedRow, bool]]:
-        """Yield every row and whether it is held out."""
-        for i, raw in enumerate(open_corpus(self.config.corpus).read(shard)):
-            if i in duplicates:
-                detail = "an earlier row has this key"
-                yield QuarantinedRow(raw.key, "duplicate_key", detail), False
-            else:
-                yield decode_row(raw, self.config.corpus), self.held_out.holds(raw)
 
     def _pass_on(self, block: _Block) -> Batch:
         """Return the waiting rows as columns, and wait for the next ones."""
@@ -165,13 +138,13 @@ def _first(number: int, count: int) -> NDArray[np.int64]:
     return np.array([number, *[0] * (count - 1)])
 
 
-def _write_quarantine(
-    folder: Folder, shard: Shard, version: str, rows: list[QuarantinedRow]
-) -> None:
-    names = ("key", "reason", "detail")
-    columns = {name: pa.array([getattr(r, name) for r in rows], pa.string()) for name in names}
-    table = pa.table(columns).replace_schema_metadata({VERSION: version.encode()})
-    write_part(folder, part_name(shard.name, 0), table)
+def _with_last(blocks: Iterator[Batch]) -> Iterator[tuple[Batch, bool]]:
+    """Yield each block and whether it is the last one."""
+    block = next(blocks, None)
+    while block is not None:
+        following = next(blocks, None)
+        yield block, following is None
+        block = following
 
 
 class ShardWriter:
@@ -187,8 +160,9 @@ class ShardWriter:
             chosen = batch["held_out"] == bool(held_out)
             if chosen.any():
                 _write_rows(folder, {name: column[chosen] for name, column in batch.items()})
-        held_out, bad = int(batch["held_out"].sum()), int(batch[QUARANTINED].sum())
-        counts = {"good": len(batch["row"]) - held_out, "held_out": held_out, QUARANTINED: bad}
+        held_out = int(batch["held_out"].sum())
+        counts = {"good": len(batch["row"]) - held_out, "held_out": held_out}
+        counts |= {name: int(batch[name].sum()) for name in (QUARANTINED, ENDED)}
         return {name: np.array([count]) for name, count in counts.items()}
 
 

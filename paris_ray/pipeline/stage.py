@@ -1,6 +1,5 @@
 """What every stage does around its work: skip if finished, say so, publish, keep the time."""
 
-import hashlib
 import json
 import logging
 import time
@@ -16,6 +15,7 @@ from paris_ray.artifacts import (
     TIMINGS,
     Folder,
     Manifest,
+    file_digest,
     find_finished,
     publish,
 )
@@ -96,8 +96,15 @@ class Stage:
                 folder.clear()
             self.folder.write_json(IN_PROGRESS, self._identity)
 
-    def publish(self, facts: Mapping[str, Any]) -> Manifest:
-        """Write the resolved configuration and the manifest, and say what was made."""
+    def publish(
+        self, facts: Mapping[str, Any], *, files: Mapping[str, str] | None = None
+    ) -> Manifest:
+        """Write the resolved configuration and the manifest, and say what was made.
+
+        Args:
+            facts: Counts and measured numbers.
+            files: SHA-256 of the files by name, where they have been taken already.
+        """
         self.folder.write(RESOLVED_CONFIG, to_yaml(self.config).encode())
         manifest = publish(
             self.folder,
@@ -105,6 +112,7 @@ class Stage:
             config_digest=self.config_digest,
             parents=self.parents,
             facts={**facts, INPUTS: self.inputs} if self.inputs else facts,
+            files=files,
         )
         logger.info("%s: finished (%s)", self.kind, self.folder.uri)
         return manifest
@@ -122,8 +130,7 @@ def start_parent(training: TrainingConfig, weights: str) -> dict[str, str]:
     """
     if training.init_from is None:
         return {}
-    with Folder(training.init_from).open(weights) as file:
-        return {"init": hashlib.file_digest(file, "sha256").hexdigest()}
+    return {"init": file_digest(Folder(training.init_from), weights)}
 
 
 class StageTimer:

@@ -16,19 +16,14 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import psutil
 
 from jobs.command import ray_session
 from paris_ray.artifacts import Folder, read_manifest
 from paris_ray.config import Config, load
-from paris_ray.corpora import held_out_rule, open_corpus
 from paris_ray.evaluation.summary import headline
 from paris_ray.run import EVALUATION, SHARD, Run
 
@@ -111,7 +106,7 @@ def bench_ray_task(config: Config) -> None:
 
     ratios = []
     for _ in range(PAIRS):
-        plain = _in_plain_process("train", config)["cpu_s"]
+        plain = _in_plain_process(config)["cpu_s"]
         inside = ray.get(_training_task(config, 0))["cpu_s"]
         ratios.append(inside / plain)
     print("\n## Training inside a Ray task, CPU time over a plain process\n")
@@ -144,81 +139,9 @@ def _print_ratios(ratios: list[float], goal: str) -> None:
     print(f"median {statistics.median(ratios):.3f} of {every} (goal {goal})", flush=True)
 
 
-def bench_embedding(config: Config) -> None:
-    """Compare Ray Data with a plain loop over the same classes and rows, in steady state."""
-    from paris_ray.pipeline.embed import prepare_embeddings
-
-    print("\n## Embedding with Ray Data, rows a second over a plain loop\n")
-    plain = _in_plain_process("embed", config)
-    with _scratch_run(config) as scratch:
-        started = time.time()
-        prepare_embeddings(scratch, read_manifest(Run(config).encoders, "encoders"))
-        seconds = time.time() - started
-        first_at, rate = _steady_rate(Path(Run(scratch).embeddings.uri))
-    start_up = first_at - started
-    print("| | start-up, s | rows/s in steady state |\n|---|---|---|")
-    print(f"| plain loop | {plain['start_up_s']:.1f} | {plain['rows_per_second']:.0f} |")
-    print(f"| Ray Data | {start_up:.1f} | {rate:.0f} |")
-    print(f"\nratio {rate / plain['rows_per_second']:.2f} (goal >= 0.9); in all {seconds:.0f} s")
-
-
-@contextmanager
-def _scratch_run(config: Config) -> Iterator[Config]:
-    """Yield the configuration of a run that has encoders and nothing else."""
-    with tempfile.TemporaryDirectory() as folder:
-        shutil.copytree(Run(config).encoders.uri, Path(folder) / "encoders")
-        yield replace(config, run_dir=folder)
-
-
-def _steady_rate(folder: Path) -> tuple[float, float]:
-    """Return when the first file was written, and rows a second from then to the last."""
-    import pyarrow.parquet as pq
-
-    written = sorted(
-        (f.stat().st_mtime, pq.read_metadata(f).num_rows) for f in folder.glob("*.pa*")
-    )
-    first_at, last_at = written[0][0], written[-1][0]
-    return first_at, sum(rows for _, rows in written[1:]) / (last_at - first_at)
-
-
-def embed_in_a_loop(config: Config) -> dict[str, float]:
-    """Embed the corpus with the classes that Ray Data uses, one shard after the other."""
-    import torch
-
-    from paris_ray.pipeline.embedders import FeatureEmbedder, LatentEmbedder, TextEmbedder
-    from paris_ray.pipeline.shards import ShardReader, ShardWriter
-
-    with _scratch_run(config) as scratch:
-        started = time.monotonic()
-        corpus = open_corpus(scratch.corpus)
-        reader = ShardReader(scratch, held_out_rule(scratch.corpus, corpus, scratch.seed))
-        encoders = (TextEmbedder, FeatureEmbedder, LatentEmbedder)
-        steps = [*(encoder(scratch) for encoder in encoders), ShardWriter(scratch)]
-        torch.set_num_threads(os.cpu_count() or 1)  # as many cores as Ray Data has
-        shards = open_corpus(scratch.corpus).shards()
-        rows, first_at = 0, 0.0
-        for shard in shards:
-            description: Any = {k: np.array([v]) for k, v in asdict(shard).items()}
-            for batch in reader(description | {"duplicates": np.empty((1, 0))}):
-                for step in steps:
-                    batch = step(batch)
-                rows += int(batch["rows"][0]) if first_at else 0
-                first_at = first_at or time.monotonic()
-        return {
-            "start_up_s": first_at - started,
-            "rows_per_second": rows / (time.monotonic() - first_at),
-        }
-
-
-PLAIN: dict[str, Callable[[Config], dict[str, float]]] = {
-    "train": lambda config: train_for_a_while(config, 0),
-    "embed": embed_in_a_loop,
-}
-
-
-def _in_plain_process(what: str, config: Config) -> dict[str, float]:
-    """Run a function of `PLAIN` in a process without Ray; return its report."""
-    command = [sys.executable, __file__, "--run-dir", config.run_dir, "--plain", what]
+def _in_plain_process(config: Config) -> dict[str, float]:
+    """Train for a while in a process without Ray; return its report."""
+    command = [sys.executable, __file__, "--run-dir", config.run_dir, "--plain"]
     output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
     report: dict[str, float] = json.loads(output.splitlines()[-1])
     return report
@@ -228,13 +151,13 @@ def main() -> None:
     """Print everything."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--run-dir", default="runs/bench", help="is deleted first")
-    parser.add_argument("--plain", choices=sorted(PLAIN), help=argparse.SUPPRESS)
+    parser.add_argument("--plain", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     run_dir = Path(arguments.run_dir).resolve()
     steps = f"training.steps={TRAINING_STEPS}"
     short = load("quickstart", [f"run_dir={run_dir}", steps])
     if arguments.plain:
-        print(json.dumps(PLAIN[arguments.plain](short)))
+        print(json.dumps(train_for_a_while(short, 0)))
         return
     shutil.rmtree(run_dir, ignore_errors=True)
     run_dir.parent.mkdir(parents=True, exist_ok=True)
@@ -243,7 +166,6 @@ def main() -> None:
     with ray_session(None):
         bench_ray_task(short)
         bench_side_by_side(short)
-        bench_embedding(short)
 
 
 if __name__ == "__main__":

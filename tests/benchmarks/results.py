@@ -138,6 +138,7 @@ SECTIONS: dict[str, Callable[[Path], str]] = {
     "serving": script("bench_serving.py", "--bundle", "{runs}/quickstart/bundle"),
     "models": script("bench_models.py"),
     "memory": script("bench_memory.py"),
+    "data": script("bench_data.py", "--run-dir", "{runs}/quickstart"),
     "stages": script("bench.py", "--run-dir", "{runs}/stages"),
 }
 

@@ -5,6 +5,7 @@ import tarfile
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import pillow_heif
 import pillow_jxl  # noqa: F401  registers its encoder
 from hypothesis import example, given, settings
@@ -18,9 +19,9 @@ from paris_ray.corpora import (
     RawRow,
     Shard,
     decode_row,
-    find_duplicates,
 )
 from paris_ray.corpora.webdataset import WebDataset
+from paris_ray.pipeline.duplicates import PLACE, repeated_places
 
 pillow_heif.register_heif_opener()
 CONFIG = CorpusConfig(image_size=4, max_pixels=100_000)
@@ -86,15 +87,21 @@ def test_damaged_tars_never_raise(damage: list[tuple[float, bytes]], kept: float
         path.write_bytes(overwrite(TAR, damage, kept))
         corpus = WebDataset(CorpusConfig(kind="webdataset", path=folder))
         shard = Shard(0, str(path), 0, 100)
-        assert [row.key for row in corpus.read(shard)] == corpus.keys(shard)
+        assert [row.key for row in corpus.read(shard)] == list(corpus.keys(shard))
 
 
-@given(st.lists(st.lists(st.text("abc", max_size=2), max_size=6), max_size=6))
-def test_duplicates_are_those_of_a_plain_set(shards: list[list[str]]) -> None:
-    seen: set[str] = set()
-    expected = {}
-    for index, keys in enumerate(shards):
-        first = {key: row for row, key in reversed(list(enumerate(keys))) if key not in seen}
-        expected[index] = set(range(len(keys))) - set(first.values())
-        seen.update(keys)
-    assert find_duplicates(dict(enumerate(shards))) == expected
+@given(st.lists(st.lists(st.integers(0, 9), max_size=6), max_size=6), st.integers(1, 3))
+def test_repeated_keys_are_those_of_a_plain_set(files: list[list[int]], num_parts: int) -> None:
+    """However they are shared out among tasks."""
+    seen: set[int] = set()
+    expected = set()
+    for number, hashes in enumerate(files):
+        for row, key in enumerate(hashes):
+            if key in seen:
+                expected.add((number, row))
+            seen.add(key)
+    places = np.array([(h, n, r) for n, f in enumerate(files) for r, h in enumerate(f)], PLACE)
+    parts = [places[places["hash"] % num_parts == i] for i in range(num_parts)]
+    found = [repeated_places(part) for part in parts]
+    assert {(p["file"], p["row"]) for part in found for p in part} == expected
+    assert all((np.diff(part["file"].astype(int)) >= 0).all() for part in found)

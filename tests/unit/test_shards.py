@@ -19,6 +19,14 @@ from paris_ray.corpora import REASONS, HeldOut, QuarantinedRow, open_corpus
 from paris_ray.embeddings import column_names, read_table, stream_column
 from paris_ray.errors import CorpusError
 from paris_ray.pipeline import report
+from paris_ray.pipeline.accounts import (
+    Account,
+    ShardFiles,
+    account_of,
+    delete_files,
+    files_by_shard,
+    set_aside,
+)
 from paris_ray.pipeline.embed import count_rows, progress_line, refuse_bad_corpus
 from paris_ray.pipeline.encoders import sample_rows
 from paris_ray.pipeline.quarantine import describe_bad_rows
@@ -26,21 +34,22 @@ from paris_ray.pipeline.shards import Batch, ShardReader, ShardWriter, caption_v
 from paris_ray.run import Run
 
 NUM_GOOD = 40
+BROKEN = {"broken": b"no picture", "text": b"nor this"}
 NO_ROW = HeldOut(None, 0.0, 0)
 ATTRIBUTES = ["attribute.article", "attribute.group_2"]
 
 
 @pytest.fixture
 def config(tmp_path: Path) -> Config:
-    """A corpus of one tar: 40 pictures, one that is none, one whose key stands there twice."""
+    """A corpus of one tar: 40 pictures, and among them two that are none."""
     buffer = io.BytesIO()
     Image.new("RGB", (8, 8), "red").save(buffer, format="PNG")
     names = [f"{i:03d}" for i in range(NUM_GOOD)]
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
-        for name in [*names, "broken", "007"]:
+        for name in [*names[:7], "broken", *names[7:], "text"]:
             for suffix, payload in (("png", buffer.getvalue()), ("txt", b"a square")):
                 member = tarfile.TarInfo(f"{name}.{suffix}")
-                content = b"no picture" if name == "broken" and suffix == "png" else payload
+                content = BROKEN.get(name, payload) if suffix == "png" else payload
                 member.size = len(content)
                 tar.addfile(member, io.BytesIO(content))
     overrides = [
@@ -58,9 +67,7 @@ def config(tmp_path: Path) -> Config:
 def read(config: Config, held_out: HeldOut = NO_ROW, num_captions: int = 1) -> list[Batch]:
     (shard,) = open_corpus(config.corpus).shards()
     description: Batch = {name: np.array([value]) for name, value in asdict(shard).items()}
-    duplicates = np.empty(1, dtype=object)
-    duplicates[0] = [NUM_GOOD + 1]
-    description |= {"duplicates": duplicates, "version": np.array(["1"])}
+    description |= {"version": np.array(["1"])}
     return list(ShardReader(config, held_out, num_captions)(description))
 
 
@@ -77,7 +84,7 @@ def test_a_large_shard_is_read_in_pieces_that_follow_each_other(config: Config) 
     assert np.concatenate([batch["row"] for batch in batches]).tolist() == list(range(NUM_GOOD))
     quarantined = pq.read_table(Run(config).quarantine.uri).to_pylist()
     reasons = [(row["key"], row["reason"]) for row in quarantined]
-    assert reasons == [("a.tar/broken", "not_an_image"), ("a.tar/007", "duplicate_key")]
+    assert reasons == [("a.tar/broken", "not_an_image"), ("a.tar/text", "not_an_image")]
 
 
 def test_pieces_of_a_shard_are_written_side_by_side(config: Config) -> None:
@@ -144,6 +151,7 @@ def test_a_block_of_both_kinds_is_parted_where_it_is_written(config: Config) -> 
         "good": [len(last[False]["key"])],
         "held_out": [len(last[True]["key"])],
         "quarantined": [int(joined["quarantined"].sum())],
+        "ended": [1],
     }
 
 
@@ -155,11 +163,11 @@ def test_progress_counts_every_row_of_a_shard(config: Config) -> None:
             piece = {name: column[half] for name, column in batch.items()}
             counts.update({name: int(count[0]) for name, count in writer(piece).items()})
     withheld = len(keys_in(Run(config).held_out))
-    assert counts == {"good": NUM_GOOD - withheld, "held_out": withheld, "quarantined": 2}
-    assert progress_line(counts, 2 * (NUM_GOOD + 2), seconds=21.0) == (
-        f"42/84 rows, 2 rows/s, ETA 21 s; {NUM_GOOD - withheld} good, {withheld} held out, "
-        "2 quarantined"
-    )
+    told = {"good": NUM_GOOD - withheld, "held_out": withheld, "quarantined": 2}
+    assert counts == told | {"ended": 1}
+    rest = f"{NUM_GOOD - withheld} good, {withheld} held out, 2 quarantined"
+    assert progress_line(counts, 3, 21.0) == f"1/3 shards, 42 rows, 2 rows/s, ETA 42 s; {rest}"
+    assert progress_line(Counter(told), 3, 21.0) == f"0/3 shards, 42 rows, 2 rows/s; {rest}"
 
 
 def test_labels_are_kept_as_columns(config: Config) -> None:
@@ -198,16 +206,40 @@ def test_held_out_rows_are_counted_apart(config: Config) -> None:
         writer(encoded(batch))
     run = Run(config)
     withheld = len(keys_in(run.held_out))
-    counts = count_rows(run, NUM_GOOD + 2)
-    quarantined = {"duplicate_key": 1, "not_an_image": 1}
+    counts = count_rows(accounts_in(run))
+    quarantined = {"not_an_image": 2}
     assert counts == {
         "rows": NUM_GOOD - withheld,
         "held_out": withheld,
         "quarantined": quarantined,
     }
     refuse_bad_corpus(config, counts)
-    with pytest.raises(CorpusError, match="43 rows were listed but 42 were read"):
-        count_rows(run, NUM_GOOD + 3)
+    name = run.embeddings.files()[0]
+    run.embeddings.delete(name)
+    with pytest.raises(CorpusError, match="1 of 1 shards were not written as they were read, such"):
+        count_rows(accounts_in(run))
+
+
+def accounts_in(run: Run) -> dict[str, Account | None]:
+    return {name: account_of(run, files) for name, files in files_by_shard(run).items()}
+
+
+def test_a_shard_that_is_not_written_yet_has_no_account(config: Config) -> None:
+    run, writer = Run(config), ShardWriter(config)
+    batches = [encoded(batch) for batch in read(config)]  # its file of quarantine/ is there
+    assert list(accounts_in(run).values()) == [None]
+    for batch in batches[:-1]:
+        writer(batch)
+    assert list(accounts_in(run).values()) == [None]
+    writer(batches[-1])
+    assert list(accounts_in(run).values()) == [Account("1", NUM_GOOD, 0, {"not_an_image": 2})]
+    (files,) = files_by_shard(run).values()
+    delete_files(run, replace_quarantine(files))
+    assert list(accounts_in(run).values()) == [None]
+
+
+def replace_quarantine(files: ShardFiles) -> ShardFiles:
+    return replace(files, embeddings=[], held_out=[])
 
 
 def test_a_corpus_that_is_held_out_as_a_whole_is_refused(config: Config) -> None:
@@ -227,10 +259,10 @@ def test_a_corpus_with_too_many_bad_rows_is_refused_with_an_example(
         ShardWriter(config)(encoded(batch))
     config = replace(config, corpus=replace(config.corpus, max_bad_share=0.0))
     with pytest.raises(CorpusError) as caught:
-        refuse_bad_corpus(config, count_rows(Run(config), NUM_GOOD + 2))
+        refuse_bad_corpus(config, count_rows(accounts_in(Run(config))))
     message = str(caught.value)
     assert message.startswith(f"2 of {NUM_GOOD + 2} rows are bad (")
-    assert "1 duplicate_key (an earlier row has the same key), 1 not_an_image (the b" in message
+    assert ": 2 not_an_image (the b" in message
     detail = "10 bytes that begin with b'no pictu'"
     assert f"; such as 'a.tar/broken', not_an_image: {detail!r}; see {tmp_path}" in message
 
@@ -261,15 +293,18 @@ def test_an_example_of_a_bad_row_is_short_and_plain() -> None:
 
 def test_bad_rows_are_found_again_for_the_report_with_their_pictures(config: Config) -> None:
     read(config)
+    (shard,) = open_corpus(config.corpus).shards()
+    again = QuarantinedRow("a.tar/007", "duplicate_key", "")
+    set_aside(Run(config).quarantine, shard.name, 1, 0, [again])
     bad = report._bad_rows(Run(config).quarantine, {"not_an_image": 1, "duplicate_key": 1})
-    assert {reason: [row.key for _, row in rows] for reason, rows in bad.items()} == {
-        "not_an_image": ["a.tar/broken"],
-        "duplicate_key": ["a.tar/007"],
+    assert {reason: {row.key for _, row in rows} for reason, rows in bad.items()} == {
+        "not_an_image": {"a.tar/broken", "a.tar/text"},
+        "duplicate_key": {"a.tar/007"},
     }
     sizes, pictures, note = report._from_corpus(config, bad)
     assert (set(sizes), note) == ({(8, 8)}, "")
     shown = {key: picture is not None for (_, key), picture in pictures.items()}
-    assert shown == {"a.tar/broken": False, "a.tar/007": True}
+    assert shown == {"a.tar/broken": False, "a.tar/text": False, "a.tar/007": True}
 
 
 def test_a_report_without_its_corpus_says_so(config: Config) -> None:

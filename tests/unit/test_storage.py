@@ -83,5 +83,12 @@ def test_a_store_that_is_not_there_is_told_without_its_keys() -> None:
     assert "secret" not in message
 
 
+def test_the_endpoint_of_the_environment_counts(
+    forbidding_port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{forbidding_port}")
+    reach("s3://bucket/run")
+
+
 def test_a_store_that_forbids_is_there(forbidding_port: int) -> None:
     reach(uri(forbidding_port))

@@ -86,7 +86,7 @@ class TestImageFolder:
         lines = [{"file_name": f"{i}.png", "text": "a"} for i in range(7)]
         config = self.config(tmp_path, lines, rows_per_shard=2, limit=limit)
         corpus = open_corpus(config)
-        assert [len(corpus.keys(shard)) for shard in corpus.shards()] == sizes
+        assert [len(list(corpus.keys(shard))) for shard in corpus.shards()] == sizes
         assert [row.key for row in read_all(config)] == [f"{i}.png" for i in range(limit)]
 
     def test_last_line_without_line_end(self, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from paris_ray.survey.listing import list_corpus, recognise
 TAKEN = {
     "image_folder": Fields("file_name", "text", ("source",)),
     "parquet": Fields("image", "caption", ("url",)),
+    "sidecars": Fields(".jpg", ".txt", ()),
     "webdataset": Fields(".jpg", "caption in .json", ("url in .json",)),
 }
 

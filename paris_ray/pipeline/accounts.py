@@ -1,0 +1,172 @@
+"""What became of the rows of each corpus shard: the account that its file of `quarantine/` holds.
+
+A shard with an account has been read to its end. Whether all that was read has also been written,
+the files of `embeddings/` tell. So a run goes on by shard, without a list of rows, and no process
+knows more than how many there are.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import reduce
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import ray
+
+from paris_ray.artifacts import Folder
+from paris_ray.config import Config
+from paris_ray.corpora import QuarantinedRow
+from paris_ray.embeddings import num_rows, part_names, read_parts, write_part
+from paris_ray.run import Run
+
+# Of tasks that read and write: small, since they share a small machine with the encoders' actors;
+# and unlike the encoders' default, else Ray Data would fuse reading into the text encoder's actor.
+TASK_CPUS = 0.3
+SHARDS_A_TASK = 256  # a worker takes longer to start than to look
+_ACCOUNT = b"account"  # in the metadata of a quarantine file
+_COLUMNS = ("key", "reason", "detail")
+
+
+@dataclass(frozen=True, slots=True)
+class Account:
+    """What became of the rows of one shard, or of several.
+
+    Attributes:
+        version: Of which version of the shard they were; of several, nothing.
+        good: How many are there to train on.
+        held_out: How many are held out.
+        quarantined: How many cannot be used, by reason.
+    """
+
+    version: str = ""
+    good: int = 0
+    held_out: int = 0
+    quarantined: Mapping[str, int] = field(default_factory=dict)
+
+    def __add__(self, other: "Account") -> "Account":
+        """Return the account of the rows of both."""
+        quarantined = Counter(self.quarantined) + Counter(other.quarantined)
+        good, held_out = self.good + other.good, self.held_out + other.held_out
+        return Account("", good, held_out, dict(sorted(quarantined.items())))
+
+
+@dataclass(slots=True)
+class ShardFiles:
+    """Names of the files that a run has of one shard, in order, by folder."""
+
+    embeddings: list[str] = field(default_factory=list)
+    held_out: list[str] = field(default_factory=list)
+    quarantine: list[str] = field(default_factory=list)
+
+
+def part_name(shard: str, first_row: int) -> str:
+    """Return the name of a file with rows of a corpus shard, good or quarantined ones.
+
+    It stays the same when other sources come to the corpus. Names sort in the order of a source.
+    """
+    return f"part-{shard}-{first_row:08d}.parquet"
+
+
+def shard_of(name: str) -> str:
+    """Return the name of the corpus shard whose rows a file holds."""
+    return name.removeprefix("part-").rpartition("-")[0]
+
+
+def files_by_shard(run: Run) -> dict[str, ShardFiles]:
+    """Return the files that a run has of each shard."""
+    found: dict[str, ShardFiles] = {}
+    for kind in ("embeddings", "held_out", "quarantine"):
+        for name in part_names(getattr(run, kind)):
+            getattr(found.setdefault(shard_of(name), ShardFiles()), kind).append(name)
+    return found
+
+
+def delete_files(run: Run, files: ShardFiles) -> None:
+    """Delete the files of a shard."""
+    for kind, names in asdict(files).items():
+        for name in names:
+            getattr(run, kind).delete(name)
+
+
+def write_account(
+    quarantine: Folder, shard: str, account: Account, bad: Sequence[QuarantinedRow]
+) -> None:
+    """Write the file of `quarantine/` of a shard, also if no row of it is bad."""
+    columns = {name: pa.array([getattr(r, name) for r in bad], pa.string()) for name in _COLUMNS}
+    table = pa.table(columns).replace_schema_metadata({_ACCOUNT: json.dumps(asdict(account))})
+    write_part(quarantine, part_name(shard, 0), table)
+
+
+def read_account(quarantine: Folder, shard: str) -> Account | None:
+    """Return the account in the file of `quarantine/` of a shard; None if it has none."""
+    with quarantine.open(part_name(shard, 0)) as file:
+        metadata = pq.read_schema(file).metadata or {}
+    return Account(**json.loads(metadata[_ACCOUNT])) if _ACCOUNT in metadata else None
+
+
+def set_aside(
+    quarantine: Folder, shard: str, good: int, held_out: int, bad: Sequence[QuarantinedRow]
+) -> None:
+    """Add rows to the file of `quarantine/` of a shard, and take them off its account.
+
+    Args:
+        quarantine: Where it is.
+        shard: Name of the shard.
+        good: How many of the rows were there to train on.
+        held_out: How many were held out.
+        bad: The rows.
+    """
+    before = read_account(quarantine, shard)
+    assert before is not None, "a shard that has been written has an account"
+    rows = read_parts(quarantine, [part_name(shard, 0)], _COLUMNS).to_pylist()
+    everything = [*(QuarantinedRow(**row) for row in rows), *bad]
+    account = Account(
+        before.version,
+        before.good - good,
+        before.held_out - held_out,
+        count_reasons(everything),
+    )
+    write_account(quarantine, shard, account, everything)
+
+
+def count_reasons(rows: Iterable[QuarantinedRow]) -> dict[str, int]:
+    """Return how many rows are bad for each reason."""
+    return dict(sorted(Counter(row.reason for row in rows).items()))
+
+
+def account_of(run: Run, files: ShardFiles) -> Account | None:
+    """Return the account of a shard; None if it is not there, or not all of its rows are."""
+    if not files.quarantine:
+        return None
+    account = read_account(run.quarantine, shard_of(files.quarantine[0]))
+    written = tuple(
+        sum(num_rows(folder, name) for name in names)
+        for folder, names in ((run.embeddings, files.embeddings), (run.held_out, files.held_out))
+    )
+    if account is None or written != (account.good, account.held_out):
+        return None
+    return account
+
+
+def accounts_of(config: Config, files: Mapping[str, ShardFiles]) -> dict[str, Account | None]:
+    """Return the account of every shard, by name, as tasks find it."""
+    found, names = list(files.values()), list(files)
+    tasks = [
+        _accounts_of.remote(config, found[first : first + SHARDS_A_TASK])
+        for first in range(0, len(found), SHARDS_A_TASK)
+    ]
+    accounts = (account for group in ray.get(tasks) for account in group)
+    return dict(zip(names, accounts, strict=True))
+
+
+@ray.remote(num_cpus=TASK_CPUS)
+def _accounts_of(config: Config, files: Sequence[ShardFiles]) -> list[Account | None]:
+    run = Run(config)
+    return [account_of(run, each) for each in files]
+
+
+def total(accounts: Iterable[Account]) -> Account:
+    """Return the account of the rows of all."""
+    return reduce(Account.__add__, accounts, Account())

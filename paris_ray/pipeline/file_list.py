@@ -1,0 +1,38 @@
+"""The files of an artefact that may have many: hashed by tasks, and listed in a file of their own.
+
+The manifest holds the digest of the list alone, and so stays small.
+"""
+
+import pyarrow as pa
+import ray
+
+from paris_ray.artifacts import Folder, file_digest, hashed_names
+from paris_ray.embeddings import write_part
+from paris_ray.pipeline.accounts import TASK_CPUS
+
+FILE_LIST = "_files.parquet"  # who reads a folder as one table passes over such names
+FILES_A_TASK = 256
+
+
+def list_files(folder: Folder) -> dict[str, str]:
+    """Write `_files.parquet`, the `name` and `sha256` of every file; return its own digest by name.
+
+    Args:
+        folder: An artefact that is complete but for its manifest.
+    """
+    names = [name for name in hashed_names(folder) if name != FILE_LIST]
+    tasks = [
+        _digests.remote(folder.uri, names[first : first + FILES_A_TASK])
+        for first in range(0, len(names), FILES_A_TASK)
+    ]
+    digests = [digest for group in ray.get(tasks) for digest in group]
+    columns = {"name": names, "sha256": digests}
+    table = pa.table({name: pa.array(texts, pa.string()) for name, texts in columns.items()})
+    write_part(folder, FILE_LIST, table)
+    return {FILE_LIST: file_digest(folder, FILE_LIST)}
+
+
+@ray.remote(num_cpus=TASK_CPUS)
+def _digests(uri: str, names: list[str]) -> list[str]:
+    folder = Folder(uri)
+    return [file_digest(folder, name) for name in names]

@@ -35,6 +35,8 @@ from serve.signing import SigningOptions
 from serve.source import BundleSource, LoRASource
 
 MAX_ONGOING_REQUESTS = 1_000  # of a replica
+# A dead replica is replaced when Serve asks it next: by itself it would ask every ten seconds.
+HEALTH_CHECK_PERIOD_S = 1.0
 LIMITS = Limits()
 # Of a replica that is to end, beyond what a request may take: its answer is still to be made and
 # sent, and Serve looks every two seconds whether that is so.
@@ -403,6 +405,7 @@ def _deploy(deployment_class: type[Any], name: str, options: DeploymentOptions) 
         # Who is admitted is decided by the application: Serve's own limit would keep the rest
         # waiting, health checks and refusals among them.
         max_ongoing_requests=MAX_ONGOING_REQUESTS,
+        health_check_period_s=HEALTH_CHECK_PERIOD_S,
         ray_actor_options={
             "num_cpus": options.num_cpus,
             "num_gpus": options.num_gpus,

@@ -4,14 +4,15 @@
 
 With `--write docs/results.md` they also replace those in the document, between
 `<!-- bench: SECTION -->` and `<!-- end -->`. All of them take more than half an hour on two cores
-that do nothing else; `distilled`, `solvers`, `last_resort` and `serving` need the run that
-`quickstart` leaves, `few_steps` that it is distilled. Nothing is asserted.
+that do nothing else; `distilled`, `solvers`, `last_resort`, `serving`, `kills`, `replicas` and `data` need the run
+that `quickstart` leaves, `few_steps` that it is distilled. Nothing is asserted.
 """
 
 import argparse
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -27,6 +28,8 @@ from paris_ray.config import load
 from paris_ray.evaluation.summary import comparison, headline
 from paris_ray.run import EVALUATION, ROUTER, Run
 
+_IS_ASIDE = re.compile(r"# |.*\(raylet\)")  # a title, or what Ray says of processes that end
+SERVING = ("engine", "batching", "paper", "skew", "cancelling", "overload", "clock")
 HERE = Path(__file__).parent
 REPOSITORY = HERE.parents[1]
 LABELS = "an? (?P<object>.+) on an? (?P<colour>.+) background"  # of the captions of other_corpus
@@ -108,7 +111,7 @@ def script(name: str, *arguments: str) -> Callable[[Path], str]:
 
     def section(runs: Path) -> str:
         printed = _run(str(HERE / name), *(part.format(runs=runs) for part in arguments))
-        lines = (line for line in printed.splitlines() if not line.startswith("# "))
+        lines = (line for line in printed.splitlines() if not _IS_ASIDE.match(line))
         return "\n".join(f"##{line}" if line.startswith("## ") else line for line in lines).strip()
 
     return section
@@ -135,7 +138,9 @@ SECTIONS: dict[str, Callable[[Path], str]] = {
     "few_steps": script("bench_few_steps.py", "{runs}/quickstart"),
     "solvers": script("bench_solvers.py", "{runs}/quickstart"),
     "last_resort": script("bench_last_resort.py", "{runs}/quickstart"),
-    "serving": script("bench_serving.py", "--bundle", "{runs}/quickstart/bundle"),
+    "serving": script("bench_serving.py", "--bundle", "{runs}/quickstart/bundle", *SERVING),
+    "kills": script("bench_serving.py", "--bundle", "{runs}/quickstart/bundle", "kills"),
+    "replicas": script("bench_serving.py", "--bundle", "{runs}/quickstart/bundle", "ready"),
     "models": script("bench_models.py"),
     "memory": script("bench_memory.py"),
     "data": script("bench_data.py", "--run-dir", "{runs}/quickstart"),

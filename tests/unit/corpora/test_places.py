@@ -168,7 +168,8 @@ def test_keys_in_a_uri_are_refused_before_they_are_written_anywhere(key: str) ->
         load("quickstart", overrides)
     assert str(caught.value) == (
         f"{key}='s3://...@bucket/a' is not allowed: a URI without keys, which would be written "
-        "into files of the run; stores find theirs in the environment (AWS_ACCESS_KEY_ID and others)"
+        "into files of the run; stores find theirs in the environment (AWS_ACCESS_KEY_ID and "
+        "others)"
     )
 
 

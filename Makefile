@@ -27,7 +27,8 @@ stop:
 	@test ! -x $(PY) || $(PY) -m jobs.stop
 
 test: lint
-	$(PY) -m pytest
+	OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses=2 tests/unit tests/property tests/test_architecture.py
+	$(PY) -m pytest tests/ray tests/serve tests/browser
 
 lint: $(VENV)/test
 	$(VENV)/bin/ruff check .

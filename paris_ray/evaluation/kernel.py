@@ -117,8 +117,9 @@ def _mean_between(x: Features, y: Features, kernel: Kernel) -> float:
 
 
 def _cubic(x: Features, y: Features) -> Features:
-    products: Features = (x @ y.T / x.shape[1] + 1) ** 3
-    return products
+    products = x @ y.T / x.shape[1] + 1
+    cubes: Features = products * products * products  # NumPy's power takes many times as long
+    return cubes
 
 
 def _gaussian(x: Features, y: Features) -> Features:

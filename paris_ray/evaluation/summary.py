@@ -55,7 +55,7 @@ def distribution_summary(drawn: Features, real: Features, seed: int) -> dict[str
     frechet = frechet_distance(fit_gaussian(drawn), reference)
     limit = {}
     if len(drawn) >= 2 * MIN_SUBSET:  # subsets of nearly one size say nothing of endless ones
-        endless = frechet_distance_infinity(drawn, reference, seed=seed)
+        endless = frechet_distance_infinity(drawn, reference, seed=seed, min_count=MIN_SUBSET)
         limit["frechet_infinity"] = endless.distance
     kernel = kid(drawn, real, seed=seed, subset_size=min(KID_SUBSET, fewest))
     covered = coverage(drawn, real, k=NEIGHBOUR)

@@ -4,8 +4,8 @@
 
 With `--write docs/results.md` they also replace those in the document, between
 `<!-- bench: SECTION -->` and `<!-- end -->`. All of them take more than half an hour on two cores
-that do nothing else; `distilled`, `solvers`, `last_resort`, `serving`, `kills`, `replicas` and `data` need the run
-that `quickstart` leaves, `few_steps` that it is distilled. Nothing is asserted.
+that do nothing else. `distilled`, `solvers`, `last_resort`, `serving`, `kills`, `replicas` and
+`data` need the run that `quickstart` leaves, `few_steps` that it is distilled. Nothing is asserted.
 """
 
 import argparse

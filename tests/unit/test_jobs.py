@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 from zipfile import ZipFile
@@ -327,9 +328,12 @@ def options() -> list[tuple[str, str, str]]:
     return [(c[2].strip("`"), c[3], c[4]) for c in cells if re.fullmatch(r"`[a-z_]+\.\w+`", c[2])]
 
 
+packaged = cache(load)
+
+
 def value_of(name: str, option: str) -> Any:
     section, key = option.split(".")
-    value = getattr(getattr(load(name), section), key)
+    value = getattr(getattr(packaged(name), section), key)
     return list(value) if isinstance(value, tuple) else value
 
 

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from paris_ray.evaluation import summary
 from paris_ray.evaluation.attributes import AttributeAccuracy
 from paris_ray.evaluation.summary import (
     attribute_summary,
@@ -46,12 +47,15 @@ def test_equal_distributions_are_close_and_shifted_ones_far() -> None:
     assert distribution_summary(alike[:3], real, seed=0) == {}
 
 
-def test_of_thousands_of_pictures_the_distance_is_extrapolated() -> None:
+def test_of_very_many_pictures_the_distance_is_extrapolated(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(summary, "MIN_SUBSET", 500)
     generator = np.random.default_rng(0)
-    real, drawn = (generator.standard_normal((20_000, 24)) for _ in range(2))
+    real, drawn = (generator.standard_normal((2000, 24)) for _ in range(2))
     found = distribution_summary(drawn, real, seed=0)
-    assert found["frechet_infinity"] < 0.8 * found["frechet"] < 0.03  # part of it is the bias
-    assert "frechet_infinity" not in distribution_summary(drawn[:9999], real, seed=0)
+    assert found["frechet_infinity"] < 0.8 * found["frechet"] < 0.3  # part of it is the bias
+    assert "frechet_infinity" not in distribution_summary(drawn[:999], real, seed=0)
 
 
 def test_captions_that_find_their_pictures_have_full_recall() -> None:

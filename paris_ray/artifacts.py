@@ -24,6 +24,7 @@ from paris_ray.errors import ArtifactError
 from paris_ray.storage import disk_is_full, is_uri, joined_uri, open_store, replacing
 
 SCHEMA_VERSION = 1
+STREAMED_BYTES = 1 << 23  # of a request to a store; much less would take as many round trips more
 MANIFEST = "manifest.json"
 RESOLVED_CONFIG = "resolved_config.yaml"
 TIMINGS = "timings.jsonl"
@@ -127,8 +128,25 @@ class Folder:
         Raises:
             ArtifactError: if the file does not exist.
         """
-        try:
+        with self._told(name):
             return self._filesystem.open_input_file(self._full(name))
+
+    def stream(self, name: str) -> NativeFile:
+        """Return a file for reading from its beginning to its end; the caller closes it.
+
+        A store is asked for large pieces, however small those are that are read.
+
+        Raises:
+            ArtifactError: if the file does not exist.
+        """
+        with self._told(name):
+            return self._filesystem.open_input_stream(self._full(name), buffer_size=STREAMED_BYTES)
+
+    @contextmanager
+    def _told(self, name: str) -> Iterator[None]:
+        """Tell in our words why a file cannot be opened."""
+        try:
+            yield
         except FileNotFoundError:
             raise ArtifactError(f"{self.uri}/{name} does not exist") from None
         except OSError as error:
@@ -155,14 +173,14 @@ class Folder:
         Raises:
             ArtifactError: if the file does not exist.
         """
-        with self.open(name) as source:
-            if self.is_local:
+        if self.is_local:
+            with self.open(name):
                 yield Path(self._full(name))
-                return
-            with tempfile.NamedTemporaryFile(prefix="paris_ray-") as copy:
-                shutil.copyfileobj(source, copy)
-                copy.flush()
-                yield Path(copy.name)
+            return
+        with self.stream(name) as source, tempfile.NamedTemporaryFile(prefix="paris_ray-") as copy:
+            shutil.copyfileobj(source, copy)
+            copy.flush()
+            yield Path(copy.name)
 
     @contextmanager
     def writing(self, name: str) -> Iterator[Path]:
@@ -293,7 +311,7 @@ def hashed_names(folder: Folder) -> list[str]:
 
 def file_digest(folder: Folder, name: str) -> str:
     """Return the SHA-256 of a file, which need not fit into memory, as hexadecimal."""
-    with folder.open(name) as file:
+    with folder.stream(name) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
 
 
@@ -405,7 +423,7 @@ class VerifiedFolder:
         atexit.register(shutil.rmtree, root, ignore_errors=True)
         for name in names:
             (root / name).parent.mkdir(parents=True, exist_ok=True)
-            with self.folder.open(name) as source, (root / name).open("wb") as copy:
+            with self.folder.stream(name) as source, (root / name).open("wb") as copy:
                 shutil.copyfileobj(source, copy)
         return root
 

@@ -55,7 +55,9 @@ def _root_and_patterns(config: CorpusConfig) -> tuple[Place, list[PurePosixPath]
         if path.exists():
             return path, []
         root, pattern = _cut(path)
-        if pattern is not None and root.exists():
+        # Of files that are named one by one, a web server need not show the folder.
+        is_known = isinstance(root, RemotePath) and not _WILDCARD.search(pattern or "*")
+        if pattern is not None and (is_known or root.exists()):
             return root, [PurePosixPath(each) for each in _alternatives(pattern)]
     except OSError as error:
         raise CorpusError(f"corpus.path={config.path!r} cannot be looked up: {error}") from None

@@ -36,7 +36,7 @@ from paris_ray.config import Config, load
 from paris_ray.run import EMBEDDINGS, ENCODERS, Run
 
 ROWS_A_TAR = 10_000
-ROWS_A_FILE = 2048
+ROWS_A_FILE = 512
 PAIRS = 3
 WATCHED_S = 30.0  # how long a run is watched after its first file, before it is killed
 STAGE = """
@@ -183,11 +183,11 @@ def leave_behind(config: Config, num_tars: int) -> None:
     """Write what an interrupted run has left of some tars: every row of them is good."""
     from paris_ray.corpora import captions_per_row, held_out_rule, open_corpus
     from paris_ray.embeddings import to_table, write_part
-    from paris_ray.pipeline.accounts import Account, part_name, write_account
 
     run, corpus = Run(config), open_corpus(config.corpus)
     shards, rule = corpus.shards(), held_out_rule(config.corpus, corpus, config.seed)
-    with ray_session(None):
+    with ray_session(None):  # ray reads how it authenticates when it is imported
+        from paris_ray.pipeline.accounts import Account, part_name, write_account
         from paris_ray.pipeline.embed import embedding_stage, shard_versions
         from paris_ray.pipeline.shards import ShardReader
 

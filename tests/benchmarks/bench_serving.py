@@ -306,6 +306,38 @@ async def flood(url: str, bench: Bench, count: int) -> tuple[Load, list[float]]:
     return seen, health
 
 
+def capacity(bench: Bench) -> None:
+    """Half as many requests more than can be drawn, whoever waits for them.
+
+    A request is in time if it takes at most twice as long as it takes to draw a full queue.
+    """
+    limits = {"max_active_pictures": CLIENTS, "max_waiting_pictures": CLIENTS}
+    with bench.application(colocated=True, limits=limits) as url:
+        rate = bench.run(url, CLIENTS).rate
+        seen = asyncio.run(arrive(url, bench, 1.5 * rate, 4 * bench.seconds))
+    in_time_s = 2 * 2 * CLIENTS / rate
+    drawn = [seconds for status, seconds in seen if status == 200]
+    refused = [seconds for status, seconds in seen if status == 429]
+    print(f"- at 1.5 of capacity: {len(drawn)} drawn, {len(refused)} refused, of {len(seen)}")
+    share = sum(seconds <= in_time_s for seconds in drawn) / len(drawn)
+    report(f"share of what was admitted that took at most {in_time_s:.1f} s", [share], ">=", 0.9)
+    report("slowest refusal, seconds", [max(refused, default=0.0)], "<=", 1)
+
+
+async def arrive(url: str, bench: Bench, rate: float, seconds: float) -> list[tuple[int, float]]:
+    """Send so many requests a second; return each one's status and seconds."""
+    limits = httpx.Limits(max_connections=None)
+    async with httpx.AsyncClient(base_url=url, timeout=300, limits=limits) as http:
+
+        async def one(number: int) -> tuple[int, float]:
+            await asyncio.sleep(number / rate)
+            began = time.perf_counter()
+            answer = await http.post(IMAGES, json=bench.bodies(next(NUMBERS)))
+            return answer.status_code, time.perf_counter() - began
+
+        return await asyncio.gather(*(one(number) for number in range(round(rate * seconds))))
+
+
 def clock(bench: Bench) -> None:
     """What the server says that clients felt, against their own clocks."""
     apart = []
@@ -431,6 +463,7 @@ PARTS = {
     "skew": skew,
     "cancelling": cancelling,
     "overload": overload,
+    "capacity": capacity,
     "clock": clock,
     "kills": kills,
     "ready": ready,

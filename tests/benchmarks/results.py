@@ -4,8 +4,9 @@
 
 With `--write docs/results.md` they also replace those in the document, between
 `<!-- bench: SECTION -->` and `<!-- end -->`. All of them take more than half an hour on two cores
-that do nothing else. `distilled`, `solvers`, `last_resort`, `serving`, `kills`, `replicas` and
-`data` need the run that `quickstart` leaves, `few_steps` that it is distilled. Nothing is asserted.
+that do nothing else. `distilled`, `solvers`, `last_resort`, `serving`, `capacity`, `kills`,
+`replicas` and `data` need the run that `quickstart` leaves, `few_steps` that it is distilled.
+Nothing is asserted.
 """
 
 import argparse
@@ -139,6 +140,7 @@ SECTIONS: dict[str, Callable[[Path], str]] = {
     "solvers": script("bench_solvers.py", "{runs}/quickstart"),
     "last_resort": script("bench_last_resort.py", "{runs}/quickstart"),
     "serving": script("bench_serving.py", "--bundle", "{runs}/quickstart/bundle", *SERVING),
+    "capacity": script("bench_serving.py", "--bundle", "{runs}/quickstart/bundle", "capacity"),
     "kills": script("bench_serving.py", "--bundle", "{runs}/quickstart/bundle", "kills"),
     "replicas": script("bench_serving.py", "--bundle", "{runs}/quickstart/bundle", "ready"),
     "models": script("bench_models.py"),

@@ -41,6 +41,9 @@ class _WithRanges(SimpleHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(part)
 
+    def list_directory(self, path: Any) -> None:
+        self.send_error(403)  # as most servers do
+
     def end_headers(self) -> None:
         self.send_header("Accept-Ranges", "bytes")
         super().end_headers()

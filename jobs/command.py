@@ -11,7 +11,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from jobs.local_cluster import LOOPBACK_ONLY
-from paris_ray.config import Config, load, local_paths, packaged_configs, with_absolute_paths
+from paris_ray.config import (
+    Config,
+    check_place,
+    load,
+    local_paths,
+    packaged_configs,
+    with_absolute_paths,
+)
 from paris_ray.errors import ArtifactError, ConfigError, ParisError
 from paris_ray.storage import disk_is_full, is_uri, reach
 
@@ -156,10 +163,13 @@ def refuse_absent_config(config: str) -> None:
 def refuse_unreachable(paths: Mapping[str, str]) -> None:
     """Raise ConfigError, before anything is started, if an `s3://` place of a job does not answer.
 
+    Nor may any place hold keys of its store.
+
     Args:
         paths: By the option that gives each.
     """
     for field, path in paths.items():
+        check_place(field, path)
         if not path.startswith("s3://"):
             continue
         try:

@@ -140,7 +140,9 @@ class Folder:
             ArtifactError: if the file does not exist.
         """
         with self._told(name):
-            return self._filesystem.open_input_stream(self._full(name), buffer_size=STREAMED_BYTES)
+            return self._filesystem.open_input_stream(
+                self._full(name), compression=None, buffer_size=STREAMED_BYTES
+            )
 
     @contextmanager
     def _told(self, name: str) -> Iterator[None]:
@@ -293,14 +295,14 @@ def publish(
         facts: Counts and measured numbers.
         files: SHA-256 by name, where they have been taken already; else every file is hashed here.
     """
-    folder.delete(PROGRESS)
-    folder.delete(IN_PROGRESS)
     if files is None:
         files = {name: file_digest(folder, name) for name in hashed_names(folder)}
     manifest = Manifest(
         kind=kind, config_digest=config_digest, parents=parents, files=files, facts=facts
     )
     folder.write_json(MANIFEST, asdict(manifest))
+    folder.delete(PROGRESS)
+    folder.delete(IN_PROGRESS)  # last: without either, what is finished would count as a stranger's
     return manifest
 
 

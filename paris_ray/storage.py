@@ -21,6 +21,7 @@ DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 CONNECT_TIMEOUT_S = 5.0
 ANSWER_TIMEOUT_S = 10.0
 ATTEMPTS = 2
+_SECRETS = ("sig", "token", "secret", "key", "credential", "password")  # in names of options
 
 
 @contextmanager
@@ -52,6 +53,21 @@ def is_uri(location: str) -> bool:
     return "://" in location
 
 
+def holds_keys(location: str) -> bool:
+    """Return whether a location is a URI with a password in it, or with a signature or the like."""
+    place, _, options = location.partition("://")[2].partition("?")
+    names = " ".join(parse_qs(options, keep_blank_values=True)).lower()
+    return ":" in place.rpartition("@")[0] or any(word in names for word in _SECRETS)
+
+
+def without_keys(location: str) -> str:
+    """Return a location as it may be shown."""
+    if not holds_keys(location):
+        return location
+    scheme, _, rest = location.partition("://")
+    return f"{scheme}://...{rest.partition('?')[0].rpartition('@')[2]}"
+
+
 def joined_uri(uri: str, *names: str) -> str:
     """Return the URI of what lies in a folder; options after a question mark stay at the end."""
     parts = urlsplit(uri)
@@ -65,15 +81,17 @@ def open_store(uri: str) -> tuple[fs.FileSystem, str]:
     Raises:
         ArtifactError: if neither knows it.
     """
+    shown = without_keys(uri)
     try:
         return fs.FileSystem.from_uri(uri)
-    except pa.ArrowInvalid:  # of a scheme that is not its own
-        pass
+    except pa.ArrowInvalid as error:
+        if "Unrecognized filesystem" not in str(error):
+            raise ArtifactError(f"{shown!r} cannot be opened: {error}") from None
     try:  # without a cache of listings: files come and go
         store, path = fsspec.core.url_to_fs(uri, use_listings_cache=False)
     except (ValueError, ImportError) as error:
         raise ArtifactError(
-            f"{uri!r} names no store that can be opened here ({error}): expected a path, s3://, "
+            f"{shown!r} names no store that can be opened here ({error}): expected a path, s3://, "
             "gs://, hf://, http:// or another scheme of pyarrow or fsspec"
         ) from None
     return fs.PyFileSystem(fs.FSSpecHandler(store)), str(path)

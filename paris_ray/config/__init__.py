@@ -3,7 +3,7 @@
 Unknown keys, wrong types and values that are not allowed are refused with the allowed ones.
 """
 
-from paris_ray.config.checks import check, check_distillation, check_model
+from paris_ray.config.checks import check, check_distillation, check_model, check_place
 from paris_ray.config.conversion import (
     digest,
     expert_setup,
@@ -79,6 +79,7 @@ __all__ = [
     "check",
     "check_distillation",
     "check_model",
+    "check_place",
     "digest",
     "expert_setup",
     "from_dict",

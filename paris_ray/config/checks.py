@@ -26,6 +26,7 @@ from paris_ray.config.models import (
 from paris_ray.config.sections import Config
 from paris_ray.config.training import TrainingConfig
 from paris_ray.errors import ConfigError
+from paris_ray.storage import holds_keys, without_keys
 
 FOLDER_NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
 
@@ -245,16 +246,23 @@ def _check_places(config: Config) -> None:
         "run_dir": config.run_dir,
         "prepared_from": config.prepared_from,
         "corpus.path": config.corpus.path,
+        "seed_training.init_from": config.seed_training.init_from,
+        "training.init_from": config.training.init_from,
+        "router_training.init_from": config.router_training.init_from,
+        "distil_training.init_from": config.distil_training.init_from,
     }
-    for name, uri in places.items():
-        scheme, is_uri, rest = (uri or "").partition("://")
-        place = rest.partition("/")[0]
-        if is_uri and "@" in place:
-            allowed = (
-                "a URI without keys, which would be written into files of the run; stores find "
-                "theirs in the environment (AWS_ACCESS_KEY_ID and others)"
-            )
-            _require(False, name, f"{scheme}://...@{rest.rpartition('@')[2]}", allowed)
+    for name, place in places.items():
+        check_place(name, place)
+
+
+def check_place(name: str, place: str | None) -> None:
+    """Raise ConfigError if the location that an option gives holds keys of a store."""
+    allowed = (
+        "a URI without keys, which would be written into files of the run; stores find theirs in "
+        "the environment (AWS_ACCESS_KEY_ID and others)"
+    )
+    if place is not None and holds_keys(place):
+        _require(False, name, without_keys(place), allowed)
 
 
 def _check_corpus(corpus: CorpusConfig) -> None:

@@ -11,11 +11,12 @@ from paris_ray.corpora.image_folder import ImageFolder
 from paris_ray.corpora.images import DecodedRow, decode_row
 from paris_ray.corpora.openmoji import OpenMoji
 from paris_ray.corpora.parquet import Parquet
-from paris_ray.corpora.paths import corpus_path
+from paris_ray.corpora.paths import corpus_path, folders_of, list_files
 from paris_ray.corpora.quarantine import REASONS, QuarantinedRow
 from paris_ray.corpora.rows import Corpus, RawRow, Shard
 from paris_ray.corpora.scenes import Scenes, scene_compositions
 from paris_ray.corpora.sidecars import Sidecars
+from paris_ray.corpora.tars import SUFFIXES
 from paris_ray.corpora.variants import captions_per_row
 from paris_ray.corpora.webdataset import WebDataset
 
@@ -58,8 +59,12 @@ def not_fetched(config: CorpusConfig) -> dict[str, int]:
     """Return how many pictures the corpus itself says it lacks, by reason, as img2dataset does."""
     if config.kind == "parquet":
         return Parquet(config).not_fetched()
-    if config.kind in ("sidecars", "webdataset"):
-        return img2dataset.not_fetched(corpus_path(config))
+    if config.kind == "webdataset":
+        return img2dataset.not_fetched(list_files(config, SUFFIXES))
+    if config.kind == "sidecars":
+        root = corpus_path(config)
+        folders = (folder for folder, _ in folders_of(config))
+        return img2dataset.not_fetched(folder for folder in folders if folder != root)
     return {}
 
 

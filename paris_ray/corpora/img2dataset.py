@@ -5,14 +5,15 @@ Its output is read as any other: tars (`webdataset`), files (`sidecars`) or Parq
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
-from paris_ray.corpora.paths import walk
 from paris_ray.corpora.places import Place
 
 SUCCESS = "success"  # in the column `status`; anything else is why a picture is missing
 _STATISTICS = "_stats.json"
 _MAX_BYTES = 1 << 20
+_AT_ONCE = 16
 _FAILURES = ("failed_to_download", "failed_to_resize")
 
 
@@ -21,20 +22,22 @@ def status_column(columns: Sequence[str]) -> str | None:
     return "status" if {"url", "status", "error_message"} <= set(columns) else None
 
 
-def not_fetched(folder: Place) -> dict[str, int]:
-    """Return how many pictures the statistics in a folder count as not fetched, by reason."""
+def not_fetched(shards: Iterable[Place]) -> dict[str, int]:
+    """Return how many pictures were not fetched, by reason, as told beside tars or folders."""
     counts: Counter[str] = Counter()
-    for place, names in walk(folder):
-        for name in names:
-            if name.endswith(_STATISTICS):
-                found = _statistics(place / name)
-                counts.update({reason: found.get(reason, 0) for reason in _FAILURES})
+    with ThreadPoolExecutor(_AT_ONCE) as pool:  # a store that is far away takes its time for each
+        for found in pool.map(_statistics, map(_beside, shards)):
+            counts.update({reason: found.get(reason, 0) for reason in _FAILURES})
     return {reason: count for reason, count in counts.items() if count}
 
 
 def num_fetched(path: Place) -> int | None:
     """Return how many samples a tar had when it was written; None if that is not known."""
-    return _statistics(path.with_name(path.name.partition(".")[0] + _STATISTICS)).get("successes")
+    return _statistics(_beside(path)).get("successes")
+
+
+def _beside(shard: Place) -> Place:
+    return shard.with_name(shard.name.partition(".")[0] + _STATISTICS)
 
 
 def _statistics(path: Place) -> dict[str, int]:

@@ -2,17 +2,19 @@
 
 import hashlib
 import logging
+import math
 import os
 import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from fnmatch import fnmatchcase
-from itertools import product
+from itertools import product, takewhile
 from pathlib import Path, PurePath, PurePosixPath
+from urllib.parse import unquote
 
 from paris_ray.config import CorpusConfig
-from paris_ray.corpora.places import Place, RemotePath, place
+from paris_ray.corpora.places import Place, RemotePath, place, version_of
 from paris_ray.errors import CorpusError
 
 logger = logging.getLogger("paris_ray")
@@ -28,6 +30,7 @@ _SPECIAL = re.compile(r"[*?\[{]")
 _WILDCARD = re.compile(r"[*?\[]")
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _NUMBERS = re.compile(r"(\d+)\.\.(\d+)")
+_MAX_ALTERNATIVES = 100_000
 COPY_LINKS = "copy the pictures themselves there (cp -rL, hf download --local-dir)"
 
 
@@ -58,7 +61,7 @@ def _root_and_patterns(config: CorpusConfig) -> tuple[Place, list[PurePosixPath]
         # Of files that are named one by one, a web server need not show the folder.
         is_known = isinstance(root, RemotePath) and not _WILDCARD.search(pattern or "*")
         if pattern is not None and (is_known or root.exists()):
-            return root, [PurePosixPath(each) for each in _alternatives(pattern)]
+            return root, _alternatives(config, pattern)
     except OSError as error:
         raise CorpusError(f"corpus.path={config.path!r} cannot be looked up: {error}") from None
     raise CorpusError(f"corpus.path={config.path!r} does not exist ({path})")
@@ -75,22 +78,31 @@ def _cut(path: Place) -> tuple[Place, str | None]:
     if found is None:
         return path, None
     end = base.rindex("/", 0, found.start())
-    return RemotePath(base[:end] + (options and f"?{options}")), base[end + 1 :]
+    return RemotePath(base[:end] + (options and f"?{options}")), unquote(base[end + 1 :])
 
 
-def _alternatives(pattern: str) -> list[str]:
+def _alternatives(config: CorpusConfig, pattern: str) -> list[PurePosixPath]:
     """Return what braces stand for: `{a,b}` each of these, `{000..099}` each number so written."""
     parts = _BRACES.split(pattern)
     choices = [[text] if i % 2 == 0 else _choices(text) for i, text in enumerate(parts)]
-    return ["".join(chosen) for chosen in product(*choices)]
+    count = math.prod(map(len, choices))
+    if count > _MAX_ALTERNATIVES:
+        raise CorpusError(
+            f"corpus.path={config.path!r} stands for {count} paths; at most {_MAX_ALTERNATIVES} "
+            "are allowed: use * or give the folder"
+        )
+    return [PurePosixPath(each) for each in dict.fromkeys(map("".join, product(*choices)))]
 
 
-def _choices(inside: str) -> list[str]:
+def _choices(inside: str) -> Sequence[str]:
     numbers = _NUMBERS.fullmatch(inside)
     if numbers is None:
         return inside.split(",")
     first, last = numbers.groups()
-    return [f"{number:0{len(first)}d}" for number in range(int(first), int(last) + 1)]
+    found = range(int(first), int(last) + 1)
+    if len(found) > _MAX_ALTERNATIVES:
+        return [""] * (_MAX_ALTERNATIVES + 1)  # too many, whatever they are
+    return [f"{number:0{len(first)}d}" for number in found]
 
 
 def place_of(root: Place, path: Place) -> str:
@@ -131,11 +143,28 @@ def list_files(config: CorpusConfig, suffixes: Sequence[str]) -> list[Place]:
 def folders_of(config: CorpusConfig) -> Iterator[tuple[Place, list[str]]]:
     """Yield every folder of a corpus, sorted, and the names of its files, sorted."""
     root, patterns = _root_and_patterns(config)
-    for folder, names in walk(root):
-        if patterns:
+    if not patterns:
+        yield from walk(root)
+        return
+    by_prefix: dict[PurePosixPath, list[PurePosixPath]] = {}
+    for pattern in patterns:
+        by_prefix.setdefault(_prefix(root, pattern), []).append(pattern)
+    found: dict[PurePosixPath, set[str]] = {}
+    for prefix, matching in by_prefix.items():
+        for folder, names in walk(root / str(prefix)):
             inner = PurePosixPath(_inner(root, folder))
-            names = [name for name in names if any(_matches(inner / name, p) for p in patterns)]
-        yield folder, names
+            chosen = (n for n in names if any(_matches(inner / n, p) for p in matching))
+            found.setdefault(inner, set()).update(chosen)
+    for inner in sorted(found):
+        yield (root / str(inner) if inner.parts else root), sorted(found[inner])
+
+
+def _prefix(root: Place, pattern: PurePosixPath) -> PurePosixPath:
+    """Return the folder in which the files are that a pattern names: nothing else is listed."""
+    literal = list(takewhile(lambda part: not _WILDCARD.search(part), pattern.parts))
+    if len(literal) == len(pattern.parts) and not (root / str(pattern)).is_dir():
+        literal = literal[:-1]
+    return PurePosixPath(*literal)
 
 
 def _matches(path: PurePosixPath, pattern: PurePosixPath) -> bool:
@@ -278,8 +307,7 @@ def file_versions(paths: Iterable[Place]) -> str:
     digest = hashlib.sha256()
     for path in paths:
         try:
-            found = path.stat()
-            digest.update(f"{found.st_size} {found.st_mtime_ns}\n".encode())
+            digest.update(f"{version_of(path)}\n".encode())
         except (OSError, ValueError, RuntimeError):  # names that no file system takes, loops
             digest.update(b"none\n")
     return digest.hexdigest()

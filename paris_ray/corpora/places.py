@@ -6,6 +6,7 @@ A place in a store has so much of `pathlib.Path` as readers of a corpus use.
 import io
 from collections import defaultdict
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
@@ -22,10 +23,9 @@ READ_AHEAD = 1 << 22  # bytes of a request: members of a tar are read one after 
 
 
 class Found(NamedTuple):
-    """What is known of a file; times are 0 where a store does not tell them."""
+    """What is known of a file."""
 
     st_size: int
-    st_mtime_ns: int
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -78,8 +78,8 @@ class RemotePath:
 
     def names(self) -> list[str]:
         """Return the names of the files in this very folder, sorted."""
-        store, path = self._opened()
-        found = store.get_file_info(fs.FileSelector(path))
+        with self._opened() as (store, path):
+            found = store.get_file_info(fs.FileSelector(path))
         return sorted(info.base_name for info in found if info.type == fs.FileType.File)
 
     def is_file(self) -> bool:
@@ -95,20 +95,35 @@ class RemotePath:
         return self._type() != fs.FileType.NotFound
 
     def _type(self) -> fs.FileType:
-        store, path = self._opened()
-        return store.get_file_info(path).type
+        with self._opened() as (store, path):
+            return store.get_file_info(path).type
 
     def stat(self) -> Found:
-        """Return its size and when it was written.
+        """Return its size.
 
         Raises:
             FileNotFoundError: if it is no file.
         """
-        store, path = self._opened()
-        info = store.get_file_info(path)
+        return Found(self._info().size or 0)
+
+    def version(self) -> str:
+        """Return what becomes another text when it is written again: by its time, ETag or the like.
+
+        Raises:
+            FileNotFoundError: if it is no file.
+        """
+        info = self._info()
+        with self._opened() as (store, path):
+            if isinstance(store, fs.PyFileSystem):  # of fsspec, which tells more than times
+                return f"{info.size} {store.handler.fs.checksum(path)}"
+        return f"{info.size} {info.mtime_ns}"
+
+    def _info(self) -> fs.FileInfo:
+        with self._opened() as (store, path):
+            info = store.get_file_info(path)
         if info.type != fs.FileType.File:
             raise FileNotFoundError(f"{self} is not a file")
-        return Found(info.size or 0, info.mtime_ns or 0)
+        return info
 
     def read_bytes(self) -> bytes:
         """Return its content."""
@@ -122,26 +137,39 @@ class RemotePath:
 
     def native(self) -> NativeFile:
         """Open it for reading; every read is a request to the store."""
-        store, path = self._opened()
-        return store.open_input_file(path)
+        with self._opened() as (store, path):
+            return store.open_input_file(path)
 
     def walk(self) -> Iterator[tuple["RemotePath", list[str]]]:
         """Yield every folder with files, from this one down, and the names of its files, sorted."""
-        store, path = self._opened()
         found = defaultdict(list)
-        for info in store.get_file_info(fs.FileSelector(path, recursive=True)):
+        with self._opened() as (store, path):
+            infos = store.get_file_info(fs.FileSelector(path, recursive=True))
+        for info in infos:
             if info.type == fs.FileType.File:
                 place = PurePosixPath(info.path).relative_to(path)
                 found[place.parent].append(place.name)
         for folder in sorted(found):
             yield self / folder, sorted(found[folder])
 
-    def _opened(self) -> tuple[fs.FileSystem, str]:
-        """Return its store, which is opened once a process, and its path there."""
+    @contextmanager
+    def _opened(self) -> Iterator[tuple[fs.FileSystem, str]]:
+        """Give its store, which is opened once a process, and its path there.
+
+        Raises:
+            OSError: for whatever the store raises.
+        """
         parts = urlsplit(self.uri)
         top = "" if parts.netloc else "/"  # of file:///
         store, root = _open_once(urlunsplit(parts._replace(path=top)))
-        return store, f"{root}{unquote(parts.path)}"
+        try:
+            # To the web the address is the file, with its options and as it is written.
+            is_web = parts.scheme in ("http", "https")
+            yield store, self.uri if is_web else f"{root}{unquote(parts.path)}"
+        except OSError:
+            raise
+        except Exception as error:  # each library of a store has its own
+            raise OSError(f"{self}: {type(error).__name__}: {error}") from error
 
 
 Place = Path | RemotePath
@@ -163,3 +191,15 @@ def open_parquet(file: Place) -> pq.ParquetFile:
     if isinstance(file, Path):
         return pq.ParquetFile(file)
     return pq.ParquetFile(file.native(), pre_buffer=True)
+
+
+def version_of(file: Place) -> str:
+    """Return what becomes another text when a file is written again.
+
+    Raises:
+        OSError: if it cannot be looked up.
+    """
+    if isinstance(file, RemotePath):
+        return file.version()
+    found = file.stat()
+    return f"{found.st_size} {found.st_mtime_ns}"

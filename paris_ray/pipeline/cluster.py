@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 from paris_ray.artifacts import (
     Folder,
     Manifest,
-    file_digest,
     hashed_names,
     publish,
     read_manifest,
@@ -35,7 +34,7 @@ from paris_ray.embeddings import (
     write_part,
 )
 from paris_ray.errors import ConfigError
-from paris_ray.pipeline.file_list import list_files
+from paris_ray.pipeline.file_list import digests_of, list_files
 from paris_ray.pipeline.stage import Stage
 from paris_ray.reports import count_words, telling_words
 from paris_ray.run import CLUSTERS, EMBEDDINGS, SHARD, Run
@@ -201,7 +200,7 @@ def _digests(
         if not any(name.startswith(f"{place}/") for place in places)
     ]
     digests = {place: manifest.digest for place, manifest in zip(places, published, strict=True)}
-    return digests | {name: file_digest(clusters, name) for name in beside}
+    return digests | digests_of(clusters, beside)
 
 
 @ray.remote

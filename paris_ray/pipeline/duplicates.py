@@ -142,7 +142,7 @@ def repeated_places(places: Places) -> Places:
     return places[np.sort(order[1:][hashes[1:] == hashes[:-1]])]
 
 
-@ray.remote(num_cpus=TASK_CPUS)
+@ray.remote(num_cpus=TASK_CPUS, max_retries=0)  # a second time would move other rows
 def _move(config: Config, files: Sequence[PartFile], *repeated: Places) -> None:
     move(Run(config), files, repeated)
 

@@ -66,6 +66,7 @@ def prepare_embeddings(config: Config, encoders: Manifest) -> Manifest:
     manifest = stage.finished()
     if manifest is not None:
         return manifest
+    lacking = not_fetched(config.corpus)
     stage.begin(run.quarantine)
     pending = _pending(config, shards, versions)
     if pending:
@@ -73,7 +74,6 @@ def prepare_embeddings(config: Config, encoders: Manifest) -> Manifest:
     drop_duplicates(config, list(versions))
     counts = count_rows(accounts_of(config, files_by_shard(run)))
     refuse_bad_corpus(config, counts)
-    lacking = not_fetched(config.corpus)
     for reason, count in lacking.items():
         logger.info("not in the corpus: %d pictures, %s", count, reason)
     facts = {"not_fetched": lacking} if lacking else {}
@@ -127,23 +127,23 @@ def _pending(config: Config, shards: Sequence[Shard], versions: Mapping[str, str
     """Return the shards that an earlier run did not account for row by row, as they are now.
 
     What it left of them is deleted: the next run may cut them into files elsewhere. So is what it
-    left of shards that are gone. Where anything changed, shards of which rows were set aside are
-    encoded again, too: what those rows repeated may be gone.
+    left of shards that are gone. Where a shard changed or is gone, those of which repeated rows
+    were set aside are encoded again, too: what those rows repeated may be gone.
     """
     run = Run(config)
     found = files_by_shard(run)
-    kept = {
-        name: account
-        for name, account in accounts_of(config, found).items()
-        if account is not None and account.version == versions.get(name)
-    }
-    if len(kept) < max(len(versions), len(found)):
-        kept = {name: a for name, a in kept.items() if DUPLICATE not in a.quarantined}
-    for name in found.keys() - kept.keys():
+    told = {name: account for name, account in accounts_of(config, found).items() if account}
+    kept = {name: a for name, a in told.items() if a.version == versions.get(name)}
+    gone = found.keys() - versions.keys()
+    doubtful = []
+    if gone or told.keys() - kept.keys():
+        doubtful = [name for name, a in kept.items() if DUPLICATE in a.quarantined]
+    # The doubtful ones first: a run that is killed in between must see again why they are.
+    for name in (*doubtful, *(found.keys() - kept.keys())):
         delete_files(run, found[name])
+        kept.pop(name, None)
     if found:
-        gone = len(found.keys() - versions.keys())
-        logger.info("embed: of %d shards %d are kept, %d gone", len(shards), len(kept), gone)
+        logger.info("embed: of %d shards %d are kept, %d gone", len(shards), len(kept), len(gone))
     return [shard for shard in shards if shard.name not in kept]
 
 

@@ -3,6 +3,8 @@
 The manifest holds the digest of the list alone, and so stays small.
 """
 
+from collections.abc import Sequence
+
 import pyarrow as pa
 import ray
 
@@ -20,19 +22,24 @@ def list_files(folder: Folder) -> dict[str, str]:
     Args:
         folder: An artefact that is complete but for its manifest.
     """
-    names = [name for name in hashed_names(folder) if name != FILE_LIST]
-    tasks = [
-        _digests.remote(folder.uri, names[first : first + FILES_A_TASK])
-        for first in range(0, len(names), FILES_A_TASK)
-    ]
-    digests = [digest for group in ray.get(tasks) for digest in group]
-    columns = {"name": names, "sha256": digests}
+    digests = digests_of(folder, [name for name in hashed_names(folder) if name != FILE_LIST])
+    columns = {"name": digests.keys(), "sha256": digests.values()}
     table = pa.table({name: pa.array(texts, pa.string()) for name, texts in columns.items()})
     write_part(folder, FILE_LIST, table)
     return {FILE_LIST: file_digest(folder, FILE_LIST)}
 
 
+def digests_of(folder: Folder, names: Sequence[str]) -> dict[str, str]:
+    """Return the SHA-256 of files by name, as tasks find it."""
+    tasks = [
+        _digests.remote(folder.uri, names[first : first + FILES_A_TASK])
+        for first in range(0, len(names), FILES_A_TASK)
+    ]
+    digests = (digest for group in ray.get(tasks) for digest in group)
+    return dict(zip(names, digests, strict=True))
+
+
 @ray.remote(num_cpus=TASK_CPUS)
-def _digests(uri: str, names: list[str]) -> list[str]:
+def _digests(uri: str, names: Sequence[str]) -> list[str]:
     folder = Folder(uri)
     return [file_digest(folder, name) for name in names]

@@ -42,7 +42,6 @@ WATCHED_S = 30.0  # how long a run is watched after its first file, before it is
 STAGE = """
 import sys
 from jobs.command import log_to_stdout, ray_session
-from jobs.command import ray_session
 from paris_ray.artifacts import read_manifest
 from paris_ray.config import load
 from paris_ray.run import ENCODERS, Run

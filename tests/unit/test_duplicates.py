@@ -2,60 +2,26 @@
 
 from pathlib import Path
 
-import numpy as np
 import pytest
+from repeated_rows import LEFT, ORDER, stored_keys, write_repeated_rows
 
 from paris_ray.config import load
-from paris_ray.embeddings import read_part, to_table, write_part
-from paris_ray.pipeline.accounts import (
-    Account,
-    account_of,
-    files_by_shard,
-    part_name,
-    write_account,
-)
+from paris_ray.embeddings import read_part
+from paris_ray.pipeline.accounts import Account, account_of, files_by_shard, part_name
 from paris_ray.pipeline.duplicates import drop_few_duplicates
 from paris_ray.run import Run
-
-KEYS = {  # of two shards, whose names do not sort as the corpus does
-    "b": {"embeddings": ["x", "y", "x", "z"], "held_out": ["w"]},
-    "a": {"embeddings": ["v", "y"], "held_out": ["w"], "more": ["z"]},
-}
 
 
 @pytest.fixture
 def run(tmp_path: Path) -> Run:
-    """A run with two shards, of which the second has a file whose only row is a repeated one."""
     run = Run(load("quickstart", [f"run_dir={tmp_path}"]))
-    for shard, kinds in KEYS.items():
-        for kind, keys in kinds.items():
-            folder = run.held_out if kind == "held_out" else run.embeddings
-            number = np.arange(len(keys), dtype=np.float32)
-            latents = np.repeat(number, 4).reshape(-1, 2, 2)
-            first = 100 if kind == "more" else 0
-            write_part(folder, part_name(shard, first), to_table({"key": keys, "latents": latents}))
-        good = len(kinds["embeddings"]) + len(kinds.get("more", ()))
-        write_account(run.quarantine, shard, Account("1", good, 1), [])
+    write_repeated_rows(run)
     return run
 
 
-def stored(run: Run) -> dict[str, list[str]]:
-    folders = (run.embeddings, run.held_out)
-    return {
-        f"{folder.uri.rpartition('/')[2]} {name}": read_part(folder, name)["key"].to_pylist()
-        for folder in folders
-        for name in folder.files()
-        if "/" not in name
-    }
-
-
 def test_the_first_row_in_corpus_order_stays(run: Run) -> None:
-    drop_few_duplicates(run, ["b", "a"])
-    assert stored(run) == {
-        "embeddings part-a-00000000.parquet": ["v"],
-        "embeddings part-b-00000000.parquet": ["x", "y", "z"],
-        "held_out part-b-00000000.parquet": ["w"],
-    }
+    drop_few_duplicates(run, ORDER)
+    assert stored_keys(run) == LEFT
     kept = read_part(run.embeddings, part_name("b", 0))
     latents = kept["latents"].combine_chunks().to_numpy_ndarray()
     assert latents[:, 0, 0].tolist() == [0, 1, 3]  # rows keep their columns
@@ -72,7 +38,7 @@ def test_accounts_follow_and_a_second_time_nothing_moves(run: Run) -> None:
         "a": Account("1", 1, 0, {"duplicate_key": 3}),
     }
     for _ in range(2):
-        drop_few_duplicates(run, ["b", "a"])
+        drop_few_duplicates(run, ORDER)
         found = {name: account_of(run, files) for name, files in files_by_shard(run).items()}
         assert found == expected
 
@@ -83,7 +49,7 @@ def test_a_shard_that_is_half_moved_is_not_whole(run: Run, monkeypatch: pytest.M
 
     monkeypatch.setattr("paris_ray.pipeline.duplicates._rewrite", killed)
     with pytest.raises(KeyboardInterrupt):
-        drop_few_duplicates(run, ["b", "a"])
+        drop_few_duplicates(run, ORDER)
     found = {name: account_of(run, files) for name, files in files_by_shard(run).items()}
     assert found == {"b": None, "a": Account("1", 3, 1)}
 

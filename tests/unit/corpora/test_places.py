@@ -16,7 +16,7 @@ from small_corpora import LAYOUTS, rows_of
 
 from paris_ray.artifacts import Folder
 from paris_ray.config import CorpusConfig, load
-from paris_ray.corpora import corpus_version, open_corpus
+from paris_ray.corpora import corpus_version, not_fetched, open_corpus
 from paris_ray.corpora.paths import list_files
 from paris_ray.corpora.places import RemotePath, place
 from paris_ray.errors import ArtifactError, ConfigError, CorpusError
@@ -45,7 +45,10 @@ class _WithRanges(SimpleHTTPRequestHandler):
         self.send_error(403)  # as most servers do
 
     def end_headers(self) -> None:
+        path = Path(self.translate_path(self.path))
         self.send_header("Accept-Ranges", "bytes")
+        if path.is_file():
+            self.send_header("ETag", f'"{path.stat().st_mtime_ns}"')
         super().end_headers()
 
     def log_message(self, *_: object) -> None:
@@ -115,6 +118,31 @@ def test_a_parquet_file_is_read_from_a_web_server(tmp_path: Path, web: str) -> N
     assert [row.caption for row in rows] == [caption for _, caption in rows_of(5)]
 
 
+def test_addresses_of_the_web_stay_as_they_are_written(tmp_path: Path, web: str) -> None:
+    write_tar(tmp_path / "a #1.tar", {"x.png": png(), "x.txt": b"here"})
+    config = CorpusConfig(kind="webdataset", path=f"{web}/a%20%231.tar?download=true")
+    (row,) = read_all(config)
+    assert (row.key, row.caption) == ("a #1.tar/x", "here")
+    assert not_fetched(config) == {}
+
+
+def test_a_file_of_the_web_that_changed_is_noticed(tmp_path: Path, web: str) -> None:
+    config = CorpusConfig(kind="webdataset", path=f"{web}/a.tar")
+    versions = set()
+    for caption in (b"one", b"two"):  # of the same length
+        write_tar(tmp_path / "a.tar", {"x.png": png(), "x.txt": caption})
+        versions.add(corpus_version(open_corpus(config)))
+    assert len(versions) == 2
+
+
+def test_names_of_strangers_never_lead_out_of_the_web_folder(tmp_path: Path) -> None:
+    root = RemotePath("http://127.0.0.1:1/corpus")
+    for name in ("../x.png", "%2e%2e/x.png", "a/../../x.png", "/x.png", "//other/x.png"):
+        path = root / name
+        assert path.uri.startswith("http://127.0.0.1:1/")
+        assert "/%2e" not in path.uri and not path.uri.endswith("1/%2e%2e/x.png")
+
+
 def test_what_is_not_there_is_told(web: str) -> None:
     for path in (f"{web}/absent.tar", f"{web}/absent/*.tar", "file:///absent"):
         with pytest.raises(CorpusError, match=r"corpus\.path='.*absent.* does not exist"):
@@ -156,6 +184,21 @@ def test_a_folder_with_signs_of_patterns_in_its_name_is_that_folder(tmp_path: Pa
     assert [path.name for path in list_files(config, [".tar"])] == ["0.tar"]
 
 
+def test_a_pattern_of_too_many_paths_is_refused_before_they_are_made(tmp_path: Path) -> None:
+    for pattern in ("{0..9999999999}.tar", "{000..999}{000..999}.tar"):
+        config = CorpusConfig(kind="webdataset", path=f"{tmp_path}/{pattern}")
+        with pytest.raises(CorpusError, match="at most 100000 are allowed: use \\* or give the f"):
+            open_corpus(config)
+
+
+def test_a_path_that_stands_twice_in_a_pattern_is_read_once(tmp_path: Path) -> None:
+    write_files(tmp_path, dict.fromkeys(FILES, ""))
+    for pattern in ("{a,a}/0.tar", "{a,a/0.tar}"):
+        config = CorpusConfig(kind="webdataset", path=f"{tmp_path}/{pattern}")
+        found = [path.name for path in list_files(config, [".tar"])]
+        assert sorted(set(found)) == sorted(found)
+
+
 def test_a_pattern_that_matches_nothing_is_told(tmp_path: Path) -> None:
     write_files(tmp_path, dict.fromkeys(FILES, ""))
     for pattern in ("*.tar", "{d,e}"):
@@ -164,16 +207,33 @@ def test_a_pattern_that_matches_nothing_is_told(tmp_path: Path) -> None:
             open_corpus(config).shards()
 
 
-@pytest.mark.parametrize("key", ["corpus.path", "run_dir"])
-def test_keys_in_a_uri_are_refused_before_they_are_written_anywhere(key: str) -> None:
-    overrides = ["corpus.kind=webdataset", "corpus.path=/data", f"{key}=s3://name:secret@bucket/a"]
+@pytest.mark.parametrize("key", ["corpus.path", "run_dir", "training.init_from"])
+@pytest.mark.parametrize(
+    "uri", ["s3://name:se/cret@bucket/a", "https://bucket/a?X-Amz-Signature=secret"]
+)
+def test_keys_in_a_uri_are_refused_before_they_are_written_anywhere(key: str, uri: str) -> None:
+    overrides = ["corpus.kind=webdataset", "corpus.path=/data", f"{key}={uri}"]
     with pytest.raises(ConfigError) as caught:
         load("quickstart", overrides)
+    shown = f"{uri.partition(':')[0]}://...bucket/a"
     assert str(caught.value) == (
-        f"{key}='s3://...@bucket/a' is not allowed: a URI without keys, which would be written "
-        "into files of the run; stores find theirs in the environment (AWS_ACCESS_KEY_ID and "
-        "others)"
+        f"{key}={shown!r} is not allowed: a URI without keys, which would be written into files of "
+        "the run; stores find theirs in the environment (AWS_ACCESS_KEY_ID and others)"
     )
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "abfs://container@account.dfs.core.windows.net/x",
+        "gs://anonymous@bucket/x",
+        "s3://bucket/a@b/c",
+        "s3://bucket/x?endpoint_override=127.0.0.1:9000&scheme=http&region=eu",
+        "/data/a:b@c?key=1",
+    ],
+)
+def test_other_uris_are_allowed(uri: str) -> None:
+    assert load("quickstart", ["corpus.kind=webdataset", f"corpus.path={uri}"]).corpus.path == uri
 
 
 def test_a_uri_keeps_its_options_at_its_end() -> None:

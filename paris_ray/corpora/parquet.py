@@ -117,11 +117,9 @@ class Parquet:
     def not_fetched(self) -> dict[str, int]:
         """Return how many rows img2dataset wrote of pictures that it could not fetch, by reason."""
         counts: Counter[str] = Counter()
-        for path in list_files(self._config, [".parquet"]):
-            with suppress(*READ_ERRORS), open_parquet(path) as file:
-                status = status_column(file.schema_arrow.names)
-                for batch in file.iter_batches(columns=[status]) if status else ():
-                    counts.update(map(str, batch.column(status).to_pylist()))
+        with ThreadPoolExecutor(_FOOTERS_AT_ONCE) as pool:
+            for found in pool.map(_count_statuses, list_files(self._config, [".parquet"])):
+                counts.update(found)
         return {reason: count for reason, count in sorted(counts.items()) if reason != SUCCESS}
 
     def _count_rows(self, path: Place) -> int | None:
@@ -202,6 +200,16 @@ def batches_of(
         position += batch.num_rows
         if position >= stop:
             return
+
+
+def _count_statuses(path: Place) -> Counter[str]:
+    """Return how many links img2dataset has tried, by what became of them; none of other files."""
+    counts: Counter[str] = Counter()
+    with suppress(*READ_ERRORS), open_parquet(path) as file:
+        status = status_column(file.schema_arrow.names)
+        for batch in file.iter_batches(columns=[status]) if status else ():
+            counts.update(map(str, batch.column(status).to_pylist()))
+    return counts
 
 
 def _is_fetched(values: Mapping[str, pa.Scalar], status: str | None) -> bool:

@@ -13,14 +13,14 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import IO, cast
 
-from paris_ray.corpora.places import Place
+from paris_ray.corpora.places import Place, RemotePath
 from paris_ray.corpora.samples import Member, TooLargeError
 
 SUFFIXES = (".tar", ".tar.gz", ".tgz")
 # What damage raises; tarfile raises ValueError and OverflowError for headers of arbitrary bytes.
 READ_ERRORS = (tarfile.TarError, OSError, ValueError, OverflowError, EOFError, zlib.error)
 _END = bytes(tarfile.BLOCKSIZE)  # an archive ends in blocks of zeros
-MAX_INFLATED_BYTES = 1 << 28  # of a member of a gzipped tar, which is kept until it is loaded
+MAX_KEPT_BYTES = 1 << 28  # of a member that is read in passing, and kept until it is loaded
 _MAX_HEADER_BYTES = 1 << 20  # of one extended header
 _GZIP = b"\x1f\x8b"
 
@@ -41,8 +41,8 @@ class _Stored:
 
 
 @dataclass(frozen=True, slots=True)
-class _Inflated:
-    """A `Member` of a gzipped tar, which is read once, from its beginning to its end."""
+class _Kept:
+    """A `Member` that was read in passing: of a gzipped tar, or of one that is far away."""
 
     content: bytes | None  # None: it was too large to keep
     num_bytes: int
@@ -70,10 +70,12 @@ class Tar:
         size: How many bytes it has.
         stream: Its bytes as they are stored.
         is_gzipped: Whether they are compressed.
+        is_remote: Whether it is in a store, where going back means to ask again.
     """
 
     def __init__(self, path: Place, stream: IO[bytes]) -> None:
         self.size, self.stream = path.stat().st_size, stream
+        self.is_remote = isinstance(path, RemotePath)
         self.is_gzipped = stream.read(2) == _GZIP
         stream.seek(0)
 
@@ -81,8 +83,7 @@ class Tar:
         """Yield the names and contents of all members but folders, in order.
 
         Args:
-            is_wanted: Whether a member of this name may be loaded: of a gzipped tar no other is
-                kept.
+            is_wanted: Whether a member of this name may be loaded: no other is read in passing.
 
         Raises:
             tarfile.ReadError: where the tar is damaged, or another of `READ_ERRORS`.
@@ -104,7 +105,7 @@ class Tar:
                 else:
                     member = self._link(header, before)
                 if not self.is_gzipped:
-                    before[posixpath.normpath(header.name)] = member
+                    before[posixpath.normpath(header.name)] = self._to_go_back_to(header, member)
                 yield header.name, member
         if headers.last != _END:
             raise tarfile.ReadError(f"neither a header nor the end of the archive at {tar.offset}")
@@ -114,13 +115,20 @@ class Tar:
         if not self.is_gzipped:
             if start + size > self.size:
                 raise tarfile.ReadError(f"the data of {header.name!r} is cut off")
-            return _Stored(stream, start, size)
-        if not is_wanted or size > MAX_INFLATED_BYTES:
-            return _Inflated(None, size)
+            if not self.is_remote:
+                return _Stored(stream, start, size)
+        if not is_wanted or size > MAX_KEPT_BYTES:
+            return _Kept(None, size)
         content = stream.read(size)
         if len(content) < size:
             raise tarfile.ReadError(f"the data of {header.name!r} is cut off")
-        return _Inflated(content, size)
+        return _Kept(content, size)
+
+    def _to_go_back_to(self, header: tarfile.TarInfo, member: Member) -> Member:
+        """Return a member as a link may find it later: what was read is not kept for that."""
+        if isinstance(member, _Kept):
+            return _Stored(self.stream, header.offset_data, header.size)
+        return member
 
     def _link(self, header: tarfile.TarInfo, before: Mapping[str, Member]) -> Member:
         if not (header.islnk() or header.issym()):

@@ -1,7 +1,9 @@
 """Corpora in stores that URIs name, and patterns of several paths."""
 
+import io
 import os
 import re
+import tarfile
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
@@ -246,3 +248,16 @@ def test_a_uri_keeps_its_options_at_its_end() -> None:
     assert (path.name, path.suffix) == ("50% #1?.png", ".png")
     assert path.parent == RemotePath("s3://bucket/corpus")
     assert path.relative_to(path.parent) == PurePosixPath("50% #1?.png")
+
+
+def test_links_within_a_tar_of_a_store_are_followed(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for name, content in (("0.png", png()), ("0.txt", b"first"), ("1.txt", b"second")):
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+        link = tarfile.TarInfo("1.png")
+        link.type, link.linkname = tarfile.LNKTYPE, "0.png"
+        tar.addfile(link)
+    rows = read_all(CorpusConfig(kind="webdataset", path=f"file://{tmp_path}/a.tar"))
+    assert [(row.image, row.caption) for row in rows] == [(png(), "first"), (png(), "second")]

@@ -115,7 +115,7 @@ def test_damaged_gzip_keeps_what_is_before(
 
 
 def test_what_inflates_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("paris_ray.corpora.tars.MAX_INFLATED_BYTES", 1000)
+    monkeypatch.setattr("paris_ray.corpora.tars.MAX_KEPT_BYTES", 1000)
     members = {"0.png": bytes(100_000), "0.txt": b"a", "1.png": b"x", "1.txt": b"b"}
     for name, mode in (("a.tar", "w"), ("b.tgz", "w:gz")):
         write_tar(tmp_path / name, members, mode)

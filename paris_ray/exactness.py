@@ -58,11 +58,12 @@ def _try(model: Expert | Router) -> bool:
     shallow.layers = _unlike(shallow.layers)
     samples = _Samples(shallow)
     with _watched_activations(shallow) as activations:
-        samples.ask(slice(0, MOST_TRIED))
+        together = samples.ask(slice(0, MOST_TRIED))
     if not all(_is_alike(*activation) for activation in activations):
         return False
     alone = samples.each()
-    if not all(torch.equal(samples.ask(slice(0, n)), alone[:n]) for n in BATCH_SIZES):
+    fewer = (samples.ask(slice(0, n)) for n in BATCH_SIZES if n < MOST_TRIED)
+    if not all(torch.equal(batch, alone[: len(batch)]) for batch in (together, *fewer)):
         return False
     unlike_adapters = {updates: name for name, updates in updates_of(shallow).items()}
     return all(_try_adapter(samples, name, alone) for name in unlike_adapters.values())

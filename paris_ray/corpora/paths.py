@@ -88,8 +88,8 @@ def _alternatives(config: CorpusConfig, pattern: str) -> list[PurePosixPath]:
     count = math.prod(map(len, choices))
     if count > _MAX_ALTERNATIVES:
         raise CorpusError(
-            f"corpus.path={config.path!r} stands for {count} paths; at most {_MAX_ALTERNATIVES} "
-            "are allowed: use * or give the folder"
+            f"corpus.path={config.path!r} stands for more than {_MAX_ALTERNATIVES} paths: use * or "
+            "give the folder"
         )
     return [PurePosixPath(each) for each in dict.fromkeys(map("".join, product(*choices)))]
 

@@ -5,20 +5,22 @@ whatever rule a layout has for choosing it.
 """
 
 import csv
+import io
 import json
 import tarfile
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from paris_ray.corpora import RawRow
 from paris_ray.corpora.columns import is_said
+from paris_ray.corpora.paths import names_in
+from paris_ray.corpora.places import Place, open_parquet, place
 from paris_ray.survey.listing import Listing
 
 FIRST_ROWS = 16  # of which one has both
@@ -51,7 +53,7 @@ class Fields:
 def taken_fields(listing: Listing) -> Fields | None:
     """Return what was taken of the first rows; None where that cannot be told."""
     shard = listing.shards[0]
-    source = Path(shard.source)
+    source = place(shard.source)
     if not source.exists():  # made by a package
         return None
     for row in islice(listing.corpus.read(shard), FIRST_ROWS):
@@ -63,7 +65,7 @@ def taken_fields(listing: Listing) -> Fields | None:
     return None
 
 
-def _fields_of(row: RawRow, source: Path) -> Fields | None:
+def _fields_of(row: RawRow, source: Place) -> Fields | None:
     for record in islice(_records(row, source), RECORDS):
         pictures = [name for name, value in record.items() if _is_picture(value, row)]
         captions = [name for name, value in record.items() if _is_caption(value, row)]
@@ -90,7 +92,7 @@ def _is_caption(value: Any, row: RawRow) -> bool:
     return any(isinstance(v, str) and " ".join(v.split()) == wanted for v in values)
 
 
-def _records(row: RawRow, source: Path) -> Iterator[Record]:
+def _records(row: RawRow, source: Place) -> Iterator[Record]:
     """Yield what lies in the source of a shard, sample by sample."""
     if source.is_dir():
         return _files_beside(row, source)
@@ -104,25 +106,25 @@ def _records(row: RawRow, source: Path) -> Iterator[Record]:
     return _tar(source)
 
 
-def _files_beside(row: RawRow, folder: Path) -> Iterator[Record]:
+def _files_beside(row: RawRow, folder: Place) -> Iterator[Record]:
     stem = PurePosixPath(row.key).stem
-    files = sorted(f for f in folder.iterdir() if f.stem == stem and f.is_file())
+    files = [folder / name for name in names_in(folder) if PurePosixPath(name).stem == stem]
     contents = {f.suffix: f.read_bytes() for f in files if f.stat().st_size <= MAX_FIELD_BYTES}
     yield _unfolded(contents)
 
 
-def _parquet(path: Path) -> Iterator[Record]:
-    with pq.ParquetFile(path) as file:
+def _parquet(path: Place) -> Iterator[Record]:
+    with open_parquet(path) as file:
         for batch in file.iter_batches(1):
             yield from batch.to_pylist()
 
 
-def _csv(path: Path) -> Iterator[Record]:
-    with path.open(newline="", encoding="utf-8-sig") as lines:
-        yield from csv.DictReader(lines)
+def _csv(path: Place) -> Iterator[Record]:
+    with path.open("rb") as lines:
+        yield from csv.DictReader(io.TextIOWrapper(lines, encoding="utf-8-sig", newline=""))
 
 
-def _json_lines(path: Path) -> Iterator[Record]:
+def _json_lines(path: Place) -> Iterator[Record]:
     with path.open("rb") as lines:
         for line in lines:
             entry = json.loads(line)
@@ -130,8 +132,8 @@ def _json_lines(path: Path) -> Iterator[Record]:
                 yield entry
 
 
-def _tar(path: Path) -> Iterator[Record]:
-    with tarfile.open(path) as tar:
+def _tar(path: Place) -> Iterator[Record]:
+    with path.open("rb") as stream, tarfile.open(fileobj=stream) as tar:
         stem, contents = "", dict[str, bytes]()
         for member in tar:
             folder, _, name = member.name.rpartition("/")

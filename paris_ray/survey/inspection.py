@@ -1,6 +1,5 @@
 """What `jobs.inspect` finds out: everything that `prepare` would decide, of a sample."""
 
-import os
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -8,12 +7,14 @@ from dataclasses import dataclass
 
 from paris_ray.config import Config
 from paris_ray.corpora import HeldOut, held_out_rule
+from paris_ray.corpora.places import RemotePath, place
 from paris_ray.survey.fields import Fields, taken_fields
 from paris_ray.survey.listing import Listing
 from paris_ray.survey.sample import SampledRow, sample_corpus
 
 FILES_SHOWN = 5
 MEASURED_FILES = 10_000  # asking for the sizes of more takes too long on a network disk
+MEASURED_IN_A_STORE = 64  # each is a request or two
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +97,8 @@ def inspect_corpus(listing: Listing) -> Inspection:
 def _files(listing: Listing) -> Files:
     names = list(dict.fromkeys(shard.source for shard in listing.shards))
     first = tuple(names[:FILES_SHOWN])
-    if len(names) > MEASURED_FILES or not all(map(os.path.isfile, names)):
+    files = [place(name) for name in names[: MEASURED_FILES + 1]]
+    most = MEASURED_IN_A_STORE if isinstance(files[0], RemotePath) else MEASURED_FILES
+    if len(files) > most or not all(file.is_file() for file in files):
         return Files(len(names), None, first)
-    return Files(len(names), sum(map(os.path.getsize, names)), first)
+    return Files(len(names), sum(file.stat().st_size for file in files), first)

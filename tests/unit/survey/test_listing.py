@@ -20,11 +20,12 @@ TAKEN = {
 }
 
 
+@pytest.mark.parametrize("scheme", ["", "file://"])
 @pytest.mark.parametrize("kind", LAYOUTS)
 def test_the_layout_and_what_became_picture_and_caption_are_recognised(
-    kind: str, tmp_path: Path
+    kind: str, scheme: str, tmp_path: Path
 ) -> None:
-    path = LAYOUTS[kind](tmp_path / "corpus", rows_of(4))
+    path = f"{scheme}{LAYOUTS[kind](tmp_path / 'corpus', rows_of(4))}"
     listing = recognise("quickstart", [f"corpus.path={path}"])
     assert listing.config.corpus.kind == kind
     assert listing.is_whole

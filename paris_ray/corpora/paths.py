@@ -82,27 +82,36 @@ def _cut(path: Place) -> tuple[Place, str | None]:
 
 
 def _alternatives(config: CorpusConfig, pattern: str) -> list[PurePosixPath]:
-    """Return what braces stand for: `{a,b}` each of these, `{000..099}` each number so written."""
-    parts = _BRACES.split(pattern)
-    choices = [[text] if i % 2 == 0 else _choices(text) for i, text in enumerate(parts)]
-    count = math.prod(map(len, choices))
-    if count > _MAX_ALTERNATIVES:
+    """Return what braces stand for: `{a,b}` each of these, `{000..099}` each number so written.
+
+    Raises:
+        CorpusError: if that is nothing, or too much.
+    """
+    texts = _BRACES.split(pattern)  # what stands in braces is every second
+    count = math.prod(map(_num_choices, texts[1::2]))
+    if not 0 < count <= _MAX_ALTERNATIVES:
         raise CorpusError(
-            f"corpus.path={config.path!r} stands for more than {_MAX_ALTERNATIVES} paths: use * or "
-            "give the folder"
+            f"corpus.path={config.path!r} stands for {count} paths: expected 1 to "
+            f"{_MAX_ALTERNATIVES}, numbers in braces from the smaller to the larger; * and a "
+            "folder have no limit"
         )
+    choices = [_choices(text) if i % 2 else [text] for i, text in enumerate(texts)]
     return [PurePosixPath(each) for each in dict.fromkeys(map("".join, product(*choices)))]
 
 
-def _choices(inside: str) -> Sequence[str]:
+def _num_choices(inside: str) -> int:
+    numbers = _NUMBERS.fullmatch(inside)
+    if numbers is None:
+        return inside.count(",") + 1
+    return max(0, int(numbers[2]) - int(numbers[1]) + 1)
+
+
+def _choices(inside: str) -> list[str]:
     numbers = _NUMBERS.fullmatch(inside)
     if numbers is None:
         return inside.split(",")
     first, last = numbers.groups()
-    found = range(int(first), int(last) + 1)
-    if len(found) > _MAX_ALTERNATIVES:
-        return [""] * (_MAX_ALTERNATIVES + 1)  # too many, whatever they are
-    return [f"{number:0{len(first)}d}" for number in found]
+    return [f"{number:0{len(first)}d}" for number in range(int(first), int(last) + 1)]
 
 
 def place_of(root: Place, path: Place) -> str:

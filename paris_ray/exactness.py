@@ -25,6 +25,7 @@ from paris_ray.encoders.text import TextEncoder
 from paris_ray.models import EncodedText, Expert, Router, TextConditioning
 from paris_ray.models.lora import adapted_samples, share, updates_of
 from paris_ray.seeding import torch_generator
+from paris_ray.trials import outcome
 
 MOST_TRIED = 16  # samples of a pass; those that rely on the answer make no larger ones
 BATCH_SIZES = (2, 3, 5, 8, MOST_TRIED)
@@ -46,9 +47,9 @@ def rows_are_independent(model: Expert | Router) -> bool:
         model: On its device, with its threads; with adapters, by `models.lora.attach_all`.
     """
     where = (model.pos_embed.device, model.pos_embed.dtype, torch.get_num_threads())
-    kind = (type(model), model.config, frozenset(updates_of(model).values()), *where)
+    kind = (type(model), model.config, *sorted(set(updates_of(model).values())), *where)
     if kind not in _found:
-        _found[kind] = _try(model)
+        _found[kind] = outcome(repr(kind), lambda: _try(model))
     return _found[kind]
 
 
@@ -134,7 +135,6 @@ class _Samples:
             return self._model(self._latents[rows], self._times[rows], text)
 
 
-@torch.inference_mode()
 def texts_are_independent(encoder: TextEncoder, length: int) -> bool:
     """Return whether an encoder computes the same bits of a caption alone and beside others.
 
@@ -144,6 +144,14 @@ def texts_are_independent(encoder: TextEncoder, length: int) -> bool:
         encoder: On its device, with its threads.
         length: Tokens that the captions are padded to: one of its `lengths`.
     """
+    weight = next(encoder.model.parameters())
+    where = (weight.device, weight.dtype, torch.get_num_threads())
+    kind = (type(encoder), encoder.model.config, encoder.model, length, *where)
+    return outcome(repr(kind), lambda: _try_texts(encoder, length))
+
+
+@torch.inference_mode()
+def _try_texts(encoder: TextEncoder, length: int) -> bool:
     rows = _rows_of_letters(encoder, length)
     if not rows:  # it makes something else of letters, so nothing is known of it
         return False

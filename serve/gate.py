@@ -60,6 +60,7 @@ RAYS_HEADERS = (b"x-request-disconnect-disabled", b"x-session-id", b"serve-multi
 # By this the edge tells an Ingress that another one has died with the request.
 SENT_AGAIN_HEADER = b"x-paris-sent-again"
 OWN_HEADERS = (*RAYS_HEADERS, SENT_AGAIN_HEADER)  # which no client may send
+HEALTH_PATHS = ("/healthz", "/readyz")  # who asks is no burst, and decides what becomes of us
 RAYS_ROUTES = "/-/routes"  # tells the names of applications
 
 
@@ -160,6 +161,7 @@ class Edge:
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
         self._limit_s = operators_limit_s(app)
+        self._turn = asyncio.Lock()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
@@ -181,6 +183,8 @@ class Edge:
         check_length(scope)
         if route_path(scope) == RAYS_ROUTES:
             raise error_of(404)
+        if not scope["path"].endswith(HEALTH_PATHS):
+            await self._take_turn()
         scope["headers"] = [header for header in scope["headers"] if self._is_allowed(*header)]
         request = Replay(at_most(MAX_BODY_BYTES, receive))
 
@@ -198,6 +202,15 @@ class Edge:
             limit = (TIMEOUT_HEADER, str(left_s).encode())  # the last one counts
             again = {**scope, "headers": [*scope["headers"], (SENT_AGAIN_HEADER, b"1"), limit]}
             await self._app(again, request.from_start(), send)
+
+    async def _take_turn(self) -> None:
+        """Let one request begin at each round of the proxy's loop, in the order of arrival.
+
+        Ray's proxy computes for milliseconds before it waits for a replica. Where hundreds arrive
+        at once, whoever comes next would find all of that between any two steps of its own.
+        """
+        async with self._turn:
+            await asyncio.sleep(0)
 
     def _limit_s_of(self, scope: Scope) -> float:
         """Return the time that a request has: the operator's, or the client's own."""

@@ -443,36 +443,42 @@ def test_strangers_behind_a_proxy_of_this_machine_need_a_key(
         assert client.get(f"{url}/keyed/v1/models", headers=as_local | KEY).status_code == 200
 
 
-@pytest.mark.parametrize(
-    ("host", "args", "env", "named"),
-    [
-        ("0.0.0.0", {}, {}, "http_options.host='0.0.0.0' is not allowed without api_key_file"),
+def test_unsafe_starts_are_refused(tiny_bundle_path: Path, tmp_path: Path) -> None:
+    """Three servers at a time: each takes long to start, and waits for most of it."""
+    (tmp_path / "key").write_text("s3cret")
+    late = {"api_key_file": str(tmp_path / "key"), "timeout_s": LIMIT_S}
+    both = [paris("open", tiny_bundle_path), paris("late", tiny_bundle_path, **late)]
+    starts: list[tuple[str, list[dict[str, Any]], dict[str, str], list[str]]] = [
+        (
+            "0.0.0.0",
+            both,
+            {},
+            [
+                "http_options.host='0.0.0.0' is not allowed without api_key_file",
+                f"timeout_s={LIMIT_S} is not allowed",
+            ],
+        ),
         (
             "127.0.0.1",
-            {},
+            both[:1],
             {"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": ""},
-            "Start every node of Ray with RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH",
+            ["Start every node of Ray with RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"],
         ),
         (
             "127.0.0.1",
-            {},
+            both[:1],
             {"RAY_SERVE_ENABLE_HA_PROXY": "1"},
-            "are not allowed without api_key_file",
+            ["are not allowed without api_key_file"],
         ),
-        ("127.0.0.1", {"timeout_s": LIMIT_S}, {}, f"timeout_s={LIMIT_S} is not allowed"),
-    ],
-)
-def test_an_unsafe_start_is_refused(
-    tiny_bundle_path: Path,
-    tmp_path: Path,
-    host: str,
-    args: dict[str, Any],
-    env: dict[str, str],
-    named: str,
-) -> None:
-    server = Server(tmp_path, host, [paris("open", tiny_bundle_path, **args)], **env)
-    try:
-        server.wait_for(named)
-        assert not server._is_served("/open/")
-    finally:
-        server.stop()
+    ]
+    with contextlib.ExitStack() as stack:
+        servers = []
+        for number, (host, apps, env, _) in enumerate(starts):
+            folder = tmp_path / str(number)
+            folder.mkdir()
+            servers.append(Server(folder, host, apps, **env))
+            stack.callback(servers[-1].stop)
+        for server, (_, apps, _, told) in zip(servers, starts, strict=True):
+            for text in told:
+                server.wait_for(text)
+            assert not any(server._is_served(f"{app['route_prefix']}/") for app in apps)

@@ -124,6 +124,8 @@ def test_replicas_that_are_replaced_may_finish_what_they_have(tiny_bundle_path: 
         looks_s = 2 * configs[name].graceful_shutdown_wait_loop_s
         grace_s = configs[name].graceful_shutdown_timeout_s
         assert grace_s > BODY_TIMEOUT_S + args.timeout_s + looks_s
+    # Serve learns of a death when it asks next: by itself, every ten seconds.
+    assert {config.health_check_period_s for config in configs.values()} == {1.0}
 
 
 def test_a_bundle_whose_own_defaults_are_not_allowed_is_not_deployed(

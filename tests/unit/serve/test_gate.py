@@ -489,6 +489,29 @@ def test_rays_retry_after_is_kept_and_our_errors_are_left_alone() -> None:
     assert reply.headers["retry-after"] == "3"
 
 
+def test_who_asks_whether_it_lives_waits_for_no_crowd() -> None:
+    """Of two hundred that come first, a few have begun when a health check is answered."""
+    begun: list[str] = []
+
+    async def busy(scope: Scope, receive: Receive, send: Send) -> None:
+        begun.append(scope["path"])
+        for _ in range(5):  # as often as one waits on the way through a proxy
+            await asyncio.sleep(0)
+        await Application()(scope, receive, send)
+
+    async def crowd() -> int:
+        edge = Edge(Proxy(busy))
+        others = [asyncio.create_task(ask_async(edge, scope_of())) for _ in range(200)]
+        await asyncio.sleep(0)
+        assert (await ask_async(edge, scope_of("/app/healthz"))).status == 200
+        seen = len(begun)
+        assert {reply.status for reply in await asyncio.gather(*others)} == {200}
+        return seen
+
+    assert asyncio.run(crowd()) < 20
+    assert begun.count("/v1/models") == 200
+
+
 class Dying:
     """In the place of Ray's proxy, which says nothing of a request whose replica has died.
 

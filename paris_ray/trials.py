@@ -1,0 +1,80 @@
+"""What the processes of one machine find out about it, found out once.
+
+The trials of `exactness` take a replica longer than all else that it loads, and a replacement of
+one that died would make them all again. Outcomes are files in the temporary folder, so that they
+end with the machine; they are of this user's alone, since whoever can write there decides.
+"""
+
+import hashlib
+import logging
+import os
+import platform
+import tempfile
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from paris_ray.artifacts import Folder
+
+logger = logging.getLogger("paris_ray")
+
+# What decides how a product is computed, beside the machine and the libraries.
+VARIABLES = ("ATEN_", "CUBLAS_", "CUDA_", "DNNL_", "KMP_", "MKL_", "NVIDIA_", "OMP_", "ONEDNN_")
+PROCESSOR = ("model", "flags", "CPU", "Features")  # lines of Linux, the same of all cores
+CODE = ("exactness.py", "models/*.py", "encoders/*.py")
+OUTCOMES = {b"yes": True, b"no": False}
+
+_folder: Folder | None = None
+
+
+def share_outcomes() -> None:
+    """Use and leave behind what other processes of this user found out on this machine."""
+    global _folder
+    path = Path(tempfile.gettempdir(), f"paris_ray-{os.getuid()}")
+    path.mkdir(mode=0o700, exist_ok=True)
+    status = path.lstat()
+    if (status.st_uid, status.st_mode) != (os.getuid(), 0o40700):
+        logger.warning("%s is not this user's alone: trials are made again", path)
+        return
+    _folder = Folder(path / "trials")
+
+
+def outcome(kind: str, trial: Callable[[], bool]) -> bool:
+    """Return the outcome of a trial; it is made unless another process made it and left it here.
+
+    Args:
+        kind: Of what: another one has another text.
+        trial: Makes it.
+    """
+    if _folder is None:
+        return trial()
+    name = hashlib.sha256(f"{kind}\n{_machine()}".encode()).hexdigest()
+    known = OUTCOMES.get(_folder.read(name)) if _folder.exists(name) else None
+    if known is not None:
+        return known
+    found = trial()
+    _folder.write(name, b"yes" if found else b"no")
+    return found
+
+
+@cache
+def _machine() -> str:
+    """Return what becomes another text when trials might end otherwise."""
+    root = Path(__file__).parent
+    code = b"".join(file.read_bytes() for glob in CODE for file in sorted(root.glob(glob)))
+    variables = {name: value for name, value in os.environ.items() if name.startswith(VARIABLES)}
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    processors = {line for line in lines if line.startswith(PROCESSOR)} | {platform.processor()}
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    told = (
+        hashlib.sha256(code).hexdigest(),
+        torch.__version__,
+        torch.__config__.show(),  # its libraries, and the instructions that it uses
+        sorted(processors),
+        gpus,
+        sorted(variables.items()),
+    )
+    return repr(told)

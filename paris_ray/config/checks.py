@@ -36,7 +36,7 @@ def _require(holds: bool, field_name: str, value: object, allowed: str) -> None:
         raise ConfigError(f"{field_name}={value!r} is not allowed: {allowed}")
 
 
-def _check_training(name: str, training: TrainingConfig) -> None:
+def _check_training(name: str, training: TrainingConfig, corpus: CorpusConfig) -> None:
     counts = ("batch_size", "accumulation_steps", "log_every", "checkpoint_every")
     least = 0 if name == "seed_training" else 1
     _require(training.steps >= least, f"{name}.steps", training.steps, f"at least {least}")
@@ -62,6 +62,11 @@ def _check_training(name: str, training: TrainingConfig) -> None:
         _require(0 <= value < math.inf, f"{name}.{key}", value, "at least 0")
     betas = training.betas
     _require(all(0 <= beta < 1 for beta in betas), f"{name}.betas", betas, "0 <= x < 1")
+    weights, count = training.caption_weights, corpus.captions_per_row
+    if weights is not None:
+        fits = len(weights) == count and min(weights) >= 0 and 0 < sum(weights) < math.inf
+        allowed = f"numbers >= 0, not all of them 0, as many as corpus.captions_per_row={count}"
+        _require(fits, f"{name}.caption_weights", weights, allowed)
 
 
 def check_model(name: str, model: ExpertConfig | RouterConfig) -> None:
@@ -114,7 +119,7 @@ def _check_experts(config: Config) -> dict[str, ExpertConfig]:
         allowed = f"0 to {num_clusters - 1}, as cluster.num_clusters={num_clusters}"
         _require(exists and index == str(int(index)), "experts", index, allowed)
         setup = expert_setup(config, int(index))
-        _check_training(f"experts.{index}.training", setup.training)
+        _check_training(f"experts.{index}.training", setup.training, config.corpus)
         same = setup.expert.text_embed_dim == config.expert.text_embed_dim
         name, width = f"experts.{index}.expert", config.expert.text_embed_dim
         allowed = f"{width}, since all experts read one text encoder"
@@ -125,7 +130,7 @@ def _check_experts(config: Config) -> dict[str, ExpertConfig]:
 
 def _check_seed(config: Config) -> None:
     """Check that every expert can start from the seed, before that is trained."""
-    _check_training("seed_training", config.seed_training)
+    _check_training("seed_training", config.seed_training, config.corpus)
     if not config.seed_training.steps:
         return
     for index in config.experts:
@@ -138,8 +143,8 @@ def _check_seed(config: Config) -> None:
 
 
 def _check_students(config: Config) -> None:
-    _check_training("distil_training", config.distil_training)
-    _check_training("few_step_training", config.few_step_training)
+    _check_training("distil_training", config.distil_training, config.corpus)
+    _check_training("few_step_training", config.few_step_training, config.corpus)
     start = config.few_step_training.init_from
     _require(
         start is None, "few_step_training.init_from", start, "null, it starts from the student"
@@ -386,8 +391,8 @@ def check(config: Config) -> None:
     for key in ("steps", "batch_size", "max_images"):
         value = getattr(config.features, key)
         _require(value >= 1, f"features.{key}", value, "at least 1")
-    _check_training("training", config.training)
-    _check_training("router_training", config.router_training)
+    _check_training("training", config.training, config.corpus)
+    _check_training("router_training", config.router_training, config.corpus)
     _check_students(config)
     _check_shapes(config)
     _check_seed(config)
@@ -405,7 +410,7 @@ def check_lora_run(run: LoRARun) -> None:
         ConfigError: naming the field, its value and what is allowed.
     """
     _check_corpus(run.corpus)
-    _check_training("training", run.training)
+    _check_training("training", run.training, run.corpus)
     given, default = run.corpus, CorpusConfig()
     _require(given.path is None, "corpus.path", given.path, "leave it out and give --data")
     allowed = "leave it out, the bundle decides"

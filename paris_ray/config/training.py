@@ -28,6 +28,9 @@ class TrainingConfig:
     ema_device: Literal["model", "cpu"] = "model"
     text_dropout: float = 0.1
     text_noise: float = 0.0  # standard deviation of noise added to sentence vectors
+    # Of several captions a row, how often each is drawn, in their order: a number for each of
+    # corpus.captions_per_row, which must be given; null: alike
+    caption_weights: list[float] | None = None
     t_distribution: Literal["uniform", "logit_normal"] = "logit_normal"
     t_logit_mean: float = 0.3
     t_logit_std: float = 1.0

@@ -132,13 +132,22 @@ class LatentDataset:
     ) -> Tensor:
         """Return the text of rows `index (B,)`: a random variant, noised, sometimes dropped."""
         count = len(index)
-        variant = torch.randint(self.text.shape[1], (count,), generator=generator)
-        text = self.read_text(index, variant)
+        text = self.read_text(index, self._draw_variants(count, config.caption_weights, generator))
         if config.text_noise:  # but not at padding, which is told by its zeros
             noise = config.text_noise * torch.randn(text.shape, generator=generator)
             text += noise * (text != 0)
         keep = torch.rand(count, generator=generator) >= config.text_dropout
         return torch.where(keep.view(-1, *[1] * (text.dim() - 1)), text, self.null_text)
+
+    def _draw_variants(
+        self, count: int, caption_weights: Sequence[float] | None, generator: torch.Generator
+    ) -> Tensor:
+        num_variants = self.text.shape[1]
+        if caption_weights is None:
+            return torch.randint(num_variants, (count,), generator=generator)
+        weights = torch.tensor(caption_weights)  # each of a caption in all of its templates
+        weights = weights.repeat_interleave(num_variants // len(weights))
+        return torch.multinomial(weights, count, replacement=True, generator=generator)
 
 
 def load_dataset(shards: Sequence[Folder]) -> LatentDataset:

@@ -30,7 +30,8 @@ from paris_ray.evaluation.summary import comparison, headline
 from paris_ray.run import EVALUATION, ROUTER, Run
 
 _IS_ASIDE = re.compile(r"# |.*\(raylet\)")  # a title, or what Ray says of processes that end
-SERVING = ("engine", "batching", "paper", "skew", "cancelling", "overload", "clock")
+SERVING = ("engine", "batching", "paper", "skew", "cancelling", "clock")
+TOO_MUCH = ("overload", "capacity")
 HERE = Path(__file__).parent
 REPOSITORY = HERE.parents[1]
 LABELS = "an? (?P<object>.+) on an? (?P<colour>.+) background"  # of the captions of other_corpus
@@ -140,7 +141,7 @@ SECTIONS: dict[str, Callable[[Path], str]] = {
     "solvers": script("bench_solvers.py", "{runs}/quickstart"),
     "last_resort": script("bench_last_resort.py", "{runs}/quickstart"),
     "serving": script("bench_serving.py", "--bundle", "{runs}/quickstart/bundle", *SERVING),
-    "capacity": script("bench_serving.py", "--bundle", "{runs}/quickstart/bundle", "capacity"),
+    "capacity": script("bench_serving.py", "--bundle", "{runs}/quickstart/bundle", *TOO_MUCH),
     "kills": script("bench_serving.py", "--bundle", "{runs}/quickstart/bundle", "kills"),
     "replicas": script("bench_serving.py", "--bundle", "{runs}/quickstart/bundle", "ready"),
     "models": script("bench_models.py"),

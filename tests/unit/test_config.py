@@ -300,6 +300,8 @@ def another(value: Any, hint: Any) -> Any:
     if "Literal" in str(hint):  # or one that may be null
         literal = hint if get_origin(hint) is Literal else get_args(hint)[0]
         return next((choice for choice in get_args(literal) if choice != value), value)
+    if value is None and "list" in str(hint):
+        return [1.0] if "float" in str(hint) else ["x"]
     if value is None:
         return 1 if {int, float} & set(get_args(hint)) else "x"
     if isinstance(value, bool):
@@ -437,6 +439,16 @@ SILENT = ["training.text_noise=0", "router_training.text_noise=0"]
         (
             [*QUICKSTART_CLIP, "text.token_states=0", "cluster.features=image", *SILENT],
             "seed_training.text_noise=0.1 is not allowed: 0 for text.kind=clip",
+        ),
+        (
+            ["corpus.captions_per_row=2", "router_training.caption_weights=[1]"],
+            "router_training.caption_weights=[1.0] is not allowed: numbers >= 0, not all of them "
+            "0, as many as corpus.captions_per_row=2",
+        ),
+        (
+            ["corpus.captions_per_row=2", "experts.3.training.caption_weights=[0, 0]"],
+            "experts.3.training.caption_weights=[0.0, 0.0] is not allowed: numbers >= 0, not all "
+            "of them 0, as many as corpus.captions_per_row=2",
         ),
         (
             ["experts.2.expert.text_hidden_size=8"],

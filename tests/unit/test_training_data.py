@@ -143,6 +143,19 @@ def test_text_is_dropped_to_the_null_text(shard: Folder) -> None:
     assert is_variant.any(dim=0).all()
 
 
+def test_captions_are_drawn_as_often_as_their_weights_say(tmp_path: Path) -> None:
+    """In every template alike: here of two captions in two templates each."""
+    text = np.arange(4, dtype=np.float32).repeat(4).reshape(1, 4, 4).repeat(2, axis=0)
+    dataset = load_dataset([write_shard(Folder(tmp_path), 2, text_embedding=text)])
+    config = replace(TRAINING, text_dropout=0.0, caption_weights=[3.0, 1.0])
+    index = torch.zeros(4000, dtype=torch.long)
+    drawn = dataset.draw_text(index, config, torch.Generator().manual_seed(0))[:, 0]
+    shares = [(drawn == variant).float().mean().item() for variant in range(4)]
+    assert shares == pytest.approx([0.375, 0.375, 0.125, 0.125], abs=0.03)
+    never = replace(config, caption_weights=[0.0, 1.0])
+    assert dataset.draw_text(index, never, torch.Generator()).min() == 2
+
+
 def test_token_ids_are_drawn_and_dropped_to_null_tokens(tmp_path: Path) -> None:
     clip = write_clip(tmp_path / "encoders")
     dataset = load_dataset([write_token_shard(Folder(tmp_path / "shard"), clip)])

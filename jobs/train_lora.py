@@ -48,7 +48,7 @@ def _parser() -> argparse.ArgumentParser:
     result.add_argument(
         "--data",
         required=True,
-        help="captioned pictures: a folder with metadata.jsonl, or Parquet or WebDataset files",
+        help="captioned pictures, a path or URI; any layout of docs/training.md is recognised",
     )
     result.add_argument("--output", required=True, help="a new folder for the adapter")
     result.add_argument("--config", default="lora", help="a YAML file; default: the packaged one")

@@ -20,43 +20,45 @@ from paris_ray.artifacts import Folder
 
 logger = logging.getLogger("paris_ray")
 
+SHARED = "PARIS_RAY_SHARE_TRIALS"
 # What decides how a product is computed, beside the machine and the libraries.
 VARIABLES = ("ATEN_", "CUBLAS_", "CUDA_", "DNNL_", "KMP_", "MKL_", "NVIDIA_", "OMP_", "ONEDNN_")
 PROCESSOR = ("model", "flags", "CPU", "Features")  # lines of Linux, the same of all cores
 CODE = ("exactness.py", "models/*.py", "encoders/*.py")
 OUTCOMES = {b"yes": True, b"no": False}
 
-_folder: Folder | None = None
-
-
-def share_outcomes() -> None:
-    """Use and leave behind what other processes of this user found out on this machine."""
-    global _folder
-    path = Path(tempfile.gettempdir(), f"paris_ray-{os.getuid()}")
-    path.mkdir(mode=0o700, exist_ok=True)
-    status = path.lstat()
-    if (status.st_uid, status.st_mode) != (os.getuid(), 0o40700):
-        logger.warning("%s is not this user's alone: trials are made again", path)
-        return
-    _folder = Folder(path / "trials")
-
 
 def outcome(kind: str, trial: Callable[[], bool]) -> bool:
-    """Return the outcome of a trial; it is made unless another process made it and left it here.
+    """Return the outcome of a trial.
+
+    With `SHARED` in the environment, it is made only if no other such process left it here.
 
     Args:
         kind: Of what: another one has another text.
         trial: Makes it.
     """
-    if _folder is None:
+    folder = _folder() if SHARED in os.environ else None
+    if folder is None:
         return trial()
     name = hashlib.sha256(f"{kind}\n{_machine()}".encode()).hexdigest()
-    known = OUTCOMES.get(_folder.read(name)) if _folder.exists(name) else None
+    known = OUTCOMES.get(folder.read(name)) if folder.exists(name) else None
     if known is not None:
         return known
     found = trial()
-    _folder.write(name, b"yes" if found else b"no")
+    folder.write(name, b"yes" if found else b"no")
     return found
+
+
+@cache
+def _folder() -> Folder | None:
+    """Return where outcomes are; None if others than this user could write there."""
+    path = Path(tempfile.gettempdir(), f"paris_ray-{os.getuid()}")
+    path.mkdir(mode=0o700, exist_ok=True)
+    status = path.lstat()
+    if (status.st_uid, status.st_mode) != (os.getuid(), 0o40700):
+        logger.warning("%s is not this user's alone: trials are made again", path)
+        return None
+    return Folder(path / "trials")
 
 
 @cache

@@ -19,6 +19,7 @@ from ray import serve
 from ray.serve import Application
 from ray.serve.config import AutoscalingConfig
 
+from paris_ray import trials
 from paris_ray.artifacts import absolute_uri
 from paris_ray.bundle import Dtype
 from paris_ray.errors import ConfigError
@@ -41,9 +42,10 @@ LIMITS = Limits()
 # Of a replica that is to end, beyond what a request may take: its answer is still to be made and
 # sent, and Serve looks every two seconds whether that is so.
 ENDING_S = 10.0
-# What Ray's `RAY_SERVE_THROUGHPUT_OPTIMIZED` sets for a replica, less direct ingress, which would
-# open a second door beside the proxy: fewer threads and less logging in each call.
 REPLICA_ENVIRONMENT = {
+    trials.SHARED: "1",
+    # What Ray's `RAY_SERVE_THROUGHPUT_OPTIMIZED` sets for a replica, less direct ingress, which
+    # would open a second door beside the proxy: fewer threads and less logging in each call.
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
     "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
     "RAY_SERVE_LOG_TO_STDERR": "0",

@@ -21,7 +21,6 @@ from paris_ray.models import TextConditioning
 from paris_ray.sampling.calls import ExpertCall
 from paris_ray.sampling.guidance import KeyedText
 from paris_ray.sampling.local import LocalModels
-from paris_ray.trials import share_outcomes
 from serve import metrics
 from serve.coalescing import Coalescer
 from serve.source import BundleSource
@@ -118,7 +117,6 @@ class ExpertServer:
 
     def __init__(self, source: BundleSource, index: int, *, threads: int, max_rows: int) -> None:
         torch.set_num_threads(threads)
-        share_outcomes()
         self._index, self._bundle, self._version = index, source.open(), source.version
         self._models = LocalModels(self._bundle, exact=source.exact)
         self._texts: OrderedDict[bytes, TextConditioning] = OrderedDict()

@@ -37,7 +37,6 @@ from paris_ray.sampling.engine import (
 )
 from paris_ray.sampling.local import LocalModels
 from paris_ray.sampling.sampler import Denoising, SamplingOptions, start_denoising
-from paris_ray.trials import share_outcomes
 from serve import metrics
 from serve.coalescing import Coalescer
 from serve.drawing import Drawing, DrawRequest, Partial, Pixels, RequestCancelledError
@@ -74,7 +73,6 @@ class Sampler:
         lanes: Sequence[int] = (),
     ) -> None:
         torch.set_num_threads(threads)
-        share_outcomes()
         self._bundle, self._source, self._limits = source.open(), source, limits
         self._models = LocalModels(self._bundle, exact=source.exact)
         self._num_lanes = lanes

@@ -28,6 +28,7 @@ from paris_ray.artifacts import (
 from paris_ray.bundle import Bundle, load_bundle
 from paris_ray.config import CodecConfig, Config, CorpusConfig, LoRARun
 from paris_ray.corpora import corpus_version, open_corpus
+from paris_ray.corpora.places import place
 from paris_ray.encoders.clip import TEXT_ENCODER, TOKENIZER
 from paris_ray.errors import ArtifactError, ConfigError
 from paris_ray.models import Expert
@@ -39,13 +40,13 @@ from paris_ray.pipeline.progress import ProgressFile, Task, follow
 from paris_ray.pipeline.samples import SampleGrid
 from paris_ray.pipeline.stage import Stage
 from paris_ray.run import CODEC_FOLDERS, EMBEDDINGS, Run
+from paris_ray.storage import is_uri
+from paris_ray.survey.listing import by_kind
 from paris_ray.training.lora import train_lora as train
 
 logger = logging.getLogger("paris_ray")
 
 SECTIONS = ("seed", "corpus", "lora", "training")
-# What a corpus of each kind consists of.
-TRACES = {"image_folder": "metadata.*", "parquet": "*.parquet", "webdataset": "*.tar"}
 
 
 def train_lora(run: LoRARun, *, bundle: str, expert: int, data: str, output: str) -> Manifest:
@@ -55,13 +56,13 @@ def train_lora(run: LoRARun, *, bundle: str, expert: int, data: str, output: str
         run: The adapter and its training.
         bundle: Path or URI of a model folder.
         expert: Number of the expert.
-        data: Path of captioned pictures: a folder with a metadata file, or Parquet or tar files.
+        data: Path or URI of captioned pictures in any layout of docs/training.md.
         output: The adapter's own folder, new or left by an interruption of this very training.
 
     Raises:
         ConfigError: if there is no such expert, the adapter does not fit it, or there is no data.
         BundleError: if the bundle is not one.
-        CorpusError: if too large a share of the pictures is bad.
+        CorpusError: if no layout explains the data, or too large a share of the pictures is bad.
         ArtifactError: if there is something else in the output folder.
         TrainingError: if the loss stops being finite.
     """
@@ -102,26 +103,28 @@ def _check_fit(run: LoRARun, bundle: Bundle, expert: int) -> None:
 
 
 def _corpus(config: CorpusConfig, location: str) -> CorpusConfig:
-    """Return the corpus at a path; its kind is the configured one, or what the path shows."""
-    path = Path(location).expanduser().resolve()
-    if not path.exists():
+    """Return the corpus at a path; its kind is the configured one, or the one that can read it."""
+    path = location if is_uri(location) else str(Path(location).expanduser().resolve())
+    if not place(path).exists():
         raise ConfigError(f"data={location!r} is not allowed: there is no such path ({path})")
-    if config.kind != "openmoji":
-        return replace(config, path=str(path))
-    kinds: list[Any] = [kind for kind, trace in TRACES.items() if _is_found(path, trace)]
-    if len(kinds) != 1:
-        found = " and ".join(kinds) or "nothing of the kind"
+    if config.kind != CorpusConfig().kind:
+        return replace(config, path=path)
+    readable = by_kind(lambda kind: _listed(replace(config, path=path, kind=kind)))
+    if len(readable) > 1:  # pictures without a table, a tar or the like are what sidecars belong to
+        readable.pop("sidecars", None)
+    if len(readable) > 1:
         raise ConfigError(
-            f"data={location!r} must hold one of {', '.join(TRACES.values())}, there is {found}: "
-            f"say corpus.kind={'|'.join(TRACES)}"
+            f"data={location!r} can be read as {' and '.join(readable)}: "
+            f"say corpus.kind={'|'.join(readable)}"
         )
-    return replace(config, path=str(path), kind=kinds[0])
+    (corpus,) = readable.values()
+    return corpus
 
 
-def _is_found(path: Path, pattern: str) -> bool:
-    if path.is_file():  # a Parquet or tar file may stand for itself
-        return "*" in pattern and path.match(pattern)
-    return any(path.glob(pattern))
+def _listed(config: CorpusConfig) -> CorpusConfig:
+    """Return the corpus; raise CorpusError if there is nothing in it."""
+    open_corpus(config).shards()
+    return config
 
 
 def _parents(bundle: Bundle, expert: int) -> dict[str, str]:

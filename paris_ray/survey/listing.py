@@ -48,19 +48,34 @@ def recognise(name_or_path: str, overrides: Sequence[str]) -> Listing:
     given = {override.partition("=")[0] for override in overrides}
     if "corpus.path" not in given or "corpus.kind" in given:
         return list_corpus(load(name_or_path, overrides))
-    readable: list[Listing] = []
-    refusals = {}
-    for kind in PATH_KINDS:
-        try:
-            config = load(name_or_path, [*overrides, f"corpus.kind={kind}"])
-            readable.append(list_corpus(config))
-        except CorpusError as error:
-            refusals[kind] = str(error)
-    if not readable:
-        reasons = "; ".join(f"{kind}: {reason}" for kind, reason in refusals.items())
-        raise CorpusError(f"no layout of captioned pictures was recognised: {reasons}")
+    readable = list(
+        by_kind(
+            lambda kind: list_corpus(load(name_or_path, [*overrides, f"corpus.kind={kind}"]))
+        ).values()
+    )
     others = tuple(listing.config.corpus.kind for listing in readable[1:])
     return replace(readable[0], other_kinds=others)
+
+
+def by_kind(read: Callable[[Any], Result]) -> dict[str, Result]:
+    """Return what comes of each layout that can read a corpus, by `corpus.kind`; one at least.
+
+    Args:
+        read: Reads it as one of `PATH_KINDS`.
+
+    Raises:
+        CorpusError: if each raises that, with the reasons of all.
+    """
+    found, refusals = {}, {}
+    for kind in PATH_KINDS:
+        try:
+            found[kind] = read(kind)
+        except CorpusError as error:
+            refusals[kind] = str(error)
+    if not found:
+        reasons = "; ".join(f"{kind}: {reason}" for kind, reason in refusals.items())
+        raise CorpusError(f"no layout of captioned pictures was recognised: {reasons}")
+    return found
 
 
 def list_corpus(config: Config, seconds: float = LISTING_S) -> Listing:

@@ -433,6 +433,7 @@ def ready(bench: Bench) -> None:
     """How long a replica of a B/2 expert takes to load, and to be there beside a running one."""
     from ray import serve
 
+    from serve.app import REPLICA_ENVIRONMENT
     from serve.expert import ExpertServer
     from serve.source import BundleSource
 
@@ -441,13 +442,15 @@ def ready(bench: Bench) -> None:
         path = f"{folder}/bundle"
         for _ in range(ROUNDS):
             command = [sys.executable, "-c", READY.format(bundle=path)]
-            out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-            imports, imports_cpu, loads, loads_cpu = map(float, out.split())
+            env = os.environ | REPLICA_ENVIRONMENT
+            out = subprocess.run(command, env=env, check=True, stdout=subprocess.PIPE, text=True)
+            imports, imports_cpu, loads, loads_cpu = map(float, out.stdout.split())
             print(
                 f"- B/2: imports {imports:.2f} s ({imports_cpu:.2f} s of CPU), "
                 f"load and trial of rows {loads:.2f} s ({loads_cpu:.2f} s of CPU)"
             )
-        expert = serve.deployment(name="B2", ray_actor_options={"num_cpus": 0.1})(ExpertServer)
+        options = {"num_cpus": 0.1, "runtime_env": {"env_vars": REPLICA_ENVIRONMENT}}
+        expert = serve.deployment(name="B2", ray_actor_options=options)(ExpertServer)
         app = expert.bind(BundleSource(path).pinned(), 0, threads=1, max_rows=16)
         seconds = []
         for number in range(ROUNDS + 1):  # an application each: another one's replicas stay

@@ -4,6 +4,8 @@ import copy
 import io
 import json
 import os
+import re
+import tarfile
 from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
@@ -200,17 +202,30 @@ def test_what_does_not_fit_the_bundle_is_refused(
     assert not any(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(
-    ("names", "found"),
-    [([], "nothing of the kind"), (["metadata.jsonl", "a.tar"], "image_folder and webdataset")],
-)
-def test_a_folder_of_no_one_kind_is_refused(
-    train: Train, tmp_path: Path, names: list[str], found: str
-) -> None:
-    for name in names:
-        (tmp_path / name).touch()
-    with pytest.raises(ConfigError, match=rf"^data='{tmp_path}' must hold one of .*{found}"):
-        train(tmp_path / "lora", data=str(tmp_path))
+def test_a_folder_of_no_one_kind_is_refused(train: Train, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    with pytest.raises(CorpusError, match=r"^no layout of captioned pictures was recognised: "):
+        train(tmp_path / "lora", data=str(data))
+    (data / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "a cat"}\n')
+    (data / "a.png").write_bytes(draw_square(0))
+    with tarfile.open(data / "a.tar", "w") as tar:
+        tar.add(data / "a.png", "a.png")
+    either = "image_folder and webdataset: say corpus.kind=image_folder|webdataset"
+    with pytest.raises(ConfigError, match=rf"^data='{data}' can be read as {re.escape(either)}"):
+        train(tmp_path / "lora", data=str(data))
+    with pytest.raises(ConfigError, match="there is no such path"):
+        train(tmp_path / "lora", data=f"file://{tmp_path}/none")
+
+
+def test_pictures_with_sidecars_need_no_name_of_their_layout(train: Train, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    for i in range(4):
+        (data / f"{i}.png").write_bytes(draw_square(i))
+        (data / f"{i}.txt").write_text(f"a square {i}")
+    manifest = train(tmp_path / "lora", "training.steps=2", data=f"file://{data}")
+    assert manifest.facts["rows"] == 4
 
 
 def test_the_public_release_is_adapted_too(

@@ -296,14 +296,18 @@ def kind_of_list(hint: Any) -> str | None:
     return next((kind for kind in ("dict", "int") if kind in str(hint)), None)
 
 
+def another_than_none(hint: Any) -> Any:
+    if "list" in str(hint):
+        return [1.0] if "float" in str(hint) else ["x"]
+    return 1 if {int, float} & set(get_args(hint)) else "x"
+
+
 def another(value: Any, hint: Any) -> Any:
     if "Literal" in str(hint):  # or one that may be null
         literal = hint if get_origin(hint) is Literal else get_args(hint)[0]
         return next((choice for choice in get_args(literal) if choice != value), value)
-    if value is None and "list" in str(hint):
-        return [1.0] if "float" in str(hint) else ["x"]
     if value is None:
-        return 1 if {int, float} & set(get_args(hint)) else "x"
+        return another_than_none(hint)
     if isinstance(value, bool):
         return not value
     if isinstance(value, str):

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from paris_ray import trials
+
 TRIAL = """
 from paris_ray import trials
-trials.share_outcomes()
 print(trials.outcome({kind!r}, lambda: print("tried") or {found}))
 """
 
@@ -17,7 +18,7 @@ print(trials.outcome({kind!r}, lambda: print("tried") or {found}))
 def told_by_a_process(folder: Path, kind: str = "a", *, found: bool = True, **more: str) -> str:
     """Return what a process says that tries something, if it does."""
     command = [sys.executable, "-c", TRIAL.format(kind=kind, found=found)]
-    environment = os.environ | {"TMPDIR": str(folder)} | more
+    environment = os.environ | {"TMPDIR": str(folder), trials.SHARED: "1"} | more
     return subprocess.run(
         command, env=environment, check=True, stdout=subprocess.PIPE, text=True
     ).stdout
@@ -50,14 +51,7 @@ def test_a_folder_where_others_write_is_not_believed(tmp_path: Path) -> None:
     assert not list(folder.iterdir())
 
 
-def test_a_process_that_was_not_told_to_shares_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from paris_ray import trials
-
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
-    assert [trials.outcome("a", lambda found=found: found) for found in (True, False)] == [
-        True,
-        False,
-    ]
-    assert not list(tmp_path.iterdir())
+def test_a_process_that_was_not_told_to_shares_nothing() -> None:
+    assert trials.SHARED not in os.environ
+    assert trials.outcome("a", lambda: True)
+    assert not trials.outcome("a", lambda: False)

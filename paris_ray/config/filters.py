@@ -15,7 +15,7 @@ FILTERS: Mapping[str, str] = {
     "min_clip_score": "picture and caption are less alike than corpus.filters.min_clip_score",
     "min_aesthetic_score": "the picture is rated below corpus.filters.min_aesthetic_score",
     "max_nsfw_score": "the picture is rated above corpus.filters.max_nsfw_score",
-    "picture_distance": "an earlier picture differs in corpus.filters.picture_distance bits at most",
+    "picture_distance": "an earlier picture is within corpus.filters.picture_distance bits",
     "repeated_captions": "an earlier row has this caption",
     "max_similarity": "another picture's features are nearer than corpus.filters.max_similarity",
 }

@@ -28,7 +28,7 @@ from paris_ray.embeddings import (
     to_table,
     write_part,
 )
-from paris_ray.pipeline.accounts import Account, count_reasons, part_name, write_account
+from paris_ray.pipeline.accounts import Account, part_name, write_account
 from paris_ray.reports import png_bytes, thumbnail
 from paris_ray.run import Run
 
@@ -95,7 +95,7 @@ class ShardReader:
                 ENDED: _first(int(is_last), count),
             }
             told = len(bad)
-        account = Account(str(batch["version"][0]), counts[False], counts[True], count_reasons(bad))
+        account = Account.of(str(batch["version"][0]), counts[False], counts[True], bad)
         write_account(Run(self.config).quarantine, shard.name, account, bad)
 
     def _good_rows(self, shard: Shard, bad: list[QuarantinedRow]) -> Iterator[Batch]:

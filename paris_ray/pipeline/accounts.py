@@ -48,9 +48,7 @@ class Account:
     filtered: Mapping[str, int] = field(default_factory=dict)
 
     @classmethod
-    def of(
-        cls, version: str, good: int, held_out: int, bad: Iterable[QuarantinedRow]
-    ) -> "Account":
+    def of(cls, version: str, good: int, held_out: int, bad: Iterable[QuarantinedRow]) -> "Account":
         """Return the account of so many rows, and of those that were set aside."""
         reasons = count_reasons(bad)
         filtered = {reason: count for reason, count in reasons.items() if reason in FILTERS}
@@ -139,9 +137,7 @@ def set_aside(
     assert before is not None, "a shard that has been written has an account"
     rows = read_parts(quarantine, [part_name(shard, 0)], _COLUMNS).to_pylist()
     everything = [*(QuarantinedRow(**row) for row in rows), *bad]
-    account = Account.of(
-        before.version, before.good - good, before.held_out - held_out, everything
-    )
+    account = Account.of(before.version, before.good - good, before.held_out - held_out, everything)
     write_account(quarantine, shard, account, everything)
 
 

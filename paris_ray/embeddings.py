@@ -11,6 +11,8 @@ Columns, one row an image:
                         states (V, 1 + L, D), as `TextConditioning.vectors` has them; or
     token_ids           (V, L) uint16, if text is a sequence of states: those are too large to keep
     attribute.NAME      strings, one column for each label of corpus.attributes; empty: it has none
+    clip_score, aesthetic_score, nsfw_score
+                        float32; only those that corpus.filters ask for
 
 The first of V variants is the caption itself; of several captions, `caption` is the first. Tensor
 columns use Arrow's canonical fixed-shape tensor type, which any Arrow implementation reads.

@@ -18,8 +18,8 @@ among them at every denoising step. Made with paris_ray.
 
 ## Data
 
-{rows:,} captioned pictures; {quarantined:,} rows were set aside as unusable. Pictures a cluster:
-{sizes}.
+{rows:,} captioned pictures; {quarantined:,} rows were set aside as unusable{filtered}. Pictures
+a cluster: {sizes}.
 {attribution}
 
 ## Measured
@@ -95,7 +95,7 @@ def model_card(
 
     Args:
         bundle: The model.
-        embeddings: Facts of the embeddings: `rows`, `quarantined`, `attribution`.
+        embeddings: Facts of the embeddings: `rows`, `quarantined`, `filtered`, `attribution`.
         cluster_sizes: Pictures of every cluster.
         router: Facts of the router: `right_cluster`, by noise level.
         losses: Last logged training loss of every expert.
@@ -116,11 +116,19 @@ def model_card(
         use=_use(bundle),
         rows=embeddings["rows"],
         quarantined=sum(embeddings["quarantined"].values()),
+        filtered=_filtered(embeddings.get("filtered", {})),  # older embeddings tell nothing of it
         sizes=", ".join(map(str, cluster_sizes)),
         attribution=f"\n{attribution}" if attribution else "",
         measured=_table(_measurements(router, losses, evaluation)),
     )
     return card if evaluation is None else card + ACCURACY
+
+
+def _filtered(counts: Mapping[str, int]) -> str:
+    if not counts:
+        return ""
+    reasons = ", ".join(f"{count:,} by {reason}" for reason, count in counts.items())
+    return f", {sum(counts.values()):,} were filtered ({reasons})"
 
 
 def distilled_card(

@@ -23,6 +23,7 @@ from paris_ray.config.evaluation import (
     SolverName,
     TimeGrid,
 )
+from paris_ray.config.filters import FILTERS, SCORES, ClipConfig, FiltersConfig
 from paris_ray.config.fleet import FleetConfig, GpuConfig
 from paris_ray.config.loading import (
     load,
@@ -47,6 +48,7 @@ from paris_ray.config.sections import RESOURCE_KEYS, Config
 from paris_ray.config.training import Precision, TrainingConfig
 
 __all__ = [
+    "FILTERS",
     "PATH_KINDS",
     "MAX_EXPERTS",
     "MAX_TEXT_WIDTH",
@@ -54,6 +56,8 @@ __all__ = [
     "PRESETS",
     "QUALITIES",
     "RESOURCE_KEYS",
+    "SCORES",
+    "ClipConfig",
     "ClusterConfig",
     "CodecConfig",
     "Config",
@@ -62,6 +66,7 @@ __all__ = [
     "EvaluationConfig",
     "ExpertConfig",
     "FeaturesConfig",
+    "FiltersConfig",
     "FleetConfig",
     "GpuConfig",
     "LoRAConfig",

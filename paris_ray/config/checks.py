@@ -13,6 +13,8 @@ from paris_ray.config.corpus import (
 )
 from paris_ray.config.encoders import CodecConfig
 from paris_ray.config.evaluation import QUALITIES, EvaluationConfig, SamplingConfig
+from paris_ray.config.filter_checks import refused_filters
+from paris_ray.config.filters import SCORES
 from paris_ray.config.fleet import FleetConfig
 from paris_ray.config.lora import LoRARun
 from paris_ray.config.models import (
@@ -294,6 +296,8 @@ def _check_corpus(corpus: CorpusConfig) -> None:
     for key in ("held_out_key", "attributes"):
         _check_labelling(f"corpus.{key}", getattr(corpus, key))
     _require(0 <= corpus.max_bad_share <= 1, "corpus.max_bad_share", corpus.max_bad_share, "0..1")
+    for name, value, allowed in refused_filters(corpus.filters):
+        _require(False, f"corpus.filters.{name}", value, allowed)
 
 
 def _check_labelling(name: str, labelling: str | None) -> None:
@@ -416,5 +420,8 @@ def check_lora_run(run: LoRARun) -> None:
     allowed = "leave it out, the bundle decides"
     size = given.image_size
     _require(size == default.image_size, "corpus.image_size", size, allowed)
+    for key in (*SCORES, "max_similarity"):
+        value = getattr(given.filters, key)
+        _require(value is None, f"corpus.filters.{key}", value, "null, a LoRA has no such model")
     start = run.training.init_from
     _require(start is None, "training.init_from", start, "null, a LoRA starts from the expert")

@@ -4,6 +4,8 @@ import re
 from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
 
+from paris_ray.config.filters import FiltersConfig
+
 # Labels of rows are named by columns or by the groups of another pattern (`corpora.labels`).
 COLUMN_NAMES = re.compile(r"\w+(,\w+)*")
 
@@ -49,6 +51,7 @@ class CorpusConfig:
     max_image_bytes: int = 200_000_000  # a larger file is not decoded
     max_pixels: int = 64_000_000  # a larger image is taken for a decompression bomb
     max_bad_share: float = 0.1  # refuse to go on if more than this share is quarantined
+    filters: FiltersConfig = field(default_factory=FiltersConfig)  # of the usable rows
 
 
 def with_own_labels(corpus: CorpusConfig) -> CorpusConfig:

@@ -6,6 +6,7 @@ from numpy.typing import NDArray
 from paris_ray.artifacts import canonical_json, sha256_hex
 from paris_ray.config import CorpusConfig
 from paris_ray.corpora import img2dataset
+from paris_ray.corpora.filters import require_packages
 from paris_ray.corpora.held_out import HeldOut, held_out_rule
 from paris_ray.corpora.image_folder import ImageFolder
 from paris_ray.corpora.images import DecodedRow, decode_row
@@ -74,6 +75,7 @@ def open_corpus(config: CorpusConfig) -> Corpus:
     Raises:
         CorpusError: if the path does not exist or a package is missing.
     """
+    require_packages(config.filters)
     match config.kind:
         case "scenes":
             return Scenes(config)

@@ -1,6 +1,7 @@
 """From a raw row to a picture of fixed size and a clean caption, or to the reason why not.
 
-Bad input is expected at scale: nothing here raises for it. Each bad row becomes a `QuarantinedRow`.
+Bad input is expected at scale: nothing here raises for it. Each bad row becomes a `QuarantinedRow`,
+and so does one that `corpus.filters` do not want.
 """
 
 from collections.abc import Mapping
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 
 from paris_ray.config import CorpusConfig
 from paris_ray.corpora.captions import clean_captions
+from paris_ray.corpora.filters import wanted_captions
 from paris_ray.corpora.labels import labels_of
 from paris_ray.corpora.pixels import decode
 from paris_ray.corpora.quarantine import BadRow, QuarantinedRow
@@ -44,12 +46,12 @@ def decode_row(row: RawRow, config: CorpusConfig) -> DecodedRow | QuarantinedRow
 
     Args:
         row: What a corpus read.
-        config: What `pixels.decode` uses, and `attributes`.
+        config: What `pixels.decode` uses, `attributes`, and the `filters` of one row.
     """
     try:
         if row.problem is not None:
             raise BadRow(row.problem, row.detail)
-        captions = clean_captions(row.caption)
+        captions = wanted_captions(clean_captions(row.caption), config.filters)
         image = decode(row.image, config)
     except BadRow as bad:
         return QuarantinedRow(row.key, bad.reason, bad.detail)

@@ -9,6 +9,7 @@ from PIL import Image, ImageOps
 
 from paris_ray.config import CorpusConfig
 from paris_ray.corpora.colours import to_rgb
+from paris_ray.corpora.filters import check_size
 from paris_ray.corpora.formats import open_picture
 from paris_ray.corpora.quarantine import BadRow
 
@@ -22,13 +23,14 @@ def decode(encoded: bytes | None, config: CorpusConfig) -> NDArray[np.uint8]:
 
     Args:
         encoded: The bytes of its file; None if there is none.
-        config: `image_size`, `resize`, `background`, `max_image_bytes` and `max_pixels` are used.
+        config: `image_size`, `resize`, `background`, `max_image_bytes`, `max_pixels` and what
+            `filters` say of sizes are used.
 
     Returns:
         uint8 RGB of shape (image_size, image_size, 3).
 
     Raises:
-        BadRow: if the bytes are no picture, or none that can be used.
+        BadRow: if the bytes are no picture, none that can be used, or one that is not wanted.
     """
     if encoded is None:
         raise BadRow("missing_file", "the row has no picture")
@@ -39,7 +41,9 @@ def decode(encoded: bytes | None, config: CorpusConfig) -> NDArray[np.uint8]:
         raise BadRow("too_many_bytes", detail)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow warns where we quarantine
-        return np.array(_load(open_picture(encoded, config.max_pixels), config))
+        image = open_picture(encoded, config.max_pixels)
+        check_size(image.size, config.filters)  # now: nothing of it has been decoded yet
+        return np.array(_load(image, config))
 
 
 def _load(image: Image.Image, config: CorpusConfig) -> Image.Image:

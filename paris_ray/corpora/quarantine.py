@@ -1,7 +1,9 @@
-"""Why a row cannot be used: the reasons, and the row that is set aside with one of them."""
+"""Why a row is not used: the reasons, and the row that is set aside with one of them."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+
+from paris_ray.config import FILTERS
 
 REASONS: Mapping[str, str] = {
     "missing_file": "there is no picture where the corpus says there is one",
@@ -17,6 +19,7 @@ REASONS: Mapping[str, str] = {
     "caption_not_text": "the caption is a number, a list or something else that is not text",
     "empty_caption": "the caption shows nothing: white space or invisible characters",
     "duplicate_key": "an earlier row has the same key",
+    **FILTERS,  # these could be used, but are not wanted
 }
 
 

@@ -278,10 +278,18 @@ class JointEmbedding:
             ConfigError: if the checkpoint is absent or is not safetensors.
             BundleError: if its weights do not fit `model`.
         """
-        model = load_open_clip(
-            config.model, _checkpoint(config, trained), field="features.checkpoint"
+        checkpoint = _checkpoint(config, trained)
+        return cls.from_checkpoint(
+            config.model, checkpoint, field="features.checkpoint", device=device
         )
-        return cls(model.to(device), open_clip.get_tokenizer(config.model))
+
+    @classmethod
+    def from_checkpoint(
+        cls, model: str, checkpoint: str, *, field: str, device: torch.device
+    ) -> "JointEmbedding":
+        """Return the model of a checkpoint; arguments and errors as of `load_open_clip`."""
+        loaded = load_open_clip(model, checkpoint, field=field)
+        return cls(loaded.to(device), open_clip.get_tokenizer(model))
 
     @torch.inference_mode()
     def encode_images(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import ray
 
 from paris_ray.artifacts import Folder
-from paris_ray.config import Config
+from paris_ray.config import FILTERS, Config
 from paris_ray.corpora import QuarantinedRow
 from paris_ray.embeddings import num_rows, part_names, read_parts, write_part
 from paris_ray.run import Run
@@ -38,18 +38,33 @@ class Account:
         good: How many are there to train on.
         held_out: How many are held out.
         quarantined: How many cannot be used, by reason.
+        filtered: How many could, but were filtered, by reason.
     """
 
     version: str = ""
     good: int = 0
     held_out: int = 0
     quarantined: Mapping[str, int] = field(default_factory=dict)
+    filtered: Mapping[str, int] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, version: str, good: int, held_out: int, bad: Iterable[QuarantinedRow]) -> "Account":
+        """Return the account of so many rows, and of those that were set aside."""
+        reasons = count_reasons(bad)
+        filtered = {reason: count for reason, count in reasons.items() if reason in FILTERS}
+        quarantined = {r: count for r, count in reasons.items() if r not in FILTERS}
+        return cls(version, good, held_out, quarantined, filtered)
 
     def __add__(self, other: "Account") -> "Account":
         """Return the account of the rows of both."""
-        quarantined = Counter(self.quarantined) + Counter(other.quarantined)
+        quarantined = _sum(self.quarantined, other.quarantined)
+        filtered = _sum(self.filtered, other.filtered)
         good, held_out = self.good + other.good, self.held_out + other.held_out
-        return Account("", good, held_out, dict(sorted(quarantined.items())))
+        return Account("", good, held_out, quarantined, filtered)
+
+
+def _sum(some: Mapping[str, int], others: Mapping[str, int]) -> dict[str, int]:
+    return dict(sorted((Counter(some) + Counter(others)).items()))
 
 
 @dataclass(slots=True)
@@ -122,17 +137,12 @@ def set_aside(
     assert before is not None, "a shard that has been written has an account"
     rows = read_parts(quarantine, [part_name(shard, 0)], _COLUMNS).to_pylist()
     everything = [*(QuarantinedRow(**row) for row in rows), *bad]
-    account = Account(
-        before.version,
-        before.good - good,
-        before.held_out - held_out,
-        count_reasons(everything),
-    )
+    account = Account.of(before.version, before.good - good, before.held_out - held_out, everything)
     write_account(quarantine, shard, account, everything)
 
 
 def count_reasons(rows: Iterable[QuarantinedRow]) -> dict[str, int]:
-    """Return how many rows are bad for each reason."""
+    """Return how many rows were set aside for each reason."""
     return dict(sorted(Counter(row.reason for row in rows).items()))
 
 

@@ -1,8 +1,9 @@
 """Prepare, part two: encode the corpus with Ray Data.
 
-Read tasks decode pictures and set bad rows aside; three actor pools add text, features and
-latents; write tasks store a block as one Parquet file. No block holds rows of two corpus shards, so
-that an interrupted run continues with the shards that are not complete yet.
+Read tasks decode pictures and set bad and filtered rows aside; actor pools add text, features and
+latents, and scores where filters want them; write tasks store a block as one Parquet file. No block
+holds rows of two corpus shards, so that an interrupted run continues with the shards that are not
+complete yet.
 """
 
 import logging
@@ -16,7 +17,7 @@ import ray
 from ray.data import ActorPoolStrategy, DataContext
 
 from paris_ray.artifacts import Manifest, canonical_json, sha256_hex
-from paris_ray.config import Config
+from paris_ray.config import Config, PoolConfig
 from paris_ray.corpora import (
     Shard,
     captions_per_row,
@@ -35,11 +36,12 @@ from paris_ray.pipeline.accounts import (
     total,
 )
 from paris_ray.pipeline.duplicates import DUPLICATE, drop_duplicates
-from paris_ray.pipeline.embedders import FeatureEmbedder, LatentEmbedder, TextEmbedder
+from paris_ray.pipeline.embedders import FeatureEmbedder, LatentEmbedder, RowScorer, TextEmbedder
 from paris_ray.pipeline.encoders import SECTIONS
 from paris_ray.pipeline.file_list import list_files
+from paris_ray.pipeline.filtering import drop_filtered
 from paris_ray.pipeline.quarantine import describe_bad_rows, first_bad_row
-from paris_ray.pipeline.shards import ENDED, QUARANTINED, ShardReader, ShardWriter
+from paris_ray.pipeline.shards import ENDED, FILTERED, QUARANTINED, ShardReader, ShardWriter
 from paris_ray.pipeline.stage import Stage
 from paris_ray.run import EMBEDDINGS, Run
 
@@ -71,6 +73,7 @@ def prepare_embeddings(config: Config, encoders: Manifest) -> Manifest:
     pending = _pending(config, shards, versions)
     if pending:
         _follow(_embedding(config, reader, pending, versions), len(pending))
+    drop_filtered(config)  # first: of rows with one key a filtered one does not stay
     drop_duplicates(config, list(versions))
     counts = count_rows(accounts_of(config, files_by_shard(run)))
     refuse_bad_corpus(config, counts)
@@ -156,11 +159,14 @@ def _embedding(
     dataset = ray.data.from_items(
         items, override_num_blocks=min(len(items), MAX_BLOCKS)
     ).map_batches(reader, batch_size=1, num_cpus=TASK_CPUS)
-    for encoder, pool in (
+    encoders: list[tuple[type, PoolConfig]] = [
         (TextEmbedder, config.text.pool),
         (FeatureEmbedder, config.features.pool),
         (LatentEmbedder, config.codec.pool),
-    ):
+    ]
+    if config.corpus.filters.scores:
+        encoders.append((RowScorer, config.corpus.filters.pool))
+    for encoder, pool in encoders:
         dataset = dataset.map_batches(
             encoder,
             compute=ActorPoolStrategy(size=pool.num_actors),
@@ -207,14 +213,25 @@ def progress_line(counts: Counter[str], num_shards: int, seconds: float) -> str:
     ended = counts[ENDED]
     done = counts.total() - ended
     eta = f", ETA {(num_shards - ended) * seconds / ended:.0f} s" if ended else ""
+    filtered = {
+        name.removeprefix(FILTERED): count
+        for name, count in counts.items()
+        if name.startswith(FILTERED) and count
+    }
     return (
         f"{ended}/{num_shards} shards, {done} rows, {done / seconds:.0f} rows/s{eta}; "
         f"{counts['good']} good, {counts['held_out']} held out, {counts[QUARANTINED]} quarantined"
+        + (f", {_by_reason(filtered)} filtered" if filtered else "")
     )
 
 
+def _by_reason(counts: Mapping[str, int]) -> str:
+    reasons = ", ".join(f"{count} {reason}" for reason, count in counts.items())
+    return f"{sum(counts.values())} ({reasons})"
+
+
 def count_rows(accounts: Mapping[str, Account | None]) -> dict[str, Any]:
-    """Count what became of every row, good ones and bad ones by reason.
+    """Count what became of every row, good ones, and bad and filtered ones by reason.
 
     Raises:
         CorpusError: if some of a shard are unaccounted for.
@@ -228,27 +245,42 @@ def count_rows(accounts: Mapping[str, Account | None]) -> dict[str, Any]:
     counts = total(filter(None, accounts.values()))
     for reason, count in counts.quarantined.items():
         logger.warning("quarantined: %d rows, %s", count, reason)
+    for reason, count in counts.filtered.items():
+        logger.info("filtered: %d rows, %s", count, reason)
     logger.info(
-        "embed: %d rows for training, %d held out, %d quarantined",
+        "embed: %d rows for training, %d held out, %d quarantined, %d filtered",
         counts.good,
         counts.held_out,
         sum(counts.quarantined.values()),
+        sum(counts.filtered.values()),
     )
-    quarantined = dict(counts.quarantined)
-    return {"rows": counts.good, "held_out": counts.held_out, "quarantined": quarantined}
+    return {
+        "rows": counts.good,
+        "held_out": counts.held_out,
+        "quarantined": dict(counts.quarantined),
+        "filtered": dict(counts.filtered),
+    }
 
 
 def refuse_bad_corpus(config: Config, counts: Mapping[str, Any]) -> None:
-    """Raise CorpusError if a larger share of the rows is bad than `corpus.max_bad_share`."""
+    """Raise CorpusError if none of the rows are left to train on, or too many are bad.
+
+    Too many are a larger share of all than `corpus.max_bad_share`; filtered ones are not bad.
+    """
     good, bad = counts["rows"] + counts["held_out"], sum(counts["quarantined"].values())
-    share = bad / max(1, good + bad)
-    if share > config.corpus.max_bad_share or good == 0:
-        quarantine = Run(config).quarantine
+    filtered = sum(counts["filtered"].values())
+    total = good + bad + filtered
+    share = bad / max(1, total)
+    if share > config.corpus.max_bad_share or total == bad:
         raise CorpusError(
-            f"{bad} of {good + bad} rows are bad ({share:.1%}, "
+            f"{bad} of {total} rows are bad ({share:.1%}, "
             f"corpus.max_bad_share={config.corpus.max_bad_share}): "
-            f"{describe_bad_rows(counts['quarantined'], first_bad_row(quarantine))}; "
-            f"see {quarantine.uri}"
+            f"{_described(config, counts['quarantined'])}"
+        )
+    if good == 0:
+        raise CorpusError(
+            f"corpus.filters leave none of {total} rows, {filtered} filtered and {bad} bad: "
+            f"{_described(config, {**counts['filtered'], **counts['quarantined']})}"
         )
     if counts["rows"] == 0:
         raise CorpusError(
@@ -256,3 +288,10 @@ def refuse_bad_corpus(config: Config, counts: Mapping[str, Any]) -> None:
             f"{config.corpus.held_out_share}, corpus.held_out_key={config.corpus.held_out_key!r}): "
             "none are left to train on"
         )
+
+
+def _described(config: Config, counts: Mapping[str, int]) -> str:
+    """Return what is wrong with rows that were set aside, with one of them, and where they are."""
+    quarantine = Run(config).quarantine
+    example = first_bad_row(quarantine, counts)
+    return f"{describe_bad_rows(counts, example)}; see {quarantine.uri}"

@@ -1,6 +1,7 @@
 """The encoders as Ray Data actors: each adds its columns to a batch of decoded pictures."""
 
 from collections.abc import Sequence
+from functools import cached_property
 from hashlib import sha256
 from typing import Any
 
@@ -20,10 +21,35 @@ from paris_ray.embeddings import (
 )
 from paris_ray.encoders.clip import TEXT_ENCODER, TOKENIZER, ClipTokenizer, tokenizer_files
 from paris_ray.encoders.codec import load_codec
+from paris_ray.encoders.scores import RowScores
 from paris_ray.encoders.text import MODEL_FILES, MiniLM
 from paris_ray.pipeline.shards import Batch, caption_variants
 from paris_ray.run import Run
 from paris_ray.seeding import torch_generator
+
+
+class RowScorer:
+    """Adds the scores `(B,)` that `corpus.filters` ask of models, a column each."""
+
+    def __init__(self, config: Config) -> None:
+        self.filters = config.corpus.filters
+        _use_threads_of(self.filters.pool)
+
+    @cached_property
+    def scores(self) -> RowScores:
+        """The models: one that is missing has its error here, and a dead actor in `__init__`."""
+        pool = self.filters.pool
+        device = resolve_device("auto" if pool.num_gpus else "cpu")
+        return RowScores(self.filters, device, threads=_threads_of(pool))
+
+    def __call__(self, batch: Batch) -> Batch:
+        """Return the batch with the columns; of several captions the first is looked at."""
+        captions = [str(caption) for caption in batch["caption"]]
+        parts = []
+        for start in range(0, len(captions), self.filters.pool.batch_size):
+            rows = slice(start, start + self.filters.pool.batch_size)
+            parts.append(self.scores(batch["image"][rows], captions[rows]))
+        return batch | {name: np.concatenate([p[name] for p in parts]) for name in parts[0]}
 
 
 class TextEmbedder:
@@ -145,4 +171,8 @@ def _split(images: NDArray[Any], size: int) -> list[NDArray[Any]]:
 
 
 def _use_threads_of(pool: PoolConfig) -> None:
-    torch.set_num_threads(max(1, int(pool.num_cpus)))
+    torch.set_num_threads(_threads_of(pool))
+
+
+def _threads_of(pool: PoolConfig) -> int:
+    return max(1, int(pool.num_cpus))

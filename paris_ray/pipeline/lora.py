@@ -85,8 +85,9 @@ def train_lora(run: LoRARun, *, bundle: str, expert: int, data: str, output: str
     task = placed(train_one_lora, "lora", run.training)
     result = task.remote(run, absolute_uri(bundle), expert, stage.folder.uri, stage.parents)
     facts = follow("lora", Task(result, stage.folder, run.training))
-    bad = sum(facts["quarantined"].values())
-    logger.info("lora: trained on %d pictures, %d quarantined", facts["rows"], bad)
+    bad, filtered = (sum(facts[name].values()) for name in ("quarantined", "filtered"))
+    text = "lora: trained on %d pictures, %d quarantined, %d filtered"
+    logger.info(text, facts["rows"], bad, filtered)
     return stage.publish(facts)
 
 

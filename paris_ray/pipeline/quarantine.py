@@ -1,7 +1,7 @@
-"""Why rows of a corpus cannot be used, in one line."""
+"""Why rows of a corpus are not used, in one line."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 
 from paris_ray.artifacts import Folder
 from paris_ray.corpora import REASONS, QuarantinedRow
@@ -39,8 +39,9 @@ class BadRows:
         return "" if self.first is None else f": {describe_bad_rows(self.counts, self.first)}"
 
 
-def first_bad_row(quarantine: Folder) -> QuarantinedRow:
-    """Return the first row of a run's `quarantine/`, which has at least one."""
+def first_bad_row(quarantine: Folder, reasons: Container[str]) -> QuarantinedRow:
+    """Return the first row of a run's `quarantine/` with one of some reasons, which it has."""
     columns = ("key", "reason", "detail")
     tables = (read_parts(quarantine, [name], columns) for name in part_names(quarantine))
-    return next(QuarantinedRow(**row) for table in tables for row in table.to_pylist())
+    rows = (QuarantinedRow(**row) for table in tables for row in table.to_pylist())
+    return next(row for row in rows if row.reason in reasons)

@@ -28,6 +28,7 @@ from paris_ray.survey.prepared import (
     Prepared,
     prepared_page,
 )
+from paris_ray.survey.rendering import rows_shown
 from paris_ray.survey.sample import (
     SampledRow,
     picture_of,
@@ -41,7 +42,6 @@ logger = logging.getLogger("paris_ray")
 SAMPLED_ROWS = 2000  # of all clusters together, about
 FILES_PER_CLUSTER = 16  # at most so many are read
 QUARANTINE_FILES = 256  # likewise
-BAD_ROWS_SHOWN = 6  # of a reason
 ROWS, CORPUS_S = 256, 2.0  # of the corpus, for sizes; as long for its list and for bad pictures
 PART = "prepare: "  # so begin the names of its parts in timings.jsonl
 
@@ -63,7 +63,7 @@ def write_report(config: Config) -> None:
     """Gather what is shown, and write the page."""
     run = Run(config)
     facts = read_manifest(run.embeddings, EMBEDDINGS).facts
-    bad = _bad_rows(run.quarantine, facts["quarantined"])
+    bad = _bad_rows(run.quarantine, {**facts["quarantined"], **facts["filtered"]})
     sizes, pictures, note = _from_corpus(config, bad)
     page = prepared_page(
         Prepared(
@@ -97,15 +97,16 @@ def _from_corpus(config: Config, bad: BadRows) -> tuple[list[tuple[int, int]], P
 
 
 def _bad_rows(quarantine: Folder, counts: Mapping[str, int]) -> BadRows:
-    """Return some quarantined rows of every reason that is among some of the files."""
+    """Return some rows set aside for every reason that is among some of the files."""
     found: dict[str, list[tuple[str, QuarantinedRow]]] = defaultdict(list)
-    missing = {reason: min(count, BAD_ROWS_SHOWN) for reason, count in counts.items()}
+    missing = {reason: min(count, rows_shown(reason)) for reason, count in counts.items()}
     for name in spread(part_names(quarantine), QUARANTINE_FILES):
         if all(len(found[reason]) >= count for reason, count in missing.items()):
             break
         for row in read_parts(quarantine, [name], ["key", "reason", "detail"]).to_pylist():
-            if len(found[row["reason"]]) < BAD_ROWS_SHOWN:
-                found[row["reason"]].append((shard_of(name), QuarantinedRow(**row)))
+            reason = row["reason"]
+            if len(found[reason]) < rows_shown(reason):
+                found[reason].append((shard_of(name), QuarantinedRow(**row)))
     return found
 
 

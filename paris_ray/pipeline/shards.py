@@ -16,8 +16,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from paris_ray.artifacts import Folder
-from paris_ray.config import Config
+from paris_ray.config import FILTERS, SCORES, Config
 from paris_ray.corpora import DecodedRow, HeldOut, QuarantinedRow, Shard, decode_row, open_corpus
+from paris_ray.corpora.filters import filters_of_rows
+from paris_ray.corpora.filters.scores import score_name
 from paris_ray.corpora.labels import label_names
 from paris_ray.embeddings import (
     ATTRIBUTE,
@@ -28,17 +30,20 @@ from paris_ray.embeddings import (
     to_table,
     write_part,
 )
-from paris_ray.pipeline.accounts import Account, count_reasons, part_name, write_account
+from paris_ray.pipeline.accounts import Account, part_name, write_account
 from paris_ray.reports import png_bytes, thumbnail
 from paris_ray.run import Run
 
 Batch = dict[str, NDArray[Any]]
 
-# Columns which only progress is told of: the bad rows that a shard had since the block before, and
-# whether this block is its last; a shard without a good row has none.
+# Columns which only progress is told of: the bad rows that a shard had since the block before,
+# those that each filter took, and whether this block is its last; a shard without a good row has
+# none.
 QUARANTINED, ENDED = "quarantined", "ended"
+FILTERED = "filtered."  # and the name of the filter
 # Of text a batch has one of the two; mirrored latents only if training wants them.
 TENSORS = (LATENTS, LATENTS_FLIPPED, "features", TEXT_EMBEDDING, TOKEN_IDS)
+SCORE_COLUMNS = tuple(map(score_name, SCORES))  # those that filters ask for
 CAPTION = "caption"
 OTHER_CAPTION = "caption."  # and a number: what is encoded, but not stored as text
 
@@ -72,6 +77,7 @@ class ShardReader:
     def __init__(self, config: Config, held_out: HeldOut, num_captions: int = 1) -> None:
         self.config, self.held_out, self.num_captions = config, held_out, num_captions
         self.attributes = label_names(config.corpus.attributes)
+        self.filters = filters_of_rows(config.corpus.filters)
 
     def __call__(self, batch: Batch) -> Iterator[Batch]:
         """Yield the good rows of the one shard that `batch` describes, some at a time.
@@ -86,17 +92,21 @@ class ShardReader:
             first=int(batch["first"][0]),
         )
         bad: list[QuarantinedRow] = []
-        told, counts = 0, Counter[bool]()
+        num_told, counts = 0, Counter[bool]()
         for block, is_last in _with_last(self._good_rows(shard, bad)):
             count = len(block["row"])
             counts[bool(block["held_out"][0])] += count
-            yield block | {
-                QUARANTINED: _first(len(bad) - told, count),
-                ENDED: _first(int(is_last), count),
-            }
-            told = len(bad)
-        account = Account(str(batch["version"][0]), counts[False], counts[True], count_reasons(bad))
+            told = self._told(bad[num_told:]) | {ENDED: int(is_last)}
+            yield block | {name: _first(number, count) for name, number in told.items()}
+            num_told = len(bad)
+        account = Account.of(str(batch["version"][0]), counts[False], counts[True], bad)
         write_account(Run(self.config).quarantine, shard.name, account, bad)
+
+    def _told(self, bad: Sequence[QuarantinedRow]) -> dict[str, int]:
+        """Return what progress is told of rows that were set aside: numbers of the same names."""
+        counts = Counter(r.reason if r.reason in FILTERS else QUARANTINED for r in bad)
+        filtered = {f"{FILTERED}{name}": counts[name] for name in self.filters}
+        return {QUARANTINED: counts[QUARANTINED], **filtered}
 
     def _good_rows(self, shard: Shard, bad: list[QuarantinedRow]) -> Iterator[Batch]:
         """Yield the good rows, some at a time, and append the bad ones to `bad`."""
@@ -162,7 +172,8 @@ class ShardWriter:
                 _write_rows(folder, {name: column[chosen] for name, column in batch.items()})
         held_out = int(batch["held_out"].sum())
         counts = {"good": len(batch["row"]) - held_out, "held_out": held_out}
-        counts |= {name: int(batch[name].sum()) for name in (QUARANTINED, ENDED)}
+        filtered = [name for name in batch if name.startswith(FILTERED)]
+        counts |= {name: int(batch[name].sum()) for name in (QUARANTINED, *filtered, ENDED)}
         return {name: np.array([count]) for name, count in counts.items()}
 
 
@@ -182,7 +193,7 @@ def _embeddings_table(batch: Batch) -> pa.Table:
             CAPTION: _texts(batch[CAPTION]),
             "thumbnail": thumbnails,
             **{name: _texts(batch[name]) for name in batch if name.startswith(ATTRIBUTE)},
-            **{name: batch[name] for name in TENSORS if name in batch},
+            **{name: batch[name] for name in (*TENSORS, *SCORE_COLUMNS) if name in batch},
         }
     )
 

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from paris_ray.config import Config
+from paris_ray.config import FILTERS, Config
 from paris_ray.corpora import HeldOut, held_out_rule
 from paris_ray.corpora.places import RemotePath, place
 from paris_ray.survey.fields import Fields, taken_fields
@@ -66,9 +66,19 @@ class Inspection:
         return [row for row in self.rows if row.reason is None]
 
     @property
-    def quarantined(self) -> Counter[str]:
+    def set_aside(self) -> Counter[str]:
         """How many rows would be set aside, by reason."""
         return Counter(row.reason for row in self.rows if row.reason is not None)
+
+    @property
+    def quarantined(self) -> Counter[str]:
+        """How many of them could not be used."""
+        return Counter({r: count for r, count in self.set_aside.items() if r not in FILTERS})
+
+    @property
+    def filtered(self) -> Counter[str]:
+        """How many of them could, but are not wanted."""
+        return self.set_aside - self.quarantined
 
 
 def inspect_corpus(listing: Listing) -> Inspection:

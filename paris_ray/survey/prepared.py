@@ -19,7 +19,7 @@ from paris_ray.reports import (
 )
 from paris_ray.survey.distributions import caption_lengths, size_distributions
 from paris_ray.survey.map import drawn_map
-from paris_ray.survey.rendering import distribution_sections, quarantine_section, words_of
+from paris_ray.survey.rendering import distribution_sections, set_aside_sections, words_of
 from paris_ray.survey.sample import SampledRow
 
 PICTURES_PER_CLUSTER, COLUMNS = 60, 12
@@ -54,9 +54,9 @@ class Prepared:
     """What is shown.
 
     Attributes:
-        counts: `rows`, `held_out` and `quarantined` (by reason), as the embeddings' manifest has
-            them.
-        bad_rows: Some of the quarantined rows, by reason.
+        counts: `rows`, `held_out`, `quarantined` and `filtered` (by reason), as the embeddings'
+            manifest has them.
+        bad_rows: Some of the quarantined and the filtered rows, by reason.
         sizes: Width and height of some of the corpus' pictures.
         image_size: The side that they were brought to.
         clusters: In their order.
@@ -81,7 +81,9 @@ def prepared_page(prepared: Prepared) -> bytes:
     title = f"{total:,} captioned pictures in {len(prepared.clusters)} clusters"
     sections = [
         _rows(prepared),
-        quarantine_section(prepared.counts["quarantined"], prepared.bad_rows),
+        *set_aside_sections(
+            prepared.counts["quarantined"], prepared.counts["filtered"], prepared.bad_rows
+        ),
         *_distributions(prepared),
         _map(prepared.clusters),
         _overlap(prepared.clusters),
@@ -92,14 +94,15 @@ def prepared_page(prepared: Prepared) -> bytes:
 
 
 def num_rows(counts: Mapping[str, Any]) -> int:
-    """Return how many rows were read, good and bad."""
-    return int(counts["rows"] + counts["held_out"] + sum(counts["quarantined"].values()))
+    """Return how many rows were read, good, bad and filtered."""
+    set_aside = (*counts["quarantined"].values(), *counts["filtered"].values())
+    return int(counts["rows"] + counts["held_out"] + sum(set_aside))
 
 
 def _rows(prepared: Prepared) -> str:
     counts, read = prepared.counts, num_rows(prepared.counts)
-    bad = sum(counts["quarantined"].values())
-    named = {"for training": counts["rows"], "held out": counts["held_out"], "quarantined": bad}
+    sums = {name: sum(counts[name].values()) for name in ("quarantined", "filtered")}
+    named = {"for training": counts["rows"], "held out": counts["held_out"], **sums}
     lines = [(name, f"{count:,} ({count / read:.2%})") for name, count in named.items()]
     note = paragraph(prepared.note) if prepared.note else ""
     return section("Rows", definitions([("read", f"{read:,}"), *lines]), note)

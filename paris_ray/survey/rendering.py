@@ -5,7 +5,9 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from PIL import Image
 
+from paris_ray.config import FILTERS
 from paris_ray.corpora import REASONS
+from paris_ray.corpora.filters import filters_of_rows
 from paris_ray.reports import (
     bars,
     count_words,
@@ -22,6 +24,7 @@ from paris_ray.survey.sample import SampledRow, examples, spread
 
 ROWS_SHOWN = 10
 BAD_ROWS_SHOWN = 6  # of a reason
+FILTERED_ROWS_SHOWN = 24  # of a filter: whether its limit is right, pictures tell
 WORDS_SHOWN = 24
 BAR_WIDTH = 40  # characters
 LABEL_WIDTH = 16
@@ -30,10 +33,11 @@ SHORT, LONG = 100, 300  # characters of a stranger's text that are shown
 
 def headline(found: Inspection) -> str:
     """Return the outcome in one line."""
-    bad = sum(found.quarantined.values())
+    bad, filtered = sum(found.quarantined.values()), sum(found.filtered.values())
     return (
         f"{found.config.corpus.kind}: {len(found.good)} of {len(found.rows)} rows read are good"
         + (f", {bad} would be quarantined" if bad else "")
+        + (f", {filtered} would be filtered" if filtered else "")
     )
 
 
@@ -58,6 +62,8 @@ def facts(found: Inspection) -> Iterator[tuple[str, str]]:
     yield "sample", f"{len(found.rows)} rows of {listed}, in {found.seconds:.1f} s"
     yield "good", _share(len(found.good), len(found.rows))
     yield "quarantined", _quarantined(found)
+    if corpus.filters.on:
+        yield "filtered", _filtered(found)
     yield "held out", _held_out(found)
 
 
@@ -86,6 +92,12 @@ def _quarantined(found: Inspection) -> str:
     if bad > allowed * len(found.rows):
         text += f": more than corpus.max_bad_share={allowed}, which prepare refuses"
     return text
+
+
+def _filtered(found: Inspection) -> str:
+    text, filters = _share(found.filtered.total(), len(found.rows)), found.config.corpus.filters
+    later = [name for name in filters.on if name not in filters_of_rows(filters)]
+    return text + (f"; only prepare can tell of {', '.join(later)}" if later else "")
 
 
 def _held_out(found: Inspection) -> str:
@@ -122,7 +134,7 @@ def inspection_text(found: Inspection) -> str:
             break_on_hyphens=False,
         )
     for reason, bad in examples(found.rows, 1):
-        lines += ["", f"{found.quarantined[reason]} {reason}: {REASONS[reason]}"]
+        lines += ["", f"{found.set_aside[reason]} {reason}: {REASONS[reason]}"]
         lines.append(f"  such as {shorten(bad[0].key, SHORT)}: {shorten(bad[0].detail, LONG)}")
     for each in distributions(found.rows, found.config.corpus.image_size):
         lines += ["", each.title, *_text_bars(each.bars)]
@@ -161,7 +173,9 @@ def inspection_page(found: Inspection) -> bytes:
             "Some rows, cut as for training",
             pictures or paragraph("No row of the sample can be used."),
         ),
-        quarantine_section(found.quarantined, dict(examples(found.rows, BAD_ROWS_SHOWN))),
+        *set_aside_sections(
+            found.quarantined, found.filtered, dict(examples(found.rows, FILTERED_ROWS_SHOWN))
+        ),
         *distribution_sections(distributions(found.rows, found.config.corpus.image_size)),
         section("Most frequent words", paragraph(words_of([row.caption for row in found.good]))),
     ]
@@ -182,17 +196,34 @@ def distribution_sections(found: Sequence[Distribution]) -> list[str]:
     ]
 
 
-def quarantine_section(counts: Mapping[str, int], rows: Mapping[str, Sequence[SampledRow]]) -> str:
-    """Return how many rows are bad, by reason, with some of them; nothing if none is.
+def rows_shown(reason: str) -> int:
+    """Return how many rows are shown, at most, that were set aside for a reason."""
+    return FILTERED_ROWS_SHOWN if reason in FILTERS else BAD_ROWS_SHOWN
+
+
+def set_aside_sections(
+    quarantined: Mapping[str, int],
+    filtered: Mapping[str, int],
+    rows: Mapping[str, Sequence[SampledRow]],
+) -> list[str]:
+    """Return how many rows are bad and how many filtered, by reason; nothing if none is.
 
     Args:
-        counts: Number of rows of each reason.
-        rows: Some of them, likewise.
+        quarantined: Number of bad rows of each reason.
+        filtered: Number of filtered ones, likewise.
+        rows: Some of both, likewise.
     """
-    parts = []
-    for reason, count in sorted(counts.items(), key=lambda item: (-item[1], item[0])):
-        figures = [row_figure(row, f"{row.key}: {row.detail}") for row in rows.get(reason, ())]
-        heading = paragraph(f"{count:,} {reason}: {REASONS.get(reason, 'another reason')}")
-        elsewhere = paragraph("None of them is in the files that were looked at for this page.")
-        parts.append(heading + ("".join(figures) or elsewhere))
-    return section("Quarantined", *parts) if parts else ""
+    titled = {"Quarantined": quarantined, "Filtered": filtered}
+    return [
+        section(title, *(_reason(reason, count, rows.get(reason, ())) for reason, count in found))
+        for title, counts in titled.items()
+        if (found := sorted(counts.items(), key=lambda item: (-item[1], item[0])))
+    ]
+
+
+def _reason(reason: str, count: int, rows: Sequence[SampledRow]) -> str:
+    shown = rows[: rows_shown(reason)]
+    figures = "".join(row_figure(row, f"{row.key}: {row.detail}") for row in shown)
+    heading = paragraph(f"{count:,} {reason}: {REASONS.get(reason, 'another reason')}")
+    elsewhere = paragraph("None of them is in the files that were looked at for this page.")
+    return heading + (figures or elsewhere)

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from paris_ray.config import CorpusConfig
+from paris_ray.config import CorpusConfig, FiltersConfig
 from paris_ray.corpora import DecodedRow, HeldOut, RawRow, Shard, decode_row
 from paris_ray.seeding import numpy_generator
 from paris_ray.survey.listing import Listing
@@ -110,7 +110,8 @@ def _judge(raw: RawRow, config: CorpusConfig, held_out: HeldOut, seen: set[str])
 
 def picture_of(raw: RawRow, config: CorpusConfig) -> NDArray[np.uint8] | None:
     """Return the picture of a row, whatever else is wrong with it; None if it has none."""
-    row = decode_row(replace(raw, caption="any", problem=None), config)
+    unfiltered = replace(config, filters=FiltersConfig())
+    row = decode_row(replace(raw, caption="any", problem=None), unfiltered)
     return shrink(row.image) if isinstance(row, DecodedRow) else None
 
 

@@ -122,14 +122,16 @@ def test_unlike_experts_draw_with_every_routing(unlike: Bundle) -> None:
         assert len({image.tobytes() for image in images}) == 3
 
 
+EMBEDDINGS = {"rows": 10, "quarantined": {}, "attribution": None}  # as earlier code wrote them
+
+
 def card(bundle: Bundle, **facts: Any) -> str:
     return model_card(
         bundle,
-        embeddings={"rows": 10, "quarantined": {}, "attribution": None},
         cluster_sizes=[3, 3, 4],
         router={"right_cluster": {"0.5": 0.9}},
         losses=[0.1, 0.2, 0.3],
-        **{"evaluation": None} | facts,
+        **{"embeddings": EMBEDDINGS, "evaluation": None} | facts,
     )
 
 
@@ -145,6 +147,13 @@ def test_the_model_card_explains_what_was_measured_alone(tiny_bundle: Bundle) ->
     assert f"| all right over 9 training captions {interval}" in text
     assert f"| object right over 3 held-out captions {interval}" in text
     assert "over 3 held-out captions | 2.0000 |" in text
+
+
+def test_the_model_card_tells_what_was_filtered(tiny_bundle: Bundle) -> None:
+    assert "filtered" not in card(tiny_bundle)
+    counts = {"rows": 10, "quarantined": {}, "filtered": {"min_size": 1200}, "attribution": None}
+    told = "0 rows were set aside as unusable, 1,200 were filtered (1,200 by min_size). Pictures"
+    assert told in card(tiny_bundle, embeddings=counts)
 
 
 def test_the_model_card_tells_of_weights_of_others(tiny_bundle: Bundle) -> None:

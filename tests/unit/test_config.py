@@ -20,6 +20,7 @@ from paris_ray.config import (
     expert_setup,
     from_dict,
     load,
+    load_lora,
     local_paths,
     packaged_configs,
     to_dict,
@@ -513,3 +514,39 @@ def test_unlike_fields_are_those_that_decide_shapes_or_meaning() -> None:
     assert unlike_fields(*spatial) == {"text_hidden_size": (256, 8)}
     router = RouterConfig(text_embed_dim=8)
     assert unlike_fields(router, RouterConfig()) == {"text_embed_dim": (8, 0)}
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("min_size=0", "min_size=0 is not allowed: at least 1 pixel, or null"),
+        ("max_aspect_ratio=0.5", "max_aspect_ratio=0.5 is not allowed: at least 1, the longer"),
+        ("max_aspect_ratio=.nan", "max_aspect_ratio=nan is not allowed"),
+        ("languages=[english]", "languages=['english'] is not allowed: ISO 639-1 codes"),
+        ("languages=[]", "languages=[] is not allowed: ISO 639-1 codes"),
+        ("min_clip_score=0.2", "clip.checkpoint=None is not allowed: an open_clip model, which"),
+        ("min_clip_score=2", "min_clip_score=2.0 is not allowed: a cosine, between -1 and 1"),
+        ("max_nsfw_score=1.1", "max_nsfw_score=1.1 is not allowed: a probability"),
+        ("picture_distance=17", "picture_distance=17 is not allowed: between 0 and 16 bits"),
+        ("max_similarity=1.5", "max_similarity=1.5 is not allowed: a cosine"),
+    ],
+)
+def test_limits_of_filters_that_are_none_are_refused(given: str, message: str) -> None:
+    assert message in refusal(f"corpus.filters.{given}")
+
+
+def test_filters_that_contradict_each_other_or_lack_a_model_are_refused() -> None:
+    lengths = ["corpus.filters.min_caption_length=5", "corpus.filters.max_caption_length=3"]
+    with pytest.raises(ConfigError, match="min_caption_length=5 is not allowed: at most max_"):
+        load("quickstart", lengths)
+    rated = ["corpus.filters.min_aesthetic_score=5", "corpus.filters.clip.checkpoint=openai"]
+    with pytest.raises(ConfigError, match=r"aesthetic_model=None is not allowed: a \.safetensors"):
+        load("quickstart", rated)
+
+
+def test_a_lora_has_no_models_to_filter_with() -> None:
+    load_lora(overrides=["corpus.filters.min_size=64"])
+    with pytest.raises(
+        ConfigError, match=r"filters.max_nsfw_score=0.5 is not allowed: null, a LoR"
+    ):
+        load_lora(overrides=["corpus.filters.max_nsfw_score=0.5"])

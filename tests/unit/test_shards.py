@@ -6,15 +6,17 @@ import tarfile
 from collections import Counter
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
+from small_corpora import rows_of, write_tars
 
 from paris_ray.artifacts import Folder
-from paris_ray.config import Config, load
+from paris_ray.config import Config, FiltersConfig, load
 from paris_ray.corpora import REASONS, HeldOut, QuarantinedRow, open_corpus
 from paris_ray.embeddings import column_names, read_table, stream_column
 from paris_ray.errors import CorpusError
@@ -212,6 +214,7 @@ def test_held_out_rows_are_counted_apart(config: Config) -> None:
         "rows": NUM_GOOD - withheld,
         "held_out": withheld,
         "quarantined": quarantined,
+        "filtered": {},
     }
     refuse_bad_corpus(config, counts)
     name = run.embeddings.files()[0]
@@ -243,7 +246,7 @@ def replace_quarantine(files: ShardFiles) -> ShardFiles:
 
 
 def test_a_corpus_that_is_held_out_as_a_whole_is_refused(config: Config) -> None:
-    counts = {"rows": 0, "held_out": 40, "quarantined": {}}
+    counts = {"rows": 0, "held_out": 40, "quarantined": {}, "filtered": {}}
     with pytest.raises(CorpusError) as caught:
         refuse_bad_corpus(config, counts)
     assert str(caught.value) == (
@@ -281,6 +284,66 @@ def test_a_corpus_without_a_usable_row_says_why(tmp_path: Path) -> None:
         f"corpus.path={str(tmp_path)!r} has no usable row that is not held out: 12 not_an_image "
         f"({REASONS['not_an_image']}); such as '0.png', not_an_image: {detail!r}"
     )
+
+
+def with_filters(config: Config, **limits: Any) -> Config:
+    return replace(config, corpus=replace(config.corpus, filters=FiltersConfig(**limits)))
+
+
+def test_filtered_rows_are_counted_apart_from_bad_ones(config: Config) -> None:
+    limited = with_filters(config, min_size=9, languages=["en"])
+    assert read(limited) == []
+    counts = count_rows(accounts_in(Run(limited)))
+    assert counts == {
+        "rows": 0,
+        "held_out": 0,
+        "quarantined": {"not_an_image": 2},
+        "filtered": {"min_size": NUM_GOOD},
+    }
+    with pytest.raises(CorpusError) as caught:
+        refuse_bad_corpus(limited, counts)
+    message = str(caught.value)
+    assert message.startswith("corpus.filters leave none of 42 rows, 40 filtered and 2 bad: 40 min")
+    assert f"2 not_an_image ({REASONS['not_an_image']}); such as 'a.tar/000', min_size: " in message
+
+
+def test_filtered_rows_are_not_bad(config: Config) -> None:
+    strict = replace(config, corpus=replace(config.corpus, max_bad_share=0.05))
+    counts = {"rows": 1, "held_out": 0, "filtered": {"min_size": 39}}
+    refuse_bad_corpus(strict, counts | {"quarantined": {"not_an_image": 2}})
+    read(config)
+    with pytest.raises(CorpusError, match=r"3 of 43 rows are bad \(7.0%"):
+        refuse_bad_corpus(strict, counts | {"quarantined": {"not_an_image": 3}})
+
+
+def test_progress_tells_what_each_filter_took(config: Config, tmp_path: Path) -> None:
+    path = write_tars(tmp_path / "mixed", rows_of(20))  # 40 x 20 to 40 x 39, in two tars
+    config = replace(config, corpus=replace(config.corpus, path=str(path), limit=10))
+    limited = with_filters(config, min_size=26, max_caption_length=100)
+    counts: Counter[str] = Counter()
+    for batch in read(limited):
+        written = ShardWriter(limited)(encoded(batch))
+        counts.update({name: int(values[0]) for name, values in written.items()})
+    line = progress_line(counts, num_shards=1, seconds=1.0)
+    assert line == (
+        "1/1 shards, 10 rows, 10 rows/s, ETA 0 s; 4 good, 0 held out, 0 quarantined, "
+        "6 (6 min_size) filtered"
+    )
+
+
+def test_scores_are_stored_beside_the_rest(config: Config) -> None:
+    batch = encoded(read(config)[0])
+    scores = np.linspace(0, 1, len(batch["row"]), dtype=np.float32)
+    ShardWriter(config)(batch | {"nsfw_score": scores})
+    stored = read_table(Run(config).embeddings, ["nsfw_score"])["nsfw_score"].to_numpy()
+    np.testing.assert_array_equal(stored, scores)
+
+
+def test_a_corpus_that_filters_leave_empty_is_refused_before_anything_is_fitted(
+    config: Config,
+) -> None:
+    with pytest.raises(CorpusError, match=r"no usable row that is not held out: 34 min_size \("):
+        sample_rows(with_filters(config, min_size=9))
 
 
 def test_an_example_of_a_bad_row_is_short_and_plain() -> None:

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,7 +20,10 @@ from paris_ray.survey.rendering import inspection_page, inspection_text
 from paris_ray.survey.sample import SampledRow
 
 EVIL = "<script>alert(1)</script>"
+PICTURE = np.zeros((8, 8, 3), np.uint8)
 BAD = SampledRow("bad.jpg", "", "truncated_image", f"{EVIL} at byte 7", False, None, None)
+
+SMALL = SampledRow("small.jpg", "", "min_size", "8 x 9 pixels", False, (8, 9), PICTURE)
 
 
 class Tags(HTMLParser):
@@ -133,8 +137,13 @@ def cluster(captions: list[str], nearness: float | None = None) -> ClusterSample
 
 
 PREPARED = Prepared(
-    counts={"rows": 1800, "held_out": 150, "quarantined": {"truncated_image": 50}},
-    bad_rows={"truncated_image": [BAD]},
+    counts={
+        "rows": 1800,
+        "held_out": 150,
+        "quarantined": {"truncated_image": 30},
+        "filtered": {"min_size": 20},
+    },
+    bad_rows={"truncated_image": [BAD], "min_size": [SMALL]},
     sizes=[(640, 480)],
     image_size=64,
     clusters=[cluster([EVIL, "a cat"], 0.95), cluster(["a dog"], 0.2)],
@@ -148,10 +157,33 @@ def test_the_page_of_prepare_tells_rows_clusters_and_time() -> None:
     page = Tags(prepared_page(PREPARED))
     assert "script" not in page.names
     assert page.names.count("circle") == 3
-    for part in ("1,800 (90.00%)", "150 (7.50%)", "50 truncated_image", "bad.jpg: "):
+    for part in ("1,800 (90.00%)", "150 (7.50%)", "30 truncated_image", "bad.jpg: "):
+        assert part in page.text
+    for part in ("filtered20 (1.00%)", "Filtered20 min_size: ", "small.jpg: 8 x 9 pixels"):
         assert part in page.text
     for part in ("Cluster 1: 900 pictures, 50.0%", "100.0%1", "50.0", "Overlap"):
         assert part in page.text
+
+
+def test_what_filters_would_take_is_told_apart(tmp_path: Path) -> None:
+    rows = rows_of(20)  # of 40 x 20 to 40 x 39
+    rows[3] = (rows[3][0][:400], "cut off in the middle")
+    path = write_image_folder(tmp_path / "corpus", rows)
+    given = ["min_size=26", "max_caption_length=23", "picture_distance=0"]
+    listing = recognise(
+        "quickstart", [f"corpus.path={path}", *(f"corpus.filters.{each}" for each in given)]
+    )
+    found = inspect_corpus(listing)
+    assert found.filtered == {"min_size": 5, "max_caption_length": 10}
+    assert found.quarantined == {"truncated_image": 1}
+    text = inspection_text(found)
+    assert "4 of 20 rows read are good, 1 would be quarantined, 15 would be filtered" in text
+    assert "15 (75.0%); only prepare can tell of picture_distance" in text
+    assert f"5 min_size: {REASONS['min_size']}\n  such as 000.jpg: 40 x 20 pixels" in text
+    page = Tags(inspection_page(found))
+    assert "Filtered10 max_caption_length: " in page.text
+    assert "Quarantined1 truncated_image: " in page.text
+    assert page.names.count("img") == 4 + 15  # the good rows, and the filtered ones
 
 
 def test_random_clusters_have_no_overlap_and_a_lost_corpus_is_named() -> None:

@@ -19,10 +19,12 @@ from paris_ray.artifacts import Folder
 from paris_ray.config import Config
 from paris_ray.corpora import DecodedRow, HeldOut, QuarantinedRow, Shard, decode_row, open_corpus
 from paris_ray.corpora.labels import label_names
+from paris_ray.corpora.perceptual_hash import perceptual_hashes
 from paris_ray.embeddings import (
     ATTRIBUTE,
     LATENTS,
     LATENTS_FLIPPED,
+    PICTURE_HASH,
     TEXT_EMBEDDING,
     TOKEN_IDS,
     to_table,
@@ -37,8 +39,9 @@ Batch = dict[str, NDArray[Any]]
 # Columns which only progress is told of: the bad rows that a shard had since the block before, and
 # whether this block is its last; a shard without a good row has none.
 QUARANTINED, ENDED = "quarantined", "ended"
-# Of text a batch has one of the two; mirrored latents only if training wants them.
-TENSORS = (LATENTS, LATENTS_FLIPPED, "features", TEXT_EMBEDDING, TOKEN_IDS)
+# Of text a batch has one of the two; mirrored latents only if training wants them, hashes of
+# pictures only if a filter does.
+ARRAYS = (LATENTS, LATENTS_FLIPPED, "features", TEXT_EMBEDDING, TOKEN_IDS, PICTURE_HASH)
 CAPTION = "caption"
 OTHER_CAPTION = "caption."  # and a number: what is encoded, but not stored as text
 
@@ -67,10 +70,19 @@ class ShardReader:
         config: The run.
         held_out: Which rows go on apart from the others, in blocks of their own.
         num_captions: How many captions of each row go on.
+        hash_pictures: Whether their perceptual hashes do.
     """
 
-    def __init__(self, config: Config, held_out: HeldOut, num_captions: int = 1) -> None:
+    def __init__(
+        self,
+        config: Config,
+        held_out: HeldOut,
+        num_captions: int = 1,
+        *,
+        hash_pictures: bool = False,
+    ) -> None:
         self.config, self.held_out, self.num_captions = config, held_out, num_captions
+        self.hash_pictures = hash_pictures
         self.attributes = label_names(config.corpus.attributes)
 
     def __call__(self, batch: Batch) -> Iterator[Batch]:
@@ -124,6 +136,8 @@ class ShardReader:
             CAPTION: np.array([row.caption for row in rows], dtype=object),
             "image": np.stack([row.image for row in rows]),
         }
+        if self.hash_pictures:
+            batch[PICTURE_HASH] = perceptual_hashes(batch["image"])
         variants = [list(islice(cycle(row.captions), self.num_captions)) for row in rows]
         for i in range(1, self.num_captions):  # a row with fewer repeats its own
             batch[f"{OTHER_CAPTION}{i}"] = np.array([v[i] for v in variants], dtype=object)
@@ -182,7 +196,7 @@ def _embeddings_table(batch: Batch) -> pa.Table:
             CAPTION: _texts(batch[CAPTION]),
             "thumbnail": thumbnails,
             **{name: _texts(batch[name]) for name in batch if name.startswith(ATTRIBUTE)},
-            **{name: batch[name] for name in TENSORS if name in batch},
+            **{name: batch[name] for name in ARRAYS if name in batch},
         }
     )
 

@@ -47,7 +47,7 @@ def test_a_shard_that_is_half_moved_is_not_whole(run: Run, monkeypatch: pytest.M
     def killed(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("paris_ray.pipeline.duplicates._rewrite", killed)
+    monkeypatch.setattr("paris_ray.pipeline.moving._rewrite", killed)
     with pytest.raises(KeyboardInterrupt):
         drop_few_duplicates(run, ORDER)
     found = {name: account_of(run, files) for name, files in files_by_shard(run).items()}

@@ -1,0 +1,216 @@
+"""Rows that leave: all are listed, by shard, before the first is moved to `quarantine/`.
+
+What repeats what is asked of all rows at once. So a run that was interrupted while it moved them
+must not ask again, of those that are left; it moves what its lists, `quarantine/repeated/`, say. A
+shard of them that is not whole is encoded again: then it has the rows that its list names.
+"""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray
+from numpy.typing import NDArray
+
+from paris_ray.artifacts import Folder, canonical_json, sha256_hex
+from paris_ray.config import Config
+from paris_ray.corpora import QuarantinedRow
+from paris_ray.embeddings import part_names, read_part, write_part
+from paris_ray.pipeline.accounts import (
+    SHARDS_A_TASK,
+    TASK_CPUS,
+    Account,
+    ShardFiles,
+    part_name,
+    read_account,
+    set_aside,
+    shard_of,
+)
+from paris_ray.run import Run
+
+# Why rows leave; of several reasons the first counts.
+REPEATED: Mapping[str, str] = {
+    "duplicate_key": "an earlier row has this key",
+    "repeated_captions": "an earlier row has this caption",
+    "picture_distance": "an earlier picture looks like this one",
+    "max_similarity": "the features of an earlier picture are like those of this one",
+}
+LISTS = "repeated"
+LISTED_OF = "corpus.json"  # written last: of which corpus the lists are
+# `value` is what is compared. `row` counts the rows of a shard, those to train on and those held
+# out each by themselves: so it does not matter into which files they were cut.
+PLACE = np.dtype([("value", np.uint64), ("file", np.uint32), ("row", np.uint32)])
+Places = NDArray[np.void]  # (N,) of PLACE, in the order of the rows
+Leaving = Mapping[tuple[bool, int], str]  # of one shard: reason, by held_out and row
+
+
+@dataclass(frozen=True, slots=True)
+class PartFile:
+    """A file of rows.
+
+    Attributes:
+        number: Its place in the order of all files.
+        held_out: Of which of the two folders it is.
+        name: Its name.
+    """
+
+    number: int
+    held_out: bool
+    name: str
+
+    @property
+    def shard(self) -> str:
+        """Name of the shard whose rows it has."""
+        return shard_of(self.name)
+
+    @property
+    def first(self) -> int:
+        """Number of its first row among those of its shard and kind."""
+        return int(self.name.removesuffix(".parquet").rpartition("-")[2])
+
+    def folder(self, run: Run) -> Folder:
+        """Return where it is."""
+        return run.held_out if self.held_out else run.embeddings
+
+
+def part_files(found: Mapping[str, ShardFiles], shards: Sequence[str]) -> list[PartFile]:
+    """Return the files of rows in the order that says which row is earlier.
+
+    First all to train on, then all held out, each in the order of the shards: so no held-out row
+    stays that repeats a row to train on.
+    """
+    training = [(False, name) for shard in shards for name in found[shard].embeddings]
+    held_out = [(True, name) for shard in shards for name in found[shard].held_out]
+    return [PartFile(number, *pair) for number, pair in enumerate((*training, *held_out))]
+
+
+def by_shard(files: Sequence[PartFile]) -> list[list[PartFile]]:
+    """Return the files of each shard."""
+    found: dict[str, list[PartFile]] = {}
+    for file in files:
+        found.setdefault(file.shard, []).append(file)
+    return list(found.values())
+
+
+def are_listed(run: Run, versions: Mapping[str, str]) -> bool:
+    """Return whether there are lists of what repeats in this very corpus.
+
+    Args:
+        run: Where they would be.
+        versions: Versions of the corpus's shards, by name.
+    """
+    lists = run.quarantine / LISTS
+    return lists.exists(LISTED_OF) and bool(lists.read_json(LISTED_OF) == _corpus(versions))
+
+
+def _corpus(versions: Mapping[str, str]) -> dict[str, str]:
+    return {"corpus": sha256_hex(canonical_json(dict(versions)))}
+
+
+def has_left(account: Account) -> bool:
+    """Return whether rows of a shard were set aside since others are like them."""
+    return not REPEATED.keys().isdisjoint(account.quarantined)
+
+
+def list_rows(
+    config: Config,
+    files: Sequence[PartFile],
+    repeated: Mapping[str, Sequence[Any]],
+    versions: Mapping[str, str],
+) -> None:
+    """Write the list of every shard of which rows leave, by tasks; none has been moved yet.
+
+    Args:
+        config: The run.
+        files: All files of rows.
+        repeated: References to the `Places` of rows that leave, by reason.
+        versions: Versions of the corpus's shards, by name.
+    """
+    lists = Run(config).quarantine / LISTS
+    if lists.exists(LISTED_OF):
+        lists.delete(LISTED_OF)
+    lists.clear()
+    reasons = [reason for reason, places in repeated.items() for _ in places]
+    places = [each for group in repeated.values() for each in group]
+    shards = by_shard(files)
+    groups = [shards[i : i + SHARDS_A_TASK] for i in range(0, len(shards), SHARDS_A_TASK)]
+    ray.get([_write_lists.remote(config, group, reasons, *places) for group in groups])
+    lists.write_json(LISTED_OF, _corpus(versions))
+
+
+@ray.remote(num_cpus=TASK_CPUS)
+def _write_lists(
+    config: Config, shards: Sequence[Sequence[PartFile]], reasons: Sequence[str], *places: Places
+) -> None:
+    lists = Run(config).quarantine / LISTS
+    repeated = list(zip(reasons, places, strict=True))
+    for files in shards:
+        leaving = leaving_rows(files, repeated)
+        if leaving:
+            held_out, rows = zip(*leaving, strict=True)
+            columns = {"held_out": held_out, "row": rows, "reason": list(leaving.values())}
+            write_part(lists, part_name(files[0].shard, 0), pa.table(columns))
+
+
+def leaving_rows(
+    files: Sequence[PartFile], repeated: Sequence[tuple[str, Places]]
+) -> dict[tuple[bool, int], str]:
+    """Return which rows of one shard's files leave, each for the first of its reasons."""
+    leaving: dict[tuple[bool, int], str] = {}
+    for file in files:
+        for reason, places in repeated:
+            first, last = np.searchsorted(places["file"], [file.number, file.number + 1])
+            for row in places["row"][first:last].tolist():
+                leaving.setdefault((file.held_out, row), reason)
+    return leaving
+
+
+def move_listed(config: Config, files: Sequence[PartFile]) -> None:
+    """Move the rows that lists name, by tasks; those that have been moved stay where they are."""
+    listed = set(part_names(Run(config).quarantine / LISTS))
+    jobs = [job for job in by_shard(files) if part_name(job[0].shard, 0) in listed]
+    ray.get([_move_listed.remote(config, job) for job in jobs])
+
+
+@ray.remote(num_cpus=TASK_CPUS, max_retries=0)  # half of them moved, it would not be whole
+def _move_listed(config: Config, files: Sequence[PartFile]) -> None:
+    run, shard = Run(config), files[0].shard
+    account = read_account(run.quarantine, shard)
+    assert account is not None, "a shard that has been written has an account"
+    if not has_left(account):
+        rows = read_part(run.quarantine / LISTS, part_name(shard, 0)).to_pylist()
+        move(run, files, {(row["held_out"], row["row"]): row["reason"] for row in rows})
+
+
+def move(run: Run, files: Sequence[PartFile], leaving: Leaving) -> None:
+    """Move rows of one shard to its file of `quarantine/`, which is written first.
+
+    Args:
+        run: Where they are.
+        files: All files of the shard.
+        leaving: Which rows, and why.
+    """
+    counts: Counter[bool] = Counter()
+    moved, kept = [], {}
+    for file in files:
+        keys = read_part(file.folder(run), file.name, ["key"])["key"].to_pylist()
+        reasons = [leaving.get((file.held_out, file.first + i)) for i in range(len(keys))]
+        gone = [(key, reason) for key, reason in zip(keys, reasons, strict=True) if reason]
+        counts[file.held_out] += len(gone)
+        moved += [QuarantinedRow(key, reason, REPEATED[reason]) for key, reason in gone]
+        if gone:
+            kept[file] = [i for i, reason in enumerate(reasons) if reason is None]
+    set_aside(run.quarantine, files[0].shard, counts[False], counts[True], moved)
+    for file, rows in kept.items():
+        _rewrite(file.folder(run), file.name, rows)
+
+
+def _rewrite(folder: Folder, name: str, rows: Sequence[int]) -> None:
+    """Leave only these rows of a file."""
+    if rows:
+        write_part(folder, name, read_part(folder, name).take(rows))
+    else:
+        folder.delete(name)

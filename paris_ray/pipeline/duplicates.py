@@ -99,7 +99,7 @@ def drop_few_duplicates(run: Run, shards: Sequence[str]) -> None:
     rows = rows_of(run, files, KEYS)
     repeated = [("duplicate_key", rows[KEYS.repeats(rows, 0, 1)])]
     for job in by_shard(files):
-        leaving = leaving_rows(job, repeated)
+        leaving = leaving_rows(run, job, repeated)
         if leaving:
             move(run, job, leaving)
 
@@ -264,7 +264,7 @@ def rows_of(run: Run, files: Sequence[PartFile], comparison: Comparison) -> Plac
     found = []
     for file in files:
         rows = comparison.rows(file.folder(run), file.name)
-        rows["file"], rows["row"] = file.number, file.first + np.arange(len(rows))
+        rows["file"], rows["row"] = file.number, np.arange(len(rows))
         found.append(rows)
     return np.concatenate(found)
 

@@ -1,8 +1,10 @@
 """Rows that leave: all are listed, by shard, before the first is moved to `quarantine/`.
 
 What repeats what is asked of all rows at once. So a run that was interrupted while it moved them
-must not ask again, of those that are left; it moves what its lists, `quarantine/repeated/`, say. A
-shard of them that is not whole is encoded again: then it has the rows that its list names.
+must not ask again, of those that are left; it moves what its lists, `quarantine/_repeated/`, say. A
+shard of them that is not whole is encoded again: then it has the rows that its list names, if
+perhaps in other files. So a row is called by its key and, since keys repeat, by how many rows of
+its shard have that key before it.
 """
 
 from collections import Counter
@@ -38,13 +40,13 @@ REPEATED: Mapping[str, str] = {
     "picture_distance": "an earlier picture looks like this one",
     "max_similarity": "the features of an earlier picture are like those of this one",
 }
-LISTS = "repeated"
+LISTS = "_repeated"  # who reads `quarantine/` as one table passes over such names
 LISTED_OF = "corpus.json"  # written last: of which corpus the lists are
-# `value` is what is compared. `row` counts the rows of a shard, those to train on and those held
-# out each by themselves: so it does not matter into which files they were cut.
+# What is compared, and where: the number of a PartFile, and of a row in it.
 PLACE = np.dtype([("value", np.uint64), ("file", np.uint32), ("row", np.uint32)])
 Places = NDArray[np.void]  # (N,) of PLACE, in the order of the rows
-Leaving = Mapping[tuple[bool, int], str]  # of one shard: reason, by held_out and row
+RowName = tuple[str, int]  # of a row in its shard: its key, and how many have that before it
+Leaving = Mapping[RowName, str]  # which rows of a shard leave, and why
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,11 +67,6 @@ class PartFile:
     def shard(self) -> str:
         """Name of the shard whose rows it has."""
         return shard_of(self.name)
-
-    @property
-    def first(self) -> int:
-        """Number of its first row among those of its shard and kind."""
-        return int(self.name.removesuffix(".parquet").rpartition("-")[2])
 
     def folder(self, run: Run) -> Folder:
         """Return where it is."""
@@ -145,27 +142,46 @@ def list_rows(
 def _write_lists(
     config: Config, shards: Sequence[Sequence[PartFile]], reasons: Sequence[str], *places: Places
 ) -> None:
-    lists = Run(config).quarantine / LISTS
-    repeated = list(zip(reasons, places, strict=True))
+    run, repeated = Run(config), list(zip(reasons, places, strict=True))
     for files in shards:
-        leaving = leaving_rows(files, repeated)
+        leaving = leaving_rows(run, files, repeated)
         if leaving:
-            held_out, rows = zip(*leaving, strict=True)
-            columns = {"held_out": held_out, "row": rows, "reason": list(leaving.values())}
-            write_part(lists, part_name(files[0].shard, 0), pa.table(columns))
+            keys, earlier = zip(*leaving, strict=True)
+            columns = {"key": keys, "earlier": earlier, "reason": list(leaving.values())}
+            write_part(run.quarantine / LISTS, part_name(files[0].shard, 0), pa.table(columns))
 
 
 def leaving_rows(
-    files: Sequence[PartFile], repeated: Sequence[tuple[str, Places]]
-) -> dict[tuple[bool, int], str]:
+    run: Run, files: Sequence[PartFile], repeated: Sequence[tuple[str, Places]]
+) -> Leaving:
     """Return which rows of one shard's files leave, each for the first of its reasons."""
-    leaving: dict[tuple[bool, int], str] = {}
+    found = {file: _reasons(file, repeated) for file in files}
+    if not any(found.values()):
+        return {}
+    names = _row_names(run, files)
+    return {names[file][row]: reason for file in files for row, reason in found[file].items()}
+
+
+def _reasons(file: PartFile, repeated: Sequence[tuple[str, Places]]) -> dict[int, str]:
+    """Return why which rows of a file leave, by number."""
+    reasons: dict[int, str] = {}
+    for reason, places in repeated:
+        first, last = np.searchsorted(places["file"], [file.number, file.number + 1])
+        for row in places["row"][first:last].tolist():
+            reasons.setdefault(row, reason)
+    return dict(sorted(reasons.items()))
+
+
+def _row_names(run: Run, files: Sequence[PartFile]) -> dict[PartFile, list[RowName]]:
+    """Return the names of all rows of a shard, file by file."""
+    seen: Counter[str] = Counter()
+    names: dict[PartFile, list[RowName]] = {}
     for file in files:
-        for reason, places in repeated:
-            first, last = np.searchsorted(places["file"], [file.number, file.number + 1])
-            for row in places["row"][first:last].tolist():
-                leaving.setdefault((file.held_out, row), reason)
-    return leaving
+        names[file] = []
+        for key in read_part(file.folder(run), file.name, ["key"])["key"].to_pylist():
+            names[file].append((key, seen[key]))
+            seen[key] += 1
+    return names
 
 
 def move_listed(config: Config, files: Sequence[PartFile]) -> None:
@@ -182,7 +198,7 @@ def _move_listed(config: Config, files: Sequence[PartFile]) -> None:
     assert account is not None, "a shard that has been written has an account"
     if not has_left(account):
         rows = read_part(run.quarantine / LISTS, part_name(shard, 0)).to_pylist()
-        move(run, files, {(row["held_out"], row["row"]): row["reason"] for row in rows})
+        move(run, files, {(row["key"], row["earlier"]): row["reason"] for row in rows})
 
 
 def move(run: Run, files: Sequence[PartFile], leaving: Leaving) -> None:
@@ -195,14 +211,12 @@ def move(run: Run, files: Sequence[PartFile], leaving: Leaving) -> None:
     """
     counts: Counter[bool] = Counter()
     moved, kept = [], {}
-    for file in files:
-        keys = read_part(file.folder(run), file.name, ["key"])["key"].to_pylist()
-        reasons = [leaving.get((file.held_out, file.first + i)) for i in range(len(keys))]
-        gone = [(key, reason) for key, reason in zip(keys, reasons, strict=True) if reason]
+    for file, names in _row_names(run, files).items():
+        gone = [name for name in names if name in leaving]
         counts[file.held_out] += len(gone)
-        moved += [QuarantinedRow(key, reason, REPEATED[reason]) for key, reason in gone]
+        moved += [QuarantinedRow(n[0], leaving[n], REPEATED[leaving[n]]) for n in gone]
         if gone:
-            kept[file] = [i for i, reason in enumerate(reasons) if reason is None]
+            kept[file] = [row for row, name in enumerate(names) if name not in leaving]
     set_aside(run.quarantine, files[0].shard, counts[False], counts[True], moved)
     for file, rows in kept.items():
         _rewrite(file.folder(run), file.name, rows)

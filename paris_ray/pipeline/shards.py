@@ -39,9 +39,8 @@ Batch = dict[str, NDArray[Any]]
 # Columns which only progress is told of: the bad rows that a shard had since the block before, and
 # whether this block is its last; a shard without a good row has none.
 QUARANTINED, ENDED = "quarantined", "ended"
-# Of text a batch has one of the two; mirrored latents only if training wants them, hashes of
-# pictures only if a filter does.
-ARRAYS = (LATENTS, LATENTS_FLIPPED, "features", TEXT_EMBEDDING, TOKEN_IDS, PICTURE_HASH)
+# Of text a batch has one of the two; mirrored latents only if training wants them.
+TENSORS = (LATENTS, LATENTS_FLIPPED, "features", TEXT_EMBEDDING, TOKEN_IDS)
 CAPTION = "caption"
 OTHER_CAPTION = "caption."  # and a number: what is encoded, but not stored as text
 
@@ -196,7 +195,7 @@ def _embeddings_table(batch: Batch) -> pa.Table:
             CAPTION: _texts(batch[CAPTION]),
             "thumbnail": thumbnails,
             **{name: _texts(batch[name]) for name in batch if name.startswith(ATTRIBUTE)},
-            **{name: batch[name] for name in ARRAYS if name in batch},
+            **{name: batch[name] for name in (*TENSORS, PICTURE_HASH) if name in batch},
         }
     )
 

@@ -29,13 +29,12 @@ FIT_ROWS_A_CELL = 32
 FIT_ITERATIONS = 10
 
 
-def text_hashes(texts: Iterable[str]) -> Hashes:
-    """Return 64-bit hashes `(N,)` of texts.
+def hashes_of(payloads: Iterable[bytes]) -> Hashes:
+    """Return 64-bit hashes `(N,)` of bytes.
 
-    That two texts of a hundred million have one by chance has a probability of 0.03 %, of a billion
-    3 %.
+    That two of a hundred million have one by chance has a probability of 0.03 %, of a billion 3 %.
     """
-    digests = b"".join(hashlib.blake2b(t.encode(), digest_size=8).digest() for t in texts)
+    digests = b"".join(hashlib.blake2b(each, digest_size=8).digest() for each in payloads)
     return np.frombuffer(digests, np.uint64)
 
 

@@ -69,7 +69,7 @@ def similar_rows() -> dict[str, list[Any]]:
         bits = generator.integers(0, 64, 4).tolist()
         hashes[i] = hashes[other] ^ np.uint64(sum({1 << bit for bit in bits}))
     for i, other in generator.integers(0, count, (count // 5, 2)).tolist():
-        features[i] = features[other] + generator.normal(scale=0.2, size=8)
+        features[i] = features[other] + generator.normal(scale=0.2, size=8) * (i % 3 > 0)
     features /= np.linalg.norm(features, axis=1, keepdims=True)
     shards = [name for kind in (60, 20) for name in SIMILAR for _ in range(kind)]
     return {

@@ -26,10 +26,10 @@ from paris_ray.duplicates import (
     comparable_caption,
     equal_to_earlier,
     fit_cells,
+    hashes_of,
     near_earlier,
     num_cells,
     similar_to_earlier,
-    text_hashes,
 )
 from paris_ray.embeddings import PICTURE_HASH, read_part, tensor_column
 from paris_ray.pipeline.accounts import TASK_CPUS, files_by_shard
@@ -111,6 +111,10 @@ class Comparison(Protocol):
         """Return what is compared of the rows of one file `(N,)`: PLACE without the place yet."""
         ...
 
+    def identity(self, rows: Places) -> Hashes:
+        """Return `(N,)` numbers that are equal where rows are equal in all that is compared."""
+        ...
+
     def split(self, rows: Places, num_parts: int) -> list[Places]:
         """Return rows in parts, each to be compared within itself; a row may be in several."""
         ...
@@ -130,7 +134,11 @@ class Texts:
     def rows(self, folder: Folder, name: str) -> Places:
         """Hash the texts."""
         texts = read_part(folder, name, [self.column])[self.column].to_pylist()
-        return _with_values(text_hashes(map(self.comparable, texts)))
+        return _with_values(hashes_of(self.comparable(text).encode() for text in texts))
+
+    def identity(self, rows: Places) -> Hashes:
+        """Return the hashes."""
+        return rows["value"]
 
     def split(self, rows: Places, num_parts: int) -> list[Places]:
         """Share rows out by hash."""
@@ -153,6 +161,10 @@ class Pictures:
     def rows(self, folder: Folder, name: str) -> Places:
         """Read the hashes."""
         return _with_values(read_part(folder, name, [PICTURE_HASH])[PICTURE_HASH].to_numpy())
+
+    def identity(self, rows: Places) -> Hashes:
+        """Return the hashes."""
+        return rows["value"]
 
     def split(self, rows: Places, num_parts: int) -> list[Places]:
         """Share rows out by each band in turn, and by the bits that are in it."""
@@ -180,6 +192,10 @@ class Cells:
         rows = np.empty(len(features), np.dtype([*PLACE.descr, field]))
         rows["features"], rows["value"] = features, nearest(features, self.centroids)
         return rows
+
+    def identity(self, rows: Places) -> Hashes:
+        """Return hashes of the features."""
+        return hashes_of(features.tobytes() for features in rows["features"])
 
     def split(self, rows: Places, num_parts: int) -> list[Places]:
         """Share rows out by cell."""
@@ -226,7 +242,7 @@ def _repeated_rows(
         groups = _in_groups(files, ceil(FEATURES_A_READ / config.corpus.rows_per_shard))
         cells = _fit(config, groups, most_rows, filters.max_similarity)
         num_parts = 1 + most_rows // FEATURES_A_TASK
-        found["max_similarity"] = _compare(config, groups, cells, num_parts)
+        found["max_similarity"] = _compare(config, groups, cells, num_parts, num_cpus=1)
     return found
 
 
@@ -235,7 +251,11 @@ def _in_groups(files: Sequence[PartFile], size: int) -> list[Sequence[PartFile]]
 
 
 def _compare(
-    config: Config, groups: Sequence[Sequence[PartFile]], comparison: Any, num_parts: int
+    config: Config,
+    groups: Sequence[Sequence[PartFile]],
+    comparison: Any,
+    num_parts: int,
+    num_cpus: float = TASK_CPUS,
 ) -> list[Any]:
     """Return references to the places of rows that repeat others, as tasks find them.
 
@@ -244,19 +264,30 @@ def _compare(
         groups: Its files, by the task that reads them.
         comparison: A Comparison, or a reference to one.
         num_parts: How many tasks compare.
+        num_cpus: Of each task.
     """
-    read = _read.options(num_returns=num_parts)
+    read = _read.options(num_returns=1 + num_parts, num_cpus=num_cpus)
     of_groups = [read.remote(config, group, comparison, num_parts) for group in groups]
-    of_parts = zip(*of_groups, strict=True) if num_parts > 1 else [of_groups]
-    return [
-        _repeated.remote(comparison, part, num_parts, *rows) for part, rows in enumerate(of_parts)
-    ]
+    equal, *of_parts = zip(*of_groups, strict=True)
+    repeated = _repeated.options(num_cpus=num_cpus)
+    found = (
+        repeated.remote(comparison, part, num_parts, *rows) for part, rows in enumerate(of_parts)
+    )
+    return [*equal, *found]
 
 
-@ray.remote(num_cpus=TASK_CPUS)
-def _read(config: Config, files: Sequence[PartFile], comparison: Comparison, num_parts: int) -> Any:
-    parts = comparison.split(rows_of(Run(config), files, comparison), num_parts)
-    return parts[0] if num_parts == 1 else tuple(parts)
+@ray.remote
+def _read(
+    config: Config, files: Sequence[PartFile], comparison: Comparison, num_parts: int
+) -> tuple[Places, ...]:
+    """Return the places of rows that are equal to earlier ones of these files; others in parts.
+
+    What an equal row is near to, the earlier one is near to as well. So however often a corpus has
+    a picture, no part is larger for it.
+    """
+    rows = rows_of(Run(config), files, comparison)
+    equal = equal_to_earlier(comparison.identity(rows))
+    return _places(rows, equal), *comparison.split(rows[~equal], num_parts)
 
 
 def rows_of(run: Run, files: Sequence[PartFile], comparison: Comparison) -> Places:
@@ -269,13 +300,17 @@ def rows_of(run: Run, files: Sequence[PartFile], comparison: Comparison) -> Plac
     return np.concatenate(found)
 
 
-@ray.remote(num_cpus=TASK_CPUS)
+@ray.remote
 def _repeated(comparison: Comparison, part: int, num_parts: int, *rows: Places) -> Places:
+    """Return the places of rows of one part that repeat earlier ones of it."""
     together = np.concatenate(rows)
-    repeats = comparison.repeats(together, part, num_parts)
-    places = np.empty(repeats.sum(), PLACE)
+    return _places(together, comparison.repeats(together, part, num_parts))
+
+
+def _places(rows: Places, chosen: Mask) -> Places:
+    places = np.empty(chosen.sum(), PLACE)
     for name in PLACE.names or ():
-        places[name] = together[name][repeats]
+        places[name] = rows[name][chosen]
     return places
 
 
@@ -287,7 +322,8 @@ def _fit(
     sample = _sample.options(num_returns=2)
     samples, counts = zip(*(sample.remote(config, group, share) for group in groups), strict=True)
     count = num_cells(sum(ray.get(list(counts))))
-    return _fit_cells.remote(config, count, max_similarity, *samples)
+    fit = _fit_cells.options(num_cpus=config.cluster.num_cpus)
+    return fit.remote(config, count, max_similarity, *samples)
 
 
 @ray.remote(num_cpus=TASK_CPUS)
@@ -304,7 +340,7 @@ def _sample(config: Config, files: Sequence[PartFile], share: float) -> tuple[Fe
     return np.concatenate(drawn), num_rows
 
 
-@ray.remote(num_cpus=TASK_CPUS)
+@ray.remote
 def _fit_cells(config: Config, count: int, max_similarity: float, *samples: Features) -> Cells:
-    seed = derive_seed(config.seed, "semantic duplicates")
-    return Cells(fit_cells(np.concatenate(samples), count, seed), max_similarity)
+    seed, threads = derive_seed(config.seed, "semantic duplicates"), config.cluster.threads
+    return Cells(fit_cells(np.concatenate(samples), count, seed, threads), max_similarity)

@@ -26,10 +26,10 @@ from paris_ray.duplicates import (
     comparable_caption,
     equal_to_earlier,
     fit_cells,
+    hashes_of,
     near_earlier,
     num_cells,
     similar_to_earlier,
-    text_hashes,
 )
 from paris_ray.pipeline.accounts import ShardFiles, delete_files
 from paris_ray.run import Run
@@ -100,13 +100,13 @@ def repeated_in_one_process(run: Run) -> dict[str, str]:
     cells = nearest(features, fit_cells(features, num_cells(len(features)), seed))
     assert len(np.unique(cells)) > 2
     hashes = np.array(rows["phash"], np.uint64)
-    captions = text_hashes(map(comparable_caption, rows["caption"]))
+    captions = hashes_of(comparable_caption(c).encode() for c in rows["caption"])
     near = [near_earlier(hashes, 6, band) for band in bands(6)]
     found = {
         "max_similarity": similar_to_earlier(features, cells, similar_bound),
         "picture_distance": np.logical_or.reduce(near),
         "repeated_captions": equal_to_earlier(captions),
-        "duplicate_key": equal_to_earlier(text_hashes(rows["key"])),
+        "duplicate_key": equal_to_earlier(hashes_of(key.encode() for key in rows["key"])),
     }
     leaving: dict[str, str] = {}
     for reason, repeats in found.items():

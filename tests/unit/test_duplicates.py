@@ -6,8 +6,14 @@ import pytest
 from repeated_rows import LEFT, ORDER, stored_keys, write_repeated_rows
 
 from paris_ray.config import load
-from paris_ray.embeddings import read_part
-from paris_ray.pipeline.accounts import Account, account_of, files_by_shard, part_name
+from paris_ray.embeddings import read_part, to_table, write_part
+from paris_ray.pipeline.accounts import (
+    Account,
+    account_of,
+    files_by_shard,
+    part_name,
+    write_account,
+)
 from paris_ray.pipeline.duplicates import drop_few_duplicates
 from paris_ray.run import Run
 
@@ -30,6 +36,19 @@ def test_the_first_row_in_corpus_order_stays(run: Run) -> None:
     assert [(row["key"], row["reason"], row["detail"]) for row in moved] == [
         (key, "duplicate_key", detail) for key in ("y", "z", "w")
     ]
+
+
+def test_a_row_to_train_on_is_earlier_than_any_that_is_held_out(tmp_path: Path) -> None:
+    run = Run(load("quickstart", [f"run_dir={tmp_path}"]))
+    write_part(run.held_out, part_name("first", 0), to_table({"key": ["x", "y"]}))
+    write_part(run.embeddings, part_name("second", 0), to_table({"key": ["x"]}))
+    for shard, account in {"first": Account("1", 0, 2), "second": Account("1", 1, 0)}.items():
+        write_account(run.quarantine, shard, account, [])
+    drop_few_duplicates(run, ["first", "second"])
+    assert stored_keys(run) == {
+        f"embeddings {part_name('second', 0)}": ["x"],
+        f"held_out {part_name('first', 0)}": ["y"],
+    }
 
 
 def test_accounts_follow_and_a_second_time_nothing_moves(run: Run) -> None:

@@ -17,11 +17,11 @@ from paris_ray.duplicates import (
     comparable_caption,
     equal_to_earlier,
     fit_cells,
+    hashes_of,
     near_earlier,
     num_cells,
     semantic_duplicates,
     similar_to_earlier,
-    text_hashes,
 )
 
 
@@ -55,6 +55,13 @@ def test_bands_find_what_comparing_all_pairs_finds(seed: int, num_rows: int, dis
     assert np.array_equal(near_in_bands(hashes, distance), near_by_definition(hashes, distance))
 
 
+@given(st.integers(0, 2**32), st.integers(0, 120), st.integers(0, 16))
+def test_of_what_is_left_no_two_are_near(seed: int, num_rows: int, distance: int) -> None:
+    hashes = planted(seed, num_rows, distance)
+    left = hashes[~near_in_bands(hashes, distance)]
+    assert not near_by_definition(left, distance).any()
+
+
 @pytest.mark.parametrize("block", [1, 7, 50, 1024])
 def test_blocks_of_a_crowded_band_change_nothing(
     block: int, monkeypatch: pytest.MonkeyPatch
@@ -85,7 +92,7 @@ def test_equal_hashes_cost_no_comparison(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_all_but_the_first_of_equal_ones_repeat() -> None:
     repeats = equal_to_earlier(np.array([5, 3, 5, 3, 1], np.uint64))
     assert repeats.tolist() == [False, False, True, True, False]
-    assert equal_to_earlier(text_hashes([])).tolist() == []
+    assert equal_to_earlier(hashes_of([])).tolist() == []
 
 
 @pytest.mark.parametrize(

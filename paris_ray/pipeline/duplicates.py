@@ -2,7 +2,8 @@
 
 What is compared of a row, a hash or its features, goes with its place from the tasks that read it
 to those that compare: each has all rows of some values, and no others. Earlier is what comes before
-in the corpus, but every row to train on before every one held out.
+in the corpus, but every row to train on before every one held out: so no held-out row stays that is
+like one to train on, wherever the two are; of features, as far as the two are in one cell.
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -42,7 +42,7 @@ class Clustering:
     def assign(self, features: Features) -> NDArray[np.int64]:
         """Return the coarse cluster `(N,)` of unit-length features `(N, D)`."""
         relevant = self.nuisance.remove(features)
-        return self.coarse_of_fine[_nearest(relevant, self.fine_centroids)]
+        return self.coarse_of_fine[nearest(relevant, self.fine_centroids)]
 
     def overlap(self, features: Features) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         """Return the second nearest cluster of unit-length features `(N, D)`, and how near it is.
@@ -144,29 +144,47 @@ def fit_clustering(features: Features, config: ClusterConfig, seed: int) -> Clus
             f"cluster.num_clusters={config.num_clusters} is not allowed: "
             f"the corpus has only {len(features)} usable rows"
         )
-    faiss.omp_set_num_threads(config.threads)
     nuisance = Nuisance.fit(features, config.remove_directions)
     features = nuisance.remove(features)
     num_fine = min(config.num_fine, len(features))
+    fine = fit_centroids(
+        features, num_fine, iterations=config.iterations, seed=seed, threads=config.threads
+    )
+    sizes = np.bincount(nearest(features, fine), minlength=num_fine)
+    return Clustering(fine, _group_balanced(fine, sizes, config), nuisance)
+
+
+def fit_centroids(
+    features: Features, count: int, *, iterations: int, seed: int, threads: int
+) -> Features:
+    """Return `(count, D)` unit vectors: spherical k-means of unit-length features `(N, D)`.
+
+    Args:
+        features: At least `count`; of more than 256 times as many faiss takes a sample.
+        count: How many centres.
+        iterations: How often they move.
+        seed: Seed of faiss' initial centres.
+        threads: How many fit, and are used by `nearest` from now on.
+    """
+    faiss.omp_set_num_threads(threads)
     kmeans = faiss.Kmeans(
         features.shape[1],
-        num_fine,
-        niter=config.iterations,
+        count,
+        niter=iterations,
         spherical=True,
         seed=seed % FAISS_SEED_RANGE,
         min_points_per_centroid=1,
     )
     kmeans.train(np.ascontiguousarray(features, dtype=np.float32))
-    fine = np.asarray(kmeans.centroids, dtype=np.float32)
-    sizes = np.bincount(_nearest(features, fine), minlength=num_fine)
-    return Clustering(fine, _group_balanced(fine, sizes, config), nuisance)
+    return np.asarray(kmeans.centroids, dtype=np.float32)
 
 
-def _nearest(features: Features, centroids: Features) -> NDArray[np.int64]:
+def nearest(features: Features, centroids: Features) -> NDArray[np.int64]:
+    """Return the number `(N,)` of the centre `(M, D)` that each feature `(N, D)` is nearest to."""
     index = faiss.IndexFlatIP(centroids.shape[1])
     index.add(np.ascontiguousarray(centroids))
-    _, nearest = index.search(np.ascontiguousarray(features, dtype=np.float32), 1)
-    flat: NDArray[np.int64] = nearest[:, 0]
+    _, found = index.search(np.ascontiguousarray(features, dtype=np.float32), 1)
+    flat: NDArray[np.int64] = found[:, 0]
     return flat
 
 

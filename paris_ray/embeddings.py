@@ -10,6 +10,7 @@ Columns, one row an image:
     text_embedding      (V, D) float16, one row of it for each caption in each template; with token
                         states (V, 1 + L, D), as `TextConditioning.vectors` has them; or
     token_ids           (V, L) uint16, if text is a sequence of states: those are too large to keep
+    phash               uint64, `corpora.perceptual_hash`; only where pictures are compared by it
     attribute.NAME      strings, one column for each label of corpus.attributes; empty: it has none
     clip_score, aesthetic_score, nsfw_score
                         float32; only those that corpus.filters ask for
@@ -33,6 +34,7 @@ from paris_ray.errors import ArtifactError
 Column = NDArray[np.generic] | Sequence[str] | Sequence[bytes]
 LATENTS, LATENTS_FLIPPED = "latents", "latents_flipped"
 TEXT_EMBEDDING, TOKEN_IDS = "text_embedding", "token_ids"
+PICTURE_HASH = "phash"
 ATTRIBUTE = "attribute."
 NULL_TEXT = "null_text.safetensors"
 ROWS_PER_GROUP = 1024  # of a file that is written

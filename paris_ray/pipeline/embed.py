@@ -35,11 +35,12 @@ from paris_ray.pipeline.accounts import (
     files_by_shard,
     total,
 )
-from paris_ray.pipeline.duplicates import DUPLICATE, drop_duplicates
+from paris_ray.pipeline.duplicates import drop_duplicates
 from paris_ray.pipeline.embedders import FeatureEmbedder, LatentEmbedder, RowScorer, TextEmbedder
 from paris_ray.pipeline.encoders import SECTIONS
 from paris_ray.pipeline.file_list import list_files
 from paris_ray.pipeline.filtering import drop_filtered
+from paris_ray.pipeline.moving import are_listed, has_left
 from paris_ray.pipeline.quarantine import describe_bad_rows, first_bad_row
 from paris_ray.pipeline.shards import ENDED, FILTERED, QUARANTINED, ShardReader, ShardWriter
 from paris_ray.pipeline.stage import Stage
@@ -73,8 +74,8 @@ def prepare_embeddings(config: Config, encoders: Manifest) -> Manifest:
     pending = _pending(config, shards, versions)
     if pending:
         _follow(_embedding(config, reader, pending, versions), len(pending))
-    drop_filtered(config)  # first: of rows with one key a filtered one does not stay
-    drop_duplicates(config, list(versions))
+    drop_filtered(config)  # first: of rows that repeat each other a filtered one does not stay
+    drop_duplicates(config, versions)
     counts = count_rows(accounts_of(config, files_by_shard(run)))
     refuse_bad_corpus(config, counts)
     for reason, count in lacking.items():
@@ -130,21 +131,19 @@ def _pending(config: Config, shards: Sequence[Shard], versions: Mapping[str, str
     """Return the shards that an earlier run did not account for row by row, as they are now.
 
     What it left of them is deleted: the next run may cut them into files elsewhere. So is what it
-    left of shards that are gone. Where a shard changed or is gone, those of which repeated rows
-    were set aside are encoded again, too: what those rows repeated may be gone.
+    left of shards that are gone. Where the corpus is another one, those of which repeated rows were
+    set aside are encoded again, too: what those rows repeated may be gone, and all that there is is
+    compared with them.
     """
     run = Run(config)
     found = files_by_shard(run)
     told = {name: account for name, account in accounts_of(config, found).items() if account}
     kept = {name: a for name, a in told.items() if a.version == versions.get(name)}
-    gone = found.keys() - versions.keys()
-    doubtful = []
-    if gone or told.keys() - kept.keys():
-        doubtful = [name for name, a in kept.items() if DUPLICATE in a.quarantined]
-    # The doubtful ones first: a run that is killed in between must see again why they are.
-    for name in (*doubtful, *(found.keys() - kept.keys())):
+    if not are_listed(config, versions):
+        kept = {name: account for name, account in kept.items() if not has_left(account)}
+    for name in found.keys() - kept.keys():
         delete_files(run, found[name])
-        kept.pop(name, None)
+    gone = found.keys() - versions.keys()
     if found:
         logger.info("embed: of %d shards %d are kept, %d gone", len(shards), len(kept), len(gone))
     return [shard for shard in shards if shard.name not in kept]

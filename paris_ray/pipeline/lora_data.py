@@ -60,7 +60,7 @@ def embed_pictures(setup: Config, bundle: Bundle, parents: Mapping[str, str]) ->
             text, latents = _text(batch, setup, bundle), _latents(batch, setup, bundle)
             write(batch | text | latents)
     write_null_text(run.embeddings, _encode_captions(bundle, [""])[0])
-    drop_few_duplicates(run, [shard.name for shard in shards])
+    drop_few_duplicates(setup, [shard.name for shard in shards])
     files = files_by_shard(run)
     counts = count_rows({name: account_of(run, files[name]) for name in files})
     refuse_bad_corpus(setup, counts)

@@ -21,10 +21,12 @@ from paris_ray.corpora import DecodedRow, HeldOut, QuarantinedRow, Shard, decode
 from paris_ray.corpora.filters import filters_of_rows
 from paris_ray.corpora.filters.scores import score_name
 from paris_ray.corpora.labels import label_names
+from paris_ray.corpora.perceptual_hash import perceptual_hashes
 from paris_ray.embeddings import (
     ATTRIBUTE,
     LATENTS,
     LATENTS_FLIPPED,
+    PICTURE_HASH,
     TEXT_EMBEDDING,
     TOKEN_IDS,
     to_table,
@@ -43,7 +45,8 @@ QUARANTINED, ENDED = "quarantined", "ended"
 FILTERED = "filtered."  # and the name of the filter
 # Of text a batch has one of the two; mirrored latents only if training wants them.
 TENSORS = (LATENTS, LATENTS_FLIPPED, "features", TEXT_EMBEDDING, TOKEN_IDS)
-SCORE_COLUMNS = tuple(map(score_name, SCORES))  # those that filters ask for
+# What filters ask for comes on top.
+STORED = (*TENSORS, PICTURE_HASH, *map(score_name, SCORES))
 CAPTION = "caption"
 OTHER_CAPTION = "caption."  # and a number: what is encoded, but not stored as text
 
@@ -134,6 +137,8 @@ class ShardReader:
             CAPTION: np.array([row.caption for row in rows], dtype=object),
             "image": np.stack([row.image for row in rows]),
         }
+        if self.config.corpus.filters.picture_distance is not None:
+            batch[PICTURE_HASH] = perceptual_hashes(batch["image"])
         variants = [list(islice(cycle(row.captions), self.num_captions)) for row in rows]
         for i in range(1, self.num_captions):  # a row with fewer repeats its own
             batch[f"{OTHER_CAPTION}{i}"] = np.array([v[i] for v in variants], dtype=object)
@@ -193,7 +198,7 @@ def _embeddings_table(batch: Batch) -> pa.Table:
             CAPTION: _texts(batch[CAPTION]),
             "thumbnail": thumbnails,
             **{name: _texts(batch[name]) for name in batch if name.startswith(ATTRIBUTE)},
-            **{name: batch[name] for name in (*TENSORS, *SCORE_COLUMNS) if name in batch},
+            **{name: batch[name] for name in STORED if name in batch},
         }
     )
 

@@ -147,6 +147,7 @@ SECTIONS: dict[str, Callable[[Path], str]] = {
     "models": script("bench_models.py"),
     "memory": script("bench_memory.py"),
     "data": script("bench_data.py", "--run-dir", "{runs}/quickstart"),
+    "filters": script("bench_filters.py"),
     "stages": script("bench.py", "--run-dir", "{runs}/stages"),
 }
 

@@ -5,13 +5,35 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from repeated_rows import LEFT, ORDER, stored_keys, write_repeated_rows
+from repeated_rows import (
+    LEFT,
+    SIMILAR,
+    VERSIONS,
+    set_aside_rows,
+    similar_rows,
+    stored_keys,
+    write_repeated_rows,
+    write_similar_rows,
+)
 
+from paris_ray.clustering import nearest
 from paris_ray.config import load
+from paris_ray.duplicates import (
+    bands,
+    comparable_caption,
+    equal_to_earlier,
+    fit_cells,
+    hashes_of,
+    near_earlier,
+    num_cells,
+    similar_to_earlier,
+)
 from paris_ray.pipeline.accounts import ShardFiles, delete_files
 from paris_ray.run import Run
+from paris_ray.seeding import derive_seed
 
 pytestmark = pytest.mark.ray
 
@@ -26,7 +48,7 @@ def test_tasks_move_what_one_process_would(
     monkeypatch.setattr(duplicates, "FILES_A_TASK", 2)
     run = Run(load("quickstart", [f"run_dir={tmp_path}"]))
     write_repeated_rows(run)
-    duplicates.drop_duplicates(run.config, ORDER)
+    duplicates.drop_duplicates(run.config, VERSIONS)
     assert stored_keys(run) == LEFT
 
 
@@ -51,6 +73,95 @@ def test_files_are_listed_with_their_digests(
         assert digests == {"_files.parquet": whole}
 
 
+MAX_SIMILARITY = 0.9
+FILTERS = [
+    "corpus.filters.picture_distance=6",
+    "corpus.filters.repeated_captions=true",
+    f"corpus.filters.max_similarity={MAX_SIMILARITY}",
+]
+
+
+@pytest.fixture
+def similar(ray_session: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """A run whose rows are like each other in every way; tasks share them out in several parts."""
+    from paris_ray.pipeline import duplicates
+
+    monkeypatch.setattr(duplicates, "FILES_A_TASK", 3)
+    monkeypatch.setattr(duplicates, "ROWS_A_TASK", 300)
+    monkeypatch.setattr(duplicates, "FEATURES_A_READ", 128)
+    monkeypatch.setattr(duplicates, "FEATURES_A_TASK", 200)
+    monkeypatch.setattr("paris_ray.duplicates.ROWS_A_CELL", 60)
+    monkeypatch.setattr(duplicates, "FIT_ROWS_A_CELL", 1000)  # all rows are the sample
+    run = Run(load("quickstart", [f"run_dir={tmp_path}/run", *FILTERS]))
+    write_similar_rows(run, SIMILAR)
+    return run
+
+
+def repeated_in_one_process(run: Run) -> dict[str, str]:
+    """Return why which rows leave, by key, with all in memory."""
+    rows = similar_rows()
+    features = np.array(rows["features"], np.float32)
+    seed = derive_seed(run.config.seed, "semantic duplicates")
+    cells = nearest(features, fit_cells(features, num_cells(len(features)), seed))
+    assert len(np.unique(cells)) > 2
+    hashes = np.array(rows["phash"], np.uint64)
+    captions = hashes_of(comparable_caption(c).encode() for c in rows["caption"])
+    near = [near_earlier(hashes, 6, band) for band in bands(6)]
+    found = {
+        "max_similarity": similar_to_earlier(features, cells, MAX_SIMILARITY),
+        "picture_distance": np.logical_or.reduce(near),
+        "repeated_captions": equal_to_earlier(captions),
+        "duplicate_key": equal_to_earlier(hashes_of(key.encode() for key in rows["key"])),
+    }
+    leaving: dict[str, str] = {}
+    for reason, repeats in found.items():
+        leaving |= {rows["id"][i]: reason for i in np.flatnonzero(repeats)}
+    assert set(leaving.values()) == found.keys()
+    return leaving
+
+
+def test_tasks_compare_rows_as_one_process_does(similar: Run) -> None:
+    from paris_ray.pipeline.duplicates import drop_duplicates
+
+    expected = repeated_in_one_process(similar)
+    for _ in range(2):  # what is left is not asked again
+        drop_duplicates(similar.config, SIMILAR)
+        assert set_aside_rows(similar, SIMILAR) == expected
+
+
+def test_a_run_that_was_killed_among_its_moves_ends_like_another(
+    similar: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from paris_ray.pipeline import duplicates
+    from paris_ray.pipeline.accounts import files_by_shard
+    from paris_ray.pipeline.moving import move_listed, part_files
+
+    def killed(config: Any, files: Any) -> None:
+        move_listed(config, [file for file in files if file.shard == "b"])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(duplicates, "move_listed", killed)
+    with pytest.raises(KeyboardInterrupt):
+        duplicates.drop_duplicates(similar.config, SIMILAR)
+    monkeypatch.setattr(duplicates, "move_listed", move_listed)
+    assert pending(similar, SIMILAR) == []
+    files = files_by_shard(similar)
+    similar.embeddings.delete(files["a"].embeddings[0])  # as if it were half moved
+    assert pending(similar, SIMILAR) == ["a"]
+    write_similar_rows(similar, ["a"], rows_a_file=9)  # encoded again, and cut elsewhere
+    assert len(part_files(files_by_shard(similar), list(SIMILAR))) > 10
+    duplicates.drop_duplicates(similar.config, SIMILAR)
+    assert set_aside_rows(similar, SIMILAR) == repeated_in_one_process(similar)
+
+
+def test_no_rows_repeat_nothing(ray_session: None, tmp_path: Path) -> None:
+    from paris_ray.pipeline.duplicates import drop_duplicates
+
+    run = Run(load("quickstart", [f"run_dir={tmp_path}", *FILTERS]))
+    drop_duplicates(run.config, {})
+    assert stored_keys(run) == {}
+
+
 @pytest.fixture
 def moved(ray_session: None, tmp_path: Path) -> Run:
     """A run with two shards, in each of which rows were set aside: `a` repeats `b`."""
@@ -58,7 +169,7 @@ def moved(ray_session: None, tmp_path: Path) -> Run:
 
     run = Run(load("quickstart", [f"run_dir={tmp_path}"]))
     write_repeated_rows(run)
-    drop_duplicates(run.config, ORDER)
+    drop_duplicates(run.config, VERSIONS)
     return run
 
 
@@ -79,6 +190,10 @@ def test_a_shard_that_is_not_whole_is_encoded_again_alone(moved: Run) -> None:
 def test_what_repeats_a_changed_or_lost_shard_is_encoded_again_too(moved: Run) -> None:
     assert pending(moved, {"a": "1"}) == ["a"]
     assert stored_keys(moved) == {}
+
+
+def test_what_repeats_is_encoded_again_where_a_shard_is_new(moved: Run) -> None:
+    assert pending(moved, {"b": "1", "new": "1", "a": "1"}) == ["b", "new", "a"]
 
 
 def test_a_kill_while_files_are_deleted_forgets_nothing(

@@ -6,8 +6,14 @@ import pytest
 from repeated_rows import LEFT, ORDER, stored_keys, write_repeated_rows
 
 from paris_ray.config import load
-from paris_ray.embeddings import read_part
-from paris_ray.pipeline.accounts import Account, account_of, files_by_shard, part_name
+from paris_ray.embeddings import read_part, to_table, write_part
+from paris_ray.pipeline.accounts import (
+    Account,
+    account_of,
+    files_by_shard,
+    part_name,
+    write_account,
+)
 from paris_ray.pipeline.duplicates import drop_few_duplicates
 from paris_ray.run import Run
 
@@ -20,7 +26,7 @@ def run(tmp_path: Path) -> Run:
 
 
 def test_the_first_row_in_corpus_order_stays(run: Run) -> None:
-    drop_few_duplicates(run, ORDER)
+    drop_few_duplicates(run.config, ORDER)
     assert stored_keys(run) == LEFT
     kept = read_part(run.embeddings, part_name("b", 0))
     latents = kept["latents"].combine_chunks().to_numpy_ndarray()
@@ -32,13 +38,26 @@ def test_the_first_row_in_corpus_order_stays(run: Run) -> None:
     ]
 
 
+def test_a_row_to_train_on_is_earlier_than_any_that_is_held_out(tmp_path: Path) -> None:
+    run = Run(load("quickstart", [f"run_dir={tmp_path}"]))
+    write_part(run.held_out, part_name("first", 0), to_table({"key": ["x", "y"]}))
+    write_part(run.embeddings, part_name("second", 0), to_table({"key": ["x"]}))
+    for shard, account in {"first": Account("1", 0, 2), "second": Account("1", 1, 0)}.items():
+        write_account(run.quarantine, shard, account, [])
+    drop_few_duplicates(run.config, ["first", "second"])
+    assert stored_keys(run) == {
+        f"embeddings {part_name('second', 0)}": ["x"],
+        f"held_out {part_name('first', 0)}": ["y"],
+    }
+
+
 def test_accounts_follow_and_a_second_time_nothing_moves(run: Run) -> None:
     expected = {
         "b": Account("1", 3, 1, {"duplicate_key": 1}),
         "a": Account("1", 1, 0, {"duplicate_key": 3}),
     }
     for _ in range(2):
-        drop_few_duplicates(run, ORDER)
+        drop_few_duplicates(run.config, ORDER)
         found = {name: account_of(run, files) for name, files in files_by_shard(run).items()}
         assert found == expected
 
@@ -47,12 +66,12 @@ def test_a_shard_that_is_half_moved_is_not_whole(run: Run, monkeypatch: pytest.M
     def killed(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("paris_ray.pipeline.duplicates._rewrite", killed)
+    monkeypatch.setattr("paris_ray.pipeline.moving._rewrite", killed)
     with pytest.raises(KeyboardInterrupt):
-        drop_few_duplicates(run, ORDER)
+        drop_few_duplicates(run.config, ORDER)
     found = {name: account_of(run, files) for name, files in files_by_shard(run).items()}
     assert found == {"b": None, "a": Account("1", 3, 1)}
 
 
 def test_nothing_is_moved_of_a_corpus_without_rows(tmp_path: Path) -> None:
-    drop_few_duplicates(Run(load("quickstart", [f"run_dir={tmp_path}"])), [])
+    drop_few_duplicates(load("quickstart", [f"run_dir={tmp_path}"]), [])

@@ -2,13 +2,14 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from paris_ray.config import FiltersConfig, load
 from paris_ray.embeddings import read_part, to_table, write_part
-from paris_ray.pipeline import filtering
+from paris_ray.pipeline import moving
 from paris_ray.pipeline.accounts import (
     Account,
     account_of,
@@ -17,6 +18,7 @@ from paris_ray.pipeline.accounts import (
     write_account,
 )
 from paris_ray.pipeline.filtering import filter_shard
+from paris_ray.pipeline.moving import part_files
 from paris_ray.run import Run
 
 FILTERS = FiltersConfig(min_clip_score=0.2, max_nsfw_score=0.5)
@@ -44,7 +46,7 @@ def run(tmp_path: Path) -> Run:
 
 
 def filter_rows(run: Run) -> None:
-    filter_shard(run, files_by_shard(run)["s"], FILTERS)
+    filter_shard(run, part_files(files_by_shard(run), ["s"]), FILTERS)
 
 
 def keys(run: Run) -> dict[str, list[str]]:
@@ -85,15 +87,15 @@ def test_a_shard_that_is_left_half_moved_is_not_whole(
     run: Run, rewritten: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     done: list[object] = []
-    rewrite = filtering._rewrite
+    rewrite = moving._rewrite
 
-    def stop_after(taken: filtering._Taken) -> None:
+    def stop_after(*taken: Any) -> None:
         if len(done) == rewritten:
             raise KeyboardInterrupt
         done.append(taken)
-        rewrite(taken)
+        rewrite(*taken)
 
-    monkeypatch.setattr(filtering, "_rewrite", stop_after)
+    monkeypatch.setattr(moving, "_rewrite", stop_after)
     with pytest.raises(KeyboardInterrupt):
         filter_rows(run)
     assert account_of(run, files_by_shard(run)["s"]) is None  # so that it is encoded again

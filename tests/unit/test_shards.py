@@ -18,6 +18,7 @@ from small_corpora import rows_of, write_tars
 from paris_ray.artifacts import Folder
 from paris_ray.config import Config, FiltersConfig, load
 from paris_ray.corpora import REASONS, HeldOut, QuarantinedRow, open_corpus
+from paris_ray.corpora.perceptual_hash import perceptual_hashes
 from paris_ray.embeddings import column_names, read_table, stream_column
 from paris_ray.errors import CorpusError
 from paris_ray.pipeline import report
@@ -116,6 +117,19 @@ def test_mirrored_latents_and_token_ids_are_kept_as_they_are(config: Config) -> 
         (stored,) = stream_column(folder, name)
         assert stored.dtype == expected.dtype
         np.testing.assert_array_equal(stored, expected)
+
+
+def test_pictures_are_hashed_where_they_are_compared_by_it(config: Config) -> None:
+    (shard,) = open_corpus(config.corpus).shards()
+    description: Batch = {name: np.array([value]) for name, value in asdict(shard).items()}
+    corpus = replace(config.corpus, filters=FiltersConfig(picture_distance=4))
+    reader = ShardReader(replace(config, corpus=corpus), NO_ROW)
+    batch = next(reader(description | {"version": np.array(["1"])}))
+    ShardWriter(config)(encoded(batch))
+    table = pq.read_table(Run(config).embeddings.uri)
+    assert table.schema.field("phash").type == pa.uint64()
+    assert table["phash"].to_pylist() == perceptual_hashes(batch["image"]).tolist()
+    assert "phash" not in read(config)[0]
 
 
 def test_rows_of_two_shards_in_one_block_are_an_error(config: Config) -> None:

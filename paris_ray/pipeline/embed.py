@@ -36,14 +36,20 @@ from paris_ray.pipeline.accounts import (
     total,
 )
 from paris_ray.pipeline.duplicates import drop_duplicates
-from paris_ray.pipeline.embedders import FeatureEmbedder, LatentEmbedder, RowScorer, TextEmbedder
+from paris_ray.pipeline.embedders import (
+    Encoder,
+    FeatureEmbedder,
+    LatentEmbedder,
+    RowScorer,
+    TextEmbedder,
+)
 from paris_ray.pipeline.encoders import SECTIONS
 from paris_ray.pipeline.file_list import list_files
 from paris_ray.pipeline.filtering import drop_filtered
 from paris_ray.pipeline.moving import are_listed, has_left
 from paris_ray.pipeline.quarantine import describe_bad_rows, first_bad_row
-from paris_ray.pipeline.shards import ENDED, FILTERED, QUARANTINED, ShardReader, ShardWriter
-from paris_ray.pipeline.stage import Stage
+from paris_ray.pipeline.shards import BUSY, ENDED, FILTERED, QUARANTINED, ShardReader, ShardWriter
+from paris_ray.pipeline.stage import PART, Stage, note_seconds
 from paris_ray.run import EMBEDDINGS, Run
 
 logger = logging.getLogger("paris_ray")
@@ -73,7 +79,7 @@ def prepare_embeddings(config: Config, encoders: Manifest) -> Manifest:
     stage.begin(run.quarantine)
     pending = _pending(config, shards, versions)
     if pending:
-        _follow(_embedding(config, reader, pending, versions), len(pending))
+        _follow(config, _embedding(config, reader, pending, versions), len(pending))
     drop_filtered(config)  # first: of rows that repeat each other a filtered one does not stay
     drop_duplicates(config, versions)
     counts = count_rows(accounts_of(config, files_by_shard(run)))
@@ -158,14 +164,7 @@ def _embedding(
     dataset = ray.data.from_items(
         items, override_num_blocks=min(len(items), MAX_BLOCKS)
     ).map_batches(reader, batch_size=1, num_cpus=TASK_CPUS)
-    encoders: list[tuple[type, PoolConfig]] = [
-        (TextEmbedder, config.text.pool),
-        (FeatureEmbedder, config.features.pool),
-        (LatentEmbedder, config.codec.pool),
-    ]
-    if config.corpus.filters.scores:
-        encoders.append((RowScorer, config.corpus.filters.pool))
-    for encoder, pool in encoders:
+    for encoder, pool in _encoders(config).items():
         dataset = dataset.map_batches(
             encoder,
             compute=ActorPoolStrategy(size=pool.num_actors),
@@ -175,6 +174,18 @@ def _embedding(
             num_gpus=pool.num_gpus,
         )
     return dataset.map_batches(ShardWriter(config), batch_size=None, num_cpus=TASK_CPUS)
+
+
+def _encoders(config: Config) -> dict[type[Encoder], PoolConfig]:
+    """Return what adds columns to the rows, in order."""
+    encoders: dict[type[Encoder], PoolConfig] = {
+        TextEmbedder: config.text.pool,
+        FeatureEmbedder: config.features.pool,
+        LatentEmbedder: config.codec.pool,
+    }
+    if config.corpus.filters.scores:
+        encoders[RowScorer] = config.corpus.filters.pool
+    return encoders
 
 
 def quiet_ray_data() -> None:
@@ -189,16 +200,34 @@ def quiet_ray_data() -> None:
         logging.getLogger(f"ray.data.{name}").setLevel(logging.CRITICAL)
 
 
-def _follow(dataset: ray.data.Dataset, num_shards: int) -> None:
-    """Run the pipeline and print how far it is."""
-    started = printed_at = time.monotonic()
-    counts: Counter[str] = Counter()
+def _follow(config: Config, dataset: ray.data.Dataset, num_shards: int) -> None:
+    """Run the pipeline and print how far it is, and in the end how busy the encoders were."""
+    started = printed_at = first_at = time.monotonic()
+    counts, busy = Counter[str](), Counter[str]()
     for written in dataset.iter_rows():
-        counts.update(written)
         now = time.monotonic()
+        seconds = {name: written.pop(name) for name in list(written) if name.startswith(BUSY)}
+        if counts:
+            busy.update(seconds)
+        else:
+            first_at = now  # before that, actors started
+        counts.update(written)
         if now - printed_at > PRINT_INTERVAL_S:
             printed_at = now
             logger.info("embed: %s", progress_line(counts, num_shards, now - started))
+    _tell_busy(config, busy, time.monotonic() - first_at)
+
+
+def _tell_busy(config: Config, busy: Mapping[str, float], seconds: float) -> None:
+    """Note for how much of the time after the first block each encoder computed, and say it."""
+    shares = {}
+    for encoder, pool in _encoders(config).items():
+        spent = busy.get(f"{BUSY}{encoder.step}", 0.0)
+        note_seconds(config, f"{PART}embeddings, {encoder.step} computing", spent)
+        shares[encoder.step] = spent / max(seconds * pool.num_actors, 1e-9)
+    told = ", ".join(f"{step} {share:.0%}" for step, share in shares.items())
+    waited = max(0.0, 1 - max(shares.values()))
+    logger.info("embed: encoders computed for %s of the time; %.0f %% waiting", told, 100 * waited)
 
 
 def progress_line(counts: Counter[str], num_shards: int, seconds: float) -> str:

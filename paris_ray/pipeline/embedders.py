@@ -1,13 +1,16 @@
 """The encoders as Ray Data actors: each adds its columns to a batch of decoded pictures."""
 
+import time
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import cached_property
 from hashlib import sha256
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from ray.util.metrics import Counter
 
 from paris_ray.artifacts import VerifiedFolder
 from paris_ray.config import Config, PoolConfig
@@ -23,13 +26,38 @@ from paris_ray.encoders.clip import TEXT_ENCODER, TOKENIZER, ClipTokenizer, toke
 from paris_ray.encoders.codec import load_codec
 from paris_ray.encoders.scores import RowScores
 from paris_ray.encoders.text import MODEL_FILES, MiniLM
-from paris_ray.pipeline.shards import Batch, caption_variants
+from paris_ray.pipeline.shards import BUSY, Batch, caption_variants, in_the_first
 from paris_ray.run import Run
 from paris_ray.seeding import torch_generator
 
 
-class RowScorer:
+class Encoder(ABC):
+    """Adds columns to batches, and one that tells how long it computed, see `shards.BUSY`."""
+
+    step: ClassVar[str]  # what progress and metrics call it
+
+    def __call__(self, batch: Batch) -> Batch:
+        """Return the batch with the columns."""
+        began = time.perf_counter()
+        columns = self.columns(batch)
+        seconds = time.perf_counter() - began
+        self._busy.inc(seconds, {"step": self.step})
+        return batch | columns | {f"{BUSY}{self.step}": in_the_first(seconds, len(batch["row"]))}
+
+    @abstractmethod
+    def columns(self, batch: Batch) -> Batch:
+        """Return the columns, of as many rows as the batch."""
+
+    @cached_property
+    def _busy(self) -> Counter:
+        told = "seconds that the actors of an encoder computed"
+        return Counter("paris_prepare_busy_seconds", told, ("step",))
+
+
+class RowScorer(Encoder):
     """Adds the scores `(B,)` that `corpus.filters` ask of models, a column each."""
+
+    step = "scores"
 
     def __init__(self, config: Config) -> None:
         self.filters = config.corpus.filters
@@ -42,22 +70,24 @@ class RowScorer:
         device = resolve_device("auto" if pool.num_gpus else "cpu")
         return RowScores(self.filters, device, threads=_threads_of(pool))
 
-    def __call__(self, batch: Batch) -> Batch:
-        """Return the batch with the columns; of several captions the first is looked at."""
+    def columns(self, batch: Batch) -> Batch:
+        """Return the scores; of several captions the first is looked at."""
         captions = [str(caption) for caption in batch["caption"]]
         parts = []
         for start in range(0, len(captions), self.filters.pool.batch_size):
             rows = slice(start, start + self.filters.pool.batch_size)
             parts.append(self.scores(batch["image"][rows], captions[rows]))
-        return batch | {name: np.concatenate([p[name] for p in parts]) for name in parts[0]}
+        return {name: np.concatenate([p[name] for p in parts]) for name in parts[0]}
 
 
-class TextEmbedder:
+class TextEmbedder(Encoder):
     """Adds the text of every caption in every template.
 
     Either `text_embedding (B, V, D)`, with token states `(B, V, 1 + L, D)`; or, for CLIP, whose
     states are too large to keep, `token_ids (B, V, L)`.
     """
+
+    step = "text"
 
     def __init__(self, config: Config) -> None:
         self.templates = config.corpus.caption_templates
@@ -66,11 +96,11 @@ class TextEmbedder:
         self.column = TEXT_EMBEDDING if sentences else TOKEN_IDS
         self.encode = _SentenceEncoder(config) if sentences else _tokenizer(config)
 
-    def __call__(self, batch: Batch) -> Batch:
-        """Return the batch with the column."""
+    def columns(self, batch: Batch) -> Batch:
+        """Return the text."""
         encoded = self.encode(caption_variants(batch, self.templates))
         shape = (len(batch["caption"]), -1, *encoded.shape[1:])
-        return batch | {self.column: encoded.reshape(shape)}
+        return {self.column: encoded.reshape(shape)}
 
 
 class _SentenceEncoder:
@@ -103,8 +133,10 @@ def _tokenizer(config: Config) -> ClipTokenizer:
     return ClipTokenizer(path, max_length=len(read_null_text(encoders)))
 
 
-class FeatureEmbedder:
+class FeatureEmbedder(Encoder):
     """Adds `features (B, D)`: unit-length image features."""
+
+    step = "features"
 
     def __init__(self, config: Config) -> None:
         # Imported here: the other encoders' actors need no open_clip, whose import takes seconds.
@@ -119,14 +151,16 @@ class FeatureEmbedder:
         self.encoder = load_features(config.features, trained).to(device)
         self.batch_size = config.features.pool.batch_size
 
-    def __call__(self, batch: Batch) -> Batch:
-        """Return the batch with the column."""
+    def columns(self, batch: Batch) -> Batch:
+        """Return the features."""
         parts = [self.encoder.encode(images) for images in _split(batch["image"], self.batch_size)]
-        return batch | {"features": np.concatenate(parts)}
+        return {"features": np.concatenate(parts)}
 
 
-class LatentEmbedder:
+class LatentEmbedder(Encoder):
     """Adds `latents (B, C, H, W)` and, if training mirrors pictures, `latents_flipped`."""
+
+    step = "latents"
 
     def __init__(self, config: Config) -> None:
         _use_threads_of(config.codec.pool)
@@ -137,14 +171,14 @@ class LatentEmbedder:
         self.flip = config.corpus.horizontal_flip
         self.seed = config.seed if config.codec.posterior == "sample" else None
 
-    def __call__(self, batch: Batch) -> Batch:
-        """Return the batch with the columns."""
+    def columns(self, batch: Batch) -> Batch:
+        """Return the latents."""
         images, keys = batch["image"], batch["key"]
         columns = {LATENTS: self._encode(images, keys, "vae sample")}
         if self.flip:
             mirrored = images[:, :, ::-1]
             columns[LATENTS_FLIPPED] = self._encode(mirrored, keys, "vae sample, flipped")
-        return batch | columns
+        return columns
 
     def _encode(
         self, images: NDArray[Any], keys: NDArray[Any], purpose: str

@@ -20,6 +20,7 @@ from paris_ray.embeddings import part_names, read_parts, tensor_column
 from paris_ray.errors import CorpusError
 from paris_ray.pipeline.accounts import shard_of
 from paris_ray.pipeline.cluster import FEATURE_COLUMNS, unit_length
+from paris_ray.pipeline.stage import PART
 from paris_ray.run import CLUSTERS, EMBEDDINGS, Run
 from paris_ray.survey.listing import Listing, list_corpus
 from paris_ray.survey.prepared import (
@@ -43,7 +44,6 @@ SAMPLED_ROWS = 2000  # of all clusters together, about
 FILES_PER_CLUSTER = 16  # at most so many are read
 QUARANTINE_FILES = 256  # likewise
 ROWS, CORPUS_S = 256, 2.0  # of the corpus, for sizes; as long for its list and for bad pictures
-PART = "prepare: "  # so begin the names of its parts in timings.jsonl
 
 BadRows = Mapping[str, Sequence[tuple[str, QuarantinedRow]]]  # with names of shards, by reason
 Pictures = dict[tuple[str, str], NDArray[np.uint8] | None]  # by shard and key

@@ -7,6 +7,7 @@ an import of torch would take longer than their work.
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import cycle, islice
 from typing import Any
 
@@ -14,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 from PIL import Image
+from ray.util import metrics
 
 from paris_ray.artifacts import Folder
 from paris_ray.config import FILTERS, SCORES, Config
@@ -43,6 +45,7 @@ Batch = dict[str, NDArray[Any]]
 # none.
 QUARANTINED, ENDED = "quarantined", "ended"
 FILTERED = "filtered."  # and the name of the filter
+BUSY = "busy."  # and the name of an encoder: seconds that it computed
 # Of text a batch has one of the two; mirrored latents only if training wants them.
 TENSORS = (LATENTS, LATENTS_FLIPPED, "features", TEXT_EMBEDDING, TOKEN_IDS)
 # What filters ask for comes on top.
@@ -100,7 +103,7 @@ class ShardReader:
             count = len(block["row"])
             counts[bool(block["held_out"][0])] += count
             told = self._told(bad[num_told:]) | {ENDED: int(is_last)}
-            yield block | {name: _first(number, count) for name, number in told.items()}
+            yield block | {name: in_the_first(number, count) for name, number in told.items()}
             num_told = len(bad)
         account = Account.of(str(batch["version"][0]), counts[False], counts[True], bad)
         write_account(Run(self.config).quarantine, shard.name, account, bad)
@@ -148,9 +151,9 @@ class ShardReader:
         return batch
 
 
-def _first(number: int, count: int) -> NDArray[np.int64]:
+def in_the_first(number: float, count: int) -> NDArray[Any]:
     """Return a number and zeros, `(count,)`: their sum stays, however Ray Data cuts a block."""
-    return np.array([number, *[0] * (count - 1)])
+    return np.array([number, *[type(number)()] * (count - 1)])
 
 
 def _with_last(blocks: Iterator[Batch]) -> Iterator[tuple[Batch, bool]]:
@@ -177,9 +180,14 @@ class ShardWriter:
                 _write_rows(folder, {name: column[chosen] for name, column in batch.items()})
         held_out = int(batch["held_out"].sum())
         counts = {"good": len(batch["row"]) - held_out, "held_out": held_out}
-        filtered = [name for name in batch if name.startswith(FILTERED)]
-        counts |= {name: int(batch[name].sum()) for name in (QUARANTINED, *filtered, ENDED)}
+        self._written.inc(len(batch["row"]))
+        more = [name for name in batch if name.startswith((FILTERED, BUSY))]
+        counts |= {name: batch[name].sum() for name in (QUARANTINED, *more, ENDED)}
         return {name: np.array([count]) for name, count in counts.items()}
+
+    @cached_property
+    def _written(self) -> metrics.Counter:
+        return metrics.Counter("paris_prepare_rows", "rows that were encoded and written")
 
 
 def _write_rows(folder: Folder, batch: Batch) -> None:

@@ -24,6 +24,7 @@ from paris_ray.errors import ArtifactError
 
 logger = logging.getLogger("paris_ray")
 
+PART = "prepare: "  # so begin the names of its parts in timings.jsonl
 INPUTS = "inputs"  # a fact of manifests: digests of what was read and is no artefact
 
 
@@ -137,7 +138,7 @@ class StageTimer:
     """Appends the seconds of one verb to the run's `timings.jsonl`; a context manager."""
 
     def __init__(self, config: Config, stage: str) -> None:
-        self.folder, self.stage = Folder(run_folder(config)), stage
+        self.config, self.stage = config, stage
 
     def __enter__(self) -> None:
         self._started = time.perf_counter()
@@ -147,9 +148,13 @@ class StageTimer:
         failed = exception[0] is not None
         # Where a stage failed because the disk is full, its time has no room either.
         with suppress(ArtifactError) if failed else nullcontext():
-            self._append({"stage": self.stage, "seconds": seconds, "failed": failed})
+            note_seconds(self.config, self.stage, seconds, failed=failed)
         logger.info("%s: %.0f s", self.stage, seconds)
 
-    def _append(self, row: Mapping[str, Any]) -> None:
-        earlier = self.folder.read(TIMINGS) if self.folder.exists(TIMINGS) else b""
-        self.folder.write(TIMINGS, earlier + json.dumps(row).encode() + b"\n")
+
+def note_seconds(config: Config, stage: str, seconds: float, *, failed: bool = False) -> None:
+    """Append to the run's `timings.jsonl` how long something took."""
+    folder = Folder(run_folder(config))
+    row = {"stage": stage, "seconds": round(seconds, 2), "failed": failed}
+    earlier = folder.read(TIMINGS) if folder.exists(TIMINGS) else b""
+    folder.write(TIMINGS, earlier + json.dumps(row).encode() + b"\n")

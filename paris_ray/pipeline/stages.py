@@ -14,10 +14,10 @@ from paris_ray.pipeline.encoders import PREPARED, prepare_encoders
 from paris_ray.pipeline.evaluate import evaluate
 from paris_ray.pipeline.experts import train_experts
 from paris_ray.pipeline.export import export
-from paris_ray.pipeline.report import PART, report_preparation
+from paris_ray.pipeline.report import report_preparation
 from paris_ray.pipeline.router import train_router
 from paris_ray.pipeline.seed import train_seed
-from paris_ray.pipeline.stage import StageTimer
+from paris_ray.pipeline.stage import PART, StageTimer
 from paris_ray.run import EMBEDDINGS, EVALUATION, Run
 from paris_ray.sampling.routing import parse_routing
 

@@ -10,7 +10,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import ray
@@ -50,6 +50,7 @@ from paris_ray.pipeline.moving import are_listed, has_left
 from paris_ray.pipeline.quarantine import describe_bad_rows, first_bad_row
 from paris_ray.pipeline.shards import BUSY, ENDED, FILTERED, QUARANTINED, ShardReader, ShardWriter
 from paris_ray.pipeline.stage import PART, Stage, note_seconds
+from paris_ray.planning.disk import row_bytes
 from paris_ray.run import EMBEDDINGS, Run
 
 logger = logging.getLogger("paris_ray")
@@ -161,6 +162,10 @@ def _embedding(
     """Return the Ray Data pipeline over some shards; it runs when it is iterated."""
     items = [asdict(shard) | {"version": versions[shard.name]} for shard in shards]
     quiet_ray_data()
+    # Blocks are what our encoders yield: Ray Data would join small ones, so that nothing is written
+    # before all rows of many megabytes have been encoded. It cuts those of 1.5 times this.
+    size = round(0.75 * block_bytes(config, reader.num_captions))
+    DataContext.get_current().target_max_block_size = size
     dataset = ray.data.from_items(
         items, override_num_blocks=min(len(items), MAX_BLOCKS)
     ).map_batches(reader, batch_size=1, num_cpus=TASK_CPUS)
@@ -174,6 +179,14 @@ def _embedding(
             num_gpus=pool.num_gpus,
         )
     return dataset.map_batches(ShardWriter(config), batch_size=None, num_cpus=TASK_CPUS)
+
+
+def block_bytes(config: Config, num_captions: int) -> int:
+    """Return how many bytes `corpus.rows_per_shard` rows have when all encoders had them, about."""
+    corpus = replace(config.corpus, captions_per_row=num_captions)
+    sizes = row_bytes(replace(config, corpus=corpus)).values()
+    picture = 3 * corpus.image_size**2
+    return corpus.rows_per_shard * (picture + sum(size or 0 for size in sizes))
 
 
 def _encoders(config: Config) -> dict[type[Encoder], PoolConfig]:

@@ -2,7 +2,7 @@
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from hashlib import sha256
 from typing import Any, ClassVar
@@ -32,17 +32,27 @@ from paris_ray.seeding import torch_generator
 
 
 class Encoder(ABC):
-    """Adds columns to batches, and one that tells how long it computed, see `shards.BUSY`."""
+    """Adds columns to batches, and one that tells how long it computed, see `shards.BUSY`.
+
+    Args:
+        config: The run.
+    """
 
     step: ClassVar[str]  # what progress and metrics call it
 
-    def __call__(self, batch: Batch) -> Batch:
-        """Return the batch with the columns."""
-        began = time.perf_counter()
-        columns = self.columns(batch)
-        seconds = time.perf_counter() - began
-        self._busy.inc(seconds, {"step": self.step})
-        return batch | columns | {f"{BUSY}{self.step}": in_the_first(seconds, len(batch["row"]))}
+    def __init__(self, config: Config) -> None:
+        self._most_rows = config.corpus.rows_per_shard
+
+    def __call__(self, batch: Batch) -> Iterator[Batch]:
+        """Yield the batch with the columns, in pieces of a file: the next encoder need not wait."""
+        for first in range(0, len(batch["row"]), self._most_rows):
+            rows = slice(first, first + self._most_rows)
+            piece = {name: column[rows] for name, column in batch.items()}
+            began = time.perf_counter()
+            columns = self.columns(piece)
+            seconds = time.perf_counter() - began
+            self._busy.inc(seconds, {"step": self.step})
+            yield piece | columns | {f"{BUSY}{self.step}": in_the_first(seconds, len(piece["row"]))}
 
     @abstractmethod
     def columns(self, batch: Batch) -> Batch:
@@ -60,6 +70,7 @@ class RowScorer(Encoder):
     step = "scores"
 
     def __init__(self, config: Config) -> None:
+        super().__init__(config)
         self.filters = config.corpus.filters
         _use_threads_of(self.filters.pool)
 
@@ -90,6 +101,7 @@ class TextEmbedder(Encoder):
     step = "text"
 
     def __init__(self, config: Config) -> None:
+        super().__init__(config)
         self.templates = config.corpus.caption_templates
         _use_threads_of(config.text.pool)
         sentences = config.text.kind == "minilm"
@@ -142,6 +154,7 @@ class FeatureEmbedder(Encoder):
         # Imported here: the other encoders' actors need no open_clip, whose import takes seconds.
         from paris_ray.encoders.images import OPEN_CLIP_FILES, load_features
 
+        super().__init__(config)
         _use_threads_of(config.features.pool)
         trained = None
         if config.features.checkpoint is None:
@@ -163,6 +176,7 @@ class LatentEmbedder(Encoder):
     step = "latents"
 
     def __init__(self, config: Config) -> None:
+        super().__init__(config)
         _use_threads_of(config.codec.pool)
         device = resolve_device("auto" if config.codec.pool.num_gpus else "cpu")
         folder = VerifiedFolder(Run(config).codec, None)

@@ -173,14 +173,16 @@ class ShardWriter:
         self.folders = (run.embeddings, run.held_out)
 
     def __call__(self, batch: Batch) -> Batch:
-        """Write rows of one shard: Ray Data may have cut or joined what its reader passed on."""
+        """Write rows of some shards: Ray Data may have cut or joined what their readers yielded."""
         for held_out, folder in enumerate(self.folders):
-            chosen = batch["held_out"] == bool(held_out)
-            if chosen.any():
-                _write_rows(folder, {name: column[chosen] for name, column in batch.items()})
+            for shard in np.unique(batch["shard"]):
+                chosen = (batch["shard"] == shard) & (batch["held_out"] == bool(held_out))
+                if chosen.any():
+                    _write_rows(folder, {name: column[chosen] for name, column in batch.items()})
         held_out = int(batch["held_out"].sum())
         counts = {"good": len(batch["row"]) - held_out, "held_out": held_out}
-        self._written.inc(len(batch["row"]))
+        if len(batch["row"]):
+            self._written.inc(len(batch["row"]))
         more = [name for name in batch if name.startswith((FILTERED, BUSY))]
         counts |= {name: batch[name].sum() for name in (QUARANTINED, *more, ENDED)}
         return {name: np.array([count]) for name, count in counts.items()}
@@ -192,7 +194,6 @@ class ShardWriter:
 
 def _write_rows(folder: Folder, batch: Batch) -> None:
     shard, first = str(batch["shard"][0]), int(batch["row"][0])
-    assert (batch["shard"] == shard).all(), "a block holds rows of several shards"
     following = np.arange(first, first + len(batch["row"]))
     assert (batch["row"] == following).all(), "rows lost their order"
     write_part(folder, part_name(shard, first), _embeddings_table(batch))

@@ -252,23 +252,21 @@ def embed_in_a_loop(finished: Path) -> dict[str, Any]:
     with scratch_run(finished) as config:
         corpus = open_corpus(config.corpus)
         reader = ShardReader(config, held_out_rule(config.corpus, corpus, config.seed))
-        steps = {
-            "text": TextEmbedder(config),
-            "features": FeatureEmbedder(config),
-            "latents": LatentEmbedder(config),
-            "write": ShardWriter(config),
-        }
+        kinds, write = (TextEmbedder, FeatureEmbedder, LatentEmbedder), ShardWriter(config)
+        encoders = {kind.step: kind(config) for kind in kinds}
         torch.set_num_threads(os.cpu_count() or 1)  # as many cores as Ray Data has
-        seconds = dict.fromkeys(("read and decode", *steps), 0.0)
+        seconds = dict.fromkeys(("read and decode", *encoders, "write"), 0.0)
         rows, first_at, mark = 0, 0.0, time.monotonic()
         for shard in corpus.shards():
             fields = asdict(shard) | {"version": ""}
             for batch in reader({name: np.array([value]) for name, value in fields.items()}):
                 count = len(batch["row"])
                 mark = _add(seconds, "read and decode", mark)
-                for name, step in steps.items():
-                    batch = step(batch)
+                for name, encoder in encoders.items():
+                    batch |= encoder.columns(batch)
                     mark = _add(seconds, name, mark)
+                write(batch)
+                mark = _add(seconds, "write", mark)
                 rows += count if first_at else 0
                 first_at = first_at or time.monotonic()
         return {"rows_per_second": rows / (time.monotonic() - first_at), "seconds": seconds}
@@ -297,8 +295,13 @@ def main() -> None:
     if options.loop:
         print(json.dumps(embed_in_a_loop(options.run_dir)))
         return
-    for name in options.parts or PARTS:
-        PARTS[name](options.run_dir.resolve(), options.tars)
+    parts = options.parts or list(PARTS)
+    if len(parts) == 1:
+        PARTS[parts[0]](options.run_dir.resolve(), options.tars)
+        return
+    for name in parts:  # a process can have one Ray after another, but one token alone
+        folder = ("--run-dir", str(options.run_dir), "--tars", str(options.tars))
+        subprocess.run([sys.executable, __file__, *folder, name], check=True)
 
 
 if __name__ == "__main__":

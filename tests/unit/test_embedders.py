@@ -62,8 +62,8 @@ def with_posterior(config: Config, posterior: str, **corpus: object) -> Config:
 def test_clip_text_is_kept_as_token_ids_of_every_template(
     config: Config, release_path: Path
 ) -> None:
-    batch = TextEmbedder(config)({"caption": np.array(CAPTIONS, dtype=object)})
-    assert set(batch) == {"caption", "token_ids"}
+    batch = TextEmbedder(config).columns({"caption": np.array(CAPTIONS, dtype=object)})
+    assert set(batch) == {"token_ids"}
     clip = ClipText(release_path / "text_encoder", release_path / "tokenizer")
     expected = [clip.tokenize([c, f"a picture of {c}"]) for c in CAPTIONS]
     assert batch["token_ids"].dtype == np.uint16
@@ -84,7 +84,7 @@ def test_sentences_are_kept_as_vectors_and_their_tokens_states(
     config = load("quickstart", overrides)
     write_text_encoder(config.text, Run(config).encoders)
     captions = ["red cat", "a green circle a blue square", "", "dog"]
-    batch = TextEmbedder(config)({"caption": np.array(captions, dtype=object)})
+    batch = TextEmbedder(config).columns({"caption": np.array(captions, dtype=object)})
     found = batch["text_embedding"]
     assert found.dtype == np.float16
     assert found.shape == ((4, 2, 1 + 4, 16) if token_states else (4, 2, 16))
@@ -94,12 +94,12 @@ def test_sentences_are_kept_as_vectors_and_their_tokens_states(
 
 
 def test_the_mirror_image_is_encoded_beside_the_picture(config: Config, pictures: Batch) -> None:
-    batch = LatentEmbedder(with_posterior(config, "mode", horizontal_flip=True))(pictures)
+    batch = LatentEmbedder(with_posterior(config, "mode", horizontal_flip=True)).columns(pictures)
     codec = load_codec(VerifiedFolder(Run(config).codec, None), 32)
     mirrored = codec.encode(np.flip(pictures["image"], axis=2)).numpy().astype(np.float16)
     np.testing.assert_array_equal(batch["latents_flipped"], mirrored)
     assert (batch["latents"] != batch["latents_flipped"]).any()
-    without = LatentEmbedder(with_posterior(config, "mode"))(pictures)
+    without = LatentEmbedder(with_posterior(config, "mode")).columns(pictures)
     assert "latents_flipped" not in without
     np.testing.assert_array_equal(without["latents"], batch["latents"])
 
@@ -108,9 +108,10 @@ def test_a_draw_from_the_posterior_depends_on_the_key_and_not_on_the_batch(
     config: Config, pictures: Batch
 ) -> None:
     config = with_posterior(config, "sample", horizontal_flip=True)
-    whole = LatentEmbedder(config)(pictures)
+    whole = LatentEmbedder(config).columns(pictures)
     order = [4, 2, 0]
-    part = LatentEmbedder(config)({name: column[order] for name, column in pictures.items()})
+    chosen = {name: column[order] for name, column in pictures.items()}
+    part = LatentEmbedder(config).columns(chosen)
     for name in ("latents", "latents_flipped"):
         np.testing.assert_allclose(
             part[name].astype(np.float32), whole[name][order].astype(np.float32), atol=2e-3
@@ -124,12 +125,12 @@ def test_draws_differ_between_keys_seeds_and_the_mirror_image(
     symmetric = np.maximum(symmetric, symmetric[:, :, ::-1])
     batch = {"image": symmetric, "key": np.array(["one", "two"], dtype=object)}
     config = with_posterior(config, "sample", horizontal_flip=True)
-    drawn = LatentEmbedder(config)(batch)
+    drawn = LatentEmbedder(config).columns(batch)
     assert np.abs(drawn["latents"][0] - drawn["latents"][1]).max() > 0.01
     assert np.abs(drawn["latents"] - drawn["latents_flipped"]).max() > 0.01
-    other = LatentEmbedder(replace(config, seed=1))(batch)
+    other = LatentEmbedder(replace(config, seed=1)).columns(batch)
     assert np.abs(drawn["latents"] - other["latents"]).max() > 0.01
-    mode = LatentEmbedder(with_posterior(config, "mode"))(batch)
+    mode = LatentEmbedder(with_posterior(config, "mode")).columns(batch)
     np.testing.assert_array_equal(mode["latents"][0], mode["latents"][1])
 
 
@@ -137,6 +138,21 @@ def test_a_codec_without_posterior_has_nothing_to_draw(tmp_path: Path, pictures:
     config = load("quickstart", [f"run_dir={tmp_path}", "codec.posterior=sample"])
     folder = Folder(tmp_path / "encoders" / "codec")
     PatchPCA.fit(pictures["image"], CodecConfig(num_components=96)).save(folder)
-    drawn = LatentEmbedder(config)(pictures)
-    mode = LatentEmbedder(with_posterior(config, "mode"))(pictures)
+    drawn = LatentEmbedder(config).columns(pictures)
+    mode = LatentEmbedder(with_posterior(config, "mode")).columns(pictures)
     np.testing.assert_array_equal(drawn["latents"], mode["latents"])
+
+
+def test_pieces_of_a_file_are_passed_on_and_told_apart_from_waiting(config: Config) -> None:
+    """Whatever Ray Data joined: the next encoder begins with what is ready."""
+    short = replace(config, corpus=replace(config.corpus, rows_per_shard=2))
+    batch = {"row": np.arange(5), "caption": np.array(["a", "b", "c", "d", "e"], dtype=object)}
+    embedder = TextEmbedder(short)
+    pieces = list(embedder(batch))
+    assert [piece["row"].tolist() for piece in pieces] == [[0, 1], [2, 3], [4]]
+    joined = np.concatenate([piece["token_ids"] for piece in pieces])
+    np.testing.assert_array_equal(joined, embedder.columns(batch)["token_ids"])
+    for piece in pieces:
+        busy = piece["busy.text"]
+        assert busy[0] > 0
+        assert not busy[1:].any()

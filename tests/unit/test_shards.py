@@ -19,7 +19,7 @@ from paris_ray.artifacts import Folder
 from paris_ray.config import Config, FiltersConfig, load
 from paris_ray.corpora import REASONS, HeldOut, QuarantinedRow, open_corpus
 from paris_ray.corpora.perceptual_hash import perceptual_hashes
-from paris_ray.embeddings import column_names, read_table, stream_column
+from paris_ray.embeddings import column_names, part_names, read_table, stream_column
 from paris_ray.errors import CorpusError
 from paris_ray.pipeline import report
 from paris_ray.pipeline.accounts import (
@@ -28,6 +28,7 @@ from paris_ray.pipeline.accounts import (
     account_of,
     delete_files,
     files_by_shard,
+    part_name,
     set_aside,
 )
 from paris_ray.pipeline.embed import count_rows, progress_line, refuse_bad_corpus
@@ -132,10 +133,20 @@ def test_pictures_are_hashed_where_they_are_compared_by_it(config: Config) -> No
     assert "phash" not in read(config)[0]
 
 
-def test_rows_of_two_shards_in_one_block_are_an_error(config: Config) -> None:
+def test_rows_of_two_shards_in_one_block_are_parted_where_they_are_written(config: Config) -> None:
     batch = encoded(read(config)[0])
-    batch["shard"] = np.arange(16).astype(str)
-    with pytest.raises(AssertionError, match="several shards"):
+    batch["shard"] = np.repeat(["0000a", "0000b"], 8)
+    batch["row"] = np.tile(np.arange(8), 2)
+    ShardWriter(config)(batch)
+    names = [part_name(shard, 0) for shard in ("0000a", "0000b")]
+    assert part_names(Run(config).embeddings) == names
+    assert keys_in(Run(config).embeddings) == batch["key"].tolist()
+
+
+def test_rows_out_of_their_order_are_an_error(config: Config) -> None:
+    batch = encoded(read(config)[0])
+    batch["row"] = batch["row"][::-1].copy()
+    with pytest.raises(AssertionError, match="order"):
         ShardWriter(config)(batch)
 
 

@@ -363,9 +363,17 @@ def test_an_evaluation_of_other_experts_stays_out_of_the_model_card(
 
 
 def test_where_a_corpus_changed_it_is_encoded_again(
-    finished: Run, shapes_corpus: Path, tmp_path: Path, num_good_rows: int
+    finished: Run,
+    shapes_corpus: Path,
+    tmp_path: Path,
+    num_good_rows: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """And where there are more shards than blocks, so that two share one."""
+    from paris_ray.pipeline import embed
     from paris_ray.pipeline.embed import prepare_embeddings
+
+    monkeypatch.setattr(embed, "MAX_BLOCKS", 2)
 
     pictures = Path(shutil.copytree(shapes_corpus, tmp_path / "pictures"))
     shutil.copytree(finished.encoders.uri, tmp_path / "run" / "encoders")
@@ -376,6 +384,8 @@ def test_where_a_corpus_changed_it_is_encoded_again(
         return prepare_embeddings(run.config, read_manifest(run.encoders, "encoders"))
 
     first = prepare()
+    whole = read_manifest(finished.embeddings, EMBEDDINGS).facts
+    assert all(first.facts[name] == whole[name] for name in ("rows", "held_out", "quarantined"))
     written = {path.name: path.stat().st_mtime_ns for path in Path(run.embeddings.uri).glob("*")}
     # Two pictures are repaired and a caption is corrected, all of the last shard; one is added.
     for name in ("truncated.png", "empty.png"):

@@ -144,10 +144,11 @@ def texts_are_independent(encoder: TextEncoder, length: int) -> bool:
         encoder: On its device, with its threads.
         length: Tokens that the captions are padded to: one of its `lengths`.
     """
-    weight = next(encoder.model.parameters())
-    where = (weight.device, weight.dtype, torch.get_num_threads())
-    kind = (type(encoder), encoder.model.config, encoder.model, length, *where)
-    return outcome(repr(kind), lambda: _try_texts(encoder, length))
+    model = encoder.model
+    where = sorted({f"{weight.device} {weight.dtype}" for weight in model.parameters()})
+    what = (type(encoder), model, getattr(model, "config", None), length)
+    kind = repr((*what, where, torch.get_num_threads()))
+    return outcome(kind, lambda: _try_texts(encoder, length))
 
 
 @torch.inference_mode()

@@ -16,8 +16,6 @@ from pathlib import Path
 
 import torch
 
-from paris_ray.artifacts import Folder
-
 logger = logging.getLogger("paris_ray")
 
 SHARED = "PARIS_RAY_SHARE_TRIALS"
@@ -40,25 +38,48 @@ def outcome(kind: str, trial: Callable[[], bool]) -> bool:
     folder = _folder() if SHARED in os.environ else None
     if folder is None:
         return trial()
-    name = hashlib.sha256(f"{kind}\n{_machine()}".encode()).hexdigest()
-    known = OUTCOMES.get(folder.read(name)) if folder.exists(name) else None
+    file = folder / hashlib.sha256(f"{kind}\n{_machine()}".encode()).hexdigest()
+    known = _known(file)
     if known is not None:
         return known
     found = trial()
-    folder.write(name, b"yes" if found else b"no")
+    _leave(file, found)
     return found
 
 
+def _known(file: Path) -> bool | None:
+    try:
+        return OUTCOMES.get(file.read_bytes())
+    except OSError:
+        return None
+
+
+def _leave(file: Path, found: bool) -> None:
+    """Write an outcome, in one piece: others of its kind may do so at the same moment."""
+    try:
+        with tempfile.NamedTemporaryFile(dir=file.parent, delete=False) as temporary:
+            temporary.write(b"yes" if found else b"no")
+        Path(temporary.name).replace(file)
+    except OSError as error:  # nobody needs it to be there
+        logger.warning("%s could not be written: %s", file, error)
+
+
 @cache
-def _folder() -> Folder | None:
+def _folder() -> Path | None:
     """Return where outcomes are; None if others than this user could write there."""
     path = Path(tempfile.gettempdir(), f"paris_ray-{os.getuid()}")
-    path.mkdir(mode=0o700, exist_ok=True)
-    status = path.lstat()
-    if (status.st_uid, status.st_mode) != (os.getuid(), 0o40700):
-        logger.warning("%s is not this user's alone: trials are made again", path)
-        return None
-    return Folder(path / "trials")
+    try:
+        path.mkdir(mode=0o700, exist_ok=True)
+        status = path.lstat()
+        if (status.st_uid, status.st_mode) == (os.getuid(), 0o40700):
+            folder = path / "trials"
+            folder.mkdir(exist_ok=True)
+            return folder
+        reason = "it is not this user's alone"
+    except OSError as error:
+        reason = str(error)
+    logger.warning("%s: %s; trials are made again", path, reason)
+    return None
 
 
 @cache

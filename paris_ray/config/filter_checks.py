@@ -18,7 +18,7 @@ _RANGES = {
     "min_aesthetic_score": (-math.inf, math.inf, "a number"),
     "max_nsfw_score": (0, 1, "a probability, between 0 and 1"),
     "picture_distance": (0, _MAX_BITS, f"between 0 and {_MAX_BITS} bits"),
-    "max_similarity": (-1, 1, "a cosine, between -1 and 1"),
+    "max_similarity": (-1, 0.9999, "a cosine, between -1 and 0.9999: rounding decides above"),
 }
 
 Refusal = tuple[str, object, str]

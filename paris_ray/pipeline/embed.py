@@ -215,32 +215,27 @@ def quiet_ray_data() -> None:
 
 def _follow(config: Config, dataset: ray.data.Dataset, num_shards: int) -> None:
     """Run the pipeline and print how far it is, and in the end how busy the encoders were."""
-    started = printed_at = first_at = time.monotonic()
+    started = printed_at = time.monotonic()
     counts, busy = Counter[str](), Counter[str]()
     for written in dataset.iter_rows():
         now = time.monotonic()
-        seconds = {name: written.pop(name) for name in list(written) if name.startswith(BUSY)}
-        if counts:
-            busy.update(seconds)
-        else:
-            first_at = now  # before that, actors started
+        busy.update({name: written.pop(name) for name in list(written) if name.startswith(BUSY)})
         counts.update(written)
         if now - printed_at > PRINT_INTERVAL_S:
             printed_at = now
             logger.info("embed: %s", progress_line(counts, num_shards, now - started))
-    _tell_busy(config, busy, time.monotonic() - first_at)
+    _tell_busy(config, busy, time.monotonic() - started)
 
 
 def _tell_busy(config: Config, busy: Mapping[str, float], seconds: float) -> None:
-    """Note for how much of the time after the first block each encoder computed, and say it."""
-    shares = {}
+    """Note how long each encoder computed, and say for how much of the time its actors did."""
+    shares = []
     for encoder, pool in _encoders(config).items():
-        spent = busy.get(f"{BUSY}{encoder.step}", 0.0)
+        spent = busy[f"{BUSY}{encoder.step}"]
         note_seconds(config, f"{PART}embeddings, {encoder.step} computing", spent)
-        shares[encoder.step] = spent / max(seconds * pool.num_actors, 1e-9)
-    told = ", ".join(f"{step} {share:.0%}" for step, share in shares.items())
-    waited = max(0.0, 1 - max(shares.values()))
-    logger.info("embed: encoders computed for %s of the time; %.0f %% waiting", told, 100 * waited)
+        shares.append(f"{encoder.step} {spent / (seconds * pool.num_actors):.0%}")
+    told = ", ".join(shares)
+    logger.info("embed: of %.0f s, start included, encoders computed: %s", seconds, told)
 
 
 def progress_line(counts: Counter[str], num_shards: int, seconds: float) -> str:
@@ -324,8 +319,9 @@ def refuse_bad_corpus(config: Config, counts: Mapping[str, Any]) -> None:
             f"{_described(config, {**counts['filtered'], **counts['quarantined']})}"
         )
     if counts["rows"] == 0:
+        taken = f"corpus.filters took {filtered} rows, and " if filtered else ""
         raise CorpusError(
-            f"all {good} usable rows are held out (corpus.held_out_share="
+            f"{taken}all {good} usable rows are held out (corpus.held_out_share="
             f"{config.corpus.held_out_share}, corpus.held_out_key={config.corpus.held_out_key!r}): "
             "none are left to train on"
         )

@@ -28,9 +28,9 @@ from paris_ray.artifacts import (
 from paris_ray.bundle import Bundle, load_bundle
 from paris_ray.config import CodecConfig, Config, CorpusConfig, LoRARun
 from paris_ray.corpora import corpus_version, open_corpus
-from paris_ray.corpora.places import place
+from paris_ray.corpora.paths import corpus_path
 from paris_ray.encoders.clip import TEXT_ENCODER, TOKENIZER
-from paris_ray.errors import ArtifactError, ConfigError
+from paris_ray.errors import ArtifactError, ConfigError, CorpusError
 from paris_ray.models import Expert
 from paris_ray.models.lora import find_targets
 from paris_ray.models.peft_layout import LORA
@@ -106,8 +106,10 @@ def _check_fit(run: LoRARun, bundle: Bundle, expert: int) -> None:
 def _corpus(config: CorpusConfig, location: str) -> CorpusConfig:
     """Return the corpus at a path; its kind is the configured one, or the one that can read it."""
     path = location if is_uri(location) else str(Path(location).expanduser().resolve())
-    if not place(path).exists():
-        raise ConfigError(f"data={location!r} is not allowed: there is no such path ({path})")
+    try:
+        corpus_path(replace(config, path=path))
+    except CorpusError as error:
+        raise ConfigError(f"data={location!r} is not allowed: {error}") from None
     if config.kind != CorpusConfig().kind:
         return replace(config, path=path)
     readable = by_kind(lambda kind: _listed(replace(config, path=path, kind=kind)))
@@ -124,7 +126,10 @@ def _corpus(config: CorpusConfig, location: str) -> CorpusConfig:
 
 def _listed(config: CorpusConfig) -> CorpusConfig:
     """Return the corpus; raise CorpusError if there is nothing in it."""
-    open_corpus(config).shards()
+    try:
+        open_corpus(config).shards()
+    except OSError as error:
+        raise CorpusError(f"it cannot be read: {error}") from None
     return config
 
 

@@ -9,7 +9,7 @@ its shard have that key before it.
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ import ray
 from numpy.typing import NDArray
 
 from paris_ray.artifacts import Folder, canonical_json, sha256_hex
-from paris_ray.config import FILTERS, Config
+from paris_ray.config import FILTERS, Config, identity
 from paris_ray.corpora import QuarantinedRow
 from paris_ray.embeddings import part_names, read_part, write_part
 from paris_ray.pipeline.accounts import (
@@ -102,8 +102,8 @@ def are_listed(config: Config, versions: Mapping[str, str]) -> bool:
 
 
 def _asked(config: Config, versions: Mapping[str, str]) -> dict[str, str]:
-    filters = asdict(config.corpus.filters)
-    return {"corpus": sha256_hex(canonical_json([dict(versions), filters]))}
+    asked = [dict(versions), identity(config.corpus.filters)]
+    return {"corpus": sha256_hex(canonical_json(asked))}
 
 
 def has_left(account: Account) -> bool:

@@ -62,7 +62,8 @@ def report_preparation(config: Config) -> None:
 def write_report(config: Config) -> None:
     """Gather what is shown, and write the page."""
     run = Run(config)
-    facts = read_manifest(run.embeddings, EMBEDDINGS).facts
+    # Embeddings of another run may be older than filters.
+    facts = {"filtered": {}, **read_manifest(run.embeddings, EMBEDDINGS).facts}
     bad = _bad_rows(run.quarantine, {**facts["quarantined"], **facts["filtered"]})
     sizes, pictures, note = _from_corpus(config, bad)
     page = prepared_page(

@@ -21,7 +21,8 @@ from paris_ray.corpora import (
     decode_row,
 )
 from paris_ray.corpora.webdataset import WebDataset
-from paris_ray.pipeline.duplicates import PLACE, repeated_places
+from paris_ray.pipeline.duplicates import KEYS
+from paris_ray.pipeline.moving import PLACE
 
 pillow_heif.register_heif_opener()
 CONFIG = CorpusConfig(image_size=4, max_pixels=100_000)
@@ -101,7 +102,7 @@ def test_repeated_keys_are_those_of_a_plain_set(files: list[list[int]], num_part
                 expected.add((number, row))
             seen.add(key)
     places = np.array([(h, n, r) for n, f in enumerate(files) for r, h in enumerate(f)], PLACE)
-    parts = [places[places["hash"] % num_parts == i] for i in range(num_parts)]
-    found = [repeated_places(part) for part in parts]
+    parts = enumerate(KEYS.split(places, num_parts))
+    found = [part[KEYS.repeats(part, number, num_parts)] for number, part in parts]
     assert {(p["file"], p["row"]) for part in found for p in part} == expected
     assert all((np.diff(part["file"].astype(int)) >= 0).all() for part in found)

@@ -214,7 +214,7 @@ def test_a_folder_of_no_one_kind_is_refused(train: Train, tmp_path: Path) -> Non
     either = "image_folder and webdataset: say corpus.kind=image_folder|webdataset"
     with pytest.raises(ConfigError, match=rf"^data='{data}' can be read as {re.escape(either)}"):
         train(tmp_path / "lora", data=str(data))
-    with pytest.raises(ConfigError, match="there is no such path"):
+    with pytest.raises(ConfigError, match="does not exist"):
         train(tmp_path / "lora", data=f"file://{tmp_path}/none")
 
 

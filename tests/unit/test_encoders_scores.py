@@ -160,8 +160,8 @@ def test_the_actor_adds_a_column_a_score_whatever_the_batches(clip: ClipConfig) 
     )
     config = replace(load("quickstart"), corpus=CorpusConfig(filters=filters))
     batch = {"image": PICTURES, "caption": np.array(CAPTIONS, dtype=object)}
-    scored = RowScorer(config)(batch)
-    assert set(scored) == {"image", "caption", "clip_score", "nsfw_score"}
+    scored = RowScorer(config).columns(batch)
+    assert set(scored) == {"clip_score", "nsfw_score"}
     at_once = RowScores(filters, CPU)(PICTURES, CAPTIONS)
     for name, values in at_once.items():
         assert scored[name].shape == (3,)

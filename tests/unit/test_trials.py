@@ -42,6 +42,12 @@ def test_half_an_outcome_is_none(tmp_path: Path, content: bytes) -> None:
     assert file.read_bytes() == b"yes"
 
 
+def test_whoever_is_in_the_way_stops_nobody(tmp_path: Path) -> None:
+    (tmp_path / f"paris_ray-{os.getuid()}").touch()
+    for _ in range(2):
+        assert told_by_a_process(tmp_path) == "tried\nTrue\n"
+
+
 def test_a_folder_where_others_write_is_not_believed(tmp_path: Path) -> None:
     folder = tmp_path / f"paris_ray-{os.getuid()}"
     folder.mkdir()

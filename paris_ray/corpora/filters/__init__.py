@@ -13,7 +13,7 @@ from paris_ray.corpora.filters.caption_length import too_long, too_short
 from paris_ray.corpora.filters.language import foreign
 from paris_ray.corpora.filters.size import too_small
 from paris_ray.corpora.quarantine import BadRow
-from paris_ray.errors import CorpusError
+from paris_ray.errors import ConfigError
 
 Size = tuple[int, int]  # width and height in pixels
 
@@ -36,12 +36,12 @@ def filters_of_rows(filters: FiltersConfig) -> tuple[str, ...]:
 
 
 def require_packages(filters: FiltersConfig) -> None:
-    """Raise CorpusError if a filter needs a package that is not installed."""
+    """Raise ConfigError if a filter needs a package that is not installed."""
     for name, package in _PACKAGES.items():
         value = getattr(filters, name)
         if value is not None and find_spec(package) is None:
             needs = f"corpus.filters.{name}={value!r} needs {package}"
-            raise CorpusError(f"{needs}: pip install 'paris_ray[filters]'")
+            raise ConfigError(f"{needs}: pip install 'paris_ray[filters]'")
 
 
 def check_size(size: Size, filters: FiltersConfig) -> None:

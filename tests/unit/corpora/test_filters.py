@@ -11,7 +11,7 @@ from paris_ray.corpora import DecodedRow, QuarantinedRow, RawRow, decode_row, fi
 from paris_ray.corpora.filters import filters_of_rows
 from paris_ray.corpora.filters.language import foreign
 from paris_ray.corpora.filters.scores import judge_scores, score_name
-from paris_ray.errors import CorpusError
+from paris_ray.errors import ConfigError, CorpusError
 
 WIDE, TALL = jpeg((96, 64)), jpeg((96, 64), orientation=6)
 GERMAN, ENGLISH = "Eine Katze sitzt auf dem Sofa", "a cat sits on the sofa"
@@ -97,7 +97,7 @@ def test_a_missing_package_is_told_before_anything_is_read(
     monkeypatch.setattr(filters, "find_spec", lambda name: None)
     corpus = CorpusConfig(limit=1)
     open_corpus(corpus)
-    with pytest.raises(CorpusError, match=message):
+    with pytest.raises(ConfigError, match=message):
         open_corpus(replace(corpus, filters=FiltersConfig(**limit)))
 
 

@@ -444,7 +444,7 @@ def test_strangers_behind_a_proxy_of_this_machine_need_a_key(
 
 
 def test_unsafe_starts_are_refused(tiny_bundle_path: Path, tmp_path: Path) -> None:
-    """Three servers at a time: each takes long to start, and waits for most of it."""
+    """Three servers at a time, and of one of them two applications."""
     (tmp_path / "key").write_text("s3cret")
     late = {"api_key_file": str(tmp_path / "key"), "timeout_s": LIMIT_S}
     both = [paris("open", tiny_bundle_path), paris("late", tiny_bundle_path, **late)]

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from paris_ray.clustering import fit_centroids, nearest
+from paris_ray.clustering import fit_centroids
 
 Hashes = NDArray[np.uint64]
 Features = NDArray[np.float32]
@@ -136,10 +136,15 @@ def similar_to_earlier(
 ) -> Mask:
     """Return which rows `(N,)` an earlier row of their cell is more similar to than that.
 
+    Two that lie on either side of a border of cells are not found.
+
     Args:
         features: `(N, D)` of unit length, in the order of the rows.
         cells: `(N,)` number of each row's cell.
         max_similarity: The largest cosine of rows that are told apart.
+
+    Source: Abbas et al. 2023, SemDeDup (arXiv 2303.09540); there the row that is least like its
+    cell's centre stays, here the first one.
     """
     order = np.argsort(cells, kind="stable")
     similar = np.zeros(len(features), bool)
@@ -157,36 +162,6 @@ def _more_similar(features: Features, cell: NDArray[np.intp], max_similarity: fl
         return cosines > max_similarity
 
     return matches
-
-
-def semantic_duplicates(
-    features: Features, max_similarity: float, seed: int, threads: int = 1
-) -> Mask:
-    """Return which rows `(N,)` are semantic duplicates of earlier ones, as SemDeDup has them.
-
-    Rows are cut into cells by k-means on a sample of them, and compared within their cell, in
-    blocks: so two that lie on either side of a border are not found. Beside the features there are
-    in memory a sample of 3 % of them and some bytes a row.
-
-    Args:
-        features: `(N, D)` of unit length, in the order of the rows.
-        max_similarity: The largest cosine of rows that are told apart.
-        seed: Of the sample and of the first centres.
-        threads: How many fit and assign; numpy's products follow OMP_NUM_THREADS.
-
-    Source: Abbas et al. 2023, SemDeDup (arXiv 2303.09540); there the row that is least like its
-    cell's centre stays, here the first one.
-    """
-    if not len(features):
-        return np.zeros(0, bool)
-    count = num_cells(len(features))
-    sample = features
-    if len(features) > count * FIT_ROWS_A_CELL:
-        generator = np.random.default_rng(seed)
-        drawn = generator.choice(len(features), count * FIT_ROWS_A_CELL, replace=False)
-        sample = features[np.sort(drawn)]
-    cells = nearest(features, fit_cells(sample, count, seed, threads))
-    return similar_to_earlier(features, cells, max_similarity)
 
 
 Matches = Callable[[NDArray[np.intp], NDArray[np.intp]], Mask]

@@ -19,7 +19,15 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from paris_ray.duplicates import bands, near_earlier, semantic_duplicates
+from paris_ray.clustering import nearest
+from paris_ray.duplicates import (
+    FIT_ROWS_A_CELL,
+    bands,
+    fit_cells,
+    near_earlier,
+    num_cells,
+    similar_to_earlier,
+)
 
 WIDTH = 512
 NUM_CLOUDS = 2000
@@ -57,11 +65,15 @@ def _unit(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 def features(num_rows: int) -> None:
-    """Semantic duplicates in one process."""
+    """Semantic duplicates, by the functions that the tasks of `prepare` call, in one process."""
     drawn = draw_features(num_rows)
     drawn_peak = _peak_bytes()
     started = time.monotonic()
-    found = semantic_duplicates(drawn, MAX_SIMILARITY, seed=0, threads=os.cpu_count() or 1)
+    count = num_cells(num_rows)
+    size = min(num_rows, count * FIT_ROWS_A_CELL)
+    rows = np.random.default_rng(0).choice(num_rows, size, replace=False)
+    centroids = fit_cells(drawn[np.sort(rows)], count, seed=0, threads=os.cpu_count() or 1)
+    found = similar_to_earlier(drawn, nearest(drawn, centroids), MAX_SIMILARITY)
     seconds = time.monotonic() - started
     planted = found[REPEAT_EVERY - 1 :: REPEAT_EVERY]
     name = f"semantic duplicates of {num_rows:,} x {WIDTH}"

@@ -20,7 +20,6 @@ from paris_ray.duplicates import (
     hashes_of,
     near_earlier,
     num_cells,
-    semantic_duplicates,
     similar_to_earlier,
 )
 
@@ -165,25 +164,20 @@ def test_similar_rows_of_a_cell_are_found_in_blocks(
     assert 20 < found.sum() < 200
 
 
-def test_semantic_duplicates_are_similar_rows_of_the_same_cell(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_cells_part_few_rows_that_are_similar(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(duplicates, "ROWS_A_CELL", 100)
     features = unit_rows(2, 1000, 16)
     assert num_cells(1000) == 10
-    found = semantic_duplicates(features, 0.9, seed=3)
-    assert np.array_equal(found, semantic_duplicates(features, 0.9, seed=3))
+    cells = nearest(features, fit_cells(features, 10, 3))
+    assert np.array_equal(cells, nearest(features, fit_cells(features, 10, 3)))
+    found = similar_to_earlier(features, cells, 0.9)
+    assert np.array_equal(found, similar_by_definition(features, cells, 0.9))
     everywhere = similar_by_definition(features, np.zeros(1000), 0.9)
     assert not (found & ~everywhere).any()
     assert found.sum() > 0.8 * everywhere.sum()  # the rest lies across a border
-    monkeypatch.setattr(duplicates, "FIT_ROWS_A_CELL", 1000)  # then all are the sample
-    cells = nearest(features, fit_cells(features, 10, 3))
-    assert np.array_equal(
-        semantic_duplicates(features, 0.9, seed=3), similar_by_definition(features, cells, 0.9)
-    )
 
 
 def test_few_rows_are_one_cell() -> None:
-    assert semantic_duplicates(np.zeros((0, 4), np.float32), 0.9, seed=0).tolist() == []
     features = unit_rows(5, 2, 4)[[0, 0, 1]]
-    assert semantic_duplicates(features, 0.9999, seed=0).tolist()[:2] == [False, True]
+    cells = nearest(features, fit_cells(features, num_cells(3), 0))
+    assert similar_to_earlier(features, cells, 0.9999).tolist()[:2] == [False, True]

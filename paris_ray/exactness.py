@@ -102,7 +102,7 @@ class _Samples:
 
     def __init__(self, model: Any) -> None:
         config, count, device = model.config, MOST_TRIED, model.pos_embed.device
-        self._model, self._device = model, device
+        self._model = model
         size = config.input_size
         self._latents = _noise(count, config.in_channels, size, size).to(device)
         self._times = 1000 * torch.linspace(0, 1, count, device=device)
@@ -129,8 +129,8 @@ class _Samples:
         encoded = [
             self._model.encode_text(chosen.rows(slice(i, i + 1))) for i in range(len(chosen))
         ]
-        adapted = torch.arange(num_adapted, device=self._device)
-        with adapted_samples({} if adapter is None else {adapter: adapted}):
+        adapters = [adapter if i < num_adapted else None for i in range(len(chosen))]
+        with adapted_samples(adapters):
             text = EncodedText.concatenate(encoded)
             return self._model(self._latents[rows], self._times[rows], text)
 

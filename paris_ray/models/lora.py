@@ -9,11 +9,10 @@ arXiv 2312.03732).
 
 import copy
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from itertools import chain
-from types import MappingProxyType
+from itertools import chain, groupby
 from typing import Any, TypeVar
 
 import torch
@@ -109,29 +108,37 @@ class MixedLoRALinear(_AdaptedLinear):
     def rows(self, x: Tensor, start: int, stop: int | None) -> Tensor:
         """Return output features `start` to `stop` only: `(..., stop - start)`."""
         y = super().rows(x, start, stop)
-        for name, samples in _SAMPLES.get().items():
+        for name, samples in _RUNS.get():
             if name in self._loras:
-                y = y.index_add(0, samples, self._loras[name](x[samples], start, stop))
+                y[samples] += self._loras[name](x[samples], start, stop)
         return y
 
 
-_SAMPLES: ContextVar[Mapping[str, Tensor]] = ContextVar(
-    "samples of each adapter", default=MappingProxyType({})
+_RUNS: ContextVar[Sequence[tuple[str, slice]]] = ContextVar(
+    "samples beside each other that share an adapter", default=()
 )
 
 
 @contextmanager
-def adapted_samples(samples: Mapping[str, Tensor]) -> Iterator[None]:
-    """Say which samples of the batch each adapter of a model of `attach_all` is for.
+def adapted_samples(adapters: Iterable[str | None]) -> Iterator[None]:
+    """Say which adapter of a model of `attach_all` each sample of the batch is for.
+
+    Samples of an adapter that are beside each other are computed together.
 
     Args:
-        samples: Their numbers `(b,)`, by the adapter's name; the others are drawn without one.
+        adapters: The name of each one's adapter; None: it is drawn without one.
     """
-    token = _SAMPLES.set(samples)
+    runs, start = [], 0
+    for name, samples in groupby(adapters):
+        stop = start + len(list(samples))
+        if name is not None:
+            runs.append((name, slice(start, stop)))
+        start = stop
+    token = _RUNS.set(runs)
     try:
         yield
     finally:
-        _SAMPLES.reset(token)
+        _RUNS.reset(token)
 
 
 class Adapter(nn.Module):

@@ -95,6 +95,7 @@ class LocalModels:
         expert_calls = [call for call in calls if isinstance(call, ExpertCall)]
         for lora in dict.fromkeys(map(self._apart, expert_calls)):
             batch = [i for i, call in enumerate(expert_calls) if self._apart(call) == lora]
+            batch.sort(key=lambda i: expert_calls[i].lora or "")  # each adapter's beside each other
             given = self._ask_expert([expert_calls[i] for i in batch], lora)
             answers |= zip(batch, given, strict=True)
         return [answers[i] for i in range(len(calls))]
@@ -118,7 +119,7 @@ class LocalModels:
             index = calls[0].expert
             expert = self._bundle.expert(index, lora) if lora else self._bundle.mixed_expert(index)
             rows = _Rows(calls)
-            with adapted_samples(rows.samples_of_loras(expert.pos_embed.device)):
+            with adapted_samples(rows.loras):
                 velocity = guided_velocity(
                     expert,
                     torch.cat([call.latents for call in calls]),
@@ -146,7 +147,7 @@ class _Rows:
     def __init__(self, calls: list[ExpertCall]) -> None:
         owners = list(chain.from_iterable([call] * len(call.latents) for call in calls))
         guided = [i for i, call in enumerate(owners) if call.null_text is not None]
-        self._loras = [call.lora for call in (*owners, *(owners[i] for i in guided))]
+        self.loras = [call.lora for call in (*owners, *(owners[i] for i in guided))]
         self.guided = torch.tensor(guided, dtype=torch.long)
         self.scales = torch.tensor([call.guidance_scale for call in owners])
         self.null_texts = [
@@ -154,16 +155,6 @@ class _Rows:
             for call in (owners[i] for i in guided)
             if call.null_text is not None
         ]
-
-    def samples_of_loras(self, device: torch.device) -> dict[str, Tensor]:
-        """Return the rows of each adapter, on a device."""
-        return {
-            name: torch.tensor(
-                [row for row, lora in enumerate(self._loras) if lora == name], device=device
-            )
-            for name in dict.fromkeys(self._loras)
-            if name is not None
-        }
 
 
 def _passes(calls: Sequence[Call], most_rows: int) -> Iterator[list[Call]]:

@@ -277,12 +277,7 @@ def test_an_adapter_among_others_equals_it_attached(bundle: Bundle, name: str) -
     views = [base if owner is None else bundle.expert(ADAPTED, owner) for owner in owners]
     rows = [slice(i, i + 1) for i in range(4)]
     encoded = [view.encode_text(text.rows(row)) for view, row in zip(views, rows, strict=True)]
-    samples = {
-        owner: torch.tensor([i for i, other in enumerate(owners) if other == owner])
-        for owner in owners
-        if owner is not None
-    }
-    with adapted_samples(samples):
+    with adapted_samples(owners):
         together = mixed(latents, times, EncodedText.concatenate(encoded))
     alone = [
         view(latents[row], times[row], part)

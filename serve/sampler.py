@@ -24,7 +24,7 @@ from torch import Tensor
 
 from paris_ray.diffusion import num_evaluations
 from paris_ray.exactness import MOST_TRIED
-from paris_ray.sampling.calls import ROUTER, Call
+from paris_ray.sampling.calls import ROUTER, Call, ExpertCall
 from paris_ray.sampling.engine import (
     Batch,
     Engine,
@@ -35,8 +35,14 @@ from paris_ray.sampling.engine import (
     Previewed,
     Ticket,
 )
+from paris_ray.sampling.guidance import KeyedText
 from paris_ray.sampling.local import LocalModels
-from paris_ray.sampling.sampler import Denoising, SamplingOptions, start_denoising
+from paris_ray.sampling.sampler import (
+    Denoising,
+    SamplingOptions,
+    initial_noise,
+    start_denoising,
+)
 from serve import metrics
 from serve.coalescing import Coalescer
 from serve.drawing import Drawing, DrawRequest, Partial, Pixels, RequestCancelledError
@@ -45,6 +51,7 @@ from serve.scaling import Reporter
 from serve.source import BundleSource, Origin
 
 EXPIRY_PERIOD_S = 0.25
+SHORT_PASS_S = 0.02  # of which Python is a fifth or more
 
 logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
@@ -324,10 +331,33 @@ class Sampler:
         ]
 
     def _count_computations(self, threads: int) -> int:
-        """Return how many batches are computed here at a time."""
-        if self._bundle.device.type != "cpu" or self._bundle.offload:
+        """Return how many batches are computed here at a time.
+
+        More than one where there are cores, and experts that are large enough: passes of small ones
+        are mostly Python, which threads of a process only take from each other.
+        """
+        cores = (os.cpu_count() or 1) // threads
+        if self._experts is not None or self._bundle.device.type != "cpu" or self._bundle.offload:
             return 1
-        return max(1, (os.cpu_count() or 1) // threads)
+        return max(1, cores) if self._seconds_of_pass() > SHORT_PASS_S else 1
+
+    def _seconds_of_pass(self) -> float:
+        """Return how much processor time an expert takes for one sample."""
+        noise = initial_noise(self._bundle.latent_shape, [0])
+        text = KeyedText.of(self._bundle.null_text)
+        call = ExpertCall(
+            expert=0,
+            lora=None,
+            latents=noise,
+            t=0.5,
+            text=text,
+            null_text=None,
+            guidance_scale=1.0,
+        )
+        self._models.answer([call])  # loads it, and encodes the text
+        began = time.thread_time()
+        self._models.answer([call])
+        return time.thread_time() - began
 
     async def _answer_here(self, calls: Sequence[Call]) -> list[Tensor]:
         return await self._in(self._computing, metrics.compute, self._models.answer, calls)

@@ -1,4 +1,4 @@
-"""Measure the engine in one process, without Ray: admission, exact bytes, adapters, texts.
+"""Measure the engine in one process, without Ray: admission, exact bytes, adapters, texts, mixes.
 
     python tests/benchmarks/bench_engine.py --bundle RUN/bundle
 
@@ -18,26 +18,34 @@ from itertools import count, islice
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from torch.nn import functional
 
 from paris_ray.artifacts import Folder
 from paris_ray.bundle import Bundle, load_bundle
 from paris_ray.config import LoRAConfig
+from paris_ray.diffusion import num_evaluations
 from paris_ray.exactness import MOST_TRIED
 from paris_ray.models import layers, lora
 from paris_ray.models.lora import Adapter
 from paris_ray.models.peft_layout import save_adapter
 from paris_ray.sampling.calls import ROUTER, ExpertCall
-from paris_ray.sampling.engine import Batch, Engine, Event, Limits, Ticket
+from paris_ray.sampling.engine import Batch, Engine, Event, Finished, Limits, Ticket
 from paris_ray.sampling.guidance import KeyedText
 from paris_ray.sampling.local import LocalModels
-from paris_ray.sampling.sampler import initial_noise, sampling_options, start_denoising
+from paris_ray.sampling.sampler import (
+    SamplingOptions,
+    initial_noise,
+    sampling_options,
+    start_denoising,
+)
 
 ARRIVALS = 300
 BUSY = 16  # pictures that are being drawn when another arrives
 ADAPTERS = ("a", "b", "c")
 ROUNDS = 200
 FEW_ROUNDS = 20
+KINDS, MIXES = 40, 200
 
 
 def report(what: str, values: Sequence[float], sign: str, bar: float) -> bool:
@@ -166,16 +174,41 @@ def texts(bundle: Bundle) -> None:
 
 def together(bundle: Bundle) -> None:
     """What a picture costs, with its text, that is drawn with others, all models in one process."""
-    models, numbers = LocalModels(bundle), count()
+    models, numbers, options = LocalModels(bundle), count(), sampling_options(bundle)
 
     def draw_all(size: int) -> None:
         """Draw BUSY pictures, so many at a time."""
         for _ in range(BUSY // size):
-            _draw(bundle, models, _new_prompts(bundle, numbers, size))
+            prompts = _new_prompts(bundle, numbers, size)
+            _draw(bundle, models, prompts, [options] * size, range(size))
 
     draw_all(BUSY)
     cost = _ratio(partial(draw_all, BUSY), partial(draw_all, 1), FEW_ROUNDS)
     report(f"cost of a picture among {BUSY} over one alone", [cost], "<=", 0.33)
+
+
+def mixes(bundle: Bundle) -> None:
+    """Pictures of all kinds, in any mix, get the bytes that each gets alone."""
+    chance, models = random.Random(0), LocalModels(bundle)
+    kinds = [_any_options(bundle, chance) for _ in range(KINDS)]
+    prompts = _new_prompts(bundle, count(), KINDS)
+    alone = [_draw(bundle, models, [prompts[i]], [kinds[i]], [i])[0] for i in range(KINDS)]
+    unlike = 0
+    for _ in range(MIXES):
+        mix = chance.sample(range(KINDS), chance.randint(2, BUSY))
+        drawn = _draw(bundle, models, [prompts[i] for i in mix], [kinds[i] for i in mix], mix)
+        unlike += sum(not torch.equal(alone[i], got) for i, got in zip(mix, drawn, strict=True))
+    report(f"pictures of {MIXES} random mixes that differ from each alone", [unlike], "<=", 0)
+
+
+def _any_options(bundle: Bundle, chance: random.Random) -> SamplingOptions:
+    return sampling_options(
+        bundle,
+        num_inference_steps=chance.randint(1, 8),
+        guidance_scale=chance.choice([1.0, 2.0, 7.5]),
+        routing=chance.choice(["top-1", "top-2", "full"]),
+        solver=chance.choice(["euler", "heun", "ab2", "dpm++2m"]),
+    )
 
 
 def _new_prompts(bundle: Bundle, numbers: Iterator[int], size: int) -> list[str]:
@@ -184,22 +217,31 @@ def _new_prompts(bundle: Bundle, numbers: Iterator[int], size: int) -> list[str]
     return [f"{prompts[n % len(prompts)]} {n}" for n in islice(numbers, size)]
 
 
-def _draw(bundle: Bundle, models: LocalModels, prompts: Sequence[str]) -> None:
-    """Draw a picture of each prompt, for a request each, all at once."""
-    every, options = (ROUTER, *range(bundle.num_experts)), sampling_options(bundle)
-    engine, text = Engine(every, Limits()), bundle.encode_text(prompts)
-    for i in range(len(prompts)):
+def _draw(
+    bundle: Bundle,
+    models: LocalModels,
+    prompts: Sequence[str],
+    kinds: Sequence[SamplingOptions],
+    seeds: Sequence[int],
+) -> list[Tensor]:
+    """Return the latents of a picture of each prompt, for a request each, all at once."""
+    every, text = (ROUTER, *range(bundle.num_experts)), bundle.encode_text(prompts)
+    engine, told = Engine(every, Limits()), [list[Event]() for _ in prompts]
+    for i, (options, seed) in enumerate(zip(kinds, seeds, strict=True)):
         ticket = engine.admit(
             "bench",
             num_pictures=1,
-            evaluations=options.num_inference_steps,
+            evaluations=num_evaluations(options.solver, options.num_inference_steps),
             timeout_s=1e9,
-            listener=lambda event: None,
+            listener=told[i].append,
             now=0.0,
         )
-        engine.start(ticket, [start_denoising(bundle, text.rows(slice(i, i + 1)), [i], options)], 0)
+        text_of_one = text.rows(slice(i, i + 1))
+        engine.start(ticket, [start_denoising(bundle, text_of_one, [seed], options)], 0)
     while (batch := engine.take(every, 0.0)) is not None:
         engine.answer(batch, models.answer(batch.calls), 0.0)
+    ends = [events[-1] for events in told]
+    return [end.samples[0].latents for end in ends if isinstance(end, Finished)]
 
 
 def _calls(bundle: Bundle, expert: int, loras: Sequence[str | None]) -> list[ExpertCall]:
@@ -239,6 +281,7 @@ PARTS = {
     "adapters": adapters,
     "texts": texts,
     "together": together,
+    "mixes": mixes,
 }
 
 

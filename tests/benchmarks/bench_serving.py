@@ -10,7 +10,6 @@ alternation. Nothing is asserted: a bar that is missed is printed as missed.
 import argparse
 import asyncio
 import copy
-import itertools
 import os
 import random
 import shutil
@@ -18,147 +17,23 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import httpx
 from bench_engine import report
+from serving_load import CLIENTS, IMAGES, NUMBERS, Bench, Bodies, Load, ask, load, shoot
 
 from jobs.command import ray_session
-from jobs.local_cluster import LOOPBACK, SERVE_EDGE, free_port
+from jobs.local_cluster import LOOPBACK, SERVE_EDGE
 
-IMAGES = "v1/images/generations"
-CLIENTS = 16
 ROUNDS = 3
 PAPER_SECONDS = 20.0
 CANCELS = 1000
 KILL_PERIOD_S = 10.0
-NUMBERS = itertools.count()  # of the requests of this run
-Bodies = Callable[[int], dict[str, Any]]
-
-
-@dataclass
-class Load:
-    """What clients saw.
-
-    Attributes:
-        seconds: Of each request.
-        statuses: How many answers had each status; -1 where there was none.
-        elapsed_s: Of all.
-        not_json: How many answers were not JSON.
-        failures: What answers of 500 and more said.
-    """
-
-    seconds: list[float] = field(default_factory=list)
-    statuses: dict[int, int] = field(default_factory=dict)
-    elapsed_s: float = 0.0
-    not_json: int = 0
-    failures: list[str] = field(default_factory=list)
-
-    @property
-    def rate(self) -> float:
-        """Pictures a second."""
-        return self.statuses.get(200, 0) / self.elapsed_s
-
-    def milliseconds(self, share: float) -> float:
-        """The latency that a share of the requests did not exceed."""
-        return (
-            1000 * sorted(self.seconds)[min(len(self.seconds) - 1, int(share * len(self.seconds)))]
-        )
-
-
-async def load(url: str, bodies: Bodies, clients: int, seconds: float) -> Load:
-    """Let some clients ask one request after the other for some seconds."""
-    result = Load()
-    began = time.perf_counter()
-
-    async def client() -> None:
-        async with httpx.AsyncClient(base_url=url, timeout=300) as http:
-            while time.perf_counter() - began < seconds:
-                await ask(http, bodies(next(NUMBERS)), result)
-
-    await asyncio.gather(*(client() for _ in range(clients)))
-    result.elapsed_s = time.perf_counter() - began
-    return result
-
-
-async def ask(http: httpx.AsyncClient, body: dict[str, Any], result: Load) -> None:
-    """Send one request and note what came of it."""
-    began = time.perf_counter()
-    try:
-        answer = await http.post(IMAGES, json=body)
-        status = answer.status_code
-        if status >= 500:
-            result.failures.append(answer.text)
-        result.not_json += not answer.headers["content-type"].startswith("application/json")
-    except httpx.HTTPError:
-        status = -1
-    result.statuses[status] = result.statuses.get(status, 0) + 1
-    result.seconds.append(time.perf_counter() - began)
-
-
-class Bench:
-    """One Serve of this run.
-
-    Args:
-        bundle: Path of a bundle.
-        seconds: Of each measurement.
-    """
-
-    def __init__(self, bundle: str, seconds: float) -> None:
-        from paris_ray.bundle import load_bundle
-
-        self.bundle, self.seconds, self.port = bundle, seconds, free_port()
-        self.prompts = load_bundle(bundle).facts.example_prompts
-
-    def bodies(self, number: int) -> dict[str, Any]:
-        """Requests for one picture, of captions that different experts draw.
-
-        No two have the same prompt: what is remembered of a prompt must not flatter anything.
-        """
-        prompt = self.prompts[number % len(self.prompts)]
-        return {"prompt": f"{prompt} {number}", "seed": number}
-
-    @contextmanager
-    def application(self, *, warm: int = CLIENTS, **args: Any) -> Iterator[str]:
-        """Serve the bundle, warm by so many clients; give the URL."""
-        from ray import serve
-
-        from serve.app import AppArgs, build
-
-        serve.run(build(AppArgs(bundle=self.bundle, **args)), name="bench", route_prefix="/bench")
-        url = f"http://{LOOPBACK}:{self.port}/bench/"
-        self.run(url, warm, 3)
-        yield url
-        serve.delete("bench")
-
-    def run(self, url: str, clients: int, seconds: float | None = None) -> Load:
-        """Let some clients ask for pictures of all captions."""
-        return asyncio.run(load(url, self.bodies, clients, seconds or self.seconds))
-
-    def in_process(self) -> float:
-        """Pictures a second of `generate`, one after the other, in a process of its own."""
-        code = f"""
-import time, torch
-torch.set_num_threads(1)
-from paris_ray.bundle import load_bundle
-from paris_ray.reports import png_bytes
-from paris_ray.sampling import generate
-bundle = load_bundle({self.bundle!r})
-prompts, count = bundle.facts.example_prompts, 0
-generate(bundle, prompts[:1], num_inference_steps=1, routing="full")
-began = time.perf_counter()
-while time.perf_counter() - began < {self.seconds}:
-    prompt = prompts[count % len(prompts)]
-    png_bytes(generate(bundle, [f"{{prompt}} {{count}}"], seed=count)[0])
-    count += 1
-print(count / (time.perf_counter() - began))
-"""
-        command = [sys.executable, "-c", code]
-        return float(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+SCALING_S = 300.0
 
 
 def batching(bench: Bench) -> None:
@@ -234,12 +109,6 @@ def write_paper_bundle(source: str, folder: Path) -> None:
     publish(Folder(folder / "bundle"), BUNDLE, config_digest="", parents={}, facts={})
     for name in models:
         shutil.rmtree(folder / name)
-
-
-def engine(bench: Bench) -> None:
-    """What needs no Serve, in a process of its own."""
-    script = Path(__file__).with_name("bench_engine.py")
-    subprocess.run([sys.executable, str(script), "--bundle", bench.bundle], check=True)
 
 
 def skew(bench: Bench) -> None:
@@ -417,6 +286,42 @@ async def under_fire(url: str, bodies: Bodies, deployment: str, clients: int) ->
     return seen
 
 
+def scaling(bench: Bench) -> None:
+    """Samplers and an expert grow to three under load, and shrink to one under less."""
+    policy = {"period_s": 1, "pictures_per_sampler": 4, "calls_per_expert": 1}
+    sizes = {"sampler": {"max_replicas": 3}, "experts": {0: {"max_replicas": 3}}}
+    bodies = lambda i: bench.bodies(i) | {"routing": "full"}  # noqa: E731
+    with bench.growing(scaling=policy | {"downscale_delay_s": 3}, **sizes) as url:
+        for clients, count in ((CLIENTS, 3), (1, 1)):
+            seen, done = asyncio.run(until_there_are(count, url, bodies, clients))
+            when = f"after {seen.elapsed_s:.0f} s" if done else "never"
+            print(f"- {clients} clients, {count} replicas of each {when}: {seen.statuses}")
+            failed = sum(number for status, number in seen.statuses.items() if status != 200)
+            report("requests that failed", [failed], "<=", 0)
+            report("answers that are not JSON", [seen.not_json], "<=", 0)
+
+
+async def until_there_are(count: int, url: str, bodies: Bodies, clients: int) -> tuple[Load, bool]:
+    """Load some clients until there are so many replicas; return whether that came in time."""
+    from ray import serve
+
+    def there() -> bool:
+        deployments = serve.status().applications["bench"].deployments
+        running = (deployments[name].replica_states for name in ("Sampler", "Expert-0"))
+        return all(states.get("RUNNING", 0) == count for states in running)
+
+    async def watch() -> None:
+        while not await asyncio.to_thread(there):
+            await asyncio.sleep(1)
+        over.set()
+
+    over = asyncio.Event()
+    watching = asyncio.create_task(watch())
+    seen = await load(url, bodies, clients, SCALING_S, over)
+    watching.cancel()
+    return seen, over.is_set()
+
+
 READY = """
 import time
 began = time.perf_counter(), time.process_time()
@@ -462,20 +367,7 @@ def ready(bench: Bench) -> None:
     report("B/2 on CPU: seconds until another replica is ready", seconds[1:], "<=", 3)
 
 
-async def shoot(deployments: Sequence[str], period_s: float) -> None:
-    """Kill a replica of some deployments, by the beginning of their names, every so often."""
-    import ray
-
-    while True:
-        await asyncio.sleep(period_s)
-        names = [actor["name"] for actor in ray.util.list_named_actors(all_namespaces=True)]
-        targets = [n for n in names if any(f"bench#{d}" in n for d in deployments)]
-        if targets:
-            ray.kill(ray.get_actor(random.choice(targets), namespace="serve"))
-
-
 PARTS = {
-    "engine": engine,
     "batching": batching,
     "paper": paper,
     "skew": skew,
@@ -484,6 +376,7 @@ PARTS = {
     "capacity": capacity,
     "clock": clock,
     "kills": kills,
+    "scaling": scaling,
     "ready": ready,
 }
 

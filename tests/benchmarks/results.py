@@ -3,10 +3,10 @@
     make bench        or        python tests/benchmarks/results.py [SECTION ...]
 
 With `--write docs/results.md` they also replace those in the document, between
-`<!-- bench: SECTION -->` and `<!-- end -->`. All of them take more than half an hour on two cores
-that do nothing else. `distilled`, `solvers`, `last_resort`, `serving`, `capacity`, `kills`,
-`replicas` and `data` need the run that `quickstart` leaves, `few_steps` that it is distilled.
-Nothing is asserted.
+`<!-- bench: SECTION -->` and `<!-- end -->`. All of them take more than an hour on two cores that
+do nothing else. `distilled`, `solvers`, `last_resort`, `engine`, `serving`, `capacity`, `kills`,
+`scaling`, `replicas` and `data` need the run that `quickstart` leaves, `few_steps` that it is
+distilled. Nothing is asserted.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from paris_ray.evaluation.summary import comparison, headline
 from paris_ray.run import EVALUATION, ROUTER, Run
 
 _IS_ASIDE = re.compile(r"# |.*\(raylet\)")  # a title, or what Ray says of processes that end
-SERVING = ("engine", "batching", "paper", "skew", "cancelling", "clock")
+SERVING = ("batching", "paper", "skew", "cancelling", "clock")
 TOO_MUCH = ("overload", "capacity")
 HERE = Path(__file__).parent
 REPOSITORY = HERE.parents[1]
@@ -140,9 +140,11 @@ SECTIONS: dict[str, Callable[[Path], str]] = {
     "few_steps": script("bench_few_steps.py", "{runs}/quickstart"),
     "solvers": script("bench_solvers.py", "{runs}/quickstart"),
     "last_resort": script("bench_last_resort.py", "{runs}/quickstart"),
+    "engine": script("bench_engine.py", "--bundle", "{runs}/quickstart/bundle"),
     "serving": script("bench_serving.py", "--bundle", "{runs}/quickstart/bundle", *SERVING),
     "capacity": script("bench_serving.py", "--bundle", "{runs}/quickstart/bundle", *TOO_MUCH),
     "kills": script("bench_serving.py", "--bundle", "{runs}/quickstart/bundle", "kills"),
+    "scaling": script("bench_serving.py", "--bundle", "{runs}/quickstart/bundle", "scaling"),
     "replicas": script("bench_serving.py", "--bundle", "{runs}/quickstart/bundle", "ready"),
     "models": script("bench_models.py"),
     "memory": script("bench_memory.py"),

@@ -25,7 +25,7 @@ from typing import Any
 import httpx
 import psutil
 from bench_engine import report
-from bench_serving import IMAGES, Load, ask, shoot
+from serving_load import IMAGES, Load, ask, shoot
 
 from jobs.command import ray_session
 from jobs.local_cluster import LOOPBACK, SERVE_EDGE, free_port

@@ -137,3 +137,12 @@ def test_the_encoder_is_tried_at_the_start_if_bytes_are_to_be_equal(
     )
     draw_all(sampler, requests_of(tiny_bundle_path, [["a red cat"], ["blue dog"]]))
     assert sizes == ([1, 1] if exact else [2])
+
+
+def test_passes_of_small_experts_are_computed_one_after_the_other(
+    tiny_bundle_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: 3)
+    assert sampler_of(tiny_bundle_path)._num_computations == 1
+    monkeypatch.setattr("serve.sampler.SHORT_PASS_S", 0.0)
+    assert sampler_of(tiny_bundle_path)._num_computations == 3

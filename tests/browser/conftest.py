@@ -80,6 +80,7 @@ def url(
     application["args"] |= {
         "bundle": str(bundle_path),
         "colocated": True,
+        "ingress": {"num_replicas": 1},
         "loras": {"mine": {"path": str(lora_path)}},
         "limits": {"max_active_pictures": 4, "max_waiting_pictures": 8},
     }

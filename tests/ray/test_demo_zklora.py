@@ -20,6 +20,7 @@ from paris_ray.embeddings import to_table, write_part
 from paris_ray.errors import ParisError
 from paris_ray.reports import png_bytes
 from paris_ray.zklora.identity import Identity
+from tests.long_tests import chaos
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 NUM_EXPERTS = 3
@@ -68,12 +69,9 @@ def processes_of(folder: Path) -> list[str]:
     return [" ".join(line) for line in found if any(str(folder) in word for word in line)]
 
 
-@pytest.mark.ray
-def test_an_interrupted_demo_stops_its_parties_and_is_finished_by_the_next(
-    finished_run: Path, tmp_path: Path
-) -> None:
-    folder = tmp_path / "demo"
-    demo = start_demo(finished_run, folder)
+def interrupt_demo(run: Path, folder: Path) -> None:
+    """Stop a demo when its adapter is trained; it stops its parties."""
+    demo = start_demo(run, folder)
     shown = read_until(demo, "budget: 64 rows of ")
     assert "contributor is ready" in shown
     parties = processes_of(folder)
@@ -83,8 +81,15 @@ def test_an_interrupted_demo_stops_its_parties_and_is_finished_by_the_next(
     assert demo.returncode == 128 + signal.SIGTERM
     assert not processes_of(folder)
 
+
+@pytest.mark.ray
+@pytest.mark.parametrize("interrupted", [False, pytest.param(True, marks=chaos)])
+def test_a_demo_is_finished_once(finished_run: Path, tmp_path: Path, interrupted: bool) -> None:
+    folder = tmp_path / "demo"
+    if interrupted:
+        interrupt_demo(finished_run, folder)
     shown, _ = start_demo(finished_run, folder).communicate(timeout=400)
-    assert f"trained already, kept: {folder / 'night'}" in shown, shown
+    assert (f"trained already, kept: {folder / 'night'}" in shown) == interrupted, shown
     check_what_there_is(folder, shown)
     assert not processes_of(folder)
 

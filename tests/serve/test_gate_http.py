@@ -24,6 +24,7 @@ import yaml
 from jobs.local_cluster import free_port
 from paris_ray.api_keys import digest_of
 from serve.gate import MAX_BODY_BYTES
+from tests.long_tests import chaos
 
 pytestmark = pytest.mark.serve
 
@@ -68,12 +69,12 @@ class Server:
 
     def wait_until_served(self, path: str, timeout_s: float = 180) -> None:
         deadline = time.monotonic() + timeout_s
-        while not self._is_served(path):
+        while not self.serves(path):
             assert self._process.poll() is None, self.log
             assert time.monotonic() < deadline, self.log
             time.sleep(0.2)
 
-    def _is_served(self, path: str) -> bool:
+    def serves(self, path: str) -> bool:
         try:
             return httpx.get(f"http://127.0.0.1:{self.port}{path}").status_code == 200
         except httpx.TransportError:
@@ -443,42 +444,61 @@ def test_strangers_behind_a_proxy_of_this_machine_need_a_key(
         assert client.get(f"{url}/keyed/v1/models", headers=as_local | KEY).status_code == 200
 
 
-def test_unsafe_starts_are_refused(tiny_bundle_path: Path, tmp_path: Path) -> None:
-    """Three servers at a time, and of one of them two applications."""
+NO_EDGE = {"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": ""}
+HA_PROXY = {"RAY_SERVE_ENABLE_HA_PROXY": "1"}
+HOST_REFUSED = "http_options.host='0.0.0.0' is not allowed without api_key_file"
+NO_EDGE_REFUSED = "Start every node of Ray with RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"
+HA_PROXY_REFUSED = "RAY_SERVE_ENABLE_DIRECT_INGRESS=1 are not allowed without api_key_file"
+
+
+@pytest.fixture
+def keys(tmp_path: Path) -> dict[str, str]:
     (tmp_path / "key").write_text("s3cret")
-    late = {"api_key_file": str(tmp_path / "key"), "timeout_s": LIMIT_S}
-    both = [paris("open", tiny_bundle_path), paris("late", tiny_bundle_path, **late)]
-    starts: list[tuple[str, list[dict[str, Any]], dict[str, str], list[str]]] = [
-        (
-            "0.0.0.0",
-            both,
-            {},
-            [
-                "http_options.host='0.0.0.0' is not allowed without api_key_file",
-                f"timeout_s={LIMIT_S} is not allowed",
-            ],
-        ),
-        (
-            "127.0.0.1",
-            both[:1],
-            {"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": ""},
-            ["Start every node of Ray with RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"],
-        ),
-        (
-            "127.0.0.1",
-            both[:1],
-            {"RAY_SERVE_ENABLE_HA_PROXY": "1"},
-            ["are not allowed without api_key_file"],
-        ),
-    ]
-    with contextlib.ExitStack() as stack:
-        servers = []
-        for number, (host, apps, env, _) in enumerate(starts):
-            folder = tmp_path / str(number)
-            folder.mkdir()
-            servers.append(Server(folder, host, apps, **env))
-            stack.callback(servers[-1].stop)
-        for server, (_, apps, _, told) in zip(servers, starts, strict=True):
-            for text in told:
-                server.wait_for(text)
-            assert not any(server._is_served(f"{app['route_prefix']}/") for app in apps)
+    return {"api_key_file": str(tmp_path / "key")}
+
+
+def test_unsafe_applications_are_refused(
+    tiny_bundle_path: Path, keys: dict[str, str], tmp_path: Path
+) -> None:
+    """Each by itself, in one Ray: an Ingress has the environment that its node would have."""
+
+    def unsafe(name: str, env: dict[str, str] | None = None, **args: object) -> dict[str, Any]:
+        # It is an Ingress that refuses to start; no Sampler need have started.
+        app = paris(name, tiny_bundle_path, sampler={"num_cpus": 10_000}, **args)
+        options = SMALL | {"runtime_env": {"env_vars": env or {}}}
+        return app | {"deployments": [{"name": "Ingress", "ray_actor_options": options}]}
+
+    refused = {
+        HOST_REFUSED: unsafe("open"),
+        f"timeout_s={LIMIT_S} is not allowed": unsafe("late", timeout_s=LIMIT_S, **keys),
+        NO_EDGE_REFUSED: unsafe("bare", NO_EDGE, **keys),
+        HA_PROXY_REFUSED: unsafe("direct", HA_PROXY),
+    }
+    server = Server(tmp_path, "0.0.0.0", list(refused.values()))
+    try:
+        for text in refused:
+            server.wait_for(text)
+        assert not any(server.serves(f"{app['route_prefix']}/") for app in refused.values())
+    finally:
+        server.stop()
+
+
+@chaos
+@pytest.mark.parametrize(
+    ("host", "env", "refused"),
+    [
+        ("0.0.0.0", {}, HOST_REFUSED),
+        ("127.0.0.1", NO_EDGE, NO_EDGE_REFUSED),
+        ("127.0.0.1", HA_PROXY, HA_PROXY_REFUSED),
+    ],
+)
+def test_an_unsafe_start_is_refused(
+    tiny_bundle_path: Path, tmp_path: Path, host: str, env: dict[str, str], refused: str
+) -> None:
+    """A Ray each, all of which has the environment."""
+    server = Server(tmp_path, host, [paris("open", tiny_bundle_path)], **env)
+    try:
+        server.wait_for(refused)
+        assert not server.serves("/open/")
+    finally:
+        server.stop()

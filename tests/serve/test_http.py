@@ -41,6 +41,37 @@ def told_path(tiny_bundle_path: Path, tmp_path_factory: pytest.TempPathFactory) 
     return path
 
 
+@pytest.fixture(scope="module")
+def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
+    return Authority(tmp_path_factory.mktemp("authority"))
+
+
+KEY = {"Authorization": "Bearer s3cret"}
+
+
+@pytest.fixture(scope="module")
+def guarded_url(
+    start_app: Callable[..., str],
+    told_path: Path,
+    authority: Authority,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> str:
+    """A bundle that tells of its experts, for those who have KEY.
+
+    Pictures are signed, and keep their size.
+    """
+    key_file = tmp_path_factory.mktemp("guarded") / "key"
+    key_file.write_text("s3cret\n")
+    return start_app(
+        "guarded",
+        bundle=str(told_path),
+        colocated=True,
+        api_key_file=str(key_file),
+        max_size=None,
+        signing=authority.issue().model_dump(),
+    )
+
+
 def draw(client: httpx.Client, **body: object) -> dict[str, Any]:
     response = client.post(IMAGES, json=body)
     assert response.status_code == 200, response.text
@@ -84,10 +115,9 @@ def test_requests_at_the_same_time_do_not_mix(client: httpx.Client, bundle: Bund
         np.testing.assert_array_equal(drawn(answer), expected(bundle, **settings))
 
 
-def test_colocated_experts_draw_the_same(start_app: Callable[..., str], bundle: Bundle) -> None:
-    url = start_app("colocated", colocated=True)
+def test_colocated_experts_draw_the_same(colocated_url: str, bundle: Bundle) -> None:
     settings = SETTINGS[1]
-    with httpx.Client(base_url=url, timeout=60) as client:
+    with httpx.Client(base_url=colocated_url, timeout=60) as client:
         np.testing.assert_array_equal(drawn(draw(client, **settings)), expected(bundle, **settings))
 
 
@@ -105,8 +135,8 @@ def test_response_tells_how_to_draw_the_pictures_again(client: httpx.Client) -> 
     assert again["paris"] == told | {"id": again["paris"]["id"]}
 
 
-def test_openai_client(url: str, bundle: Bundle) -> None:
-    client = openai.OpenAI(base_url=f"{url}/v1", api_key="none")
+def test_openai_client(separate_url: str, bundle: Bundle) -> None:
+    client = openai.OpenAI(base_url=f"{separate_url}/v1", api_key="none")
     assert [model.id for model in client.models.list()] == ["tiny"]
     answer = client.images.generate(model="tiny", prompt="a cat", n=2, extra_body={"seed": 5})
     pictures = np.stack([decode(picture.b64_json) for picture in answer.data])
@@ -138,7 +168,7 @@ def test_models(client: httpx.Client) -> None:
     }
 
 
-def test_experts(client: httpx.Client, start_app: Callable[..., str], told_path: Path) -> None:
+def test_experts(client: httpx.Client, guarded_url: str) -> None:
     def expert(k: int, **told: Any) -> dict[str, Any]:
         return {"expert": k, "rows": None, "words": [], "pictures": [], "loras": []} | told
 
@@ -146,8 +176,7 @@ def test_experts(client: httpx.Client, start_app: Callable[..., str], told_path:
         "object": "list",
         "data": [expert(k) for k in range(3)],
     }
-    url = start_app("told", colocated=True, bundle=str(told_path))
-    assert httpx.get(f"{url}/v1/experts").json()["data"] == [
+    assert httpx.get(f"{guarded_url}/v1/experts", headers=KEY).json()["data"] == [
         expert(k, rows=9, words=["cat"], pictures=["aGk="]) for k in range(3)
     ]
 
@@ -303,17 +332,14 @@ def test_without_a_key_only_this_machine_is_served(client: httpx.Client) -> None
         assert client.get(path, headers={"Host": "localhost:8000"}).status_code == 200
 
 
-def test_api_key(start_app: Callable[..., str], tmp_path: Path) -> None:
-    key_file = tmp_path / "key"
-    key_file.write_text("s3cret\n")
-    url = start_app("keyed", colocated=True, api_key_file=str(key_file))
-    with httpx.Client(base_url=url, timeout=60) as client:
+def test_api_key(guarded_url: str) -> None:
+    with httpx.Client(base_url=guarded_url, timeout=60) as client:
         for header in ("", "Bearer", "Bearer wrong", "Basic s3cret", b"Bearer \xff"):
             response = client.get("v1/models", headers={"Authorization": header})
             assert_error(response, 401, None, "invalid_api_key")
             assert response.headers["www-authenticate"] == "Bearer"
         assert_error(client.post(IMAGES, json={"prompt": "a"}), 401, None, "invalid_api_key")
-        client.headers["Authorization"] = "Bearer s3cret"
+        client.headers.update(KEY)
         client.headers["Host"] = "pictures.example"  # with a key, other machines may ask
         assert client.get("v1/models").status_code == 200
         assert len(draw(client, prompt="a cat")["data"]) == 1
@@ -325,16 +351,20 @@ def test_retrieve_a_model(client: httpx.Client) -> None:
     assert_error(client.get("v1/models/a/b"), 404, "model", "model_not_found")
 
 
-def test_aliases(start_app: Callable[..., str], bundle: Bundle) -> None:
-    url = start_app("aliased", colocated=True, aliases={"dall-e-3": "tiny"}, max_size=None)
-    with httpx.Client(base_url=url, timeout=60) as client:
-        assert [m["id"] for m in client.get("v1/models").json()["data"]] == ["tiny", "dall-e-3"]
+def test_aliases(colocated_url: str, bundle: Bundle) -> None:
+    with httpx.Client(base_url=colocated_url, timeout=60) as client:
+        names = [m["id"] for m in client.get("v1/models").json()["data"]]
+        assert names == ["tiny", "gpt-image-1", "dall-e-2", "dall-e-3"]
         assert client.get("v1/models/dall-e-3").json()["id"] == "dall-e-3"
         answer = draw(client, prompt="a cat", seed=1, model="dall-e-3")
         np.testing.assert_array_equal(drawn(answer), expected(bundle, "a cat", seed=1))
         assert answer["paris"]["model"] == "tiny"
-        response = client.post(IMAGES, json={"prompt": "a cat", "size": "64x64"})
-        assert_error(response, 400, "size", "invalid_value")
+
+
+def test_where_pictures_keep_their_size_another_is_refused(guarded_url: str) -> None:
+    body = {"prompt": "a cat", "size": "64x64"}
+    response = httpx.post(f"{guarded_url}/{IMAGES}", json=body, headers=KEY, timeout=60)
+    assert_error(response, 400, "size", "invalid_value")
 
 
 @pytest.mark.parametrize("aliases", [{"x": "other"}, {"tiny": "tiny"}])
@@ -346,11 +376,9 @@ def test_aliases_of_another_model_are_not_deployed(
 
 
 def test_a_server_signs_its_pictures(
-    start_app: Callable[..., str], bundle: Bundle, tmp_path: Path
+    guarded_url: str, authority: Authority, bundle: Bundle
 ) -> None:
-    authority = Authority(tmp_path)
-    url = start_app("signed", colocated=True, signing=authority.issue().model_dump())
-    with httpx.Client(base_url=url, timeout=60) as client:
+    with httpx.Client(base_url=guarded_url, headers=KEY, timeout=60) as client:
         (picture,) = draw(client, prompt="a red cat", seed=7)["data"]
         file = base64.b64decode(picture["b64_json"])
         assert authority.read(file, "png").get_validation_state() == "Trusted"
@@ -378,7 +406,7 @@ def test_files_and_sizes(client: httpx.Client, bundle: Bundle) -> None:
         assert Image.open(io.BytesIO(file)).size == (100, 100)
 
 
-def test_links(client: httpx.Client, start_app: Callable[..., str]) -> None:
+def test_links(client: httpx.Client, colocated_url: str) -> None:
     body = {
         "prompt": "a cat",
         "seed": 5,
@@ -395,9 +423,8 @@ def test_links(client: httpx.Client, start_app: Callable[..., str]) -> None:
         assert (got.status_code, got.headers["content-type"]) == (200, "image/webp")
         assert got.content == file
     # Another application of this cluster has the secret, and a memory of its own.
-    other = start_app("other-replica", colocated=True)
     token = answer["data"][1]["url"].rpartition("/")[2]
-    assert httpx.get(f"{other}/v1/images/files/{token}", timeout=60).content == files[1]
+    assert httpx.get(f"{colocated_url}/v1/images/files/{token}", timeout=60).content == files[1]
     stem = token.removesuffix(".webp")
     for bad in (f"{stem[:-9]}.webp", f"{stem}.png", "x.webp", "%E2%82%AC.webp"):
         assert_error(client.get(f"v1/images/files/{bad}"), 404, "token", "link_expired")

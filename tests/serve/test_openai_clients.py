@@ -25,15 +25,8 @@ IMAGES = "v1/images/generations"
 
 
 @pytest.fixture(scope="module")
-def aliased_url(start_app: Any) -> str:
-    """An application under the names that tools insist on."""
-    aliases = dict.fromkeys(("gpt-image-1", "dall-e-2", "dall-e-3"), "tiny")
-    return start_app("openai", colocated=True, aliases=aliases)
-
-
-@pytest.fixture(scope="module")
-def sdk(aliased_url: str) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{aliased_url}/v1", api_key="none", max_retries=0) as client:
+def sdk(colocated_url: str) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{colocated_url}/v1", api_key="none", max_retries=0) as client:
         yield client
 
 
@@ -105,9 +98,9 @@ def test_streams(sdk: openai.OpenAI, bundle: Bundle) -> None:
     np.testing.assert_array_equal(pixels(completed.b64_json), expected(bundle, "a cat", 5))
 
 
-def test_streams_of_the_asynchronous_client(aliased_url: str, bundle: Bundle) -> None:
+def test_streams_of_the_asynchronous_client(colocated_url: str, bundle: Bundle) -> None:
     async def draw() -> Any:
-        async with openai.AsyncOpenAI(base_url=f"{aliased_url}/v1", api_key="none") as client:
+        async with openai.AsyncOpenAI(base_url=f"{colocated_url}/v1", api_key="none") as client:
             stream = await client.images.generate(
                 prompt="a cat", stream=True, partial_images=1, extra_body={"seed": 5}
             )
@@ -180,8 +173,8 @@ def node_client(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "client.mjs"
 
 
-def test_the_client_for_node(aliased_url: str, node_client: Path, bundle: Bundle) -> None:
-    command = ["node", node_client.name, f"{aliased_url}/v1"]
+def test_the_client_for_node(colocated_url: str, node_client: Path, bundle: Bundle) -> None:
+    command = ["node", node_client.name, f"{colocated_url}/v1"]
     run = subprocess.run(
         command, cwd=node_client.parent, capture_output=True, text=True, check=False, timeout=120
     )
@@ -242,9 +235,9 @@ TOOLS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("tool", TOOLS)
-def test_bodies_of_tools(aliased_url: str, tool: str) -> None:
+def test_bodies_of_tools(colocated_url: str, tool: str) -> None:
     body = TOOLS[tool]
-    answer = httpx.post(f"{aliased_url}/{IMAGES}", json=body, timeout=60)
+    answer = httpx.post(f"{colocated_url}/{IMAGES}", json=body, timeout=60)
     assert answer.status_code == 200, answer.text
     (picture,) = answer.json()["data"]
     assert set(picture) == {"url" if body.get("response_format") == "url" else "b64_json"}

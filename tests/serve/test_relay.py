@@ -6,9 +6,10 @@ import os
 import signal
 import socket
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,13 @@ from ray import serve
 
 from paris_ray.api_keys import digest_of
 from paris_ray.pictures import read_picture
-from paris_ray.sampling.engine import DeadlineError, QueueFullError
+from paris_ray.sampling.engine import QueueFullError
 from serve.drawing import Drawing, DrawRequest, Partial
 from serve.expert import OtherVersionError
 from serve.ingress import HttpOptions, Ingress
 from serve.routes import create_api
 from serve.source import BundleSource, Origin
+from tests.serve.applications import end_applications
 from tests.serve.waiting import wait_until
 
 pytestmark = pytest.mark.serve
@@ -53,27 +55,18 @@ def whole(request: DrawRequest) -> Drawing:
     return replace(drawing(request), missing_experts=[], last_resort=False)
 
 
-class FullSampler:
-    """Refuses everything, as the prompt says."""
-
-    async def draw(self, request: DrawRequest) -> Drawing:
-        raise {"full": QueueFullError("7 pictures wait already", 7, 2.5), "late": DeadlineError()}[
-            request.prompts[0]
-        ]
-
-    async def stream(self, request: DrawRequest) -> AsyncIterator[Drawing]:
-        yield await self.draw(request)
-
-
 class MortalSampler:
     """Dies with its first requests, after it has sent what there is to send.
 
     Args:
-        lives: A folder with a file a death that is still to come, or a `changed` bundle.
+        folder: `lives` has a file a death that is still to come, or a `changed` bundle; `closed`
+            keeps the next one from starting.
     """
 
-    def __init__(self, lives: str) -> None:
-        self._lives = Path(lives)
+    def __init__(self, folder: str) -> None:
+        self._lives = Path(folder) / "lives"
+        while (Path(folder) / "closed").exists():
+            time.sleep(0.1)
 
     def _die_if_it_is_time(self) -> None:
         for life in self._lives.iterdir():
@@ -92,19 +85,6 @@ class MortalSampler:
             if index == 1:
                 self._die_if_it_is_time()
         yield drawing(request)
-
-
-class CancelledSampler(MortalSampler):
-    """Dies with its first request; the next one is not ready as long as a file is there.
-
-    Args:
-        folder: `life` is a death that is still to come, `closed` keeps the next one from starting.
-    """
-
-    def __init__(self, folder: str) -> None:
-        super().__init__(str(Path(folder) / "lives"))
-        while (Path(folder) / "closed").exists():
-            time.sleep(0.1)
 
 
 class CountingSampler:
@@ -173,9 +153,10 @@ class EndlessSampler:
 Deploy = Callable[..., str]
 
 
-@pytest.fixture
-def deploy(serve_address: str, tiny_bundle_path: Path) -> Deploy:
-    """A function that serves a Sampler of the test's own, and returns the URL."""
+@contextmanager
+def deploying(address: str, bundle: Path) -> Iterator[Deploy]:
+    """Yield a function that serves a Sampler of the test's own, and returns the URL."""
+    names = []
 
     def start(
         name: str,
@@ -184,40 +165,58 @@ def deploy(serve_address: str, tiny_bundle_path: Path) -> Deploy:
         key_file: str | None = None,
         **options: Any,
     ) -> str:
-        small = {"ray_actor_options": {"num_cpus": 0.1}}
+        # As often as `serve.app` has it: who dies is replaced when Serve asks it next.
+        small = {"ray_actor_options": {"num_cpus": 0.1}, "health_check_period_s": 1}
         sampler = serve.deployment(name="Sampler", **small)(sampler_class).bind(*args)
         ingress = serve.deployment(name="Ingress", **small)(serve.ingress(create_api())(Ingress))
-        source = BundleSource(str(tiny_bundle_path))
+        source = BundleSource(str(bundle))
         app = ingress.bind(source, sampler, key_file, HttpOptions(**options))
+        names.append(name)
         serve.run(app, name=name, route_prefix=f"/{name}")
-        return f"{serve_address}/{name}"
+        return f"{address}/{name}"
 
-    return start
-
-
-def test_a_full_queue_and_a_late_picture(deploy: Deploy) -> None:
-    url = deploy("full", FullSampler)
-    for stream in (False, True):
-        body = {"prompt": "full", "stream": stream}
-        full = httpx.post(f"{url}/{IMAGES}", json=body, timeout=60)
-        assert full.status_code == 429
-        assert (full.headers["retry-after"], full.headers["x-paris-queue-position"]) == ("3", "7")
-        error = full.json()["error"]
-        assert (error["type"], error["code"]) == ("rate_limit_error", "queue_full")
-        assert "7 pictures wait already" in error["message"]
-        late = httpx.post(f"{url}/{IMAGES}", json=body | {"prompt": "late"}, timeout=60)
-        assert '"code":"timeout"' in late.text.replace(" ", "")
-        if not stream:  # which a busy machine has begun with 200
-            assert late.status_code == 408
-            assert late.headers["x-should-retry"] == "false"
-    serve.delete("full")
+    yield start
+    end_applications(names)
 
 
-def test_a_request_outlives_its_sampler(deploy: Deploy, tmp_path: Path) -> None:
-    url = deploy("mortal-sampler", MortalSampler, str(tmp_path))
+@pytest.fixture
+def deploy(serve_address: str, tiny_bundle_path: Path) -> Iterator[Deploy]:
+    with deploying(serve_address, tiny_bundle_path) as start:
+        yield start
+
+
+@dataclass(frozen=True)
+class Mortal:
+    """An application whose Sampler dies when a test says so; each test leaves it alive.
+
+    Attributes:
+        url: Of the application.
+        lives: A folder with a file a death, or a change of the bundle, that is still to come.
+        closed: While this file is there, no Sampler takes the place of a dead one.
+    """
+
+    url: str
+    lives: Path
+    closed: Path
+
+
+@pytest.fixture(scope="module")
+def mortal(
+    serve_address: str, tiny_bundle_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Mortal]:
+    folder = tmp_path_factory.mktemp("mortal")
+    (folder / "lives").mkdir()
+    with deploying(serve_address, tiny_bundle_path) as start:
+        url = start("mortal-sampler", MortalSampler, str(folder))
+        yield Mortal(url, folder / "lives", folder / "closed")
+
+
+def test_a_request_outlives_its_sampler(mortal: Mortal) -> None:
     for life in "ab":
-        (tmp_path / life).touch()
-    response = httpx.post(f"{url}/{IMAGES}", json={"prompt": "a cat", "seed": 3}, timeout=120)
+        (mortal.lives / life).touch()
+    response = httpx.post(
+        f"{mortal.url}/{IMAGES}", json={"prompt": "a cat", "seed": 3}, timeout=120
+    )
     assert response.status_code == 200, response.text
     assert response.json()["paris"]["seed"] == 3
     assert response.json()["paris"]["last_resort"] is True
@@ -226,29 +225,26 @@ def test_a_request_outlives_its_sampler(deploy: Deploy, tmp_path: Path) -> None:
         [2],
     )
     assert response.headers["x-paris-missing-experts"] == "2"
-    assert not list(tmp_path.iterdir())
-    (tmp_path / "c").touch()
+    assert not list(mortal.lives.iterdir())
+    (mortal.lives / "c").touch()
     body = {"prompt": "a cat", "stream": True, "partial_images": 3}
-    response = httpx.post(f"{url}/{IMAGES}", json=body, timeout=120)
-    assert not list(tmp_path.iterdir())
+    response = httpx.post(f"{mortal.url}/{IMAGES}", json=body, timeout=120)
+    assert not list(mortal.lives.iterdir())
     lines = [line for line in response.text.split("\n") if line.startswith("data: ")]
     events = [json.loads(line.removeprefix("data: ")) for line in lines]
     assert [event.get("partial_image_index") for event in events] == [0, 1, 2, None]
-    serve.delete("mortal-sampler")
 
 
-def test_a_request_outlives_a_change_of_bundle(deploy: Deploy, tmp_path: Path) -> None:
+def test_a_request_outlives_a_change_of_bundle(mortal: Mortal) -> None:
     """It is drawn again by a Sampler that is of the experts' bundle."""
-    url = deploy("changing-sampler", MortalSampler, str(tmp_path))
     for options in ({}, {"stream": True, "partial_images": 3}):
         for change in ("changed-a", "changed-b"):
-            (tmp_path / change).touch()
+            (mortal.lives / change).touch()
         body = {"prompt": "a cat", **options}
-        response = httpx.post(f"{url}/{IMAGES}", json=body, timeout=120)
+        response = httpx.post(f"{mortal.url}/{IMAGES}", json=body, timeout=120)
         assert response.status_code == 200, response.text
         assert "error" not in response.text
-        assert not list(tmp_path.iterdir())
-    serve.delete("changing-sampler")
+        assert not list(mortal.lives.iterdir())
 
 
 def cancelled(url: str, request_id: str) -> Any:
@@ -264,20 +260,16 @@ def cancelled(url: str, request_id: str) -> Any:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_request_between_two_samplers_can_be_cancelled(
-    deploy: Deploy, tmp_path: Path, stream: bool
-) -> None:
-    lives = tmp_path / "lives"
-    lives.mkdir()
-    url = deploy("between", CancelledSampler, str(tmp_path))
-    (lives / "a").touch()
-    (tmp_path / "closed").touch()
+def test_a_request_between_two_samplers_can_be_cancelled(mortal: Mortal, stream: bool) -> None:
+    url = mortal.url
+    mortal.closed.touch()
+    (mortal.lives / "a").touch()
     with ThreadPoolExecutor(2) as pool:
         body = {"prompt": "a cat", "stream": stream, "partial_images": 2 if stream else 0}
         pending = pool.submit(
             httpx.post, f"{url}/{IMAGES}", json=body, headers={"X-Request-Id": "mine"}, timeout=120
         )
-        while list(lives.iterdir()):
+        while list(mortal.lives.iterdir()):
             time.sleep(0.1)
         assert cancelled(url, "mine") == {"id": "mine", "cancelled": True, "step": 0}
         # So can one that comes while there is none.
@@ -289,9 +281,8 @@ def test_a_request_between_two_samplers_can_be_cancelled(
     for response in responses:
         assert "cancelled_error" in response.text
         assert response.status_code == 499 or stream  # a stream has perhaps begun with 200
-    (tmp_path / "closed").unlink()
+    mortal.closed.unlink()
     assert httpx.post(f"{url}/{IMAGES}", json={"prompt": "a cat"}, timeout=120).status_code == 200
-    serve.delete("between")
 
 
 def test_links_are_drawn_again_once_and_within_the_quotas(deploy: Deploy, tmp_path: Path) -> None:
@@ -348,8 +339,6 @@ def test_links_are_drawn_again_once_and_within_the_quotas(deploy: Deploy, tmp_pa
             break
         time.sleep(0.1)
     assert (gone.status_code, gone.json()["error"]["code"]) == (404, "link_expired")
-    for name in ("links-a", "links-b"):
-        serve.delete(name)
 
 
 def appears(path: Path) -> bool:
@@ -378,7 +367,6 @@ def test_a_client_that_hangs_up_stops_its_request(deploy: Deploy, tmp_path: Path
             hang_up(client)
             assert appears(tmp_path / prompt)
             assert pending.exception() is not None
-    serve.delete("endless")
 
 
 def hang_up(client: httpx.Client) -> None:
@@ -399,13 +387,12 @@ def test_the_operators_time_ends_a_request_whose_sampler_is_gone(
     response = httpx.post(f"{url}/{IMAGES}", json={"prompt": "a cat"}, timeout=60)
     assert response.status_code == 408
     assert response.json()["error"]["type"] == "timeout_error"
-    serve.delete("dying")
 
 
 def test_a_killed_sampler_costs_nobody_a_picture(
-    start_app: Callable[..., str], kill_replicas: Callable[[str, str], int]
+    colocated_url: str, kill_replicas: Callable[[str, str], int]
 ) -> None:
-    url = start_app("two-lives", colocated=True)
+    url = colocated_url
     body = {"prompt": "a cat", "seed": 1, "n": 4, "num_inference_steps": 100, "routing": "full"}
     before = httpx.post(f"{url}/{IMAGES}", json=body, timeout=120).json()
     with ThreadPoolExecutor(4) as pool:
@@ -413,7 +400,7 @@ def test_a_killed_sampler_costs_nobody_a_picture(
             pool.submit(httpx.post, f"{url}/{IMAGES}", json=body, timeout=120) for _ in "1234"
         ]
         wait_until(lambda: is_drawing(url))
-        assert kill_replicas("two-lives", "Sampler") == 1
+        assert kill_replicas("colocated", "Sampler") == 1
         assert not any(answer.done() for answer in answers)
         got = [answer.result() for answer in answers]
     assert [response.status_code for response in got] == [200] * 4
@@ -444,7 +431,6 @@ def test_a_killed_ingress_costs_nobody_a_picture(
         assert answer.result().status_code == 200, answer.result().text
     assert answer.result().json()["paris"]["seed"] == 3
     assert answer.result().headers["x-request-id"] == "mine"
-    serve.delete("mortal-ingress")
 
 
 def test_links_end_with_what_drew_their_pictures(deploy: Deploy, tmp_path: Path) -> None:
@@ -474,5 +460,3 @@ def test_links_end_with_what_drew_their_pictures(deploy: Deploy, tmp_path: Path)
     record, _ = read_picture(httpx.get(of_the_new, timeout=60).content)
     assert record.dtype == "bfloat16"  # the Sampler's, and not the Ingress's
     assert refusal(of_the_new.replace(first, second)) == (404, "link_expired")
-    for name in ("one", "two"):
-        serve.delete(name)

@@ -1,12 +1,11 @@
 """A real application while it grows, shrinks, gets another bundle or loses an expert for good.
 
-`make chaos` runs all of it, without and with HAProxy, which is a matter of the environment; what
-takes minutes is left out of `make test`.
+`make chaos` runs all of it, without and with HAProxy, which is a matter of the environment; of what
+takes minutes, `make test` runs a short form or nothing.
 """
 
 import base64
 import io
-import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,6 +22,8 @@ from ray.serve.schema import ServeDeploySchema
 from paris_ray.bundle import bundle_digest, load_bundle
 from paris_ray.pictures import read_picture
 from paris_ray.sampling import generate
+from tests.long_tests import CHAOS, chaos
+from tests.serve.applications import end_applications
 from tests.serve.waiting import WAIT_S, wait_until
 
 pytestmark = [
@@ -34,7 +35,9 @@ pytestmark = [
 IMAGES = "v1/images/generations"
 KEY = "s3cret"  # HAProxy mode is refused without one
 HEADERS = {"Authorization": f"Bearer {KEY}"}
-chaos = pytest.mark.skipif(os.environ.get("CHAOS") != "1", reason="minutes: make chaos")
+APP = "changing"
+INGRESS = {"num_replicas": 2 if CHAOS else 1}
+CLIENTS = 4 if CHAOS else 1
 
 
 class Load:
@@ -83,15 +86,20 @@ def running(app: str, deployment: str) -> int:
     return serve.status().applications[app].deployments[deployment].replica_states.get("RUNNING", 0)
 
 
-@pytest.fixture
-def key_file(tmp_path: Path) -> str:
-    (tmp_path / "key").write_text(KEY)
-    return str(tmp_path / "key")
+@pytest.fixture(scope="module")
+def key_file(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("keys") / "key"
+    path.write_text(KEY)
+    return str(path)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def deploy(serve_address: str, key_file: str) -> Iterator[Callable[..., str]]:
-    """A function that deploys an application as `serve deploy` does, and returns its URL."""
+    """A function that deploys an application as `serve deploy` does, and returns its URL.
+
+    What a test leaves is what the next one begins with, if it has the same name: Serve starts only
+    what differs.
+    """
     names = set()
 
     def apply(name: str, **args: Any) -> str:
@@ -108,8 +116,7 @@ def deploy(serve_address: str, key_file: str) -> Iterator[Callable[..., str]]:
         return f"{serve_address}/{name}"
 
     yield apply
-    for name in names:
-        serve.delete(name)
+    end_applications(names)
 
 
 def wait_for_application(name: str) -> None:
@@ -152,40 +159,6 @@ def test_from_one_to_three_and_back_without_a_failure(
     assert len(pictures) == 4  # of each seed one, whoever drew it
 
 
-def test_another_bundle_under_load_fails_nobody_and_mixes_with_none(
-    deploy: Callable[..., str], tiny_bundle_path: Path, other_bundle_path: Path
-) -> None:
-    paths = {bundle_digest(str(path)): path for path in (tiny_bundle_path, other_bundle_path)}
-    old, new = paths
-    options = {"num_inference_steps": 20, "routing": "full"}
-    url = deploy("changing", bundle=str(tiny_bundle_path))
-    wait_for_application("changing")
-    with Load(url, 4, {"prompt": "a cat", **options}) as load:
-        load.wait_for_more(8)
-        deploy("changing", bundle=str(other_bundle_path))
-        wait_until(lambda: load.answers[-1][1].headers.get("x-paris-bundle") == new)
-        wait_for_application("changing")
-        load.wait_for_more(8)
-        last = load.answers[-4:]
-    assert load.statuses == {200}
-    assert {answer.json()["paris"]["bundle"] for _, answer in last} == {new}
-    expected = {
-        (digest, seed): generate(load_bundle(str(path)), ["a cat"], seed=seed, **options)[0]
-        for digest, path in paths.items()
-        for seed in range(4)
-    }
-    seen = {}
-    for seed, answer in load.answers:
-        facts = answer.json()["paris"]
-        assert not facts["degraded"]
-        seen[facts["bundle"], seed] = answer
-    for (digest, seed), answer in seen.items():
-        file = base64.b64decode(answer.json()["data"][0]["b64_json"])
-        assert Image.open(io.BytesIO(file)).tobytes() == expected[digest, seed].tobytes()
-        assert read_picture(file)[0].bundle == digest
-    assert {digest for digest, _ in seen} == {old, new}
-
-
 @contextmanager
 def kept_dead(
     kill_replicas: Callable[[str, str], int], app: str, deployment: str
@@ -209,17 +182,12 @@ def kept_dead(
 
 
 def test_where_an_expert_stays_dead_the_seed_draws_and_the_answer_names_it(
-    start_app: Callable[..., str],
+    deploy: Callable[..., str],
     kill_replicas: Callable[[str, str], int],
-    key_file: str,
     seeded_bundle_path: Path,
 ) -> None:
-    url = start_app(
-        "degraded",
-        bundle=str(seeded_bundle_path),
-        api_key_file=key_file,
-        limits={"lost_after_s": 3},
-    )
+    url = deploy(APP, bundle=str(seeded_bundle_path), ingress=INGRESS, limits={"lost_after_s": 3})
+    wait_for_application(APP)
     body = {"prompt": "a cat", "seed": 1, "routing": "full", "num_inference_steps": 5}
 
     def draw(**fields: Any) -> httpx.Response:
@@ -227,7 +195,7 @@ def test_where_an_expert_stays_dead_the_seed_draws_and_the_answer_names_it(
 
     whole = draw().json()
     assert (whole["paris"]["degraded"], whole["paris"]["missing_experts"]) == (False, [])
-    with kept_dead(kill_replicas, "degraded", "Expert-2"):
+    with kept_dead(kill_replicas, APP, "Expert-2"):
         # A busy machine lets the first drawing end before the kill has reached its expert.
         wait_until(lambda: "x-paris-missing-experts" in draw().headers)
         answer, refused = draw(), draw(allow_degraded=False)
@@ -241,3 +209,37 @@ def test_where_an_expert_stays_dead_the_seed_draws_and_the_answer_names_it(
     assert refused.status_code == 503
     assert refused.json()["error"]["code"] == "unavailable"
     wait_until(lambda: draw().json().get("data") == whole["data"])
+
+
+def test_another_bundle_under_load_fails_nobody_and_mixes_with_none(
+    deploy: Callable[..., str], seeded_bundle_path: Path, other_bundle_path: Path
+) -> None:
+    paths = {bundle_digest(str(path)): path for path in (seeded_bundle_path, other_bundle_path)}
+    old, new = paths
+    options = {"num_inference_steps": 20, "routing": "full"}
+    url = deploy(APP, bundle=str(seeded_bundle_path), ingress=INGRESS)
+    wait_for_application(APP)
+    with Load(url, CLIENTS, {"prompt": "a cat", **options}) as load:
+        load.wait_for_more(8)
+        deploy(APP, bundle=str(other_bundle_path), ingress=INGRESS)
+        wait_until(lambda: load.answers[-1][1].headers.get("x-paris-bundle") == new)
+        wait_for_application(APP)
+        load.wait_for_more(8)
+        last = load.answers[-4:]
+    assert load.statuses == {200}
+    assert {answer.json()["paris"]["bundle"] for _, answer in last} == {new}
+    expected = {
+        (digest, seed): generate(load_bundle(str(path)), ["a cat"], seed=seed, **options)[0]
+        for digest, path in paths.items()
+        for seed in range(4)
+    }
+    seen = {}
+    for seed, answer in load.answers:
+        facts = answer.json()["paris"]
+        assert not facts["degraded"]
+        seen[facts["bundle"], seed] = answer
+    for (digest, seed), answer in seen.items():
+        file = base64.b64decode(answer.json()["data"][0]["b64_json"])
+        assert Image.open(io.BytesIO(file)).tobytes() == expected[digest, seed].tobytes()
+        assert read_picture(file)[0].bundle == digest
+    assert {digest for digest, _ in seen} == {old, new}

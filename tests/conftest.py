@@ -352,6 +352,11 @@ def ray_session() -> Iterator[None]:
         include_dashboard=False,
         log_to_driver=False,
         _temp_dir=folder,
+        _system_config={
+            # As many processes wait for their next task, and need not import torch again.
+            "num_workers_soft_limit": 12,
+            "metrics_report_interval_ms": 1000,  # tests of metrics would wait for ten seconds
+        },
     )
     yield
     ray.shutdown()

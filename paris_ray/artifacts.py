@@ -11,9 +11,9 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from paris_ray.storage import disk_is_full, is_uri, joined_uri, open_store, repl
 SCHEMA_VERSION = 1
 STREAMED_BYTES = 1 << 23  # of a request to a store; much less would take as many round trips more
 MANIFEST = "manifest.json"
+MAX_NESTING = 64  # of JSON: ours has less than 10 levels
 RESOLVED_CONFIG = "resolved_config.yaml"
 TIMINGS = "timings.jsonl"
 PROGRESS = "progress.json"
@@ -62,11 +63,36 @@ def sha256_hex(payload: bytes) -> str:
     return hashlib.sha256(payload).hexdigest()
 
 
-def parse_json(payload: bytes, source: str) -> Any:
-    """Return parsed JSON; raises ArtifactError, naming the source, if it is none."""
+def load_json(payload: bytes | str) -> Any:
+    """Return parsed JSON that may come from a stranger.
+
+    Raises:
+        ValueError: if it is none, or nested so deeply that whoever copies, compares or shows it
+            would exhaust the interpreter's stack.
+    """
     try:
-        return json.loads(payload)
-    except (ValueError, RecursionError) as error:
+        document = json.loads(payload)
+    except RecursionError:
+        raise ValueError(f"it is nested more than {MAX_NESTING} times") from None
+    level = [document]
+    for _ in range(MAX_NESTING):
+        level = [inner for each in level for inner in _inner_values(each)]
+        if not level:
+            return document
+    raise ValueError(f"it is nested more than {MAX_NESTING} times")
+
+
+def _inner_values(value: Any) -> Iterable[Any]:
+    if isinstance(value, dict):
+        return value.values()
+    return value if isinstance(value, list) else ()
+
+
+def parse_json(payload: bytes, source: str) -> Any:
+    """Return parsed JSON; raises ArtifactError, naming the source, where `load_json` refuses it."""
+    try:
+        return load_json(payload)
+    except ValueError as error:
         raise ArtifactError(f"{source} is not JSON: {error}") from None
 
 
@@ -271,8 +297,7 @@ class Manifest:
     @property
     def digest(self) -> str:
         """Digest of everything but the facts."""
-        identity = asdict(self)
-        del identity["facts"]
+        identity = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "facts"}
         return sha256_hex(canonical_json(identity))
 
 
@@ -330,17 +355,27 @@ def read_manifest(folder: Folder, kind: str) -> Manifest:
         manifest = Manifest(**document)
     except TypeError as error:
         raise ArtifactError(f"{folder.uri}/{MANIFEST} is not a manifest: {error}") from None
-    mappings = (manifest.files, manifest.parents, manifest.facts)
-    if not all(isinstance(mapping, dict) for mapping in mappings):
-        raise ArtifactError(f"{folder.uri}/{MANIFEST} is not a manifest: files, parents or facts")
+    allowed = (
+        isinstance(manifest.config_digest, str)
+        and all(map(_maps_to_text, (manifest.files, manifest.parents)))
+        and isinstance(manifest.facts, dict)
+    )
+    if not allowed:
+        raise ArtifactError(
+            f"{folder.uri}/{MANIFEST} is not a manifest: config_digest, files, parents or facts"
+        )
     if manifest.schema_version != SCHEMA_VERSION:
         raise ArtifactError(
-            f"{folder.uri}/{MANIFEST} has schema_version {manifest.schema_version}, "
+            f"{folder.uri}/{MANIFEST} has schema_version {manifest.schema_version!r:.80}, "
             f"this version reads {SCHEMA_VERSION}"
         )
     if manifest.kind != kind:
-        raise ArtifactError(f"{folder.uri} holds {manifest.kind!r}, expected {kind!r}")
+        raise ArtifactError(f"{folder.uri} holds {manifest.kind!r:.80}, expected {kind!r}")
     return manifest
+
+
+def _maps_to_text(value: object) -> bool:
+    return isinstance(value, dict) and all(isinstance(inner, str) for inner in value.values())
 
 
 def find_finished(

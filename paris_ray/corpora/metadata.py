@@ -5,15 +5,14 @@ ends, a byte of a text file or a row of a Parquet file.
 """
 
 import csv
-import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
 import pyarrow as pa
 
-from paris_ray.artifacts import sha256_hex
-from paris_ray.corpora.parquet import READ_ERRORS, batches_of
+from paris_ray.artifacts import load_json, sha256_hex
+from paris_ray.corpora.parquet import READ_ERRORS, VALUE_ERRORS, batches_of
 from paris_ray.corpora.paths import file_versions
 from paris_ray.corpora.places import Place, open_parquet
 from paris_ray.errors import CorpusError
@@ -72,11 +71,11 @@ def _json_entries(path: Place, start: int, first: int) -> Iterator[Entry]:
 
 def _json_entry(line: bytes, number: int, end: int) -> Entry:
     try:
-        fields = json.loads(line)
+        fields = load_json(line)
         if not isinstance(fields, dict):
             raise ValueError(f"a JSON object was expected, not {type(fields).__name__}")
         return Entry(number, end, fields)
-    except (ValueError, RecursionError) as error:  # deep nesting exhausts the parser
+    except ValueError as error:
         return Entry(number, end, problem=f"{type(error).__name__}: {error}")
 
 
@@ -139,11 +138,19 @@ def _parquet_entries(path: Place, start: int, first: int) -> Iterator[Entry]:
         with open_parquet(path) as file:
             names = [f.name for f in file.schema_arrow if not _is_binary(f.type)]
             for batch in batches_of(file, start, file.metadata.num_rows, names):
-                for fields in batch.to_pylist():
-                    yield Entry(start + 1, start + 1, fields)
+                for row in range(batch.num_rows):
                     start += 1
+                    yield _parquet_entry(batch.slice(row, 1), start)
     except READ_ERRORS as error:
         raise CorpusError(f"{path} is not readable Parquet: {error}") from None
+
+
+def _parquet_entry(row: pa.RecordBatch, number: int) -> Entry:
+    try:
+        (fields,) = row.to_pylist()
+        return Entry(number, number, fields)
+    except VALUE_ERRORS as error:
+        return Entry(number, number, problem=f"{type(error).__name__}: {error}")
 
 
 def _is_binary(kind: pa.DataType) -> bool:

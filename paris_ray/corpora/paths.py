@@ -143,10 +143,21 @@ def list_files(config: CorpusConfig, suffixes: Sequence[str]) -> list[Place]:
         for name in names
         if name.endswith(endings)
     ]
+    _refuse_links_out(path, files)
     if not files:
         expected = ", ".join(f"*{suffix}" for suffix in suffixes)
         raise CorpusError(f"corpus.path={config.path!r} holds no files {expected}")
     return of_split(config, files)
+
+
+def _refuse_links_out(root: Place, files: Iterable[Place]) -> None:
+    for file in files:
+        try:
+            leaves = isinstance(file, Path) and file.is_symlink() and not _is_within(root, file)
+        except RuntimeError:  # links in a circle
+            leaves = True
+        if leaves:
+            raise CorpusError(f"{file} leaves the folder {root}, as a link: {COPY_LINKS}")
 
 
 def folders_of(config: CorpusConfig) -> Iterator[tuple[Place, list[str]]]:
@@ -216,8 +227,21 @@ def names_in(folder: Place) -> list[str]:
     """Return the names of a folder's own files, sorted, as `walk` tells them."""
     if isinstance(folder, Path):
         with os.scandir(folder) as entries:
-            return sorted(e.name for e in entries if not (e.is_dir() or e.name.startswith(".")))
-    return [name for name in folder.names() if not name.startswith(".")]
+            return sorted(
+                e.name for e in entries if not (_leads_to_folder(e) or _is_hidden(e.name))
+            )
+    return [name for name in folder.names() if not _is_hidden(name)]
+
+
+def _leads_to_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # links in a circle
+        return False
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith(".")
 
 
 def of_split(

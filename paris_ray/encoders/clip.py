@@ -187,7 +187,7 @@ def _is_text_weight(name: str) -> bool:
 
 def _read_tokenizer(folder: Path) -> Any:
     tokenizer_files(Folder(folder))
-    _refuse_other_files(folder / TOKENIZER_CONFIG)
+    _refuse_other_files(Folder(folder))
     require_package("transformers", folder)
     from transformers import CLIPTokenizer
 
@@ -200,14 +200,14 @@ def _read_tokenizer(folder: Path) -> Any:
     return tokenizer
 
 
-def _refuse_other_files(config: Path) -> None:
+def _refuse_other_files(folder: Folder) -> None:
     """Refuse a configuration that names the tokenizer's files: they could be any of this machine.
 
     transformers hands every key of it to the tokenizer's constructor.
     """
-    if not config.exists():
+    if not folder.exists(TOKENIZER_CONFIG):
         return
-    document = parse_json(config.read_bytes(), str(config))
+    document, config = folder.read_json(TOKENIZER_CONFIG), f"{folder.uri}/{TOKENIZER_CONFIG}"
     if not isinstance(document, dict):
         raise BundleError(f"{config} does not hold a mapping")
     for key in sorted(document.keys() & FILE_KEYS):

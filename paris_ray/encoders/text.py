@@ -128,6 +128,7 @@ class MiniLM:
             )
         self.tokenizer = read_tokenizer(folder / "tokenizer.json")
         self.tokenizer.enable_truncation(MAX_TOKENS)
+        _check_ids(self.tokenizer, self.model.config.vocab_size, folder)
 
     @property
     def embed_dim(self) -> int:
@@ -203,6 +204,16 @@ def read_tokenizer(path: Path) -> Any:
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
+
+
+def _check_ids(tokenizer: Any, vocab_size: int, folder: Path) -> None:
+    """Refuse a tokenizer of more words than the model, also those that it puts around a text."""
+    ids = [*tokenizer.get_vocab().values(), *tokenizer.encode("").ids]
+    if max(ids, default=0) >= vocab_size:
+        raise BundleError(
+            f"{folder}/tokenizer.json has ids up to {max(ids)}, "
+            f"{folder}/config.json has vocab_size={vocab_size}"
+        )
 
 
 def check_model_files(folder: Path) -> None:

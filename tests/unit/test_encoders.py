@@ -1,6 +1,8 @@
 """Codec, text encoder and image encoder, each small and real."""
 
+import json
 import pickle
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -392,3 +394,41 @@ def test_a_folder_of_pickles_is_refused(trained: Path, tmp_path: Path) -> None:
     (tmp_path / "open_clip_pytorch_model.bin").write_bytes(pickle.dumps({"weight": 1}))
     with pytest.raises(ConfigError, match=f"' lacks {WEIGHTS}"):
         load_features(FeaturesConfig(checkpoint=str(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "fragment"),
+    [
+        ({"components": torch.ones(2, 48, dtype=torch.int64)}, "finite floats"),
+        ({"scale": torch.tensor(float("nan"))}, "finite floats"),
+        ({"mean": torch.zeros(15, 48)}, r"shapes .*\(15, 48\)"),
+        ({"mean": torch.zeros(16, 45), "components": torch.ones(2, 45)}, r"shapes .*\(16, 45\)"),
+        ({"components": torch.ones(0, 48)}, r"shapes .*\(0, 48\)"),
+    ],
+)
+def test_a_codec_that_could_not_decode_is_refused(
+    tmp_path: Path, changes: dict[str, torch.Tensor], fragment: str
+) -> None:
+    PatchPCA.fit(random_pictures(40), EVERYTHING).save(Folder(tmp_path))
+    path = tmp_path / "codec.safetensors"
+    safetensors.torch.save_file(safetensors.torch.load_file(path) | changes, path)
+    with pytest.raises(BundleError, match=f"is not a patch_pca codec: .*{fragment}"):
+        load_codec(VerifiedFolder(Folder(tmp_path), None))
+
+
+def test_a_tokenizer_of_more_words_than_the_model_is_refused(
+    tiny_parts: Path, tmp_path: Path
+) -> None:
+    """Also where no word has the id, but it is put before every text."""
+    folder = shutil.copytree(tiny_parts / "text_encoder", tmp_path / "text_encoder")
+    intact = (folder / "tokenizer.json").read_text()
+    document = json.loads(intact)
+    for place in (document["model"]["vocab"], document["post_processor"]["special_tokens"]):
+        changed = json.loads(intact)
+        if place is document["model"]["vocab"]:
+            changed["model"]["vocab"]["dog"] = 12
+        else:
+            changed["post_processor"]["special_tokens"]["[CLS]"]["ids"] = [99]
+        (folder / "tokenizer.json").write_text(json.dumps(changed))
+        with pytest.raises(BundleError, match=r"has ids up to (12|99), .* has vocab_size=12"):
+            MiniLM(folder)

@@ -369,3 +369,20 @@ class TestSplits:
         with pytest.raises(CorpusError, match="1 of test, 1 of validation; expected one of these"):
             read(folder)
         assert self.captions(folder, split="all") == ["test", "val"]
+
+    def test_a_table_that_leaves_as_a_link_is_refused(self, tmp_path: Path) -> None:
+        (tmp_path / "secret.jsonl").write_text(jsonl(row("0.png")))
+        (tmp_path / "c").mkdir()
+        table = tmp_path / "c" / "metadata.jsonl"
+        for target in (tmp_path / "secret.jsonl", table):
+            table.unlink(missing_ok=True)
+            table.symlink_to(target)
+            with pytest.raises(CorpusError, match=r"metadata\.jsonl leaves the folder"):
+                read(tmp_path / "c")
+
+    def test_a_value_that_python_cannot_hold_makes_a_bad_row(self, tmp_path: Path) -> None:
+        write_files(tmp_path, {"0.png": png(), "1.png": png()})
+        taken = pa.array([2**62, 0], pa.timestamp("ms"))
+        columns = {"file_name": ["0.png", "1.png"], "text": ["a", "b"], "taken": taken}
+        pq.write_table(pa.table(columns), tmp_path / "metadata.parquet")
+        assert [found.problem for found in read(tmp_path)] == ["bad_metadata", None]

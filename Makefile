@@ -10,7 +10,8 @@ help:
 	@echo "make demo-zklora  a LoRA is tried, proved, paid for and received, on one machine"
 	@echo "make stop         stop what quickstart started, nothing else"
 	@echo "make test         linters, types, architecture and all tests"
-	@echo "make fuzz         2,000 cases against the HTTP interface, 10,000 changes of what ZKLoRA's strangers send"
+	@echo "make fuzz         2,000 cases against the HTTP interface, 10,000 changes of what ZKLoRA's strangers send,"
+	@echo "                  10,000 of each kind of file that strangers make: hours"
 	@echo "make chaos        an application that grows, shrinks and is replaced under load, without and with HAProxy"
 	@echo "make soak         half an hour of load, cancels and kills (MINUTES=30); needs the quickstart's bundle"
 	@echo "make bench        write the numbers of docs/results.md and docs/zklora.md"
@@ -40,6 +41,7 @@ lint: $(VENV)/test
 fuzz: $(VENV)/test
 	HTTP_FUZZ_CASES=2000 $(PY) -m pytest tests/serve/test_fuzz.py
 	$(PY) tests/zklora_fuzz.py --mutations 10000
+	$(PY) -m tests.fuzz --mutations 10000
 
 chaos: $(VENV)/test
 	CHAOS=1 $(PY) -m pytest tests/serve/test_scaling_http.py

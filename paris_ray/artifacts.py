@@ -142,7 +142,9 @@ class Folder:
 
     def exists(self, name: str = "") -> bool:
         """Return whether the folder, or the file or folder `name` in it, exists."""
-        return bool(self._filesystem.get_file_info(self._full(name)).type != fs.FileType.NotFound)
+        with self._told(name):
+            info = self._filesystem.get_file_info(self._full(name))
+        return bool(info.type != fs.FileType.NotFound)
 
     def modified(self, name: str) -> int:
         """Return when a file was written, Unix time in seconds."""
@@ -172,13 +174,14 @@ class Folder:
 
     @contextmanager
     def _told(self, name: str) -> Iterator[None]:
-        """Tell in our words why a file cannot be opened."""
+        """Tell in our words why a file cannot be looked up, opened, read or deleted."""
         try:
             yield
         except FileNotFoundError:
             raise ArtifactError(f"{self.uri}/{name} does not exist") from None
         except OSError as error:
-            raise ArtifactError(f"{self.uri}/{name} cannot be read: {error}") from None
+            remedy = _make_room(f"{tempfile.gettempdir()} (TMPDIR)") if disk_is_full(error) else ""
+            raise ArtifactError(f"{self.uri}/{name} cannot be read: {error}{remedy}") from None
 
     def read(self, name: str) -> bytes:
         """Return a file's bytes.
@@ -186,8 +189,17 @@ class Folder:
         Raises:
             ArtifactError: if the file does not exist.
         """
-        with self.open(name) as stream:
+        with self.open(name) as stream, self._told(name):
             return bytes(stream.read())
+
+    def sha256(self, name: str) -> str:
+        """Return the SHA-256 of a file, which need not fit into memory, as hexadecimal.
+
+        Raises:
+            ArtifactError: if the file does not exist or cannot be read.
+        """
+        with self.stream(name) as file, self._told(name):
+            return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
 
     def write(self, name: str, payload: bytes) -> None:
         """Write a file as `writing` does: readers see the old bytes or the new, never a part."""
@@ -199,16 +211,24 @@ class Folder:
         """Give a path on this machine to a reader that wants one: a copy, if the file is remote.
 
         Raises:
-            ArtifactError: if the file does not exist.
+            ArtifactError: if the file does not exist, or its copy has no room.
         """
         if self.is_local:
             with self.open(name):
                 yield Path(self._full(name))
             return
-        with self.stream(name) as source, tempfile.NamedTemporaryFile(prefix="paris_ray-") as copy:
-            shutil.copyfileobj(source, copy)
-            copy.flush()
+        with tempfile.NamedTemporaryFile(prefix="paris_ray-") as copy:
+            self.download(name, Path(copy.name))
             yield Path(copy.name)
+
+    def download(self, name: str, target: Path) -> None:
+        """Copy a file to a path on this machine.
+
+        Raises:
+            ArtifactError: if the file does not exist or cannot be read, or its copy has no room.
+        """
+        with self.stream(name) as source, self._told(name), target.open("wb") as copy:
+            shutil.copyfileobj(source, copy)
 
     @contextmanager
     def writing(self, name: str) -> Iterator[Path]:
@@ -226,7 +246,7 @@ class Folder:
             remedy = ""
             if disk_is_full(error):
                 place = self.uri if self.is_local else f"{tempfile.gettempdir()} (TMPDIR)"
-                remedy = f"; make room in {place} and run again: what is finished is kept"
+                remedy = _make_room(place)
             raise ArtifactError(f"{self.uri}/{name} cannot be written: {error}{remedy}") from error
 
     @contextmanager
@@ -239,9 +259,9 @@ class Folder:
             return
         with tempfile.NamedTemporaryFile(prefix="paris_ray-") as file:
             yield Path(file.name)
-            upload = self._filesystem.open_output_stream(target)  # appears when it is complete
-            with Path(file.name).open("rb") as written, upload:
-                shutil.copyfileobj(written, upload)
+            # In one call, which no signal cuts short: a stream that is closed half way appears.
+            here = fs.LocalFileSystem()
+            fs.copy_files(file.name, target, here, self._filesystem, use_threads=False)
 
     def read_json(self, name: str) -> Any:
         """Return a parsed JSON file.
@@ -258,7 +278,8 @@ class Folder:
     def delete(self, name: str) -> None:
         """Delete a file if it is there."""
         if self.exists(name):
-            self._filesystem.delete_file(self._full(name))
+            with self._told(name):
+                self._filesystem.delete_file(self._full(name))
 
     def clear(self) -> None:
         """Delete everything in the folder."""
@@ -273,6 +294,10 @@ class Folder:
         infos = self._filesystem.get_file_info(selector)
         names = [os.path.relpath(i.path, self._path) for i in infos if i.type == fs.FileType.File]
         return sorted(name for name in names if ".tmp-" not in name)
+
+
+def _make_room(place: str) -> str:
+    return f"; make room in {place} and run again: what is finished is kept"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -321,7 +346,7 @@ def publish(
         files: SHA-256 by name, where they have been taken already; else every file is hashed here.
     """
     if files is None:
-        files = {name: file_digest(folder, name) for name in hashed_names(folder)}
+        files = {name: folder.sha256(name) for name in hashed_names(folder)}
     manifest = Manifest(
         kind=kind, config_digest=config_digest, parents=parents, files=files, facts=facts
     )
@@ -337,9 +362,8 @@ def hashed_names(folder: Folder) -> list[str]:
 
 
 def file_digest(folder: Folder, name: str) -> str:
-    """Return the SHA-256 of a file, which need not fit into memory, as hexadecimal."""
-    with folder.stream(name) as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
+    """Return the SHA-256 of a file; see `Folder.sha256`."""
+    return folder.sha256(name)
 
 
 def read_manifest(folder: Folder, kind: str) -> Manifest:
@@ -460,8 +484,7 @@ class VerifiedFolder:
         atexit.register(shutil.rmtree, root, ignore_errors=True)
         for name in names:
             (root / name).parent.mkdir(parents=True, exist_ok=True)
-            with self.folder.stream(name) as source, (root / name).open("wb") as copy:
-                shutil.copyfileobj(source, copy)
+            self.folder.download(name, root / name)
         return root
 
     def _check_digest(self, name: str, path: Path) -> None:

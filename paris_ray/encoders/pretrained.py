@@ -1,6 +1,7 @@
 """Models made by others: checked before anything is allocated for them, and loaded completely."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,20 @@ def require_package(name: str, where: object) -> None:
     """Raise BundleError, saying what to install, unless the package that reads `where` is there."""
     if find_spec(name) is None:
         raise BundleError(f"{where} needs {name}: pip install 'paris_ray[paris]'")
+
+
+@contextmanager
+def tokenizing(where: object) -> Iterator[None]:
+    """Raise BundleError for whatever a stranger's tokenizer makes its library raise.
+
+    That has no narrower class than Exception, and panics of its Rust are not even such.
+    """
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
+        raise BundleError(f"the tokenizer in {where} is damaged: {error}") from None
 
 
 def check_sizes(sizes: Mapping[str, Any], limits: Mapping[str, int], where: str) -> None:

@@ -4,10 +4,13 @@ A single file is complete or absent, so a killed run never resumes from half a c
 is pickled, and no generator state is needed: generators derive from the step (`paris_ray.seeding`).
 """
 
+import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import safetensors.torch
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -53,7 +56,11 @@ def save(folder: Folder, state: TrainingState, *, identity: str, samples_seen: i
     tensors |= _optimizer_tensors(state)
     contiguous = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
     # Nothing that grows: a header of more than 100 MB is refused.
-    header = {"identity": identity, "samples_seen": str(samples_seen)}
+    header = {
+        "identity": identity,
+        "samples_seen": str(samples_seen),
+        "crc32": str(_checksum(contiguous)),
+    }
     with folder.writing(CHECKPOINT) as path:
         safetensors.torch.save_file(contiguous, path, metadata=header)
 
@@ -67,6 +74,11 @@ def restore(folder: Folder, state: TrainingState, *, identity: str) -> int | Non
     if not folder.exists(CHECKPOINT):
         return None
     header, tensors = _read(folder)
+    if header.get("crc32") != str(_checksum(tensors)):
+        raise ArtifactError(
+            f"{folder.uri}/{CHECKPOINT} is damaged: its tensors do not have their checksum; delete "
+            "it to begin anew"
+        )
     if header.get("identity") != identity:
         raise ArtifactError(
             f"{folder.uri}/{CHECKPOINT} belongs to another configuration, shard or precision "
@@ -91,8 +103,17 @@ def _read(folder: Folder) -> tuple[dict[str, str], dict[str, Tensor]]:
     try:
         with folder.reading(CHECKPOINT) as path, safe_open(path, framework="pt") as file:
             return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, ValueError, OSError) as error:
+    except (SafetensorError, ValueError, OSError, KeyError) as error:
         raise ArtifactError(f"{folder.uri}/{CHECKPOINT} is damaged: {error}") from None
+
+
+def _checksum(tensors: Mapping[str, Tensor]) -> int:
+    """Return the CRC-32 of the bytes of all tensors, by their names."""
+    checksum = 0
+    for name in sorted(tensors):
+        content = tensors[name].reshape(-1).view(torch.uint8).numpy()
+        checksum = zlib.crc32(content.data, checksum)
+    return checksum
 
 
 def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

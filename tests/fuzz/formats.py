@@ -207,7 +207,7 @@ def _deep(rows: int) -> Any:
 _COLUMNS: Sequence[Callable[[int], Any]] = (
     lambda rows: pa.array([2**63 - 1] * rows, pa.timestamp("us")),
     lambda rows: pa.array([-(2**63) + 1] * rows, pa.timestamp("ns")),
-    lambda rows: pa.array([2**62] * rows, pa.timestamp("s", "Europe/Nowhere")),
+    lambda rows: pa.array([2**62] * rows, pa.timestamp("ms", "Europe/Nowhere")),
     lambda rows: pa.array([2**31 - 1] * rows, pa.date32()),
     lambda rows: pa.array([2**63 - 1] * rows, pa.duration("s")),
     lambda rows: pa.array([1] * rows, pa.decimal256(70, 40)),

@@ -7,6 +7,7 @@ and raises nothing: readers that catch every exception would hide that.
 import faulthandler
 import os
 import resource
+import signal
 import site
 import sys
 from collections.abc import Iterator, Sequence
@@ -14,7 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-LIMIT_S = 60.0  # of a case, on a busy machine; the slowest takes a second
+LIMIT_S = 30.0  # of a processor, for a case; the slowest takes a few
+ENDLESS_S = 900.0  # of a case that waits, for whatever; a busy machine may pause us for minutes
 LIMIT_BYTES = 512 << 20  # of resident memory that a case adds
 ADDRESS_SPACE = 12 << 30  # protects the machine: what it refuses is counted as a fault of memory
 
@@ -47,6 +49,7 @@ class Guard:
         self._readable = (*self._writable, *{os.path.realpath(folder) for folder in code if folder})
         self._outside = (os.path.realpath(outside), *SECRETS)
         self.seen: list[str] = []
+        faulthandler.register(signal.SIGPROF, chain=True)
         resource.setrlimit(resource.RLIMIT_AS, (ADDRESS_SPACE, ADDRESS_SPACE))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         sys.addaudithook(self._see)
@@ -77,12 +80,14 @@ class Guard:
         self.seen.clear()
         if "torch" in sys.modules:
             _watch_torch(self.seen)
-        faulthandler.dump_traceback_later(LIMIT_S, exit=True)
+        faulthandler.dump_traceback_later(ENDLESS_S, exit=True)
+        signal.setitimer(signal.ITIMER_PROF, LIMIT_S)  # which ends the process
         try:
             yield
         except MemoryError:
             faults.append("MemoryError")
         finally:
+            signal.setitimer(signal.ITIMER_PROF, 0)
             faulthandler.cancel_dump_traceback_later()
             faults += self.seen
             taken = _memory("VmHWM") - before

@@ -1,6 +1,7 @@
 """A few cases of `tests.fuzz`, and that it would notice what must not happen."""
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -50,6 +51,13 @@ for deed in sys.argv[2:]:
     seen.append(faults)
 print(json.dumps(seen))
 """
+
+
+def test_a_case_that_does_not_end_ends_its_process(tmp_path: Path) -> None:
+    code = CODE.replace("guard, seen", "sys.modules[Guard.__module__].LIMIT_S = 0.2; guard, seen")
+    done = run("-c", code, str(tmp_path), "while True: pass")
+    assert done.returncode == -signal.SIGPROF
+    assert "while" not in done.stdout and "<string>" in done.stderr  # where it was
 
 
 def test_what_must_not_happen_is_seen(tmp_path: Path) -> None:

@@ -35,7 +35,8 @@ def run(root: Path, kind: Kind, name: str, seed: int, cases: range) -> None:
         for case in cases:
             rng = Random(f"{name} {seed} {case}")
             path = changed / rng.choice(names)
-            what = f"{path.relative_to(changed)}: {mutate(rng, path, outside)}"
+            how = mutate(rng, path, None if kind.may_lead_out else outside)
+            what = f"{path.relative_to(changed)}: {how}"
             outcome, faults = _read(kind, changed, beside, guard)
             _restore(path, valid / path.relative_to(changed))
             line = {"case": case, "what": what, "outcome": outcome, "faults": faults}

@@ -34,15 +34,18 @@ class Kind:
         read: Reads them all, as the product does, and uses what they say; raises ParisError, or
             what it returns is right. Called with the folder and what `write` returned.
         changed: Which files are changed, by a pattern.
+        may_lead_out: Whether links may lead out of the folder: where the user names the file, or
+            the folder is a hub's, whose files are links.
     """
 
     write: Callable[[Path], Any]
     read: Callable[[Path, Any], object]
     changed: str = "**/*"
+    may_lead_out: bool = False
 
 
-def mutate(rng: Random, path: Path, outside: Path) -> str:
-    """Change a file, and say how."""
+def mutate(rng: Random, path: Path, outside: Path | None) -> str:
+    """Change a file, or put in its place a link to `outside` or nothing; say how."""
     if rng.random() < OF_FOLDER:
         return _replace(rng, path, outside)
     own = OPTIONS.get(path.suffix, ())
@@ -54,9 +57,12 @@ def mutate(rng: Random, path: Path, outside: Path) -> str:
     return chosen.__name__
 
 
-def _replace(rng: Random, path: Path, outside: Path) -> str:
+def _replace(rng: Random, path: Path, outside: Path | None) -> str:
     """Put something else in the place of a file: a link, a folder or nothing."""
-    target = rng.choice((outside / "secret.png", Path("/etc/passwd"), path, outside, None))
+    targets = [path, None]
+    if outside is not None:
+        targets += [outside / "secret.png", Path("/etc/passwd"), outside]
+    target = rng.choice(targets)
     path.unlink()
     if target is not None:
         path.symlink_to(target)

@@ -131,11 +131,16 @@ def _write_receipt(folder: Path) -> Any:
 
 
 def _read_receipt(folder: Path, buyer: Any) -> None:
-    """As it came; and signed anew, as whoever has the key might sign it."""
+    """As it came; and signed anew, as whoever has the key might sign it.
+
+    Links are looked for as where adapters are read.
+    """
     from paris_ray.artifacts import Folder
+    from paris_ray.bundle.links import check_links
     from paris_ray.receipts import KIND, RECEIPT, Receipt
     from paris_ray.signatures import SignedDocument
 
+    check_links(Folder(folder))
     try:
         Receipt.read(Folder(folder), buyer.public_key).require_opened()
     except ReceiptError:
@@ -242,8 +247,8 @@ MODELS: Mapping[str, Kind] = {
     "manifest": Kind(_write_published, _open_published, changed="manifest.json"),
     "adapter": Kind(_write_adapter, _adapt),
     "receipt": Kind(_write_receipt, _read_receipt),
-    "dit": Kind(_write_dit, _convert),
-    "word_pieces": Kind(_write_word_pieces, _encode, changed="tokenizer.json"),
-    "byte_pairs": Kind(_write_byte_pairs, _tokenize),
-    "config": Kind(_write_config, _load_config),
+    "dit": Kind(_write_dit, _convert, may_lead_out=True),
+    "word_pieces": Kind(_write_word_pieces, _encode, changed="tokenizer.json", may_lead_out=True),
+    "byte_pairs": Kind(_write_byte_pairs, _tokenize, may_lead_out=True),
+    "config": Kind(_write_config, _load_config, may_lead_out=True),
 }

@@ -422,13 +422,26 @@ def test_a_tokenizer_of_more_words_than_the_model_is_refused(
     """Also where no word has the id, but it is put before every text."""
     folder = shutil.copytree(tiny_parts / "text_encoder", tmp_path / "text_encoder")
     intact = (folder / "tokenizer.json").read_text()
-    document = json.loads(intact)
-    for place in (document["model"]["vocab"], document["post_processor"]["special_tokens"]):
-        changed = json.loads(intact)
-        if place is document["model"]["vocab"]:
-            changed["model"]["vocab"]["dog"] = 12
-        else:
-            changed["post_processor"]["special_tokens"]["[CLS]"]["ids"] = [99]
-        (folder / "tokenizer.json").write_text(json.dumps(changed))
-        with pytest.raises(BundleError, match=r"has ids up to (12|99), .* has vocab_size=12"):
+    more_words, more_before = json.loads(intact), json.loads(intact)
+    more_words["model"]["vocab"]["mouse"] = 12
+    more_before["post_processor"]["special_tokens"]["[CLS]"]["ids"] = [99]
+    for document, largest in ((more_words, 12), (more_before, 99)):
+        (folder / "tokenizer.json").write_text(json.dumps(document))
+        with pytest.raises(BundleError, match=rf"has ids up to {largest}, .* has vocab_size=12"):
             MiniLM(folder)
+
+
+@pytest.mark.parametrize("how", ["no unknown word", "panic"])
+def test_a_tokenizer_that_cannot_encode_is_refused(
+    tiny_parts: Path, tmp_path: Path, how: str
+) -> None:
+    """Its library panics where a template names a token that it does not have."""
+    folder = shutil.copytree(tiny_parts / "text_encoder", tmp_path / "text_encoder")
+    document = json.loads((folder / "tokenizer.json").read_text())
+    if how == "panic":
+        del document["post_processor"]["special_tokens"]["[CLS]"]
+    else:
+        del document["model"]["vocab"]["[UNK]"]
+    (folder / "tokenizer.json").write_text(json.dumps(document))
+    with pytest.raises(BundleError, match=r"the tokenizer in .* is damaged"):
+        MiniLM(folder).tokenize(["an unknown word"])

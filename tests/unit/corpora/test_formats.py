@@ -55,6 +55,18 @@ def test_the_first_of_several_pictures_is_taken(image_format: str) -> None:
     assert is_red(decode(encoded, CONFIG))
 
 
+@pytest.mark.parametrize("progressive", [False, True])
+def test_a_jpeg_is_not_gone_through_for_days(progressive: bool) -> None:
+    """Nor is one refused for what lies behind it, such as a film, or in a field of it."""
+    intact = encode(
+        plain(size=(32, 16)), "JPEG", progressive=progressive, comment=b"\xff\xda" * 200
+    )
+    begin = intact.rindex(b"\xff\xda")
+    assert is_red(decode(intact + intact[begin:-2] * 200, CONFIG))
+    bad = refusal(intact[:begin] + intact[begin:-2] * 101 + intact[-2:])
+    assert (bad.reason, bad.detail) == ("unsupported_image", "JPEG: of more than 100 scans")
+
+
 def with_orientation(image_format: str, folder: Path) -> bytes:
     """A picture, white above and black below, that is to be turned clockwise."""
     pixels = np.zeros((16, 16, 3), np.uint8)

@@ -431,17 +431,20 @@ def test_a_tokenizer_of_more_words_than_the_model_is_refused(
             MiniLM(folder)
 
 
-@pytest.mark.parametrize("how", ["no unknown word", "panic"])
+@pytest.mark.parametrize("how", ["no unknown word", "panic", "endless pattern"])
 def test_a_tokenizer_that_cannot_encode_is_refused(
     tiny_parts: Path, tmp_path: Path, how: str
 ) -> None:
-    """Its library panics where a template names a token that it does not have."""
+    """Its library panics: of a token that a template lacks, or a pattern that finds no end."""
     folder = shutil.copytree(tiny_parts / "text_encoder", tmp_path / "text_encoder")
     document = json.loads((folder / "tokenizer.json").read_text())
     if how == "panic":
         del document["post_processor"]["special_tokens"]["[CLS]"]
+    elif how == "endless pattern":
+        split = {"type": "Split", "behavior": "Isolated", "invert": False}
+        document["pre_tokenizer"] = split | {"pattern": {"Regex": "(a+)+$"}}
     else:
         del document["model"]["vocab"]["[UNK]"]
     (folder / "tokenizer.json").write_text(json.dumps(document))
     with pytest.raises(BundleError, match=r"the tokenizer in .* is damaged"):
-        MiniLM(folder).tokenize(["an unknown word"])
+        MiniLM(folder).tokenize([f"{'a' * 40}!"])

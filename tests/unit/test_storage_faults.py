@@ -5,11 +5,12 @@ What can be damaged is damaged on a disk and in a store. The long form is in `te
 
 import itertools
 import os
+import signal
 import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -211,6 +212,28 @@ def test_a_store_that_fails_now_and_then_never_gives_other_bytes(
         folder.write("data.bin", payload)
         assert folder.read("data.bin") == payload
         assert len(store.asked) > 4
+
+
+def test_an_upload_that_a_signal_interrupts_leaves_no_part(server: S3Server, keys: None) -> None:
+    """As when a machine is taken away: a stream that is closed on the way would appear cut."""
+
+    def interrupt(*_: object) -> None:
+        raise Stop
+
+    folder, payload = folder_at(server.port, "interrupted"), RANDOM * 32
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        with faulty_store(server.port) as store:
+            store.always("slow")
+            for wait_s in (0.3, 0.6, 0.9):
+                folder.write("data.bin", b"before")
+                signal.setitimer(signal.ITIMER_REAL, wait_s)
+                with suppress(Stop):
+                    folder_at(store.port, "interrupted").write("data.bin", payload)
+                    signal.pause()
+                assert folder.read("data.bin") in (b"before", payload)
+    finally:
+        signal.signal(signal.SIGALRM, before)
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "empty"])

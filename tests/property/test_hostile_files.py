@@ -27,7 +27,7 @@ DEEDS = {
     "path.with_name('new').symlink_to(path)": "os.symlink",
     "os.rename(link, path)": "os.rename {path}",
     "open('/etc/passwd')": "open /etc/passwd",
-    "os.open(outside / 'new', os.O_CREAT)": "open {path.parent}/new",
+    "os.open(outside / 'other', os.O_CREAT)": "open {path.parent}/other",
     "subprocess.run(['true'])": "subprocess.Popen",
     "pickle.loads(pickle.dumps(Path))": "pickle.find_class",
     "bytearray(600 << 20)": "MiB of memory",

@@ -3,7 +3,9 @@
 import re
 
 MAX_SCANS = 100  # encoders write about ten
-_MARKER = re.compile(rb"\xff+[^\x00\xff\xd0-\xd7]")
+# Of those with a length: not what stands for the byte 255, TEM, restarts and the beginning. Of fill
+# bytes before it the last is enough.
+_MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd8\xff]")
 _END, _SCAN = 0xD9, 0xDA
 
 
@@ -15,7 +17,7 @@ def has_too_many_scans(encoded: bytes) -> bool:
     """
     scans, place = 0, 2  # behind the mark of the beginning
     while scans <= MAX_SCANS and (found := _MARKER.search(encoded, place)):
-        marker, place = found[0][-1], found.end()
+        marker, place = found[0][1], found.end()
         if marker == _END:  # what follows may be a film
             return False
         scans += marker == _SCAN

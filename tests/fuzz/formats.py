@@ -68,13 +68,17 @@ _CHUNKS: Sequence[Callable[[], tuple[bytes, bytes]]] = (
 
 
 def repeat_scans(rng: Random, content: bytes) -> bytes:
-    """A JPEG whose pixels are gone through again and again, and are many."""
+    """A JPEG whose pixels are gone through again and again, and are many.
+
+    Before a scan, or in a long run, may stand what means nothing.
+    """
     head = content.index(b"\xff\xc2" if b"\xff\xc2" in content else b"\xff\xc0")
     size = struct.pack(">HH", *rng.choice(((900, 1100), (64, 15_000), (12, 16))))
     content = content[: head + 5] + size + content[head + 9 :]
     start = content.rindex(b"\xff\xda")
-    scan = content[start:-2]
-    return content[:start] + scan * rng.choice((2, 50, 500, 5000)) + content[-2:]
+    first, fill = content[:-2], rng.choice((b"", b"\xff", b"\xff\x01"))
+    scans = (fill + content[start:-2]) * rng.choice((2, 50, 500, 5000))
+    return first + fill * rng.choice((1, 1 << 20)) + scans + content[-2:]
 
 
 def too_large(rng: Random, content: bytes) -> bytes:

@@ -4,6 +4,7 @@ A single file is complete or absent, so a killed run never resumes from half a c
 is pickled, and no generator state is needed: generators derive from the step (`paris_ray.seeding`).
 """
 
+import logging
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,6 +19,11 @@ from torch.optim import Optimizer
 from paris_ray.artifacts import CHECKPOINT, Folder, canonical_json, sha256_hex
 from paris_ray.errors import ArtifactError
 from paris_ray.training.ema import ExponentialMovingAverage
+
+logger = logging.getLogger("paris_ray")
+
+_CHECKSUM = "crc32"  # in the header
+_UNCHECKED = {"identity", "samples_seen"}  # the header of checkpoints that have none
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,11 +62,8 @@ def save(folder: Folder, state: TrainingState, *, identity: str, samples_seen: i
     tensors |= _optimizer_tensors(state)
     contiguous = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
     # Nothing that grows: a header of more than 100 MB is refused.
-    header = {
-        "identity": identity,
-        "samples_seen": str(samples_seen),
-        "crc32": str(_checksum(contiguous)),
-    }
+    header = {"identity": identity, "samples_seen": str(samples_seen)}
+    header[_CHECKSUM] = _checksum(header, contiguous)
     with folder.writing(CHECKPOINT) as path:
         safetensors.torch.save_file(contiguous, path, metadata=header)
 
@@ -74,11 +77,7 @@ def restore(folder: Folder, state: TrainingState, *, identity: str) -> int | Non
     if not folder.exists(CHECKPOINT):
         return None
     header, tensors = _read(folder)
-    if header.get("crc32") != str(_checksum(tensors)):
-        raise ArtifactError(
-            f"{folder.uri}/{CHECKPOINT} is damaged: its tensors do not have their checksum; delete "
-            "it to begin anew"
-        )
+    _verify(header, tensors, f"{folder.uri}/{CHECKPOINT}")
     if header.get("identity") != identity:
         raise ArtifactError(
             f"{folder.uri}/{CHECKPOINT} belongs to another configuration, shard or precision "
@@ -107,13 +106,26 @@ def _read(folder: Folder) -> tuple[dict[str, str], dict[str, Tensor]]:
         raise ArtifactError(f"{folder.uri}/{CHECKPOINT} is damaged: {error}") from None
 
 
-def _checksum(tensors: Mapping[str, Tensor]) -> int:
-    """Return the CRC-32 of the bytes of all tensors, by their names."""
-    checksum = 0
+def _verify(header: Mapping[str, str], tensors: Mapping[str, Tensor], where: str) -> None:
+    """Raise ArtifactError unless a checkpoint has its checksum; earlier code wrote none."""
+    if header.keys() == _UNCHECKED:  # and not a name that is damaged
+        logger.warning("%s has no checksum: damage of it cannot be seen", where)
+        return
+    described = {name: value for name, value in header.items() if name != _CHECKSUM}
+    if header.get(_CHECKSUM) != _checksum(described, tensors):
+        raise ArtifactError(
+            f"{where} is damaged: it does not have its checksum; delete it to begin anew"
+        )
+
+
+def _checksum(header: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
+    """Return the CRC-32 of a header, and of the names, types, shapes and bytes of all tensors."""
+    described = {name: (str(value.dtype), *value.shape) for name, value in tensors.items()}
+    checksum = zlib.crc32(canonical_json([dict(header), described]))
     for name in sorted(tensors):
         content = tensors[name].reshape(-1).view(torch.uint8).numpy()
         checksum = zlib.crc32(content.data, checksum)
-    return checksum
+    return str(checksum)
 
 
 def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

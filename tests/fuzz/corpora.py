@@ -193,8 +193,10 @@ def _read_sidecars(folder: Path, _: Any) -> None:
 
 CORPORA: Mapping[str, Kind] = {
     "picture": Kind(_write_pictures, _decode),
-    "tar": Kind(_write_tars, _read_tars),
-    "parquet": Kind(_write_parquet, _read_parquet),
-    "image_folder": Kind(_write_image_folder, _read_image_folders, changed="*/metadata.*"),
+    "tar": Kind(_write_tars, _read_tars, may_lead_out=True),
+    "parquet": Kind(_write_parquet, _read_parquet, may_lead_out=True),
+    "image_folder": Kind(
+        _write_image_folder, _read_image_folders, changed="*/metadata.*", may_lead_out=True
+    ),
     "sidecars": Kind(_write_sidecars, _read_sidecars),
 }

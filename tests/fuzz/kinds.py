@@ -34,8 +34,8 @@ class Kind:
         read: Reads them all, as the product does, and uses what they say; raises ParisError, or
             what it returns is right. Called with the folder and what `write` returned.
         changed: Which files are changed, by a pattern.
-        may_lead_out: Whether links may lead out of the folder: where the user names the file, or
-            the folder is a hub's, whose files are links.
+        may_lead_out: Whether links may lead out of the folder: where the user names the file, of
+            shards and tables of a corpus, or where the folder is a hub's, whose files are links.
     """
 
     write: Callable[[Path], Any]

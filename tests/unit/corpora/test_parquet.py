@@ -243,6 +243,19 @@ class TestParquet:
         rows = read_all(self.config(tmp_path, attributes="label"))
         assert [row.problem for row in rows] == ["bad_metadata", None]
 
+    def test_shards_may_be_links_but_not_to_themselves(self, tmp_path: Path) -> None:
+        """As in the cache of a hub, or where a user links them from several disks."""
+        blobs, data = tmp_path / "blobs", tmp_path / "snapshots" / "abc" / "data"
+        blobs.mkdir()
+        data.mkdir(parents=True)
+        self.write(blobs / "1", 3)
+        (data / "a.parquet").symlink_to("../../../blobs/1")
+        (data / "b.parquet").symlink_to(blobs / "1")
+        assert [row.problem for row in read_all(self.config(data))] == [None] * 6
+        (data / "c.parquet").symlink_to(data / "c.parquet")
+        with pytest.raises(CorpusError, match=r"c\.parquet is a link that leads in a circle"):
+            read_all(self.config(data))
+
 
 def zigzag(value: int) -> bytes:
     rest, parts = value << 1, []

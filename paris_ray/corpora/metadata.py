@@ -138,19 +138,25 @@ def _parquet_entries(path: Place, start: int, first: int) -> Iterator[Entry]:
         with open_parquet(path) as file:
             names = [f.name for f in file.schema_arrow if not _is_binary(f.type)]
             for batch in batches_of(file, start, file.metadata.num_rows, names):
-                for row in range(batch.num_rows):
-                    start += 1
-                    yield _parquet_entry(batch.slice(row, 1), start)
+                yield from _batch_entries(batch, start)
+                start += batch.num_rows
     except READ_ERRORS as error:
         raise CorpusError(f"{path} is not readable Parquet: {error}") from None
 
 
-def _parquet_entry(row: pa.RecordBatch, number: int) -> Entry:
+def _batch_entries(batch: pa.RecordBatch, before: int) -> Iterator[Entry]:
+    """Yield the rows of a batch; one by one, which is slow, only if one of them is bad."""
     try:
-        (fields,) = row.to_pylist()
-        return Entry(number, number, fields)
+        rows = batch.to_pylist()
     except VALUE_ERRORS as error:
-        return Entry(number, number, problem=f"{type(error).__name__}: {error}")
+        if batch.num_rows == 1:
+            yield Entry(before + 1, before + 1, problem=f"{type(error).__name__}: {error}")
+            return
+        for row in range(batch.num_rows):
+            yield from _batch_entries(batch.slice(row, 1), before + row)
+        return
+    for number, fields in enumerate(rows, before + 1):
+        yield Entry(number, number, fields)
 
 
 def _is_binary(kind: pa.DataType) -> bool:

@@ -1,5 +1,6 @@
 """Codec, text encoder and image encoder, each small and real."""
 
+import asyncio
 import json
 import pickle
 import shutil
@@ -21,6 +22,7 @@ from paris_ray.encoders.images import (
     load_open_clip,
     preprocess,
 )
+from paris_ray.encoders.pretrained import tokenizing
 from paris_ray.encoders.text import (
     LENGTHS,
     MAX_TOKENS,
@@ -448,3 +450,11 @@ def test_a_tokenizer_that_cannot_encode_is_refused(
     (folder / "tokenizer.json").write_text(json.dumps(document))
     with pytest.raises(BundleError, match=r"the tokenizer in .* is damaged"):
         MiniLM(folder).tokenize([f"{'a' * 40}!"])
+
+
+@pytest.mark.parametrize(
+    "kind", [MemoryError, KeyboardInterrupt, SystemExit, GeneratorExit, asyncio.CancelledError]
+)
+def test_what_is_no_fault_of_a_tokenizer_passes(kind: type[BaseException]) -> None:
+    with pytest.raises(kind), tokenizing("tokenizer.json"):
+        raise kind

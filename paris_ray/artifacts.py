@@ -12,16 +12,17 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pyarrow import NativeFile, fs
+from pyarrow import NativeFile, PythonFile, fs
 from safetensors import SafetensorError
 
 from paris_ray.errors import ArtifactError
-from paris_ray.storage import disk_is_full, is_uri, joined_uri, open_store, replacing
+from paris_ray.storage import StoreFile, disk_is_full, is_uri, joined_uri, open_store, replacing
 
 SCHEMA_VERSION = 1
 STREAMED_BYTES = 1 << 23  # of a request to a store; much less would take as many round trips more
@@ -154,10 +155,13 @@ class Folder:
         """Return a file for reading at any position, opened; the caller closes it.
 
         Raises:
-            ArtifactError: if the file does not exist.
+            ArtifactError: if the file does not exist; of a store also later, when it fails.
         """
         with self._told(name):
-            return self._filesystem.open_input_file(self._full(name))
+            file = self._filesystem.open_input_file(self._full(name))
+        if self.is_local:
+            return file
+        return PythonFile(StoreFile(file, partial(self._told, name)), mode="r")
 
     def stream(self, name: str) -> NativeFile:
         """Return a file for reading from its beginning to its end; the caller closes it.
@@ -276,9 +280,9 @@ class Folder:
         self.write(name, (json.dumps(value, indent=2, sort_keys=True) + "\n").encode())
 
     def delete(self, name: str) -> None:
-        """Delete a file if it is there."""
+        """Delete a file if it is there; another may do so meanwhile."""
         if self.exists(name):
-            with self._told(name):
+            with self._told(name), suppress(FileNotFoundError):
                 self._filesystem.delete_file(self._full(name))
 
     def clear(self) -> None:
@@ -359,11 +363,6 @@ def publish(
 def hashed_names(folder: Folder) -> list[str]:
     """Return the names of the files of a folder that its digest depends on, sorted."""
     return [name for name in folder.files() if UNHASHED.isdisjoint(name.split("/"))]
-
-
-def file_digest(folder: Folder, name: str) -> str:
-    """Return the SHA-256 of a file; see `Folder.sha256`."""
-    return folder.sha256(name)
 
 
 def read_manifest(folder: Folder, kind: str) -> Manifest:

@@ -88,9 +88,17 @@ def _require_parts(folder: Folder, names: Sequence[str]) -> None:
 
 
 def read_part(folder: Folder, name: str, columns: Sequence[str] | None = None) -> pa.Table:
-    """Return some columns of one Parquet file, or all; raises ArtifactError as `opened_part`."""
+    """Return some columns of one Parquet file, or all.
+
+    Raises:
+        ArtifactError: if it lacks one of them, or as `opened_part`.
+    """
     with opened_part(folder, name) as file:
-        return file.read(None if columns is None else list(columns))
+        table = file.read(None if columns is None else list(columns))
+    for column in columns or ():
+        if column not in table.column_names:  # which pyarrow leaves out
+            raise ArtifactError(f"{folder.uri}/{name} has no column {column}")
+    return table
 
 
 @contextmanager
@@ -98,13 +106,16 @@ def opened_part(folder: Folder, name: str) -> Iterator[pq.ParquetFile]:
     """Open a Parquet file, whose pages are compared with their checksums when they are read.
 
     Raises:
-        ArtifactError: if it is missing or damaged, there or while it is read.
+        ArtifactError: if it is missing, cannot be read or is damaged, there or while it is read.
     """
     with folder.open(name) as file:
         try:
             yield pq.ParquetFile(file, page_checksum_verification=True)
-        except (pa.ArrowException, OSError) as error:
-            raise ArtifactError(f"{folder.uri}/{name} is damaged: {error}") from None
+        except (pa.ArrowException, OSError, UnicodeDecodeError, KeyError) as error:
+            # Damage is an OSError as well, but not one of the operating system.
+            is_unread = isinstance(error, OSError) and error.errno is not None
+            how = "cannot be read" if is_unread else "is damaged"
+            raise ArtifactError(f"{folder.uri}/{name} {how}: {error}") from None
 
 
 def read_table(folder: Folder, columns: Sequence[str]) -> pa.Table:

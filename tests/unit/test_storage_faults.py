@@ -16,13 +16,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from faulty_store import Fault, faulty_store, folder_at
+from fsspec.implementations.memory import MemoryFile
 from s3_server import KEY, SECRET, S3Server, s3_server
 from training_shards import TRAINING, Stop, carry_on, stop_at, train, write_shard
 
 from paris_ray.artifacts import CHECKPOINT, Folder, VerifiedFolder, publish
 from paris_ray.bundle import load_bundle
 from paris_ray.corpora import QuarantinedRow
-from paris_ray.embeddings import part_names, read_table, to_table, write_part
+from paris_ray.embeddings import opened_part, part_names, read_table, to_table, write_part
 from paris_ray.errors import ArtifactError, ParisError, TrainingError
 from paris_ray.export import write_bundle
 from paris_ray.pipeline.accounts import Account, write_account
@@ -259,6 +260,55 @@ def test_damaged_rows_are_never_read(place: Folder, damage: str) -> None:
         except ArtifactError:
             continue
         assert found.equals(rows)  # what changed is of another column, or of none
+
+
+def test_a_damaged_footer_is_an_error_of_ours(tmp_path: Path) -> None:
+    """Or the file says something else that is right for itself: footers have no checksum."""
+    shard = write_shard(Folder(tmp_path), 64)
+    name = part_names(shard)[0]
+    intact = shard.read(name)
+    begin = len(intact) - 8 - int.from_bytes(intact[-8:-4], "little")
+    errors = []
+    for place in range(begin, len(intact)):
+        changed = intact[:place] + bytes([intact[place] ^ 16]) + intact[place + 1 :]
+        shard.local_path.joinpath(name).write_bytes(changed)
+        try:
+            assert read_table(shard, ["latents"]).column_names == ["latents"]
+        except ArtifactError as error:
+            errors.append(str(error))
+    assert any("is damaged" in error for error in errors)
+    assert any("has no column latents" in error for error in errors)
+
+
+def test_a_column_that_is_not_there_is_told(tmp_path: Path) -> None:
+    shard = write_shard(Folder(tmp_path), 2)
+    with pytest.raises(ArtifactError, match=rf"{part_names(shard)[0]} has no column other"):
+        read_table(shard, ["latents", "other"])
+
+
+def test_a_store_that_fails_while_rows_are_read_has_no_damaged_file(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    folder = Folder(f"memory://place-{next(NUMBERS)}")
+    write_rows(folder)
+
+    def fail(*_: object) -> bytes:
+        raise OSError("500 Internal Server Error")
+
+    def read_and_fail() -> None:
+        with opened_part(folder, "part-0.parquet") as file:
+            monkeypatch.setattr(MemoryFile, "read", fail)
+            file.read()
+
+    with pytest.raises(ArtifactError, match=r"part-0.parquet cannot be read: 500 Internal"):
+        read_and_fail()
+
+
+def test_a_file_that_is_gone_is_deleted(place: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another deleted it after it was looked up."""
+    place.write("other.bin", b"")
+    monkeypatch.setattr(Folder, "exists", lambda *_: True)
+    place.delete("data.bin")
 
 
 def test_a_damaged_checkpoint_is_not_resumed_from(place: Folder, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
@@ -22,12 +22,12 @@ from pyarrow import NativeFile, PythonFile, fs
 from safetensors import SafetensorError
 
 from paris_ray.errors import ArtifactError
+from paris_ray.json_documents import load_json
 from paris_ray.storage import StoreFile, disk_is_full, is_uri, joined_uri, open_store, replacing
 
 SCHEMA_VERSION = 1
 STREAMED_BYTES = 1 << 23  # of a request to a store; much less would take as many round trips more
 MANIFEST = "manifest.json"
-MAX_NESTING = 64  # of JSON: ours has less than 10 levels
 RESOLVED_CONFIG = "resolved_config.yaml"
 TIMINGS = "timings.jsonl"
 PROGRESS = "progress.json"
@@ -62,31 +62,6 @@ def canonical_json(value: Any) -> bytes:
 def sha256_hex(payload: bytes) -> str:
     """Return the SHA-256 of bytes as lower-case hexadecimal."""
     return hashlib.sha256(payload).hexdigest()
-
-
-def load_json(payload: bytes | str) -> Any:
-    """Return parsed JSON that may come from a stranger.
-
-    Raises:
-        ValueError: if it is none, or nested so deeply that whoever copies, compares or shows it
-            would exhaust the interpreter's stack.
-    """
-    try:
-        document = json.loads(payload)
-    except RecursionError:
-        raise ValueError(f"it is nested more than {MAX_NESTING} times") from None
-    level = [document]
-    for _ in range(MAX_NESTING):
-        level = [inner for each in level for inner in _inner_values(each)]
-        if not level:
-            return document
-    raise ValueError(f"it is nested more than {MAX_NESTING} times")
-
-
-def _inner_values(value: Any) -> Iterable[Any]:
-    if isinstance(value, dict):
-        return value.values()
-    return value if isinstance(value, list) else ()
 
 
 def parse_json(payload: bytes, source: str) -> Any:

@@ -12,8 +12,9 @@ from typing import Any, Protocol
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
-from paris_ray.artifacts import canonical_json, load_json
+from paris_ray.artifacts import canonical_json
 from paris_ray.errors import SignatureError
+from paris_ray.json_documents import load_json
 
 LABEL = b"paris_ray signed document\0"
 KEY, SIGNATURE = re.compile("[0-9a-f]{64}"), re.compile("[0-9a-f]{128}")

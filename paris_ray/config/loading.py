@@ -13,13 +13,14 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
-from paris_ray.artifacts import MAX_NESTING, absolute_uri
+from paris_ray.artifacts import absolute_uri
 from paris_ray.config.checks import check, check_lora_run
 from paris_ray.config.conversion import from_dict, to_dict
 from paris_ray.config.corpus import with_own_labels
 from paris_ray.config.lora import LoRARun
 from paris_ray.config.sections import Config
 from paris_ray.errors import ConfigError
+from paris_ray.json_documents import MAX_NESTING
 
 LORA = "lora"  # the one packaged configuration that is a LoRARun
 MAX_VALUES = 100_000  # of a file; ours have some hundred

@@ -7,8 +7,8 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from paris_ray.artifacts import load_json
 from paris_ray.corpora.places import Place
+from paris_ray.json_documents import load_json
 
 SUCCESS = "success"  # in the column `status`; anything else is why a picture is missing
 _STATISTICS = "_stats.json"

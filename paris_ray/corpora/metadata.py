@@ -11,11 +11,12 @@ from typing import Any, BinaryIO
 
 import pyarrow as pa
 
-from paris_ray.artifacts import load_json, sha256_hex
+from paris_ray.artifacts import sha256_hex
 from paris_ray.corpora.parquet import READ_ERRORS, VALUE_ERRORS, batches_of
 from paris_ray.corpora.paths import file_versions
 from paris_ray.corpora.places import Place, open_parquet
 from paris_ray.errors import CorpusError
+from paris_ray.json_documents import load_json
 
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 MAX_LINE_BYTES = 1 << 20  # of a longer line each such piece is a row, a bad one

@@ -3,11 +3,11 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
-from paris_ray.artifacts import load_json
 from paris_ray.config import CorpusConfig
 from paris_ray.corpora.columns import first_caption, is_said
 from paris_ray.corpora.labels import label_columns, text_columns
 from paris_ray.corpora.rows import RawRow
+from paris_ray.json_documents import load_json
 
 # The first that exists is used, of captions the first that says something.
 IMAGE_EXTENSIONS = (

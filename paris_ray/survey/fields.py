@@ -15,7 +15,6 @@ from typing import Any
 
 import pyarrow as pa
 
-from paris_ray.artifacts import load_json
 from paris_ray.corpora import RawRow
 from paris_ray.corpora.columns import is_said
 from paris_ray.corpora.metadata import MAX_LINE_BYTES
@@ -23,6 +22,7 @@ from paris_ray.corpora.paths import names_in
 from paris_ray.corpora.places import Place, open_parquet, place
 from paris_ray.corpora.samples import LOAD_ERRORS
 from paris_ray.corpora.tars import READ_ERRORS, Tar
+from paris_ray.json_documents import load_json
 from paris_ray.survey.listing import Listing
 
 FIRST_ROWS = 16  # of which one has both

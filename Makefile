@@ -10,9 +10,11 @@ help:
 	@echo "make demo-zklora  a LoRA is tried, proved, paid for and received, on one machine"
 	@echo "make stop         stop what quickstart started, nothing else"
 	@echo "make test         linters, types, architecture and all tests"
-	@echo "make fuzz         2,000 cases against the HTTP interface, 10,000 changes of what ZKLoRA's strangers send"
+	@echo "make fuzz         2,000 cases against the HTTP interface, 10,000 changes of what ZKLoRA's strangers send,"
+	@echo "                  10,000 of each kind of file that strangers make: hours"
 	@echo "make chaos        what make test has a short form of: an application that grows, shrinks and is replaced under load,"
-	@echo "                  without and with HAProxy; unsafe starts, a Ray each; parties of ZKLoRA and a demo that are killed"
+	@echo "                  without and with HAProxy; unsafe starts, a Ray each; parties of ZKLoRA and a demo that are killed;"
+	@echo "                  stores that fail"
 	@echo "make soak         half an hour of load, cancels and kills (MINUTES=30); needs the quickstart's bundle"
 	@echo "make bench        write the numbers of docs/results.md and docs/zklora.md"
 	@echo "make bench-data   of these, a corpus of ten million rows (needs runs/bench/quickstart, which bench makes)"
@@ -41,9 +43,11 @@ lint: $(VENV)/test
 fuzz: $(VENV)/test
 	HTTP_FUZZ_CASES=2000 $(PY) -m pytest tests/serve/test_fuzz.py
 	$(PY) tests/zklora_fuzz.py --mutations 10000
+	$(PY) -m tests.fuzz --mutations 10000
 
 chaos: $(VENV)/test
 	CHAOS=1 $(PY) -m pytest tests/ray/test_demo_zklora.py tests/ray/test_s3.py tests/ray/test_zklora_jobs.py
+	CHAOS=1 $(PY) -m pytest tests/chaos
 	CHAOS=1 $(PY) -m pytest tests/serve/test_gate_http.py tests/serve/test_scaling_http.py
 	CHAOS=1 RAY_SERVE_ENABLE_HA_PROXY=1 $(PY) -m pytest tests/serve/test_scaling_http.py
 

@@ -12,16 +12,18 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pyarrow import NativeFile, fs
+from pyarrow import NativeFile, PythonFile, fs
 from safetensors import SafetensorError
 
 from paris_ray.errors import ArtifactError
-from paris_ray.storage import disk_is_full, is_uri, joined_uri, open_store, replacing
+from paris_ray.json_documents import load_json
+from paris_ray.storage import StoreFile, disk_is_full, is_uri, joined_uri, open_store, replacing
 
 SCHEMA_VERSION = 1
 STREAMED_BYTES = 1 << 23  # of a request to a store; much less would take as many round trips more
@@ -63,10 +65,10 @@ def sha256_hex(payload: bytes) -> str:
 
 
 def parse_json(payload: bytes, source: str) -> Any:
-    """Return parsed JSON; raises ArtifactError, naming the source, if it is none."""
+    """Return parsed JSON; raises ArtifactError, naming the source, where `load_json` refuses it."""
     try:
-        return json.loads(payload)
-    except (ValueError, RecursionError) as error:
+        return load_json(payload)
+    except ValueError as error:
         raise ArtifactError(f"{source} is not JSON: {error}") from None
 
 
@@ -116,7 +118,9 @@ class Folder:
 
     def exists(self, name: str = "") -> bool:
         """Return whether the folder, or the file or folder `name` in it, exists."""
-        return bool(self._filesystem.get_file_info(self._full(name)).type != fs.FileType.NotFound)
+        with self._told(name):
+            info = self._filesystem.get_file_info(self._full(name))
+        return bool(info.type != fs.FileType.NotFound)
 
     def modified(self, name: str) -> int:
         """Return when a file was written, Unix time in seconds."""
@@ -126,10 +130,13 @@ class Folder:
         """Return a file for reading at any position, opened; the caller closes it.
 
         Raises:
-            ArtifactError: if the file does not exist.
+            ArtifactError: if the file does not exist; of a store also later, when it fails.
         """
         with self._told(name):
-            return self._filesystem.open_input_file(self._full(name))
+            file = self._filesystem.open_input_file(self._full(name))
+        if self.is_local:
+            return file
+        return PythonFile(StoreFile(file, partial(self._told, name)), mode="r")
 
     def stream(self, name: str) -> NativeFile:
         """Return a file for reading from its beginning to its end; the caller closes it.
@@ -146,13 +153,14 @@ class Folder:
 
     @contextmanager
     def _told(self, name: str) -> Iterator[None]:
-        """Tell in our words why a file cannot be opened."""
+        """Tell in our words why a file cannot be looked up, opened, read or deleted."""
         try:
             yield
         except FileNotFoundError:
             raise ArtifactError(f"{self.uri}/{name} does not exist") from None
         except OSError as error:
-            raise ArtifactError(f"{self.uri}/{name} cannot be read: {error}") from None
+            remedy = _make_room(f"{tempfile.gettempdir()} (TMPDIR)") if disk_is_full(error) else ""
+            raise ArtifactError(f"{self.uri}/{name} cannot be read: {error}{remedy}") from None
 
     def read(self, name: str) -> bytes:
         """Return a file's bytes.
@@ -160,8 +168,17 @@ class Folder:
         Raises:
             ArtifactError: if the file does not exist.
         """
-        with self.open(name) as stream:
+        with self.open(name) as stream, self._told(name):
             return bytes(stream.read())
+
+    def sha256(self, name: str) -> str:
+        """Return the SHA-256 of a file, which need not fit into memory, as hexadecimal.
+
+        Raises:
+            ArtifactError: if the file does not exist or cannot be read.
+        """
+        with self.stream(name) as file, self._told(name):
+            return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
 
     def write(self, name: str, payload: bytes) -> None:
         """Write a file as `writing` does: readers see the old bytes or the new, never a part."""
@@ -173,16 +190,24 @@ class Folder:
         """Give a path on this machine to a reader that wants one: a copy, if the file is remote.
 
         Raises:
-            ArtifactError: if the file does not exist.
+            ArtifactError: if the file does not exist, or its copy has no room.
         """
         if self.is_local:
             with self.open(name):
                 yield Path(self._full(name))
             return
-        with self.stream(name) as source, tempfile.NamedTemporaryFile(prefix="paris_ray-") as copy:
-            shutil.copyfileobj(source, copy)
-            copy.flush()
+        with tempfile.NamedTemporaryFile(prefix="paris_ray-") as copy:
+            self.download(name, Path(copy.name))
             yield Path(copy.name)
+
+    def download(self, name: str, target: Path) -> None:
+        """Copy a file to a path on this machine.
+
+        Raises:
+            ArtifactError: if the file does not exist or cannot be read, or its copy has no room.
+        """
+        with self.stream(name) as source, self._told(name), target.open("wb") as copy:
+            shutil.copyfileobj(source, copy)
 
     @contextmanager
     def writing(self, name: str) -> Iterator[Path]:
@@ -200,7 +225,7 @@ class Folder:
             remedy = ""
             if disk_is_full(error):
                 place = self.uri if self.is_local else f"{tempfile.gettempdir()} (TMPDIR)"
-                remedy = f"; make room in {place} and run again: what is finished is kept"
+                remedy = _make_room(place)
             raise ArtifactError(f"{self.uri}/{name} cannot be written: {error}{remedy}") from error
 
     @contextmanager
@@ -213,9 +238,9 @@ class Folder:
             return
         with tempfile.NamedTemporaryFile(prefix="paris_ray-") as file:
             yield Path(file.name)
-            upload = self._filesystem.open_output_stream(target)  # appears when it is complete
-            with Path(file.name).open("rb") as written, upload:
-                shutil.copyfileobj(written, upload)
+            # In one call, which no signal cuts short: a stream that is closed half way appears.
+            here = fs.LocalFileSystem()
+            fs.copy_files(file.name, target, here, self._filesystem, use_threads=False)
 
     def read_json(self, name: str) -> Any:
         """Return a parsed JSON file.
@@ -230,9 +255,10 @@ class Folder:
         self.write(name, (json.dumps(value, indent=2, sort_keys=True) + "\n").encode())
 
     def delete(self, name: str) -> None:
-        """Delete a file if it is there."""
+        """Delete a file if it is there; another may do so meanwhile."""
         if self.exists(name):
-            self._filesystem.delete_file(self._full(name))
+            with self._told(name), suppress(FileNotFoundError):
+                self._filesystem.delete_file(self._full(name))
 
     def clear(self) -> None:
         """Delete everything in the folder."""
@@ -247,6 +273,10 @@ class Folder:
         infos = self._filesystem.get_file_info(selector)
         names = [os.path.relpath(i.path, self._path) for i in infos if i.type == fs.FileType.File]
         return sorted(name for name in names if ".tmp-" not in name)
+
+
+def _make_room(place: str) -> str:
+    return f"; make room in {place} and run again: what is finished is kept"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -271,8 +301,7 @@ class Manifest:
     @property
     def digest(self) -> str:
         """Digest of everything but the facts."""
-        identity = asdict(self)
-        del identity["facts"]
+        identity = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "facts"}
         return sha256_hex(canonical_json(identity))
 
 
@@ -296,7 +325,7 @@ def publish(
         files: SHA-256 by name, where they have been taken already; else every file is hashed here.
     """
     if files is None:
-        files = {name: file_digest(folder, name) for name in hashed_names(folder)}
+        files = {name: folder.sha256(name) for name in hashed_names(folder)}
     manifest = Manifest(
         kind=kind, config_digest=config_digest, parents=parents, files=files, facts=facts
     )
@@ -309,12 +338,6 @@ def publish(
 def hashed_names(folder: Folder) -> list[str]:
     """Return the names of the files of a folder that its digest depends on, sorted."""
     return [name for name in folder.files() if UNHASHED.isdisjoint(name.split("/"))]
-
-
-def file_digest(folder: Folder, name: str) -> str:
-    """Return the SHA-256 of a file, which need not fit into memory, as hexadecimal."""
-    with folder.stream(name) as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
 
 
 def read_manifest(folder: Folder, kind: str) -> Manifest:
@@ -330,17 +353,27 @@ def read_manifest(folder: Folder, kind: str) -> Manifest:
         manifest = Manifest(**document)
     except TypeError as error:
         raise ArtifactError(f"{folder.uri}/{MANIFEST} is not a manifest: {error}") from None
-    mappings = (manifest.files, manifest.parents, manifest.facts)
-    if not all(isinstance(mapping, dict) for mapping in mappings):
-        raise ArtifactError(f"{folder.uri}/{MANIFEST} is not a manifest: files, parents or facts")
+    allowed = (
+        isinstance(manifest.config_digest, str)
+        and all(map(_maps_to_text, (manifest.files, manifest.parents)))
+        and isinstance(manifest.facts, dict)
+    )
+    if not allowed:
+        raise ArtifactError(
+            f"{folder.uri}/{MANIFEST} is not a manifest: config_digest, files, parents or facts"
+        )
     if manifest.schema_version != SCHEMA_VERSION:
         raise ArtifactError(
-            f"{folder.uri}/{MANIFEST} has schema_version {manifest.schema_version}, "
+            f"{folder.uri}/{MANIFEST} has schema_version {manifest.schema_version!r:.80}, "
             f"this version reads {SCHEMA_VERSION}"
         )
     if manifest.kind != kind:
-        raise ArtifactError(f"{folder.uri} holds {manifest.kind!r}, expected {kind!r}")
+        raise ArtifactError(f"{folder.uri} holds {manifest.kind!r:.80}, expected {kind!r}")
     return manifest
+
+
+def _maps_to_text(value: object) -> bool:
+    return isinstance(value, dict) and all(isinstance(inner, str) for inner in value.values())
 
 
 def find_finished(
@@ -425,8 +458,7 @@ class VerifiedFolder:
         atexit.register(shutil.rmtree, root, ignore_errors=True)
         for name in names:
             (root / name).parent.mkdir(parents=True, exist_ok=True)
-            with self.folder.stream(name) as source, (root / name).open("wb") as copy:
-                shutil.copyfileobj(source, copy)
+            self.folder.download(name, root / name)
         return root
 
     def _check_digest(self, name: str, path: Path) -> None:

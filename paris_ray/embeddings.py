@@ -21,12 +21,14 @@ columns use Arrow's canonical fixed-shape tensor type, which any Arrow implement
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import safetensors.numpy
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 
 from paris_ray.artifacts import Folder
 from paris_ray.errors import ArtifactError
@@ -54,9 +56,15 @@ def _to_arrow(values: Column) -> pa.Array:
 
 
 def write_part(folder: Folder, name: str, table: pa.Table) -> None:
-    """Write one Parquet file of a table artefact."""
+    """Write one Parquet file of a table artefact; its pages carry checksums."""
     with folder.writing(name) as path:
-        pq.write_table(table, path, compression="zstd", row_group_size=ROWS_PER_GROUP)
+        pq.write_table(
+            table,
+            path,
+            compression="zstd",
+            row_group_size=ROWS_PER_GROUP,
+            write_page_checksum=True,
+        )
 
 
 def part_names(folder: Folder) -> list[str]:
@@ -80,9 +88,34 @@ def _require_parts(folder: Folder, names: Sequence[str]) -> None:
 
 
 def read_part(folder: Folder, name: str, columns: Sequence[str] | None = None) -> pa.Table:
-    """Return some columns of one Parquet file, or all."""
+    """Return some columns of one Parquet file, or all.
+
+    Raises:
+        ArtifactError: if it lacks one of them, or as `opened_part`.
+    """
+    with opened_part(folder, name) as file:
+        table = file.read(None if columns is None else list(columns))
+    for column in columns or ():
+        if column not in table.column_names:  # which pyarrow leaves out
+            raise ArtifactError(f"{folder.uri}/{name} has no column {column}")
+    return table
+
+
+@contextmanager
+def opened_part(folder: Folder, name: str) -> Iterator[pq.ParquetFile]:
+    """Open a Parquet file, whose pages are compared with their checksums when they are read.
+
+    Raises:
+        ArtifactError: if it is missing, cannot be read or is damaged, there or while it is read.
+    """
     with folder.open(name) as file:
-        return pq.read_table(file, columns=None if columns is None else list(columns))
+        try:
+            yield pq.ParquetFile(file, page_checksum_verification=True)
+        except (pa.ArrowException, OSError, UnicodeDecodeError, KeyError) as error:
+            # Damage is an OSError as well, but not one of the operating system.
+            is_unread = isinstance(error, OSError) and error.errno is not None
+            how = "cannot be read" if is_unread else "is damaged"
+            raise ArtifactError(f"{folder.uri}/{name} {how}: {error}") from None
 
 
 def read_table(folder: Folder, columns: Sequence[str]) -> pa.Table:
@@ -111,8 +144,8 @@ def read_rows(folder: Folder, rows: NDArray[np.int64], columns: Sequence[str]) -
 
 def num_rows(folder: Folder, name: str) -> int:
     """Return the number of rows of one Parquet file; only its footer is read."""
-    with folder.open(name) as file:
-        return int(pq.read_metadata(file).num_rows)
+    with opened_part(folder, name) as file:
+        return int(file.metadata.num_rows)
 
 
 def column_names(folder: Folder) -> list[str]:
@@ -123,8 +156,8 @@ def column_names(folder: Folder) -> list[str]:
     """
     names = part_names(folder)
     _require_parts(folder, names)
-    with folder.open(names[0]) as file:
-        return list(pq.read_schema(file).names)
+    with opened_part(folder, names[0]) as file:
+        return list(file.schema_arrow.names)
 
 
 def stream_column(folder: Folder, column: str) -> Iterator[NDArray[np.generic]]:
@@ -136,8 +169,7 @@ def stream_column(folder: Folder, column: str) -> Iterator[NDArray[np.generic]]:
         ArtifactError: if a file has no such column.
     """
     for name in part_names(folder):
-        with folder.open(name) as file:
-            parquet = pq.ParquetFile(file)
+        with opened_part(folder, name) as parquet:
             if column not in parquet.schema_arrow.names:
                 raise ArtifactError(f"{folder.uri}/{name} has no column {column}")
             for group in range(parquet.num_row_groups):  # one reader of all would keep them all
@@ -167,6 +199,13 @@ def write_null_text(folder: Folder, null_text: NDArray[np.generic]) -> None:
 
 
 def read_null_text(folder: Folder) -> NDArray[np.generic]:
-    """Return the empty string as it was stored: encoded in float32, or token ids in int32."""
-    (null_text,) = safetensors.numpy.load(folder.read(NULL_TEXT)).values()
+    """Return the empty string as it was stored: encoded in float32, or token ids in int32.
+
+    Raises:
+        ArtifactError: if its file is missing or damaged.
+    """
+    try:
+        (null_text,) = safetensors.numpy.load(folder.read(NULL_TEXT)).values()
+    except (SafetensorError, ValueError, KeyError) as error:
+        raise ArtifactError(f"{folder.uri}/{NULL_TEXT} is damaged: {error}") from None
     return null_text

@@ -161,7 +161,7 @@ class Receipt:
             signed = _unflatten(folder.read_json(RECEIPT))
             document = signed.check(KIND, public_key)
         # Also the ValueError of values that cannot have been signed: NaN, infinity.
-        except (ValueError, RecursionError) as error:
+        except ValueError as error:
             raise ReceiptError(f"{source} is not a receipt of yours: {error}") from None
         if public_key is None:
             raise ReceiptError(

@@ -4,7 +4,6 @@ Ed25519 over a label and the canonical form of a document; the label keeps a sta
 from being shown as one of another.
 """
 
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from paris_ray.artifacts import canonical_json
 from paris_ray.errors import SignatureError
+from paris_ray.json_documents import load_json
 
 LABEL = b"paris_ray signed document\0"
 KEY, SIGNATURE = re.compile("[0-9a-f]{64}"), re.compile("[0-9a-f]{128}")
@@ -107,8 +107,8 @@ class SignedDocument:
             SignatureError: if the file holds none, or does not exist.
         """
         try:
-            return cls.from_json(json.loads(path.read_bytes()))
-        except (OSError, ValueError, RecursionError) as error:
+            return cls.from_json(load_json(path.read_bytes()))
+        except (OSError, ValueError) as error:
             raise SignatureError(f"{path} holds no signed document: {error}") from None
 
 

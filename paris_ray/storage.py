@@ -4,8 +4,8 @@ import errno
 import glob
 import os
 import posixpath
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit, urlunsplit
 
@@ -95,6 +95,44 @@ def open_store(uri: str) -> tuple[fs.FileSystem, str]:
             "gs://, hf://, http:// or another scheme of pyarrow or fsspec"
         ) from None
     return fs.PyFileSystem(fs.FSSpecHandler(store)), str(path)
+
+
+class StoreFile:
+    """A file of a store, opened for reading, whose failures are told where they happen.
+
+    Further up, pyarrow has one class of error for them and for damage of what was read.
+
+    Args:
+        file: The file.
+        told: Returns a context that turns an OSError into what is to be told.
+    """
+
+    def __init__(
+        self, file: pa.NativeFile, told: Callable[[], AbstractContextManager[None]]
+    ) -> None:
+        self._file, self._told = file, told
+
+    @property
+    def closed(self) -> bool:
+        """Whether it has been closed."""
+        return bool(self._file.closed)
+
+    def close(self) -> None:
+        """Close it."""
+        self._file.close()
+
+    def read(self, size: int = -1) -> bytes:
+        """Return some bytes, from where it is; by default all."""
+        with self._told():
+            return bytes(self._file.read(None if size < 0 else size))
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        """Go to a place; return it, from the beginning."""
+        return int(self._file.seek(offset, whence))
+
+    def tell(self) -> int:
+        """Return where it is."""
+        return int(self._file.tell())
 
 
 def _endpoint_of_environment() -> str | None:

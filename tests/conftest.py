@@ -121,15 +121,20 @@ def write_models(root: Path, *, first_seed: int, router_seed: int) -> None:
     write_model(Folder(root / "router"), randomise(router, router_seed), ROUTER_WEIGHTS)
 
 
-@pytest.fixture(scope="session")
-def tiny_parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the parts of a tiny random-weight bundle of three experts."""
-    root = tmp_path_factory.mktemp("parts")
+def write_parts(root: Path) -> None:
+    """Write the parts of a tiny random-weight bundle of three experts."""
     # Of this seed the router begins with expert 1, and asks all three in time.
     write_models(root, first_seed=0, router_seed=102)
     pictures = np.random.default_rng(0).integers(0, 256, (64, 32, 32, 3), dtype=np.uint8)
     PatchPCA.fit(pictures, CodecConfig(num_components=8)).save(Folder(root / "codec"))
     write_text_encoder(root / "text_encoder")
+
+
+@pytest.fixture(scope="session")
+def tiny_parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the parts of a tiny bundle."""
+    root = tmp_path_factory.mktemp("parts")
+    write_parts(root)
     return root
 
 
@@ -303,10 +308,8 @@ def write_autoencoder(path: Path) -> None:
     ).save_pretrained(path)
 
 
-@pytest.fixture(scope="session")
-def release_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small folder as the public release has it, written by the libraries that it names."""
-    root = tmp_path_factory.mktemp("release") / "paris-small"
+def write_release(root: Path) -> None:
+    """Write a small folder as the public release has it, by the libraries that it names."""
     folder = Folder(root)
     for k in range(NUM_EXPERTS):
         expert = ExpertConfig(input_size=4, text_embed_dim=16, **RELEASE_GEOMETRY, **RELEASE_WIDTH)
@@ -325,6 +328,13 @@ def release_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_autoencoder(root / "vae")
     write_clip(root)
     assert not any(b"paris_ray" in path.read_bytes() for path in root.rglob("*.json"))
+
+
+@pytest.fixture(scope="session")
+def release_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small folder as the public release has it."""
+    root = tmp_path_factory.mktemp("release") / "paris-small"
+    write_release(root)
     return root
 
 

@@ -41,6 +41,8 @@ def from_dict(section: type[Section], values: object, source: str) -> Section:
         ) from None
     except OmegaConfBaseException as error:
         raise ConfigError(f"{source}: {error.full_key}: {str(error).splitlines()[0]}") from None
+    except (TypeError, ValueError, OverflowError) as error:  # such as numbers of hundreds of digits
+        raise ConfigError(f"{source}: {error}") from None
     assert isinstance(typed, section)
     return typed
 

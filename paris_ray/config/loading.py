@@ -20,8 +20,10 @@ from paris_ray.config.corpus import with_own_labels
 from paris_ray.config.lora import LoRARun
 from paris_ray.config.sections import Config
 from paris_ray.errors import ConfigError
+from paris_ray.json_documents import MAX_NESTING
 
 LORA = "lora"  # the one packaged configuration that is a LoRARun
+MAX_VALUES = 100_000  # of a file; ours have some hundred
 EXPERTS = "experts"  # the section of what differs for single experts
 
 Root = TypeVar("Root", Config, LoRARun)
@@ -38,9 +40,10 @@ def _read_yaml(name_or_path: str, packaged: Sequence[str]) -> DictConfig:
     if name_or_path in packaged:
         text = (resources.files("paris_ray") / "configs" / f"{name_or_path}.yaml").read_text()
     elif Path(name_or_path).is_file():
-        text = Path(name_or_path).read_text()
+        text = Path(name_or_path).read_text(encoding="utf-8")
     else:
         raise ConfigError(f"config={name_or_path!r} is neither a file nor one of {packaged}")
+    _num_values(yaml.compose(text, yaml.SafeLoader), {})
     loaded = OmegaConf.create(text)
     if not isinstance(loaded, DictConfig):
         raise ConfigError(f"config={name_or_path!r} does not hold a mapping")
@@ -48,6 +51,31 @@ def _read_yaml(name_or_path: str, packaged: Sequence[str]) -> DictConfig:
     if isinstance(experts, DictConfig):  # YAML reads the number of an expert as an integer
         loaded[EXPERTS] = {str(key): value for key, value in experts.items()}
     return loaded
+
+
+def _num_values(node: yaml.Node | None, known: dict[int, int], depth: int = 0) -> int:
+    """Return how many values a document has, those again that it names again.
+
+    Names for values that hold names could stand for more than fits into memory.
+
+    Args:
+        node: The document, or a part of it.
+        known: Receives the number of values of each part, by its identity.
+        depth: In how many others the part is.
+
+    Raises:
+        ConfigError: if there are too many, or they are nested too deeply.
+    """
+    if depth > MAX_NESTING:
+        raise ConfigError(f"the configuration is nested more than {MAX_NESTING} times")
+    if isinstance(node, yaml.CollectionNode) and id(node) not in known:
+        pairs = node.value if isinstance(node, yaml.MappingNode) else ((n,) for n in node.value)
+        parts = (part for pair in pairs for part in pair)
+        known[id(node)] = 1 + sum(_num_values(part, known, depth + 1) for part in parts)
+    count = known.get(id(node), 1)
+    if count > MAX_VALUES:
+        raise ConfigError(f"the configuration has more than {MAX_VALUES} values")
+    return count
 
 
 def _declared(root: type[Any], keys: Sequence[str]) -> Any:
@@ -83,7 +111,10 @@ def _explained(root: type[Any], where: str) -> Iterator[None]:
         raise ConfigError(f"{error.full_key}: {reason}" if error.full_key else reason) from None
     except yaml.YAMLError as error:
         raise ConfigError(f"{where} is not YAML: {' '.join(str(error).split())}") from None
-    except TypeError as error:  # a list where a mapping belongs, or the other way round
+    except ConfigError:
+        raise
+    # A list where a mapping belongs or the other way round, what is not UTF-8, endless numbers.
+    except (TypeError, ValueError, OverflowError, RecursionError, OSError) as error:
         raise ConfigError(f"{where}: {error}") from None
 
 

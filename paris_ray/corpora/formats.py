@@ -4,6 +4,7 @@ import io
 
 from PIL import AvifImagePlugin, Image
 
+from paris_ray.corpora.jpeg import MAX_SCANS, has_too_many_scans
 from paris_ray.corpora.jpeg_xl import read_header
 from paris_ray.corpora.png import fit_transparency, without_ballast
 from paris_ray.corpora.quarantine import BadRow
@@ -100,6 +101,8 @@ def _open(kind: str | None, encoded: bytes, max_pixels: int) -> Image.Image:
             image = Image.open(io.BytesIO(without_ballast(encoded)), formats=("PNG",))
             fit_transparency(image)
             return image
+        case "JPEG" if has_too_many_scans(encoded):
+            raise BadRow("unsupported_image", f"JPEG: of more than {MAX_SCANS} scans")
         case "AVIF":
             AvifImagePlugin.DEFAULT_MAX_THREADS = _NUM_THREADS
             return Image.open(io.BytesIO(encoded), formats=("AVIF",))

@@ -3,12 +3,12 @@
 Its output is read as any other: tars (`webdataset`), files (`sidecars`) or Parquet (`parquet`).
 """
 
-import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from paris_ray.corpora.places import Place
+from paris_ray.json_documents import load_json
 
 SUCCESS = "success"  # in the column `status`; anything else is why a picture is missing
 _STATISTICS = "_stats.json"
@@ -44,8 +44,8 @@ def _statistics(path: Place) -> dict[str, int]:
     """Return the counts of one shard; none of a file that is not one of img2dataset's."""
     try:
         with path.open("rb") as stream:
-            found = json.loads(stream.read(_MAX_BYTES))
-    except (OSError, ValueError, RecursionError):
+            found = load_json(stream.read(_MAX_BYTES))
+    except (OSError, ValueError):
         return {}
     if not isinstance(found, dict):
         return {}

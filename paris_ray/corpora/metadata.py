@@ -5,7 +5,6 @@ ends, a byte of a text file or a row of a Parquet file.
 """
 
 import csv
-import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO
@@ -13,10 +12,11 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 
 from paris_ray.artifacts import sha256_hex
-from paris_ray.corpora.parquet import READ_ERRORS, batches_of
+from paris_ray.corpora.parquet import READ_ERRORS, VALUE_ERRORS, batches_of
 from paris_ray.corpora.paths import file_versions
 from paris_ray.corpora.places import Place, open_parquet
 from paris_ray.errors import CorpusError
+from paris_ray.json_documents import load_json
 
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 MAX_LINE_BYTES = 1 << 20  # of a longer line each such piece is a row, a bad one
@@ -72,11 +72,11 @@ def _json_entries(path: Place, start: int, first: int) -> Iterator[Entry]:
 
 def _json_entry(line: bytes, number: int, end: int) -> Entry:
     try:
-        fields = json.loads(line)
+        fields = load_json(line)
         if not isinstance(fields, dict):
             raise ValueError(f"a JSON object was expected, not {type(fields).__name__}")
         return Entry(number, end, fields)
-    except (ValueError, RecursionError) as error:  # deep nesting exhausts the parser
+    except ValueError as error:
         return Entry(number, end, problem=f"{type(error).__name__}: {error}")
 
 
@@ -139,11 +139,25 @@ def _parquet_entries(path: Place, start: int, first: int) -> Iterator[Entry]:
         with open_parquet(path) as file:
             names = [f.name for f in file.schema_arrow if not _is_binary(f.type)]
             for batch in batches_of(file, start, file.metadata.num_rows, names):
-                for fields in batch.to_pylist():
-                    yield Entry(start + 1, start + 1, fields)
-                    start += 1
+                yield from _batch_entries(batch, start)
+                start += batch.num_rows
     except READ_ERRORS as error:
         raise CorpusError(f"{path} is not readable Parquet: {error}") from None
+
+
+def _batch_entries(batch: pa.RecordBatch, before: int) -> Iterator[Entry]:
+    """Yield the rows of a batch; one by one, which is slow, only if one of them is bad."""
+    try:
+        rows = batch.to_pylist()
+    except VALUE_ERRORS as error:
+        if batch.num_rows == 1:
+            yield Entry(before + 1, before + 1, problem=f"{type(error).__name__}: {error}")
+            return
+        for row in range(batch.num_rows):
+            yield from _batch_entries(batch.slice(row, 1), before + row)
+        return
+    for number, fields in enumerate(rows, before + 1):
+        yield Entry(number, number, fields)
 
 
 def _is_binary(kind: pa.DataType) -> bool:

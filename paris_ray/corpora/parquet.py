@@ -21,11 +21,14 @@ from paris_ray.corpora.places import Place, open_parquet, place
 from paris_ray.corpora.rows import RawRow, Shard
 from paris_ray.errors import CorpusError
 
-# What pyarrow raises for damaged files; damaged column names are not UTF-8.
-READ_ERRORS = (pa.ArrowException, OSError, UnicodeDecodeError)
+# What pyarrow raises for damaged files; damaged column names are not UTF-8, or there twice.
+READ_ERRORS = (pa.ArrowException, OSError, UnicodeDecodeError, KeyError)
+# And for a value that Python has no object for, such as the year 300,000.
+VALUE_ERRORS = (pa.ArrowException, ValueError, OverflowError, ArithmeticError, KeyError)
 _NUMBERED_CAPTION = re.compile(r"caption_?\d+")  # one of several captions of a row
 _MAX_SLICES = 32  # of a file: whoever plans the work keeps them all in mind
 _FOOTERS_AT_ONCE = 16  # a store that is far away answers each in its own time
+_FEW_ROWS = 1 << 16  # of which a file needs no size of its own to be believed
 _ROWS_AT_ONCE = 16  # whole pictures: a batch should not outgrow memory
 
 
@@ -77,19 +80,18 @@ class Parquet:
 
     def keys(self, shard: Shard) -> Iterator[str]:
         """Yield the keys of a shard, from the `key` column or the positions of its rows."""
-        name = place_of(self._path, place(shard.source))
-        keys = {row: f"{name}:{row}" for row in range(shard.start, shard.stop)}
+        name, row = place_of(self._path, place(shard.source)), shard.start
         # Where the file is damaged, reading the pictures fails too, and says so row by row.
         with suppress(*READ_ERRORS), open_parquet(place(shard.source)) as file:
             status = status_column(file.schema_arrow.names)
             columns = [c for c in ("key", status) if c and c in file.schema_arrow.names]
-            for row, values in _records(file, shard, columns):
+            for found, values in _records(file, shard, columns):
+                row = found + 1
                 key = _text(values["key"]) if "key" in values else None
-                if not _is_fetched(values, status):
-                    del keys[row]
-                elif key is not None:
-                    keys[row] = f"{name}/{key}"
-        return iter(keys.values())
+                if _is_fetched(values, status):
+                    yield f"{name}:{found}" if key is None else f"{name}/{key}"
+        for left in range(row, shard.stop):
+            yield f"{name}:{left}"
 
     def read(self, shard: Shard) -> Iterator[RawRow]:
         """Yield the rows of a slice; from where it cannot be read on, every row says so."""
@@ -97,6 +99,7 @@ class Parquet:
         problem = "the file was not readable when the corpus was listed"
         try:
             with open_parquet(place(shard.source)) as file:
+                _num_rows(file, place(shard.source))
                 names = file.schema_arrow.names
                 image, captions = self._columns(place(shard.source), file.schema_arrow)
                 labels = [name for name in label_columns(self._config) if name in names]
@@ -131,7 +134,7 @@ class Parquet:
         try:
             with open_parquet(path) as file:
                 self._columns(path, file.schema_arrow)
-                return int(file.metadata.num_rows)
+                return _num_rows(file, path)
         except READ_ERRORS:
             return None
 
@@ -151,6 +154,25 @@ class Parquet:
         if wanted is None and numbered and texts.isdisjoint(CAPTION_COLUMNS):
             return image, numbered
         return image, [choose_column("caption_column", wanted, CAPTION_COLUMNS, texts, table)]
+
+
+def _num_rows(file: pq.ParquetFile, path: Place) -> int:
+    """Return the number of rows of a file.
+
+    Raises:
+        pa.ArrowInvalid: if they cannot be as many as its footer says.
+    """
+    groups = range(file.metadata.num_row_groups)
+    counts = [file.metadata.row_group(group).num_rows for group in groups]
+    count = int(file.metadata.num_rows)
+    if min(counts, default=0) < 0 or sum(counts) != count or _are_too_many(count, path):
+        raise pa.ArrowInvalid(f"it cannot have the {count} rows that its footer tells")
+    return count
+
+
+def _are_too_many(count: int, path: Place) -> bool:
+    """Tell whether rows would take less than a byte each, which a picture alone takes."""
+    return count > _FEW_ROWS and count > path.stat().st_size
 
 
 def _holds_images(kind: pa.DataType) -> bool:
@@ -219,7 +241,7 @@ def _is_fetched(values: Mapping[str, pa.Scalar], status: str | None) -> bool:
 def _text(value: pa.Scalar) -> str | None:
     try:
         return str(value.as_py()) if value.is_valid else None
-    except UnicodeDecodeError:
+    except VALUE_ERRORS:
         return None
 
 
@@ -240,5 +262,8 @@ def _row(
         captions: Any = [values[name].as_py() for name in caption_columns]
     except UnicodeDecodeError:
         return RawRow(key, encoded, None, "missing_caption", "the caption is not UTF-8")
-    columns = text_columns({name: values[name].as_py() for name in labels}, labels)
+    try:
+        columns = text_columns({name: values[name].as_py() for name in labels}, labels)
+    except VALUE_ERRORS as error:
+        return RawRow(key, encoded, None, "bad_metadata", f"{type(error).__name__}: {error}")
     return RawRow(key, encoded, captions if captions[1:] else captions[0], columns=columns)

@@ -1,5 +1,6 @@
 """Which files a corpus on disk is made of. Names of strangers never lead out of its folder."""
 
+import errno
 import hashlib
 import logging
 import math
@@ -143,10 +144,25 @@ def list_files(config: CorpusConfig, suffixes: Sequence[str]) -> list[Place]:
         for name in names
         if name.endswith(endings)
     ]
+    _refuse_circles(files)
     if not files:
         expected = ", ".join(f"*{suffix}" for suffix in suffixes)
         raise CorpusError(f"corpus.path={config.path!r} holds no files {expected}")
     return of_split(config, files)
+
+
+def _refuse_circles(files: Iterable[Place]) -> None:
+    """Raise CorpusError for a link that leads to itself.
+
+    Others may lead anywhere: users link shards and tables from other disks, hubs from their blobs.
+    """
+    for file in files:
+        try:
+            if isinstance(file, Path) and file.is_symlink():
+                file.stat()
+        except OSError as error:
+            if error.errno == errno.ELOOP:
+                raise CorpusError(f"{file} is a link that leads in a circle") from None
 
 
 def folders_of(config: CorpusConfig) -> Iterator[tuple[Place, list[str]]]:
@@ -216,8 +232,21 @@ def names_in(folder: Place) -> list[str]:
     """Return the names of a folder's own files, sorted, as `walk` tells them."""
     if isinstance(folder, Path):
         with os.scandir(folder) as entries:
-            return sorted(e.name for e in entries if not (e.is_dir() or e.name.startswith(".")))
-    return [name for name in folder.names() if not name.startswith(".")]
+            return sorted(
+                e.name for e in entries if not (_leads_to_folder(e) or _is_hidden(e.name))
+            )
+    return [name for name in folder.names() if not _is_hidden(name)]
+
+
+def _leads_to_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # links in a circle
+        return False
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith(".")
 
 
 def of_split(

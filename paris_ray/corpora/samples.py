@@ -1,6 +1,5 @@
 """A sample: a picture and what stands beside it under the same name, in a folder or in a tar."""
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
@@ -8,6 +7,7 @@ from paris_ray.config import CorpusConfig
 from paris_ray.corpora.columns import first_caption, is_said
 from paris_ray.corpora.labels import label_columns, text_columns
 from paris_ray.corpora.rows import RawRow
+from paris_ray.json_documents import load_json
 
 # The first that exists is used, of captions the first that says something.
 IMAGE_EXTENSIONS = (
@@ -101,9 +101,10 @@ def _caption(members: Mapping[str, Member], wanted: str | None) -> Any:
 
 
 def _fields(member: Member) -> dict[str, Any]:
+    content = member.load(MAX_CAPTION_BYTES)
     try:
-        fields = json.loads(_text(member))
-    except (UnicodeDecodeError, RecursionError, json.JSONDecodeError) as error:
+        fields = load_json(content.decode("utf-8-sig"))
+    except ValueError as error:
         raise ValueError(f".json: {error}") from None
     if not isinstance(fields, dict):
         raise ValueError(f".json: a JSON object was expected, not {type(fields).__name__}")

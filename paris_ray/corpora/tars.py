@@ -20,7 +20,6 @@ SUFFIXES = (".tar", ".tar.gz", ".tgz")
 # What damage raises; tarfile raises ValueError and OverflowError for headers of arbitrary bytes.
 READ_ERRORS = (tarfile.TarError, OSError, ValueError, OverflowError, EOFError, zlib.error)
 _END = bytes(tarfile.BLOCKSIZE)  # an archive ends in blocks of zeros
-MAX_KEPT_BYTES = 1 << 28  # of a member that is read in passing, and kept until it is loaded
 _MAX_HEADER_BYTES = 1 << 20  # of one extended header
 _GZIP = b"\x1f\x8b"
 
@@ -44,7 +43,7 @@ class _Stored:
 class _Kept:
     """A `Member` that was read in passing: of a gzipped tar, or of one that is far away."""
 
-    content: bytes | None  # None: it was too large to keep
+    content: bytes | None  # None: it was not wanted, or too large to keep
     num_bytes: int
 
     def load(self, max_bytes: int) -> bytes:
@@ -79,11 +78,12 @@ class Tar:
         self.is_gzipped = stream.read(2) == _GZIP
         stream.seek(0)
 
-    def members(self, is_wanted: Callable[[str], bool]) -> Iterator[tuple[str, Member]]:
+    def members(self, is_wanted: Callable[[str, int], bool]) -> Iterator[tuple[str, Member]]:
         """Yield the names and contents of all members but folders, in order.
 
         Args:
-            is_wanted: Whether a member of this name may be loaded: no other is read in passing.
+            is_wanted: Whether a member of this name and so many bytes may be loaded: no other is
+                read in passing, and kept until it is.
 
         Raises:
             tarfile.ReadError: where the tar is damaged, or another of `READ_ERRORS`.
@@ -101,7 +101,7 @@ class Tar:
                 if header.isdir():
                     continue
                 if header.isreg() and not header.issparse():
-                    member = self._file(header, stream, is_wanted(header.name))
+                    member = self._file(header, stream, is_wanted(header.name, header.size))
                 else:
                     member = self._link(header, before)
                 if not self.is_gzipped:
@@ -117,7 +117,7 @@ class Tar:
                 raise tarfile.ReadError(f"the data of {header.name!r} is cut off")
             if not self.is_remote:
                 return _Stored(stream, start, size)
-        if not is_wanted or size > MAX_KEPT_BYTES:
+        if not is_wanted:
             return _Kept(None, size)
         content = stream.read(size)
         if len(content) < size:

@@ -15,6 +15,7 @@ from paris_ray.corpora.samples import Member, read_sample, wanted_extensions
 from paris_ray.corpora.tars import READ_ERRORS, SUFFIXES, Tar
 from paris_ray.errors import CorpusError
 
+MAX_KEPT_BYTES = 1 << 28  # of a sample's members that are read in passing
 _MAX_LOST = 100_000  # rows of one tar, whatever beside it says how many there were
 
 
@@ -38,6 +39,7 @@ class _Samples:
 
     def __init__(self, path: Place, wanted: Collection[str]) -> None:
         self._path, self._wanted = path, wanted
+        self._kept_of, self._room = "", 0
         self.count, self.position, self.damage = 0, 0, ""
 
     def __iter__(self) -> Iterator[tuple[str, dict[str, Member]]]:
@@ -53,7 +55,7 @@ class _Samples:
     def _read(self, tar: Tar) -> Iterator[tuple[str, dict[str, Member]]]:
         current, members = "", dict[str, Member]()
         try:
-            for name, member in tar.members(lambda name: _split(name)[1] in self._wanted):
+            for name, member in tar.members(self._is_wanted):
                 key, extension = _split(name)
                 if not extension:
                     continue
@@ -68,6 +70,19 @@ class _Samples:
         self.position = tar.stream.tell()
         if members:
             yield current, members
+
+    def _is_wanted(self, name: str, num_bytes: int) -> bool:
+        """Tell whether a member may be kept: one of few bytes in a gzipped tar could fill memory.
+
+        What counts is the sum of a sample.
+        """
+        key, extension = _split(name)
+        if key != self._kept_of:
+            self._kept_of, self._room = key, MAX_KEPT_BYTES
+        if extension not in self._wanted or num_bytes > self._room:
+            return False
+        self._room -= num_bytes
+        return True
 
 
 class WebDataset:

@@ -18,7 +18,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from paris_ray.artifacts import Folder, parse_json
-from paris_ray.encoders.pretrained import load_transformer, read_weights, require_package
+from paris_ray.encoders.pretrained import (
+    load_transformer,
+    read_weights,
+    require_package,
+    tokenizing,
+)
 from paris_ray.errors import BundleError
 from paris_ray.models import TextConditioning
 
@@ -54,7 +59,7 @@ class ClipTokenizer:
     """
 
     def __init__(self, folder: Path, max_length: int) -> None:
-        self.max_length = max_length
+        self.max_length, self._folder = max_length, folder
         self.tokenizer = _read_tokenizer(folder)
         self.end_of_text = int(self.tokenizer.eos_token_id)
         self.num_ids = 1 + max(self.tokenizer.get_vocab().values())
@@ -64,10 +69,11 @@ class ClipTokenizer:
 
         These are what is worth keeping of a corpus: 154 bytes a caption, its states are 118 kB.
         """
-        encoded = self.tokenizer(
-            list(captions), padding="max_length", truncation=True, max_length=self.max_length
-        )
-        return np.array(encoded["input_ids"], dtype=np.uint16)
+        with tokenizing(self._folder):
+            encoded = self.tokenizer(
+                list(captions), padding="max_length", truncation=True, max_length=self.max_length
+            )
+            return np.array(encoded["input_ids"], dtype=np.uint16)
 
 
 class ClipText:
@@ -187,27 +193,25 @@ def _is_text_weight(name: str) -> bool:
 
 def _read_tokenizer(folder: Path) -> Any:
     tokenizer_files(Folder(folder))
-    _refuse_other_files(folder / TOKENIZER_CONFIG)
+    _refuse_other_files(Folder(folder))
     require_package("transformers", folder)
     from transformers import CLIPTokenizer
 
-    try:
+    with tokenizing(folder):
         tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # tokenizers raises no narrower one
-        raise BundleError(f"the tokenizer in {folder} is damaged: {error}") from None
     if tokenizer.pad_token_id is None or tokenizer.eos_token_id is None:
         raise BundleError(f"the tokenizer in {folder} has no padding or no end-of-text token")
     return tokenizer
 
 
-def _refuse_other_files(config: Path) -> None:
+def _refuse_other_files(folder: Folder) -> None:
     """Refuse a configuration that names the tokenizer's files: they could be any of this machine.
 
     transformers hands every key of it to the tokenizer's constructor.
     """
-    if not config.exists():
+    if not folder.exists(TOKENIZER_CONFIG):
         return
-    document = parse_json(config.read_bytes(), str(config))
+    document, config = folder.read_json(TOKENIZER_CONFIG), f"{folder.uri}/{TOKENIZER_CONFIG}"
     if not isinstance(document, dict):
         raise BundleError(f"{config} does not hold a mapping")
     for key in sorted(document.keys() & FILE_KEYS):

@@ -1,5 +1,6 @@
 """Codecs between pictures and latents."""
 
+import math
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -158,7 +159,19 @@ def _load_patch_pca(source: VerifiedFolder) -> PatchPCA:
         mean, components, scale = (tensors[name] for name in ("mean", "components", "scale"))
     except (SafetensorError, KeyError) as error:
         raise BundleError(f"{where} is not a patch_pca codec: {error}") from None
-    if mean.dim() != 2 or components.shape[1:] != mean.shape[1:] or scale.dim() != 0:
+    codec = (mean, components, scale)
+    if not all(tensor.is_floating_point() and tensor.isfinite().all() for tensor in codec):
+        raise BundleError(f"{where} is not a patch_pca codec: numbers that are not finite floats")
+    if not _fit(mean, components, scale):
         shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         raise BundleError(f"{where} is not a patch_pca codec: shapes {shapes}")
-    return PatchPCA(mean, components, scale)
+    return PatchPCA(*(tensor.float() for tensor in codec))
+
+
+def _fit(mean: Tensor, components: Tensor, scale: Tensor) -> bool:
+    """Return whether these are of square patches, on a square grid, in three colours."""
+    if mean.dim() != 2 or components.shape[1:] != mean.shape[1:] or scale.dim() != 0:
+        return False
+    positions, numbers = mean.shape
+    squares = numbers % 3 == 0 and all(math.isqrt(n) ** 2 == n for n in (positions, numbers // 3))
+    return squares and positions > 0 and numbers > 0 and len(components) > 0

@@ -24,7 +24,12 @@ from paris_ray.encoders.clip import (
     tokenizer_files,
 )
 from paris_ray.encoders.hub import model_folder
-from paris_ray.encoders.pretrained import load_transformer, read_weights, require_package
+from paris_ray.encoders.pretrained import (
+    load_transformer,
+    read_weights,
+    require_package,
+    tokenizing,
+)
 from paris_ray.errors import BundleError, ConfigError
 from paris_ray.models import TextConditioning
 
@@ -126,8 +131,10 @@ class MiniLM:
                 f"{folder}/config.json: max_position_embeddings={positions}, "
                 f"allowed: at least {MAX_TOKENS}"
             )
-        self.tokenizer = read_tokenizer(folder / "tokenizer.json")
+        self._where = folder / "tokenizer.json"
+        self.tokenizer = read_tokenizer(self._where)
         self.tokenizer.enable_truncation(MAX_TOKENS)
+        _check_ids(self.tokenizer, self.model.config.vocab_size, folder)
 
     @property
     def embed_dim(self) -> int:
@@ -151,7 +158,8 @@ class MiniLM:
         return self.encode_tokens(np.stack([_padded(one, longest) for one in ids]))
 
     def _token_ids(self, captions: Sequence[str]) -> list[list[int]]:
-        return [encoding.ids for encoding in self.tokenizer.encode_batch(list(captions))]
+        with tokenizing(self._where):
+            return [encoding.ids for encoding in self.tokenizer.encode_batch(list(captions))]
 
     @torch.inference_mode()
     def encode_tokens(self, token_ids: NDArray[np.int32]) -> TextConditioning:
@@ -196,13 +204,22 @@ def read_tokenizer(path: Path) -> Any:
     require_package("tokenizers", path)
     from tokenizers import Tokenizer
 
-    try:
+    with tokenizing(path):
         tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # tokenizers raises no narrower one
-        raise BundleError(f"{path} is damaged: {error}") from None
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
+
+
+def _check_ids(tokenizer: Any, vocab_size: int, folder: Path) -> None:
+    """Refuse a tokenizer of more words than the model, also those that it puts around a text."""
+    with tokenizing(folder / "tokenizer.json"):
+        ids = [*tokenizer.get_vocab().values(), *tokenizer.encode("").ids]
+    if max(ids, default=0) >= vocab_size:
+        raise BundleError(
+            f"{folder}/tokenizer.json has ids up to {max(ids)}, "
+            f"{folder}/config.json has vocab_size={vocab_size}"
+        )
 
 
 def check_model_files(folder: Path) -> None:

@@ -12,13 +12,12 @@ from dataclasses import asdict, dataclass, field
 from functools import reduce
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 import ray
 
 from paris_ray.artifacts import Folder
 from paris_ray.config import FILTERS, Config
 from paris_ray.corpora import QuarantinedRow
-from paris_ray.embeddings import num_rows, part_names, read_parts, write_part
+from paris_ray.embeddings import num_rows, opened_part, part_names, read_parts, write_part
 from paris_ray.run import Run
 
 # Of tasks that read and write: small, since they share a small machine with the encoders' actors;
@@ -116,8 +115,8 @@ def write_account(
 
 def read_account(quarantine: Folder, shard: str) -> Account | None:
     """Return the account in the file of `quarantine/` of a shard; None if it has none."""
-    with quarantine.open(part_name(shard, 0)) as file:
-        metadata = pq.read_schema(file).metadata or {}
+    with opened_part(quarantine, part_name(shard, 0)) as file:
+        metadata = file.schema_arrow.metadata or {}
     return Account(**json.loads(metadata[_ACCOUNT])) if _ACCOUNT in metadata else None
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import pyarrow as pa
 import ray
 
-from paris_ray.artifacts import Folder, file_digest, hashed_names
+from paris_ray.artifacts import Folder, hashed_names
 from paris_ray.embeddings import write_part
 from paris_ray.pipeline.accounts import TASK_CPUS
 
@@ -26,7 +26,7 @@ def list_files(folder: Folder) -> dict[str, str]:
     columns = {"name": digests.keys(), "sha256": digests.values()}
     table = pa.table({name: pa.array(texts, pa.string()) for name, texts in columns.items()})
     write_part(folder, FILE_LIST, table)
-    return {FILE_LIST: file_digest(folder, FILE_LIST)}
+    return {FILE_LIST: folder.sha256(FILE_LIST)}
 
 
 def digests_of(folder: Folder, names: Sequence[str]) -> dict[str, str]:
@@ -42,4 +42,4 @@ def digests_of(folder: Folder, names: Sequence[str]) -> dict[str, str]:
 @ray.remote(num_cpus=TASK_CPUS)
 def _digests(uri: str, names: Sequence[str]) -> list[str]:
     folder = Folder(uri)
-    return [file_digest(folder, name) for name in names]
+    return [folder.sha256(name) for name in names]

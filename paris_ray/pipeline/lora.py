@@ -22,7 +22,6 @@ from paris_ray.artifacts import (
     VerifiedFolder,
     absolute_uri,
     canonical_json,
-    file_digest,
     sha256_hex,
 )
 from paris_ray.bundle import Bundle, load_bundle
@@ -144,7 +143,7 @@ def _digest(part: VerifiedFolder) -> str:
     """Return the digest of a part's files, taken now where nobody published any."""
     digests = part.digests
     if digests is None:
-        digests = {name: file_digest(part.folder, name) for name in part.folder.files()}
+        digests = {name: part.folder.sha256(name) for name in part.folder.files()}
     return sha256_hex(canonical_json(dict(digests)))
 
 

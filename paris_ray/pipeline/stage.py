@@ -15,7 +15,6 @@ from paris_ray.artifacts import (
     TIMINGS,
     Folder,
     Manifest,
-    file_digest,
     find_finished,
     publish,
 )
@@ -131,7 +130,7 @@ def start_parent(training: TrainingConfig, weights: str) -> dict[str, str]:
     """
     if training.init_from is None:
         return {}
-    return {"init": file_digest(Folder(training.init_from), weights)}
+    return {"init": Folder(training.init_from).sha256(weights)}
 
 
 class StageTimer:

@@ -6,10 +6,8 @@ whatever rule a layout has for choosing it.
 
 import csv
 import io
-import json
-import tarfile
-import zlib
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import PurePosixPath
@@ -19,18 +17,19 @@ import pyarrow as pa
 
 from paris_ray.corpora import RawRow
 from paris_ray.corpora.columns import is_said
+from paris_ray.corpora.metadata import MAX_LINE_BYTES
 from paris_ray.corpora.paths import names_in
 from paris_ray.corpora.places import Place, open_parquet, place
+from paris_ray.corpora.samples import LOAD_ERRORS
+from paris_ray.corpora.tars import READ_ERRORS, Tar
+from paris_ray.json_documents import load_json
 from paris_ray.survey.listing import Listing
 
 FIRST_ROWS = 16  # of which one has both
 RECORDS = 256  # in which its origin is looked for
 MAX_FIELD_BYTES = 1 << 26
 # What damaged files, and files of another form than expected, raise.
-_READ_ERRORS = (
-    *(OSError, ValueError, RecursionError, EOFError, zlib.error),
-    *(tarfile.TarError, csv.Error, pa.ArrowException),
-)
+_READ_ERRORS = (*READ_ERRORS, csv.Error, pa.ArrowException)
 
 Record = Mapping[str, Any]
 
@@ -126,34 +125,38 @@ def _csv(path: Place) -> Iterator[Record]:
 
 def _json_lines(path: Place) -> Iterator[Record]:
     with path.open("rb") as lines:
-        for line in lines:
-            entry = json.loads(line)
+        while line := lines.readline(MAX_LINE_BYTES):
+            entry = load_json(line)
             if isinstance(entry, dict):
                 yield entry
 
 
 def _tar(path: Place) -> Iterator[Record]:
-    with path.open("rb") as stream, tarfile.open(fileobj=stream) as tar:
+    with path.open("rb") as stream:
         stem, contents = "", dict[str, bytes]()
-        for member in tar:
-            folder, _, name = member.name.rpartition("/")
+        for member_name, member in Tar(path, stream).members(_is_small):
+            folder, _, name = member_name.rpartition("/")
             begin, dot, extension = name.partition(".")
-            if not dot or not member.isreg() or member.size > MAX_FIELD_BYTES:
+            if not dot:
                 continue
             if (key := f"{folder}/{begin}") != stem and contents:
                 yield _unfolded(contents)
                 contents = {}
             stem = key
-            file = tar.extractfile(member)
-            contents[f".{extension}"] = b"" if file is None else file.read()
+            with suppress(*LOAD_ERRORS):  # too large, or no file
+                contents[f".{extension}"] = member.load(MAX_FIELD_BYTES)
         yield _unfolded(contents)
+
+
+def _is_small(name: str, num_bytes: int) -> bool:
+    return num_bytes <= MAX_FIELD_BYTES
 
 
 def _unfolded(contents: Mapping[str, bytes]) -> Record:
     """Return files by extension, and the fields of JSON among them as files of their own."""
     record: dict[str, Any] = {}
     for extension, content in contents.items():
-        document = json.loads(content) if extension.lower() == ".json" else None
+        document = load_json(content) if extension.lower() == ".json" else None
         if isinstance(document, dict):
             record |= {f"{name} in {extension}": value for name, value in document.items()}
         else:

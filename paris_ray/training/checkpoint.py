@@ -4,10 +4,14 @@ A single file is complete or absent, so a killed run never resumes from half a c
 is pickled, and no generator state is needed: generators derive from the step (`paris_ray.seeding`).
 """
 
+import logging
+import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import safetensors.torch
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -15,6 +19,11 @@ from torch.optim import Optimizer
 from paris_ray.artifacts import CHECKPOINT, Folder, canonical_json, sha256_hex
 from paris_ray.errors import ArtifactError
 from paris_ray.training.ema import ExponentialMovingAverage
+
+logger = logging.getLogger("paris_ray")
+
+_CHECKSUM = "crc32"  # in the header
+_UNCHECKED = {"identity", "samples_seen"}  # the header of checkpoints that have none
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +63,7 @@ def save(folder: Folder, state: TrainingState, *, identity: str, samples_seen: i
     contiguous = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
     # Nothing that grows: a header of more than 100 MB is refused.
     header = {"identity": identity, "samples_seen": str(samples_seen)}
+    header[_CHECKSUM] = _checksum(header, contiguous)
     with folder.writing(CHECKPOINT) as path:
         safetensors.torch.save_file(contiguous, path, metadata=header)
 
@@ -67,6 +77,7 @@ def restore(folder: Folder, state: TrainingState, *, identity: str) -> int | Non
     if not folder.exists(CHECKPOINT):
         return None
     header, tensors = _read(folder)
+    _verify(header, tensors, f"{folder.uri}/{CHECKPOINT}")
     if header.get("identity") != identity:
         raise ArtifactError(
             f"{folder.uri}/{CHECKPOINT} belongs to another configuration, shard or precision "
@@ -91,8 +102,30 @@ def _read(folder: Folder) -> tuple[dict[str, str], dict[str, Tensor]]:
     try:
         with folder.reading(CHECKPOINT) as path, safe_open(path, framework="pt") as file:
             return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, ValueError, OSError) as error:
+    except (SafetensorError, ValueError, OSError, KeyError) as error:
         raise ArtifactError(f"{folder.uri}/{CHECKPOINT} is damaged: {error}") from None
+
+
+def _verify(header: Mapping[str, str], tensors: Mapping[str, Tensor], where: str) -> None:
+    """Raise ArtifactError unless a checkpoint has its checksum; earlier code wrote none."""
+    if header.keys() == _UNCHECKED:  # and not a name that is damaged
+        logger.warning("%s has no checksum: damage of it cannot be seen", where)
+        return
+    described = {name: value for name, value in header.items() if name != _CHECKSUM}
+    if header.get(_CHECKSUM) != _checksum(described, tensors):
+        raise ArtifactError(
+            f"{where} is damaged: it does not have its checksum; delete it to begin anew"
+        )
+
+
+def _checksum(header: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
+    """Return the CRC-32 of a header, and of the names, types, shapes and bytes of all tensors."""
+    described = {name: (str(value.dtype), *value.shape) for name, value in tensors.items()}
+    checksum = zlib.crc32(canonical_json([dict(header), described]))
+    for name in sorted(tensors):
+        content = tensors[name].reshape(-1).view(torch.uint8).numpy()
+        checksum = zlib.crc32(content.data, checksum)
+    return str(checksum)
 
 
 def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -219,6 +219,9 @@ def test_a_file_uri_works_like_a_path(tmp_path: Path, name: str) -> None:
         ({"schema_version": 99}, "schema_version 99"),
         ({"surprise": 1}, "is not a manifest"),
         ({"files": None}, "is not a manifest"),
+        ({"files": {"data.bin": 1}}, "is not a manifest"),
+        ({"parents": {"corpus": float("nan")}}, "is not a manifest"),
+        ({"config_digest": ["c"]}, "is not a manifest"),
     ],
 )
 def test_other_manifests_are_refused(
@@ -237,7 +240,7 @@ def test_damaged_manifests_are_refused(folder: Folder, payload: bytes) -> None:
         read_manifest(folder, "things")
 
 
-@pytest.mark.parametrize("text", ["[" * 100_000, "9" * 5_000, "{", "\ud800"])
+@pytest.mark.parametrize("text", ["[" * 100_000, "[" * 65 + "]" * 65, "9" * 5_000, "{", "\ud800"])
 def test_hostile_json_is_an_error_that_names_the_file(text: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_bytes(text.encode(errors="surrogatepass"))
     with pytest.raises(ArtifactError, match=r"config\.json is not JSON"):

@@ -550,3 +550,29 @@ def test_a_lora_has_no_models_to_filter_with() -> None:
         ConfigError, match=r"filters.max_nsfw_score=0.5 is not allowed: null, a LoR"
     ):
         load_lora(overrides=["corpus.filters.max_nsfw_score=0.5"])
+
+
+BOMB = "\n".join(["l0: &l0 [x]", *(f"l{i}: &l{i} [{f'*l{i - 1}, ' * 9}]" for i in range(1, 30))])
+
+
+@pytest.mark.parametrize(
+    ("text", "fragment"),
+    [
+        (BOMB, "has more than 100000 values"),
+        ("experts: &e {'0': *e}", "is nested more than 64 times"),
+        ("run_dir: " + "[" * 100 + "]" * 100, "is nested more than 64 times"),
+        ("run_dir: " + "[" * 100_000, "recursion"),
+        ("seed: " + "9" * 5000, "4300 digits"),
+        ("training: {lr: " + "9" * 400 + "}", "lr"),
+    ],
+)
+def test_hostile_yaml_is_an_error_that_names_the_file(
+    tmp_path: Path, text: str, fragment: str
+) -> None:
+    (tmp_path / "bad.yaml").write_text(text)
+    assert fragment in refusal(config=str(tmp_path / "bad.yaml"))
+
+
+def test_yaml_that_is_not_utf8_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "bad.yaml").write_bytes(b"run_dir: \xff")
+    assert "bad.yaml" in refusal(config=str(tmp_path / "bad.yaml"))

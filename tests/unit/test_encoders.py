@@ -1,6 +1,9 @@
 """Codec, text encoder and image encoder, each small and real."""
 
+import asyncio
+import json
 import pickle
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +22,7 @@ from paris_ray.encoders.images import (
     load_open_clip,
     preprocess,
 )
+from paris_ray.encoders.pretrained import tokenizing
 from paris_ray.encoders.text import (
     LENGTHS,
     MAX_TOKENS,
@@ -392,3 +396,65 @@ def test_a_folder_of_pickles_is_refused(trained: Path, tmp_path: Path) -> None:
     (tmp_path / "open_clip_pytorch_model.bin").write_bytes(pickle.dumps({"weight": 1}))
     with pytest.raises(ConfigError, match=f"' lacks {WEIGHTS}"):
         load_features(FeaturesConfig(checkpoint=str(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "fragment"),
+    [
+        ({"components": torch.ones(2, 48, dtype=torch.int64)}, "finite floats"),
+        ({"scale": torch.tensor(float("nan"))}, "finite floats"),
+        ({"mean": torch.zeros(15, 48)}, r"shapes .*\(15, 48\)"),
+        ({"mean": torch.zeros(16, 45), "components": torch.ones(2, 45)}, r"shapes .*\(16, 45\)"),
+        ({"components": torch.ones(0, 48)}, r"shapes .*\(0, 48\)"),
+    ],
+)
+def test_a_codec_that_could_not_decode_is_refused(
+    tmp_path: Path, changes: dict[str, torch.Tensor], fragment: str
+) -> None:
+    PatchPCA.fit(random_pictures(40), EVERYTHING).save(Folder(tmp_path))
+    path = tmp_path / "codec.safetensors"
+    safetensors.torch.save_file(safetensors.torch.load_file(path) | changes, path)
+    with pytest.raises(BundleError, match=f"is not a patch_pca codec: .*{fragment}"):
+        load_codec(VerifiedFolder(Folder(tmp_path), None))
+
+
+def test_a_tokenizer_of_more_words_than_the_model_is_refused(
+    tiny_parts: Path, tmp_path: Path
+) -> None:
+    """Also where no word has the id, but it is put before every text."""
+    folder = shutil.copytree(tiny_parts / "text_encoder", tmp_path / "text_encoder")
+    intact = (folder / "tokenizer.json").read_text()
+    more_words, more_before = json.loads(intact), json.loads(intact)
+    more_words["model"]["vocab"]["mouse"] = 12
+    more_before["post_processor"]["special_tokens"]["[CLS]"]["ids"] = [99]
+    for document, largest in ((more_words, 12), (more_before, 99)):
+        (folder / "tokenizer.json").write_text(json.dumps(document))
+        with pytest.raises(BundleError, match=rf"has ids up to {largest}, .* has vocab_size=12"):
+            MiniLM(folder)
+
+
+@pytest.mark.parametrize("how", ["no unknown word", "panic", "endless pattern"])
+def test_a_tokenizer_that_cannot_encode_is_refused(
+    tiny_parts: Path, tmp_path: Path, how: str
+) -> None:
+    """Its library panics: of a token that a template lacks, or a pattern that finds no end."""
+    folder = shutil.copytree(tiny_parts / "text_encoder", tmp_path / "text_encoder")
+    document = json.loads((folder / "tokenizer.json").read_text())
+    if how == "panic":
+        del document["post_processor"]["special_tokens"]["[CLS]"]
+    elif how == "endless pattern":
+        split = {"type": "Split", "behavior": "Isolated", "invert": False}
+        document["pre_tokenizer"] = split | {"pattern": {"Regex": "(a+)+$"}}
+    else:
+        del document["model"]["vocab"]["[UNK]"]
+    (folder / "tokenizer.json").write_text(json.dumps(document))
+    with pytest.raises(BundleError, match=r"the tokenizer in .* is damaged"):
+        MiniLM(folder).tokenize([f"{'a' * 40}!"])
+
+
+@pytest.mark.parametrize(
+    "kind", [MemoryError, KeyboardInterrupt, SystemExit, GeneratorExit, asyncio.CancelledError]
+)
+def test_what_is_no_fault_of_a_tokenizer_passes(kind: type[BaseException]) -> None:
+    with pytest.raises(kind), tokenizing("tokenizer.json"):
+        raise kind

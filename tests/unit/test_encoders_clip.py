@@ -456,3 +456,11 @@ def test_importing_encoders_imports_no_model_library() -> None:
     check = f"import sys; assert not sys.modules.keys() & set({modules}), sys.modules.keys()"
     command = f"import paris_ray.encoders.text, paris_ray.encoders.codec; {check}"
     subprocess.run([sys.executable, "-c", command], check=True, cwd=REPOSITORY, env=os.environ)
+
+
+def test_a_folder_in_the_place_of_the_tokenizers_configuration_is_refused(copy: Path) -> None:
+    config = copy / "tokenizer" / "tokenizer_config.json"
+    config.unlink(missing_ok=True)
+    config.mkdir()
+    with pytest.raises(ArtifactError, match=r"tokenizer_config.json cannot be read"):
+        load(copy)

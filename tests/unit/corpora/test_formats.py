@@ -12,6 +12,7 @@ from picture_files import BLUE, RED, encode, plain
 from PIL import Image
 
 from paris_ray.config import CorpusConfig
+from paris_ray.corpora.jpeg import has_too_many_scans
 from paris_ray.corpora.pixels import decode
 from paris_ray.corpora.quarantine import REASONS, BadRow
 
@@ -53,6 +54,29 @@ def test_a_general_brand_is_read_by_the_others(image_format: str) -> None:
 def test_the_first_of_several_pictures_is_taken(image_format: str) -> None:
     encoded = encode(plain(RED), image_format, save_all=True, append_images=[plain(BLUE)])
     assert is_red(decode(encoded, CONFIG))
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+def test_a_jpeg_is_not_gone_through_for_days(progressive: bool) -> None:
+    """Nor is one refused for what lies behind it, such as a film, or in a field of it."""
+    intact = encode(
+        plain(size=(32, 16)), "JPEG", progressive=progressive, comment=b"\xff\xda" * 200
+    )
+    begin = intact.rindex(b"\xff\xda")
+    assert is_red(decode(intact + intact[begin:-2] * 200, CONFIG))
+    bad = refusal(intact[:begin] + intact[begin:-2] * 101 + intact[-2:])
+    assert (bad.reason, bad.detail) == ("unsupported_image", "JPEG: of more than 100 scans")
+
+
+@pytest.mark.parametrize("before", [b"\xff", b"\xff\x01", b"\xff\xd0", b"\xff\xd8", b"\xff\0"])
+def test_what_has_no_length_hides_no_scan(before: bytes) -> None:
+    """Nor does a long run of it take time that is squared: of 1 MB that would be hours."""
+    intact = encode(plain(size=(32, 16)), "JPEG")
+    begin = intact.rindex(b"\xff\xda")
+    head, scan = intact[:begin], before + intact[begin:-2]
+    run = before * ((1 << 20) // len(before))
+    assert not has_too_many_scans(head + scan * 100 + run)
+    assert has_too_many_scans(head + run + scan * 101)
 
 
 def with_orientation(image_format: str, folder: Path) -> bytes:

@@ -14,6 +14,7 @@ from corpus_files import BLUE, RED, png, problems, read_all, write_files
 from paris_ray.config import CorpusConfig
 from paris_ray.corpora import RawRow, open_corpus
 from paris_ray.corpora.image_folder import MAX_CAPTIONS
+from paris_ray.corpora.metadata import read_entries
 from paris_ray.errors import CorpusError
 
 
@@ -369,3 +370,26 @@ class TestSplits:
         with pytest.raises(CorpusError, match="1 of test, 1 of validation; expected one of these"):
             read(folder)
         assert self.captions(folder, split="all") == ["test", "val"]
+
+    def test_a_table_may_be_a_link_but_not_to_itself(self, tmp_path: Path) -> None:
+        write_files(tmp_path, {"c/0.png": png()})
+        (tmp_path / "table.jsonl").write_text(jsonl(row("0.png")))
+        table = tmp_path / "c" / "metadata.jsonl"
+        table.symlink_to(tmp_path / "table.jsonl")
+        assert [found.problem for found in read(tmp_path / "c")] == [None]
+        table.unlink()
+        table.symlink_to(table)
+        with pytest.raises(CorpusError, match=r"metadata\.jsonl is a link that leads in a circle"):
+            read(tmp_path / "c")
+
+    def test_a_value_that_python_cannot_hold_makes_a_bad_row(self, tmp_path: Path) -> None:
+        write_files(tmp_path, {"0.png": png(), "1.png": png()})
+        taken = pa.array([0, 2**62, 0], pa.timestamp("ms"))
+        names = ["0.png", "0.png", "1.png"]
+        columns = {"file_name": names, "text": ["a", "b", "c"], "taken": taken}
+        pq.write_table(pa.table(columns), tmp_path / "metadata.parquet")
+        rows = read(tmp_path)
+        assert [found.problem for found in rows] == [None, "bad_metadata", None]
+        entries = list(read_entries(tmp_path / "metadata.parquet", start=1, first=2))
+        assert [(entry.number, entry.end) for entry in entries] == [(2, 2), (3, 3)]
+        assert [entry.fields.get("text") for entry in entries] == [None, "c"]

@@ -1,5 +1,6 @@
 """Parquet files of pictures: columns, types, slices, and what damage costs."""
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -202,3 +203,63 @@ class TestParquet:
         self.write(tmp_path / "a.parquet", 2, status=["new", "old"])
         assert len(read_all(self.config(tmp_path))) == 2
         assert not_fetched(self.config(tmp_path)) == {}
+
+    @pytest.mark.parametrize("claimed", [10**4, 10**12])
+    def test_a_file_that_claims_more_rows_is_unreadable(self, tmp_path: Path, claimed: int) -> None:
+        """Nobody lists as many rows as a footer of some bytes says."""
+        self.write(tmp_path / "a.parquet", 10, row_group_size=4)
+        self.write(tmp_path / "b.parquet", 10, row_group_size=4)
+        content = (tmp_path / "a.parquet").read_bytes()
+        size = int.from_bytes(content[-8:-4], "little")
+        at = content.index(b"\x16\x14\x19", len(content) - 8 - size)  # 10, and a list after it
+        footer = content[-8 - size : at] + b"\x16" + zigzag(claimed) + content[at + 2 : -8]
+        end = len(footer).to_bytes(4, "little") + b"PAR1"
+        (tmp_path / "a.parquet").write_bytes(content[: -8 - size] + footer + end)
+        rows = read_all(self.config(tmp_path))
+        assert Counter(row.problem for row in rows) == {"unreadable_shard": 10, None: 10}
+
+    def test_rows_of_one_picture_are_not_more_than_bytes(self, tmp_path: Path) -> None:
+        rows = 200_000
+        table = pa.table({"image": [b"x"] * rows, "caption": ["a"] * rows})
+        pq.write_table(table, tmp_path / "a.parquet")
+        with pytest.raises(CorpusError, match="no readable Parquet rows"):
+            open_corpus(self.config(tmp_path)).shards()
+
+    def test_a_column_that_is_there_twice_is_damage(self, tmp_path: Path) -> None:
+        table = pa.table({"image": [png()], "caption": ["a"], "key": ["k"]})
+        pq.write_table(table.append_column("key", [["l"]]), tmp_path / "a.parquet")
+        (row,) = read_all(self.config(tmp_path))
+        assert row.key == "a.parquet:0"
+        pq.write_table(
+            table.append_column("label", [["l"]]).append_column("label", [["m"]]),
+            tmp_path / "a.parquet",
+        )
+        (row,) = read_all(self.config(tmp_path, attributes="label"))
+        assert row.problem == "unreadable_shard"
+
+    def test_a_label_that_python_cannot_hold_is_a_bad_row(self, tmp_path: Path) -> None:
+        far = pa.array([2**62, 0], pa.timestamp("ms"))
+        self.write(tmp_path / "a.parquet", 2, label=far)
+        rows = read_all(self.config(tmp_path, attributes="label"))
+        assert [row.problem for row in rows] == ["bad_metadata", None]
+
+    def test_shards_may_be_links_but_not_to_themselves(self, tmp_path: Path) -> None:
+        """As in the cache of a hub, or where a user links them from several disks."""
+        blobs, data = tmp_path / "blobs", tmp_path / "snapshots" / "abc" / "data"
+        blobs.mkdir()
+        data.mkdir(parents=True)
+        self.write(blobs / "1", 3)
+        (data / "a.parquet").symlink_to("../../../blobs/1")
+        (data / "b.parquet").symlink_to(blobs / "1")
+        assert [row.problem for row in read_all(self.config(data))] == [None] * 6
+        (data / "c.parquet").symlink_to(data / "c.parquet")
+        with pytest.raises(CorpusError, match=r"c\.parquet is a link that leads in a circle"):
+            read_all(self.config(data))
+
+
+def zigzag(value: int) -> bytes:
+    rest, parts = value << 1, []
+    while rest > 127:
+        parts.append(rest & 127 | 128)
+        rest >>= 7
+    return bytes([*parts, rest])

@@ -153,3 +153,9 @@ def test_a_version_is_that_of_pictures_and_captions(tmp_path: Path) -> None:
     (tmp_path / "c.txt").unlink()
     (tmp_path / "c.caption").write_text("a")
     assert versions()[2] != before[2]
+
+
+def test_a_link_in_a_circle_is_a_missing_picture(tmp_path: Path) -> None:
+    (tmp_path / "a.png").symlink_to(tmp_path / "a.png")
+    (row,) = read_all(CorpusConfig(kind="sidecars", path=str(tmp_path)))
+    assert row.problem == "missing_file"

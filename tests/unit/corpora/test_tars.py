@@ -115,7 +115,7 @@ def test_damaged_gzip_keeps_what_is_before(
 
 
 def test_what_inflates_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("paris_ray.corpora.tars.MAX_KEPT_BYTES", 1000)
+    monkeypatch.setattr("paris_ray.corpora.webdataset.MAX_KEPT_BYTES", 1000)
     members = {"0.png": bytes(100_000), "0.txt": b"a", "1.png": b"x", "1.txt": b"b"}
     for name, mode in (("a.tar", "w"), ("b.tgz", "w:gz")):
         write_tar(tmp_path / name, members, mode)
@@ -141,3 +141,14 @@ def test_a_header_that_inflates_is_damage(tmp_path: Path, kind: bytes) -> None:
     rows = read(path)
     assert rows[0] == RawRow("a.tgz/0", b"x", "x")
     assert rows[1].problem == "unreadable_shard" and "a header of 16777216 bytes" in rows[1].detail
+
+
+def test_a_sample_of_many_members_that_inflate_is_not_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("paris_ray.corpora.webdataset.MAX_KEPT_BYTES", 1000)
+    members = {"0.txt": b"a", "0.png": b"x", "0.jpg": bytes(990), "1.jpg": bytes(990)}
+    write_tar(tmp_path / "a.tgz", members | {"1.png": bytes(990), "1.txt": b"b"}, "w:gz")
+    rows = read(tmp_path)
+    assert problems(rows) == {"a.tgz/0": None, "a.tgz/1": None}
+    assert [len(row.image or b"") for row in rows] == [990, 990]

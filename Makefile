@@ -46,7 +46,7 @@ fuzz: $(VENV)/test
 	$(PY) -m tests.fuzz --mutations 10000
 
 chaos: $(VENV)/test
-	CHAOS=1 $(PY) -m pytest tests/ray/test_demo_zklora.py tests/ray/test_s3.py tests/ray/test_zklora_jobs.py
+	CHAOS=1 $(PY) -m pytest tests/ray/test_demo_zklora.py tests/ray/test_zklora_jobs.py
 	CHAOS=1 $(PY) -m pytest tests/chaos
 	CHAOS=1 $(PY) -m pytest tests/serve/test_gate_http.py tests/serve/test_scaling_http.py
 	CHAOS=1 RAY_SERVE_ENABLE_HA_PROXY=1 $(PY) -m pytest tests/serve/test_scaling_http.py

@@ -201,7 +201,7 @@ class Mortal:
 
 
 @pytest.fixture(scope="module")
-def mortal(
+def mortal_of_all_tests(
     serve_address: str, tiny_bundle_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Mortal]:
     folder = tmp_path_factory.mktemp("mortal")
@@ -209,6 +209,15 @@ def mortal(
     with deploying(serve_address, tiny_bundle_path) as start:
         url = start("mortal-sampler", MortalSampler, str(folder))
         yield Mortal(url, folder / "lives", folder / "closed")
+
+
+@pytest.fixture
+def mortal(mortal_of_all_tests: Mortal) -> Iterator[Mortal]:
+    """It lives when a test has failed, too: else all that come after it would wait in vain."""
+    yield mortal_of_all_tests
+    mortal_of_all_tests.closed.unlink(missing_ok=True)
+    for life in mortal_of_all_tests.lives.iterdir():
+        life.unlink(missing_ok=True)
 
 
 def test_a_request_outlives_its_sampler(mortal: Mortal) -> None:

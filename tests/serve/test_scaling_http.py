@@ -37,7 +37,7 @@ KEY = "s3cret"  # HAProxy mode is refused without one
 HEADERS = {"Authorization": f"Bearer {KEY}"}
 APP = "changing"
 INGRESS = {"num_replicas": 2 if CHAOS else 1}
-CLIENTS = 4 if CHAOS else 1
+CLIENTS = 4 if CHAOS else 2  # so that rows of both bundles could be in a batch
 
 
 class Load:

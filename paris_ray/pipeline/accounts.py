@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import reduce
+from typing import TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -24,9 +25,11 @@ from paris_ray.run import Run
 # Of tasks that read and write: small, since they share a small machine with the encoders' actors;
 # and unlike the encoders' default, else Ray Data would fuse reading into the text encoder's actor.
 TASK_CPUS = 0.3
-SHARDS_A_TASK = 256  # a worker takes longer to start than to look
+SHARDS_A_TASK = FILES_A_TASK = 256  # a worker takes longer to start than to look
 _ACCOUNT = b"account"  # in the metadata of a quarantine file
 _COLUMNS = ("key", "reason", "detail")
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +77,11 @@ class ShardFiles:
     embeddings: list[str] = field(default_factory=list)
     held_out: list[str] = field(default_factory=list)
     quarantine: list[str] = field(default_factory=list)
+
+
+def in_groups(items: Sequence[T], size: int = SHARDS_A_TASK) -> list[Sequence[T]]:
+    """Return items in their order, in groups of at most `size`: each group is for one task."""
+    return [items[first : first + size] for first in range(0, len(items), size)]
 
 
 def part_name(shard: str, first_row: int) -> str:
@@ -162,13 +170,9 @@ def account_of(run: Run, files: ShardFiles) -> Account | None:
 
 def accounts_of(config: Config, files: Mapping[str, ShardFiles]) -> dict[str, Account | None]:
     """Return the account of every shard, by name, as tasks find it."""
-    found, names = list(files.values()), list(files)
-    tasks = [
-        _accounts_of.remote(config, found[first : first + SHARDS_A_TASK])
-        for first in range(0, len(found), SHARDS_A_TASK)
-    ]
+    tasks = [_accounts_of.remote(config, group) for group in in_groups(list(files.values()))]
     accounts = (account for group in ray.get(tasks) for account in group)
-    return dict(zip(names, accounts, strict=True))
+    return dict(zip(files, accounts, strict=True))
 
 
 @ray.remote(num_cpus=TASK_CPUS)

@@ -27,17 +27,18 @@ from paris_ray.corpora import (
 )
 from paris_ray.errors import CorpusError
 from paris_ray.pipeline.accounts import (
-    SHARDS_A_TASK,
     TASK_CPUS,
     Account,
     accounts_of,
     delete_files,
     files_by_shard,
+    in_groups,
     total,
 )
 from paris_ray.pipeline.duplicates import drop_duplicates
 from paris_ray.pipeline.embedders import (
     Encoder,
+    Encoders,
     FeatureEmbedder,
     LatentEmbedder,
     RowScorer,
@@ -48,7 +49,15 @@ from paris_ray.pipeline.file_list import list_files
 from paris_ray.pipeline.filtering import drop_filtered
 from paris_ray.pipeline.moving import are_listed, has_left
 from paris_ray.pipeline.quarantine import describe_bad_rows, first_bad_row
-from paris_ray.pipeline.shards import BUSY, ENDED, FILTERED, QUARANTINED, ShardReader, ShardWriter
+from paris_ray.pipeline.shards import (
+    BUSY,
+    ENDED,
+    FILTERED,
+    QUARANTINED,
+    ShardReader,
+    ShardWriter,
+    file_versions_of,
+)
 from paris_ray.pipeline.stage import PART, Stage, note_seconds
 from paris_ray.planning.disk import row_bytes
 from paris_ray.run import EMBEDDINGS, Run
@@ -115,23 +124,13 @@ def shard_versions(reader: ShardReader, shards: Sequence[Shard]) -> dict[str, st
     That is not what is in its files alone: of a small corpus the number of rows decides how many
     are held out, and its first rows how many captions are kept.
     """
-    tasks = [
-        file_versions_of.remote(reader.config, shards[first : first + SHARDS_A_TASK])
-        for first in range(0, len(shards), SHARDS_A_TASK)
-    ]
+    tasks = [file_versions_of.remote(reader.config, group) for group in in_groups(shards)]
     of_files = [version for group in ray.get(tasks) for version in group]
     rule = [asdict(reader.held_out), reader.num_captions]
     return {
         shard.name: sha256_hex(canonical_json([version, *rule]))
         for shard, version in zip(shards, of_files, strict=True)
     }
-
-
-@ray.remote(num_cpus=TASK_CPUS)
-def file_versions_of(config: Config, shards: Sequence[Shard]) -> list[str]:
-    """Return the version of the files of each shard: a folder has one for each of its pictures."""
-    corpus = open_corpus(config.corpus)
-    return [corpus.version(shard) for shard in shards]
 
 
 def _pending(config: Config, shards: Sequence[Shard], versions: Mapping[str, str]) -> list[Shard]:
@@ -169,11 +168,11 @@ def _embedding(
     dataset = ray.data.from_items(
         items, override_num_blocks=min(len(items), MAX_BLOCKS)
     ).map_batches(reader, batch_size=1, num_cpus=TASK_CPUS)
-    for encoder, pool in _encoders(config).items():
+    for kinds, pool in actor_pools(config):
         dataset = dataset.map_batches(
-            encoder,
+            Encoders,
             compute=ActorPoolStrategy(size=pool.num_actors),
-            fn_constructor_args=(config,),
+            fn_constructor_args=(config, kinds),
             batch_size=None,
             num_cpus=pool.num_cpus,
             num_gpus=pool.num_gpus,
@@ -187,6 +186,23 @@ def block_bytes(config: Config, num_captions: int) -> int:
     sizes = row_bytes(replace(config, corpus=corpus)).values()
     picture = 3 * corpus.image_size**2
     return corpus.rows_per_shard * (picture + sum(size or 0 for size in sizes))
+
+
+def actor_pools(config: Config) -> list[tuple[list[type[Encoder]], PoolConfig]]:
+    """Return the encoders of each pool of actors, in order, and what such an actor needs.
+
+    Encoders that need no GPU, and otherwise the same, share their actors.
+    """
+    pools: dict[Any, list[type[Encoder]]] = {}
+    encoders = _encoders(config)
+    for encoder, pool in encoders.items():
+        shared = encoder if pool.num_gpus else (pool.num_actors, pool.num_cpus)
+        pools.setdefault(shared, []).append(encoder)
+    return [
+        (kinds, replace(pool, num_cpus=len(kinds) * pool.num_cpus))
+        for kinds in pools.values()
+        for pool in [encoders[kinds[0]]]
+    ]
 
 
 def _encoders(config: Config) -> dict[type[Encoder], PoolConfig]:

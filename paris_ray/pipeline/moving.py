@@ -22,10 +22,10 @@ from paris_ray.config import FILTERS, Config, identity
 from paris_ray.corpora import QuarantinedRow
 from paris_ray.embeddings import part_names, read_part, write_part
 from paris_ray.pipeline.accounts import (
-    SHARDS_A_TASK,
     TASK_CPUS,
     Account,
     ShardFiles,
+    in_groups,
     part_name,
     read_account,
     set_aside,
@@ -131,8 +131,7 @@ def list_rows(
     lists.clear()
     reasons = [reason for reason, places in repeated.items() for _ in places]
     places = [each for group in repeated.values() for each in group]
-    shards = by_shard(files)
-    groups = [shards[i : i + SHARDS_A_TASK] for i in range(0, len(shards), SHARDS_A_TASK)]
+    groups = in_groups(by_shard(files))
     ray.get([_write_lists.remote(config, group, reasons, *places) for group in groups])
     lists.write_json(LISTED_OF, _asked(config, versions))
 

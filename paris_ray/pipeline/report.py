@@ -12,7 +12,7 @@ import ray
 from numpy.typing import NDArray
 
 from paris_ray.artifacts import REPORT, TIMINGS, Folder, VerifiedFolder, read_manifest
-from paris_ray.bundle.clusters import read_clusters
+from paris_ray.cluster_facts import read_clusters
 from paris_ray.clustering import Clustering
 from paris_ray.config import Config
 from paris_ray.corpora import QuarantinedRow

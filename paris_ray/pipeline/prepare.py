@@ -1,0 +1,43 @@
+"""The verb `prepare`: encode the corpus, cut it into clusters, and tell what became of it."""
+
+from paris_ray.artifacts import RESOLVED_CONFIG, Manifest, read_manifest
+from paris_ray.config import Config, digest, load
+from paris_ray.errors import ArtifactError
+from paris_ray.pipeline.cluster import prepare_clusters
+from paris_ray.pipeline.embed import prepare_embeddings
+from paris_ray.pipeline.encoders import PREPARED, prepare_encoders
+from paris_ray.pipeline.report import report_preparation
+from paris_ray.pipeline.stage import PART, StageTimer
+from paris_ray.run import EMBEDDINGS, Run
+
+
+def prepare(config: Config) -> None:
+    """Encode and cluster the corpus; only cluster it if another run has encoded it."""
+    if config.prepared_from is None:
+        with StageTimer(config, f"{PART}encoders"):
+            encoders = prepare_encoders(config)
+        with StageTimer(config, f"{PART}embeddings"):
+            embeddings = prepare_embeddings(config, encoders)
+    else:
+        embeddings = _prepared_elsewhere(config)
+    with StageTimer(config, f"{PART}clusters"):
+        prepare_clusters(config, embeddings)
+    report_preparation(config)
+
+
+def _prepared_elsewhere(config: Config) -> Manifest:
+    """Return the manifest of another run's embeddings; that run may have another seed.
+
+    Raises:
+        ArtifactError: if they are not finished, or of another corpus or other encoders.
+    """
+    source = Run(config).embeddings
+    manifest = read_manifest(source, EMBEDDINGS)
+    with source.reading(RESOLVED_CONFIG) as path:
+        made = load(str(path))
+    if digest(made, *PREPARED) != digest(config, *PREPARED):
+        raise ArtifactError(
+            f"prepared_from={config.prepared_from!r}: its {', '.join(PREPARED)} are not those of "
+            f"this run (compare {source.uri}/{RESOLVED_CONFIG})"
+        )
+    return manifest

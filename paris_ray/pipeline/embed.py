@@ -29,10 +29,10 @@ from paris_ray.errors import CorpusError
 from paris_ray.pipeline.accounts import (
     TASK_CPUS,
     Account,
-    accounts_of,
     delete_files,
     files_by_shard,
     in_groups,
+    told_of,
     total,
 )
 from paris_ray.pipeline.duplicates import drop_duplicates
@@ -47,7 +47,7 @@ from paris_ray.pipeline.embedders import (
 from paris_ray.pipeline.encoders import SECTIONS
 from paris_ray.pipeline.file_list import list_files
 from paris_ray.pipeline.filtering import drop_filtered
-from paris_ray.pipeline.moving import are_listed, has_left
+from paris_ray.pipeline.moving import are_listed, num_left, would_leave_again
 from paris_ray.pipeline.quarantine import describe_bad_rows, first_bad_row
 from paris_ray.pipeline.shards import (
     BUSY,
@@ -92,7 +92,8 @@ def prepare_embeddings(config: Config, encoders: Manifest) -> Manifest:
         _follow(config, _embedding(config, reader, pending, versions), len(pending))
     drop_filtered(config)  # first: of rows that repeat each other a filtered one does not stay
     drop_duplicates(config, versions)
-    counts = count_rows(accounts_of(config, files_by_shard(run)))
+    told = told_of(config, files_by_shard(run))
+    counts = count_rows({name: each.of_whole for name, each in told.items()})
     refuse_bad_corpus(config, counts)
     for reason, count in lacking.items():
         logger.info("not in the corpus: %d pictures, %s", count, reason)
@@ -138,16 +139,17 @@ def _pending(config: Config, shards: Sequence[Shard], versions: Mapping[str, str
 
     What it left of them is deleted: the next run may cut them into files elsewhere. So is what it
     left of shards that are gone. Where the corpus is another one, those of which repeated rows were
-    set aside are encoded again, too: what those rows repeated may be gone, and all that there is is
-    compared with them.
+    set aside may have to be encoded again, too; they go first, since the next run could not know it
+    once what has changed is gone.
     """
     run = Run(config)
     found = files_by_shard(run)
-    told = {name: account for name, account in accounts_of(config, found).items() if account}
-    kept = {name: a for name, a in told.items() if a.version == versions.get(name)}
-    if not are_listed(config, versions):
-        kept = {name: account for name, account in kept.items() if not has_left(account)}
-    for name in found.keys() - kept.keys():
+    told = told_of(config, found)
+    kept = {n for n, each in told.items() if each.is_whole and each.version == versions.get(n)}
+    left = {name for name, each in told.items() if each.account and num_left(each.account)}
+    if not (are_listed(config, versions) or would_leave_again(config, told, versions)):
+        kept -= left
+    for name in sorted(found.keys() - kept, key=lambda name: name not in left):
         delete_files(run, found[name])
     gone = found.keys() - versions.keys()
     if found:

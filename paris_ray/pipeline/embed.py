@@ -68,8 +68,13 @@ PRINT_INTERVAL_S = 5.0
 MAX_BLOCKS = 10_000  # of shards, each of some: Ray Data keeps what it knows of each in one process
 
 
-def prepare_embeddings(config: Config, encoders: Manifest) -> Manifest:
+def prepare_embeddings(config: Config, encoders: Manifest, shards: Sequence[Shard]) -> Manifest:
     """Publish `embeddings/`, with `held_out/` in it, and `quarantine/`.
+
+    Args:
+        config: The run.
+        encoders: What it is encoded by.
+        shards: All shards of the corpus.
 
     Raises:
         CorpusError: if more than `corpus.max_bad_share` of the rows are bad, or none are left for
@@ -77,9 +82,8 @@ def prepare_embeddings(config: Config, encoders: Manifest) -> Manifest:
     """
     run = Run(config)
     corpus = open_corpus(config.corpus)
-    shards = corpus.shards()
-    held_out = held_out_rule(config.corpus, corpus, config.seed)
-    reader = ShardReader(config, held_out, captions_per_row(config.corpus, corpus))
+    held_out = held_out_rule(config.corpus, corpus, shards, config.seed)
+    reader = ShardReader(config, held_out, captions_per_row(config.corpus, corpus, shards))
     versions = shard_versions(reader, shards)
     stage = embedding_stage(config, encoders, versions)
     manifest = stage.finished()

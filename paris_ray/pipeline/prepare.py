@@ -1,7 +1,10 @@
 """The verb `prepare`: encode the corpus, cut it into clusters, and tell what became of it."""
 
+from collections.abc import Sequence
+
 from paris_ray.artifacts import RESOLVED_CONFIG, Manifest, read_manifest
 from paris_ray.config import Config, digest, load
+from paris_ray.corpora import Shard, list_shards
 from paris_ray.errors import ArtifactError
 from paris_ray.pipeline.cluster import prepare_clusters
 from paris_ray.pipeline.embed import prepare_embeddings
@@ -13,16 +16,23 @@ from paris_ray.run import EMBEDDINGS, Run
 
 def prepare(config: Config) -> None:
     """Encode and cluster the corpus; only cluster it if another run has encoded it."""
+    shards: Sequence[Shard] = ()
     if config.prepared_from is None:
-        with StageTimer(config, f"{PART}encoders"):
-            encoders = prepare_encoders(config)
-        with StageTimer(config, f"{PART}embeddings"):
-            embeddings = prepare_embeddings(config, encoders)
+        shards = list_shards(config.corpus)
+        embeddings = encode(config, shards)
     else:
         embeddings = _prepared_elsewhere(config)
     with StageTimer(config, f"{PART}clusters"):
         prepare_clusters(config, embeddings)
-    report_preparation(config)
+    report_preparation(config, shards)
+
+
+def encode(config: Config, shards: Sequence[Shard]) -> Manifest:
+    """Publish `encoders/` and `embeddings/`; return the manifest of these."""
+    with StageTimer(config, f"{PART}encoders"):
+        encoders = prepare_encoders(config, shards)
+    with StageTimer(config, f"{PART}embeddings"):
+        return prepare_embeddings(config, encoders, shards)
 
 
 def _prepared_elsewhere(config: Config) -> Manifest:

@@ -12,7 +12,8 @@ from PIL import Image
 
 from paris_ray.artifacts import REPORT, read_manifest
 from paris_ray.config import Config, FiltersConfig, load
-from paris_ray.corpora import DecodedRow, decode_row, open_corpus
+from paris_ray.corpora import DecodedRow, decode_row, list_shards, open_corpus
+from paris_ray.corpora.image_folder import ImageFolder
 from paris_ray.embeddings import read_table
 from paris_ray.encoders.scores.nsfw import NsfwModel
 from paris_ray.errors import ArtifactError, ConfigError
@@ -128,11 +129,11 @@ def test_another_limit_is_another_artefact(prepared: Run) -> None:
     looser = replace(corpus, filters=replace(corpus.filters, max_nsfw_score=0.9))
     encoders = read_manifest(prepared.encoders, "encoders")
     with pytest.raises(ArtifactError):
-        prepare_embeddings(replace(prepared.config, corpus=looser), encoders)
+        prepare_embeddings(replace(prepared.config, corpus=looser), encoders, list_shards(looser))
 
 
 def test_only_what_changed_is_encoded_and_filtered_again(
-    prepared: Run, pictures: Path, tmp_path: Path
+    prepared: Run, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from paris_ray.pipeline.embed import prepare_embeddings
 
@@ -141,11 +142,16 @@ def test_only_what_changed_is_encoded_and_filtered_again(
     corpus = replace(prepared.config.corpus, path=str(changed))
     run = Run(replace(prepared.config, run_dir=str(tmp_path / "run"), corpus=corpus))
     encoders = read_manifest(run.encoders, "encoders")
-    prepare_embeddings(run.config, encoders)
+    shards = list_shards(corpus)
+    with monkeypatch.context() as patch:
+        patch.delattr(
+            ImageFolder, "shards"
+        )  # listing a large corpus takes a while: it is done once
+        prepare_embeddings(run.config, encoders, shards)
     first = set_aside(run)
     (changed / "small_too.png").write_bytes((changed / SMALL).read_bytes())
     add_row(changed, "small_too.png", "a red line number 1")
-    prepare_embeddings(run.config, encoders)
+    prepare_embeddings(run.config, encoders, list_shards(corpus))
     assert set_aside(run) == first | {"small_too.png": "min_size"}
 
 
@@ -157,4 +163,6 @@ def test_a_model_that_is_not_there_is_told_by_its_field(prepared: Run, tmp_path:
     corpus = replace(prepared.config.corpus, filters=lost)
     config = replace(prepared.config, run_dir=str(tmp_path), corpus=corpus)
     with pytest.raises(ConfigError, match=r"nsfw_model='/nowhere/model\.onnx' does not"):
-        prepare_embeddings(config, read_manifest(prepared.encoders, "encoders"))
+        prepare_embeddings(
+            config, read_manifest(prepared.encoders, "encoders"), list_shards(corpus)
+        )

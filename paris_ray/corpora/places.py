@@ -96,7 +96,10 @@ class RemotePath:
 
     def _type(self) -> fs.FileType:
         with self._opened() as (store, path):
-            return store.get_file_info(path).type
+            found = store.get_file_info(path).type
+            if found == fs.FileType.NotFound and isinstance(store, fs.PyFileSystem):
+                _refuse_silence(store, path)
+            return found
 
     def stat(self) -> Found:
         """Return its size.
@@ -173,6 +176,19 @@ class RemotePath:
 
 
 Place = Path | RemotePath
+
+
+def _refuse_silence(store: fs.PyFileSystem, path: str) -> None:
+    """Raise ConnectionError if a store did not say that something is absent, but nothing at all.
+
+    fsspec tells both of a web server as absence; the cause is what differs.
+    """
+    try:
+        store.handler.fs.info(path)
+    except FileNotFoundError as error:
+        cause = error.__cause__
+        if isinstance(cause, OSError) and not isinstance(cause, FileNotFoundError):
+            raise ConnectionError(f"{path} is out of reach: {cause}") from None
 
 
 @lru_cache(maxsize=16)

@@ -153,6 +153,14 @@ def test_what_is_not_there_is_told(web: str) -> None:
         open_corpus(CorpusConfig(kind="webdataset", path="nothing://x"))
 
 
+def test_a_web_server_that_does_not_answer_is_out_of_reach() -> None:
+    address = "http://127.0.0.1:1/a"  # nobody listens there
+    for path in (address, f"{address}/*.tar", f"{address}/{{0..3}}.tar"):
+        expected = re.escape(f"corpus.path={path!r} cannot be looked up: {path} is out of reach: ")
+        with pytest.raises(CorpusError, match=expected):
+            open_corpus(CorpusConfig(kind="webdataset", path=path))
+
+
 FILES = ("a/0.tar", "a/1.tar", "b/0.tar", "b/deep/2.tar", "c/0.tar", "c/notes.txt")
 
 

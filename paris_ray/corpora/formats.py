@@ -5,7 +5,7 @@ import io
 from PIL import AvifImagePlugin, Image
 
 from paris_ray.corpora.jpeg_xl import read_header
-from paris_ray.corpora.png import fit_transparency, without_ballast
+from paris_ray.corpora.png import fit_profile, fit_transparency, without_ballast
 from paris_ray.corpora.quarantine import BadRow
 
 # What Pillow decodes in this process and knows by a signature. Not EPS and WMF, which other
@@ -99,6 +99,7 @@ def _open(kind: str | None, encoded: bytes, max_pixels: int) -> Image.Image:
         case "PNG":
             image = Image.open(io.BytesIO(without_ballast(encoded)), formats=("PNG",))
             fit_transparency(image)
+            fit_profile(image, encoded)
             return image
         case "AVIF":
             AvifImagePlugin.DEFAULT_MAX_THREADS = _NUM_THREADS

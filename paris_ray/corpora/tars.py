@@ -21,6 +21,7 @@ SUFFIXES = (".tar", ".tar.gz", ".tgz")
 READ_ERRORS = (tarfile.TarError, OSError, ValueError, OverflowError, EOFError, zlib.error)
 _END = bytes(tarfile.BLOCKSIZE)  # an archive ends in blocks of zeros
 MAX_KEPT_BYTES = 1 << 28  # of a member that is read in passing, and kept until it is loaded
+MAX_RECENT_BYTES = 1 << 26  # of a gzipped tar, for links to what came before
 _MAX_HEADER_BYTES = 1 << 20  # of one extended header
 _GZIP = b"\x1f\x8b"
 
@@ -63,6 +64,29 @@ class _Unusable:
         raise ValueError(self.reason)
 
 
+class _Recent(dict[str, Member]):
+    """The latest members of a gzipped tar by name, of at most MAX_RECENT_BYTES: what links find."""
+
+    _num_bytes = 0
+
+    def __setitem__(self, name: str, member: Member) -> None:
+        """Keep a member if its content is there, and let go of the oldest for it."""
+        self._num_bytes -= _num_stored(self.pop(name, None))
+        if not 0 < _num_stored(member) <= MAX_RECENT_BYTES:
+            return
+        super().__setitem__(name, member)
+        self._num_bytes += _num_stored(member)
+        while self._num_bytes > MAX_RECENT_BYTES:
+            self._num_bytes -= _num_stored(self.pop(next(iter(self))))
+
+
+def _num_stored(member: Member | None) -> int:
+    """Return how many bytes of a tar a member has that was kept, its header included."""
+    if not isinstance(member, _Kept) or member.content is None:
+        return 0
+    return tarfile.BLOCKSIZE + len(member.content)
+
+
 class Tar:
     """An open tar.
 
@@ -92,7 +116,7 @@ class Tar:
         if self.is_gzipped:
             stream = cast(IO[bytes], gzip.GzipFile(fileobj=self.stream))
         headers = _Headers(stream)
-        before: dict[str, Member] = {}
+        before: dict[str, Member] = _Recent() if self.is_gzipped else {}
         with tarfile.open(fileobj=headers, mode="r:", encoding="utf-8", errors="replace") as tar:
             while (header := tar.next()) is not None:
                 tar.members = []  # type: ignore[attr-defined]  # else it keeps every header
@@ -104,8 +128,7 @@ class Tar:
                     member = self._file(header, stream, is_wanted(header.name))
                 else:
                     member = self._link(header, before)
-                if not self.is_gzipped:
-                    before[posixpath.normpath(header.name)] = self._to_go_back_to(header, member)
+                before[posixpath.normpath(header.name)] = self._to_find_later(header, member)
                 yield header.name, member
         if headers.last != _END:
             raise tarfile.ReadError(f"neither a header nor the end of the archive at {tar.offset}")
@@ -124,9 +147,9 @@ class Tar:
             raise tarfile.ReadError(f"the data of {header.name!r} is cut off")
         return _Kept(content, size)
 
-    def _to_go_back_to(self, header: tarfile.TarInfo, member: Member) -> Member:
-        """Return a member as a link may find it later: what was read is not kept for that."""
-        if isinstance(member, _Kept):
+    def _to_find_later(self, header: tarfile.TarInfo, member: Member) -> Member:
+        """Return a member as a link may find it: one can go back, but in a gzipped tar."""
+        if isinstance(member, _Kept) and not self.is_gzipped:
             return _Stored(self.stream, header.offset_data, header.size)
         return member
 
@@ -134,13 +157,11 @@ class Tar:
         if not (header.islnk() or header.issym()):
             # A sparse file is not contiguous and may claim any size.
             return _Unusable(f"{header.name!r} is sparse, or no file")
-        if self.is_gzipped:
-            return _Unusable(
-                f"{header.name!r} is a link, which cannot be followed in a gzipped tar"
-            )
         folder = posixpath.dirname(header.name) if header.issym() else ""
         target = posixpath.normpath(posixpath.join(folder, header.linkname))
         reason = f"{header.name!r} is a link to {target!r}, which is not before it in the tar"
+        if self.is_gzipped:
+            reason += f", or more than {MAX_RECENT_BYTES >> 20} MiB before: gunzip it"
         return before.get(target, _Unusable(reason))
 
 

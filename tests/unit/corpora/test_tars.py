@@ -13,6 +13,7 @@ from corpus_files import problems, read_all, write_tar
 from paris_ray.config import CorpusConfig
 from paris_ray.corpora import RawRow, open_corpus
 from paris_ray.corpora.rows import Shard
+from paris_ray.corpora.tars import MAX_RECENT_BYTES, _Kept, _Recent
 
 
 def read(path: Path, **options: Any) -> list[RawRow]:
@@ -81,12 +82,34 @@ def test_links_that_lead_nowhere_are_counted(tmp_path: Path) -> None:
     assert "'1.png' is a link to '2.png', which is not before it in the tar" in rows[1].detail
 
 
-def test_links_in_a_gzipped_tar_are_counted(tmp_path: Path) -> None:
-    write_links(tmp_path / "a.tar", ("1.png", "a/0.png", tarfile.LNKTYPE))
+def test_links_in_a_gzipped_tar_are_followed_to_what_was_lately_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_links(
+        tmp_path / "a.tar",
+        ("1.png", "a/0.png", tarfile.LNKTYPE),
+        ("1.txt", "a/0.txt", tarfile.SYMTYPE),
+        ("2.png", "1.png", tarfile.LNKTYPE),
+        ("2.txt", "1.txt", tarfile.LNKTYPE),
+        ("3.png", "4.png", tarfile.LNKTYPE),
+    )
     (tmp_path / "b.tar.gz").write_bytes(gzip.compress((tmp_path / "a.tar").read_bytes()))
+    (tmp_path / "a.tar").unlink()
     rows = read(tmp_path)
-    assert [row.problem for row in rows] == [None, "missing_caption", None, "missing_file"]
-    assert "cannot be followed in a gzipped tar" in rows[3].detail
+    assert rows[:3] == [RawRow(f"b.tar.gz/{key}", b"png", "txt") for key in ("a/0", "1", "2")]
+    assert problems(rows[3:]) == {"b.tar.gz/3": "missing_file"}
+    assert "'4.png', which is not before it in the tar, or more than 64 MiB" in rows[3].detail
+    monkeypatch.setattr("paris_ray.corpora.tars.MAX_RECENT_BYTES", 600)
+    assert read(tmp_path)[1].problem == "missing_file"  # of a/0 the text alone is still there
+
+
+def test_what_links_may_find_in_a_gzipped_tar_is_bounded(tmp_path: Path) -> None:
+    kept = _Recent()
+    for i in range(200_000):
+        kept[str(i % 150_000)] = _Kept(b"", 0)
+    assert len(kept) == MAX_RECENT_BYTES // tarfile.BLOCKSIZE
+    kept["large"] = _Kept(bytes(MAX_RECENT_BYTES // 2), 0)
+    assert len(kept) == MAX_RECENT_BYTES // 2 // tarfile.BLOCKSIZE
 
 
 def damage_tar(content: bytes, kept: float) -> bytes:

@@ -389,7 +389,7 @@ def test_bad_rows_are_found_again_for_the_report_with_their_pictures(config: Con
         "not_an_image": {"a.tar/broken", "a.tar/text"},
         "duplicate_key": {"a.tar/007"},
     }
-    sizes, pictures, note = report._from_corpus(config, bad)
+    sizes, pictures, note = report._from_corpus(config, [shard], bad)
     assert (set(sizes), note) == ({(8, 8)}, "")
     shown = {key: picture is not None for (_, key), picture in pictures.items()}
     assert shown == {"a.tar/broken": False, "a.tar/text": False, "a.tar/007": True}
@@ -397,7 +397,7 @@ def test_bad_rows_are_found_again_for_the_report_with_their_pictures(config: Con
 
 def test_a_report_without_its_corpus_says_so(config: Config) -> None:
     corpus = replace(config.corpus, path="/absent")
-    assert report._from_corpus(replace(config, corpus=corpus), {}) == (
+    assert report._from_corpus(replace(config, corpus=corpus), [], {}) == (
         [],
         {},
         "The corpus cannot be read again, for sizes of pictures: corpus.path='/absent' does not "

@@ -9,7 +9,8 @@ import io
 import posixpath
 import tarfile
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import IO, cast
 
@@ -65,26 +66,44 @@ class _Unusable:
 
 
 class _Recent(dict[str, Member]):
-    """The latest members of a gzipped tar by name, of at most MAX_RECENT_BYTES: what links find."""
+    """The latest members of a gzipped tar by name, of at most MAX_RECENT_BYTES: what links find.
 
-    _num_bytes = 0
+    A link has the very member that it leads to: that counts once, and each of its names a header.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._num_bytes = 0
+        self._num_names = Counter[int]()  # of each member, by its `id`
 
     def __setitem__(self, name: str, member: Member) -> None:
-        """Keep a member if its content is there, and let go of the oldest for it."""
-        self._num_bytes -= _num_stored(self.pop(name, None))
-        if not 0 < _num_stored(member) <= MAX_RECENT_BYTES:
+        """Keep a member as the latest unless it is too large; let go of the oldest for it."""
+        self._let_go(name)
+        if _num_stored(member) > MAX_RECENT_BYTES:
             return
         super().__setitem__(name, member)
-        self._num_bytes += _num_stored(member)
+        self._num_bytes += tarfile.BLOCKSIZE + len(name)
+        self._num_bytes += 0 if self._num_names[id(member)] else _num_stored(member)
+        self._num_names[id(member)] += 1
         while self._num_bytes > MAX_RECENT_BYTES:
-            self._num_bytes -= _num_stored(self.pop(next(iter(self))))
+            self._let_go(next(iter(self)))
+
+    def _let_go(self, name: str) -> None:
+        member = self.pop(name, None)
+        if member is None:
+            return
+        self._num_bytes -= tarfile.BLOCKSIZE + len(name)
+        self._num_names[id(member)] -= 1
+        if not self._num_names[id(member)]:
+            del self._num_names[id(member)]
+            self._num_bytes -= _num_stored(member)
 
 
-def _num_stored(member: Member | None) -> int:
-    """Return how many bytes of a tar a member has that was kept, its header included."""
-    if not isinstance(member, _Kept) or member.content is None:
-        return 0
-    return tarfile.BLOCKSIZE + len(member.content)
+def _num_stored(member: Member) -> int:
+    """Return how many bytes a member holds."""
+    if isinstance(member, _Unusable):
+        return len(member.reason)
+    return len(member.content or b"") if isinstance(member, _Kept) else 0
 
 
 class Tar:
@@ -149,11 +168,18 @@ class Tar:
 
     def _to_find_later(self, header: tarfile.TarInfo, member: Member) -> Member:
         """Return a member as a link may find it: one can go back, but in a gzipped tar."""
-        if isinstance(member, _Kept) and not self.is_gzipped:
+        if not isinstance(member, _Kept):
+            return member
+        if not self.is_gzipped:
             return _Stored(self.stream, header.offset_data, header.size)
+        if member.content is None:
+            return _Unusable(
+                f"{header.name!r} was passed over, by its extension or size, and a gzipped tar is "
+                "read once: gunzip it"
+            )
         return member
 
-    def _link(self, header: tarfile.TarInfo, before: Mapping[str, Member]) -> Member:
+    def _link(self, header: tarfile.TarInfo, before: dict[str, Member]) -> Member:
         if not (header.islnk() or header.issym()):
             # A sparse file is not contiguous and may claim any size.
             return _Unusable(f"{header.name!r} is sparse, or no file")
@@ -162,7 +188,10 @@ class Tar:
         reason = f"{header.name!r} is a link to {target!r}, which is not before it in the tar"
         if self.is_gzipped:
             reason += f", or more than {MAX_RECENT_BYTES >> 20} MiB before: gunzip it"
-        return before.get(target, _Unusable(reason))
+        if target not in before:
+            return _Unusable(reason)
+        before[target] = before[target]  # the latest again: more links to it may follow
+        return before[target]
 
 
 class _Headers(io.BufferedIOBase):

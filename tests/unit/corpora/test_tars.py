@@ -106,10 +106,65 @@ def test_links_in_a_gzipped_tar_are_followed_to_what_was_lately_read(
 def test_what_links_may_find_in_a_gzipped_tar_is_bounded(tmp_path: Path) -> None:
     kept = _Recent()
     for i in range(200_000):
-        kept[str(i % 150_000)] = _Kept(b"", 0)
-    assert len(kept) == MAX_RECENT_BYTES // tarfile.BLOCKSIZE
+        kept[f"{i % 150_000:06}"] = _Kept(b"", 0)
+    assert len(kept) == MAX_RECENT_BYTES // (tarfile.BLOCKSIZE + 6)
     kept["large"] = _Kept(bytes(MAX_RECENT_BYTES // 2), 0)
-    assert len(kept) == MAX_RECENT_BYTES // 2 // tarfile.BLOCKSIZE
+    assert len(kept) == 1 + (MAX_RECENT_BYTES // 2 - 517) // (tarfile.BLOCKSIZE + 6)
+
+
+def test_what_only_links_still_name_counts_until_the_last_of_them_is_gone() -> None:
+    kept = _Recent()
+    kept["file"] = kept["link"] = large = _Kept(bytes(MAX_RECENT_BYTES // 2), 0)
+    kept["another"] = _Kept(bytes(MAX_RECENT_BYTES // 4), 0)
+    assert kept["link"] is large
+    kept["large"] = _Kept(bytes(MAX_RECENT_BYTES // 2), 0)
+    assert list(kept) == ["another", "large"]
+
+
+def write_gzipped(folder: Path, members: dict[str, bytes | str]) -> None:
+    """Write files of some content, and hard links to a name."""
+    with tarfile.open(folder / "a.tgz", "w:gz") as tar:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            if isinstance(content, str):
+                info.type, info.linkname = tarfile.LNKTYPE, content
+                tar.addfile(info)
+            else:
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+
+
+def test_links_of_a_gzipped_tar_share_the_picture_that_they_lead_to(tmp_path: Path) -> None:
+    picture = bytes(1 << 20)
+    links = {f"{i}.png": "first.png" for i in range(100)}
+    write_gzipped(tmp_path, {"first.png": picture, **links})
+    assert [len(row.image or b"") for row in read(tmp_path)] == [len(picture)] * 101
+
+
+def test_a_link_keeps_its_target_among_the_latest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("paris_ray.corpora.tars.MAX_RECENT_BYTES", 5000)
+    write_gzipped(
+        tmp_path,
+        {
+            "first.png": bytes(1000),
+            "second.png": bytes(2000),
+            "1.png": "first.png",
+            "third.png": bytes(1500),  # takes the place of the second
+            "2.png": "first.png",
+            "3.png": "second.png",
+        },
+    )
+    found = {row.key: row.problem for row in read(tmp_path)}
+    assert found["a.tgz/2"] is None and found["a.tgz/3"] == "missing_file"
+
+
+def test_a_link_to_what_a_gzipped_tar_passed_over_is_told(tmp_path: Path) -> None:
+    write_gzipped(tmp_path, {"a.dat": b"png", "1.png": "a.dat", "2.png": "absent.png"})
+    first, second = read(tmp_path)
+    assert "'a.dat' was passed over, by its extension or size" in first.detail
+    assert "'absent.png', which is not before it in the tar" in second.detail
 
 
 def damage_tar(content: bytes, kept: float) -> bytes:

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit, urlunsplit
 
+import aiohttp
 import fsspec
 import pyarrow as pa
 from pyarrow import fs
@@ -21,6 +22,7 @@ DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 CONNECT_TIMEOUT_S = 5.0
 ANSWER_TIMEOUT_S = 10.0
 ATTEMPTS = 2
+WEB_ANSWER_TIMEOUT_S = 30.0  # without a byte from a web server; fsspec would wait for minutes
 _SECRETS = ("sig", "token", "secret", "key", "credential", "password")  # in names of options
 
 
@@ -87,14 +89,27 @@ def open_store(uri: str) -> tuple[fs.FileSystem, str]:
     except pa.ArrowInvalid as error:
         if "Unrecognized filesystem" not in str(error):
             raise ArtifactError(f"{shown!r} cannot be opened: {error}") from None
+    options = {"client_kwargs": {"timeout": _patience()}} if is_web(uri) else {}
     try:  # without a cache of listings: files come and go
-        store, path = fsspec.core.url_to_fs(uri, use_listings_cache=False)
+        store, path = fsspec.core.url_to_fs(uri, use_listings_cache=False, **options)
     except (ValueError, ImportError) as error:
         raise ArtifactError(
             f"{shown!r} names no store that can be opened here ({error}): expected a path, s3://, "
             "gs://, hf://, http:// or another scheme of pyarrow or fsspec"
         ) from None
     return fs.PyFileSystem(fs.FSSpecHandler(store)), str(path)
+
+
+def is_web(uri: str) -> bool:
+    """Return whether a web server is asked."""
+    return urlsplit(uri).scheme in ("http", "https")
+
+
+def _patience() -> aiohttp.ClientTimeout:
+    """Return how long to wait for a web server: for each answer, not for the whole of a file."""
+    return aiohttp.ClientTimeout(
+        total=None, sock_connect=CONNECT_TIMEOUT_S, sock_read=WEB_ANSWER_TIMEOUT_S
+    )
 
 
 def _endpoint_of_environment() -> str | None:

@@ -16,9 +16,10 @@ from urllib.parse import quote, unquote, urlsplit, urlunsplit
 import pyarrow.parquet as pq
 from pyarrow import NativeFile, fs
 
-from paris_ray.storage import is_uri, joined_uri, open_store
+from paris_ray.storage import is_uri, is_web, joined_uri, open_store
 
 _PLAIN = "/ !$&'()*+,;=:@"  # in the path of a URI, but for letters and digits
+_ABSENT, _REFUSED = (404, 410), (401, 403)  # what web servers answer
 READ_AHEAD = 1 << 22  # bytes of a request: members of a tar are read one after the other
 
 
@@ -96,10 +97,7 @@ class RemotePath:
 
     def _type(self) -> fs.FileType:
         with self._opened() as (store, path):
-            found = store.get_file_info(path).type
-            if found == fs.FileType.NotFound and isinstance(store, fs.PyFileSystem):
-                _refuse_silence(store, path)
-            return found
+            return _web_type(store, path) if is_web(self.uri) else store.get_file_info(path).type
 
     def stat(self) -> Found:
         """Return its size.
@@ -167,8 +165,7 @@ class RemotePath:
         store, root = _open_once(urlunsplit(parts._replace(path=top)))
         try:
             # To the web the address is the file, with its options and as it is written.
-            is_web = parts.scheme in ("http", "https")
-            yield store, self.uri if is_web else f"{root}{unquote(parts.path)}"
+            yield store, self.uri if is_web(self.uri) else f"{root}{unquote(parts.path)}"
         except OSError:
             raise
         except Exception as error:  # each library of a store has its own
@@ -178,17 +175,25 @@ class RemotePath:
 Place = Path | RemotePath
 
 
-def _refuse_silence(store: fs.PyFileSystem, path: str) -> None:
-    """Raise ConnectionError if a store did not say that something is absent, but nothing at all.
+def _web_type(store: fs.PyFileSystem, address: str) -> fs.FileType:
+    """Return whether a web server has something: it tells of files alone.
 
-    fsspec tells both of a web server as absence; the cause is what differs.
+    fsspec calls whatever goes wrong an absence; the cause is what differs.
+
+    Raises:
+        PermissionError: if the server does not say, since it is asked by a stranger.
+        ConnectionError: if it says something else or nothing.
     """
     try:
-        store.handler.fs.info(path)
+        store.handler.fs.info(address)
     except FileNotFoundError as error:
         cause = error.__cause__
-        if isinstance(cause, OSError) and not isinstance(cause, FileNotFoundError):
-            raise ConnectionError(f"{path} is out of reach: {cause}") from None
+        status = getattr(cause, "status", None)
+        if cause is None or isinstance(cause, FileNotFoundError) or status in _ABSENT:
+            return fs.FileType.NotFound
+        kind = PermissionError if status in _REFUSED else ConnectionError
+        raise kind(f"{address} is out of reach: {type(cause).__name__}: {cause}") from None
+    return fs.FileType.File
 
 
 @lru_cache(maxsize=16)

@@ -35,8 +35,12 @@ MAX_SLICES = 32  # of a file or folder: whoever reads one looks into the whole, 
 
 
 def rows_per_slice(num_rows: int, rows_per_shard: int) -> int:
-    """Return how many rows of a file or folder make a shard: `rows_per_shard` or a multiple."""
-    return rows_per_shard * max(1, math.ceil(num_rows / (MAX_SLICES * rows_per_shard)))
+    """Return how many rows of a file or folder make a shard: `rows_per_shard`, or 2, 4, 8... of it.
+
+    So a source that grows is cut elsewhere only when it has doubled.
+    """
+    least = max(1, math.ceil(num_rows / (MAX_SLICES * rows_per_shard)))
+    return rows_per_shard << (least - 1).bit_length()
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,7 +25,9 @@ from paris_ray.errors import CorpusError
 
 logger = logging.getLogger("paris_ray")
 
-_REPEATS = re.compile(r"(\d+)_.")  # at the beginning of a folder's name, as kohya's scripts have it
+_REPEATS = re.compile(
+    r"(\d{1,3})_."
+)  # at the beginning of a folder's name, as kohya's scripts have it
 # Masks and conditions that OneTrainer keeps beside pictures; they are no pictures of their own.
 _ATTACHED = ("-masklabel", "-condlabel")
 
@@ -136,7 +138,7 @@ class Sidecars:
 def _tell_repeats(folders: Sequence[Place]) -> None:
     """Warn where folders ask to be weighed: among those that ask for the same it means nothing."""
     found = [_REPEATS.match(folder.name) for folder in folders]
-    if len({match and match[1] for match in found}) > 1 and any(found):
+    if len({match and match[1] for match in found}) > 1:
         logger.warning(
             "corpus: the repeats of folders such as %s are not followed: every picture is one row",
             next(folder.name for folder, match in zip(folders, found, strict=True) if match),

@@ -1,5 +1,6 @@
 """Captions in files beside their pictures."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -139,12 +140,30 @@ def test_a_folder_has_at_most_32_shards_and_is_listed_once_for_all(
     assert listed == [tmp_path]
 
 
+def test_a_folder_that_grows_is_cut_elsewhere_only_when_it_has_doubled(tmp_path: Path) -> None:
+    corpus = open_corpus(CorpusConfig(kind="sidecars", path=str(tmp_path), rows_per_shard=1))
+
+    def starts(num_pictures: int) -> list[int]:
+        write_files(tmp_path, {f"{i:03d}.png": b"x" for i in range(num_pictures)})
+        return [shard.start for shard in corpus.shards()]
+
+    assert starts(32) == list(range(32))
+    for count in (33, 64):
+        assert starts(count) == list(range(0, count, 2))
+    for count in (65, 100, 128):  # 97 are more than three times 32
+        assert starts(count) == list(range(0, count, 4))
+
+
 def test_kohyas_repeats_are_not_followed_and_that_is_told(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     write_files(tmp_path, {f"{folder}/a.png": b"x" for folder in ("10_me", "10_you")})
     assert len(read(tmp_path)) == 2
     assert not caplog.messages  # among equals they mean nothing
+    write_files(tmp_path / "years", {f"{year}_trip/a.png": b"x" for year in (2023, 2024)})
+    assert len(read(tmp_path / "years")) == 2
+    assert not caplog.messages
+    shutil.rmtree(tmp_path / "years")
     write_files(tmp_path, {"1_all/a.png": b"x"})
     assert len(read(tmp_path)) == 3
     assert caplog.messages == [

@@ -16,18 +16,15 @@ from paris_ray.bundle.facts import CONFIG, MODEL_INDEX, BundleFacts, facts_to_js
 from paris_ray.bundle.layout import bundle_digest, load_bundle
 from paris_ray.bundle.parts import Bundle, load_expert
 from paris_ray.bundle.weights import Dtype
-from paris_ray.cluster_facts import ClusterFacts, write_clusters
 
 __all__ = [
     "CONFIG",
     "MODEL_INDEX",
     "Bundle",
     "BundleFacts",
-    "ClusterFacts",
     "Dtype",
     "bundle_digest",
     "facts_to_json",
     "load_bundle",
     "load_expert",
-    "write_clusters",
 ]

@@ -2,6 +2,7 @@
 
 import io
 import struct
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,7 @@ from PIL import Image, ImageCms
 
 from paris_ray.config import CorpusConfig
 from paris_ray.corpora.pixels import decode
+from paris_ray.corpora.profiles import CURVES, PRIMARIES
 
 pillow_heif.register_heif_opener()
 CONFIG = CorpusConfig(image_size=8)
@@ -145,6 +147,25 @@ def chrm(primaries: Any) -> tuple[bytes, bytes]:
     return b"cHRM", struct.pack(">8I", *map(round, numbers))
 
 
+def light_of_video(levels: Any) -> Any:
+    return np.where(levels < 0.081, levels / 4.5, ((levels + 0.099) / 1.099) ** (1 / 0.45))
+
+
+def light_of_srgb(levels: Any) -> Any:
+    return np.where(levels <= 0.04045, levels / 12.92, ((levels + 0.055) / 1.055) ** 2.4)
+
+
+# ITU-T H.273, tables 2 and 3.
+BT2020 = ((0.708, 0.292), (0.170, 0.797), (0.131, 0.046), (0.3127, 0.3290))
+NUMBERED: dict[int, Any] = {1: SRGB, 9: BT2020, 12: DISPLAY_P3}
+LIGHT: dict[int, Callable[[Any], Any]] = {
+    **dict.fromkeys((1, 6, 14, 15), light_of_video),
+    4: lambda levels: levels**2.2,
+    8: lambda levels: levels,
+    13: light_of_srgb,
+}
+
+
 class TestNumbers:
     """What a PNG says of its colours by numbers."""
 
@@ -174,6 +195,17 @@ class TestNumbers:
             others = ((b"sRGB", b"\0"), self.LINEAR, chrm(ADOBE_RGB))
             assert differs(png_of_row(8, 2, row, self.P3, *others), expected) <= 1
         assert differs(png_of_row(8, 2, self.ROW, self.P3), COLOR) > 10
+
+    @pytest.mark.parametrize("curve", LIGHT)
+    @pytest.mark.parametrize("primaries", NUMBERED)
+    def test_all_numbers_mean_what_the_standard_says(self, primaries: int, curve: int) -> None:
+        light = LIGHT[curve](np.array(COLOR) / 255)
+        expected = shown(255 * light, NUMBERED[primaries], 1.0)
+        chunk = (b"cICP", bytes((primaries, curve, 0, 1)))
+        assert differs(png_of_row(8, 2, self.ROW, chunk), expected) <= 1
+
+    def test_no_number_is_followed_without_a_test(self) -> None:
+        assert (PRIMARIES.keys(), CURVES.keys()) == (NUMBERED.keys(), LIGHT.keys())
 
     @pytest.mark.parametrize(
         "chunk",

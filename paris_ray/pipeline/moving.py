@@ -140,7 +140,8 @@ def list_rows(
     """Write the list of every shard of which rows leave, by tasks, before the first is moved.
 
     It names those that have left before, too: they are there again if the shard is not whole when
-    the run ends, and so is encoded again.
+    the run ends, and so is encoded again. That holds for a shard without files, too: all of its
+    rows have left.
 
     Args:
         config: The run.
@@ -151,23 +152,27 @@ def list_rows(
     lists = Run(config).quarantine / LISTS
     if lists.exists(LISTED_OF):
         lists.delete(LISTED_OF)
-    for name in set(part_names(lists)) - {part_name(file.shard, 0) for file in files}:
+    for name in set(part_names(lists)) - {part_name(shard, 0) for shard in versions}:
         lists.delete(name)
     reasons = [reason for reason, places in repeated.items() for _ in places]
     places = [each for group in repeated.values() for each in group]
-    groups = in_groups(by_shard(files))
+    of_shard = {found[0].shard: found for found in by_shard(files)}
+    groups = in_groups([(shard, of_shard.get(shard, [])) for shard in versions])
     ray.get([_write_lists.remote(config, group, reasons, *places) for group in groups])
     lists.write_json(LISTED_OF, _asked(config, versions))
 
 
 @ray.remote(num_cpus=TASK_CPUS)
 def _write_lists(
-    config: Config, shards: Sequence[Sequence[PartFile]], reasons: Sequence[str], *places: Places
+    config: Config,
+    shards: Sequence[tuple[str, Sequence[PartFile]]],
+    reasons: Sequence[str],
+    *places: Places,
 ) -> None:
     run, repeated = Run(config), list(zip(reasons, places, strict=True))
-    for files in shards:
-        leaving = {**_left_before(run, files[0].shard), **leaving_rows(run, files, repeated)}
-        _write_list(run.quarantine / LISTS, part_name(files[0].shard, 0), leaving)
+    for shard, files in shards:
+        leaving = {**_left_before(run, shard), **leaving_rows(run, files, repeated)}
+        _write_list(run.quarantine / LISTS, part_name(shard, 0), leaving)
 
 
 def _left_before(run: Run, shard: str) -> Leaving:

@@ -41,22 +41,23 @@ MAX_GAP = 4  # between rows of a shard: the pictures between them are read, too
 
 
 def prepare_encoders(config: Config, shards: Sequence[Shard]) -> Manifest:
-    """Publish `encoders/`: given ones copied and checked, the others fitted to the corpus.
+    """Publish `encoders/`, unfinished yet: given ones copied and checked, the others fitted.
 
     Args:
         config: The run.
         shards: All shards of the corpus.
     """
-    run = Run(config)
-    stage = Stage(ENCODERS, run.encoders, config, sections=SECTIONS, parents={})
-    manifest = stage.finished()
-    if manifest is not None:
-        return manifest
+    stage = encoders_stage(config)
     stage.begin()
     task = make_encoders.options(
         num_cpus=config.features.num_cpus, num_gpus=config.features.num_gpus
     ).remote(config, shards)
-    return stage.publish(follow("encoders", Task(task, run.encoders)))
+    return stage.publish(follow("encoders", Task(task, stage.folder)))
+
+
+def encoders_stage(config: Config) -> Stage:
+    """Return the stage: what finished encoders are compared with."""
+    return Stage(ENCODERS, Run(config).encoders, config, sections=SECTIONS, parents={})
 
 
 @ray.remote

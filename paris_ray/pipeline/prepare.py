@@ -8,7 +8,7 @@ from paris_ray.corpora import Shard, list_shards
 from paris_ray.errors import ArtifactError
 from paris_ray.pipeline.cluster import prepare_clusters
 from paris_ray.pipeline.embed import prepare_embeddings
-from paris_ray.pipeline.encoders import PREPARED, prepare_encoders
+from paris_ray.pipeline.encoders import PREPARED, encoders_stage, prepare_encoders
 from paris_ray.pipeline.report import report_preparation
 from paris_ray.pipeline.stage import PART, StageTimer
 from paris_ray.run import EMBEDDINGS, Run
@@ -16,23 +16,28 @@ from paris_ray.run import EMBEDDINGS, Run
 
 def prepare(config: Config) -> None:
     """Encode and cluster the corpus; only cluster it if another run has encoded it."""
-    shards: Sequence[Shard] = ()
     if config.prepared_from is None:
-        shards = list_shards(config.corpus)
-        embeddings = encode(config, shards)
+        shards, embeddings = encode(config)
     else:
-        embeddings = _prepared_elsewhere(config)
+        shards, embeddings = (), _prepared_elsewhere(config)
     with StageTimer(config, f"{PART}clusters"):
         prepare_clusters(config, embeddings)
     report_preparation(config, shards)
 
 
-def encode(config: Config, shards: Sequence[Shard]) -> Manifest:
-    """Publish `encoders/` and `embeddings/`; return the manifest of these."""
+def encode(config: Config) -> tuple[Sequence[Shard], Manifest]:
+    """Publish `encoders/` and `embeddings/`; return the corpus's shards and the manifest of these.
+
+    Raises:
+        ArtifactError: if there are finished encoders of another configuration. That is told before
+            the corpus is listed, which may take long.
+    """
+    encoders = encoders_stage(config).finished()
+    shards = list_shards(config.corpus)
     with StageTimer(config, f"{PART}encoders"):
-        encoders = prepare_encoders(config, shards)
+        encoders = encoders or prepare_encoders(config, shards)
     with StageTimer(config, f"{PART}embeddings"):
-        return prepare_embeddings(config, encoders, shards)
+        return shards, prepare_embeddings(config, encoders, shards)
 
 
 def _prepared_elsewhere(config: Config) -> Manifest:

@@ -143,17 +143,18 @@ def _pending(config: Config, shards: Sequence[Shard], versions: Mapping[str, str
 
     What it left of them is deleted: the next run may cut them into files elsewhere. So is what it
     left of shards that are gone. Where the corpus is another one, those of which repeated rows were
-    set aside may have to be encoded again, too; they go first, since the next run could not know it
-    once what has changed is gone.
+    set aside may have to be encoded again, too. What is gone or changed goes last: it alone tells
+    the next run, if this one is killed meanwhile, that the corpus is another one.
     """
     run = Run(config)
     found = files_by_shard(run)
     told = told_of(config, found)
-    kept = {n for n, each in told.items() if each.is_whole and each.version == versions.get(n)}
+    same = {name for name, each in told.items() if each.version == versions.get(name)}
+    kept = {name for name in same if told[name].is_whole}
     left = {name for name, each in told.items() if each.account and num_left(each.account)}
     if not (are_listed(config, versions) or would_leave_again(config, told, versions)):
         kept -= left
-    for name in sorted(found.keys() - kept, key=lambda name: name not in left):
+    for name in sorted(found.keys() - kept, key=lambda name: (name not in same, name)):
         delete_files(run, found[name])
     gone = found.keys() - versions.keys()
     if found:
@@ -197,12 +198,14 @@ def block_bytes(config: Config, num_captions: int) -> int:
 def actor_pools(config: Config) -> list[tuple[list[type[Encoder]], PoolConfig]]:
     """Return the encoders of each pool of actors, in order, and what such an actor needs.
 
-    Encoders that need no GPU, and otherwise the same, share their actors.
+    Encoders that need no GPU, less than a CPU and otherwise the same share their actors. Of whole
+    CPUs they do not: three pools of four fit two machines of eight, a process of twelve neither.
     """
     pools: dict[Any, list[type[Encoder]]] = {}
     encoders = _encoders(config)
     for encoder, pool in encoders.items():
-        shared = encoder if pool.num_gpus else (pool.num_actors, pool.num_cpus)
+        is_small = not pool.num_gpus and pool.num_cpus < 1
+        shared = (pool.num_actors, pool.num_cpus) if is_small else encoder
         pools.setdefault(shared, []).append(encoder)
     return [
         (kinds, replace(pool, num_cpus=len(kinds) * pool.num_cpus))

@@ -253,6 +253,17 @@ def test_what_left_before_leaves_a_shard_that_is_encoded_again(
     assert stored_keys(grown) == GROWN_LEFT
 
 
+def test_a_shard_all_of_whose_rows_left_keeps_its_list(grown: Run) -> None:
+    from paris_ray.pipeline.duplicates import drop_duplicates
+
+    drop_duplicates(grown.config, GROWN)
+    grown.quarantine.delete("part-a-00000000.parquet")
+    assert pending(grown, GROWN) == ["a"]
+    write_repeated_rows(grown, ["a"])
+    drop_duplicates(grown.config, GROWN)
+    assert stored_keys(grown) == GROWN_LEFT
+
+
 def test_what_repeats_stays_away_where_a_new_shard_was_interrupted(grown: Run) -> None:
     grown.embeddings.delete("part-new-00000000.parquet")
     assert pending(grown, GROWN) == ["new"]
@@ -269,25 +280,36 @@ def test_what_repeats_is_encoded_again_where_a_shard_is_new_and_another_changed(
     assert pending(moved, {"b": "1", "new": "1", "a": "2"}) == ["b", "new", "a"]
 
 
+@pytest.mark.parametrize(
+    ("versions", "goes_first"),
+    [
+        ({"b": "2", "a": "1"}, "a"),
+        ({"b": "1", "a": "2"}, "b"),
+        ({"a": "1"}, "a"),
+        ({"b": "1"}, "b"),
+    ],
+    ids=["b changed", "a changed", "b gone", "a gone"],
+)
 def test_a_kill_while_files_are_deleted_forgets_nothing(
-    moved: Run, monkeypatch: pytest.MonkeyPatch
+    moved: Run, monkeypatch: pytest.MonkeyPatch, versions: dict[str, str], goes_first: str
 ) -> None:
+    """What changed goes last: else rows would stay away that repeat nothing any more."""
     from paris_ray.pipeline import embed
 
-    deleted: list[ShardFiles] = []
+    deleted: list[str] = []
 
     def delete_one(run: Run, files: ShardFiles) -> None:
         if deleted:
             raise KeyboardInterrupt
-        deleted.append(files)
+        deleted.extend(files.quarantine)
         delete_files(run, files)
 
     monkeypatch.setattr(embed, "delete_files", delete_one)
     with pytest.raises(KeyboardInterrupt):
-        pending(moved, {"b": "2", "a": "1"})
+        pending(moved, versions)
     monkeypatch.undo()
-    assert len(deleted) == 1
-    assert pending(moved, {"b": "2", "a": "1"}) == ["b", "a"]
+    assert deleted == [f"part-{goes_first}-00000000.parquet"]
+    assert pending(moved, versions) == list(versions)
 
 
 def test_what_repeats_goes_before_what_changed(moved: Run, monkeypatch: pytest.MonkeyPatch) -> None:

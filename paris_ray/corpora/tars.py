@@ -9,7 +9,7 @@ import io
 import posixpath
 import tarfile
 import zlib
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import IO, cast
@@ -65,7 +65,7 @@ class _Unusable:
         raise ValueError(self.reason)
 
 
-class _Recent(dict[str, Member]):
+class _Recent(OrderedDict[str, Member]):  # a dict would search for its first
     """The latest members of a gzipped tar by name, of at most MAX_RECENT_BYTES: what links find.
 
     A link has the very member that it leads to: that counts once, and each of its names a header.

@@ -7,9 +7,9 @@ import posixpath
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit, urlunsplit
 
-import aiohttp
 import fsspec
 import pyarrow as pa
 from pyarrow import fs
@@ -89,7 +89,7 @@ def open_store(uri: str) -> tuple[fs.FileSystem, str]:
     except pa.ArrowInvalid as error:
         if "Unrecognized filesystem" not in str(error):
             raise ArtifactError(f"{shown!r} cannot be opened: {error}") from None
-    options = {"client_kwargs": {"timeout": _patience()}} if is_web(uri) else {}
+    options = {"client_kwargs": _patience()} if is_web(uri) else {}
     try:  # without a cache of listings: files come and go
         store, path = fsspec.core.url_to_fs(uri, use_listings_cache=False, **options)
     except (ValueError, ImportError) as error:
@@ -105,11 +105,12 @@ def is_web(uri: str) -> bool:
     return urlsplit(uri).scheme in ("http", "https")
 
 
-def _patience() -> aiohttp.ClientTimeout:
-    """Return how long to wait for a web server: for each answer, not for the whole of a file."""
-    return aiohttp.ClientTimeout(
-        total=None, sock_connect=CONNECT_TIMEOUT_S, sock_read=WEB_ANSWER_TIMEOUT_S
-    )
+def _patience() -> dict[str, Any]:
+    """Return options of a web client: how long to wait for bytes, however long a file takes."""
+    from aiohttp import ClientTimeout  # only a corpus of the web needs it
+
+    wait = WEB_ANSWER_TIMEOUT_S
+    return {"timeout": ClientTimeout(total=None, sock_connect=wait, sock_read=wait)}
 
 
 def _endpoint_of_environment() -> str | None:

@@ -84,8 +84,11 @@ class RemotePath:
         return sorted(info.base_name for info in found if info.type == fs.FileType.File)
 
     def is_file(self) -> bool:
-        """Return whether there is a file."""
-        return self._type() == fs.FileType.File
+        """Return whether there is a file that may be read: a bucket may refuse what is absent."""
+        try:
+            return self._type() == fs.FileType.File
+        except PermissionError:
+            return False
 
     def is_dir(self) -> bool:
         """Return whether there is a folder."""

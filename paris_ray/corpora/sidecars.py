@@ -25,9 +25,8 @@ from paris_ray.errors import CorpusError
 
 logger = logging.getLogger("paris_ray")
 
-_REPEATS = re.compile(
-    r"(\d{1,3})_."
-)  # at the beginning of a folder's name, as kohya's scripts have it
+# At the beginning of a folder's name, as kohya's scripts have it; four digits are a year.
+_REPEATS = re.compile(r"(\d{1,3})_.")
 # Masks and conditions that OneTrainer keeps beside pictures; they are no pictures of their own.
 _ATTACHED = ("-masklabel", "-condlabel")
 

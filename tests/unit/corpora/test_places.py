@@ -205,6 +205,7 @@ def test_a_web_server_need_not_say_that_a_pattern_is_no_file(
     assert [row.caption for row in rows] == ["0", "1"]
     with pytest.raises(CorpusError, match="is out of reach: ClientResponseError: 403"):
         open_corpus(CorpusConfig(kind="webdataset", path=f"{web}/2.tar"))
+    assert (place(f"{web}/1.tar").is_file(), place(f"{web}/2.tar").is_file()) == (True, False)
 
 
 @pytest.mark.parametrize("failing", [404, 410], indirect=True)

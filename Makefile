@@ -18,7 +18,7 @@ help:
 	@echo "make soak         half an hour of load, cancels and kills (MINUTES=30); needs the quickstart's bundle"
 	@echo "make bench        write the numbers of docs/results.md and docs/zklora.md"
 	@echo "make bench-data   of these, a corpus of ten million rows (needs runs/bench/quickstart, which bench makes)"
-	@echo "make bench-filters   a million rows compared by their features, and by hashes of their pictures"
+	@echo "make bench-filters   a million rows compared by their features and by hashes of their pictures; languages of short captions"
 	@echo "make study        one dense model against isolated experts: hours, writes docs/study.md"
 
 quickstart: $(VENV)/quickstart
@@ -65,7 +65,7 @@ bench-data: $(VENV)/test
 	$(PY) tests/benchmarks/results.py data --write docs/results.md
 
 bench-filters: $(VENV)/test
-	$(PY) tests/benchmarks/results.py filters --write docs/results.md
+	$(PY) tests/benchmarks/results.py filters languages --write docs/results.md
 
 study: $(VENV)/test
 	$(PY) -m jobs.study --config quickstart

@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from paris_ray import cluster_facts
 from paris_ray.artifacts import Folder, VerifiedFolder, open_finished, read_manifest
 from paris_ray.bundle import (
     CONFIG,
@@ -12,7 +13,6 @@ from paris_ray.bundle import (
     Bundle,
     BundleFacts,
     Dtype,
-    clusters,
     facts_to_json,
 )
 from paris_ray.config import CodecConfig, Config, SamplingConfig, TextConfig
@@ -68,7 +68,7 @@ def open_trained_parts(run: Run, *, device: str = "cpu", dtype: Dtype | None = N
     parts["router"] = open_finished(run.router, ROUTER)
     if run.config.seed_training.steps:
         parts[SEED] = open_finished(run.seed, SEED)
-    if run.clusters.exists(clusters.FILE):
+    if run.clusters.exists(cluster_facts.FILE):
         parts[CLUSTERS] = open_finished(run.clusters, CLUSTERS)
     sampling = replace(run.config.sampling, router_temperature=_temperature(run))
     return _as_bundle(run, parts, _name(run), sampling, device=device, dtype=dtype)
@@ -196,7 +196,7 @@ def _files_of(name: str, part: VerifiedFolder) -> tuple[str, ...]:
         SEED: (MODEL_CONFIG, EXPERT_WEIGHTS),
         "codec": (codec.CONFIG, codec.WEIGHTS),
         "vae": VAE_FILES,
-        CLUSTERS: (clusters.FILE,),
+        CLUSTERS: (cluster_facts.FILE,),
     }[name]
 
 

@@ -7,6 +7,7 @@ import posixpath
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit, urlunsplit
 
 import fsspec
@@ -21,6 +22,7 @@ DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 CONNECT_TIMEOUT_S = 5.0
 ANSWER_TIMEOUT_S = 10.0
 ATTEMPTS = 2
+WEB_ANSWER_TIMEOUT_S = 30.0  # without a byte from a web server; fsspec would wait for minutes
 _SECRETS = ("sig", "token", "secret", "key", "credential", "password")  # in names of options
 
 
@@ -87,8 +89,9 @@ def open_store(uri: str) -> tuple[fs.FileSystem, str]:
     except pa.ArrowInvalid as error:
         if "Unrecognized filesystem" not in str(error):
             raise ArtifactError(f"{shown!r} cannot be opened: {error}") from None
+    options = {"client_kwargs": _patience()} if is_web(uri) else {}
     try:  # without a cache of listings: files come and go
-        store, path = fsspec.core.url_to_fs(uri, use_listings_cache=False)
+        store, path = fsspec.core.url_to_fs(uri, use_listings_cache=False, **options)
     except (ValueError, ImportError) as error:
         raise ArtifactError(
             f"{shown!r} names no store that can be opened here ({error}): expected a path, s3://, "
@@ -133,6 +136,19 @@ class StoreFile:
     def tell(self) -> int:
         """Return where it is."""
         return int(self._file.tell())
+
+
+def is_web(uri: str) -> bool:
+    """Return whether a web server is asked."""
+    return urlsplit(uri).scheme in ("http", "https")
+
+
+def _patience() -> dict[str, Any]:
+    """Return options of a web client: how long to wait for bytes, however long a file takes."""
+    from aiohttp import ClientTimeout  # only a corpus of the web needs it
+
+    wait = WEB_ANSWER_TIMEOUT_S
+    return {"timeout": ClientTimeout(total=None, sock_connect=wait, sock_read=wait)}
 
 
 def _endpoint_of_environment() -> str | None:

@@ -29,9 +29,10 @@ LEFT = {
 }
 
 
-def write_repeated_rows(run: Run) -> None:
-    """Write them; of one file the only row is a repeated one."""
-    for shard, kinds in KEYS.items():
+def write_repeated_rows(run: Run, shards: Iterable[str] = ORDER) -> None:
+    """Write some shards of them; of one file the only row is a repeated one."""
+    for shard in shards:
+        kinds = KEYS[shard]
         for kind, keys in kinds.items():
             folder = run.held_out if kind == "held_out" else run.embeddings
             number = np.arange(len(keys), dtype=np.float32)

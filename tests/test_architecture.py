@@ -19,6 +19,23 @@ def test_the_core_imports_without_ray() -> None:
     subprocess.run([sys.executable, "-c", f"{imports}; {check}"], check=True, cwd=REPOSITORY)
 
 
+@pytest.mark.parametrize(
+    ("modules", "heavy"),
+    [
+        # Their tasks run in processes of their own, which take longer to import torch than to work.
+        ("accounts cluster duplicates file_list filtering moving report shards", "torch"),
+        # The driver's: what later verbs need is imported when they run.
+        ("stages prepare", "diffusers open_clip timm transformers"),
+    ],
+)
+def test_prepare_starts_without_what_takes_seconds_to_import(modules: str, heavy: str) -> None:
+    imports = "; ".join(f"import paris_ray.pipeline.{name}" for name in modules.split())
+    check = (
+        f"import sys; found = set({heavy.split()}) & sys.modules.keys(); assert not found, found"
+    )
+    subprocess.run([sys.executable, "-c", f"{imports}; {check}"], check=True, cwd=REPOSITORY)
+
+
 TARGETS = ("quickstart", "stop", "test", "bench", "demo-zklora", "fuzz", "soak", "study")
 
 

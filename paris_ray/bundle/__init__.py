@@ -12,7 +12,6 @@ Parts load when they are first used, so a Serve replica that hosts one expert re
 weights are mapped: on a CPU the page cache is their only copy.
 """
 
-from paris_ray.bundle.clusters import ClusterFacts, write_clusters
 from paris_ray.bundle.facts import CONFIG, MODEL_INDEX, BundleFacts, facts_to_json
 from paris_ray.bundle.layout import bundle_digest, load_bundle
 from paris_ray.bundle.parts import Bundle, load_expert
@@ -23,11 +22,9 @@ __all__ = [
     "MODEL_INDEX",
     "Bundle",
     "BundleFacts",
-    "ClusterFacts",
     "Dtype",
     "bundle_digest",
     "facts_to_json",
     "load_bundle",
     "load_expert",
-    "write_clusters",
 ]

@@ -4,8 +4,8 @@ import re
 from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
+from paris_ray import cluster_facts
 from paris_ray.artifacts import MANIFEST, Folder, VerifiedFolder, open_finished, read_manifest
-from paris_ray.bundle import clusters
 from paris_ray.bundle.facts import CONFIG, MODEL_INDEX, read_facts, read_integer
 from paris_ray.bundle.links import check_links
 from paris_ray.bundle.parts import Bundle
@@ -149,7 +149,7 @@ def _parts(folder: Folder, folders: Set[str], num_experts: int) -> dict[str, Seq
     if SEED in folders:
         parts[SEED] = (MODEL_CONFIG, EXPERT_WEIGHTS)
     if CLUSTERS in folders:
-        parts[CLUSTERS] = (clusters.FILE,)
+        parts[CLUSTERS] = (cluster_facts.FILE,)
     return parts
 
 

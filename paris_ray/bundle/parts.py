@@ -11,10 +11,10 @@ import torch
 
 from paris_ray.artifacts import VerifiedFolder
 from paris_ray.bundle.adapters import LoRA, read_lora
-from paris_ray.bundle.clusters import ClusterFacts, read_clusters
 from paris_ray.bundle.facts import BundleFacts
 from paris_ray.bundle.texts import Texts
 from paris_ray.bundle.weights import DTYPES, Dtype, StoredModel
+from paris_ray.cluster_facts import ClusterFacts, read_clusters
 from paris_ray.config import ExpertConfig, RouterConfig
 from paris_ray.devices import resolve_device
 from paris_ray.encoders.codec import Codec, load_codec

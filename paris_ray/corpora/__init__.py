@@ -34,6 +34,7 @@ __all__ = [
     "corpus_version",
     "decode_row",
     "held_out_rule",
+    "list_shards",
     "not_fetched",
     "open_corpus",
 ]
@@ -67,6 +68,15 @@ def not_fetched(config: CorpusConfig) -> dict[str, int]:
         folders = (folder for folder, _ in folders_of(config))
         return img2dataset.not_fetched(folder for folder in folders if folder != root)
     return {}
+
+
+def list_shards(config: CorpusConfig) -> list[Shard]:
+    """Return all shards of a corpus, in its order: of a large one this takes a while.
+
+    Raises:
+        CorpusError: if there is nothing to read.
+    """
+    return open_corpus(config).shards()
 
 
 def open_corpus(config: CorpusConfig) -> Corpus:

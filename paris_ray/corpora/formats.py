@@ -6,7 +6,7 @@ from PIL import AvifImagePlugin, Image
 
 from paris_ray.corpora.jpeg import MAX_SCANS, has_too_many_scans
 from paris_ray.corpora.jpeg_xl import read_header
-from paris_ray.corpora.png import fit_transparency, without_ballast
+from paris_ray.corpora.png import fit_profile, fit_transparency, without_ballast
 from paris_ray.corpora.quarantine import BadRow
 
 # What Pillow decodes in this process and knows by a signature. Not EPS and WMF, which other
@@ -100,6 +100,7 @@ def _open(kind: str | None, encoded: bytes, max_pixels: int) -> Image.Image:
         case "PNG":
             image = Image.open(io.BytesIO(without_ballast(encoded)), formats=("PNG",))
             fit_transparency(image)
+            fit_profile(image, encoded)
             return image
         case "JPEG" if has_too_many_scans(encoded):
             raise BadRow("unsupported_image", f"JPEG: of more than {MAX_SCANS} scans")

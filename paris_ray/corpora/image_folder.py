@@ -17,7 +17,7 @@ from paris_ray.corpora.metadata import METADATA, Entry, entries_version, read_en
 from paris_ray.corpora.paths import corpus_path, file_versions, inside, list_files, place_of
 from paris_ray.corpora.places import Place, place
 from paris_ray.corpora.rows import RawRow, Shard
-from paris_ray.corpora.samples import LOAD_ERRORS
+from paris_ray.corpora.samples import LOAD_ERRORS, FileMember, problem_of
 from paris_ray.errors import CorpusError
 
 FILE_NAME = "file_name"
@@ -86,7 +86,15 @@ class ImageFolder:
         """Yield the picture and caption of each row."""
         folder = place(shard.source).parent
         for row, file_name in self._rows(shard):
-            yield row if file_name is None else _with_image(row, self._folder, folder, file_name)
+            if file_name is not None:
+                row = self._with_image(row, FileMember(self._folder, folder, file_name))
+            yield row
+
+    def _with_image(self, row: RawRow, picture: FileMember) -> RawRow:
+        try:
+            return replace(row, image=picture.load(self._config.max_image_bytes))
+        except LOAD_ERRORS as error:
+            return replace(row, problem=problem_of(error), detail=str(error))
 
     def version(self, shard: Shard) -> str:
         """Return a digest of a shard's rows, and of the sizes and times of their pictures."""
@@ -188,10 +196,3 @@ def _name_or_none(entry: Entry, column: str | None) -> str | None:
         return _file_name(entry, column)
     except ValueError:
         return None
-
-
-def _with_image(row: RawRow, root: Place, folder: Place, file_name: str) -> RawRow:
-    try:
-        return replace(row, image=inside(root, folder, file_name).read_bytes())
-    except LOAD_ERRORS as error:
-        return replace(row, problem="missing_file", detail=str(error))

@@ -1,6 +1,5 @@
 """Parquet files with pictures and captions in columns, as Hugging Face data sets are published."""
 
-import math
 import re
 import sys
 from collections import Counter
@@ -18,7 +17,7 @@ from paris_ray.corpora.img2dataset import SUCCESS, status_column
 from paris_ray.corpora.labels import label_columns, text_columns
 from paris_ray.corpora.paths import corpus_path, file_versions, list_files, place_of
 from paris_ray.corpora.places import Place, open_parquet, place
-from paris_ray.corpora.rows import RawRow, Shard
+from paris_ray.corpora.rows import RawRow, Shard, rows_per_slice
 from paris_ray.errors import CorpusError
 
 # What pyarrow raises for damaged files; damaged column names are not UTF-8, or there twice.
@@ -26,7 +25,6 @@ READ_ERRORS = (pa.ArrowException, OSError, UnicodeDecodeError, KeyError)
 # And for a value that Python has no object for, such as the year 300,000.
 VALUE_ERRORS = (pa.ArrowException, ValueError, OverflowError, ArithmeticError, KeyError)
 _NUMBERED_CAPTION = re.compile(r"caption_?\d+")  # one of several captions of a row
-_MAX_SLICES = 32  # of a file: whoever plans the work keeps them all in mind
 _FOOTERS_AT_ONCE = 16  # a store that is far away answers each in its own time
 _FEW_ROWS = 1 << 16  # of which a file needs no size of its own to be believed
 _ROWS_AT_ONCE = 16  # whole pictures: a batch should not outgrow memory
@@ -73,7 +71,7 @@ class Parquet:
         for path, count in counts.items():
             stop = min(most if count is None else count, left)
             left -= stop
-            size = rows_per_shard * max(1, math.ceil(stop / (_MAX_SLICES * rows_per_shard)))
+            size = rows_per_slice(stop, rows_per_shard)
             for row in range(0, stop, size):
                 shards.append(Shard(len(shards), str(path), row, min(row + size, stop)))
         return shards

@@ -56,9 +56,9 @@ def _root_and_patterns(config: CorpusConfig) -> tuple[Place, list[PurePosixPath]
     if isinstance(path, Path):
         path = path.expanduser().absolute()
     try:
-        if path.exists():
-            return path, []
         root, pattern = _cut(path)
+        if _is_there(path, is_pattern=pattern is not None):
+            return path, []
         # Of files that are named one by one, a web server need not show the folder.
         is_known = isinstance(root, RemotePath) and not _WILDCARD.search(pattern or "*")
         if pattern is not None and (is_known or root.exists()):
@@ -66,6 +66,15 @@ def _root_and_patterns(config: CorpusConfig) -> tuple[Place, list[PurePosixPath]
     except OSError as error:
         raise CorpusError(f"corpus.path={config.path!r} cannot be looked up: {error}") from None
     raise CorpusError(f"corpus.path={config.path!r} does not exist ({path})")
+
+
+def _is_there(path: Place, *, is_pattern: bool) -> bool:
+    try:
+        return path.exists()
+    except PermissionError:
+        if is_pattern:  # of what is absent some web servers say so: here, most likely, the pattern
+            return False
+        raise
 
 
 def _cut(path: Place) -> tuple[Place, str | None]:

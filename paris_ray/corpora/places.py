@@ -16,9 +16,10 @@ from urllib.parse import quote, unquote, urlsplit, urlunsplit
 import pyarrow.parquet as pq
 from pyarrow import NativeFile, fs
 
-from paris_ray.storage import is_uri, joined_uri, open_store
+from paris_ray.storage import is_uri, is_web, joined_uri, open_store
 
 _PLAIN = "/ !$&'()*+,;=:@"  # in the path of a URI, but for letters and digits
+_ABSENT, _REFUSED = (404, 410), (401, 403)  # what web servers answer
 READ_AHEAD = 1 << 22  # bytes of a request: members of a tar are read one after the other
 
 
@@ -83,8 +84,11 @@ class RemotePath:
         return sorted(info.base_name for info in found if info.type == fs.FileType.File)
 
     def is_file(self) -> bool:
-        """Return whether there is a file."""
-        return self._type() == fs.FileType.File
+        """Return whether there is a file that may be read: a bucket may refuse what is absent."""
+        try:
+            return self._type() == fs.FileType.File
+        except PermissionError:
+            return False
 
     def is_dir(self) -> bool:
         """Return whether there is a folder."""
@@ -96,7 +100,7 @@ class RemotePath:
 
     def _type(self) -> fs.FileType:
         with self._opened() as (store, path):
-            return store.get_file_info(path).type
+            return _web_type(store, path) if is_web(self.uri) else store.get_file_info(path).type
 
     def stat(self) -> Found:
         """Return its size.
@@ -164,8 +168,7 @@ class RemotePath:
         store, root = _open_once(urlunsplit(parts._replace(path=top)))
         try:
             # To the web the address is the file, with its options and as it is written.
-            is_web = parts.scheme in ("http", "https")
-            yield store, self.uri if is_web else f"{root}{unquote(parts.path)}"
+            yield store, self.uri if is_web(self.uri) else f"{root}{unquote(parts.path)}"
         except OSError:
             raise
         except Exception as error:  # each library of a store has its own
@@ -173,6 +176,27 @@ class RemotePath:
 
 
 Place = Path | RemotePath
+
+
+def _web_type(store: fs.PyFileSystem, address: str) -> fs.FileType:
+    """Return whether a web server has something: it tells of files alone.
+
+    fsspec calls whatever goes wrong an absence; the cause is what differs.
+
+    Raises:
+        PermissionError: if the server does not say, since it is asked by a stranger.
+        ConnectionError: if it says something else or nothing.
+    """
+    try:
+        store.handler.fs.info(address)
+    except FileNotFoundError as error:
+        cause = error.__cause__
+        status = getattr(cause, "status", None)
+        if cause is None or isinstance(cause, FileNotFoundError) or status in _ABSENT:
+            return fs.FileType.NotFound
+        kind = PermissionError if status in _REFUSED else ConnectionError
+        raise kind(f"{address} is out of reach: {type(cause).__name__}: {cause}") from None
+    return fs.FileType.File
 
 
 @lru_cache(maxsize=16)

@@ -1,14 +1,19 @@
 """What PNG files carry that Pillow refuses, or leaves in other units than the pixels."""
 
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
+import numpy as np
 from PIL import ImageFile
+
+from paris_ray.corpora.profiles import CURVES, PRIMARIES, SRGB, SRGB_CURVE, profile_of
 
 _SIGNATURE_BYTES = 8
 _FRAME_BYTES = 12  # of a chunk: length, name and checksum
 # The texts that may hold an orientation; all others are prompts, workflows and comments.
 _ORIENTATION_TEXTS = (b"XML:com.adobe.xmp\0", b"Raw profile type exif\0")
+_RGB_OF_FULL_RANGE = b"\0\1"  # the end of cICP
+_SAME = 0.005  # of x and y: files round those of sRGB
 _MAX_BYTES = 1 << 20  # of a text or a profile, inflated: Pillow's own limit
 
 
@@ -44,6 +49,51 @@ def fit_transparency(image: ImageFile.ImageFile) -> None:
             image.info["transparency"] = colour * 17
         case "RGB;16B":
             image.info["transparency"] = tuple(channel >> 8 for channel in colour)
+
+
+def fit_profile(image: ImageFile.ImageFile, encoded: bytes) -> None:
+    """Give a PNG the profile that its numbers describe: cICP, or cHRM with the gAMA that it has.
+
+    cICP counts before an embedded profile, and cHRM after that and sRGB. What is unknown of it, as
+    HDR, is passed over.
+
+    Source: PNG specification (third edition), 4.3, 11.3.2.1 and 11.3.2.6.
+    """
+    profile = _profile_of_cicp(encoded)
+    if profile is None and not {"icc_profile", "srgb"} & image.info.keys():
+        profile = _profile_of_chrm(image)
+    if profile is not None:
+        image.info["icc_profile"] = profile
+
+
+def _profile_of_cicp(encoded: bytes) -> bytes | None:
+    for begin, end in _chunks(encoded):
+        name, content = encoded[begin + 4 : begin + 8], encoded[begin + 8 : end - 4]
+        if name == b"IDAT":
+            return None
+        if name == b"cICP" and content[2:] == _RGB_OF_FULL_RANGE:
+            primaries, curve = PRIMARIES.get(content[0]), CURVES.get(content[1])
+            return profile_of(primaries, curve) if primaries and curve else None
+    return None
+
+
+def _profile_of_chrm(image: ImageFile.ImageFile) -> bytes | None:
+    """Return the profile of primaries that are not those of sRGB."""
+    numbers = image.info.get("chromaticity")
+    if numbers is None:
+        return None
+    white, *colours = zip(numbers[::2], numbers[1::2], strict=True)
+    found = (*colours, white)
+    if np.abs(np.subtract(found, SRGB)).max() < _SAME:
+        return None
+    return profile_of(found, _curve(image.info.get("gamma")))
+
+
+def _curve(gamma: object) -> Sequence[float]:
+    """Return the curve of a gAMA; sRGB's if there is none, or nearly that."""
+    if not isinstance(gamma, float) or not 0.1 <= gamma <= 10 or abs(2.2 * gamma - 1) < 0.05:
+        return SRGB_CURVE
+    return (1 / gamma,)
 
 
 def _chunks(encoded: bytes) -> Iterator[tuple[int, int]]:

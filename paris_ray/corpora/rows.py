@@ -1,6 +1,7 @@
 """What every corpus looks like to the rest: shards of keyed rows, read one after the other."""
 
 import hashlib
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -28,6 +29,18 @@ class Shard:
     def name(self) -> str:
         """What it is called however many other sources there are; sorts by place in its source."""
         return f"{hashlib.sha256(self.source.encode()).hexdigest()[:12]}-{self.start:012d}"
+
+
+MAX_SLICES = 32  # of a file or folder: whoever reads one looks into the whole, if only at names
+
+
+def rows_per_slice(num_rows: int, rows_per_shard: int) -> int:
+    """Return how many rows of a file or folder make a shard: `rows_per_shard`, or 2, 4, 8... of it.
+
+    So a source that grows is cut elsewhere only when it has doubled.
+    """
+    least = max(1, math.ceil(num_rows / (MAX_SLICES * rows_per_shard)))
+    return rows_per_shard << (least - 1).bit_length()
 
 
 @dataclass(frozen=True, slots=True)

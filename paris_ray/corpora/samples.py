@@ -1,11 +1,14 @@
 """A sample: a picture and what stands beside it under the same name, in a folder or in a tar."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from paris_ray.config import CorpusConfig
 from paris_ray.corpora.columns import first_caption, is_said
 from paris_ray.corpora.labels import label_columns, text_columns
+from paris_ray.corpora.paths import inside
+from paris_ray.corpora.places import Place
 from paris_ray.corpora.rows import RawRow
 from paris_ray.json_documents import load_json
 
@@ -42,6 +45,35 @@ class TooLargeError(ValueError):
         super().__init__(f"it has {num_bytes} bytes, at most {max_bytes} are read")
 
 
+@dataclass(frozen=True, slots=True)
+class FileMember:
+    """A `Member` that is a file of its own.
+
+    Attributes:
+        root: The corpus, which its name must not leave.
+        folder: What its name is relative to.
+        name: Its name.
+    """
+
+    root: Place
+    folder: Place
+    name: str
+
+    def load(self, max_bytes: int) -> bytes:
+        """Return its content."""
+        path = inside(self.root, self.folder, self.name)
+        with path.open("rb") as stream:  # its size would be another request to a store
+            content = stream.read(max_bytes + 1)
+        if len(content) > max_bytes:
+            raise TooLargeError(path.stat().st_size, max_bytes)
+        return content
+
+
+def problem_of(error: Exception) -> str:
+    """Return why a picture is bad whose loading raised one of `LOAD_ERRORS`."""
+    return "too_many_bytes" if isinstance(error, TooLargeError) else "missing_file"
+
+
 def wanted_extensions(config: CorpusConfig) -> frozenset[str]:
     """Return the extensions of all files that `read_sample` may load."""
     named = (config.image_column, config.caption_column)
@@ -69,8 +101,7 @@ def read_sample(key: str, members: Mapping[str, Member], config: CorpusConfig) -
     try:
         image = members[extension].load(config.max_image_bytes)
     except LOAD_ERRORS as error:
-        reason = "too_many_bytes" if isinstance(error, TooLargeError) else "missing_file"
-        return RawRow(key, None, None, reason, f".{extension}: {error}")
+        return RawRow(key, None, None, problem_of(error), f".{extension}: {error}")
     try:
         caption, labels = _caption(members, config.caption_column), label_columns(config)
         fields = _fields(members["json"]) if labels and "json" in members else {}

@@ -9,7 +9,8 @@ import io
 import posixpath
 import tarfile
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import IO, cast
 
@@ -20,6 +21,7 @@ SUFFIXES = (".tar", ".tar.gz", ".tgz")
 # What damage raises; tarfile raises ValueError and OverflowError for headers of arbitrary bytes.
 READ_ERRORS = (tarfile.TarError, OSError, ValueError, OverflowError, EOFError, zlib.error)
 _END = bytes(tarfile.BLOCKSIZE)  # an archive ends in blocks of zeros
+MAX_RECENT_BYTES = 1 << 26  # of a gzipped tar, for links to what came before
 _MAX_HEADER_BYTES = 1 << 20  # of one extended header
 _GZIP = b"\x1f\x8b"
 
@@ -62,6 +64,47 @@ class _Unusable:
         raise ValueError(self.reason)
 
 
+class _Recent(OrderedDict[str, Member]):  # a dict would search for its first
+    """The latest members of a gzipped tar by name, of at most MAX_RECENT_BYTES: what links find.
+
+    A link has the very member that it leads to: that counts once, and each of its names a header.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._num_bytes = 0
+        self._num_names = Counter[int]()  # of each member, by its `id`
+
+    def __setitem__(self, name: str, member: Member) -> None:
+        """Keep a member as the latest unless it is too large; let go of the oldest for it."""
+        self._let_go(name)
+        if _num_stored(member) > MAX_RECENT_BYTES:
+            return
+        super().__setitem__(name, member)
+        self._num_bytes += tarfile.BLOCKSIZE + len(name)
+        self._num_bytes += 0 if self._num_names[id(member)] else _num_stored(member)
+        self._num_names[id(member)] += 1
+        while self._num_bytes > MAX_RECENT_BYTES:
+            self._let_go(next(iter(self)))
+
+    def _let_go(self, name: str) -> None:
+        member = self.pop(name, None)
+        if member is None:
+            return
+        self._num_bytes -= tarfile.BLOCKSIZE + len(name)
+        self._num_names[id(member)] -= 1
+        if not self._num_names[id(member)]:
+            del self._num_names[id(member)]
+            self._num_bytes -= _num_stored(member)
+
+
+def _num_stored(member: Member) -> int:
+    """Return how many bytes a member holds."""
+    if isinstance(member, _Unusable):
+        return len(member.reason)
+    return len(member.content or b"") if isinstance(member, _Kept) else 0
+
+
 class Tar:
     """An open tar.
 
@@ -92,7 +135,7 @@ class Tar:
         if self.is_gzipped:
             stream = cast(IO[bytes], gzip.GzipFile(fileobj=self.stream))
         headers = _Headers(stream)
-        before: dict[str, Member] = {}
+        before: dict[str, Member] = _Recent() if self.is_gzipped else {}
         with tarfile.open(fileobj=headers, mode="r:", encoding="utf-8", errors="replace") as tar:
             while (header := tar.next()) is not None:
                 tar.members = []  # type: ignore[attr-defined]  # else it keeps every header
@@ -104,8 +147,7 @@ class Tar:
                     member = self._file(header, stream, is_wanted(header.name, header.size))
                 else:
                     member = self._link(header, before)
-                if not self.is_gzipped:
-                    before[posixpath.normpath(header.name)] = self._to_go_back_to(header, member)
+                before[posixpath.normpath(header.name)] = self._to_find_later(header, member)
                 yield header.name, member
         if headers.last != _END:
             raise tarfile.ReadError(f"neither a header nor the end of the archive at {tar.offset}")
@@ -124,24 +166,32 @@ class Tar:
             raise tarfile.ReadError(f"the data of {header.name!r} is cut off")
         return _Kept(content, size)
 
-    def _to_go_back_to(self, header: tarfile.TarInfo, member: Member) -> Member:
-        """Return a member as a link may find it later: what was read is not kept for that."""
-        if isinstance(member, _Kept):
+    def _to_find_later(self, header: tarfile.TarInfo, member: Member) -> Member:
+        """Return a member as a link may find it: one can go back, but in a gzipped tar."""
+        if not isinstance(member, _Kept):
+            return member
+        if not self.is_gzipped:
             return _Stored(self.stream, header.offset_data, header.size)
+        if member.content is None:
+            return _Unusable(
+                f"{header.name!r} was passed over, by its extension or size, and a gzipped tar is "
+                "read once: gunzip it"
+            )
         return member
 
-    def _link(self, header: tarfile.TarInfo, before: Mapping[str, Member]) -> Member:
+    def _link(self, header: tarfile.TarInfo, before: dict[str, Member]) -> Member:
         if not (header.islnk() or header.issym()):
             # A sparse file is not contiguous and may claim any size.
             return _Unusable(f"{header.name!r} is sparse, or no file")
-        if self.is_gzipped:
-            return _Unusable(
-                f"{header.name!r} is a link, which cannot be followed in a gzipped tar"
-            )
         folder = posixpath.dirname(header.name) if header.issym() else ""
         target = posixpath.normpath(posixpath.join(folder, header.linkname))
         reason = f"{header.name!r} is a link to {target!r}, which is not before it in the tar"
-        return before.get(target, _Unusable(reason))
+        if self.is_gzipped:
+            reason += f", or more than {MAX_RECENT_BYTES >> 20} MiB before: gunzip it"
+        if target not in before:
+            return _Unusable(reason)
+        before[target] = before[target]  # the latest again: more links to it may follow
+        return before[target]
 
 
 class _Headers(io.BufferedIOBase):

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import reduce
+from typing import NamedTuple, TypeVar
 
 import pyarrow as pa
 import ray
@@ -23,9 +24,11 @@ from paris_ray.run import Run
 # Of tasks that read and write: small, since they share a small machine with the encoders' actors;
 # and unlike the encoders' default, else Ray Data would fuse reading into the text encoder's actor.
 TASK_CPUS = 0.3
-SHARDS_A_TASK = 256  # a worker takes longer to start than to look
+SHARDS_A_TASK = FILES_A_TASK = 256  # a worker takes longer to start than to look
 _ACCOUNT = b"account"  # in the metadata of a quarantine file
 _COLUMNS = ("key", "reason", "detail")
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +76,11 @@ class ShardFiles:
     embeddings: list[str] = field(default_factory=list)
     held_out: list[str] = field(default_factory=list)
     quarantine: list[str] = field(default_factory=list)
+
+
+def in_groups(items: Sequence[T], size: int = SHARDS_A_TASK) -> list[Sequence[T]]:
+    """Return items in their order, in groups of at most `size`: each group is for one task."""
+    return [items[first : first + size] for first in range(0, len(items), size)]
 
 
 def part_name(shard: str, first_row: int) -> str:
@@ -147,33 +155,48 @@ def count_reasons(rows: Iterable[QuarantinedRow]) -> dict[str, int]:
 
 def account_of(run: Run, files: ShardFiles) -> Account | None:
     """Return the account of a shard; None if it is not there, or not all of its rows are."""
+    return _told(run, files).of_whole
+
+
+class Told(NamedTuple):
+    """What is there of a shard: its account, if it has one, and whether all of its rows are."""
+
+    account: Account | None
+    is_whole: bool
+
+    @property
+    def of_whole(self) -> Account | None:
+        """The account, if all of the rows are there."""
+        return self.account if self.is_whole else None
+
+    @property
+    def version(self) -> str | None:
+        """Which version of the shard was read to its end, if one was."""
+        return None if self.account is None else self.account.version
+
+
+def _told(run: Run, files: ShardFiles) -> Told:
     if not files.quarantine:
-        return None
+        return Told(None, is_whole=False)
     account = read_account(run.quarantine, shard_of(files.quarantine[0]))
     written = tuple(
         sum(num_rows(folder, name) for name in names)
         for folder, names in ((run.embeddings, files.embeddings), (run.held_out, files.held_out))
     )
-    if account is None or written != (account.good, account.held_out):
-        return None
-    return account
+    return Told(account, account is not None and written == (account.good, account.held_out))
 
 
-def accounts_of(config: Config, files: Mapping[str, ShardFiles]) -> dict[str, Account | None]:
-    """Return the account of every shard, by name, as tasks find it."""
-    found, names = list(files.values()), list(files)
-    tasks = [
-        _accounts_of.remote(config, found[first : first + SHARDS_A_TASK])
-        for first in range(0, len(found), SHARDS_A_TASK)
-    ]
-    accounts = (account for group in ray.get(tasks) for account in group)
-    return dict(zip(names, accounts, strict=True))
+def told_of(config: Config, files: Mapping[str, ShardFiles]) -> dict[str, Told]:
+    """Return what is there of every shard, by name, as tasks find it."""
+    tasks = [_told_of.remote(config, group) for group in in_groups(list(files.values()))]
+    told = (each for group in ray.get(tasks) for each in group)
+    return dict(zip(files, told, strict=True))
 
 
 @ray.remote(num_cpus=TASK_CPUS)
-def _accounts_of(config: Config, files: Sequence[ShardFiles]) -> list[Account | None]:
+def _told_of(config: Config, files: Sequence[ShardFiles]) -> list[Told]:
     run = Run(config)
-    return [account_of(run, each) for each in files]
+    return [_told(run, each) for each in files]
 
 
 def total(accounts: Iterable[Account]) -> Account:

@@ -17,8 +17,7 @@ from paris_ray.artifacts import (
     publish,
     read_manifest,
 )
-from paris_ray.bundle import ClusterFacts, write_clusters
-from paris_ray.bundle.clusters import MAX_WORD_LENGTH
+from paris_ray.cluster_facts import MAX_WORD_LENGTH, ClusterFacts, write_clusters
 from paris_ray.clustering import Clustering, fit_clustering, random_clusters
 from paris_ray.config import Config
 from paris_ray.embeddings import (

@@ -33,7 +33,7 @@ from paris_ray.duplicates import (
     similar_to_earlier,
 )
 from paris_ray.embeddings import PICTURE_HASH, read_part, tensor_column
-from paris_ray.pipeline.accounts import TASK_CPUS, files_by_shard
+from paris_ray.pipeline.accounts import FILES_A_TASK, TASK_CPUS, files_by_shard, in_groups
 from paris_ray.pipeline.moving import (
     PLACE,
     PartFile,
@@ -49,7 +49,6 @@ from paris_ray.pipeline.moving import (
 from paris_ray.run import Run
 from paris_ray.seeding import derive_seed, numpy_generator
 
-FILES_A_TASK = 256
 ROWS_A_TASK = 8_000_000  # 16 bytes each, and as much again to sort them
 FEATURES_A_READ = 50_000  # rows: 100 MB of 512 numbers each
 FEATURES_A_TASK = 250_000  # and half a GB
@@ -233,21 +232,17 @@ def _repeated_rows(config: Config, files: Sequence[PartFile]) -> dict[str, list[
     if not files:
         return {}
     filters, most_rows = config.corpus.filters, len(files) * config.corpus.rows_per_shard
-    num_parts, groups = 1 + most_rows // ROWS_A_TASK, _in_groups(files, FILES_A_TASK)
+    num_parts, groups = 1 + most_rows // ROWS_A_TASK, in_groups(files, FILES_A_TASK)
     found = {
         reason: _compare(config, groups, comparison, num_parts * comparison.least_parts)
         for reason, comparison in _comparisons(filters).items()
     }
     if filters.max_similarity is not None:
-        groups = _in_groups(files, ceil(FEATURES_A_READ / config.corpus.rows_per_shard))
+        groups = in_groups(files, ceil(FEATURES_A_READ / config.corpus.rows_per_shard))
         cells = _fit(config, groups, most_rows, filters.max_similarity)
         num_parts = 1 + most_rows // FEATURES_A_TASK
         found["max_similarity"] = _compare(config, groups, cells, num_parts, num_cpus=1)
     return found
-
-
-def _in_groups(files: Sequence[PartFile], size: int) -> list[Sequence[PartFile]]:
-    return [files[i : i + size] for i in range(0, len(files), size)]
 
 
 def _compare(

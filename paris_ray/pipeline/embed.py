@@ -27,17 +27,18 @@ from paris_ray.corpora import (
 )
 from paris_ray.errors import CorpusError
 from paris_ray.pipeline.accounts import (
-    SHARDS_A_TASK,
     TASK_CPUS,
     Account,
-    accounts_of,
     delete_files,
     files_by_shard,
+    in_groups,
+    told_of,
     total,
 )
 from paris_ray.pipeline.duplicates import drop_duplicates
 from paris_ray.pipeline.embedders import (
     Encoder,
+    Encoders,
     FeatureEmbedder,
     LatentEmbedder,
     RowScorer,
@@ -46,9 +47,17 @@ from paris_ray.pipeline.embedders import (
 from paris_ray.pipeline.encoders import SECTIONS
 from paris_ray.pipeline.file_list import list_files
 from paris_ray.pipeline.filtering import drop_filtered
-from paris_ray.pipeline.moving import are_listed, has_left
+from paris_ray.pipeline.moving import are_listed, num_left, would_leave_again
 from paris_ray.pipeline.quarantine import describe_bad_rows, first_bad_row
-from paris_ray.pipeline.shards import BUSY, ENDED, FILTERED, QUARANTINED, ShardReader, ShardWriter
+from paris_ray.pipeline.shards import (
+    BUSY,
+    ENDED,
+    FILTERED,
+    QUARANTINED,
+    ShardReader,
+    ShardWriter,
+    file_versions_of,
+)
 from paris_ray.pipeline.stage import PART, Stage, note_seconds
 from paris_ray.planning.disk import row_bytes
 from paris_ray.run import EMBEDDINGS, Run
@@ -59,8 +68,13 @@ PRINT_INTERVAL_S = 5.0
 MAX_BLOCKS = 10_000  # of shards, each of some: Ray Data keeps what it knows of each in one process
 
 
-def prepare_embeddings(config: Config, encoders: Manifest) -> Manifest:
+def prepare_embeddings(config: Config, encoders: Manifest, shards: Sequence[Shard]) -> Manifest:
     """Publish `embeddings/`, with `held_out/` in it, and `quarantine/`.
+
+    Args:
+        config: The run.
+        encoders: What it is encoded by.
+        shards: All shards of the corpus.
 
     Raises:
         CorpusError: if more than `corpus.max_bad_share` of the rows are bad, or none are left for
@@ -68,9 +82,8 @@ def prepare_embeddings(config: Config, encoders: Manifest) -> Manifest:
     """
     run = Run(config)
     corpus = open_corpus(config.corpus)
-    shards = corpus.shards()
-    held_out = held_out_rule(config.corpus, corpus, config.seed)
-    reader = ShardReader(config, held_out, captions_per_row(config.corpus, corpus))
+    held_out = held_out_rule(config.corpus, corpus, shards, config.seed)
+    reader = ShardReader(config, held_out, captions_per_row(config.corpus, corpus, shards))
     versions = shard_versions(reader, shards)
     stage = embedding_stage(config, encoders, versions)
     manifest = stage.finished()
@@ -83,7 +96,8 @@ def prepare_embeddings(config: Config, encoders: Manifest) -> Manifest:
         _follow(config, _embedding(config, reader, pending, versions), len(pending))
     drop_filtered(config)  # first: of rows that repeat each other a filtered one does not stay
     drop_duplicates(config, versions)
-    counts = count_rows(accounts_of(config, files_by_shard(run)))
+    told = told_of(config, files_by_shard(run))
+    counts = count_rows({name: each.of_whole for name, each in told.items()})
     refuse_bad_corpus(config, counts)
     for reason, count in lacking.items():
         logger.info("not in the corpus: %d pictures, %s", count, reason)
@@ -115,10 +129,7 @@ def shard_versions(reader: ShardReader, shards: Sequence[Shard]) -> dict[str, st
     That is not what is in its files alone: of a small corpus the number of rows decides how many
     are held out, and its first rows how many captions are kept.
     """
-    tasks = [
-        file_versions_of.remote(reader.config, shards[first : first + SHARDS_A_TASK])
-        for first in range(0, len(shards), SHARDS_A_TASK)
-    ]
+    tasks = [file_versions_of.remote(reader.config, group) for group in in_groups(shards)]
     of_files = [version for group in ray.get(tasks) for version in group]
     rule = [asdict(reader.held_out), reader.num_captions]
     return {
@@ -127,28 +138,23 @@ def shard_versions(reader: ShardReader, shards: Sequence[Shard]) -> dict[str, st
     }
 
 
-@ray.remote(num_cpus=TASK_CPUS)
-def file_versions_of(config: Config, shards: Sequence[Shard]) -> list[str]:
-    """Return the version of the files of each shard: a folder has one for each of its pictures."""
-    corpus = open_corpus(config.corpus)
-    return [corpus.version(shard) for shard in shards]
-
-
 def _pending(config: Config, shards: Sequence[Shard], versions: Mapping[str, str]) -> list[Shard]:
     """Return the shards that an earlier run did not account for row by row, as they are now.
 
     What it left of them is deleted: the next run may cut them into files elsewhere. So is what it
     left of shards that are gone. Where the corpus is another one, those of which repeated rows were
-    set aside are encoded again, too: what those rows repeated may be gone, and all that there is is
-    compared with them.
+    set aside may have to be encoded again, too. What is gone or changed goes last: it alone tells
+    the next run, if this one is killed meanwhile, that the corpus is another one.
     """
     run = Run(config)
     found = files_by_shard(run)
-    told = {name: account for name, account in accounts_of(config, found).items() if account}
-    kept = {name: a for name, a in told.items() if a.version == versions.get(name)}
-    if not are_listed(config, versions):
-        kept = {name: account for name, account in kept.items() if not has_left(account)}
-    for name in found.keys() - kept.keys():
+    told = told_of(config, found)
+    same = {name for name, each in told.items() if each.version == versions.get(name)}
+    kept = {name for name in same if told[name].is_whole}
+    left = {name for name, each in told.items() if each.account and num_left(each.account)}
+    if not (are_listed(config, versions) or would_leave_again(config, told, versions)):
+        kept -= left
+    for name in sorted(found.keys() - kept, key=lambda name: (name not in same, name)):
         delete_files(run, found[name])
     gone = found.keys() - versions.keys()
     if found:
@@ -169,11 +175,11 @@ def _embedding(
     dataset = ray.data.from_items(
         items, override_num_blocks=min(len(items), MAX_BLOCKS)
     ).map_batches(reader, batch_size=1, num_cpus=TASK_CPUS)
-    for encoder, pool in _encoders(config).items():
+    for kinds, pool in actor_pools(config):
         dataset = dataset.map_batches(
-            encoder,
+            Encoders,
             compute=ActorPoolStrategy(size=pool.num_actors),
-            fn_constructor_args=(config,),
+            fn_constructor_args=(config, kinds),
             batch_size=None,
             num_cpus=pool.num_cpus,
             num_gpus=pool.num_gpus,
@@ -187,6 +193,25 @@ def block_bytes(config: Config, num_captions: int) -> int:
     sizes = row_bytes(replace(config, corpus=corpus)).values()
     picture = 3 * corpus.image_size**2
     return corpus.rows_per_shard * (picture + sum(size or 0 for size in sizes))
+
+
+def actor_pools(config: Config) -> list[tuple[list[type[Encoder]], PoolConfig]]:
+    """Return the encoders of each pool of actors, in order, and what such an actor needs.
+
+    Encoders that need no GPU, less than a CPU and otherwise the same share their actors. Of whole
+    CPUs they do not: three pools of four fit two machines of eight, a process of twelve neither.
+    """
+    pools: dict[Any, list[type[Encoder]]] = {}
+    encoders = _encoders(config)
+    for encoder, pool in encoders.items():
+        is_small = not pool.num_gpus and pool.num_cpus < 1
+        shared = (pool.num_actors, pool.num_cpus) if is_small else encoder
+        pools.setdefault(shared, []).append(encoder)
+    return [
+        (kinds, replace(pool, num_cpus=len(kinds) * pool.num_cpus))
+        for kinds in pools.values()
+        for pool in [encoders[kinds[0]]]
+    ]
 
 
 def _encoders(config: Config) -> dict[type[Encoder], PoolConfig]:

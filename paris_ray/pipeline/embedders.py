@@ -1,10 +1,12 @@
-"""The encoders as Ray Data actors: each adds its columns to a batch of decoded pictures."""
+"""The encoders in Ray Data actors: each adds its columns to a batch of decoded pictures."""
 
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from hashlib import sha256
+from itertools import repeat
 from typing import Any, ClassVar
 
 import numpy as np
@@ -32,7 +34,7 @@ from paris_ray.seeding import torch_generator
 
 
 class Encoder(ABC):
-    """Adds columns to batches, and one that tells how long it computed, see `shards.BUSY`.
+    """Computes columns of batches.
 
     Args:
         config: The run.
@@ -40,23 +42,47 @@ class Encoder(ABC):
 
     step: ClassVar[str]  # what progress and metrics call it
 
-    def __init__(self, config: Config) -> None:
-        self._most_rows = config.corpus.rows_per_shard
-
-    def __call__(self, batch: Batch) -> Iterator[Batch]:
-        """Yield the batch with the columns, in pieces of a file: the next encoder need not wait."""
-        for first in range(0, len(batch["row"]), self._most_rows):
-            rows = slice(first, first + self._most_rows)
-            piece = {name: column[rows] for name, column in batch.items()}
-            began = time.perf_counter()
-            columns = self.columns(piece)
-            seconds = time.perf_counter() - began
-            self._busy.inc(seconds, {"step": self.step})
-            yield piece | columns | {f"{BUSY}{self.step}": in_the_first(seconds, len(piece["row"]))}
+    @abstractmethod
+    def __init__(self, config: Config) -> None: ...
 
     @abstractmethod
     def columns(self, batch: Batch) -> Batch:
         """Return the columns, of as many rows as the batch."""
+
+
+class Encoders:
+    """An actor: adds to batches the columns of some encoders, and how long each computed.
+
+    They compute at the same time, each in a thread, and share a process since torch and what comes
+    with it takes seconds to import: as long as a small corpus takes to encode.
+
+    Args:
+        config: The run.
+        kinds: The encoders.
+    """
+
+    def __init__(self, config: Config, kinds: Sequence[type[Encoder]]) -> None:
+        self._most_rows = config.corpus.rows_per_shard
+        self._encoders = [kind(config) for kind in kinds]
+        self._threads = ThreadPoolExecutor(len(kinds))
+
+    def __call__(self, batch: Batch) -> Iterator[Batch]:
+        """Yield the batch with the columns, in pieces of a file: who is next need not wait."""
+        for first in range(0, len(batch["row"]), self._most_rows):
+            rows = slice(first, first + self._most_rows)
+            piece = {name: column[rows] for name, column in batch.items()}
+            added: Batch = {}
+            for columns in self._threads.map(self._timed, self._encoders, repeat(piece)):
+                added |= columns
+            yield piece | added
+
+    def _timed(self, encoder: Encoder, piece: Batch) -> Batch:
+        """Return the columns of an encoder, and one of `shards.BUSY`."""
+        began = time.perf_counter()
+        columns = encoder.columns(piece)
+        seconds = time.perf_counter() - began
+        self._busy.inc(seconds, {"step": encoder.step})
+        return columns | {f"{BUSY}{encoder.step}": in_the_first(seconds, len(piece["row"]))}
 
     @cached_property
     def _busy(self) -> Counter:
@@ -70,7 +96,6 @@ class RowScorer(Encoder):
     step = "scores"
 
     def __init__(self, config: Config) -> None:
-        super().__init__(config)
         self.filters = config.corpus.filters
         _use_threads_of(self.filters.pool)
 
@@ -101,7 +126,6 @@ class TextEmbedder(Encoder):
     step = "text"
 
     def __init__(self, config: Config) -> None:
-        super().__init__(config)
         self.templates = config.corpus.caption_templates
         _use_threads_of(config.text.pool)
         sentences = config.text.kind == "minilm"
@@ -154,7 +178,6 @@ class FeatureEmbedder(Encoder):
         # Imported here: the other encoders' actors need no open_clip, whose import takes seconds.
         from paris_ray.encoders.images import OPEN_CLIP_FILES, load_features
 
-        super().__init__(config)
         _use_threads_of(config.features.pool)
         trained = None
         if config.features.checkpoint is None:
@@ -176,7 +199,6 @@ class LatentEmbedder(Encoder):
     step = "latents"
 
     def __init__(self, config: Config) -> None:
-        super().__init__(config)
         _use_threads_of(config.codec.pool)
         device = resolve_device("auto" if config.codec.pool.num_gpus else "cpu")
         folder = VerifiedFolder(Run(config).codec, None)

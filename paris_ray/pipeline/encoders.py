@@ -1,7 +1,7 @@
 """Prepare, part one: have a codec, an image encoder and a text encoder for this corpus."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import Any
 
@@ -40,26 +40,32 @@ MAX_SHARDS_SAMPLED = 32  # to fit codec and encoder to, unless they have too few
 MAX_GAP = 4  # between rows of a shard: the pictures between them are read, too
 
 
-def prepare_encoders(config: Config) -> Manifest:
-    """Publish `encoders/`: given ones copied and checked, the others fitted to the corpus."""
-    run = Run(config)
-    stage = Stage(ENCODERS, run.encoders, config, sections=SECTIONS, parents={})
-    manifest = stage.finished()
-    if manifest is not None:
-        return manifest
+def prepare_encoders(config: Config, shards: Sequence[Shard]) -> Manifest:
+    """Publish `encoders/`, unfinished yet: given ones copied and checked, the others fitted.
+
+    Args:
+        config: The run.
+        shards: All shards of the corpus.
+    """
+    stage = encoders_stage(config)
     stage.begin()
     task = make_encoders.options(
         num_cpus=config.features.num_cpus, num_gpus=config.features.num_gpus
-    ).remote(config)
-    return stage.publish(follow("encoders", Task(task, run.encoders)))
+    ).remote(config, shards)
+    return stage.publish(follow("encoders", Task(task, stage.folder)))
+
+
+def encoders_stage(config: Config) -> Stage:
+    """Return the stage: what finished encoders are compared with."""
+    return Stage(ENCODERS, Run(config).encoders, config, sections=SECTIONS, parents={})
 
 
 @ray.remote
-def make_encoders(config: Config) -> dict[str, Any]:
+def make_encoders(config: Config, shards: Sequence[Shard]) -> dict[str, Any]:
     """Write text encoder, null text, codec and, if there is no checkpoint, the image encoder."""
     _write_text(config)
     needs_fitting = config.codec.kind == "patch_pca" or config.features.checkpoint is None
-    rows = sample_rows(config) if needs_fitting else []
+    rows = sample_rows(config, shards) if needs_fitting else []
     _write_codec(config, rows)
     facts: dict[str, Any] = {"rows_fitted_to": len(rows)}
     if config.features.checkpoint is None:
@@ -127,7 +133,7 @@ def _images(rows: list[DecodedRow]) -> NDArray[np.uint8]:
     return np.stack([row.image for row in rows])
 
 
-def sample_rows(config: Config) -> list[DecodedRow]:
+def sample_rows(config: Config, shards: Sequence[Shard]) -> list[DecodedRow]:
     """Return the pictures that something is fitted to, from all over the corpus: none held out.
 
     Shards are taken in a random order, of each a share of its rows with equal gaps of at most
@@ -138,8 +144,7 @@ def sample_rows(config: Config) -> list[DecodedRow]:
         CorpusError: if there is none, or `corpus.held_out_key` names no group.
     """
     corpus, wanted = open_corpus(config.corpus), config.features.max_images
-    shards = corpus.shards()
-    held_out = held_out_rule(config.corpus, corpus, config.seed)
+    held_out = held_out_rule(config.corpus, corpus, shards, config.seed)
     most = math.ceil(wanted / min(len(shards), MAX_SHARDS_SAMPLED))
     found: dict[int, list[DecodedRow]] = {}
     bad = BadRows()

@@ -10,10 +10,9 @@ import ray
 
 from paris_ray.artifacts import Folder, hashed_names
 from paris_ray.embeddings import write_part
-from paris_ray.pipeline.accounts import TASK_CPUS
+from paris_ray.pipeline.accounts import FILES_A_TASK, TASK_CPUS, in_groups
 
 FILE_LIST = "_files.parquet"  # who reads a folder as one table passes over such names
-FILES_A_TASK = 256
 
 
 def list_files(folder: Folder) -> dict[str, str]:
@@ -31,10 +30,7 @@ def list_files(folder: Folder) -> dict[str, str]:
 
 def digests_of(folder: Folder, names: Sequence[str]) -> dict[str, str]:
     """Return the SHA-256 of files by name, as tasks find it."""
-    tasks = [
-        _digests.remote(folder.uri, names[first : first + FILES_A_TASK])
-        for first in range(0, len(names), FILES_A_TASK)
-    ]
+    tasks = [_digests.remote(folder.uri, group) for group in in_groups(names, FILES_A_TASK)]
     digests = (digest for group in ray.get(tasks) for digest in group)
     return dict(zip(names, digests, strict=True))
 

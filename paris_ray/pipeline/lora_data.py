@@ -50,8 +50,8 @@ def embed_pictures(setup: Config, bundle: Bundle, parents: Mapping[str, str]) ->
     stage.begin()
     corpus = open_corpus(setup.corpus)
     shards = corpus.shards()
-    held_out = held_out_rule(setup.corpus, corpus, setup.seed)
-    num_captions = captions_per_row(setup.corpus, corpus)
+    held_out = held_out_rule(setup.corpus, corpus, shards, setup.seed)
+    num_captions = captions_per_row(setup.corpus, corpus, shards)
     read, write = ShardReader(setup, held_out, num_captions), ShardWriter(setup)
     for shard in shards:
         # Where pictures changed, the adapter's folder is refused: there is nothing to tell apart.

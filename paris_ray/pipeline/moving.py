@@ -22,10 +22,11 @@ from paris_ray.config import FILTERS, Config, identity
 from paris_ray.corpora import QuarantinedRow
 from paris_ray.embeddings import part_names, read_part, write_part
 from paris_ray.pipeline.accounts import (
-    SHARDS_A_TASK,
     TASK_CPUS,
     Account,
     ShardFiles,
+    Told,
+    in_groups,
     part_name,
     read_account,
     set_aside,
@@ -106,9 +107,28 @@ def _asked(config: Config, versions: Mapping[str, str]) -> dict[str, str]:
     return {"corpus": sha256_hex(canonical_json(asked))}
 
 
-def has_left(account: Account) -> bool:
-    """Return whether rows of a shard were set aside since others are like them."""
-    return not REPEATED.keys().isdisjoint({**account.quarantined, **account.filtered})
+def num_left(account: Account) -> int:
+    """Return how many rows of a shard were set aside since others are like them."""
+    counts = {**account.quarantined, **account.filtered}
+    return sum(counts.get(reason, 0) for reason in REPEATED)
+
+
+def would_leave_again(
+    config: Config, told: Mapping[str, Told], versions: Mapping[str, str]
+) -> bool:
+    """Return whether rows that left would leave the corpus as it is now, and are not missed there.
+
+    What they repeat is there if shards came in, but none went or changed. And what repeats the key
+    of one of them repeats that, too; but in other respects a new row may be like it alone.
+
+    Args:
+        config: The run.
+        told: What is there of the shards that were read, by name.
+        versions: Versions of the corpus's shards, by name.
+    """
+    by_key_alone = REPEATED.keys().isdisjoint(config.corpus.filters.on)
+    read = {name: each.version for name, each in told.items() if each.version is not None}
+    return by_key_alone and read.items() <= versions.items()
 
 
 def list_rows(
@@ -117,7 +137,11 @@ def list_rows(
     repeated: Mapping[str, Sequence[Any]],
     versions: Mapping[str, str],
 ) -> None:
-    """Write the list of every shard of which rows leave, by tasks; none has been moved yet.
+    """Write the list of every shard of which rows leave, by tasks, before the first is moved.
+
+    It names those that have left before, too: they are there again if the shard is not whole when
+    the run ends, and so is encoded again. That holds for a shard without files, too: all of its
+    rows have left.
 
     Args:
         config: The run.
@@ -128,27 +152,48 @@ def list_rows(
     lists = Run(config).quarantine / LISTS
     if lists.exists(LISTED_OF):
         lists.delete(LISTED_OF)
-    lists.clear()
+    for name in set(part_names(lists)) - {part_name(shard, 0) for shard in versions}:
+        lists.delete(name)
     reasons = [reason for reason, places in repeated.items() for _ in places]
     places = [each for group in repeated.values() for each in group]
-    shards = by_shard(files)
-    groups = [shards[i : i + SHARDS_A_TASK] for i in range(0, len(shards), SHARDS_A_TASK)]
+    of_shard = {found[0].shard: found for found in by_shard(files)}
+    groups = in_groups([(shard, of_shard.get(shard, [])) for shard in versions])
     ray.get([_write_lists.remote(config, group, reasons, *places) for group in groups])
     lists.write_json(LISTED_OF, _asked(config, versions))
 
 
 @ray.remote(num_cpus=TASK_CPUS)
 def _write_lists(
-    config: Config, shards: Sequence[Sequence[PartFile]], reasons: Sequence[str], *places: Places
+    config: Config,
+    shards: Sequence[tuple[str, Sequence[PartFile]]],
+    reasons: Sequence[str],
+    *places: Places,
 ) -> None:
     run, repeated = Run(config), list(zip(reasons, places, strict=True))
-    for files in shards:
-        leaving = leaving_rows(run, files, repeated)
-        if leaving:
-            keys, earlier = zip(*leaving, strict=True)
-            reasons, _ = zip(*leaving.values(), strict=True)
-            columns = {"key": keys, "earlier": earlier, "reason": reasons}
-            write_part(run.quarantine / LISTS, part_name(files[0].shard, 0), pa.table(columns))
+    for shard, files in shards:
+        leaving = {**_left_before(run, shard), **leaving_rows(run, files, repeated)}
+        _write_list(run.quarantine / LISTS, part_name(shard, 0), leaving)
+
+
+def _left_before(run: Run, shard: str) -> Leaving:
+    """Return which rows of a shard left an earlier corpus."""
+    account = read_account(run.quarantine, shard)
+    return _listed(run, shard) if account and num_left(account) else {}
+
+
+def _write_list(lists: Folder, name: str, leaving: Leaving) -> None:
+    if leaving:
+        keys, earlier = zip(*leaving, strict=True)
+        reasons, _ = zip(*leaving.values(), strict=True)
+        write_part(lists, name, pa.table({"key": keys, "earlier": earlier, "reason": reasons}))
+    elif lists.exists(name):
+        lists.delete(name)
+
+
+def _listed(run: Run, shard: str) -> Leaving:
+    """Return what the list of a shard says."""
+    rows = read_part(run.quarantine / LISTS, part_name(shard, 0)).to_pylist()
+    return {(r["key"], r["earlier"]): (r["reason"], REPEATED[r["reason"]]) for r in rows}
 
 
 def leaving_rows(
@@ -197,10 +242,9 @@ def _move_listed(config: Config, files: Sequence[PartFile]) -> None:
     run, shard = Run(config), files[0].shard
     account = read_account(run.quarantine, shard)
     assert account is not None, "a shard that has been written has an account"
-    if not has_left(account):
-        rows = read_part(run.quarantine / LISTS, part_name(shard, 0)).to_pylist()
-        reasons = {(row["key"], row["earlier"]): row["reason"] for row in rows}
-        move(run, files, {name: (why, REPEATED[why]) for name, why in reasons.items()})
+    listed = _listed(run, shard)
+    if num_left(account) < len(listed):
+        move(run, files, listed)
 
 
 def move(run: Run, files: Sequence[PartFile], leaving: Leaving) -> None:

@@ -12,17 +12,17 @@ import ray
 from numpy.typing import NDArray
 
 from paris_ray.artifacts import REPORT, TIMINGS, Folder, VerifiedFolder, read_manifest
-from paris_ray.bundle.clusters import read_clusters
+from paris_ray.cluster_facts import read_clusters
 from paris_ray.clustering import Clustering
 from paris_ray.config import Config
-from paris_ray.corpora import QuarantinedRow
+from paris_ray.corpora import QuarantinedRow, Shard, open_corpus
 from paris_ray.embeddings import part_names, read_parts, tensor_column
 from paris_ray.errors import CorpusError
 from paris_ray.pipeline.accounts import shard_of
 from paris_ray.pipeline.cluster import FEATURE_COLUMNS, unit_length
 from paris_ray.pipeline.stage import PART
 from paris_ray.run import CLUSTERS, EMBEDDINGS, Run
-from paris_ray.survey.listing import Listing, list_corpus
+from paris_ray.survey.listing import Listing
 from paris_ray.survey.prepared import (
     PICTURES_PER_CLUSTER,
     ClusterSample,
@@ -43,29 +43,34 @@ logger = logging.getLogger("paris_ray")
 SAMPLED_ROWS = 2000  # of all clusters together, about
 FILES_PER_CLUSTER = 16  # at most so many are read
 QUARANTINE_FILES = 256  # likewise
-ROWS, CORPUS_S = 256, 2.0  # of the corpus, for sizes; as long for its list and for bad pictures
+ROWS, CORPUS_S = 256, 2.0  # of the corpus, for sizes; as long for bad pictures
 
 BadRows = Mapping[str, Sequence[tuple[str, QuarantinedRow]]]  # with names of shards, by reason
 Pictures = dict[tuple[str, str], NDArray[np.uint8] | None]  # by shard and key
 
 
-def report_preparation(config: Config) -> None:
-    """Write `report.html` of finished clusters, unless it is there already."""
+def report_preparation(config: Config, shards: Sequence[Shard]) -> None:
+    """Write `report.html` of finished clusters, unless it is there already.
+
+    Args:
+        config: The run.
+        shards: All shards of the corpus; none if another run has encoded it.
+    """
     run = Run(config)
     if run.clusters.exists(REPORT):
         return
-    ray.get(write_report.options(num_cpus=config.cluster.num_cpus).remote(config))
+    ray.get(write_report.options(num_cpus=config.cluster.num_cpus).remote(config, shards))
     logger.info("prepare: see %s/%s", run.clusters.uri, REPORT)
 
 
 @ray.remote
-def write_report(config: Config) -> None:
+def write_report(config: Config, shards: Sequence[Shard]) -> None:
     """Gather what is shown, and write the page."""
     run = Run(config)
     # Embeddings of another run may be older than filters.
     facts = {"filtered": {}, **read_manifest(run.embeddings, EMBEDDINGS).facts}
     bad = _bad_rows(run.quarantine, {**facts["quarantined"], **facts["filtered"]})
-    sizes, pictures, note = _from_corpus(config, bad)
+    sizes, pictures, note = _from_corpus(config, shards, bad)
     page = prepared_page(
         Prepared(
             counts=facts,
@@ -84,12 +89,14 @@ def write_report(config: Config) -> None:
     run.clusters.write(REPORT, page)
 
 
-def _from_corpus(config: Config, bad: BadRows) -> tuple[list[tuple[int, int]], Pictures, str]:
+def _from_corpus(
+    config: Config, shards: Sequence[Shard], bad: BadRows
+) -> tuple[list[tuple[int, int]], Pictures, str]:
     """Return sizes of some pictures, and those of bad rows; or none, and why."""
     if config.prepared_from is not None:
         return [], {}, f"Sizes of pictures are in the report of {config.prepared_from}."
     try:
-        listing = list_corpus(config, CORPUS_S)
+        listing = Listing(config, open_corpus(config.corpus), shards)
         found = (picture_size(r.image) for _, r in some_rows(listing, rows=ROWS, seconds=CORPUS_S))
         sizes = [size for size in found if size is not None]
         return sizes, _bad_pictures(listing, bad), ""

@@ -1,6 +1,6 @@
 """Reading and writing corpus shards in Ray Data.
 
-This module imports nothing heavy: its classes run in plain tasks, whose workers come and go, and
+This module imports nothing heavy: what is in it runs in plain tasks, whose workers come and go, and
 an import of torch would take longer than their work.
 """
 
@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import ray
 from numpy.typing import NDArray
 from PIL import Image
 from ray.util import metrics
@@ -34,7 +35,7 @@ from paris_ray.embeddings import (
     to_table,
     write_part,
 )
-from paris_ray.pipeline.accounts import Account, part_name, write_account
+from paris_ray.pipeline.accounts import TASK_CPUS, Account, part_name, write_account
 from paris_ray.reports import png_bytes, thumbnail
 from paris_ray.run import Run
 
@@ -59,6 +60,13 @@ def caption_variants(batch: Batch, templates: Sequence[str]) -> list[str]:
     names = [name for name in batch if name == CAPTION or name.startswith(OTHER_CAPTION)]
     rows = zip(*(batch[name] for name in names), strict=True)
     return [t.replace("{}", str(c)) for row in rows for c in row for t in templates]
+
+
+@ray.remote(num_cpus=TASK_CPUS)
+def file_versions_of(config: Config, shards: Sequence[Shard]) -> list[str]:
+    """Return the version of the files of each shard: a folder has one for each of its pictures."""
+    corpus = open_corpus(config.corpus)
+    return [corpus.version(shard) for shard in shards]
 
 
 @dataclass(slots=True)

@@ -19,9 +19,8 @@ import ray
 from paris_ray.artifacts import MANIFEST, Folder, canonical_json, read_manifest, sha256_hex
 from paris_ray.config import Config, identity, run_folder, with_overrides
 from paris_ray.errors import TrainingError
-from paris_ray.pipeline.embed import prepare_embeddings
-from paris_ray.pipeline.encoders import prepare_encoders
 from paris_ray.pipeline.evaluate import evaluate
+from paris_ray.pipeline.prepare import encode
 from paris_ray.pipeline.stages import run
 from paris_ray.run import ROUTER, Run
 from paris_ray.study.forms import Form
@@ -97,8 +96,7 @@ def run_study(
     arms = plan_arms(config, form)
     found = {numbers["digest"]: numbers for numbers in known.get("arms", ())}
     if any(arm.digest not in found for arm in arms):
-        encoders = prepare_encoders(config)
-        prepare_embeddings(config, encoders)
+        encode(config)
         found |= _run_arms([arm for arm in arms if arm.digest not in found])
     # What an arm is called, and where it stands, is the plan's of today.
     numbers = [found[arm.digest] | asdict(arm.arm) for arm in arms]

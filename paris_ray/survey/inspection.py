@@ -88,7 +88,9 @@ def inspect_corpus(listing: Listing) -> Inspection:
         CorpusError: if `corpus.held_out_key` names no group.
     """
     started = time.monotonic()
-    held_out = held_out_rule(listing.config.corpus, listing.corpus, listing.config.seed)
+    held_out = held_out_rule(
+        listing.config.corpus, listing.corpus, listing.shards, listing.config.seed
+    )
     rows = sample_corpus(listing, held_out)
     return Inspection(
         config=listing.config,

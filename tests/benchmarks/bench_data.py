@@ -44,13 +44,15 @@ import sys
 from jobs.command import log_to_stdout, ray_session
 from paris_ray.artifacts import read_manifest
 from paris_ray.config import load
+from paris_ray.corpora import list_shards
 from paris_ray.run import ENCODERS, Run
 log_to_stdout()
 config = load("quickstart", sys.argv[1:])
 with ray_session(None):
     from paris_ray.pipeline.embed import prepare_embeddings
     print("begins", flush=True)
-    prepare_embeddings(config, read_manifest(Run(config).encoders, ENCODERS))
+    encoders = read_manifest(Run(config).encoders, ENCODERS)
+    prepare_embeddings(config, encoders, list_shards(config.corpus))
     print("ends", flush=True)
 """
 
@@ -184,13 +186,14 @@ def leave_behind(config: Config, num_tars: int) -> None:
     from paris_ray.embeddings import to_table, write_part
 
     run, corpus = Run(config), open_corpus(config.corpus)
-    shards, rule = corpus.shards(), held_out_rule(config.corpus, corpus, config.seed)
+    shards = corpus.shards()
+    rule = held_out_rule(config.corpus, corpus, shards, config.seed)
     with ray_session(None):  # ray reads how it authenticates when it is imported
         from paris_ray.pipeline.accounts import Account, part_name, write_account
         from paris_ray.pipeline.embed import embedding_stage, shard_versions
         from paris_ray.pipeline.shards import ShardReader
 
-        reader = ShardReader(config, rule, captions_per_row(config.corpus, corpus))
+        reader = ShardReader(config, rule, captions_per_row(config.corpus, corpus, shards))
         versions = shard_versions(reader, shards)
         encoders = read_manifest(run.encoders, ENCODERS)
         embedding_stage(config, encoders, versions).begin(run.quarantine)
@@ -251,13 +254,15 @@ def embed_in_a_loop(finished: Path) -> dict[str, Any]:
 
     with scratch_run(finished) as config:
         corpus = open_corpus(config.corpus)
-        reader = ShardReader(config, held_out_rule(config.corpus, corpus, config.seed))
+        shards = corpus.shards()
+        rule = held_out_rule(config.corpus, corpus, shards, config.seed)
+        reader = ShardReader(config, rule)
         kinds, write = (TextEmbedder, FeatureEmbedder, LatentEmbedder), ShardWriter(config)
         encoders = {kind.step: kind(config) for kind in kinds}
         torch.set_num_threads(os.cpu_count() or 1)  # as many cores as Ray Data has
         seconds = dict.fromkeys(("read and decode", *encoders, "write"), 0.0)
         rows, first_at, mark = 0, 0.0, time.monotonic()
-        for shard in corpus.shards():
+        for shard in shards:
             fields = asdict(shard) | {"version": ""}
             for batch in reader({name: np.array([value]) for name, value in fields.items()}):
                 count = len(batch["row"])

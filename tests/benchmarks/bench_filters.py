@@ -1,4 +1,4 @@
-"""Measure the filters that compare rows: features by their cosine, pictures by their hashes.
+"""Measure filters: features by their cosine, pictures by their hashes, languages of captions.
 
     python tests/benchmarks/bench_filters.py [--rows 1000000] [PART ...]
 
@@ -20,6 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from paris_ray.clustering import nearest
+from paris_ray.config import FiltersConfig
+from paris_ray.corpora.filters.language import foreign
 from paris_ray.duplicates import (
     FIT_ROWS_A_CELL,
     bands,
@@ -35,6 +37,14 @@ REPEAT_EVERY = 10  # rows; its cosine to one before it is about 0.98
 MAX_SIMILARITY = 0.95
 BLOCK = 10_000  # rows that are drawn at once
 DISTANCE = 4  # bits
+LANGUAGES = {  # of the package `emoji`
+    "en": "English",
+    "de": "German",
+    "fr": "French",
+    "es": "Spanish",
+    "ru": "Russian",
+    "ja": "Japanese",
+}
 
 
 def report(what: str, value: float, bar: float) -> None:
@@ -102,11 +112,36 @@ def pictures(num_rows: int) -> None:
     print(f"- of the planted ones found: {found[late].mean():.1%}")
 
 
+def languages(_: int) -> None:
+    """What `languages=[en]` makes of names of emoji, about as short as captions get."""
+    import emoji
+    import py3langid
+
+    english = FiltersConfig(languages=["en"])
+    emoji.config.load_language(list(LANGUAGES))
+    for code, language in LANGUAGES.items():
+        names = [
+            entry[code].strip(":").replace("_", " ").lower()
+            for entry in emoji.EMOJI_DATA.values()
+            if code in entry and entry["status"] == emoji.STATUS["fully_qualified"]
+        ]
+        kept = np.mean([foreign(name, english) is None for name in names])
+        likeliest = np.mean([py3langid.classify(name)[0] == "en" for name in names])
+        print(
+            f"- of {len(names):,} {language} names `[en]` keeps {kept:.1%}; "
+            f"{likeliest:.1%} are likeliest English"
+        )
+
+
 def _peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-PARTS: dict[str, Callable[[int], None]] = {"features": features, "pictures": pictures}
+PARTS: dict[str, Callable[[int], None]] = {
+    "features": features,
+    "pictures": pictures,
+    "languages": languages,
+}
 
 
 def main() -> None:

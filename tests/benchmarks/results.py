@@ -149,7 +149,8 @@ SECTIONS: dict[str, Callable[[Path], str]] = {
     "models": script("bench_models.py"),
     "memory": script("bench_memory.py"),
     "data": script("bench_data.py", "--run-dir", "{runs}/quickstart"),
-    "filters": script("bench_filters.py"),
+    "filters": script("bench_filters.py", "features", "pictures"),
+    "languages": script("bench_filters.py", "languages"),
     "stages": script("bench.py", "--run-dir", "{runs}/stages"),
 }
 

@@ -1,6 +1,7 @@
 """Repeated rows found and moved by tasks of a real Ray, which share the keys out among them."""
 
 import hashlib
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -31,7 +32,15 @@ from paris_ray.duplicates import (
     num_cells,
     similar_to_earlier,
 )
-from paris_ray.pipeline.accounts import ShardFiles, delete_files
+from paris_ray.embeddings import to_table, write_part
+from paris_ray.pipeline.accounts import (
+    Account,
+    ShardFiles,
+    account_of,
+    delete_files,
+    files_by_shard,
+    write_account,
+)
 from paris_ray.run import Run
 from paris_ray.seeding import derive_seed
 
@@ -133,7 +142,6 @@ def test_a_run_that_was_killed_among_its_moves_ends_like_another(
     similar: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from paris_ray.pipeline import duplicates
-    from paris_ray.pipeline.accounts import files_by_shard
     from paris_ray.pipeline.moving import move_listed, part_files
 
     def killed(config: Any, files: Any) -> None:
@@ -192,26 +200,129 @@ def test_what_repeats_a_changed_or_lost_shard_is_encoded_again_too(moved: Run) -
     assert stored_keys(moved) == {}
 
 
-def test_what_repeats_is_encoded_again_where_a_shard_is_new(moved: Run) -> None:
-    assert pending(moved, {"b": "1", "new": "1", "a": "1"}) == ["b", "new", "a"]
+GROWN = {"new": "1", **VERSIONS}
 
 
-def test_a_kill_while_files_are_deleted_forgets_nothing(
-    moved: Run, monkeypatch: pytest.MonkeyPatch
+@pytest.fixture
+def grown(moved: Run) -> Run:
+    """The run after a shard came in before the others, which has a key of each."""
+    assert pending(moved, GROWN) == ["new"]
+    write_part(moved.embeddings, "part-new-00000000.parquet", to_table({"key": ["z", "v", "u"]}))
+    write_account(moved.quarantine, "new", Account("1", 3, 0), [])
+    return moved
+
+
+GROWN_LEFT = {
+    "embeddings part-b-00000000.parquet": ["x", "y"],
+    "embeddings part-new-00000000.parquet": ["z", "v", "u"],
+    "held_out part-b-00000000.parquet": ["w"],
+}
+
+
+def test_what_repeats_stays_away_where_shards_came_in(grown: Run) -> None:
+    from paris_ray.pipeline.duplicates import drop_duplicates
+
+    for _ in range(2):
+        drop_duplicates(grown.config, GROWN)
+        assert stored_keys(grown) == GROWN_LEFT
+        accounts = {name: account_of(grown, f) for name, f in files_by_shard(grown).items()}
+        assert accounts == {
+            "new": Account("1", 3, 0),
+            "b": Account("1", 2, 1, {"duplicate_key": 2}),
+            "a": Account("1", 0, 0, {"duplicate_key": 4}),
+        }
+        assert pending(grown, GROWN) == []
+
+
+def test_what_left_before_leaves_a_shard_that_is_encoded_again(
+    grown: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from paris_ray.pipeline import duplicates
+
+    def killed(config: Any, files: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(duplicates, "move_listed", killed)
+    with pytest.raises(KeyboardInterrupt):
+        duplicates.drop_duplicates(grown.config, GROWN)
+    monkeypatch.undo()
+    grown.embeddings.delete("part-b-00000000.parquet")  # as if it were half moved
+    assert pending(grown, GROWN) == ["b"]
+    write_repeated_rows(grown, ["b"])
+    duplicates.drop_duplicates(grown.config, GROWN)
+    assert stored_keys(grown) == GROWN_LEFT
+
+
+def test_a_shard_all_of_whose_rows_left_keeps_its_list(grown: Run) -> None:
+    from paris_ray.pipeline.duplicates import drop_duplicates
+
+    drop_duplicates(grown.config, GROWN)
+    grown.quarantine.delete("part-a-00000000.parquet")
+    assert pending(grown, GROWN) == ["a"]
+    write_repeated_rows(grown, ["a"])
+    drop_duplicates(grown.config, GROWN)
+    assert stored_keys(grown) == GROWN_LEFT
+
+
+def test_what_repeats_stays_away_where_a_new_shard_was_interrupted(grown: Run) -> None:
+    grown.embeddings.delete("part-new-00000000.parquet")
+    assert pending(grown, GROWN) == ["new"]
+
+
+def test_what_repeats_in_other_ways_is_encoded_again_where_a_shard_is_new(moved: Run) -> None:
+    filters = replace(moved.config.corpus.filters, repeated_captions=True)
+    corpus = replace(moved.config.corpus, filters=filters)
+    run = Run(replace(moved.config, corpus=corpus))
+    assert pending(run, GROWN) == ["new", "b", "a"]
+
+
+def test_what_repeats_is_encoded_again_where_a_shard_is_new_and_another_changed(moved: Run) -> None:
+    assert pending(moved, {"b": "1", "new": "1", "a": "2"}) == ["b", "new", "a"]
+
+
+@pytest.mark.parametrize(
+    ("versions", "goes_first"),
+    [
+        ({"b": "2", "a": "1"}, "a"),
+        ({"b": "1", "a": "2"}, "b"),
+        ({"a": "1"}, "a"),
+        ({"b": "1"}, "b"),
+    ],
+    ids=["b changed", "a changed", "b gone", "a gone"],
+)
+def test_a_kill_while_files_are_deleted_forgets_nothing(
+    moved: Run, monkeypatch: pytest.MonkeyPatch, versions: dict[str, str], goes_first: str
+) -> None:
+    """What changed goes last: else rows would stay away that repeat nothing any more."""
     from paris_ray.pipeline import embed
 
-    deleted: list[ShardFiles] = []
+    deleted: list[str] = []
 
     def delete_one(run: Run, files: ShardFiles) -> None:
         if deleted:
             raise KeyboardInterrupt
-        deleted.append(files)
+        deleted.extend(files.quarantine)
         delete_files(run, files)
 
     monkeypatch.setattr(embed, "delete_files", delete_one)
     with pytest.raises(KeyboardInterrupt):
-        pending(moved, {"b": "2", "a": "1"})
+        pending(moved, versions)
     monkeypatch.undo()
-    assert len(deleted) == 1
-    assert pending(moved, {"b": "2", "a": "1"}) == ["b", "a"]
+    assert deleted == [f"part-{goes_first}-00000000.parquet"]
+    assert pending(moved, versions) == list(versions)
+
+
+def test_what_repeats_goes_before_what_changed(moved: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a kill in between would leave rows away that repeat nothing any more."""
+    from paris_ray.pipeline import embed
+
+    write_part(moved.embeddings, "part-0-00000000.parquet", to_table({"key": ["only"]}))
+    write_account(moved.quarantine, "0", Account("1", 1, 0), [])
+    deleted: list[str] = []
+
+    def note(run: Run, files: ShardFiles) -> None:
+        deleted.extend(files.quarantine)
+
+    monkeypatch.setattr(embed, "delete_files", note)
+    assert pending(moved, {"0": "2", **VERSIONS}) == ["0", "b", "a"]
+    assert deleted[-1] == "part-0-00000000.parquet"

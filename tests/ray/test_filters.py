@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,10 +13,19 @@ from PIL import Image
 
 from paris_ray.artifacts import REPORT, read_manifest
 from paris_ray.config import Config, FiltersConfig, load
-from paris_ray.corpora import DecodedRow, decode_row, open_corpus
+from paris_ray.corpora import (
+    DecodedRow,
+    decode_row,
+    held_out_rule,
+    list_shards,
+    open_corpus,
+)
+from paris_ray.corpora.image_folder import ImageFolder
+from paris_ray.corpora.perceptual_hash import perceptual_hashes
 from paris_ray.embeddings import read_table
 from paris_ray.encoders.scores.nsfw import NsfwModel
 from paris_ray.errors import ArtifactError, ConfigError
+from paris_ray.pipeline.cluster import unit_length
 from paris_ray.run import EMBEDDINGS, Run
 
 pytestmark = pytest.mark.ray
@@ -128,11 +138,11 @@ def test_another_limit_is_another_artefact(prepared: Run) -> None:
     looser = replace(corpus, filters=replace(corpus.filters, max_nsfw_score=0.9))
     encoders = read_manifest(prepared.encoders, "encoders")
     with pytest.raises(ArtifactError):
-        prepare_embeddings(replace(prepared.config, corpus=looser), encoders)
+        prepare_embeddings(replace(prepared.config, corpus=looser), encoders, list_shards(looser))
 
 
 def test_only_what_changed_is_encoded_and_filtered_again(
-    prepared: Run, pictures: Path, tmp_path: Path
+    prepared: Run, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from paris_ray.pipeline.embed import prepare_embeddings
 
@@ -141,12 +151,67 @@ def test_only_what_changed_is_encoded_and_filtered_again(
     corpus = replace(prepared.config.corpus, path=str(changed))
     run = Run(replace(prepared.config, run_dir=str(tmp_path / "run"), corpus=corpus))
     encoders = read_manifest(run.encoders, "encoders")
-    prepare_embeddings(run.config, encoders)
+    shards = list_shards(corpus)
+    with monkeypatch.context() as patch:
+        patch.delattr(
+            ImageFolder, "shards"
+        )  # listing a large corpus takes a while: it is done once
+        prepare_embeddings(run.config, encoders, shards)
     first = set_aside(run)
     (changed / "small_too.png").write_bytes((changed / SMALL).read_bytes())
     add_row(changed, "small_too.png", "a red line number 1")
-    prepare_embeddings(run.config, encoders)
+    prepare_embeddings(run.config, encoders, list_shards(corpus))
     assert set_aside(run) == first | {"small_too.png": "min_size"}
+
+
+def test_pictures_that_are_like_earlier_ones_leave(prepared: Run, tmp_path: Path) -> None:
+    from paris_ray.pipeline.embedders import FeatureEmbedder
+    from paris_ray.pipeline.stages import run as run_verb
+
+    filters = FiltersConfig(min_size=20, languages=["en"], picture_distance=0)
+    corpus = replace(prepared.config.corpus, filters=filters)
+    rows = rows_in_order(replace(prepared.config, corpus=corpus))
+    images = np.stack([row.image for row in rows])
+    features = FeatureEmbedder(prepared.config).columns({"image": images})["features"]
+    cosines = np.tril(unit_length([features]) @ unit_length([features]).T, -1)
+    nearest = np.sort(cosines[1:].max(axis=1))[-30:-4]  # some rows leave, and most stay
+    i = int(np.argmax(np.diff(nearest)))
+    limit = float(nearest[i : i + 2].mean())
+    corpus = replace(corpus, filters=replace(filters, max_similarity=limit))
+    cluster = replace(prepared.config.cluster, num_clusters=2, num_fine=4)
+    run = Run(replace(prepared.config, run_dir=str(tmp_path), corpus=corpus, cluster=cluster))
+    run_verb(run.config, "prepare")
+    digests = (read_manifest(r.encoders, "encoders").files for r in (run, prepared))
+    assert len({files["features/open_clip_model.safetensors"] for files in digests}) == 1
+
+    hashes, keys = perceptual_hashes(images), [row.key for row in rows]
+    expected = Counter[str]()
+    for row, key in enumerate(keys):
+        if key in keys[:row]:
+            expected["duplicate_key"] += 1
+        elif hashes[row] in hashes[:row]:
+            expected["picture_distance"] += 1
+        elif (cosines[row] > limit).any():
+            expected["max_similarity"] += 1
+    found = Counter(pq.read_table(run.quarantine.uri)["reason"].to_pylist())
+    assert expected["picture_distance"] and expected["max_similarity"]
+    assert {reason: found[reason] for reason in expected} == expected
+    assert len(stored(run)) == len(rows) - expected.total()
+    page = run.clusters.read(REPORT).decode()
+    assert all(f" {reason}: " in page for reason in ("picture_distance", "max_similarity"))
+
+
+def rows_in_order(config: Config) -> list[DecodedRow]:
+    """Return the usable rows that filters of rows leave: those to train on, then those held out."""
+    corpus = open_corpus(config.corpus)
+    rule = held_out_rule(config.corpus, corpus, corpus.shards(), config.seed)
+    kinds: dict[bool, list[DecodedRow]] = {False: [], True: []}
+    for shard in corpus.shards():
+        for raw in corpus.read(shard):
+            row = decode_row(raw, config.corpus)
+            if isinstance(row, DecodedRow):
+                kinds[rule.holds(raw)].append(row)
+    return kinds[False] + kinds[True]
 
 
 def test_a_model_that_is_not_there_is_told_by_its_field(prepared: Run, tmp_path: Path) -> None:
@@ -157,4 +222,6 @@ def test_a_model_that_is_not_there_is_told_by_its_field(prepared: Run, tmp_path:
     corpus = replace(prepared.config.corpus, filters=lost)
     config = replace(prepared.config, run_dir=str(tmp_path), corpus=corpus)
     with pytest.raises(ConfigError, match=r"nsfw_model='/nowhere/model\.onnx' does not"):
-        prepare_embeddings(config, read_manifest(prepared.encoders, "encoders"))
+        prepare_embeddings(
+            config, read_manifest(prepared.encoders, "encoders"), list_shards(corpus)
+        )

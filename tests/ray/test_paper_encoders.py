@@ -13,6 +13,7 @@ import torch
 from paris_ray.artifacts import read_manifest
 from paris_ray.bundle import load_bundle
 from paris_ray.config import Config, load
+from paris_ray.corpora import list_shards
 from paris_ray.embeddings import column_names, read_null_text, read_table, tensor_column
 from paris_ray.encoders.clip import ClipText
 from paris_ray.errors import ConfigError
@@ -162,6 +163,8 @@ def test_encoders_that_do_not_fit_the_experts_are_refused(
 
     sections = {name: replace(getattr(config, name), **new) for name, new in changes.items()}
     with pytest.raises(ConfigError) as error:
-        prepare_encoders(replace(config, run_dir=str(tmp_path), **sections))
+        prepare_encoders(
+            replace(config, run_dir=str(tmp_path), **sections), list_shards(config.corpus)
+        )
     assert all(word in str(error.value) for word in words)
     assert not (tmp_path / "encoders" / "manifest.json").exists()

@@ -21,6 +21,7 @@ from jobs.command import mendable
 from paris_ray.artifacts import REPORT, Folder, Manifest, read_manifest
 from paris_ray.bundle import load_bundle
 from paris_ray.config import Config
+from paris_ray.corpora import list_shards
 from paris_ray.embeddings import read_table, tensor_column
 from paris_ray.errors import ArtifactError, CorpusError, TrainingError
 from paris_ray.run import (
@@ -328,7 +329,7 @@ def test_embedding_resumes_with_the_missing_shards(
     lost.unlink()
     kept_at = kept.stat().st_mtime_ns
     encoders = read_manifest(run.encoders, "encoders")
-    manifest = prepare_embeddings(run.config, encoders)
+    manifest = prepare_embeddings(run.config, encoders, list_shards(run.config.corpus))
     assert manifest.facts["rows"] + manifest.facts["held_out"] == num_good_rows
     assert kept.stat().st_mtime_ns == kept_at
     assert manifest.digest == before.digest
@@ -381,7 +382,11 @@ def test_where_a_corpus_changed_it_is_encoded_again(
     run = Run(replace(finished.config, run_dir=str(tmp_path / "run"), corpus=corpus))
 
     def prepare() -> Manifest:
-        return prepare_embeddings(run.config, read_manifest(run.encoders, "encoders"))
+        return prepare_embeddings(
+            run.config,
+            read_manifest(run.encoders, "encoders"),
+            list_shards(run.config.corpus),
+        )
 
     first = prepare()
     whole = read_manifest(finished.embeddings, EMBEDDINGS).facts
@@ -422,7 +427,9 @@ def test_a_mostly_bad_corpus_is_refused(ray_session: None, finished: Run, tmp_pa
     shutil.copytree(finished.encoders.uri, target / "encoders")
     config = replace(finished.config, run_dir=str(target), corpus=corpus)
     with pytest.raises(CorpusError, match=r"6 of 78 rows are bad.*max_bad_share=0.01"):
-        prepare_embeddings(config, read_manifest(finished.encoders, "encoders"))
+        prepare_embeddings(
+            config, read_manifest(finished.encoders, "encoders"), list_shards(config.corpus)
+        )
     assert pq.read_table(str(target / "quarantine")).num_rows == 6
 
 

@@ -179,7 +179,7 @@ def test_an_arm_that_fails_is_named_after_all_others_are_done(page: Path, config
 
 
 def test_embeddings_of_another_corpus_are_refused(page: Path, config: Config) -> None:
-    from paris_ray.pipeline.stages import prepare
+    from paris_ray.pipeline.prepare import prepare
 
     other = arm_config(config, "other", "corpus.image_size=40", "codec.patch_size=10")
     with pytest.raises(ArtifactError, match="its corpus, text, features, codec are not those"):

@@ -20,7 +20,8 @@ from PIL import Image
 
 from jobs.replay import main as replay
 from paris_ray.artifacts import Folder, publish
-from paris_ray.bundle import Bundle, ClusterFacts, write_clusters
+from paris_ray.bundle import Bundle
+from paris_ray.cluster_facts import ClusterFacts, write_clusters
 from paris_ray.errors import ConfigError
 from paris_ray.run import BUNDLE
 from paris_ray.sampling import generate

@@ -16,6 +16,7 @@ from paris_ray.corpora import (
     RawRow,
     captions_per_row,
     decode_row,
+    list_shards,
     open_corpus,
 )
 from paris_ray.errors import CorpusError
@@ -48,12 +49,12 @@ class TestCaptions:
         table = {"image": [b"x"] * 4, "text": [c if isinstance(c, list) else [c] for c in captions]}
         pq.write_table(pa.table(table), tmp_path / "0.parquet")
         config = CorpusConfig(kind="parquet", path=str(tmp_path))
-        assert captions_per_row(config, open_corpus(config)) == 3
+        assert captions_per_row(config, open_corpus(config), list_shards(config)) == 3
         for limit, count in ((1, 1), (2, 2)):
             config = CorpusConfig(kind="parquet", path=str(tmp_path), limit=limit)
-            assert captions_per_row(config, open_corpus(config)) == count
+            assert captions_per_row(config, open_corpus(config), list_shards(config)) == count
         config = CorpusConfig(kind="parquet", path=str(tmp_path), captions_per_row=5)
-        assert captions_per_row(config, open_corpus(config)) == 5
+        assert captions_per_row(config, open_corpus(config), list_shards(config)) == 5
 
 
 class TestOpenCorpus:

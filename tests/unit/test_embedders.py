@@ -13,7 +13,14 @@ from paris_ray.encoders.autoencoder import copy_autoencoder_kl
 from paris_ray.encoders.clip import ClipText, copy_clip
 from paris_ray.encoders.codec import PatchPCA, load_codec
 from paris_ray.encoders.text import MiniLM, write_text_encoder
-from paris_ray.pipeline.embedders import LatentEmbedder, TextEmbedder
+from paris_ray.pipeline.embed import actor_pools
+from paris_ray.pipeline.embedders import (
+    Encoders,
+    FeatureEmbedder,
+    LatentEmbedder,
+    RowScorer,
+    TextEmbedder,
+)
 from paris_ray.pipeline.shards import Batch
 from paris_ray.run import Run
 
@@ -143,16 +150,38 @@ def test_a_codec_without_posterior_has_nothing_to_draw(tmp_path: Path, pictures:
     np.testing.assert_array_equal(drawn["latents"], mode["latents"])
 
 
-def test_pieces_of_a_file_are_passed_on_and_told_apart_from_waiting(config: Config) -> None:
-    """Whatever Ray Data joined: the next encoder begins with what is ready."""
+def test_pieces_of_a_file_are_passed_on_and_told_apart_from_waiting(
+    config: Config, pictures: Batch
+) -> None:
+    """Whatever Ray Data joined: who is next begins with what is ready."""
     short = replace(config, corpus=replace(config.corpus, rows_per_shard=2))
-    batch = {"row": np.arange(5), "caption": np.array(["a", "b", "c", "d", "e"], dtype=object)}
-    embedder = TextEmbedder(short)
-    pieces = list(embedder(batch))
+    batch = pictures | {"row": np.arange(5), "caption": np.array(list("abcde"), dtype=object)}
+    pieces = list(Encoders(short, [TextEmbedder, LatentEmbedder])(batch))
     assert [piece["row"].tolist() for piece in pieces] == [[0, 1], [2, 3], [4]]
     joined = np.concatenate([piece["token_ids"] for piece in pieces])
-    np.testing.assert_array_equal(joined, embedder.columns(batch)["token_ids"])
+    np.testing.assert_array_equal(joined, TextEmbedder(short).columns(batch)["token_ids"])
     for piece in pieces:
-        busy = piece["busy.text"]
-        assert busy[0] > 0
-        assert not busy[1:].any()
+        rows = {name: piece[name] for name in ("image", "key")}
+        alone = LatentEmbedder(short).columns(rows)["latents"]
+        np.testing.assert_array_equal(piece["latents"], alone)
+        for step in ("text", "latents"):
+            busy = piece[f"busy.{step}"]
+            assert busy[0] > 0
+            assert not busy[1:].any()
+
+
+def test_encoders_share_actors_unless_their_pools_differ_or_one_has_a_gpu(tmp_path: Path) -> None:
+    def pools(*overrides: str) -> list[tuple[list[type], int, float]]:
+        config = load("quickstart", [f"run_dir={tmp_path}", *overrides])
+        return [(kinds, p.num_actors, p.num_cpus) for kinds, p in actor_pools(config)]
+
+    pictures = [FeatureEmbedder, LatentEmbedder]
+    assert pools() == [([TextEmbedder, *pictures], 1, 0.75)]
+    scored = pools("corpus.filters.max_nsfw_score=0.5")
+    assert scored == [([TextEmbedder, *pictures, RowScorer], 1, 1.0)]
+    two = pools("text.pool.num_actors=2", "text.pool.num_cpus=1")
+    assert two == [([TextEmbedder], 2, 1.0), (pictures, 1, 0.5)]
+    whole = pools(*(f"{name}.pool.num_cpus=4" for name in ("text", "features", "codec")))
+    assert whole == [([kind], 1, 4.0) for kind in (TextEmbedder, *pictures)]
+    gpus = pools("features.pool.num_gpus=0.5", "codec.pool.num_gpus=0.5")
+    assert gpus == [([kind], 1, 0.25) for kind in (TextEmbedder, *pictures)]

@@ -14,7 +14,15 @@ import pytest
 from PIL import Image
 
 from paris_ray.config import CorpusConfig, load
-from paris_ray.corpora import DecodedRow, HeldOut, RawRow, decode_row, held_out_rule, open_corpus
+from paris_ray.corpora import (
+    DecodedRow,
+    HeldOut,
+    RawRow,
+    decode_row,
+    held_out_rule,
+    list_shards,
+    open_corpus,
+)
 from paris_ray.corpora.labels import label_columns, label_names, labels_of, text_columns
 from paris_ray.errors import ConfigError, CorpusError
 
@@ -233,7 +241,7 @@ def test_of_few_rows_a_larger_share_is_held_out(
     lines = [json.dumps({"file_name": f"{i}.png", "text": "a"}) + "\n" for i in range(num_rows)]
     (tmp_path / "metadata.jsonl").write_text("".join(lines))
     config = CorpusConfig(kind="image_folder", path=str(tmp_path), held_out_share=share)
-    rule = held_out_rule(config, open_corpus(config), seed=7)
+    rule = held_out_rule(config, open_corpus(config), list_shards(config), seed=7)
     assert (rule.key, rule.seed) == (None, 7)
     assert rule.share == pytest.approx(expected)
 
@@ -245,12 +253,12 @@ def test_a_key_that_names_no_group_is_refused(tmp_path: Path) -> None:
             kind="image_folder", path=config.path, held_out_key=key, rows_per_shard=16
         )
         with pytest.raises(CorpusError) as caught:
-            held_out_rule(wrong, open_corpus(wrong), seed=0)
+            held_out_rule(wrong, open_corpus(wrong), list_shards(wrong), seed=0)
         assert str(caught.value) == (
             f"corpus.held_out_key={key!r} names no group in the first 16 rows: expected "
             "columns that they have, or a pattern that their captions hold, such as 'a'"
         )
-    assert held_out_rule(config, open_corpus(config), seed=0).key == LABELS
+    assert held_out_rule(config, open_corpus(config), list_shards(config), seed=0).key == LABELS
 
 
 def test_a_share_of_0_asks_for_no_group(tmp_path: Path) -> None:
@@ -258,7 +266,9 @@ def test_a_share_of_0_asks_for_no_group(tmp_path: Path) -> None:
     wrong = CorpusConfig(
         kind="image_folder", path=config.path, held_out_key="size", held_out_share=0
     )
-    assert held_out_rule(wrong, open_corpus(wrong), seed=0) == HeldOut("size", 0.0, 0)
+    assert held_out_rule(wrong, open_corpus(wrong), list_shards(wrong), seed=0) == HeldOut(
+        "size", 0.0, 0
+    )
 
 
 def test_a_group_is_looked_for_in_the_first_rows(tmp_path: Path) -> None:
@@ -270,7 +280,7 @@ def test_a_group_is_looked_for_in_the_first_rows(tmp_path: Path) -> None:
         kind="image_folder", path=str(tmp_path), held_out_key="object", rows_per_shard=1000
     )
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert held_out_rule(config, open_corpus(config), seed=0).key == "object"
+    assert held_out_rule(config, open_corpus(config), list_shards(config), seed=0).key == "object"
     path.write_text("".join(json.dumps(line) + "\n" for line in [lines[299], *lines]))
     with pytest.raises(CorpusError, match="names no group in the first 256 rows"):
-        held_out_rule(config, open_corpus(config), seed=0)
+        held_out_rule(config, open_corpus(config), list_shards(config), seed=0)

@@ -154,7 +154,7 @@ def test_pairs_are_withheld_whole_and_every_part_of_them_is_still_shown() -> Non
         "object,colour,background,place",
     )
     corpus = open_corpus(config_of(held_out_key=config.held_out_key, limit=3))
-    rule = held_out_rule(config, corpus, seed=0)
+    rule = held_out_rule(config, corpus, corpus.shards(), seed=0)
     rows = [row for shard in corpus.shards() for row in corpus.read(shard)]
     assert [rule.holds(row) for row in rows] == [withheld(rule, s) for s in all_scenes()[:3]]
     by_pair: dict[tuple[str, str], set[bool]] = {}

@@ -17,7 +17,7 @@ from small_corpora import rows_of, write_tars
 
 from paris_ray.artifacts import Folder
 from paris_ray.config import Config, FiltersConfig, load
-from paris_ray.corpora import REASONS, HeldOut, QuarantinedRow, open_corpus
+from paris_ray.corpora import REASONS, HeldOut, QuarantinedRow, list_shards, open_corpus
 from paris_ray.corpora.perceptual_hash import perceptual_hashes
 from paris_ray.embeddings import column_names, part_names, read_table, stream_column
 from paris_ray.errors import CorpusError
@@ -303,7 +303,7 @@ def test_a_corpus_without_a_usable_row_says_why(tmp_path: Path) -> None:
     given = ["corpus.kind=image_folder", f"corpus.path={tmp_path}", "corpus.held_out_share=0"]
     config = load("quickstart", given)
     with pytest.raises(CorpusError) as caught:
-        sample_rows(config)
+        sample_rows(config, list_shards(config.corpus))
     detail = "10 bytes that begin with b'no pictu'"
     assert str(caught.value) == (
         f"corpus.path={str(tmp_path)!r} has no usable row that is not held out: 12 not_an_image "
@@ -368,7 +368,7 @@ def test_a_corpus_that_filters_leave_empty_is_refused_before_anything_is_fitted(
     config: Config,
 ) -> None:
     with pytest.raises(CorpusError, match=r"no usable row that is not held out: 34 min_size \("):
-        sample_rows(with_filters(config, min_size=9))
+        sample_rows(with_filters(config, min_size=9), list_shards(config.corpus))
 
 
 def test_an_example_of_a_bad_row_is_short_and_plain() -> None:
@@ -389,7 +389,7 @@ def test_bad_rows_are_found_again_for_the_report_with_their_pictures(config: Con
         "not_an_image": {"a.tar/broken", "a.tar/text"},
         "duplicate_key": {"a.tar/007"},
     }
-    sizes, pictures, note = report._from_corpus(config, bad)
+    sizes, pictures, note = report._from_corpus(config, [shard], bad)
     assert (set(sizes), note) == ({(8, 8)}, "")
     shown = {key: picture is not None for (_, key), picture in pictures.items()}
     assert shown == {"a.tar/broken": False, "a.tar/text": False, "a.tar/007": True}
@@ -397,7 +397,7 @@ def test_bad_rows_are_found_again_for_the_report_with_their_pictures(config: Con
 
 def test_a_report_without_its_corpus_says_so(config: Config) -> None:
     corpus = replace(config.corpus, path="/absent")
-    assert report._from_corpus(replace(config, corpus=corpus), {}) == (
+    assert report._from_corpus(replace(config, corpus=corpus), [], {}) == (
         [],
         {},
         "The corpus cannot be read again, for sizes of pictures: corpus.path='/absent' does not "

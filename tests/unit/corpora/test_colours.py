@@ -2,6 +2,7 @@
 
 import io
 import struct
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,7 @@ from PIL import Image, ImageCms
 
 from paris_ray.config import CorpusConfig
 from paris_ray.corpora.pixels import decode
+from paris_ray.corpora.profiles import CURVES, PRIMARIES
 
 pillow_heif.register_heif_opener()
 CONFIG = CorpusConfig(image_size=8)
@@ -138,6 +140,87 @@ class TestGamma:
 
     def test_a_file_that_says_srgb_is_believed(self) -> None:
         assert differs(png_of_row(8, 2, self.ROW, self.LINEAR, (b"sRGB", b"\0")), 55) == 0
+
+
+def chrm(primaries: Any) -> tuple[bytes, bytes]:
+    numbers = np.array([primaries[3], *primaries[:3]]).ravel() * 100_000
+    return b"cHRM", struct.pack(">8I", *map(round, numbers))
+
+
+def light_of_video(levels: Any) -> Any:
+    return np.where(levels < 0.081, levels / 4.5, ((levels + 0.099) / 1.099) ** (1 / 0.45))
+
+
+def light_of_srgb(levels: Any) -> Any:
+    return np.where(levels <= 0.04045, levels / 12.92, ((levels + 0.055) / 1.055) ** 2.4)
+
+
+# ITU-T H.273, tables 2 and 3.
+BT2020 = ((0.708, 0.292), (0.170, 0.797), (0.131, 0.046), (0.3127, 0.3290))
+NUMBERED: dict[int, Any] = {1: SRGB, 9: BT2020, 12: DISPLAY_P3}
+LIGHT: dict[int, Callable[[Any], Any]] = {
+    **dict.fromkeys((1, 6, 14, 15), light_of_video),
+    4: lambda levels: levels**2.2,
+    8: lambda levels: levels,
+    13: light_of_srgb,
+}
+
+
+class TestNumbers:
+    """What a PNG says of its colours by numbers."""
+
+    ROW = bytes(COLOR) * 8
+    P3 = (b"cICP", bytes((12, 13, 0, 1)))  # Display P3, the curve of sRGB
+    LINEAR = (b"gAMA", struct.pack(">I", 100_000))
+
+    @pytest.mark.parametrize("primaries", [ADOBE_RGB, DISPLAY_P3], ids=["Adobe RGB", "P3"])
+    @pytest.mark.parametrize("gamma", [1.8, 1.0])
+    def test_primaries_are_followed_with_the_gamma(self, primaries: Any, gamma: float) -> None:
+        chunk = (b"gAMA", struct.pack(">I", round(100_000 / gamma)))
+        expected = shown(COLOR, primaries, gamma)
+        assert np.abs(expected - COLOR).max() > 10
+        assert differs(png_of_row(8, 2, self.ROW, chrm(primaries), chunk), expected) <= 1
+
+    def test_those_of_srgb_change_nothing(self) -> None:
+        rounded = [(x + 0.001, y) for x, y in SRGB]
+        assert differs(png_of_row(8, 2, self.ROW, chrm(rounded)), COLOR) == 0
+        assert differs(png_of_row(8, 2, self.ROW, (b"sRGB", b"\0"), chrm(DISPLAY_P3)), COLOR) == 0
+        assert differs(png_of_row(8, 2, self.ROW, (b"cICP", bytes((1, 13, 0, 1)))), COLOR) == 0
+
+    def test_primaries_by_number_count_before_all_else(self) -> None:
+        grid = np.linspace(0, 255, 8).astype(int)
+        for color in [COLOR, *zip(grid, grid[::-1], [40] * 8, strict=True)]:
+            row = bytes(int(level) for level in color) * 8
+            expected = decode(png_of_row(8, 2, row, chrm(DISPLAY_P3)), CONFIG)
+            others = ((b"sRGB", b"\0"), self.LINEAR, chrm(ADOBE_RGB))
+            assert differs(png_of_row(8, 2, row, self.P3, *others), expected) <= 1
+        assert differs(png_of_row(8, 2, self.ROW, self.P3), COLOR) > 10
+
+    @pytest.mark.parametrize("curve", LIGHT)
+    @pytest.mark.parametrize("primaries", NUMBERED)
+    def test_all_numbers_mean_what_the_standard_says(self, primaries: int, curve: int) -> None:
+        light = LIGHT[curve](np.array(COLOR) / 255)
+        expected = shown(255 * light, NUMBERED[primaries], 1.0)
+        chunk = (b"cICP", bytes((primaries, curve, 0, 1)))
+        assert differs(png_of_row(8, 2, self.ROW, chunk), expected) <= 1
+
+    def test_no_number_is_followed_without_a_test(self) -> None:
+        assert (PRIMARIES.keys(), CURVES.keys()) == (NUMBERED.keys(), LIGHT.keys())
+
+    @pytest.mark.parametrize(
+        "chunk",
+        [
+            (b"cICP", bytes((9, 16, 0, 1))),  # HDR
+            (b"cICP", bytes((12, 13, 0, 0))),  # of a narrow range
+            (b"cICP", bytes((77, 13, 0, 1))),
+            (b"cICP", b"\x0c"),
+            (b"cHRM", bytes(32)),
+            (b"cHRM", b"\xff" * 32),
+            chrm([(0.3, 0.3)] * 4),  # one colour four times
+        ],
+    )
+    def test_what_is_unknown_or_nonsense_changes_nothing(self, chunk: tuple[bytes, bytes]) -> None:
+        assert differs(png_of_row(8, 2, self.ROW, chunk), COLOR) == 0
 
 
 class TestDeepPictures:

@@ -68,6 +68,15 @@ class TestImageFolder:
         assert problems(rows) == {"gone.png": "missing_file", **expected}
         assert all(row.detail for row in rows)
 
+    def test_larger_files_than_pictures_are_not_read_whole(self, tmp_path: Path) -> None:
+        for name, size in (("a.png", 100), ("b.png", 101)):
+            (tmp_path / name).write_bytes(b"x" * size)
+        lines = [{"file_name": name, "text": "a"} for name in ("a.png", "b.png")]
+        rows = read_all(self.config(tmp_path, lines, max_image_bytes=100))
+        assert [row.problem for row in rows] == [None, "too_many_bytes"]
+        assert rows[1].image is None
+        assert rows[1].detail == "it has 101 bytes, at most 100 are read"
+
     def test_files_outside_the_folder_are_not_read(self, tmp_path: Path) -> None:
         folder = tmp_path / "corpus"
         folder.mkdir()

@@ -3,9 +3,11 @@
 import io
 import os
 import re
+import socket
 import tarfile
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -151,6 +153,89 @@ def test_what_is_not_there_is_told(web: str) -> None:
             open_corpus(CorpusConfig(kind="webdataset", path=path))
     with pytest.raises(ArtifactError, match="'nothing://x' names no store that can be opened"):
         open_corpus(CorpusConfig(kind="webdataset", path="nothing://x"))
+
+
+def test_a_web_server_that_does_not_answer_is_out_of_reach() -> None:
+    address = "http://127.0.0.1:1/a"  # nobody listens there
+    for path in (address, f"{address}/*.tar", f"{address}/{{0..3}}.tar"):
+        expected = re.escape(f"corpus.path={path!r} cannot be looked up: {path} is out of reach: ")
+        with pytest.raises(CorpusError, match=expected):
+            open_corpus(CorpusConfig(kind="webdataset", path=path))
+
+
+@pytest.fixture
+def failing(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The address of a web server that answers everything with one status."""
+
+    class Failing(SimpleHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(request.param)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        do_HEAD = do_GET
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Failing) as server:
+        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/a.tar"
+        server.shutdown()
+
+
+@pytest.mark.parametrize("failing", [401, 403, 500, 503], indirect=True)
+def test_a_web_server_that_refuses_is_out_of_reach(failing: str) -> None:
+    with pytest.raises(CorpusError, match=r"is out of reach: ClientResponseError: [45]0"):
+        open_corpus(CorpusConfig(kind="webdataset", path=failing))
+
+
+def test_a_web_server_need_not_say_that_a_pattern_is_no_file(
+    tmp_path: Path, web: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A bucket answers so to whoever may not list it."""
+
+    def forbid(self: SimpleHTTPRequestHandler, *_: Any) -> None:
+        SimpleHTTPRequestHandler.send_error(self, 403)
+
+    monkeypatch.setattr(_WithRanges, "send_error", forbid)
+    for name in "01":
+        write_tar(tmp_path / f"{name}.tar", {f"{name}.png": png(), f"{name}.txt": name.encode()})
+    rows = read_all(CorpusConfig(kind="webdataset", path=f"{web}/{{0..1}}.tar"))
+    assert [row.caption for row in rows] == ["0", "1"]
+    with pytest.raises(CorpusError, match="is out of reach: ClientResponseError: 403"):
+        open_corpus(CorpusConfig(kind="webdataset", path=f"{web}/2.tar"))
+    assert (place(f"{web}/1.tar").is_file(), place(f"{web}/2.tar").is_file()) == (True, False)
+
+
+@pytest.mark.parametrize("failing", [404, 410], indirect=True)
+def test_what_a_web_server_calls_absent_does_not_exist(failing: str) -> None:
+    with pytest.raises(CorpusError, match=r"corpus\.path='.*' does not exist"):
+        open_corpus(CorpusConfig(kind="webdataset", path=failing))
+
+
+def test_a_web_server_that_is_mute_is_out_of_reach(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("paris_ray.storage.WEB_ANSWER_TIMEOUT_S", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as server:  # accepts, and says nothing
+        path = f"http://127.0.0.1:{server.getsockname()[1]}/a.tar"
+        with pytest.raises(CorpusError, match=r"is out of reach: .*[Tt]imeout"):
+            open_corpus(CorpusConfig(kind="webdataset", path=path))
+
+
+def test_a_web_server_that_hangs_up_is_out_of_reach() -> None:
+    def hang_up(server: socket.socket) -> None:
+        with suppress(OSError):
+            while True:
+                connection, _ = server.accept()
+                connection.recv(1 << 16)
+                connection.close()
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        threading.Thread(target=hang_up, args=(server,), daemon=True).start()
+        path = f"http://127.0.0.1:{server.getsockname()[1]}/a.tar"
+        with pytest.raises(CorpusError, match="is out of reach: ServerDisconnectedError"):
+            open_corpus(CorpusConfig(kind="webdataset", path=path))
+        server.shutdown(socket.SHUT_RDWR)
 
 
 FILES = ("a/0.tar", "a/1.tar", "b/0.tar", "b/deep/2.tar", "c/0.tar", "c/notes.txt")

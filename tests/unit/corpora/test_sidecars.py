@@ -1,5 +1,6 @@
 """Captions in files beside their pictures."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ from corpus_files import BLUE, RED, png, problems, read_all, write_files
 
 from paris_ray.config import CorpusConfig
 from paris_ray.corpora import RawRow, open_corpus
+from paris_ray.corpora.paths import names_in
 from paris_ray.errors import CorpusError
 
 
@@ -114,6 +116,59 @@ def test_shards_are_slices_of_folders(tmp_path: Path, rows_per_shard: int) -> No
     assert [row.caption for row in rows] == names
     for limit in (1, 3, 5, 9):
         assert read(tmp_path, rows_per_shard=rows_per_shard, limit=limit) == rows[:limit]
+
+
+def test_a_folder_has_at_most_32_shards_and_is_listed_once_for_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_files(tmp_path, {f"{i:02d}.png": b"x" for i in range(70)})
+    config = CorpusConfig(kind="sidecars", path=str(tmp_path), rows_per_shard=2)
+    corpus = open_corpus(config)
+    shards = corpus.shards()
+    assert [shard.stop - shard.start for shard in shards] == [4] * 17 + [2]
+    listed: list[object] = []
+
+    def names(folder: Path) -> list[str]:
+        listed.append(folder)
+        return names_in(folder)
+
+    monkeypatch.setattr("paris_ray.corpora.sidecars.names_in", names)
+    assert len({corpus.version(shard) for shard in shards}) == 18
+    assert [row.key for shard in shards for row in corpus.read(shard)] == [
+        f"{i:02d}.png" for i in range(70)
+    ]
+    assert listed == [tmp_path]
+
+
+def test_a_folder_that_grows_is_cut_elsewhere_only_when_it_has_doubled(tmp_path: Path) -> None:
+    corpus = open_corpus(CorpusConfig(kind="sidecars", path=str(tmp_path), rows_per_shard=1))
+
+    def starts(num_pictures: int) -> list[int]:
+        write_files(tmp_path, {f"{i:03d}.png": b"x" for i in range(num_pictures)})
+        return [shard.start for shard in corpus.shards()]
+
+    assert starts(32) == list(range(32))
+    for count in (33, 64):
+        assert starts(count) == list(range(0, count, 2))
+    for count in (65, 100, 128):  # 97 are more than three times 32
+        assert starts(count) == list(range(0, count, 4))
+
+
+def test_kohyas_repeats_are_not_followed_and_that_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_files(tmp_path, {f"{folder}/a.png": b"x" for folder in ("10_me", "10_you")})
+    assert len(read(tmp_path)) == 2
+    assert not caplog.messages  # among equals they mean nothing
+    write_files(tmp_path / "years", {f"{year}_trip/a.png": b"x" for year in (2023, 2024)})
+    assert len(read(tmp_path / "years")) == 2
+    assert not caplog.messages
+    shutil.rmtree(tmp_path / "years")
+    write_files(tmp_path, {"1_all/a.png": b"x"})
+    assert len(read(tmp_path)) == 3
+    assert caplog.messages == [
+        "corpus: the repeats of folders such as 10_me are not followed: every picture is one row"
+    ]
 
 
 def test_splits_are_folders_and_not_pictures(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from corpus_files import problems, read_all, write_tar
 from paris_ray.config import CorpusConfig
 from paris_ray.corpora import RawRow, open_corpus
 from paris_ray.corpora.rows import Shard
+from paris_ray.corpora.tars import MAX_RECENT_BYTES, _Kept, _Recent
 
 
 def read(path: Path, **options: Any) -> list[RawRow]:
@@ -81,12 +82,89 @@ def test_links_that_lead_nowhere_are_counted(tmp_path: Path) -> None:
     assert "'1.png' is a link to '2.png', which is not before it in the tar" in rows[1].detail
 
 
-def test_links_in_a_gzipped_tar_are_counted(tmp_path: Path) -> None:
-    write_links(tmp_path / "a.tar", ("1.png", "a/0.png", tarfile.LNKTYPE))
+def test_links_in_a_gzipped_tar_are_followed_to_what_was_lately_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_links(
+        tmp_path / "a.tar",
+        ("1.png", "a/0.png", tarfile.LNKTYPE),
+        ("1.txt", "a/0.txt", tarfile.SYMTYPE),
+        ("2.png", "1.png", tarfile.LNKTYPE),
+        ("2.txt", "1.txt", tarfile.LNKTYPE),
+        ("3.png", "4.png", tarfile.LNKTYPE),
+    )
     (tmp_path / "b.tar.gz").write_bytes(gzip.compress((tmp_path / "a.tar").read_bytes()))
+    (tmp_path / "a.tar").unlink()
     rows = read(tmp_path)
-    assert [row.problem for row in rows] == [None, "missing_caption", None, "missing_file"]
-    assert "cannot be followed in a gzipped tar" in rows[3].detail
+    assert rows[:3] == [RawRow(f"b.tar.gz/{key}", b"png", "txt") for key in ("a/0", "1", "2")]
+    assert problems(rows[3:]) == {"b.tar.gz/3": "missing_file"}
+    assert "'4.png', which is not before it in the tar, or more than 64 MiB" in rows[3].detail
+    monkeypatch.setattr("paris_ray.corpora.tars.MAX_RECENT_BYTES", 600)
+    assert read(tmp_path)[1].problem == "missing_file"  # of a/0 the text alone is still there
+
+
+def test_what_links_may_find_in_a_gzipped_tar_is_bounded(tmp_path: Path) -> None:
+    kept = _Recent()
+    for i in range(200_000):
+        kept[f"{i % 150_000:06}"] = _Kept(b"", 0)
+    assert len(kept) == MAX_RECENT_BYTES // (tarfile.BLOCKSIZE + 6)
+    kept["large"] = _Kept(bytes(MAX_RECENT_BYTES // 2), 0)
+    assert len(kept) == 1 + (MAX_RECENT_BYTES // 2 - 517) // (tarfile.BLOCKSIZE + 6)
+
+
+def test_what_only_links_still_name_counts_until_the_last_of_them_is_gone() -> None:
+    kept = _Recent()
+    kept["file"] = kept["link"] = large = _Kept(bytes(MAX_RECENT_BYTES // 2), 0)
+    kept["another"] = _Kept(bytes(MAX_RECENT_BYTES // 4), 0)
+    assert kept["link"] is large
+    kept["large"] = _Kept(bytes(MAX_RECENT_BYTES // 2), 0)
+    assert list(kept) == ["another", "large"]
+
+
+def write_gzipped(folder: Path, members: dict[str, bytes | str]) -> None:
+    """Write files of some content, and hard links to a name."""
+    with tarfile.open(folder / "a.tgz", "w:gz") as tar:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            if isinstance(content, str):
+                info.type, info.linkname = tarfile.LNKTYPE, content
+                tar.addfile(info)
+            else:
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+
+
+def test_links_of_a_gzipped_tar_share_the_picture_that_they_lead_to(tmp_path: Path) -> None:
+    picture = bytes(1 << 20)
+    links = {f"{i}.png": "first.png" for i in range(100)}
+    write_gzipped(tmp_path, {"first.png": picture, **links})
+    assert [len(row.image or b"") for row in read(tmp_path)] == [len(picture)] * 101
+
+
+def test_a_link_keeps_its_target_among_the_latest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("paris_ray.corpora.tars.MAX_RECENT_BYTES", 5000)
+    write_gzipped(
+        tmp_path,
+        {
+            "first.png": bytes(1000),
+            "second.png": bytes(2000),
+            "1.png": "first.png",
+            "third.png": bytes(1500),  # takes the place of the second
+            "2.png": "first.png",
+            "3.png": "second.png",
+        },
+    )
+    found = {row.key: len(row.image or b"") for row in read(tmp_path)}
+    assert (found["a.tgz/2"], found["a.tgz/3"]) == (1000, 0)
+
+
+def test_a_link_to_what_a_gzipped_tar_passed_over_is_told(tmp_path: Path) -> None:
+    write_gzipped(tmp_path, {"a.dat": b"png", "1.png": "a.dat", "2.png": "absent.png"})
+    first, second = read(tmp_path)[1:]
+    assert "'a.dat' was passed over, by its extension or size" in first.detail
+    assert "'absent.png', which is not before it in the tar" in second.detail
 
 
 def damage_tar(content: bytes, kept: float) -> bytes:

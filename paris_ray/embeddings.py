@@ -76,10 +76,17 @@ def read_parts(folder: Folder, names: Sequence[str], columns: Sequence[str]) -> 
     """Return some columns of some Parquet files as one table.
 
     Raises:
-        ArtifactError: if there is nothing to read.
+        ArtifactError: if there is nothing to read, or files differ in the types of columns.
     """
     _require_parts(folder, names)
-    return pa.concat_tables([read_part(folder, name, columns) for name in names])
+    return _concatenated(folder, [read_part(folder, name, columns) for name in names])
+
+
+def _concatenated(folder: Folder, tables: Sequence[pa.Table]) -> pa.Table:
+    try:
+        return pa.concat_tables(tables)
+    except pa.ArrowInvalid as error:  # of a damaged footer, or of files that were mixed
+        raise ArtifactError(f"{folder.uri} holds Parquet files that differ: {error}") from None
 
 
 def _require_parts(folder: Folder, names: Sequence[str]) -> None:
@@ -139,7 +146,7 @@ def read_rows(folder: Folder, rows: NDArray[np.int64], columns: Sequence[str]) -
         inside = rows[(rows >= start) & (rows < end)] - start
         parts.append(read_part(folder, name, columns).take(inside))
         start = end
-    return pa.concat_tables(parts)
+    return _concatenated(folder, parts)
 
 
 def num_rows(folder: Folder, name: str) -> int:

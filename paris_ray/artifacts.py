@@ -12,7 +12,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from paris_ray.storage import disk_is_full, is_uri, joined_uri, open_store, repl
 
 SCHEMA_VERSION = 1
 STREAMED_BYTES = 1 << 23  # of a request to a store; much less would take as many round trips more
+LISTINGS = 10  # of a folder that others write to; one in a thousand fails
 MANIFEST = "manifest.json"
 RESOLVED_CONFIG = "resolved_config.yaml"
 TIMINGS = "timings.jsonl"
@@ -35,6 +36,7 @@ METRICS = "metrics.jsonl"
 EVENTS = "events.out.tfevents"  # a name that TensorBoard looks for
 SAMPLES = "samples"  # a folder of pictures drawn on the way
 IN_PROGRESS = "in_progress.json"
+LOCKS = "locks"  # a folder with who is writing
 REPORT = "report.html"  # a page for people; may tell how long things took
 UNHASHED = frozenset(
     {
@@ -47,6 +49,7 @@ UNHASHED = frozenset(
         EVENTS,
         SAMPLES,
         IN_PROGRESS,
+        LOCKS,
         REPORT,
     }
 )
@@ -243,10 +246,16 @@ class Folder:
         """Return the relative names of all finished files below the folder, sorted."""
         if not self.exists():
             return []
-        selector = fs.FileSelector(self._path, recursive=True)
-        infos = self._filesystem.get_file_info(selector)
+        infos = self._listed()
         names = [os.path.relpath(i.path, self._path) for i in infos if i.type == fs.FileType.File]
         return sorted(name for name in names if ".tmp-" not in name)
+
+    def _listed(self) -> list[fs.FileInfo]:
+        selector = fs.FileSelector(self._path, recursive=True)
+        for _ in range(LISTINGS - 1):
+            with suppress(FileNotFoundError):  # a writer's temporary folder, gone meanwhile
+                return list(self._filesystem.get_file_info(selector))
+        return list(self._filesystem.get_file_info(selector))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

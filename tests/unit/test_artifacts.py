@@ -83,8 +83,9 @@ def test_publishing_ends_progress(folder: Folder) -> None:
 
 
 def test_temporary_files_are_never_listed(folder: Folder, tmp_path: Path) -> None:
-    (tmp_path / "artefact" / "data.bin.tmp-123").write_bytes(b"half")
-    (tmp_path / "artefact" / "deep" / "late.bin.tmp-9").write_bytes(b"half")
+    for left in ("data.bin.tmp-123", "deep/late.bin.tmp-9"):
+        (tmp_path / "artefact" / left).mkdir()
+        (tmp_path / "artefact" / left / ".tmpOfALibrary").write_bytes(b"half")
     assert folder.files() == ["data.bin", "deep/er/more.bin"]
     assert set(publish_things(folder).files) == {"data.bin", "deep/er/more.bin"}
 
@@ -147,7 +148,8 @@ def test_what_a_killed_writer_left_is_removed_by_the_next(
 ) -> None:
     left = {f"{name}.tmp-1", f"{name}.tmp-22", "data1.bin.tmp-1", f"{name}2.tmp-1"}
     for other in left:
-        (tmp_path / "artefact" / other).write_bytes(b"half")
+        (tmp_path / "artefact" / other).mkdir()
+        (tmp_path / "artefact" / other / ".tmpOfALibrary").write_bytes(b"half")
     folder.write(name, b"new")
     assert folder.read(name) == b"new"
     found = {path.name for path in (tmp_path / "artefact").glob("*.tmp-*")}

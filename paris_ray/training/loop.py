@@ -24,6 +24,7 @@ from paris_ray.training import checkpoint
 from paris_ray.training.checkpoint import TrainingState
 from paris_ray.training.data import Batch
 from paris_ray.training.ema import ExponentialMovingAverage
+from paris_ray.training.preemption import PreemptionNotice
 from paris_ray.training.prefetch import draw_ahead
 from paris_ray.training.schedule import learning_rate
 from paris_ray.training.tensorboard import event_file, require_tensorboard
@@ -134,7 +135,8 @@ class TrainingLoop:
         identity: Digest of what decides the result; a checkpoint of another is refused.
         on_progress: Called every `config.log_every` steps.
         flops_per_image: Of a training step, for the MFU; None if it is not to be told.
-        on_average: Called every `config.sample_every` steps but the last, after the checkpoint.
+        on_average: Called every `config.sample_every` steps but the last, before the checkpoint;
+            after an interruption perhaps again for the same step.
         measure: Called at the first log after every `config.validate_every` steps, and at the end;
             what it returns joins the metrics. It must depend on the averaged state alone.
 
@@ -182,9 +184,11 @@ class TrainingLoop:
     def run(self) -> dict[str, Tensor]:
         """Train to the last step and return the averaged weights.
 
+        At a SIGTERM the step is finished and a checkpoint written; then the signal takes effect.
+
         Raises:
             TrainingError: if the loss, a gradient or a weight stops being a finite number; the
-                checkpoint before stays.
+                checkpoint before stays. Or if a SIGTERM came that did not end the process.
             ArtifactError: if the checkpoint or its metrics are damaged or of another identity.
         """
         config, first_step = self.config, self._resume()
@@ -197,13 +201,14 @@ class TrainingLoop:
             peak_samples_per_second=self.peak_rate,
         )
         steps = range(first_step, config.steps)
-        with closing(draw_ahead(self._draw, steps, config.prefetch)) as batches:
+        drawn = closing(draw_ahead(self._draw, steps, config.prefetch))
+        with PreemptionNotice() as notice, drawn as batches:
             for step, batch in zip(steps, batches, strict=True):
                 loss = self._step(step, batch)
                 progress = clock.tick(step + 1, loss)
                 if progress is not None:
                     self._record(progress)
-                self._keep(step + 1, loss)
+                self._keep(step + 1, loss, notice)
         return self.state.ema.state
 
     def _draw(self, step: int) -> Batch:
@@ -247,15 +252,24 @@ class TrainingLoop:
         due = progress.step // every > last // every or progress.step == self.config.steps
         return dict(self.measure(self.state.ema.state)) if self.measure and due else {}
 
-    def _keep(self, done: int, loss: Tensor) -> None:
-        """Checkpoint and pass on the average, if it is time to."""
+    def _keep(self, done: int, loss: Tensor, notice: PreemptionNotice) -> None:
+        """Pass on the average and checkpoint, if it is time to; end if the process has to.
+
+        In this order: a run that is killed in between passes the same average on again, and one
+        that was not passed on would be missing for ever.
+        """
         config, at_end = self.config, done == self.config.steps
-        if at_end or done % config.checkpoint_every == 0:
-            self._check_finite(done, loss)
-            self._save(done)
         samples_due = config.sample_every is not None and done % config.sample_every == 0
         if self.on_average is not None and samples_due and not at_end:
             self.on_average(self.state.ema.state, done)
+        preempted = notice.given
+        if at_end or done % config.checkpoint_every == 0 or preempted:
+            self._check_finite(done, loss)
+            self._save(done)
+        if preempted:
+            raise TrainingError(
+                f"SIGTERM came before the end: step {done} is in the checkpoint, run again to go on"
+            )
 
     @torch.no_grad()
     def _check_finite(self, done: int, loss: Tensor) -> None:

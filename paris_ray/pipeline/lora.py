@@ -40,6 +40,7 @@ from paris_ray.pipeline.progress import ProgressFile, Task, follow
 from paris_ray.pipeline.samples import SampleGrid
 from paris_ray.pipeline.stage import Stage
 from paris_ray.run import CODEC_FOLDERS, EMBEDDINGS, Run
+from paris_ray.run_lock import locked
 from paris_ray.storage import is_uri
 from paris_ray.survey.listing import by_kind
 from paris_ray.training.lora import train_lora as train
@@ -64,6 +65,7 @@ def train_lora(run: LoRARun, *, bundle: str, expert: int, data: str, output: str
         BundleError: if the bundle is not one.
         CorpusError: if no layout explains the data, or too large a share of the pictures is bad.
         ArtifactError: if there is something else in the output folder.
+        LockError: if another job writes to it.
         TrainingError: if the loss stops being finite.
     """
     opened = load_bundle(bundle)
@@ -82,13 +84,14 @@ def train_lora(run: LoRARun, *, bundle: str, expert: int, data: str, output: str
     if stage.folder.files() and not stage.begun():
         raise ArtifactError(f"{stage.folder.uri} is not empty: choose another folder for a LoRA")
     stage.begin()
-    task = placed(train_one_lora, "lora", run.training)
-    result = task.remote(run, absolute_uri(bundle), expert, stage.folder.uri, stage.parents)
-    facts = follow("lora", Task(result, stage.folder, run.training))
-    bad, filtered = (sum(facts[name].values()) for name in ("quarantined", "filtered"))
-    text = "lora: trained on %d pictures, %d quarantined, %d filtered"
-    logger.info(text, facts["rows"], bad, filtered)
-    return stage.publish(facts)
+    with locked(stage.folder):
+        task = placed(train_one_lora, "lora", run.training)
+        result = task.remote(run, absolute_uri(bundle), expert, stage.folder.uri, stage.parents)
+        facts = follow("lora", Task(result, stage.folder, run.training))
+        bad, filtered = (sum(facts[name].values()) for name in ("quarantined", "filtered"))
+        text = "lora: trained on %d pictures, %d quarantined, %d filtered"
+        logger.info(text, facts["rows"], bad, filtered)
+        return stage.publish(facts)
 
 
 def _check_fit(run: LoRARun, bundle: Bundle, expert: int) -> None:

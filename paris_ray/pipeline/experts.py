@@ -14,7 +14,6 @@ from functools import cache, partial
 from typing import Any
 
 import ray
-import torch
 
 from paris_ray.artifacts import METRICS, SAMPLES, Folder, VerifiedFolder, read_manifest
 from paris_ray.bundle import load_expert
@@ -29,6 +28,7 @@ from paris_ray.pipeline.stage import Stage, start_parent
 from paris_ray.run import EXPERT, EXPERT_WEIGHTS, SEED, SHARD, Run
 from paris_ray.seeding import derive_seed
 from paris_ray.training.expert import ExpertData, train_expert
+from paris_ray.training.isolation import isolated
 
 logger = logging.getLogger("paris_ray")
 
@@ -144,6 +144,9 @@ def train_and_draw(
         seed: Decides weights, order, noise and the grids.
         output: Its own folder.
         train: `train_expert`, or what is called in its place.
+
+    Raises:
+        TrainingError: as `train_expert`, and if it asks for a collective.
     """
     encoders = Run(setup).encoders
     grid = cache(partial(SampleGrid, setup, data.shards[0], encoders, seed))  # when data is checked
@@ -151,17 +154,17 @@ def train_and_draw(
     def draw_samples(average: Expert, step: int) -> None:
         output.write(f"{SAMPLES}/step-{step:06d}.png", grid().draw(average))
 
-    train(
-        setup.expert,
-        setup.training,
-        data=data,
-        seed=seed,
-        output=output,
-        on_progress=ProgressFile(output, name),
-        text_encoder=encoders,
-        draw_samples=draw_samples,
-    )
-    assert not torch.distributed.is_initialized(), "experts must train without any collective"
+    with isolated(name):
+        train(
+            setup.expert,
+            setup.training,
+            data=data,
+            seed=seed,
+            output=output,
+            on_progress=ProgressFile(output, name),
+            text_encoder=encoders,
+            draw_samples=draw_samples,
+        )
     trained = load_expert(VerifiedFolder(output, None)).to(resolve_device(setup.training.device))
     output.write("samples.png", grid().draw(trained))
     metrics: dict[str, Any] = json.loads(output.read(METRICS).splitlines()[-1])

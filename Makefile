@@ -11,7 +11,7 @@ help:
 	@echo "make stop         stop what quickstart started, nothing else"
 	@echo "make test         linters, types, architecture and all tests"
 	@echo "make fuzz         2,000 cases against the HTTP interface, 10,000 changes of what ZKLoRA's strangers send"
-	@echo "make chaos        an application that grows, shrinks and is replaced under load, without and with HAProxy"
+	@echo "make chaos        trainings, workers, nodes that are killed; an application that changes under load, also with HAProxy"
 	@echo "make soak         half an hour of load, cancels and kills (MINUTES=30); needs the quickstart's bundle"
 	@echo "make bench        write the numbers of docs/results.md and docs/zklora.md"
 	@echo "make bench-data   of these, a corpus of ten million rows (needs runs/bench/quickstart, which bench makes)"
@@ -29,7 +29,7 @@ stop:
 
 test: lint
 	OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses=2 tests/unit tests/property tests/test_architecture.py
-	$(PY) -m pytest tests/ray tests/serve tests/browser
+	$(PY) -m pytest tests/ray tests/chaos tests/serve tests/browser
 
 lint: $(VENV)/test
 	$(VENV)/bin/ruff check .
@@ -42,7 +42,7 @@ fuzz: $(VENV)/test
 	$(PY) tests/zklora_fuzz.py --mutations 10000
 
 chaos: $(VENV)/test
-	CHAOS=1 $(PY) -m pytest tests/serve/test_scaling_http.py
+	CHAOS=1 $(PY) -m pytest tests/chaos tests/serve/test_scaling_http.py
 	CHAOS=1 RAY_SERVE_ENABLE_HA_PROXY=1 $(PY) -m pytest tests/serve/test_scaling_http.py
 
 MINUTES ?= 30

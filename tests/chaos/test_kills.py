@@ -35,7 +35,9 @@ ENDED_BY = [-signal.SIGKILL, -signal.SIGXFSZ, -signal.SIGTERM]
 def inputs(tiny_bundle_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Inputs:
     shards = tmp_path_factory.mktemp("shards")
     write_shards(shards)
-    return Inputs(shards=shards, bundle=tiny_bundle_path)
+    inputs = Inputs(shards=shards, bundle=tiny_bundle_path)
+    assert run("router", inputs, shards / "first") == 0  # which waits for the imports of all
+    return inputs
 
 
 def run(objective: str, inputs: Inputs, output: Path, death: Death | None = None) -> int:

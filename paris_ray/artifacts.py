@@ -36,7 +36,7 @@ METRICS = "metrics.jsonl"
 EVENTS = "events.out.tfevents"  # a name that TensorBoard looks for
 SAMPLES = "samples"  # a folder of pictures drawn on the way
 IN_PROGRESS = "in_progress.json"
-LOCKS = "locks"  # a folder with who is writing
+LOCKS = "locks"  # a folder with who is writing what
 REPORT = "report.html"  # a page for people; may tell how long things took
 UNHASHED = frozenset(
     {
@@ -238,9 +238,15 @@ class Folder:
             self._filesystem.delete_file(self._full(name))
 
     def clear(self) -> None:
-        """Delete everything in the folder."""
-        if self.exists():
-            self._filesystem.delete_dir_contents(self._path)
+        """Delete everything in the folder; who holds a lock there keeps it."""
+        if not self.exists(LOCKS):
+            self._filesystem.delete_dir_contents(self._path, missing_dir_ok=True)
+            return
+        for info in self._filesystem.get_file_info(fs.FileSelector(self._path)):
+            if info.type == fs.FileType.File:
+                self._filesystem.delete_file(info.path)
+            elif info.base_name != LOCKS:
+                self._filesystem.delete_dir(info.path)
 
     def files(self) -> list[str]:
         """Return the relative names of all finished files below the folder, sorted."""

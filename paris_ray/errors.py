@@ -18,7 +18,7 @@ class ArtifactError(ParisError):
 
 
 class LockError(ParisError):
-    """A run folder that another job writes to."""
+    """An artefact that another job writes."""
 
 
 class BundleError(ParisError):

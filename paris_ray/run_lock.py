@@ -1,4 +1,4 @@
-"""One job at a time writes to a run folder: a lock that works on any storage.
+"""One job at a time writes an artefact: a lock that works on any storage.
 
 Whoever wants the lock first writes a claim of its own, and then lists all. Whoever sees the claim
 of another that lives withdraws. Of two jobs the one that lists later sees the other's claim, so
@@ -7,9 +7,10 @@ of a storage than that what was written is listed: file systems, S3 and its like
 no locks of files nor conditional writes are needed, which pyarrow does not offer for stores.
 
 An owner shows that it lives by renewing its claim. It is dead if its process is gone, which is
-known on its machine alone; or if its claim is not renewed while it is watched, which takes a
-minute. No clocks are compared, so it does no harm if they differ or jump. An owner that could not
-renew its claim for so long, and comes back, finds in another's that it was taken over, and stops.
+known on its machine alone; or if its claim is not renewed while it is watched, for minutes. No
+clocks are compared, so it does no harm if they differ or jump. An owner that could not renew its
+claim for so long, and comes back, finds in another's that it was taken over. It is told so whenever
+it asks: no signal could reach it for certain, since Ray blocks SIGINT in the jobs that it starts.
 """
 
 import getpass
@@ -17,24 +18,22 @@ import logging
 import os
 import platform
 import secrets
-import signal
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-import psutil
-
-from paris_ray.artifacts import LOCKS, Folder
+from paris_ray.artifacts import Folder
 from paris_ray.errors import ArtifactError, LockError
 
 logger = logging.getLogger("paris_ray")
 
 HEARTBEAT_S = 10.0
 DEAD_S = 60.0  # an owner that does not renew its claim for so long is dead
+STORE_DEAD_S = 300.0  # in a store, of which one request may take 100 s to fail
 POLL_S = 1.0
 
 
@@ -48,6 +47,7 @@ class Claim:
         pid: Its process.
         machine: What `_this_machine` is there.
         begun_at: Unix time in seconds, for people.
+        started: When the process started, in the kernel's ticks since boot; None: not known.
         renewed: How often the claim was renewed.
         took_over: Names of the claims whose owners it found dead.
     """
@@ -57,19 +57,42 @@ class Claim:
     pid: int
     machine: str
     begun_at: float
+    started: int | None = None
     renewed: int = 0
     took_over: list[str] = field(default_factory=list)
 
     @classmethod
     def own(cls) -> "Claim":
         """Return a new claim of this process."""
+        seen = _process(os.getpid())
         return cls(
             user=_user(),
             host=platform.node(),
             pid=os.getpid(),
             machine=_this_machine(),
             begun_at=time.time(),
+            started=None if seen is None else seen[1],
         )
+
+    @classmethod
+    def parse(cls, document: Any) -> "Claim":
+        """Return the claim in a parsed document; what later versions add to it is passed over.
+
+        Raises:
+            ValueError: naming what is missing or of another type.
+        """
+        if not isinstance(document, dict):
+            raise ValueError("it is no object")
+        names = [each.name for each in fields(cls)]
+        try:
+            claim = cls(**{name: document[name] for name in names if name in document})
+        except TypeError as error:
+            raise ValueError(str(error)) from None
+        for name in names:
+            value = getattr(claim, name)
+            if not _is_allowed(name, value):
+                raise ValueError(f"{name}={str(value)[:50]!r} is not allowed")
+        return claim
 
     def __str__(self) -> str:
         age = max(0, round(time.time() - self.begun_at))
@@ -80,35 +103,63 @@ class Claim:
         if not self.machine or self.machine != _this_machine():
             return False
         try:
-            return bool(psutil.Process(self.pid).status() == psutil.STATUS_ZOMBIE)
-        except psutil.NoSuchProcess:
+            os.kill(self.pid, 0)
+        except ProcessLookupError:
             return True
+        except PermissionError:  # it is another user's, and lives
+            pass
+        seen = _process(self.pid)
+        if seen is None:  # /proc may hide what others run
+            return False
+        state, started = seen
+        return state == "Z" or self.started not in (None, started)
+
+
+def _is_allowed(name: str, value: object) -> bool:
+    match name:
+        case "user" | "host" | "machine":
+            return isinstance(value, str)
+        case "begun_at":
+            return isinstance(value, int | float) and abs(value) < 1e12
+        case "pid":
+            return isinstance(value, int) and 0 < value < 1 << 31
+        case "started":
+            return value is None or isinstance(value, int)
+        case "took_over":
+            return isinstance(value, list)
+        case _:
+            return isinstance(value, int)
+
+
+def _process(pid: int) -> tuple[str, int] | None:
+    """Return state and start, in ticks since boot, of a process; None if it cannot be seen."""
+    try:
+        after_name = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return after_name[0], int(after_name[19])
+    except (OSError, ValueError, IndexError):
+        return None
 
 
 @contextmanager
-def locked(folder: Folder) -> Iterator[None]:
-    """Hold the lock of a folder; only the main thread may.
+def locked(claims: Folder, uri: str) -> Iterator["HeldLock"]:
+    """Hold a lock; while it is held, ask its `check` whether it still is.
+
+    Args:
+        claims: The folder of its claims, of no other use.
+        uri: What is locked, for messages.
 
     Raises:
         LockError: if another job holds it, or took it over because this one seemed dead.
         ArtifactError: if the folder cannot be written.
     """
-    claims, name = folder / LOCKS, f"{secrets.token_hex(8)}.json"
-    heartbeat = Heartbeat(claims, name)
-    heartbeat.start()
+    held = HeldLock(claims, f"{secrets.token_hex(8)}.json", uri)
+    held.start()
     try:
-        heartbeat.take_over(_dead_others(claims, name, folder.uri))
-        yield
-    except KeyboardInterrupt:
-        if not heartbeat.lost:
-            raise
+        held.take_over(_dead_others(claims, held.name, uri))
+        yield held
     finally:
-        heartbeat.stop()
-    if heartbeat.lost:
-        raise LockError(
-            f"{folder.uri}: this job did not renew its lock in time, and another one took it over; "
-            "nothing is damaged: run again when that has ended"
-        )
+        held.stop()
+    held.check()
 
 
 def _dead_others(claims: Folder, own: str, uri: str) -> list[str]:
@@ -118,26 +169,34 @@ def _dead_others(claims: Folder, own: str, uri: str) -> list[str]:
         claim = None if name == own else _read(claims, name)
         if claim is None:
             continue
-        if not claim.is_gone() and _is_renewed(claims, name, claim):
+        now = claim if claim.is_gone() else _watched(claims, name, claim)
+        if now is None:
+            continue
+        if now != claim:
             raise LockError(
                 f"{uri} is in use by {claim}: "
-                "wait for the end of that job, or choose another folder"
+                "wait for the end of that job, or choose another run folder"
             )
         logger.warning("%s: taking over the lock of %s, which is dead", uri, claim)
         dead.append(name)
     return dead
 
 
-def _is_renewed(claims: Folder, name: str, claim: Claim) -> bool:
-    """Watch a claim until it is renewed, and return True; or for so long that its owner is dead."""
-    logger.info("%s is locked by %s: looking whether that lives ...", claims.uri, claim)
-    deadline = time.monotonic() + DEAD_S
+def _watched(claims: Folder, name: str, claim: Claim) -> Claim | None:
+    """Return a claim as soon as it is renewed, or as it was if it is not for as long as the living.
+
+    None if it was withdrawn.
+    """
+    dead_s = DEAD_S if claims.is_local else STORE_DEAD_S
+    text = "%s is locked by %s: looking for at most %.0f s whether that lives ..."
+    logger.info(text, claims.uri, claim, dead_s)
+    deadline = time.monotonic() + dead_s
     while time.monotonic() < deadline:
         time.sleep(POLL_S)
         now = _read(claims, name)
         if now != claim:
-            return now is not None
-    return False
+            return now
+    return claim
 
 
 def _read(claims: Folder, name: str) -> Claim | None:
@@ -148,30 +207,40 @@ def _read(claims: Folder, name: str) -> Claim | None:
     """
     try:
         document = claims.read_json(name)
-    except ArtifactError:
+    except (ArtifactError, OSError):
         if not claims.exists(name):
             return None
         raise
     try:
-        return Claim(**document)
-    except TypeError as error:
+        return Claim.parse(document)
+    except ValueError as error:
         raise ArtifactError(
             f"{claims.uri}/{name} is not a lock ({error}): delete it if no job writes there"
         ) from None
 
 
-class Heartbeat:
-    """Makes a claim and renews it in a thread; if it is lost, interrupts the main thread.
+class HeldLock:
+    """A claim, and the thread that renews it.
 
-    Attributes:
-        lost: Whether another job took the claim over.
+    Args:
+        claims: The folder of all claims.
+        name: Its file there.
+        uri: What is locked, for messages.
     """
 
-    def __init__(self, claims: Folder, name: str) -> None:
-        self.claims, self.name, self.lost = claims, name, False
-        self._claim, self._ended = Claim.own(), threading.Event()
+    def __init__(self, claims: Folder, name: str, uri: str) -> None:
+        self.claims, self.name, self.uri = claims, name, uri
+        self._claim, self._ended, self._lost = Claim.own(), threading.Event(), threading.Event()
         self._one_at_a_time = threading.Lock()
         self._thread = threading.Thread(target=self._run, name="run lock", daemon=True)
+
+    def check(self) -> None:
+        """Raise LockError if another job took the lock over."""
+        if self._lost.is_set():
+            raise LockError(
+                f"{self.uri}: this job did not renew its lock in time, and another one took it "
+                "over; nothing is damaged: run again when that has ended"
+            )
 
     def start(self) -> None:
         """Write the claim, and begin to renew it."""
@@ -183,15 +252,17 @@ class Heartbeat:
         if dead:
             self._renew(took_over=dead)
         for name in dead:
-            with suppress(FileNotFoundError):  # another one did it
+            with suppress(ArtifactError, FileNotFoundError):  # another one did it
                 self.claims.delete(name)
 
     def stop(self) -> None:
         """End that, and withdraw the claim."""
         self._ended.set()
         self._thread.join()
-        with suppress(ArtifactError, OSError):  # out of reach: others will find it dead
+        try:
             self.claims.delete(self.name)
+        except Exception as error:
+            logger.warning("the lock %s was not withdrawn: %s", self.uri, error)
 
     def _write(self) -> None:
         self.claims.write_json(self.name, asdict(self._claim))
@@ -205,12 +276,11 @@ class Heartbeat:
         while not self._ended.wait(HEARTBEAT_S):
             try:
                 if self._was_taken_over():
-                    self.lost = True
-                    signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+                    self._lost.set()
                     return
                 self._renew()
-            except (ArtifactError, OSError) as error:
-                logger.warning("the lock %s was not renewed: %s", self.claims.uri, error)
+            except Exception as error:
+                logger.warning("the lock of %s was not renewed: %s", self.uri, error)
 
     def _was_taken_over(self) -> bool:
         if not self.claims.exists(self.name):

@@ -5,6 +5,7 @@ import glob
 import os
 import posixpath
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,9 +34,8 @@ def replacing(target: Path) -> Iterator[Path]:
     safetensors has: those of one that was killed are found and deleted by the next.
     """
     for stale in target.parent.glob(f"{glob.escape(target.name)}.tmp-*"):
-        shutil.rmtree(stale, ignore_errors=True)
-    folder = target.with_name(f"{target.name}.tmp-{os.getpid()}")
-    folder.mkdir()
+        _remove(stale)
+    folder = Path(tempfile.mkdtemp(prefix=f"{target.name}.tmp-", dir=target.parent))
     try:
         temporary = folder / target.name
         yield temporary
@@ -44,6 +44,14 @@ def replacing(target: Path) -> Iterator[Path]:
         temporary.replace(target)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _remove(stale: Path) -> None:
+    """Remove what a writer left: a folder or, by an earlier version, a file."""
+    if stale.is_dir() and not stale.is_symlink():
+        shutil.rmtree(stale, ignore_errors=True)
+    else:
+        stale.unlink(missing_ok=True)
 
 
 def disk_is_full(error: BaseException) -> bool:

@@ -44,14 +44,15 @@ def prepare_encoders(config: Config) -> Manifest:
     """Publish `encoders/`: given ones copied and checked, the others fitted to the corpus."""
     run = Run(config)
     stage = Stage(ENCODERS, run.encoders, config, sections=SECTIONS, parents={})
-    manifest = stage.finished()
-    if manifest is not None:
-        return manifest
-    stage.begin()
-    task = make_encoders.options(
-        num_cpus=config.features.num_cpus, num_gpus=config.features.num_gpus
-    ).remote(config)
-    return stage.publish(follow("encoders", Task(task, run.encoders)))
+    with stage.locked():
+        manifest = stage.finished()
+        if manifest is not None:
+            return manifest
+        stage.begin()
+        task = make_encoders.options(
+            num_cpus=config.features.num_cpus, num_gpus=config.features.num_gpus
+        ).remote(config)
+        return stage.publish(follow("encoders", Task(task, run.encoders), stage.check))
 
 
 @ray.remote

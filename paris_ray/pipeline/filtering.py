@@ -13,6 +13,7 @@ from paris_ray.corpora.filters.scores import judge_scores, score_name
 from paris_ray.embeddings import read_part
 from paris_ray.pipeline.accounts import SHARDS_A_TASK, TASK_CPUS, files_by_shard
 from paris_ray.pipeline.moving import PartFile, by_shard, move, part_files, row_names
+from paris_ray.pipeline.progress import gather
 from paris_ray.run import Run
 
 
@@ -30,7 +31,7 @@ def drop_filtered(config: Config) -> None:
     found = files_by_shard(Run(config))
     shards = by_shard(part_files(found, list(found)))
     groups = [shards[i : i + SHARDS_A_TASK] for i in range(0, len(shards), SHARDS_A_TASK)]
-    ray.get([_filter.remote(config, group) for group in groups])
+    gather([_filter.remote(config, group) for group in groups])
 
 
 @ray.remote(num_cpus=TASK_CPUS, max_retries=0)  # a second time would set rows aside twice

@@ -19,7 +19,6 @@ from paris_ray.pipeline.router import train_router
 from paris_ray.pipeline.seed import train_seed
 from paris_ray.pipeline.stage import PART, StageTimer
 from paris_ray.run import EMBEDDINGS, EVALUATION, Run
-from paris_ray.run_lock import locked
 from paris_ray.sampling.routing import parse_routing
 
 logger = logging.getLogger("paris_ray")
@@ -72,14 +71,9 @@ def run(config: Config, verb: str) -> None:
     """Run one verb, or `pipeline` for all of them in order; what is finished already is kept.
 
     Raises:
-        LockError: if another job writes to the run folder.
+        LockError: if another job writes an artefact that this one comes to.
     """
     parse_routing(config.sampling.routing, config.cluster.num_clusters)
-    with locked(Run(config).folder):
-        _run(config, verb)
-
-
-def _run(config: Config, verb: str) -> None:
     if verb != "pipeline":
         _run_one(config, verb)
         return

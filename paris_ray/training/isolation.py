@@ -15,7 +15,10 @@ def isolated(name: str) -> Iterator[None]:
     """Refuse process groups of torch.distributed as long as it is entered.
 
     Setting one up is refused, rather than found out afterwards: it would wait for half an hour
-    for others to join. What code does with sockets of its own is not seen.
+    for others to join. Where it is asked for by a name that was imported before, it is found out
+    afterwards alone, and ended, since Ray gives the process to other tasks. Not seen are
+    collectives that do not go through torch.distributed, as those of ray.util.collective, groups
+    that were ended meanwhile, and what code does with sockets of its own.
 
     Args:
         name: Who is trained, for the message.
@@ -38,5 +41,8 @@ def isolated(name: str) -> Iterator[None]:
         yield
     finally:
         torch.distributed.init_process_group = distributed_c10d.init_process_group = before
-    if torch.distributed.is_initialized():  # by a name of it that was imported before
+        found = torch.distributed.is_initialized()
+        if found:
+            torch.distributed.destroy_process_group()
+    if found:
         refuse()

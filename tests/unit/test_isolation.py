@@ -33,12 +33,16 @@ def test_a_process_group_is_refused_with_who_asked_for_it(begin: Callable[[], No
         with isolated("expert-3"):
             begin()
 
-    try:
-        with pytest.raises(TrainingError, match="expert-3 asked for a process group"):
-            train()
-    finally:
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
+    with pytest.raises(TrainingError, match="expert-3 asked for a process group"):
+        train()
+    assert not torch.distributed.is_initialized(), "the next task of this worker begins without"
+
+
+def test_what_a_failed_training_set_up_is_ended() -> None:
+    with pytest.raises(KeyError), isolated("expert-3"):
+        init_process_group(**alone())
+        raise KeyError
+    assert not torch.distributed.is_initialized()
 
 
 def test_afterwards_everything_is_as_before() -> None:

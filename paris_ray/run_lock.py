@@ -261,8 +261,8 @@ class HeldLock:
         self._thread.join()
         try:
             self.claims.delete(self.name)
-        except Exception as error:
-            logger.warning("the lock %s was not withdrawn: %s", self.uri, error)
+        except Exception as error:  # fsspec's stores raise what they like
+            logger.warning("the lock of %s was not withdrawn: %s", self.uri, error)
 
     def _write(self) -> None:
         self.claims.write_json(self.name, asdict(self._claim))
@@ -279,7 +279,7 @@ class HeldLock:
                     self._lost.set()
                     return
                 self._renew()
-            except Exception as error:
+            except Exception as error:  # as above; without this thread the lock would be lost
                 logger.warning("the lock of %s was not renewed: %s", self.uri, error)
 
     def _was_taken_over(self) -> bool:

@@ -4,6 +4,7 @@ Each objective is killed three times; twenty-five times with CHAOS=1, as `make c
 then it tells what the kills cost.
 """
 
+import json
 import os
 import random
 import signal
@@ -13,12 +14,16 @@ from pathlib import Path
 
 import pytest
 
+from paris_ray.artifacts import METRICS
+from paris_ray.training.loop import LOGGED
 from tests.chaos.trainings import (
     INTERVAL,
     OBJECTIVES,
     STEPS,
+    TRAINING,
     Death,
     Inputs,
+    pictures,
     result,
     start,
     steps_done,
@@ -84,6 +89,8 @@ def test_a_killed_training_ends_as_if_nothing_had_happened(
         assert sorted(set(steps)) == list(range(1, STEPS + 1))
         assert len(steps) - STEPS <= came * INTERVAL
         assert result(output) == result(undisturbed)
+        assert pictures(output).items() <= pictures(undisturbed).items()
+        assert len(pictures(undisturbed)) - len(pictures(output)) <= came
         kills, repeated = kills + came, repeated + len(steps) - STEPS
     if NUM_KILLS > 3:
         with capsys.disabled():
@@ -105,6 +112,22 @@ def test_a_preempted_training_keeps_every_step(
     assert run(objective, inputs, tmp_path / "asked") == 0
     assert steps_done(tmp_path / "asked") == list(range(1, STEPS + 1))
     assert result(tmp_path / "asked") == result(tmp_path / "undisturbed")
+
+
+def test_a_preempted_training_saves_before_it_validates_and_draws(
+    inputs: Inputs, tmp_path: Path
+) -> None:
+    """Of its time of grace nothing is spent on them: who goes on does what has to be the same."""
+    asked = TRAINING.validate_every
+    assert asked == TRAINING.sample_every
+    output = tmp_path / "asked"
+    assert run("flow matching", inputs, tmp_path / "undisturbed") == 0
+    assert run("flow matching", inputs, output, Death("asked", asked)) == -signal.SIGTERM
+    (*_, last) = (output / METRICS).read_text().splitlines()
+    assert json.loads(last).keys() == LOGGED
+    assert not pictures(output)
+    assert run("flow matching", inputs, output) == 0
+    assert result(output) == result(tmp_path / "undisturbed")
 
 
 @pytest.mark.parametrize("threads", [1, 2])

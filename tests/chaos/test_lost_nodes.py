@@ -11,7 +11,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +23,10 @@ from safetensors import safe_open
 
 from jobs.local_cluster import LocalCluster
 from paris_ray import run_lock
-from paris_ray.artifacts import CHECKPOINT, PROGRESS, read_manifest
+from paris_ray.artifacts import CHECKPOINT, LOCKS, PROGRESS, Folder, read_manifest
 from paris_ray.config import Config
 from paris_ray.errors import LockError
-from paris_ray.run import EMBEDDINGS, Run
+from paris_ray.run import EMBEDDINGS, EXPERT_WEIGHTS, Run
 from tests.chaos.runs import NUM_EXPERTS, digests, meanwhile, workers
 from tests.serve.waiting import WAIT_S, wait_until
 
@@ -115,21 +115,51 @@ def test_tasks_of_a_killed_driver_end_and_the_job_may_run_again_at_once(
         finally:
             driver.kill()
     assert at_work
-    again = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
-    assert again.returncode == 0, again.stdout[-3000:] + again.stderr[-3000:]
-    assert "taking over the lock" in again.stdout
-    assert not psutil.wait_procs(at_work, timeout=0)[1]
+    pipe, same = subprocess.PIPE, subprocess.STDOUT
+    with subprocess.Popen(command, cwd=REPOSITORY, stdout=pipe, stderr=same, text=True) as again:
+        wait_until(lambda: bool(set(workers("expert-0", "expert-1")) - set(at_work)))
+        assert not psutil.wait_procs(at_work, timeout=0)[1], "before another one writes"
+        told, _ = again.communicate()
+    assert again.returncode == 0, told[-3000:]
+    assert "taking over the lock" in told
     assert digests(run) == digests(undisturbed)
 
 
-def test_a_second_job_on_the_run_folder_is_refused(
+def test_a_job_whose_lock_is_taken_over_ends_its_tasks_first(
+    prepared: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from paris_ray.pipeline.stages import run
+
+    monkeypatch.setattr(run_lock, "HEARTBEAT_S", 0.1)
+    claims, at_work = claims_of_expert_0(prepared), []
+
+    def take_over() -> None:
+        wait_until(lambda: Run(prepared).expert(0).exists(CHECKPOINT))
+        at_work.extend(workers("expert-0", "expert-1"))
+        (own,) = claims.files()
+        other = replace(run_lock.Claim.own(), took_over=[own])
+        claims.write_json("other.json", asdict(other))
+
+    with pytest.raises(LockError, match="another one took it over"), meanwhile(take_over):
+        run(prepared, "train_experts")
+    assert len(at_work) == NUM_EXPERTS
+    assert not psutil.wait_procs(at_work, timeout=5)[1], "Ray ends no worker that is merely idle"
+    assert not Run(prepared).expert(1).exists(EXPERT_WEIGHTS)
+
+
+def claims_of_expert_0(config: Config) -> Folder:
+    return Run(config).folder / LOCKS / "experts" / "expert_0"
+
+
+def test_a_second_job_that_trains_one_of_the_experts_is_refused(
     prepared: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from paris_ray.pipeline.stages import run
 
     monkeypatch.setattr(run_lock, "HEARTBEAT_S", 0.1)
     words = rf"in use by .* \(process {os.getpid()}, begun"
-    with run_lock.locked(Run(prepared).folder), pytest.raises(LockError, match=words):
+    claims = claims_of_expert_0(prepared)
+    with run_lock.locked(claims, "expert 0"), pytest.raises(LockError, match=words):
         run(prepared, "train_experts")
     assert not Run(prepared).expert(0).exists()
 

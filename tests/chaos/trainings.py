@@ -254,11 +254,19 @@ def steps_done(output: Path) -> list[int]:
     return [int(line) for line in output.with_suffix(".steps").read_text().split()]
 
 
+def pictures(output: Path) -> dict[str, bytes]:
+    """Return the sample grids; one may be missing for every time that the process ended."""
+    found = (output / SAMPLES).glob("*")
+    return {f"{SAMPLES}/{path.name}": path.read_bytes() for path in found if path.is_file()}
+
+
 def result(output: Path) -> dict[str, Any]:
-    """Return what a training left that has to be the same, by name: all but times."""
+    """Return what a training left that has to be the same, by name: all but times and grids."""
     files = {p.relative_to(output).as_posix(): p for p in output.rglob("*") if p.is_file()}
     left: dict[str, Any] = {name: path.read_bytes() for name, path in files.items()}
     del left["timings.jsonl"]
+    for name in pictures(output):
+        del left[name]
     # safetensors writes the entries of a header in any order; all bytes after it are compared.
     header, size = left[CHECKPOINT][8:], int.from_bytes(left[CHECKPOINT][:8], "little")
     left[CHECKPOINT] = json.loads(header[:size]), header[size:]

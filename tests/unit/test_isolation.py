@@ -39,9 +39,13 @@ def test_a_process_group_is_refused_with_who_asked_for_it(begin: Callable[[], No
 
 
 def test_what_a_failed_training_set_up_is_ended() -> None:
-    with pytest.raises(KeyError), isolated("expert-3"):
-        init_process_group(**alone())
-        raise KeyError
+    def train() -> None:
+        with isolated("expert-3"):
+            init_process_group(**alone())
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        train()
     assert not torch.distributed.is_initialized()
 
 

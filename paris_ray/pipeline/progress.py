@@ -6,7 +6,7 @@ any storage, needs no actor, and leaves experts nothing to share.
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any, NamedTuple
@@ -85,7 +85,7 @@ class Task(NamedTuple):
 
 def watch(
     tasks: Mapping[str, Task], check: Callable[[], object]
-) -> Iterator[tuple[str, Exception | None]]:
+) -> Generator[tuple[str, Exception | None], None, None]:
     """Yield the tasks as they finish, with their errors, and print the others' progress meanwhile.
 
     A warning tells which tasks wait for a node that the cluster does not have. What has not

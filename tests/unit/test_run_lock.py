@@ -131,7 +131,8 @@ def test_a_second_job_is_refused_and_told_who_has_the_folder(folder: Folder) -> 
 def test_the_lock_of_a_killed_job_is_taken_over_at_once(
     folder: Folder, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(run_lock, "DEAD_S", float("inf"))  # it is not waited for
+    for name in ("DEAD_S", "STORE_DEAD_S"):  # it is not waited for
+        monkeypatch.setattr(run_lock, name, float("inf"))
     with holder(folder) as process:
         process.send_signal(signal.SIGKILL)
         process.wait()
@@ -145,7 +146,7 @@ def test_the_lock_of_a_killed_job_is_taken_over_at_once(
 def test_of_another_machine_a_job_is_dead_if_it_shows_no_sign_of_life(
     folder: Folder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(run_lock, "DEAD_S", 0.3)
+    monkeypatch.setattr(run_lock, "DEAD_S" if folder.is_local else "STORE_DEAD_S", 0.3)
     leave(folder, elsewhere())
     with locked(folder, folder.uri):
         assert "left.json" not in claims_in(folder)

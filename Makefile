@@ -12,9 +12,8 @@ help:
 	@echo "make test         linters, types, architecture and all tests"
 	@echo "make fuzz         2,000 cases against the HTTP interface, 10,000 changes of what ZKLoRA's strangers send,"
 	@echo "                  10,000 of each kind of file that strangers make: hours"
-	@echo "make chaos        what make test has a short form of: an application that grows, shrinks and is replaced under load,"
-	@echo "                  without and with HAProxy; unsafe starts, a Ray each; parties of ZKLoRA and a demo that are killed;"
-	@echo "                  stores that fail"
+	@echo "make chaos        what make test has a short form of: trainings, workers, nodes, parties of ZKLoRA that are killed,"
+	@echo "                  an application that changes under load, also with HAProxy, unsafe starts, stores that fail"
 	@echo "make soak         half an hour of load, cancels and kills (MINUTES=30); needs the quickstart's bundle"
 	@echo "make bench        write the numbers of docs/results.md and docs/zklora.md"
 	@echo "make bench-data   of these, a corpus of ten million rows (needs runs/bench/quickstart, which bench makes)"
@@ -32,7 +31,7 @@ stop:
 
 test: lint
 	OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses=2 tests/unit tests/property tests/test_architecture.py
-	$(PY) -m pytest tests/ray tests/serve tests/browser
+	$(PY) -m pytest tests/ray tests/chaos tests/serve tests/browser
 
 lint: $(VENV)/test
 	$(VENV)/bin/ruff check .

@@ -27,6 +27,7 @@ from paris_ray.storage import StoreFile, disk_is_full, is_uri, joined_uri, open_
 
 SCHEMA_VERSION = 1
 STREAMED_BYTES = 1 << 23  # of a request to a store; much less would take as many round trips more
+LISTINGS = 10  # of a folder that others write to; one in a thousand fails
 MANIFEST = "manifest.json"
 RESOLVED_CONFIG = "resolved_config.yaml"
 TIMINGS = "timings.jsonl"
@@ -37,6 +38,7 @@ METRICS = "metrics.jsonl"
 EVENTS = "events.out.tfevents"  # a name that TensorBoard looks for
 SAMPLES = "samples"  # a folder of pictures drawn on the way
 IN_PROGRESS = "in_progress.json"
+LOCKS = "locks"  # a folder with who is writing what
 REPORT = "report.html"  # a page for people; may tell how long things took
 UNHASHED = frozenset(
     {
@@ -49,6 +51,7 @@ UNHASHED = frozenset(
         EVENTS,
         SAMPLES,
         IN_PROGRESS,
+        LOCKS,
         REPORT,
     }
 )
@@ -261,18 +264,30 @@ class Folder:
                 self._filesystem.delete_file(self._full(name))
 
     def clear(self) -> None:
-        """Delete everything in the folder."""
-        if self.exists():
-            self._filesystem.delete_dir_contents(self._path)
+        """Delete everything in the folder; who holds a lock there keeps it."""
+        if not self.exists(LOCKS):
+            self._filesystem.delete_dir_contents(self._path, missing_dir_ok=True)
+            return
+        for info in self._filesystem.get_file_info(fs.FileSelector(self._path)):
+            if info.type == fs.FileType.File:
+                self._filesystem.delete_file(info.path)
+            elif info.base_name != LOCKS:
+                self._filesystem.delete_dir(info.path)
 
     def files(self) -> list[str]:
         """Return the relative names of all finished files below the folder, sorted."""
         if not self.exists():
             return []
-        selector = fs.FileSelector(self._path, recursive=True)
-        infos = self._filesystem.get_file_info(selector)
+        infos = self._listed()
         names = [os.path.relpath(i.path, self._path) for i in infos if i.type == fs.FileType.File]
         return sorted(name for name in names if ".tmp-" not in name)
+
+    def _listed(self) -> list[fs.FileInfo]:
+        selector = fs.FileSelector(self._path, recursive=True)
+        for _ in range(LISTINGS - 1):
+            with suppress(FileNotFoundError):  # a writer's temporary folder, gone meanwhile
+                return list(self._filesystem.get_file_info(selector))
+        return list(self._filesystem.get_file_info(selector))
 
 
 def _make_room(place: str) -> str:

@@ -17,6 +17,10 @@ class ArtifactError(ParisError):
     """An artefact that is missing, damaged, or was made by another configuration."""
 
 
+class LockError(ParisError):
+    """An artefact that another job writes."""
+
+
 class BundleError(ParisError):
     """A model folder whose files, shapes or values do not fit."""
 

@@ -4,6 +4,8 @@ import errno
 import glob
 import os
 import posixpath
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -28,17 +30,30 @@ _SECRETS = ("sig", "token", "secret", "key", "credential", "password")  # in nam
 
 @contextmanager
 def replacing(target: Path) -> Iterator[Path]:
-    """Give a path beside a local file to a writer; when it is done, rename that to the file."""
+    """Give a path beside a local file to a writer; when it is done, rename that to the file.
+
+    It is in a folder of its own, since writers may have temporary files beside theirs, as
+    safetensors has: those of one that was killed are found and deleted by the next.
+    """
     for stale in target.parent.glob(f"{glob.escape(target.name)}.tmp-*"):
-        stale.unlink(missing_ok=True)  # of a writer that was killed
-    temporary = target.with_name(f"{target.name}.tmp-{os.getpid()}")
+        _remove(stale)
+    folder = Path(tempfile.mkdtemp(prefix=f"{target.name}.tmp-", dir=target.parent))
     try:
+        temporary = folder / target.name
         yield temporary
         with temporary.open("rb") as written:
             os.fsync(written.fileno())
         temporary.replace(target)
     finally:
-        temporary.unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _remove(stale: Path) -> None:
+    """Remove what a writer left: a folder or, by an earlier version, a file."""
+    if stale.is_dir() and not stale.is_symlink():
+        shutil.rmtree(stale, ignore_errors=True)
+    else:
+        stale.unlink(missing_ok=True)
 
 
 def disk_is_full(error: BaseException) -> bool:

@@ -34,6 +34,7 @@ from paris_ray.embeddings import (
 )
 from paris_ray.errors import ConfigError
 from paris_ray.pipeline.file_list import digests_of, list_files
+from paris_ray.pipeline.progress import gather
 from paris_ray.pipeline.stage import Stage
 from paris_ray.reports import count_words, telling_words
 from paris_ray.run import CLUSTERS, EMBEDDINGS, SHARD, Run
@@ -64,20 +65,22 @@ def prepare_clusters(config: Config, embeddings: Manifest) -> Manifest:
     run = Run(config)
     parents = {"embeddings": embeddings.digest}
     stage = Stage(CLUSTERS, run.clusters, config, sections=SECTIONS, parents=parents)
-    manifest = stage.finished()
-    if manifest is not None:
-        return manifest
+    with stage.locked():
+        return stage.finished() or _make_clusters(run, stage, embeddings)
+
+
+def _make_clusters(run: Run, stage: Stage, embeddings: Manifest) -> Manifest:
     stage.begin()
-    num_cpus = config.cluster.num_cpus
+    config, num_cpus = run.config, run.config.cluster.num_cpus
     if FEATURE_COLUMNS[config.cluster.features]:
-        ray.get(fit_clusters.options(num_cpus=num_cpus).remote(config))
+        gather([fit_clusters.options(num_cpus=num_cpus).remote(config)], stage.check)
     split = split_parts.options(num_cpus=num_cpus)
     jobs = [
         (held_out, index, names)
         for held_out, folder in ((False, run.embeddings), (True, run.held_out))
         for index, names in enumerate(_groups(folder, embeddings.facts["rows"]))
     ]
-    ray.get([split.remote(config, *job) for job in jobs])
+    gather([split.remote(config, *job) for job in jobs], stage.check)
     for folder in run.held_out_shards().values():
         folder.write(NULL_TEXT, run.encoders.read(NULL_TEXT))
     shards = [run.shard(k) for k in range(run.num_experts)]
@@ -90,7 +93,8 @@ def prepare_clusters(config: Config, embeddings: Manifest) -> Manifest:
             f"cluster.num_clusters={run.num_experts} leaves empty clusters (sizes {sizes}): "
             "choose fewer"
         )
-    ray.get(describe_clusters.options(num_cpus=num_cpus).remote(config, sizes))
+    describe = describe_clusters.options(num_cpus=num_cpus)
+    gather([describe.remote(config, sizes)], stage.check)
     return stage.publish({"sizes": sizes}, files=_digests(run.clusters, parts, published))
 
 

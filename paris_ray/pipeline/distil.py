@@ -85,11 +85,14 @@ def _train(run: Run, name: str) -> None:
     parents = inputs | start_parent(setup.training, EXPERT_WEIGHTS)
     folder = run.student(name)
     stage = Stage(DISTILLED, folder, setup, sections=SECTIONS, parents=parents)
-    if stage.finished() is None:
+    with stage.locked():
+        if stage.finished() is not None:
+            return
         stage.begin()
-        task = placed(train_one_student, f"distilled-{name}", setup.training)
-        result = task.remote(setup, name, inputs | {"sampling": digest(setup, "sampling")})
-        stage.publish(follow(name, Task(result, folder / "expert_0", setup.training)))
+        place = placed(train_one_student, f"distilled-{name}", setup.training)
+        result = place.remote(setup, name, inputs | {"sampling": digest(setup, "sampling")})
+        task = Task(result, folder / "expert_0", setup.training)
+        stage.publish(follow(name, task, stage.check))
 
 
 def _setup(run: Run, name: str) -> Config:
@@ -175,8 +178,14 @@ def _publish(run: Run, name: str, measured: Mapping[str, Mapping[str, Any]]) -> 
         sections=("sampling", "evaluation", "distillation"),
         parents=run.parents() | folders,
     )
-    if stage.finished() is not None:
-        return
+    with stage.locked():
+        if stage.finished() is None:
+            _write_bundle(stage, run, name, measured)
+
+
+def _write_bundle(
+    stage: Stage, run: Run, name: str, measured: Mapping[str, Mapping[str, Any]]
+) -> None:
     bundle = open_student(run, name)
     student = read_manifest(run.student(STUDENT), DISTILLED)
     card = distilled_card(

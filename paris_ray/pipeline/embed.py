@@ -86,14 +86,23 @@ def prepare_embeddings(config: Config, encoders: Manifest, shards: Sequence[Shar
     reader = ShardReader(config, held_out, captions_per_row(config.corpus, corpus, shards))
     versions = shard_versions(reader, shards)
     stage = embedding_stage(config, encoders, versions)
-    manifest = stage.finished()
-    if manifest is not None:
-        return manifest
+    with stage.locked():
+        return stage.finished() or _make_embeddings(run, stage, reader, shards, versions)
+
+
+def _make_embeddings(
+    run: Run,
+    stage: Stage,
+    reader: ShardReader,
+    shards: Sequence[Shard],
+    versions: Mapping[str, str],
+) -> Manifest:
+    config = run.config
     lacking = not_fetched(config.corpus)
     stage.begin(run.quarantine)
     pending = _pending(config, shards, versions)
     if pending:
-        _follow(config, _embedding(config, reader, pending, versions), len(pending))
+        _follow(stage, config, _embedding(config, reader, pending, versions), len(pending))
     drop_filtered(config)  # first: of rows that repeat each other a filtered one does not stay
     drop_duplicates(config, versions)
     told = told_of(config, files_by_shard(run))
@@ -102,7 +111,7 @@ def prepare_embeddings(config: Config, encoders: Manifest, shards: Sequence[Shar
     for reason, count in lacking.items():
         logger.info("not in the corpus: %d pictures, %s", count, reason)
     facts = {"not_fetched": lacking} if lacking else {}
-    facts |= counts | {"attribution": corpus.attribution}
+    facts |= counts | {"attribution": open_corpus(config.corpus).attribution}
     return stage.publish(facts, files=list_files(run.embeddings))
 
 
@@ -238,11 +247,12 @@ def quiet_ray_data() -> None:
         logging.getLogger(f"ray.data.{name}").setLevel(logging.CRITICAL)
 
 
-def _follow(config: Config, dataset: ray.data.Dataset, num_shards: int) -> None:
+def _follow(stage: Stage, config: Config, dataset: ray.data.Dataset, num_shards: int) -> None:
     """Run the pipeline and print how far it is, and in the end how busy the encoders were."""
     started = printed_at = time.monotonic()
     counts, busy = Counter[str](), Counter[str]()
     for written in dataset.iter_rows():
+        stage.check()
         now = time.monotonic()
         busy.update({name: written.pop(name) for name in list(written) if name.startswith(BUSY)})
         counts.update(written)

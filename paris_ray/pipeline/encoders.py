@@ -41,18 +41,22 @@ MAX_GAP = 4  # between rows of a shard: the pictures between them are read, too
 
 
 def prepare_encoders(config: Config, shards: Sequence[Shard]) -> Manifest:
-    """Publish `encoders/`, unfinished yet: given ones copied and checked, the others fitted.
+    """Publish `encoders/`: given ones copied and checked, the others fitted; none, if they are.
 
     Args:
         config: The run.
         shards: All shards of the corpus.
     """
     stage = encoders_stage(config)
-    stage.begin()
-    task = make_encoders.options(
-        num_cpus=config.features.num_cpus, num_gpus=config.features.num_gpus
-    ).remote(config, shards)
-    return stage.publish(follow("encoders", Task(task, stage.folder)))
+    with stage.locked():
+        manifest = stage.finished()
+        if manifest is not None:
+            return manifest
+        stage.begin()
+        task = make_encoders.options(
+            num_cpus=config.features.num_cpus, num_gpus=config.features.num_gpus
+        ).remote(config, shards)
+        return stage.publish(follow("encoders", Task(task, stage.folder), stage.check))
 
 
 def encoders_stage(config: Config) -> Stage:

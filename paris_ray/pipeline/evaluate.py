@@ -6,7 +6,7 @@ row is on the driver: tasks draw, one task measures.
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ from paris_ray.evaluation.denoising import cluster_losses
 from paris_ray.evaluation.summary import headline
 from paris_ray.pipeline.drawing import Split, draw
 from paris_ray.pipeline.measuring import measure
+from paris_ray.pipeline.progress import ended, gather
 from paris_ray.pipeline.stage import Stage
 from paris_ray.run import DISTILLED, EMBEDDINGS, ENCODERS, EVALUATION, EXPERT, FEW_STEP, Run
 from paris_ray.seeding import derive_seed
@@ -51,13 +52,12 @@ def evaluate(config: Config, student: str | None = None) -> Manifest:
     parents = _models(run, student) | {"embeddings": embeddings.digest}
     folder = run.evaluation_of(student)
     stage = Stage(EVALUATION, folder, config, sections=SECTIONS, parents=parents)
-    manifest = stage.finished()
-    if manifest is None:
-        stage.begin()
-        splits: list[Split] = ["shown"]
-        if embeddings.facts["held_out"]:
-            splits.append("held_out")
-        manifest = stage.publish(_evaluate(config, splits, student))
+    splits: list[Split] = ["shown", "held_out"] if embeddings.facts["held_out"] else ["shown"]
+    with stage.locked():
+        manifest = stage.finished()
+        if manifest is None:
+            stage.begin()
+            manifest = stage.publish(_evaluate(config, splits, student, stage.check))
     for line in headline(manifest.facts):
         logger.info("%s", line)
     return manifest
@@ -71,7 +71,9 @@ def _models(run: Run, student: str | None) -> dict[str, str]:
     return {name: read_manifest(*where).digest for name, where in parts.items()}
 
 
-def _evaluate(config: Config, splits: list[Split], student: str | None) -> dict[str, Any]:
+def _evaluate(
+    config: Config, splits: list[Split], student: str | None, check: Callable[[], object]
+) -> dict[str, Any]:
     settings = config.evaluation
     resources = {"num_cpus": settings.num_cpus, "num_gpus": settings.num_gpus}
     parts = settings.num_tasks
@@ -81,19 +83,28 @@ def _evaluate(config: Config, splits: list[Split], student: str | None) -> dict[
         ]
         for split in splits
     }
-    losses = None
-    # A way to draw has no losses of its own, and a model of few steps no velocity at a time.
-    if "held_out" in splits and config.evaluation.name is None and student != FEW_STEP:
-        # A few experts a task: starting one takes longer than asking a small expert.
-        groups = np.array_split(np.array(_expert_uris(Run(config), student)), parts)
-        task = held_out_losses.options(**resources)
-        rows = ray.get([task.remote(config, group.tolist()) for group in groups if len(group)])
-        losses = [row for group in rows for row in group]
-    measuring = measure.options(num_cpus=settings.num_cpus)
-    facts: dict[str, Any] = ray.get(measuring.remote(config, drawn, losses, student))
+    with ended([part for parts_drawn in drawn.values() for part in parts_drawn]):
+        losses = _losses(config, splits, student, check)
+        measuring = measure.options(num_cpus=settings.num_cpus)
+        (facts,) = gather([measuring.remote(config, drawn, losses, student)], check)
     if losses and student is None and config.training.tensorboard:
         Run(config).evaluation.write(TENSORBOARD, event_file(_loss_rows(Run(config), losses)))
-    return facts
+    return dict(facts)
+
+
+def _losses(
+    config: Config, splits: list[Split], student: str | None, check: Callable[[], object]
+) -> list[list[float | None]] | None:
+    """Return the held-out losses of every model that has some of its own."""
+    settings = config.evaluation
+    # A way to draw has no losses of its own, and a model of few steps no velocity at a time.
+    if "held_out" not in splits or settings.name is not None or student == FEW_STEP:
+        return None
+    # A few experts a task: starting one takes longer than asking a small expert.
+    groups = np.array_split(np.array(_expert_uris(Run(config), student)), settings.num_tasks)
+    task = held_out_losses.options(num_cpus=settings.num_cpus, num_gpus=settings.num_gpus)
+    results = [task.remote(config, group.tolist()) for group in groups if len(group)]
+    return [row for group in gather(results, check) for row in group]
 
 
 def _loss_rows(run: Run, losses: Sequence[Sequence[float | None]]) -> list[dict[str, Any]]:

@@ -8,13 +8,13 @@ others are equal to the bit (same machine kind and thread count).
 
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from functools import cache, partial
 from typing import Any
 
 import ray
-import torch
 
 from paris_ray.artifacts import METRICS, SAMPLES, Folder, VerifiedFolder, read_manifest
 from paris_ray.bundle import load_expert
@@ -29,6 +29,7 @@ from paris_ray.pipeline.stage import Stage, start_parent
 from paris_ray.run import EXPERT, EXPERT_WEIGHTS, SEED, SHARD, Run
 from paris_ray.seeding import derive_seed
 from paris_ray.training.expert import ExpertData, train_expert
+from paris_ray.training.isolation import isolated
 
 logger = logging.getLogger("paris_ray")
 
@@ -49,27 +50,43 @@ def train_experts(config: Config, only: Sequence[int] | None = None) -> None:
         TrainingError: naming the experts that failed, after all others are done.
         ArtifactError: if prepare, or the seed where there is one, has not finished.
         ConfigError: if an expert's setup or place is not allowed.
+        LockError: if another job trains one of them.
     """
     run = Run(config)
     chosen = range(run.num_experts) if only is None else only
     setups = {k: _setup(run, k) for k in chosen}
     stages = {k: _expert_stage(run, k, setup) for k, setup in setups.items()}
+    with ExitStack() as locks:
+        for stage in stages.values():
+            locks.enter_context(stage.locked())
+        failed = _train(run, setups, stages)
+    if failed:
+        reasons = "; ".join(failed)
+        raise TrainingError(f"{len(failed)} of {len(chosen)} experts failed: {reasons}")
+
+
+def _train(run: Run, setups: Mapping[int, Config], stages: Mapping[int, Stage]) -> list[str]:
+    """Train the experts that are not finished; return what became of those that failed."""
     todo = [k for k, stage in stages.items() if stage.finished() is None]
     places = {k: placed(train_one_expert, f"expert-{k}", setups[k].training) for k in todo}
     tasks = {
         f"expert {k}": Task(place.remote(setups[k], k), run.expert(k), setups[k].training)
         for k, place in places.items()
     }
+
+    def check() -> None:
+        for stage in stages.values():
+            stage.check()
+
     failed = []
-    for name, error in watch(tasks):
-        if error is None:
-            report = ray.get(tasks[name].result)
-            stages[report["expert"]].publish(report)
-        else:
-            failed.append(f"{name}: {error}")
-    if failed:
-        reasons = "; ".join(failed)
-        raise TrainingError(f"{len(failed)} of {len(chosen)} experts failed: {reasons}")
+    with closing(watch(tasks, check)) as watched:
+        for name, error in watched:
+            if error is None:
+                report = ray.get(tasks[name].result)
+                stages[report["expert"]].publish(report)
+            else:
+                failed.append(f"{name}: {error}")
+    return failed
 
 
 def _setup(run: Run, expert: int) -> Config:
@@ -144,6 +161,9 @@ def train_and_draw(
         seed: Decides weights, order, noise and the grids.
         output: Its own folder.
         train: `train_expert`, or what is called in its place.
+
+    Raises:
+        TrainingError: as `train_expert`, and if it asks for a collective.
     """
     encoders = Run(setup).encoders
     grid = cache(partial(SampleGrid, setup, data.shards[0], encoders, seed))  # when data is checked
@@ -151,17 +171,17 @@ def train_and_draw(
     def draw_samples(average: Expert, step: int) -> None:
         output.write(f"{SAMPLES}/step-{step:06d}.png", grid().draw(average))
 
-    train(
-        setup.expert,
-        setup.training,
-        data=data,
-        seed=seed,
-        output=output,
-        on_progress=ProgressFile(output, name),
-        text_encoder=encoders,
-        draw_samples=draw_samples,
-    )
-    assert not torch.distributed.is_initialized(), "experts must train without any collective"
+    with isolated(name):
+        train(
+            setup.expert,
+            setup.training,
+            data=data,
+            seed=seed,
+            output=output,
+            on_progress=ProgressFile(output, name),
+            text_encoder=encoders,
+            draw_samples=draw_samples,
+        )
     trained = load_expert(VerifiedFolder(output, None)).to(resolve_device(setup.training.device))
     output.write("samples.png", grid().draw(trained))
     metrics: dict[str, Any] = json.loads(output.read(METRICS).splitlines()[-1])

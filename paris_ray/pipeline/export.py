@@ -38,11 +38,12 @@ def export(config: Config) -> None:
     if config.seed_training.steps:
         parents["seed"] = read_manifest(run.seed, SEED).digest
     stage = Stage(BUNDLE, run.bundle, config, sections=SECTIONS, parents=parents)
-    if stage.finished() is not None:
-        return
-    bundle = open_trained_parts(run)
-    write_bundle(bundle, run.bundle, model_card=_card(run, bundle, evaluation))
-    stage.publish({} if evaluation is None else dict(evaluation.facts))
+    with stage.locked():
+        if stage.finished() is not None:
+            return
+        bundle = open_trained_parts(run)
+        write_bundle(bundle, run.bundle, model_card=_card(run, bundle, evaluation))
+        stage.publish({} if evaluation is None else dict(evaluation.facts))
 
 
 def _evaluation(run: Run, parents: Mapping[str, str]) -> Manifest | None:

@@ -13,6 +13,7 @@ from paris_ray.corpora.filters.scores import judge_scores, score_name
 from paris_ray.embeddings import read_part
 from paris_ray.pipeline.accounts import TASK_CPUS, files_by_shard, in_groups
 from paris_ray.pipeline.moving import PartFile, by_shard, move, part_files, row_names
+from paris_ray.pipeline.progress import gather
 from paris_ray.run import Run
 
 
@@ -29,7 +30,7 @@ def drop_filtered(config: Config) -> None:
         return
     found = files_by_shard(Run(config))
     shards = by_shard(part_files(found, list(found)))
-    ray.get([_filter.remote(config, group) for group in in_groups(shards)])
+    gather([_filter.remote(config, group) for group in in_groups(shards)])
 
 
 @ray.remote(num_cpus=TASK_CPUS, max_retries=0)  # a second time would set rows aside twice

@@ -15,6 +15,7 @@ import ray
 import torch
 
 from paris_ray.artifacts import (
+    LOCKS,
     METRICS,
     SAMPLES,
     Folder,
@@ -63,6 +64,7 @@ def train_lora(run: LoRARun, *, bundle: str, expert: int, data: str, output: str
         BundleError: if the bundle is not one.
         CorpusError: if no layout explains the data, or too large a share of the pictures is bad.
         ArtifactError: if there is something else in the output folder.
+        LockError: if another job writes to it.
         TrainingError: if the loss stops being finite.
     """
     opened = load_bundle(bundle)
@@ -73,17 +75,20 @@ def train_lora(run: LoRARun, *, bundle: str, expert: int, data: str, output: str
     run = replace(run, corpus=corpus, training=on_reserved_device(run.training))
     parents = _parents(opened, expert) | {"pictures": corpus_version(open_corpus(run.corpus))}
     stage = Stage(LORA, Folder(output), run, sections=SECTIONS, parents=parents)
-    manifest = stage.finished()
-    if manifest is not None:
-        return manifest
     if stage.folder.is_local and stage.folder.local_path.is_file():
         raise ArtifactError(f"{stage.folder.uri} is a file: choose a folder for a LoRA")
-    if stage.folder.files() and not stage.begun():
+    with stage.locked():
+        return stage.finished() or _train(run, stage, absolute_uri(bundle), expert)
+
+
+def _train(run: LoRARun, stage: Stage, bundle: str, expert: int) -> Manifest:
+    others = [name for name in stage.folder.files() if not name.startswith(f"{LOCKS}/")]
+    if others and not stage.begun():
         raise ArtifactError(f"{stage.folder.uri} is not empty: choose another folder for a LoRA")
     stage.begin()
     task = placed(train_one_lora, "lora", run.training)
-    result = task.remote(run, absolute_uri(bundle), expert, stage.folder.uri, stage.parents)
-    facts = follow("lora", Task(result, stage.folder, run.training))
+    result = task.remote(run, bundle, expert, stage.folder.uri, stage.parents)
+    facts = follow("lora", Task(result, stage.folder, run.training), stage.check)
     bad, filtered = (sum(facts[name].values()) for name in ("quarantined", "filtered"))
     text = "lora: trained on %d pictures, %d quarantined, %d filtered"
     logger.info(text, facts["rows"], bad, filtered)

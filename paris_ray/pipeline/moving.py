@@ -32,6 +32,7 @@ from paris_ray.pipeline.accounts import (
     set_aside,
     shard_of,
 )
+from paris_ray.pipeline.progress import gather
 from paris_ray.run import Run
 
 # Why rows leave; of several reasons the first counts.
@@ -158,7 +159,7 @@ def list_rows(
     places = [each for group in repeated.values() for each in group]
     of_shard = {found[0].shard: found for found in by_shard(files)}
     groups = in_groups([(shard, of_shard.get(shard, [])) for shard in versions])
-    ray.get([_write_lists.remote(config, group, reasons, *places) for group in groups])
+    gather([_write_lists.remote(config, group, reasons, *places) for group in groups])
     lists.write_json(LISTED_OF, _asked(config, versions))
 
 
@@ -234,7 +235,7 @@ def move_listed(config: Config, files: Sequence[PartFile]) -> None:
     """Move the rows that lists name, by tasks; those that have been moved stay where they are."""
     listed = set(part_names(Run(config).quarantine / LISTS))
     jobs = [job for job in by_shard(files) if part_name(job[0].shard, 0) in listed]
-    ray.get([_move_listed.remote(config, job) for job in jobs])
+    gather([_move_listed.remote(config, job) for job in jobs])
 
 
 @ray.remote(num_cpus=TASK_CPUS, max_retries=0)  # half of them moved, it would not be whole

@@ -6,7 +6,8 @@ any storage, needs no actor, and leaves experts nothing to share.
 
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any, NamedTuple
 
@@ -82,36 +83,80 @@ class Task(NamedTuple):
     training: TrainingConfig | None = None
 
 
-def watch(tasks: Mapping[str, Task]) -> Iterator[tuple[str, Exception | None]]:
+def watch(
+    tasks: Mapping[str, Task], check: Callable[[], object]
+) -> Generator[tuple[str, Exception | None], None, None]:
     """Yield the tasks as they finish, with their errors, and print the others' progress meanwhile.
 
-    A warning tells which tasks wait for a node that the cluster does not have.
+    A warning tells which tasks wait for a node that the cluster does not have. What has not
+    finished when the iterator is closed, or an error passes, is ended: close it.
 
     Args:
         tasks: By name.
+        check: Called every second; what it raises ends all tasks.
     """
     names = {task.result: name for name, task in tasks.items()}
     pending, printed_at = list(names), time.monotonic()
     warned: set[str] = set()
-    while pending:
-        finished, pending = ray.wait(pending, timeout=POLL_INTERVAL_S)
-        for result in finished:
-            error = _error_of(result)
-            logger.info("%s: %s", names[result], "done" if error is None else f"FAILED: {error}")
-            yield names[result], error
-        if pending and time.monotonic() - printed_at > PRINT_INTERVAL_S:
-            printed_at = time.monotonic()
-            running = {names[result]: tasks[names[result]] for result in pending}
-            _print_progress(running, len(names))
-            warned |= _warn_of_waiting({n: t for n, t in running.items() if n not in warned})
+    with ended(list(names)):
+        while pending:
+            check()
+            finished, pending = ray.wait(pending, timeout=POLL_INTERVAL_S)
+            for result in finished:
+                error = _error_of(result)
+                told = "done" if error is None else f"FAILED: {error}"
+                logger.info("%s: %s", names[result], told)
+                yield names[result], error
+            if pending and time.monotonic() - printed_at > PRINT_INTERVAL_S:
+                printed_at = time.monotonic()
+                running = {names[result]: tasks[names[result]] for result in pending}
+                _print_progress(running, len(names))
+                warned |= _warn_of_waiting({n: t for n, t in running.items() if n not in warned})
 
 
-def follow(name: str, task: Task) -> Any:
-    """Print one task's progress and return its result, or raise what it raised."""
-    for _, error in watch({name: task}):
+def follow(name: str, task: Task, check: Callable[[], object]) -> Any:
+    """Print one task's progress and return its result, or raise what it or `check` raised."""
+    for _, error in watch({name: task}, check):
         if error is not None:
             raise error
     return ray.get(task.result)
+
+
+def gather(
+    results: Sequence["ray.ObjectRef[Any]"], check: Callable[[], object] = lambda: None
+) -> list[Any]:
+    """Return the results of tasks; if one fails, or `check` raises, all are ended before it passes.
+
+    Args:
+        results: Of the tasks.
+        check: Called every second.
+    """
+    pending = list(results)
+    with ended(pending):
+        while pending:
+            check()
+            finished, pending = ray.wait(
+                pending, num_returns=len(pending), timeout=POLL_INTERVAL_S, fetch_local=False
+            )
+            ray.get(finished)  # raises what they raised
+        return ray.get(list(results))
+
+
+@contextmanager
+def ended(results: Sequence["ray.ObjectRef[Any]"]) -> Iterator[None]:
+    """Leave only when these tasks have ended, so that none writes when a lock is given back.
+
+    If it is left by an error, or an interrupt by the user, tasks that run are killed.
+    """
+    results = list(results)
+    try:
+        yield
+    except BaseException:
+        for result in results:
+            ray.cancel(result, force=True)
+        if results:
+            ray.wait(results, num_returns=len(results), fetch_local=False)
+        raise
 
 
 def _warn_of_waiting(tasks: Mapping[str, Task]) -> set[str]:

@@ -34,15 +34,20 @@ def train_router(config: Config) -> None:
     parents = {"clusters": read_manifest(run.clusters, CLUSTERS).digest}
     parents |= start_parent(training, ROUTER_WEIGHTS)
     stage = Stage(ROUTER, run.router, config, sections=SECTIONS, parents=parents)
-    if stage.finished() is not None:
-        return
-    result = placed(train_the_router, "router", training).remote(config)
-    facts = follow("router", Task(result, run.router, training))
+    with stage.locked():
+        if stage.finished() is not None:
+            return
+        result = placed(train_the_router, "router", training).remote(config)
+        facts = follow("router", Task(result, run.router, training), stage.check)
+        _say(facts)
+        stage.publish(facts)
+
+
+def _say(facts: Mapping[str, Any]) -> None:
     levels = ", ".join(f"{share:.3f} at t={t}" for t, share in facts["right_cluster"].items())
     logger.info("router: share of training rows sent to their own cluster: %s", levels)
     if "held_out" in facts:
         _say_held_out(facts["held_out"])
-    stage.publish(facts)
 
 
 def _say_held_out(quality: Mapping[str, Any]) -> None:

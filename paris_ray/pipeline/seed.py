@@ -38,9 +38,10 @@ def train_seed(config: Config) -> None:
     config = replace(config, seed_training=on_reserved_device(config.seed_training))
     run, training = Run(config), config.seed_training
     stage = Stage(SEED, run.seed, config, sections=SECTIONS, parents=_parents(run))
-    if stage.finished() is None:
-        result = placed(train_the_seed, "seed", training).remote(config)
-        stage.publish(follow("seed", Task(result, run.seed, training)))
+    with stage.locked():
+        if stage.finished() is None:
+            result = placed(train_the_seed, "seed", training).remote(config)
+            stage.publish(follow("seed", Task(result, run.seed, training), stage.check))
 
 
 def _parents(run: Run) -> dict[str, str]:

@@ -3,13 +3,14 @@
 import json
 import logging
 import time
-from collections.abc import Mapping
-from contextlib import nullcontext, suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext, suppress
 from types import MappingProxyType
 from typing import Any
 
 from paris_ray.artifacts import (
     IN_PROGRESS,
+    LOCKS,
     MANIFEST,
     RESOLVED_CONFIG,
     TIMINGS,
@@ -20,6 +21,7 @@ from paris_ray.artifacts import (
 )
 from paris_ray.config import Config, LoRARun, TrainingConfig, digest, run_folder, to_yaml
 from paris_ray.errors import ArtifactError
+from paris_ray.run_lock import HeldLock, locked
 
 logger = logging.getLogger("paris_ray")
 
@@ -53,6 +55,30 @@ class Stage:
         self.kind, self.folder, self.config, self.parents = kind, folder, config, parents
         self.inputs = dict(inputs)
         self.config_digest = digest(config, *sections)
+        self._held: HeldLock | None = None
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other jobs from writing this artefact; those that write others go on beside.
+
+        Raises:
+            LockError: if another job writes it, or began to because this one seemed dead.
+        """
+        with locked(self._claims, self.folder.uri) as self._held:
+            yield
+
+    @property
+    def _claims(self) -> Folder:
+        """Where jobs claim to write the artefact: not in its folder, which others copy and read."""
+        if isinstance(self.config, LoRARun):
+            return self.folder / LOCKS
+        run = Folder(run_folder(self.config))
+        return run / LOCKS / run.place_of(self.folder)
+
+    def check(self) -> None:
+        """Raise LockError if another job took over the lock that this one holds."""
+        if self._held is not None:
+            self._held.check()
 
     def finished(self) -> Manifest | None:
         """Return the manifest if this very artefact exists already, and say that it is kept.
@@ -90,7 +116,11 @@ class Stage:
 
         Args:
             more: Further folders that belong to the artefact.
+
+        Raises:
+            LockError: if another job took over the lock.
         """
+        self.check()
         if not self.begun():
             for folder in (self.folder, *more):
                 folder.clear()
@@ -104,7 +134,11 @@ class Stage:
         Args:
             facts: Counts and measured numbers.
             files: SHA-256 of the files by name, where they have been taken already.
+
+        Raises:
+            LockError: if another job took over the lock.
         """
+        self.check()
         self.folder.write(RESOLVED_CONFIG, to_yaml(self.config).encode())
         manifest = publish(
             self.folder,
@@ -152,7 +186,10 @@ class StageTimer:
 
 
 def note_seconds(config: Config, stage: str, seconds: float, *, failed: bool = False) -> None:
-    """Append to the run's `timings.jsonl` how long something took."""
+    """Append to the run's `timings.jsonl` how long something took.
+
+    Of two jobs that append in the same moment one may lose its row: it is for people alone.
+    """
     folder = Folder(run_folder(config))
     row = {"stage": stage, "seconds": round(seconds, 2), "failed": failed}
     earlier = folder.read(TIMINGS) if folder.exists(TIMINGS) else b""

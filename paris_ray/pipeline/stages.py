@@ -26,7 +26,11 @@ OPTIONAL_VERBS = {"distil": "distil"}
 
 
 def run(config: Config, verb: str) -> None:
-    """Run one verb, or `pipeline` for all of them in order; what is finished already is kept."""
+    """Run one verb, or `pipeline` for all of them in order; what is finished already is kept.
+
+    Raises:
+        LockError: if another job writes an artefact that this one comes to.
+    """
     parse_routing(config.sampling.routing, config.cluster.num_clusters)
     if verb != "pipeline":
         _run_one(config, verb)

@@ -24,11 +24,13 @@ from paris_ray.training import checkpoint
 from paris_ray.training.checkpoint import TrainingState
 from paris_ray.training.data import Batch
 from paris_ray.training.ema import ExponentialMovingAverage
+from paris_ray.training.preemption import PreemptionNotice
 from paris_ray.training.prefetch import draw_ahead
 from paris_ray.training.schedule import learning_rate
 from paris_ray.training.tensorboard import event_file, require_tensorboard
 
 TENSORBOARD = f"tensorboard/{EVENTS}"
+LOGGED = {"samples_seen", "loss", "learning_rate"}  # in every row of the metrics
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -134,7 +136,8 @@ class TrainingLoop:
         identity: Digest of what decides the result; a checkpoint of another is refused.
         on_progress: Called every `config.log_every` steps.
         flops_per_image: Of a training step, for the MFU; None if it is not to be told.
-        on_average: Called every `config.sample_every` steps but the last, after the checkpoint.
+        on_average: Called every `config.sample_every` steps but the last, after the checkpoint;
+            a step at which the process is ended may be left out.
         measure: Called at the first log after every `config.validate_every` steps, and at the end;
             what it returns joins the metrics. It must depend on the averaged state alone.
 
@@ -182,9 +185,12 @@ class TrainingLoop:
     def run(self) -> dict[str, Tensor]:
         """Train to the last step and return the averaged weights.
 
+        At a SIGTERM the step is finished and a checkpoint written; then the signal takes effect,
+        and what would be measured or passed on at this step is not.
+
         Raises:
             TrainingError: if the loss, a gradient or a weight stops being a finite number; the
-                checkpoint before stays.
+                checkpoint before stays. Or if a SIGTERM came that did not end the process.
             ArtifactError: if the checkpoint or its metrics are damaged or of another identity.
         """
         config, first_step = self.config, self._resume()
@@ -197,12 +203,17 @@ class TrainingLoop:
             peak_samples_per_second=self.peak_rate,
         )
         steps = range(first_step, config.steps)
-        with closing(draw_ahead(self._draw, steps, config.prefetch)) as batches:
+        drawn = closing(draw_ahead(self._draw, steps, config.prefetch))
+        with PreemptionNotice() as notice, drawn as batches:
             for step, batch in zip(steps, batches, strict=True):
                 loss = self._step(step, batch)
                 progress = clock.tick(step + 1, loss)
                 if progress is not None:
                     self._record(progress)
+                if notice.given:
+                    self._leave(step + 1, loss)
+                if progress is not None:
+                    self._validate()
                 self._keep(step + 1, loss)
         return self.state.ema.state
 
@@ -235,20 +246,31 @@ class TrainingLoop:
     def _record(self, progress: Progress) -> None:
         rate = learning_rate(progress.step - 1, self.config)
         seen = {"samples_seen": progress.samples_seen}
-        validated = self._validate(progress)
-        self.metrics.append(seen | {"loss": progress.loss, "learning_rate": rate} | validated)
+        self.metrics.append(seen | {"loss": progress.loss, "learning_rate": rate})
         measured = {"samples_per_second": progress.samples_per_second, "mfu": progress.mfu}
         self.timings.append(seen | {"unix_time": time.time()} | measured)
 
-    def _validate(self, progress: Progress) -> dict[str, float]:
-        """Return the measures of the average, if since the last log it became time to."""
-        every, size = self.config.validate_every, self.config.batch_size
-        last = self.metrics[-1]["samples_seen"] // size if self.metrics else 0
-        due = progress.step // every > last // every or progress.step == self.config.steps
-        return dict(self.measure(self.state.ema.state)) if self.measure and due else {}
+    def _validate(self) -> bool:
+        """Add the measures to the last row, if since the one before it became time to; return so.
+
+        The average has to be that of the row's step. A row that has them already is left alone.
+        """
+        if self.measure is None or not self.metrics or self.metrics[-1].keys() != LOGGED:
+            return False
+        every, rows = self.config.validate_every * self.config.batch_size, self.metrics[-2:]
+        *before, seen = (row["samples_seen"] for row in rows)
+        at_end = seen == self.config.steps * self.config.batch_size
+        if not at_end and seen // every == sum(before) // every:
+            return False
+        self.metrics[-1] |= self.measure(self.state.ema.state)
+        return True
 
     def _keep(self, done: int, loss: Tensor) -> None:
-        """Checkpoint and pass on the average, if it is time to."""
+        """Checkpoint and pass on the average, if it is time to.
+
+        In this order: a drawing that ends the process would otherwise end the next at this step,
+        too. What was not passed on then stays missing.
+        """
         config, at_end = self.config, done == self.config.steps
         if at_end or done % config.checkpoint_every == 0:
             self._check_finite(done, loss)
@@ -256,6 +278,12 @@ class TrainingLoop:
         samples_due = config.sample_every is not None and done % config.sample_every == 0
         if self.on_average is not None and samples_due and not at_end:
             self.on_average(self.state.ema.state, done)
+
+    def _leave(self, done: int, loss: Tensor) -> None:
+        """Checkpoint at once: there may be seconds left. Who goes on validates what is due."""
+        self._check_finite(done, loss)
+        self._save(done)
+        raise TrainingError(f"SIGTERM came: step {done} is in the checkpoint, run again to go on")
 
     @torch.no_grad()
     def _check_finite(self, done: int, loss: Tensor) -> None:
@@ -285,7 +313,10 @@ class TrainingLoop:
             return 0
         self.metrics = _read_rows(self.folder, METRICS, samples_seen)
         self.timings = _read_rows(self.folder, TIMINGS, samples_seen)
-        return samples_seen // self.config.batch_size
+        step = samples_seen // self.config.batch_size
+        if self.metrics and self.metrics[-1]["samples_seen"] == samples_seen and self._validate():
+            self._save(step)
+        return step
 
 
 def _finite(what: str, value: Tensor, done: int) -> float:

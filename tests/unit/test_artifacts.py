@@ -1,5 +1,6 @@
 """Artefacts: what exists to readers, what is refused, and what is verified."""
 
+import os
 import resource
 from collections.abc import Callable
 from pathlib import Path
@@ -82,9 +83,22 @@ def test_publishing_ends_progress(folder: Folder) -> None:
     assert not folder.exists(PROGRESS)
 
 
+def leave_folder(path: Path) -> None:
+    """Leave what a killed writer leaves that had temporary files of its own."""
+    path.mkdir()
+    (path / ".tmpOfALibrary").write_bytes(b"half")
+
+
+def leave_file(path: Path) -> None:
+    """Leave what a killed writer of an earlier version left."""
+    path.write_bytes(b"half")
+
+
 def test_temporary_files_are_never_listed(folder: Folder, tmp_path: Path) -> None:
-    (tmp_path / "artefact" / "data.bin.tmp-123").write_bytes(b"half")
-    (tmp_path / "artefact" / "deep" / "late.bin.tmp-9").write_bytes(b"half")
+    for left in ("data.bin.tmp-123", "deep/late.bin.tmp-9"):
+        leave_folder(tmp_path / "artefact" / left)
+    for left in ("data.bin.tmp-124", "deep/late.bin.tmp-8"):  # as earlier versions left
+        (tmp_path / "artefact" / left).write_bytes(b"half")
     assert folder.files() == ["data.bin", "deep/er/more.bin"]
     assert set(publish_things(folder).files) == {"data.bin", "deep/er/more.bin"}
 
@@ -141,13 +155,14 @@ def test_a_place_that_may_not_be_written_is_an_error_that_names_it(tmp_path: Pat
         Folder(tmp_path / "file" / "run").write("x", b"")
 
 
+@pytest.mark.parametrize("leave", [leave_file, leave_folder])
 @pytest.mark.parametrize("name", ["data.bin", "data[1]*.bin"])
 def test_what_a_killed_writer_left_is_removed_by_the_next(
-    folder: Folder, tmp_path: Path, name: str
+    folder: Folder, tmp_path: Path, name: str, leave: Callable[[Path], None]
 ) -> None:
-    left = {f"{name}.tmp-1", f"{name}.tmp-22", "data1.bin.tmp-1", f"{name}2.tmp-1"}
-    for other in left:
-        (tmp_path / "artefact" / other).write_bytes(b"half")
+    same = f"{name}.tmp-{os.getpid()}"  # in containers numbers come again
+    for other in (f"{name}.tmp-1", f"{name}.tmp-22", same, "data1.bin.tmp-1", f"{name}2.tmp-1"):
+        leave(tmp_path / "artefact" / other)
     folder.write(name, b"new")
     assert folder.read(name) == b"new"
     found = {path.name for path in (tmp_path / "artefact").glob("*.tmp-*")}
@@ -163,6 +178,12 @@ def test_a_file_that_is_not_there_cannot_be_read(
         assert path.read_bytes() == b"payload"
     with pytest.raises(ArtifactError, match=r"absent\.bin does not exist"):
         folder.reading("absent.bin").__enter__()
+
+
+def test_who_holds_a_lock_in_a_folder_that_is_cleared_keeps_it(folder: Folder) -> None:
+    folder.write("locks/claim.json", b"{}")
+    folder.clear()
+    assert folder.files() == ["locks/claim.json"]
 
 
 def test_an_absent_folder_has_no_files(tmp_path: Path) -> None:

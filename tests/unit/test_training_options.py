@@ -497,6 +497,25 @@ def test_samples_are_drawn_with_the_average_and_change_nothing(
     torch.testing.assert_close(shown[4], weights_in(Folder(tmp_path / "short")), rtol=0, atol=0)
 
 
+def test_a_drawing_that_ends_the_process_does_not_end_the_next(
+    shard: Folder, trained: Folder, tmp_path: Path
+) -> None:
+    drawn: list[int] = []
+
+    def draw_samples(_expert: Expert, step: int) -> None:
+        drawn.append(step)
+        if step == 4:
+            raise MemoryError
+
+    output = Folder(tmp_path)
+    config = replace(TRAINING, sample_every=4, checkpoint_every=2)
+    with pytest.raises(MemoryError):
+        train(shard, output, config=config, draw_samples=draw_samples)
+    train(shard, output, config=config, draw_samples=draw_samples)
+    assert drawn == [4, 8]
+    assert output.read(EXPERT_WEIGHTS) == trained.read(EXPERT_WEIGHTS)
+
+
 def scalars_of(folder: Folder) -> dict[str, list[tuple[int, float]]]:
     events = EventAccumulator(str((folder / "tensorboard").local_path)).Reload()
     return {

@@ -1,7 +1,7 @@
 """What dies while a run is made on real Rays: workers, drivers, nodes, heads. It ends all the same.
 
 Whatever died, what the run holds afterwards has the digests of a run that nothing happened to.
-With CHAOS=1, as `make chaos` sets it, also preemption, a node in the midst of Ray Data, and a head.
+With CHAOS=1, as `make chaos` does, also preemption, nodes under experts and Ray Data, and a head.
 """
 
 import os
@@ -55,6 +55,7 @@ def lose(raylet: "subprocess.Popen[bytes]") -> None:
     raylet.wait()
 
 
+@chaos
 def test_experts_on_a_lost_node_go_on_elsewhere(undisturbed: Run, prepared: Config) -> None:
     from paris_ray.pipeline.stages import run
 

@@ -34,7 +34,7 @@ def _each(read: Callable[[Path], object], paths: Sequence[Path]) -> None:
 def _write_bundle(folder: Path) -> None:
     """Ours, without the manifest: a stranger can compute digests."""
     from paris_ray.artifacts import MANIFEST, Folder
-    from paris_ray.bundle.clusters import ClusterFacts, write_clusters
+    from paris_ray.cluster_facts import ClusterFacts, write_clusters
     from tests import conftest
 
     with tempfile.TemporaryDirectory() as parts:

@@ -34,8 +34,8 @@ from paris_ray.embeddings import (
 )
 from paris_ray.errors import ConfigError
 from paris_ray.pipeline.file_list import digests_of, list_files
-from paris_ray.pipeline.progress import gather
 from paris_ray.pipeline.stage import Stage
+from paris_ray.pipeline.tasks import gather
 from paris_ray.reports import count_words, telling_words
 from paris_ray.run import CLUSTERS, EMBEDDINGS, SHARD, Run
 from paris_ray.seeding import derive_seed, numpy_generator

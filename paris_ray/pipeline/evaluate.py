@@ -20,8 +20,8 @@ from paris_ray.evaluation.denoising import cluster_losses
 from paris_ray.evaluation.summary import headline
 from paris_ray.pipeline.drawing import Split, draw
 from paris_ray.pipeline.measuring import measure
-from paris_ray.pipeline.progress import ended, gather
 from paris_ray.pipeline.stage import Stage
+from paris_ray.pipeline.tasks import ended, gather
 from paris_ray.run import DISTILLED, EMBEDDINGS, ENCODERS, EVALUATION, EXPERT, FEW_STEP, Run
 from paris_ray.seeding import derive_seed
 from paris_ray.training.data import load_dataset

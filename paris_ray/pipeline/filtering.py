@@ -13,7 +13,7 @@ from paris_ray.corpora.filters.scores import judge_scores, score_name
 from paris_ray.embeddings import read_part
 from paris_ray.pipeline.accounts import TASK_CPUS, files_by_shard, in_groups
 from paris_ray.pipeline.moving import PartFile, by_shard, move, part_files, row_names
-from paris_ray.pipeline.progress import gather
+from paris_ray.pipeline.tasks import gather
 from paris_ray.run import Run
 
 

@@ -32,7 +32,7 @@ from paris_ray.pipeline.accounts import (
     set_aside,
     shard_of,
 )
-from paris_ray.pipeline.progress import gather
+from paris_ray.pipeline.tasks import gather
 from paris_ray.run import Run
 
 # Why rows leave; of several reasons the first counts.

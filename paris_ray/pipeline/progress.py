@@ -6,8 +6,7 @@ any storage, needs no actor, and leaves experts nothing to share.
 
 import logging
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import asdict
 from typing import Any, NamedTuple
 
@@ -18,12 +17,12 @@ from paris_ray.artifacts import PROGRESS, Folder
 from paris_ray.config import TrainingConfig
 from paris_ray.errors import ArtifactError
 from paris_ray.pipeline.placement import why_waiting
+from paris_ray.pipeline.tasks import POLL_INTERVAL_S, ended
 from paris_ray.training.loop import Progress
 
 logger = logging.getLogger("paris_ray")
 
 WRITE_INTERVAL_S = 2.0
-POLL_INTERVAL_S = 1.0
 PRINT_INTERVAL_S = 5.0
 
 
@@ -120,43 +119,6 @@ def follow(name: str, task: Task, check: Callable[[], object]) -> Any:
         if error is not None:
             raise error
     return ray.get(task.result)
-
-
-def gather(
-    results: Sequence["ray.ObjectRef[Any]"], check: Callable[[], object] = lambda: None
-) -> list[Any]:
-    """Return the results of tasks; if one fails, or `check` raises, all are ended before it passes.
-
-    Args:
-        results: Of the tasks.
-        check: Called every second.
-    """
-    pending = list(results)
-    with ended(pending):
-        while pending:
-            check()
-            finished, pending = ray.wait(
-                pending, num_returns=len(pending), timeout=POLL_INTERVAL_S, fetch_local=False
-            )
-            ray.get(finished)  # raises what they raised
-        return ray.get(list(results))
-
-
-@contextmanager
-def ended(results: Sequence["ray.ObjectRef[Any]"]) -> Iterator[None]:
-    """Leave only when these tasks have ended, so that none writes when a lock is given back.
-
-    If it is left by an error, or an interrupt by the user, tasks that run are killed.
-    """
-    results = list(results)
-    try:
-        yield
-    except BaseException:
-        for result in results:
-            ray.cancel(result, force=True)
-        if results:
-            ray.wait(results, num_returns=len(results), fetch_local=False)
-        raise
 
 
 def _warn_of_waiting(tasks: Mapping[str, Task]) -> set[str]:

@@ -22,7 +22,7 @@ from paris_ray.corpora import (
 )
 from paris_ray.corpora.image_folder import ImageFolder
 from paris_ray.corpora.perceptual_hash import perceptual_hashes
-from paris_ray.embeddings import read_table
+from paris_ray.embeddings import part_names, read_table
 from paris_ray.encoders.scores.nsfw import NsfwModel
 from paris_ray.errors import ArtifactError, ConfigError
 from paris_ray.pipeline.cluster import unit_length
@@ -96,7 +96,8 @@ def set_aside(run: Run) -> dict[str, str]:
 
 
 def stored(run: Run) -> list[str]:
-    tables = (read_table(folder, ["key"]) for folder in (run.embeddings, run.held_out))
+    folders = [folder for folder in (run.embeddings, run.held_out) if part_names(folder)]
+    tables = (read_table(folder, ["key"]) for folder in folders)
     return [key for table in tables for key in table["key"].to_pylist()]
 
 

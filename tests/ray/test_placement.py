@@ -131,7 +131,7 @@ def test_a_task_that_no_node_suits_is_told_and_the_others_go_on(
         for name, training in trainings.items()
     }
     with caplog.at_level(logging.INFO, "paris_ray"), ThreadPoolExecutor() as pool:
-        finished = pool.submit(lambda: list(watch(tasks)))
+        finished = pool.submit(lambda: list(watch(tasks, lambda: None)))
         try:
             deadline = time.monotonic() + 60
             while "waits for a node" not in caplog.text:

@@ -49,7 +49,7 @@ FREE_PROMPTS = (
     "white ghost and a blue background",
     "a pink umbrella on a green background, on the right",
 )
-DEPLOY_TIMEOUT_S = 180
+DEPLOY_TIMEOUT_S = 600  # a dozen processes import torch, perhaps beside other work
 REQUEST_TIMEOUT_S = 120
 COLUMNS = 8
 

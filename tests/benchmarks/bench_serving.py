@@ -290,7 +290,7 @@ def scaling(bench: Bench) -> None:
     """Samplers and an expert grow to three under load, and shrink to one under less."""
     policy = {"period_s": 1, "pictures_per_sampler": 4, "calls_per_expert": 1}
     sizes = {"sampler": {"max_replicas": 3}, "experts": {0: {"max_replicas": 3}}}
-    bodies = lambda i: bench.bodies(i) | {"routing": "full"}  # noqa: E731
+    bodies = lambda i: bench.bodies(i) | {"allowed_experts": [0]}  # noqa: E731
     with bench.growing(scaling=policy | {"downscale_delay_s": 3}, **sizes) as url:
         for clients, count in ((CLIENTS, 3), (1, 1)):
             seen, done = asyncio.run(until_there_are(count, url, bodies, clients))

@@ -290,6 +290,12 @@ class Folder:
         return list(self._filesystem.get_file_info(selector))
 
 
+def fault_of(error: BaseException) -> str:
+    """Return what to say of a file that was not read: damage has no number of the system's."""
+    is_unread = isinstance(error, OSError) and error.errno is not None
+    return "cannot be read" if is_unread else "is damaged"
+
+
 def _make_room(place: str) -> str:
     return f"; make room in {place} and run again: what is finished is kept"
 

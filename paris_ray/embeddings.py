@@ -30,7 +30,7 @@ import safetensors.numpy
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 
-from paris_ray.artifacts import Folder
+from paris_ray.artifacts import Folder, fault_of
 from paris_ray.errors import ArtifactError
 
 Column = NDArray[np.generic] | Sequence[str] | Sequence[bytes]
@@ -119,10 +119,7 @@ def opened_part(folder: Folder, name: str) -> Iterator[pq.ParquetFile]:
         try:
             yield pq.ParquetFile(file, page_checksum_verification=True)
         except (pa.ArrowException, OSError, UnicodeDecodeError, KeyError) as error:
-            # Damage is an OSError as well, but not one of the operating system.
-            is_unread = isinstance(error, OSError) and error.errno is not None
-            how = "cannot be read" if is_unread else "is damaged"
-            raise ArtifactError(f"{folder.uri}/{name} {how}: {error}") from None
+            raise ArtifactError(f"{folder.uri}/{name} {fault_of(error)}: {error}") from None
 
 
 def read_table(folder: Folder, columns: Sequence[str]) -> pa.Table:
@@ -213,6 +210,8 @@ def read_null_text(folder: Folder) -> NDArray[np.generic]:
     """
     try:
         (null_text,) = safetensors.numpy.load(folder.read(NULL_TEXT)).values()
+    except ArtifactError:  # it could not be had, which is no damage
+        raise
     except (SafetensorError, ValueError, KeyError) as error:
         raise ArtifactError(f"{folder.uri}/{NULL_TEXT} is damaged: {error}") from None
     return null_text

@@ -175,7 +175,7 @@ def _dead_others(claims: Folder, own: str, uri: str) -> list[str]:
         if now != claim:
             raise LockError(
                 f"{uri} is in use by {claim}: "
-                "wait for the end of that job, or choose another run folder"
+                "wait for the end of that job, or write to another folder"
             )
         logger.warning("%s: taking over the lock of %s, which is dead", uri, claim)
         dead.append(name)

@@ -54,7 +54,9 @@ FEATURES_A_READ = 50_000  # rows: 100 MB of 512 numbers each
 FEATURES_A_TASK = 250_000  # and half a GB
 
 
-def drop_duplicates(config: Config, versions: Mapping[str, str]) -> None:
+def drop_duplicates(
+    config: Config, versions: Mapping[str, str], check: Callable[[], object] = lambda: None
+) -> None:
     """Move rows that repeat earlier ones from `embeddings/` to `quarantine/`, by tasks.
 
     A row leaves if an earlier one is equal or near enough, whether or not that one leaves, too. A
@@ -63,12 +65,13 @@ def drop_duplicates(config: Config, versions: Mapping[str, str]) -> None:
     Args:
         config: The run; all of its shards have been encoded.
         versions: Versions of the shards by name, in the order of the corpus.
+        check: Called every second while files are written; what it raises ends the tasks.
     """
     run = Run(config)
     files = part_files(files_by_shard(run), list(versions))
     if not are_listed(config, versions):
-        list_rows(config, files, _repeated_rows(config, files), versions)
-    move_listed(config, files)
+        list_rows(config, files, _repeated_rows(config, files), versions, check)
+    move_listed(config, files, check)
 
 
 def drop_few_duplicates(config: Config, shards: Sequence[str]) -> None:

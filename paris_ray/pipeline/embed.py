@@ -103,8 +103,9 @@ def _make_embeddings(
     pending = _pending(config, shards, versions)
     if pending:
         _follow(stage, config, _embedding(config, reader, pending, versions), len(pending))
-    drop_filtered(config)  # first: of rows that repeat each other a filtered one does not stay
-    drop_duplicates(config, versions)
+    # First: of rows that repeat each other a filtered one does not stay.
+    drop_filtered(config, stage.check)
+    drop_duplicates(config, versions, stage.check)
     told = told_of(config, files_by_shard(run))
     counts = count_rows({name: each.of_whole for name, each in told.items()})
     refuse_bad_corpus(config, counts)
@@ -112,6 +113,7 @@ def _make_embeddings(
         logger.info("not in the corpus: %d pictures, %s", count, reason)
     facts = {"not_fetched": lacking} if lacking else {}
     facts |= counts | {"attribution": open_corpus(config.corpus).attribution}
+    stage.check()  # before the list of files is written
     return stage.publish(facts, files=list_files(run.embeddings))
 
 
@@ -207,13 +209,13 @@ def block_bytes(config: Config, num_captions: int) -> int:
 def actor_pools(config: Config) -> list[tuple[list[type[Encoder]], PoolConfig]]:
     """Return the encoders of each pool of actors, in order, and what such an actor needs.
 
-    Encoders that need no GPU, less than a CPU and otherwise the same share their actors. Of whole
-    CPUs they do not: three pools of four fit two machines of eight, a process of twelve neither.
+    Encoders that need no GPU and otherwise the same share their actors, if all together need a CPU
+    at most: three pools of four fit two machines of eight, a process of twelve neither.
     """
     pools: dict[Any, list[type[Encoder]]] = {}
     encoders = _encoders(config)
     for encoder, pool in encoders.items():
-        is_small = not pool.num_gpus and pool.num_cpus < 1
+        is_small = not pool.num_gpus and pool.num_cpus <= 1 / len(encoders)
         shared = (pool.num_actors, pool.num_cpus) if is_small else encoder
         pools.setdefault(shared, []).append(encoder)
     return [

@@ -4,7 +4,7 @@ The scores are columns of `embeddings/`. Each task moves what is out of the limi
 some shards to their files of `quarantine/`; what a row is filtered for depends on no other row.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import ray
 
@@ -17,7 +17,7 @@ from paris_ray.pipeline.tasks import gather
 from paris_ray.run import Run
 
 
-def drop_filtered(config: Config) -> None:
+def drop_filtered(config: Config, check: Callable[[], object] = lambda: None) -> None:
     """Move rows whose scores `corpus.filters` do not want to `quarantine/`, by tasks.
 
     A shard that an interruption leaves half moved is not whole, and encoded again; one that has
@@ -25,12 +25,13 @@ def drop_filtered(config: Config) -> None:
 
     Args:
         config: The run; all of its shards have been encoded.
+        check: Called every second; what it raises ends the tasks.
     """
     if not config.corpus.filters.scores:
         return
     found = files_by_shard(Run(config))
     shards = by_shard(part_files(found, list(found)))
-    gather([_filter.remote(config, group) for group in in_groups(shards)])
+    gather([_filter.remote(config, group) for group in in_groups(shards)], check)
 
 
 @ray.remote(num_cpus=TASK_CPUS, max_retries=0)  # a second time would set rows aside twice

@@ -8,7 +8,7 @@ its shard have that key before it.
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -137,6 +137,7 @@ def list_rows(
     files: Sequence[PartFile],
     repeated: Mapping[str, Sequence[Any]],
     versions: Mapping[str, str],
+    check: Callable[[], object],
 ) -> None:
     """Write the list of every shard of which rows leave, by tasks, before the first is moved.
 
@@ -149,6 +150,7 @@ def list_rows(
         files: All files of rows.
         repeated: References to the `Places` of rows that leave, by reason.
         versions: Versions of the corpus's shards, by name.
+        check: Called every second; what it raises ends the tasks.
     """
     lists = Run(config).quarantine / LISTS
     if lists.exists(LISTED_OF):
@@ -159,7 +161,7 @@ def list_rows(
     places = [each for group in repeated.values() for each in group]
     of_shard = {found[0].shard: found for found in by_shard(files)}
     groups = in_groups([(shard, of_shard.get(shard, [])) for shard in versions])
-    gather([_write_lists.remote(config, group, reasons, *places) for group in groups])
+    gather([_write_lists.remote(config, group, reasons, *places) for group in groups], check)
     lists.write_json(LISTED_OF, _asked(config, versions))
 
 
@@ -231,11 +233,11 @@ def row_names(run: Run, files: Sequence[PartFile]) -> dict[PartFile, list[RowNam
     return names
 
 
-def move_listed(config: Config, files: Sequence[PartFile]) -> None:
+def move_listed(config: Config, files: Sequence[PartFile], check: Callable[[], object]) -> None:
     """Move the rows that lists name, by tasks; those that have been moved stay where they are."""
     listed = set(part_names(Run(config).quarantine / LISTS))
     jobs = [job for job in by_shard(files) if part_name(job[0].shard, 0) in listed]
-    gather([_move_listed.remote(config, job) for job in jobs])
+    gather([_move_listed.remote(config, job) for job in jobs], check)
 
 
 @ray.remote(num_cpus=TASK_CPUS, max_retries=0)  # half of them moved, it would not be whole

@@ -9,9 +9,7 @@ import ray
 POLL_INTERVAL_S = 1.0
 
 
-def gather(
-    results: Sequence["ray.ObjectRef[Any]"], check: Callable[[], object] = lambda: None
-) -> list[Any]:
+def gather(results: Sequence["ray.ObjectRef[Any]"], check: Callable[[], object]) -> list[Any]:
     """Return the results of tasks; if one fails, or `check` raises, all are ended before it passes.
 
     Args:

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from paris_ray.artifacts import CHECKPOINT, Folder, canonical_json, sha256_hex
+from paris_ray.artifacts import CHECKPOINT, Folder, canonical_json, fault_of, sha256_hex
 from paris_ray.errors import ArtifactError
 from paris_ray.training.ema import ExponentialMovingAverage
 
@@ -102,8 +102,10 @@ def _read(folder: Folder) -> tuple[dict[str, str], dict[str, Tensor]]:
     try:
         with folder.reading(CHECKPOINT) as path, safe_open(path, framework="pt") as file:
             return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except ArtifactError:  # it could not be had, which is no damage
+        raise
     except (SafetensorError, ValueError, OSError, KeyError) as error:
-        raise ArtifactError(f"{folder.uri}/{CHECKPOINT} is damaged: {error}") from None
+        raise ArtifactError(f"{folder.uri}/{CHECKPOINT} {fault_of(error)}: {error}") from None
 
 
 def _verify(header: Mapping[str, str], tensors: Mapping[str, Tensor], where: str) -> None:

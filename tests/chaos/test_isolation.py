@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -23,6 +24,8 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 EACH_OTHER = "each other"
 # A network namespace of its own: all that it has is a loopback interface, and that is down.
 WITHOUT_NETWORK = ["unshare", "--user", "--map-root-user", "--net"]
+needs_unshare = pytest.mark.skipif(shutil.which("unshare") is None, reason="util-linux")
+needs_ss = pytest.mark.skipif(shutil.which("ss") is None, reason="ss of iproute2")
 TRAIN = """
 import sys
 from pathlib import Path
@@ -38,6 +41,7 @@ OBJECTIVES[objective](Inputs(shards=Path(shards), bundle=Path(bundle)), Folder(o
 """
 
 
+@needs_unshare
 def test_without_any_network_and_socket_training_gives_the_same(
     tiny_bundle_path: Path, tmp_path: Path
 ) -> None:
@@ -88,6 +92,7 @@ def _ports(line: str) -> tuple[str, str]:
 
 
 @pytest.mark.ray
+@needs_ss
 def test_workers_that_train_have_no_connection_to_each_other(
     undisturbed: Run, prepared: Config, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -5,7 +5,6 @@ then it tells what the kills cost.
 """
 
 import json
-import os
 import random
 import signal
 import time
@@ -29,8 +28,9 @@ from tests.chaos.trainings import (
     steps_done,
     write_shards,
 )
+from tests.long_tests import CHAOS
 
-NUM_KILLS = 25 if "CHAOS" in os.environ else 3
+NUM_KILLS = 25 if CHAOS else 3
 SEED = 12
 # SIGXFSZ is what the kernel ends a process with in a write, SIGTERM what a preemption begins with.
 ENDED_BY = [-signal.SIGKILL, -signal.SIGXFSZ, -signal.SIGTERM]

@@ -28,12 +28,12 @@ from paris_ray.config import Config
 from paris_ray.errors import LockError
 from paris_ray.run import EMBEDDINGS, EXPERT_WEIGHTS, Run
 from tests.chaos.runs import NUM_EXPERTS, digests, meanwhile, workers
+from tests.long_tests import chaos
 from tests.serve.waiting import WAIT_S, wait_until
 
 pytestmark = pytest.mark.ray
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-chaos = pytest.mark.skipif("CHAOS" not in os.environ, reason="takes minutes: make chaos")
 
 
 @contextmanager

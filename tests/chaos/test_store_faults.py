@@ -4,7 +4,6 @@ pyarrow asks again for a long time, so this takes minutes; `tests/unit/test_stor
 the short form.
 """
 
-import os
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -18,12 +17,13 @@ from s3_server import KEY, SECRET, S3Server, s3_server
 
 from paris_ray.artifacts import MANIFEST, open_finished, publish, read_manifest
 from paris_ray.errors import ArtifactError
+from tests.long_tests import chaos
 
 IDENTITY = {"config_digest": "c", "parents": {"corpus": "p"}, "facts": {}}
 SMALL = b"small" * 1000
 LARGE = np.random.default_rng(0).integers(0, 256, 24 << 20, np.uint8).tobytes()  # in parts
 ROUNDS = 10  # from every second request on that fails
-pytestmark = pytest.mark.skipif(not os.environ.get("CHAOS"), reason="takes minutes: CHAOS=1")
+pytestmark = chaos
 FAULTS: tuple[Fault, ...] = ("500", "503", "reset", "cut")
 
 

@@ -33,6 +33,7 @@ from paris_ray.duplicates import (
     similar_to_earlier,
 )
 from paris_ray.embeddings import to_table, write_part
+from paris_ray.errors import LockError
 from paris_ray.pipeline.accounts import (
     Account,
     ShardFiles,
@@ -129,6 +130,19 @@ def repeated_in_one_process(run: Run) -> dict[str, str]:
     return leaving
 
 
+def test_a_lost_lock_moves_nothing(similar: Run) -> None:
+    from paris_ray.pipeline.duplicates import drop_duplicates
+
+    def check() -> None:
+        raise LockError("another job has it")
+
+    before = similar.embeddings.files()
+    with pytest.raises(LockError):
+        drop_duplicates(similar.config, SIMILAR, check)
+    assert similar.embeddings.files() == before
+    assert set_aside_rows(similar, SIMILAR) == {}
+
+
 def test_tasks_compare_rows_as_one_process_does(similar: Run) -> None:
     from paris_ray.pipeline.duplicates import drop_duplicates
 
@@ -144,8 +158,8 @@ def test_a_run_that_was_killed_among_its_moves_ends_like_another(
     from paris_ray.pipeline import duplicates
     from paris_ray.pipeline.moving import move_listed, part_files
 
-    def killed(config: Any, files: Any) -> None:
-        move_listed(config, [file for file in files if file.shard == "b"])
+    def killed(config: Any, files: Any, check: Any) -> None:
+        move_listed(config, [file for file in files if file.shard == "b"], check)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(duplicates, "move_listed", killed)
@@ -239,7 +253,7 @@ def test_what_left_before_leaves_a_shard_that_is_encoded_again(
 ) -> None:
     from paris_ray.pipeline import duplicates
 
-    def killed(config: Any, files: Any) -> None:
+    def killed(config: Any, files: Any, check: Any) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(duplicates, "move_listed", killed)

@@ -62,3 +62,14 @@ def test_a_checkpoint_of_earlier_code_is_restored_with_a_warning(
         assert checkpoint.restore(folder, new_state(), identity=IDENTITY) == 160
     (record,) = caplog.records
     assert f"{path} has no checksum" in record.getMessage()
+
+
+def test_one_that_cannot_be_had_is_not_called_damaged(
+    folder: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def reading(self: Folder, name: str) -> None:
+        raise ArtifactError(f"{name} cannot be read: 503")
+
+    monkeypatch.setattr(Folder, "reading", reading)
+    with pytest.raises(ArtifactError, match=r"^checkpoint\.safetensors cannot be read: 503$"):
+        checkpoint.restore(folder, new_state(), identity="id")

@@ -34,7 +34,7 @@ from jobs.parties import (
 )
 from paris_ray.artifacts import absolute_uri
 from paris_ray.errors import ConfigError, ParisError
-from paris_ray.zklora.identity import Identity
+from paris_ray.identity import Identity
 from paris_ray.zklora.manifest import MANIFEST, AdapterManifest
 
 if TYPE_CHECKING:

@@ -26,9 +26,9 @@ from jobs.processes import run_job, service, stop_on_sigterm
 from paris_ray.artifacts import MANIFEST, Folder, read_manifest
 from paris_ray.config import load, with_absolute_paths
 from paris_ray.errors import ParisError
+from paris_ray.identity import CERTIFICATE, Identity
 from paris_ray.receipts import RECEIPT, Receipt
 from paris_ray.run import BUNDLE, Run
-from paris_ray.zklora.identity import CERTIFICATE, Identity
 from paris_ray.zklora.manifest import MANIFEST as OFFER
 
 if TYPE_CHECKING:

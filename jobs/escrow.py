@@ -25,8 +25,8 @@ from jobs.parties import (
     describe,
 )
 from paris_ray.errors import ParisError
+from paris_ray.identity import Identity
 from paris_ray.zklora.escrow import Escrow, open_journal
-from paris_ray.zklora.identity import Identity
 from paris_ray.zklora.ledger import OPENING_BALANCE, SQLiteLedger
 from paris_ray.zklora.parties.escrow import EscrowService
 

@@ -1,4 +1,4 @@
-"""Make the key and the certificate of a party of ZKLoRA, or say which there are.
+"""Make the key and the certificate of a party, or say which there are.
 
 Give certificate.pem to those who shall know you: contributor and escrow put those of their users
 into HOME/clients. key.pem stays where it is.
@@ -13,7 +13,7 @@ from pathlib import Path
 from jobs.command import fail
 from jobs.parties import describe
 from paris_ray.errors import ParisError
-from paris_ray.zklora.identity import Identity
+from paris_ray.identity import Identity
 
 
 def main() -> int:

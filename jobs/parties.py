@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from paris_ray.errors import ConfigError, SignatureError
-from paris_ray.zklora.identity import CERTIFICATE, KEY, Identity, public_key_of
+from paris_ray.identity import CERTIFICATE, KEY, Identity, public_key_of
 
 HOMES = Path("runs/zklora")
 CLIENTS = "clients"

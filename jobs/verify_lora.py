@@ -30,8 +30,8 @@ from jobs.parties import (
 )
 from paris_ray.artifacts import absolute_uri
 from paris_ray.errors import ParisError
+from paris_ray.identity import Identity
 from paris_ray.receipts import RECEIPT
-from paris_ray.zklora.identity import Identity
 from paris_ray.zklora.manifest import AdapterManifest
 
 if TYPE_CHECKING:

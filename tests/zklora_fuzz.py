@@ -25,6 +25,7 @@ from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 from paris_ray.artifacts import canonical_json, sha256_hex
 from paris_ray.config import LoRAConfig
 from paris_ray.errors import ParisError, VerificationError
+from paris_ray.identity import Identity
 from paris_ray.signatures import SignedDocument
 from paris_ray.zklora.commitment import (
     ModuleCommitment,
@@ -34,7 +35,6 @@ from paris_ray.zklora.commitment import (
     open_commitments,
 )
 from paris_ray.zklora.fixed_point import QuantisedModule, evaluate, quantise
-from paris_ray.zklora.identity import Identity
 from paris_ray.zklora.manifest import AdapterManifest, Base, build_manifest
 from paris_ray.zklora.merkle import MerkleTree, check_inclusion
 from paris_ray.zklora.parties.frames import Message, decode, encode

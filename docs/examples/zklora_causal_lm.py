@@ -23,8 +23,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from paris_ray.identity import CERTIFICATE, Identity
 from paris_ray.receipts import Receipt, State
-from paris_ray.zklora.identity import CERTIFICATE, Identity
 from paris_ray.zklora.inference import NumericsLog, adapt
 from paris_ray.zklora.manifest import MANIFEST, AdapterManifest
 from paris_ray.zklora.offer import base_of_file

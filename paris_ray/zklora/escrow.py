@@ -25,9 +25,9 @@ from typing import Any
 
 from paris_ray.artifacts import canonical_json, sha256_hex
 from paris_ray.errors import ParisError, TradeError
+from paris_ray.identity import Identity
 from paris_ray.receipts import State
 from paris_ray.signatures import SignedDocument
-from paris_ray.zklora.identity import Identity
 from paris_ray.zklora.journal import Journal
 from paris_ray.zklora.ledger import LEDGER_TABLES, Ledger
 from paris_ray.zklora.manifest import AdapterManifest

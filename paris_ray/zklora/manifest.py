@@ -15,12 +15,12 @@ from typing import Any
 from paris_ray.artifacts import canonical_json, sha256_hex
 from paris_ray.config import LoRAConfig
 from paris_ray.errors import ParisError, ProtocolError, SignatureError, VerificationError
+from paris_ray.identity import public_key_of
 from paris_ray.receipts import DIGEST, MAX_MODULES
 from paris_ray.signatures import SignedDocument, Signer
 from paris_ray.zklora.commitment import ModuleCommitment, ModuleOpening
 from paris_ray.zklora.curve import POINT_BYTES
 from paris_ray.zklora.fixed_point import check_dimensions
-from paris_ray.zklora.identity import public_key_of
 from paris_ray.zklora.transcript import session_id
 
 MANIFEST = "zklora.json"

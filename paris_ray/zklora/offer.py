@@ -15,11 +15,11 @@ from pathlib import Path
 from paris_ray.artifacts import Folder
 from paris_ray.bundle import Bundle
 from paris_ray.errors import ArtifactError
+from paris_ray.identity import Identity, write_new
 from paris_ray.receipts import file_sha256
 from paris_ray.signatures import SignedDocument
 from paris_ray.zklora.adapter import PeftAdapter, quantise_adapter
 from paris_ray.zklora.commitment import ModuleOpening, commit
-from paris_ray.zklora.identity import Identity, write_new
 from paris_ray.zklora.manifest import MANIFEST, AdapterManifest, Base, build_manifest
 from paris_ray.zklora.sealing import seal, unseal
 

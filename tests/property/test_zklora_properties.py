@@ -11,6 +11,7 @@ from hypothesis.extra.numpy import arrays
 from zklora_fuzz import TARGETS, Target, fuzz
 
 from paris_ray.errors import ParisError, SignatureError, VerificationError
+from paris_ray.identity import Identity
 from paris_ray.signatures import SignedDocument
 from paris_ray.zklora import curve
 from paris_ray.zklora.commitment import commit, open_commitment
@@ -25,7 +26,6 @@ from paris_ray.zklora.fixed_point import (
     quantise_rows,
 )
 from paris_ray.zklora.folding import fold, folding_equation, folding_shape
-from paris_ray.zklora.identity import Identity
 from paris_ray.zklora.proof import Proof, prove, verify
 
 ELEMENTS = st.integers(0, ORDER - 1)

@@ -18,8 +18,8 @@ from jobs.processes import run_job, service
 from paris_ray.artifacts import Folder
 from paris_ray.embeddings import to_table, write_part
 from paris_ray.errors import ParisError
+from paris_ray.identity import Identity
 from paris_ray.reports import png_bytes
-from paris_ray.zklora.identity import Identity
 from tests.long_tests import chaos
 
 REPOSITORY = Path(__file__).resolve().parents[2]

@@ -15,11 +15,11 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from paris_ray.artifacts import Folder
 from paris_ray.errors import BudgetError, BundleError, VerificationError
+from paris_ray.identity import Identity
 from paris_ray.receipts import Receipt
 from paris_ray.signatures import SignedDocument
 from paris_ray.zklora.adapter import read_peft
 from paris_ray.zklora.fixed_point import Int16, Int64, evaluate
-from paris_ray.zklora.identity import Identity
 from paris_ray.zklora.inference import adapt, count_rows
 from paris_ray.zklora.offer import AskedTerms, base_of_file, open_offer
 from paris_ray.zklora.parties.evidence import ClosedSession, Evidence

@@ -18,13 +18,13 @@ from paris_ray.artifacts import Folder
 from paris_ray.bundle import Bundle
 from paris_ray.config import LoRAConfig
 from paris_ray.errors import BudgetError, ConfigError, ParisError, ProtocolError
+from paris_ray.identity import Identity
 from paris_ray.models.lora import Adapter
 from paris_ray.models.peft_layout import save_adapter
 from paris_ray.sampling.routing import Routing
 from paris_ray.sampling.sampler import SamplingOptions
 from paris_ray.signatures import SignedDocument
 from paris_ray.zklora.adapter import read_peft
-from paris_ray.zklora.identity import Identity
 from paris_ray.zklora.manifest import AdapterManifest
 from paris_ray.zklora.offer import AskedTerms, base_of_expert, open_offer
 from paris_ray.zklora.parties.channel import Channel

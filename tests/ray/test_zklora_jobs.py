@@ -21,13 +21,13 @@ from jobs.local_cluster import free_port
 from paris_ray.artifacts import Folder
 from paris_ray.bundle import Bundle, load_bundle
 from paris_ray.config import LoRAConfig
+from paris_ray.identity import CERTIFICATE, KEY, Identity
 from paris_ray.models.lora import Adapter
 from paris_ray.models.peft_layout import save_adapter
 from paris_ray.receipts import Receipt
 from paris_ray.signatures import SignedDocument
 from paris_ray.zklora.adapter import quantise_adapter, read_peft
 from paris_ray.zklora.fixed_point import QuantisedModule
-from paris_ray.zklora.identity import CERTIFICATE, KEY, Identity
 from paris_ray.zklora.manifest import MANIFEST, AdapterManifest
 from paris_ray.zklora.sessions import SessionJournal
 from tests.long_tests import chaos

@@ -33,6 +33,7 @@ from paris_ray.errors import (
     VerificationError,
 )
 from paris_ray.evaluation.denoising import denoising_losses
+from paris_ray.identity import Identity
 from paris_ray.models.lora import Adapter
 from paris_ray.models.peft_layout import save_adapter
 from paris_ray.receipts import Receipt, State
@@ -42,7 +43,6 @@ from paris_ray.zklora.adapter import PeftAdapter, quantise_adapter, read_peft
 from paris_ray.zklora.commitment import ModuleOpening, commit, open_commitments
 from paris_ray.zklora.escrow import Escrow, open_journal
 from paris_ray.zklora.fixed_point import Int16, QuantisedModule, evaluate
-from paris_ray.zklora.identity import Identity
 from paris_ray.zklora.inference import adapt
 from paris_ray.zklora.journal import Journal
 from paris_ray.zklora.ledger import OPENING_BALANCE, SQLiteLedger

@@ -22,6 +22,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from paris_ray.artifacts import MANIFEST, Folder, VerifiedFolder, read_manifest
 from paris_ray.config import ExpertConfig, LoRAConfig
 from paris_ray.errors import ArtifactError, BundleError, ParisError, VerificationError
+from paris_ray.identity import Identity
 from paris_ray.models import Expert
 from paris_ray.models.lora import Adapter
 from paris_ray.models.peft_layout import (
@@ -36,7 +37,6 @@ from paris_ray.zklora.adapter import PeftAdapter, quantise_adapter, read_peft, w
 from paris_ray.zklora.commitment import commit
 from paris_ray.zklora.fixed_point import QuantisedModule, dequantise, evaluate, quantise
 from paris_ray.zklora.fixed_point import quantise_rows as to_integers
-from paris_ray.zklora.identity import Identity
 from paris_ray.zklora.manifest import AdapterManifest, Base, build_manifest
 
 # peft says when it corrects the option for one layer; transformers renames something.

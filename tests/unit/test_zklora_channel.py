@@ -37,7 +37,7 @@ from paris_ray.errors import (
     TradeError,
     VerificationError,
 )
-from paris_ray.zklora.identity import Identity
+from paris_ray.identity import Identity
 from paris_ray.zklora.parties.channel import Channel, Peer, Server, serve
 from paris_ray.zklora.parties.frames import (
     ConnectionLost,

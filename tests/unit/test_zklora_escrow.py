@@ -25,6 +25,7 @@ from paris_ray.errors import (
     TradeError,
     VerificationError,
 )
+from paris_ray.identity import Identity
 from paris_ray.receipts import State
 from paris_ray.signatures import SignedDocument
 from paris_ray.zklora import escrow as escrow_module
@@ -38,7 +39,6 @@ from paris_ray.zklora.escrow import (
 )
 from paris_ray.zklora.field import ORDER
 from paris_ray.zklora.fixed_point import QuantisedModule
-from paris_ray.zklora.identity import Identity
 from paris_ray.zklora.journal import Journal
 from paris_ray.zklora.ledger import SQLiteLedger
 from paris_ray.zklora.manifest import AdapterManifest, Base, ModuleTerms, build_manifest
@@ -766,7 +766,7 @@ DYING = """
 import os, signal, sys
 from pathlib import Path
 from paris_ray.zklora.escrow import Escrow, open_journal
-from paris_ray.zklora.identity import Identity
+from paris_ray.identity import Identity
 from paris_ray.zklora.ledger import SQLiteLedger
 
 class DyingLedger(SQLiteLedger):

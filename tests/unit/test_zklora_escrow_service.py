@@ -16,12 +16,12 @@ import pytest
 from paris_ray.artifacts import canonical_json
 from paris_ray.config import LoRAConfig
 from paris_ray.errors import ProtocolError, SignatureError, TradeError
+from paris_ray.identity import CERTIFICATE, Identity
 from paris_ray.receipts import State
 from paris_ray.signatures import SignedDocument
 from paris_ray.zklora.commitment import commit
 from paris_ray.zklora.escrow import STATEMENT, Escrow, open_journal
 from paris_ray.zklora.fixed_point import QuantisedModule
-from paris_ray.zklora.identity import CERTIFICATE, Identity
 from paris_ray.zklora.ledger import SQLiteLedger
 from paris_ray.zklora.manifest import MAX_BYTES, AdapterManifest, Base, build_manifest
 from paris_ray.zklora.parties.channel import Channel, serve

@@ -32,13 +32,13 @@ from paris_ray.errors import (
     SignatureError,
     VerificationError,
 )
+from paris_ray.identity import CERTIFICATE, KEY, MAX_CERTIFICATE, Identity, public_key_of
 from paris_ray.receipts import MAX_MODULES
 from paris_ray.signatures import SignedDocument, verify_signature
 from paris_ray.zklora import sealing
 from paris_ray.zklora.commitment import ModuleOpening, commit, open_commitments
 from paris_ray.zklora.field import ORDER
 from paris_ray.zklora.fixed_point import quantise
-from paris_ray.zklora.identity import CERTIFICATE, KEY, MAX_CERTIFICATE, Identity, public_key_of
 from paris_ray.zklora.manifest import (
     MAX_BYTES,
     MAX_POINTS,

@@ -8,8 +8,8 @@ import pytest
 
 from paris_ray.config import LoRAConfig
 from paris_ray.errors import ArtifactError
+from paris_ray.identity import Identity
 from paris_ray.zklora.adapter import PeftAdapter
-from paris_ray.zklora.identity import Identity
 from paris_ray.zklora.manifest import MANIFEST, Base
 from paris_ray.zklora.offer import KEY, SEALED, AskedTerms, load_offer, open_offer
 

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 from paris_ray.errors import ArtifactError, BudgetError, ProtocolError, SignatureError
+from paris_ray.identity import Identity
 from paris_ray.signatures import SignedDocument
-from paris_ray.zklora.identity import Identity
 from paris_ray.zklora.sessions import SessionJournal, SessionState
 from paris_ray.zklora.transcript import Log, LogSummary, RowLog, closing_statement
 

@@ -25,9 +25,9 @@ from numpy.typing import NDArray
 from paris_ray.artifacts import Folder, sha256_hex
 from paris_ray.bundle import load_bundle
 from paris_ray.errors import BudgetError, ConfigError, VerificationError
+from paris_ray.identity import Identity, public_key_of
 from paris_ray.receipts import RECEIPT, Mode, Receipt, State
 from paris_ray.reports import picture_grid, png_bytes
-from paris_ray.zklora.identity import Identity, public_key_of
 from paris_ray.zklora.inference import NumericsLog
 from paris_ray.zklora.manifest import AdapterManifest
 from paris_ray.zklora.parties.channel import Channel

@@ -5,6 +5,7 @@ What does not fit closes the connection, and nothing else.
 """
 
 import contextlib
+import itertools
 import logging
 import socket
 import ssl
@@ -28,7 +29,7 @@ from paris_ray.errors import (
     TradeError,
     VerificationError,
 )
-from paris_ray.zklora.identity import CERTIFICATE, KEY, Identity, public_key_of
+from paris_ray.identity import CERTIFICATE, KEY, Identity, public_key_of
 from paris_ray.zklora.parties.frames import (
     DEFAULTS,
     ConnectionLost,
@@ -216,7 +217,9 @@ class Server:
         self._limits = limits
         self._closed = threading.Event()
         self._lock = threading.Lock()
-        self._keys: dict[ssl.SSLSocket, str | None] = {}  # None: of a stranger; oldest first
+        self._arrivals = itertools.count()
+        self._strangers: dict[int, ssl.SSLSocket] = {}  # by when they came, whenever a thread ran
+        self._known: dict[ssl.SSLSocket, str] = {}
         self._accepting = threading.Thread(target=self._accept, daemon=True)
         self._accepting.start()
 
@@ -232,7 +235,7 @@ class Server:
         self._accepting.join()
         self._listener.close()
         with self._lock:
-            for connection in self._keys:
+            for connection in (*self._strangers.values(), *self._known):
                 _shut_down(connection)
 
     def _accept(self) -> None:
@@ -250,20 +253,21 @@ class Server:
     def _start(self, accepted: socket.socket) -> None:
         with contextlib.ExitStack() as undo:
             undo.callback(accepted.close)
-            threading.Thread(target=self._serve, args=(accepted,), daemon=True).start()
+            arguments = (accepted, next(self._arrivals))
+            threading.Thread(target=self._serve, args=arguments, daemon=True).start()
             undo.pop_all()  # it is the thread's now
 
-    def _serve(self, accepted: socket.socket) -> None:
+    def _serve(self, accepted: socket.socket, arrival: int) -> None:
         try:
             with accepted:
                 accepted.settimeout(self._limits.handshake_s)
                 tls = self._context.wrap_socket(
                     accepted, server_side=True, do_handshake_on_connect=False
                 )
-                with tls, self._registered(tls):
+                with tls, self._registered(tls, arrival):
                     tls.do_handshake()
                     peer = _identify(tls, self._pinned)
-                    self._admit(tls, peer.public_key)
+                    self._admit(tls, arrival, peer.public_key)
                     self._converse(tls, peer)
         except ConnectionLost as error:
             logger.info("a connection ended: %s", error)
@@ -273,31 +277,31 @@ class Server:
             logger.exception("a connection was closed by an error of ours")
 
     @contextlib.contextmanager
-    def _registered(self, connection: ssl.SSLSocket) -> Iterator[None]:
+    def _registered(self, connection: ssl.SSLSocket, arrival: int) -> Iterator[None]:
         """Count a stranger; if it is one too many, end the one that has had the most time."""
         with self._lock:
-            self._keys[connection] = None
-            strangers = [each for each, key in self._keys.items() if key is None]
-            if len(strangers) > self._limits.strangers:
-                del self._keys[strangers[0]]
-                _shut_down(strangers[0])
+            self._strangers[arrival] = connection
+            if len(self._strangers) > self._limits.strangers:
+                _shut_down(self._strangers.pop(min(self._strangers)))
         try:
             if self._closed.is_set():
                 raise ConnectionLost("the server is closed")
             yield
         finally:
             with self._lock:
-                self._keys.pop(connection, None)
+                self._strangers.pop(arrival, None)
+                self._known.pop(connection, None)
 
-    def _admit(self, connection: ssl.SSLSocket, key: str) -> None:
+    def _admit(self, connection: ssl.SSLSocket, arrival: int, key: str) -> None:
         """Count a stranger as who it is; raises ProtocolError if there is no place."""
         with self._lock:
-            keys = [each for each in self._keys.values() if each is not None]
+            keys = list(self._known.values())
             if len(keys) >= self._limits.connections:
                 raise ProtocolError(f"{len(keys)} connections are open")
             if keys.count(key) >= self._limits.connections_a_peer:
                 raise ProtocolError(f"{key} has {keys.count(key)} connections")
-            self._keys[connection] = key
+            self._strangers.pop(arrival, None)
+            self._known[connection] = key
 
     def _converse(self, tls: ssl.SSLSocket, peer: Peer) -> None:
         limits = self._limits

@@ -22,10 +22,10 @@ from safetensors.numpy import load_file, save_file
 
 from paris_ray.artifacts import Folder
 from paris_ray.errors import ConfigError, ParisError, ProtocolError, TradeError
+from paris_ray.identity import Identity
 from paris_ray.receipts import State
 from paris_ray.signatures import SignedDocument
 from paris_ray.zklora.fixed_point import Int16, Int64, check_rows
-from paris_ray.zklora.identity import Identity
 from paris_ray.zklora.manifest import MANIFEST, AdapterManifest
 from paris_ray.zklora.offer import KEY, SEALED, load_offer
 from paris_ray.zklora.parties.channel import Peer, Server, serve

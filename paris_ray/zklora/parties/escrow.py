@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 
 from paris_ray.artifacts import canonical_json, sha256_hex
 from paris_ray.errors import ProtocolError
+from paris_ray.identity import Identity, public_key_of
 from paris_ray.signatures import SignedDocument
 from paris_ray.zklora.escrow import STATEMENT, Escrow
-from paris_ray.zklora.identity import Identity, public_key_of
 from paris_ray.zklora.manifest import MAX_BYTES, MAX_SEALED_BYTES
 from paris_ray.zklora.parties.channel import Channel, Peer, Traffic, serve
 from paris_ray.zklora.parties.frames import Limits, Message, Sizes

@@ -14,6 +14,7 @@ from typing import Any
 
 from paris_ray.artifacts import Folder, canonical_json, read_manifest, sha256_hex
 from paris_ray.errors import ArtifactError, TradeError, VerificationError
+from paris_ray.identity import Identity, public_key_of
 from paris_ray.models.peft_layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS, LORA
 from paris_ray.receipts import (
     ADAPTER_ID,
@@ -26,7 +27,6 @@ from paris_ray.receipts import (
 )
 from paris_ray.zklora.adapter import write_peft
 from paris_ray.zklora.fixed_point import QuantisedModule
-from paris_ray.zklora.identity import Identity, public_key_of
 from paris_ray.zklora.inference import ModuleNumerics, NumericsLog
 from paris_ray.zklora.manifest import AdapterManifest
 from paris_ray.zklora.parties.channel import Channel

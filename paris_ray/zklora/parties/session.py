@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 
 from paris_ray.artifacts import canonical_json
 from paris_ray.errors import ProtocolError, VerificationError
+from paris_ray.identity import Identity
 from paris_ray.signatures import SignedDocument
 from paris_ray.zklora.fixed_point import Int16, Int64
-from paris_ray.zklora.identity import Identity
 from paris_ray.zklora.manifest import AdapterManifest
 from paris_ray.zklora.parties.channel import Channel
 from paris_ray.zklora.parties.evidence import (

@@ -15,9 +15,9 @@ from torch import Tensor
 from paris_ray.bundle import Bundle, load_bundle
 from paris_ray.errors import ProtocolError, VerificationError
 from paris_ray.evaluation.denoising import denoising_losses
+from paris_ray.identity import Identity
 from paris_ray.models import Expert
 from paris_ray.zklora.curve import Equation, check_equations
-from paris_ray.zklora.identity import Identity
 from paris_ray.zklora.inference import NumericsLog, adapt, count_rows
 from paris_ray.zklora.manifest import AdapterManifest
 from paris_ray.zklora.offer import base_of_expert

@@ -1,4 +1,4 @@
-"""Who a party is: an Ed25519 key and the self-signed certificate that others pin.
+"""Who somebody is: an Ed25519 key and the self-signed certificate that others pin.
 
 key.pem (nobody else may read it)  certificate.pem (to be given away)
 

@@ -24,6 +24,7 @@ from safetensors import SafetensorError
 from paris_ray.errors import ArtifactError
 from paris_ray.json_documents import load_json
 from paris_ray.storage import StoreFile, disk_is_full, is_uri, joined_uri, open_store, replacing
+from paris_ray.traffic import note_read, note_written
 
 SCHEMA_VERSION = 1
 STREAMED_BYTES = 1 << 23  # of a request to a store; much less would take as many round trips more
@@ -137,6 +138,7 @@ class Folder:
         """
         with self._told(name):
             file = self._filesystem.open_input_file(self._full(name))
+        note_read(f"{self.uri}/{name}", file.size)
         if self.is_local:
             return file
         return PythonFile(StoreFile(file, partial(self._told, name)), mode="r")
@@ -150,9 +152,13 @@ class Folder:
             ArtifactError: if the file does not exist.
         """
         with self._told(name):
+            note_read(f"{self.uri}/{name}", partial(self._size, name))
             return self._filesystem.open_input_stream(
                 self._full(name), compression=None, buffer_size=STREAMED_BYTES
             )
+
+    def _size(self, name: str) -> int:
+        return int(self._filesystem.get_file_info(self._full(name)).size or 0)
 
     @contextmanager
     def _told(self, name: str) -> Iterator[None]:
@@ -224,6 +230,7 @@ class Folder:
         try:
             with self._written(name) as path:
                 yield path
+            note_written(f"{self.uri}/{name}", partial(self._size, name))
         except (OSError, SafetensorError) as error:
             remedy = ""
             if disk_is_full(error):
@@ -486,6 +493,7 @@ class VerifiedFolder:
         """Compare a file with its digest, in pieces."""
         if not path.is_file():
             raise ArtifactError(f"{self.folder.uri}/{name} does not exist")
+        note_read(f"{self.folder.uri}/{name}", lambda: path.stat().st_size)
         if self.digests is None:
             return
         with path.open("rb") as stream:

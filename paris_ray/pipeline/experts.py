@@ -26,8 +26,10 @@ from paris_ray.pipeline.placement import on_reserved_device, placed
 from paris_ray.pipeline.progress import ProgressFile, Task, watch
 from paris_ray.pipeline.samples import SampleGrid
 from paris_ray.pipeline.stage import Stage, start_parent
+from paris_ray.planning.ledger import bytes_by_category, describe
 from paris_ray.run import EXPERT, EXPERT_WEIGHTS, SEED, SHARD, Run
 from paris_ray.seeding import derive_seed
+from paris_ray.traffic import recorded
 from paris_ray.training.expert import ExpertData, train_expert
 from paris_ray.training.isolation import isolated
 
@@ -84,6 +86,7 @@ def _train(run: Run, setups: Mapping[int, Config], stages: Mapping[int, Stage]) 
             if error is None:
                 report = ray.get(tasks[name].result)
                 stages[report["expert"]].publish(report)
+                logger.info("%s: %s", name, describe(report["bytes"]))
             else:
                 failed.append(f"{name}: {error}")
     return failed
@@ -132,15 +135,17 @@ def _expert_data(run: Run, expert: int) -> ExpertData:
 def train_one_expert(setup: Config, expert: int) -> dict[str, Any]:
     """Train one expert on its shard and draw sample grids; return a small report."""
     run = Run(setup)
-    report = train_and_draw(
-        setup,
-        _expert_data(run, expert),
-        name=f"expert-{expert}",
-        seed=derive_seed(setup.seed, "expert", expert),
-        output=run.expert(expert),
-    )
+    with recorded() as traffic:
+        report = train_and_draw(
+            setup,
+            _expert_data(run, expert),
+            name=f"expert-{expert}",
+            seed=derive_seed(setup.seed, "expert", expert),
+            output=run.expert(expert),
+        )
     rows = read_manifest(run.shard(expert), SHARD).facts["rows"]
-    return {"expert": expert, "rows": rows, **report}
+    moved = bytes_by_category(traffic, run, expert, setup.training.init_from)
+    return {"expert": expert, "rows": rows, "bytes": moved, **report}
 
 
 def train_and_draw(

@@ -30,6 +30,7 @@ from paris_ray.run import (
     EVALUATION,
     EXPERT,
     EXPERT_WEIGHTS,
+    MODEL_CONFIG,
     ROUTER,
     SEED,
     SHARD,
@@ -83,6 +84,21 @@ def test_shards_are_disjoint_and_complete(finished: Run, num_good_rows: int) -> 
     assert read_manifest(finished.clusters, CLUSTERS).facts["sizes"] == [
         read_manifest(finished.shard(k), SHARD).facts["rows"] for k in range(3)
     ]
+
+
+def test_the_ledger_tells_what_every_expert_moved_and_that_nothing_came_of_others(
+    finished: Run,
+) -> None:
+    for k in range(3):
+        facts = read_manifest(finished.expert(k), EXPERT).facts
+        read, written = facts["bytes"]["read"], facts["bytes"]["written"]
+        assert read["other experts"] == written["other experts"] == 0
+        assert {"elsewhere", "other"}.isdisjoint({*read, *written})
+        shard = finished.shard(k)
+        assert read["shard"] == sum(len(shard.read(name)) for name in shard.files())
+        assert written["weights"] == sum(
+            len(finished.expert(k).read(name)) for name in (MODEL_CONFIG, EXPERT_WEIGHTS)
+        )
 
 
 def test_held_out_rows_are_in_no_shard_but_by_cluster_beside_them(finished: Run) -> None:

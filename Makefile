@@ -14,7 +14,8 @@ help:
 	@echo "                  10,000 of each kind of file that strangers make: hours"
 	@echo "make chaos        what make test has a short form of: trainings, workers, nodes, parties of ZKLoRA that are killed,"
 	@echo "                  an application that changes under load, also with HAProxy, unsafe starts, stores that fail"
-	@echo "make soak         half an hour of load, cancels and kills (MINUTES=30); needs the quickstart's bundle"
+	@echo "make soak         half an hour of load, cancels and kills of serving (needs the quickstart's bundle), and half an hour of"
+	@echo "                  trainings that are killed and whose storage fails (needs root, for a small disk); MINUTES=30"
 	@echo "make bench        write the numbers of docs/results.md and docs/zklora.md"
 	@echo "make bench-data   of these, a corpus of ten million rows (needs runs/bench/quickstart, which bench makes)"
 	@echo "make bench-filters   a million rows compared by their features and by hashes of their pictures; languages of short captions"
@@ -55,6 +56,7 @@ BUNDLE ?= runs/quickstart/bundle
 
 soak: $(VENV)/test
 	$(PY) tests/benchmarks/soak.py --bundle $(BUNDLE) --minutes $(MINUTES)
+	$(PY) -m tests.chaos.soak --minutes $(MINUTES)
 
 bench: $(VENV)/test
 	$(PY) tests/benchmarks/results.py --write docs/results.md

@@ -12,7 +12,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from pathlib import Path
@@ -23,13 +23,22 @@ from safetensors import SafetensorError
 
 from paris_ray.errors import ArtifactError
 from paris_ray.json_documents import load_json
-from paris_ray.storage import StoreFile, disk_is_full, is_uri, joined_uri, open_store, replacing
+from paris_ray.storage import (
+    StoreFile,
+    disk_is_full,
+    is_uri,
+    joined_uri,
+    open_store,
+    replacing,
+    temporary_folder,
+)
 from paris_ray.traffic import note_read, note_written
 
 SCHEMA_VERSION = 1
 STREAMED_BYTES = 1 << 23  # of a request to a store; much less would take as many round trips more
 LISTINGS = 10  # of a folder that others write to; one in a thousand fails
 MANIFEST = "manifest.json"
+_COPY = "copy"  # of a file of a store, in a folder of its own on this machine
 RESOLVED_CONFIG = "resolved_config.yaml"
 TIMINGS = "timings.jsonl"
 PROGRESS = "progress.json"
@@ -128,7 +137,8 @@ class Folder:
 
     def modified(self, name: str) -> int:
         """Return when a file was written, Unix time in seconds."""
-        return int(self._filesystem.get_file_info(self._full(name)).mtime_ns // 10**9)
+        with self._told(name):
+            return int(self._filesystem.get_file_info(self._full(name)).mtime_ns // 10**9)
 
     def open(self, name: str) -> NativeFile:
         """Return a file for reading at any position, opened; the caller closes it.
@@ -161,15 +171,16 @@ class Folder:
         return int(self._filesystem.get_file_info(self._full(name)).size or 0)
 
     @contextmanager
-    def _told(self, name: str) -> Iterator[None]:
-        """Tell in our words why a file cannot be looked up, opened, read or deleted."""
+    def _told(self, name: str, done: str = "read") -> Iterator[None]:
+        """Tell in our words why something cannot be `done` to a file, or to the folder itself."""
+        what = f"{self.uri}/{name}" if name else self.uri
         try:
             yield
         except FileNotFoundError:
-            raise ArtifactError(f"{self.uri}/{name} does not exist") from None
+            raise ArtifactError(f"{what} does not exist") from None
         except OSError as error:
             remedy = _make_room(f"{tempfile.gettempdir()} (TMPDIR)") if disk_is_full(error) else ""
-            raise ArtifactError(f"{self.uri}/{name} cannot be read: {error}{remedy}") from None
+            raise ArtifactError(f"{what} cannot be {done}: {error}{remedy}") from None
 
     def read(self, name: str) -> bytes:
         """Return a file's bytes.
@@ -205,9 +216,9 @@ class Folder:
             with self.open(name):
                 yield Path(self._full(name))
             return
-        with tempfile.NamedTemporaryFile(prefix="paris_ray-") as copy:
-            self.download(name, Path(copy.name))
-            yield Path(copy.name)
+        with temporary_folder() as copies:
+            self.download(name, copies / _COPY)
+            yield copies / _COPY
 
     def download(self, name: str, target: Path) -> None:
         """Copy a file to a path on this machine.
@@ -246,11 +257,11 @@ class Folder:
             with replacing(Path(target)) as temporary:
                 yield temporary
             return
-        with tempfile.NamedTemporaryFile(prefix="paris_ray-") as file:
-            yield Path(file.name)
+        with temporary_folder() as copies:
+            yield copies / _COPY
             # In one call, which no signal cuts short: a stream that is closed half way appears.
             here = fs.LocalFileSystem()
-            fs.copy_files(file.name, target, here, self._filesystem, use_threads=False)
+            fs.copy_files(str(copies / _COPY), target, here, self._filesystem, use_threads=False)
 
     def read_json(self, name: str) -> Any:
         """Return a parsed JSON file.
@@ -267,25 +278,28 @@ class Folder:
     def delete(self, name: str) -> None:
         """Delete a file if it is there; another may do so meanwhile."""
         if self.exists(name):
-            with self._told(name), suppress(FileNotFoundError):
+            with self._told(name, "deleted"), suppress(FileNotFoundError):
                 self._filesystem.delete_file(self._full(name))
 
     def clear(self) -> None:
         """Delete everything in the folder; who holds a lock there keeps it."""
-        if not self.exists(LOCKS):
-            self._filesystem.delete_dir_contents(self._path, missing_dir_ok=True)
-            return
-        for info in self._filesystem.get_file_info(fs.FileSelector(self._path)):
-            if info.type == fs.FileType.File:
-                self._filesystem.delete_file(info.path)
-            elif info.base_name != LOCKS:
-                self._filesystem.delete_dir(info.path)
+        keeps_locks = self.exists(LOCKS)
+        with self._told("", "cleared"):
+            if not keeps_locks:
+                self._filesystem.delete_dir_contents(self._path, missing_dir_ok=True)
+                return
+            for info in self._filesystem.get_file_info(fs.FileSelector(self._path)):
+                if info.type == fs.FileType.File:
+                    self._filesystem.delete_file(info.path)
+                elif info.base_name != LOCKS:
+                    self._filesystem.delete_dir(info.path)
 
     def files(self) -> list[str]:
         """Return the relative names of all finished files below the folder, sorted."""
         if not self.exists():
             return []
-        infos = self._listed()
+        with self._told("", "listed"):
+            infos = self._listed()
         names = [os.path.relpath(i.path, self._path) for i in infos if i.type == fs.FileType.File]
         return sorted(name for name in names if ".tmp-" not in name)
 
@@ -482,8 +496,9 @@ class VerifiedFolder:
         return root
 
     def _download(self, names: Sequence[str]) -> Path:
-        root = Path(tempfile.mkdtemp(prefix="paris_ray-"))
-        atexit.register(shutil.rmtree, root, ignore_errors=True)
+        kept = ExitStack()
+        root = kept.enter_context(temporary_folder())
+        atexit.register(kept.close)
         for name in names:
             (root / name).parent.mkdir(parents=True, exist_ok=True)
             self.folder.download(name, root / name)

@@ -1,13 +1,16 @@
 """What storage does beneath artefacts: files that appear whole, full disks, places out of reach."""
 
 import errno
+import fcntl
 import glob
 import os
 import posixpath
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit, urlunsplit
@@ -25,6 +28,8 @@ CONNECT_TIMEOUT_S = 5.0
 ANSWER_TIMEOUT_S = 10.0
 ATTEMPTS = 2
 WEB_ANSWER_TIMEOUT_S = 30.0  # without a byte from a web server; fsspec would wait for minutes
+_COPIES = "paris_ray_copies-"
+_LOCKED_WITHIN_S = 60.0  # of its making: what is younger may have a maker who has not yet
 _SECRETS = ("sig", "token", "secret", "key", "credential", "password")  # in names of options
 
 
@@ -54,6 +59,38 @@ def _remove(stale: Path) -> None:
         shutil.rmtree(stale, ignore_errors=True)
     else:
         stale.unlink(missing_ok=True)
+
+
+@contextmanager
+def temporary_folder() -> Iterator[Path]:
+    """Give a folder for copies on this machine's disk, which is gone afterwards.
+
+    If the process is killed meanwhile, the folder stays until another process makes one.
+    """
+    _sweep(tempfile.gettempdir())
+    folder = Path(tempfile.mkdtemp(prefix=_COPIES))
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # where there are no locks, nobody sweeps
+            fcntl.flock(descriptor, fcntl.LOCK_SH)  # as long as this process lives
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        os.close(descriptor)
+
+
+@cache
+def _sweep(root: str) -> None:
+    """Remove what processes left that were killed, once in the life of this one."""
+    for folder in Path(root).glob(f"{_COPIES}*"):
+        with suppress(OSError):  # somebody else's, in use, or gone meanwhile
+            descriptor = os.open(folder, os.O_RDONLY)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if time.time() - folder.stat().st_mtime > _LOCKED_WITHIN_S:
+                    shutil.rmtree(folder, ignore_errors=True)
+            finally:
+                os.close(descriptor)
 
 
 def disk_is_full(error: BaseException) -> bool:

@@ -11,10 +11,9 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Literal
 
-from s3_server import BUCKET, REGION
-
 from jobs.local_cluster import LOOPBACK
 from paris_ray.artifacts import Folder
+from tests.s3_server import BUCKET, REGION
 
 Fault = Literal["500", "503", "reset", "cut", "hang", "slow"]
 HANG_S = 600.0

@@ -40,7 +40,11 @@ def draw_shape(colour: str, shape: str, shift: int) -> Image.Image:
 @pytest.fixture(scope="session")
 def shapes_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An image folder of shapes, with five kinds of bad rows and a duplicate among them."""
-    folder = tmp_path_factory.mktemp("shapes")
+    return write_shapes(tmp_path_factory.mktemp("shapes"))
+
+
+def write_shapes(folder: Path) -> Path:
+    """Write that image folder; return it."""
     rows = []
     for i in range(NUM_GOOD):
         colour, shape = COLOURS[i % 6], SHAPES[i // 6 % 4]
@@ -61,9 +65,14 @@ def shapes_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_overrides(shapes_corpus: Path) -> list[str]:
     """The overrides, all but run_dir, of a run that takes seconds."""
+    return overrides(shapes_corpus)
+
+
+def overrides(corpus: Path) -> list[str]:
+    """Return those overrides for an image folder of shapes."""
     return [
         "corpus.kind=image_folder",
-        f"corpus.path={shapes_corpus}",
+        f"corpus.path={corpus}",
         "corpus.rows_per_shard=16",
         r"corpus.attributes=a (?P<colour>\w+) (?P<shape>\w+)",
         "text.token_states=6",

@@ -10,7 +10,8 @@ from pathlib import Path
 import psutil
 import pyarrow.parquet as pq
 import pytest
-from s3_server import BUCKET, SECRET, S3Server, s3_server
+
+from tests.s3_server import BUCKET, SECRET, S3Server, s3_server
 
 pytestmark = pytest.mark.ray
 

@@ -12,12 +12,12 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
-from s3_server import BUCKET, s3_server
 
 from paris_ray import run_lock
 from paris_ray.artifacts import Folder
 from paris_ray.errors import ArtifactError, LockError
 from paris_ray.run_lock import Claim, locked
+from tests.s3_server import BUCKET, s3_server
 from tests.serve.waiting import wait_until
 
 REPOSITORY = Path(__file__).resolve().parents[2]

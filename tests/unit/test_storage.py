@@ -1,18 +1,23 @@
 """Storage beneath artefacts: what counts as a full disk, and stores that do not answer."""
 
 import errno
+import os
 import socket
+import subprocess
+import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
 
 import pytest
 from safetensors import SafetensorError
 
 from paris_ray import storage
 from paris_ray.errors import ArtifactError
-from paris_ray.storage import disk_is_full, reach
+from paris_ray.storage import disk_is_full, reach, temporary_folder
 
 
 @pytest.mark.parametrize(
@@ -28,6 +33,48 @@ from paris_ray.storage import disk_is_full, reach
 )
 def test_what_a_full_disk_is(error: Exception, full: bool) -> None:
     assert disk_is_full(error) == full
+
+
+HOLD = """
+import sys, time
+from paris_ray.storage import temporary_folder
+with temporary_folder() as folder:
+    print(folder, flush=True)
+    sys.stdin.read()
+"""
+
+
+def start_holder(root: Path) -> tuple["subprocess.Popen[str]", Path]:
+    """Start a process that uses a temporary folder until it is told to end; return it too."""
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLD],
+        env=os.environ | {"TMPDIR": str(root)},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert holder.stdout is not None
+    return holder, Path(holder.stdout.readline().strip())
+
+
+def test_copies_of_a_killed_process_are_removed_by_the_next_those_in_use_are_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    holder, in_use = start_holder(tmp_path)
+    killed, left = start_holder(tmp_path)
+    young_one, young = start_holder(tmp_path)
+    for process in (killed, young_one):
+        process.kill()
+        process.communicate()
+    long_ago = time.time() - 3600
+    for folder in (in_use, left):
+        (folder / "copy").write_bytes(b"large")
+        os.utime(folder, (long_ago, long_ago))
+    with temporary_folder() as own:
+        assert {*tmp_path.iterdir()} == {own, in_use, young}
+    holder.communicate()
+    assert {*tmp_path.iterdir()} == {young}
 
 
 def uri(port: int) -> str:

@@ -15,9 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from faulty_store import Fault, faulty_store, folder_at
 from fsspec.implementations.memory import MemoryFile
-from s3_server import KEY, SECRET, S3Server, s3_server
 from training_shards import TRAINING, Stop, carry_on, stop_at, train, write_shard
 
 from paris_ray.artifacts import CHECKPOINT, Folder, VerifiedFolder, publish
@@ -28,6 +26,8 @@ from paris_ray.errors import ArtifactError, ParisError, TrainingError
 from paris_ray.export import write_bundle
 from paris_ray.pipeline.accounts import Account, write_account
 from paris_ray.training.data import load_dataset
+from tests.faulty_store import Fault, faulty_store, folder_at
+from tests.s3_server import KEY, SECRET, S3Server, s3_server
 
 IDENTITY = {"config_digest": "c", "parents": {"corpus": "p"}, "facts": {}}
 RANDOM = np.random.default_rng(0).integers(0, 256, 1 << 20, np.uint8).tobytes()

@@ -27,6 +27,8 @@ LOOPBACK = "127.0.0.1"
 LOOPBACK_ONLY = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 # Ray's HTTP proxy reads it when it starts; serve/gate.py says what for.
 SERVE_EDGE = {"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serve.gate:edge"}
+# On a busy machine the proxy takes longer to start than the 5 s after which Serve would kill it.
+SERVE_PATIENCE = {"RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60"}
 DASHBOARD_PORT = 8265
 START_TIMEOUT_S = 60
 STOP_TIMEOUT_S = 30
@@ -59,7 +61,7 @@ class LocalCluster:
             "RAY_AUTH_TOKEN_PATH": str(self.token_file),
             "RAY_ADDRESS": self.dashboard_url,
         }
-        return others | LOOPBACK_ONLY | SERVE_EDGE | ours
+        return others | LOOPBACK_ONLY | SERVE_EDGE | SERVE_PATIENCE | ours
 
     def headers(self) -> dict[str, str]:
         """Return the HTTP headers that the dashboard's APIs ask for."""

@@ -17,7 +17,7 @@ from hypothesis import settings
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import BertConfig, BertModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from jobs.local_cluster import LOOPBACK_ONLY, SERVE_EDGE
+from jobs.local_cluster import LOOPBACK_ONLY, SERVE_EDGE, SERVE_PATIENCE
 from paris_ray.artifacts import Folder, VerifiedFolder, publish
 from paris_ray.bundle import (
     Bundle,
@@ -42,7 +42,7 @@ from paris_ray.training.distil import write_single_router
 
 # Ray reads these when it is imported; unset, a local Ray would write a token to the home folder.
 os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
-os.environ |= LOOPBACK_ONLY | SERVE_EDGE
+os.environ |= LOOPBACK_ONLY | SERVE_EDGE | SERVE_PATIENCE
 
 # Seconds are no property of the code, and a busy machine is no failure.
 settings.register_profile("no deadline", deadline=None)

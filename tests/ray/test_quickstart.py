@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from jobs.local_cluster import LocalCluster, free_port
+from tests.ray.ports import protections
 
 pytestmark = [pytest.mark.ray, pytest.mark.serve]
 
@@ -52,6 +53,7 @@ def test_quickstart_draws_over_http_and_stops_what_it_started(
         assert head is not None
         family = [head, *head.children(recursive=True)]
         assert _listening_on(family) <= {"127.0.0.1", "::ffff:127.0.0.1", "::1"}
+        assert protections(family) == _documented_protections()
     finally:
         stopped = subprocess.run(
             [sys.executable, "-m", "jobs.stop", str(run_dir)],
@@ -83,6 +85,14 @@ def _listening_on(family: list[psutil.Process]) -> set[str]:
     others = [process for process in family if "ServeReplica" not in "".join(process.cmdline())]
     connections = [c for process in others for c in process.net_connections("tcp")]
     return {c.laddr.ip for c in connections if c.status == psutil.CONN_LISTEN}
+
+
+def _documented_protections() -> set[tuple[str, str]]:
+    """Return the rows of the table of ports in docs/operations.md: process and answer."""
+    text = (REPOSITORY / "docs/operations.md").read_text()
+    table = text.partition("| process | port |")[2].partition("\n\n")[0]
+    rows = [[cell.strip() for cell in line.split("|")] for line in table.splitlines()[2:]]
+    return {(process.strip("`"), answer.strip("`")) for _, process, _, answer, *_ in rows}
 
 
 def _is_alive(process: psutil.Process) -> bool:

@@ -17,6 +17,7 @@ from jobs.local_cluster import LOOPBACK
 # Calls of the object manager are in no module that Ray generates for Python.
 OBJECT_MANAGER = [f"/ray.rpc.ObjectManagerService/{name}" for name in ("Push", "Pull")]
 PATHS = ("/api/jobs/", "/metrics", "/api/serve/applications/", "/logs")
+NAMED = {"ray::DashboardAgent", "ray::RuntimeEnvAgent", "ray::ProxyActor"}
 REFUSED = {"UNAUTHENTICATED", "UNIMPLEMENTED"}  # the latter of services of other ports
 
 
@@ -51,12 +52,13 @@ def protections(family: list[psutil.Process]) -> set[tuple[str, str]]:
 def kind_of(process: psutil.Process) -> str:
     """Return what a process is: the name that Ray gives it, as far as it is always the same."""
     command = process.cmdline()
-    title = command[0].partition(" ")[0]
+    title = command[0].partition(" ")[0].partition(".")[0]  # an actor's call follows its class
     if title.startswith("ray::"):
-        return title if title.endswith(("Agent", "Actor", "Controller")) else "workers, replicas"
+        return title if title in NAMED else "actors, tasks"
     if "ray.util.client.server" in command:
         return "client server"
-    return "dashboard" if "dashboard.py" in " ".join(command) else title.rpartition("/")[2]
+    is_dashboard = title.startswith("ray-dashboard") or "dashboard.py" in " ".join(command)
+    return "dashboard" if is_dashboard else command[0].rpartition("/")[2]
 
 
 def what_a_stranger_gets(port: int) -> str:

@@ -70,7 +70,7 @@ class Trouble:
         ended = threading.Event()
 
         def act() -> None:
-            while not ended.wait(self._chance.uniform(0.5, 4)):
+            while not ended.wait(self._chance.uniform(2, 12)):
                 self._chance.choice([self._kill, self._preempt, self._fill, self._fail])()
 
         thread = threading.Thread(target=act)

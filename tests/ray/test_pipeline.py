@@ -18,11 +18,11 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from jobs.command import mendable
-from paris_ray.artifacts import REPORT, Folder, Manifest, read_manifest
+from paris_ray.artifacts import MANIFEST, REPORT, Folder, Manifest, read_manifest
 from paris_ray.bundle import load_bundle
 from paris_ray.config import Config
 from paris_ray.corpora import list_shards
-from paris_ray.embeddings import read_table, tensor_column
+from paris_ray.embeddings import NULL_TEXT, part_names, read_table, tensor_column
 from paris_ray.errors import ArtifactError, CorpusError, TrainingError
 from paris_ray.run import (
     CLUSTERS,
@@ -95,7 +95,8 @@ def test_the_ledger_tells_what_every_expert_moved_and_that_nothing_came_of_other
         assert read["other experts"] == written["other experts"] == 0
         assert {"elsewhere", "other"}.isdisjoint({*read, *written})
         shard = finished.shard(k)
-        assert read["shard"] == sum(len(shard.read(name)) for name in shard.files())
+        names = [MANIFEST, NULL_TEXT, *part_names(shard)]
+        assert read["shard"] == sum(len(shard.read(name)) for name in names)
         assert written["weights"] == sum(
             len(finished.expert(k).read(name)) for name in (MODEL_CONFIG, EXPERT_WEIGHTS)
         )

@@ -3,6 +3,7 @@
 import importlib
 import pkgutil
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import cache
 from types import ModuleType
 
@@ -12,7 +13,7 @@ import psutil
 import ray.core.generated
 import ray.serve.generated
 
-from jobs.local_cluster import LOOPBACK
+from jobs.local_cluster import LOOPBACK, port_is_free
 
 # Calls of the object manager are in no module that Ray generates for Python.
 OBJECT_MANAGER = [f"/ray.rpc.ObjectManagerService/{name}" for name in ("Push", "Pull")]
@@ -41,12 +42,16 @@ def _messages(package: ModuleType) -> Iterator[ModuleType]:
 
 def protections(family: list[psutil.Process]) -> set[tuple[str, str]]:
     """Return the kinds of processes that listen, and what a stranger gets there."""
-    return {
-        (kind_of(process), what_a_stranger_gets(connection.laddr.port))
-        for process in family
-        for connection in process.net_connections("tcp")
-        if connection.status == psutil.CONN_LISTEN
-    }
+    found = set()
+    for process in family:
+        with suppress(psutil.NoSuchProcess):  # Ray ends workers that are idle
+            kind = kind_of(process)
+            for connection in process.net_connections("tcp"):
+                port = connection.laddr.port
+                if connection.status == psutil.CONN_LISTEN:
+                    answer = what_a_stranger_gets(port)
+                    found |= set() if port_is_free(port) else {(kind, answer)}
+    return found
 
 
 def kind_of(process: psutil.Process) -> str:

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import httpx
@@ -82,9 +83,13 @@ def _listening_on(family: list[psutil.Process]) -> set[str]:
     Serve's replicas stand apart: Ray opens their internal port on all interfaces, and asks for the
     token there.
     """
-    others = [process for process in family if "ServeReplica" not in "".join(process.cmdline())]
-    connections = [c for process in others for c in process.net_connections("tcp")]
-    return {c.laddr.ip for c in connections if c.status == psutil.CONN_LISTEN}
+    found = set()
+    for process in family:
+        with suppress(psutil.NoSuchProcess):  # Ray ends workers that are idle
+            if "ServeReplica" not in "".join(process.cmdline()):
+                connections = process.net_connections("tcp")
+                found |= {c.laddr.ip for c in connections if c.status == psutil.CONN_LISTEN}
+    return found
 
 
 def _documented_protections() -> set[tuple[str, str]]:

@@ -62,8 +62,9 @@ def kind_of(process: psutil.Process) -> str:
         return title if title in NAMED else "actors, tasks"
     if "ray.util.client.server" in command:
         return "client server"
-    is_dashboard = title.startswith("ray-dashboard") or "dashboard.py" in " ".join(command)
-    return "dashboard" if is_dashboard else command[0].rpartition("/")[2]
+    if title.startswith("ray-dashboard") or "dashboard.py" in " ".join(command):
+        return "dashboard"
+    return "autoscaler" if "autoscaler" in " ".join(command) else command[0].rpartition("/")[2]
 
 
 def what_a_stranger_gets(port: int) -> str:

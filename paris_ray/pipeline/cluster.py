@@ -17,7 +17,13 @@ from paris_ray.artifacts import (
     publish,
     read_manifest,
 )
-from paris_ray.cluster_facts import MAX_WORD_LENGTH, ClusterFacts, write_clusters
+from paris_ray.cluster_facts import (
+    MAX_WORD_LENGTH,
+    TOLD_PICTURES,
+    TOLD_WORDS,
+    ClusterFacts,
+    write_clusters,
+)
 from paris_ray.clustering import Clustering, fit_clustering, random_clusters
 from paris_ray.config import Config
 from paris_ray.embeddings import (
@@ -53,7 +59,6 @@ MAX_FIT_ROWS = 200_000
 MIN_SPLIT_TASKS = 64  # as many as there are files, if there are fewer; a shard has a file of each
 SPLIT_TASK_ROWS = 20_000  # about so many does one task hold in memory
 MAX_SHARED_ROWS = 100_000
-TOLD_PICTURES, TOLD_WORDS = 6, 8  # of a cluster, in a bundle
 
 
 def prepare_clusters(config: Config, embeddings: Manifest) -> Manifest:

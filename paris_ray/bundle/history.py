@@ -16,7 +16,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from paris_ray.artifacts import VerifiedFolder
 from paris_ray.config import MAX_EXPERTS
-from paris_ray.errors import BundleError, SignatureError
+from paris_ray.errors import BundleError, ConfigError, SignatureError
 from paris_ray.signatures import SignedDocument, Signer
 
 FILE = "history.json"
@@ -100,6 +100,7 @@ class Entry:
         return {k: v for k, v in asdict(self).items() if k not in ("signed_by", "signature")}
 
 
+_LINE = TypeAdapter(Line)
 _ENTRIES = TypeAdapter(Annotated[list[Entry], Field(min_length=1, max_length=MAX_ENTRIES)])
 History = tuple[Entry, ...]
 EXPORTED: History = (Entry(event="exported"),)
@@ -109,6 +110,16 @@ LEFT, CAME = {"weights_before"}, {"weights_after", "rows_after"}
 NEEDED = {"added": CHANGE | CAME, "replaced": CHANGE | LEFT | CAME, "retired": CHANGE | LEFT}
 OPTIONAL = {"added": set[str](), "replaced": {"rows_before"}, "retired": {"rows_before"}}
 SIGNED = {"signed_by", "signature"}
+
+
+def check_whose(whose: str | None) -> None:
+    """Raise ConfigError unless a history can say so."""
+    try:
+        if whose is not None:
+            _LINE.validate_python(whose)
+    except ValidationError:
+        allowed = "one line of at most 200 characters, without |, < and >"
+        raise ConfigError(f"data_of={whose!r} is not allowed: {allowed}") from None
 
 
 def write_history(history: History) -> bytes:

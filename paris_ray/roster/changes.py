@@ -24,7 +24,7 @@ from paris_ray.artifacts import (
     sha256_hex,
 )
 from paris_ray.bundle import Bundle, BundleFacts, bundle_digest, load_bundle
-from paris_ray.bundle.history import Entry, Rows, origins
+from paris_ray.bundle.history import Entry, Rows, check_whose, origins
 from paris_ray.cluster_facts import write_clusters
 from paris_ray.config import MAX_EXPERTS, Config, identity
 from paris_ray.errors import ArtifactError, BundleError, ConfigError
@@ -155,6 +155,7 @@ class Roster:
         """
         if change.event == "added" and options.method == "none":
             raise ConfigError("refit='none' is not allowed: nothing would be routed to it")
+        check_whose(change.whose)
         config_digest, parents = self._identity(change, options)
         folder = Folder(output)
         with locked(folder / LOCKS, folder.uri) as held:

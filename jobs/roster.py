@@ -11,6 +11,11 @@ digests of their weights, whatever their numbers are by now. docs/roster.md has 
     python -m jobs.roster replace --bundle runs/quickstart/bundle --index 3 \
         --expert runs/other/experts/expert_0 --rows runs/other/clusters/shards/cluster=0 \
         --data-of "Museum of Cats, CC BY 4.0" --identity keys/me --output bundles/cats
+
+split writes no bundle, but a run whose two shards are the halves of a cluster, to train two experts
+on: one to replace the old one, the other to add.
+
+    python -m jobs.roster split --bundle runs/quickstart/bundle --index 3 --output runs/halves
 """
 
 import argparse
@@ -32,7 +37,12 @@ if TYPE_CHECKING:
     from paris_ray.roster.changes import Change, Roster
 
 # What each verb needs; what another needs, it does not take.
-NEEDED = {"add": ("expert", "rows"), "replace": ("index", "expert", "rows"), "retire": ("index",)}
+NEEDED = {
+    "add": ("expert", "rows"),
+    "replace": ("index", "expert", "rows"),
+    "retire": ("index",),
+    "split": ("index",),
+}
 
 
 def main() -> None:
@@ -49,6 +59,9 @@ def main() -> None:
 
         torch.set_num_threads(1)  # how many there are decides the last bits of the router
         roster = Roster(arguments.bundle, config, arguments.more_rows)
+        if arguments.verb == "split":
+            roster.split(arguments.index, arguments.output)
+            return
         options = Options(
             method=arguments.refit, sample_share=arguments.sample_share, signer=identity
         )
@@ -96,8 +109,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     result.add_argument("verb", choices=NEEDED, help="what becomes of the expert")
     result.add_argument("--bundle", required=True, help="the bundle as it is: a path or a URI")
-    result.add_argument("--output", required=True, help="a new folder for the changed bundle")
-    result.add_argument("--index", type=int, help="number of the expert to replace or retire")
+    result.add_argument("--output", required=True, help="a new folder, of a bundle or a run")
+    result.add_argument("--index", type=int, help="number of the expert that changes")
     result.add_argument("--expert", help="folder of the expert that comes: config.json and weights")
     result.add_argument("--rows", help="folder of the shard that it was trained on")
     result.add_argument(

@@ -99,9 +99,9 @@ class Router(nn.Module):
         Raises:
             ValueError: if text is missing.
         """
-        return self.head(self.features(latents, timesteps, pooled_text))
+        return self.head(self.trunk(latents, timesteps, pooled_text))
 
-    def features(
+    def trunk(
         self, latents: Tensor, timesteps: Tensor, pooled_text: Tensor | None = None
     ) -> Tensor:
         """Return what the head reads, `(B, d)`; arguments and errors as of `forward`."""

@@ -32,7 +32,8 @@ from paris_ray.export import MODEL_CARD, write_bundle
 from paris_ray.model_card import with_roster
 from paris_ray.roster.newcomer import Newcomer, check_encoders, describe, middle_caption
 from paris_ray.roster.refit import Method, Refitted, refit, with_outputs, write_router
-from paris_ray.roster.sample import SAMPLE_SHARE, Sample, draw_sample, find_shards
+from paris_ray.roster.sample import SAMPLE_SHARE, Sample, Shard, draw_sample, find_shards
+from paris_ray.roster.split import split
 from paris_ray.run import BUNDLE, CLUSTERS, ROUTER_WEIGHTS, Run
 from paris_ray.run_lock import HeldLock, locked
 from paris_ray.sampling.routing import parse_routing
@@ -133,6 +134,17 @@ class Roster:
         if self.bundle.num_experts == 1:
             raise ConfigError(f"index={index} is not allowed: a bundle needs an expert")
         return Change(event="retired", index=index, whose=whose)
+
+    def split(self, index: int, output: str) -> None:
+        """Write the rows of an expert's cluster as a run of two clusters; the bundle stays.
+
+        Raises:
+            ConfigError: if there is no such expert, or its rows cannot be split.
+            ArtifactError: if its rows are not found, or there are other shards at the place.
+        """
+        self._check_index(index)
+        target = Run(replace(self.config, run_dir=Folder(output).uri))
+        split(self._shard(index, self.shards[index]), self.config, target)
 
     def _check_index(self, index: int) -> None:
         if not 0 <= index < self.bundle.num_experts:
@@ -243,19 +255,22 @@ class Roster:
         numbered = change.applied(
             list(enumerate(self.shards)), (change.index, newcomer and newcomer.shard)
         )
-        for k, shard in numbered:
-            if shard is None:
-                raise ArtifactError(
-                    f"the rows of expert {k} are not found: run_dir={self.config.run_dir!r} has "
-                    "not trained these weights, and no shard of --more-rows is the one that "
-                    "history.json names"
-                )
-        shards = [shard for _, shard in numbered]
+        shards = [self._shard(k, shard) for k, shard in numbered]
         sample = draw_sample(shards, options.sample_share, derive_seed(self.config.seed, "roster"))
         self._check_sample(sample)
         total = sum(shard.count for shard in shards)
         logger.info("roster: router (%s) from %d of %d rows", options.method, len(sample), total)
         return sample
+
+    def _shard(self, index: int, shard: Shard | None) -> Shard:
+        """Return a shard; raises ArtifactError if it was not found."""
+        if shard is None:
+            raise ArtifactError(
+                f"the rows of expert {index} are not found: run_dir={self.config.run_dir!r} has "
+                "not trained these weights, and no shard of --more-rows is the one that "
+                "history.json names"
+            )
+        return shard
 
     def _check_sample(self, sample: Sample) -> None:
         """Raise ConfigError if the router cannot read the rows."""

@@ -98,7 +98,7 @@ def check_encoders(bundle: Bundle, encoders: Folder) -> None:
         BundleError: naming the file that differs.
     """
     if not encoders.exists(MANIFEST):
-        logger.warning("roster: no finished encoders at %s to compare with", encoders.uri)
+        logger.info("roster: there are no %s to compare the bundle's with", encoders.uri)
         return
     theirs = read_manifest(encoders, ENCODERS).files
     for part in {*CODEC_FOLDERS.values(), TEXT_ENCODER, TOKENIZER} & bundle.parts.keys():

@@ -135,7 +135,7 @@ def routing_features(
         for part in drawn.split(math.ceil(len(rows) / BATCH_SIZE)):
             x_t, t, text = _noisy(part, encode)
             pooled = text.pooled_text if router.config.text_embed_dim else None
-            features.append(router.features(x_t, TIME_SCALE * t, pooled))
+            features.append(router.trunk(x_t, TIME_SCALE * t, pooled))
             clusters.append(part.clusters)
     return torch.cat(features), torch.cat(clusters)
 

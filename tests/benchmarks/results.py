@@ -5,8 +5,8 @@
 With `--write docs/results.md` they also replace those in the document, between
 `<!-- bench: SECTION -->` and `<!-- end -->`. All of them take more than an hour on two cores that
 do nothing else. `distilled`, `solvers`, `last_resort`, `roster`, `engine`, `serving`, `capacity`,
-`kills`, `scaling`, `replicas` and `data` need the run that `quickstart` leaves, `few_steps` that it is
-distilled. Nothing is asserted.
+`kills`, `scaling`, `replicas` and `data` need the run that `quickstart` leaves, `few_steps` that it
+is distilled. Nothing is asserted.
 """
 
 import argparse

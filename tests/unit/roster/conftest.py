@@ -62,8 +62,8 @@ def publish_expert(folder: Folder, shard: str) -> None:
 
 def write_run(parts: Path, root: Path, *, seed: int = 0) -> Made:
     """Write a run of the tiny parts, and its bundle."""
-    settings = (f"run_dir={root}", f"cluster.num_clusters={NUM_EXPERTS}", "sampling.routing=top-1")
-    config = load("quickstart", settings)
+    counts = (f"cluster.num_clusters={NUM_EXPERTS}", f"router.num_experts={NUM_EXPERTS}")
+    config = load("quickstart", [f"run_dir={root}", *counts])
     run = Run(config)
     for k in range(NUM_EXPERTS):
         shutil.copytree(parts / f"expert_{k}", run.expert(k).local_path)

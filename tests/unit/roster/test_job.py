@@ -26,7 +26,13 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def settings(made: Made) -> list[str]:
-    return ["--config", "quickstart", f"run_dir={made.run.folder.uri}", "cluster.num_clusters=3"]
+    return [
+        "--config",
+        "quickstart",
+        f"run_dir={made.run.folder.uri}",
+        "cluster.num_clusters=3",
+        "router.num_experts=3",
+    ]
 
 
 def test_an_expert_leaves_and_another_comes(made: Made, tmp_path: Path) -> None:

@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from paris_ray.artifacts import ArtifactError, Folder, publish, read_manifest
+from paris_ray.artifacts import Folder, publish, read_manifest
 from paris_ray.embeddings import read_table, to_table, write_part
-from paris_ray.errors import ConfigError
+from paris_ray.errors import ArtifactError, ConfigError
 from paris_ray.roster.sample import Shard
 from paris_ray.roster.split import split
 from paris_ray.run import SHARD, Run
@@ -50,7 +50,7 @@ def test_a_cluster_becomes_two(made: Made, tmp_path: Path) -> None:
 
 def test_random_clusters_are_not_split(made: Made, tmp_path: Path) -> None:
     config = replace(made.config, cluster=replace(made.config.cluster, features="random"))
-    with pytest.raises(ConfigError, match="cluster.features='random' is not allowed"):
+    with pytest.raises(ConfigError, match="features='random' is not allowed"):
         split(Shard.open(made.run.shard(0)), config, Run(replace(config, run_dir=str(tmp_path))))
 
 

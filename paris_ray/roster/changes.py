@@ -208,11 +208,11 @@ class Roster:
         self, change: Change, folder: Folder, options: Options, held: HeldLock
     ) -> dict[str, Any]:
         """Write all but the manifest; return the facts that it is to tell."""
+        if change.newcomer is not None:
+            change.newcomer.check_fits(self.bundle)
         refitted = self._refit(change, options)
         with tempfile.TemporaryDirectory(prefix="paris_ray-") as temporary:
             bundle = self._changed(change, refitted, Folder(temporary), options.signer)
-            if change.newcomer is not None:
-                change.newcomer.check_fits(bundle, change.index)
             card = with_roster(self._card(), bundle.history, refitted and refitted.quality)
             held.check()
             write_bundle(bundle, folder, model_card=card)

@@ -7,17 +7,20 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 
 from paris_ray.artifacts import MANIFEST, Folder, VerifiedFolder, open_finished, read_manifest
 from paris_ray.bundle import Bundle
 from paris_ray.bundle.links import check_links
+from paris_ray.bundle.weights import StoredModel
 from paris_ray.cluster_facts import MAX_WORD_LENGTH, TOLD_PICTURES, TOLD_WORDS, ClusterFacts
 from paris_ray.embeddings import column_names, read_rows
 from paris_ray.encoders.clip import TEXT_ENCODER, TOKENIZER
 from paris_ray.errors import ArtifactError, BundleError
+from paris_ray.models import Expert
 from paris_ray.reports import count_words, telling_words
 from paris_ray.roster.sample import Shard
-from paris_ray.run import CODEC_FOLDERS, ENCODERS, EXPERT, EXPERT_WEIGHTS
+from paris_ray.run import CODEC_FOLDERS, ENCODERS, EXPERT, EXPERT_WEIGHTS, MODEL_CONFIG
 
 logger = logging.getLogger("paris_ray")
 
@@ -60,35 +63,26 @@ class Newcomer:
             raise ArtifactError(f"{folder.uri} was trained on another shard than {rows.uri}")
         return cls(part=open_finished(folder, EXPERT), weights=weights, shard=shard)
 
-    def check_fits(self, bundle: Bundle, index: int) -> None:
-        """Refuse an expert that cannot draw with the others.
-
-        Args:
-            bundle: With it in its place.
-            index: Which place.
+    def check_fits(self, bundle: Bundle) -> None:
+        """Refuse an expert that cannot draw with those of a bundle.
 
         Raises:
             BundleError: if its architecture, weights or encoders do not fit.
             ArtifactError: if its weights are not the published ones.
         """
-        wanted = (
-            bundle.router_config.text_embed_dim,
-            *(
-                config.text_embed_dim
-                for k, config in enumerate(bundle.expert_configs)
-                if k != index
-            ),
-        )
-        width = bundle.expert_configs[index].text_embed_dim
-        for other in wanted:
-            if other not in (0, width):
+        channels, size, _ = bundle.latent_shape
+        defaults = {"in_channels": channels, "input_size": size}
+        stored = StoredModel(Expert, self.part, defaults=defaults)
+        wanted = defaults | {"text_embed_dim": bundle.expert_configs[0].text_embed_dim}
+        for field, value in wanted.items():
+            found = getattr(stored.config, field)
+            if found != value:
+                where = f"{self.part.folder.uri}/{MODEL_CONFIG}"
                 raise BundleError(
-                    f"{self.part.folder.uri}: text_embed_dim={width} is not allowed: {other}, as "
-                    "the others have"
+                    f"{where}: {field}={found} is not allowed: {value}, as the others"
                 )
-        bundle.expert(index)
-        encoders = Folder(self.part.folder.uri.rsplit("/", 2)[0]) / ENCODERS
-        check_encoders(bundle, encoders)
+        stored.load(torch.device("cpu"))
+        check_encoders(bundle, Folder(self.part.folder.uri.rsplit("/", 2)[0]) / ENCODERS)
 
 
 def check_encoders(bundle: Bundle, encoders: Folder) -> None:

@@ -231,6 +231,22 @@ def test_rows_of_other_encoders_are_refused(
         roster.write(roster.add(newcomer(guest, 1)), str(tmp_path / "b"), HEAD)
 
 
+def test_an_expert_of_another_shape_is_refused(
+    made: Made, other_run: Callable[[int], Made], tmp_path: Path
+) -> None:
+    guest, roster = other_run(5), made.roster()
+    config = guest.run.expert(0).local_path / "config.json"
+    for field, value in (("text_embed_dim", 17), ("in_channels", 4), ("hidden_size", 64)):
+        changed = json.loads((made.run.expert(0).local_path / "config.json").read_text())
+        changed[field] = value
+        changed["out_channels"] = changed["in_channels"]
+        config.write_text(json.dumps(changed))
+        shard = read_manifest(guest.run.shard(0), "shard").digest
+        publish_expert(guest.run.expert(0), shard)
+        with pytest.raises(BundleError, match=field if value != 64 else "has shape"):
+            roster.write(roster.add(newcomer(guest, 0)), str(tmp_path / field), HEAD)
+
+
 def test_rows_that_nobody_has_are_named(
     made: Made, other_run: Callable[[int], Made], tmp_path: Path
 ) -> None:

@@ -32,10 +32,17 @@ from paris_ray.export import MODEL_CARD, write_bundle
 from paris_ray.model_card import with_roster
 from paris_ray.roster.newcomer import Newcomer, check_encoders, describe, middle_caption
 from paris_ray.roster.refit import Method, Refitted, refit, with_outputs, write_router
-from paris_ray.roster.sample import SAMPLE_SHARE, Sample, Shard, draw_sample, find_shards
+from paris_ray.roster.sample import (
+    SAMPLE_SHARE,
+    Sample,
+    Shard,
+    check_share,
+    draw_sample,
+    find_shards,
+)
 from paris_ray.roster.split import split
 from paris_ray.run import BUNDLE, CLUSTERS, ROUTER_WEIGHTS, Run
-from paris_ray.run_lock import HeldLock, locked
+from paris_ray.run_lock import locked
 from paris_ray.sampling.routing import parse_routing
 from paris_ray.seeding import derive_seed
 from paris_ray.signatures import Signer
@@ -165,22 +172,27 @@ class Roster:
             ArtifactError: if there is something else in the folder, or rows are not found.
             LockError: if another job writes there.
         """
+        check_share(options.sample_share)
+        check_whose(change.whose)
         if change.event == "added" and options.method == "none":
             raise ConfigError("refit='none' is not allowed: nothing would be routed to it")
-        check_whose(change.whose)
         config_digest, parents = self._identity(change, options)
+        made_of: dict[str, Any] = {"config_digest": config_digest, "parents": parents}
         folder = Folder(output)
         with locked(folder / LOCKS, folder.uri) as held:
-            made = find_finished(folder, BUNDLE, config_digest=config_digest, parents=parents)
+            made = find_finished(folder, BUNDLE, **made_of)
             if made is not None:
                 logger.info("roster: already finished, kept (%s)", folder.uri)
                 return made
-            _begin(folder, {"config_digest": config_digest, "parents": parents})
-            facts = self._write(change, folder, options, held)
+            _check_place(folder, made_of)
+            with tempfile.TemporaryDirectory(prefix="paris_ray-") as staging:
+                bundle, card, facts = self._changed(change, options, Folder(staging))
+                held.check()
+                folder.clear()
+                folder.write_json(IN_PROGRESS, made_of)
+                write_bundle(bundle, folder, model_card=card)
             held.check()
-            made = publish(
-                folder, BUNDLE, config_digest=config_digest, parents=parents, facts=facts
-            )
+            made = publish(folder, BUNDLE, facts=facts, **made_of)
         logger.info("roster: finished (%s)", folder.uri)
         return made
 
@@ -204,20 +216,17 @@ class Roster:
             parents["expert"] = change.newcomer.weights
         return sha256_hex(canonical_json(settings)), parents
 
-    def _write(
-        self, change: Change, folder: Folder, options: Options, held: HeldLock
-    ) -> dict[str, Any]:
-        """Write all but the manifest; return the facts that it is to tell."""
+    def _changed(
+        self, change: Change, options: Options, staging: Folder
+    ) -> tuple[Bundle, str, dict[str, Any]]:
+        """Return the bundle after a change, its card and facts; what is new of it is staged."""
         if change.newcomer is not None:
             change.newcomer.check_fits(self.bundle)
         refitted = self._refit(change, options)
-        with tempfile.TemporaryDirectory(prefix="paris_ray-") as temporary:
-            bundle = self._changed(change, refitted, Folder(temporary), options.signer)
-            card = with_roster(self._card(), bundle.history, refitted and refitted.quality)
-            held.check()
-            write_bundle(bundle, folder, model_card=card)
+        bundle = self._staged(change, refitted, staging, options.signer)
+        card = with_roster(self._card(), bundle.history, refitted and refitted.quality)
         fitted = {} if refitted is None else {"rows": refitted.rows, "router": refitted.quality}
-        return {"refit": options.method, **fitted}
+        return bundle, card, {"refit": options.method, **fitted}
 
     def _refit(self, change: Change, options: Options) -> Refitted | None:
         """Return the router for the new experts; None: the one that there is fits them."""
@@ -284,7 +293,7 @@ class Roster:
         if width and not rows.has_token_ids and found != width:
             raise ConfigError(f"rows with text of width {found} are not allowed: {width}")
 
-    def _changed(
+    def _staged(
         self, change: Change, refitted: Refitted | None, staging: Folder, signer: Signer | None
     ) -> Bundle:
         """Return the bundle after the change; what is new of it is written to `staging`."""
@@ -366,15 +375,8 @@ class Roster:
         return source.read(MODEL_CARD).decode(errors="replace")
 
 
-def _begin(folder: Folder, made_of: dict[str, Any]) -> None:
-    """Make a folder ready: new, or begun by an interrupted change that was this very one.
-
-    Raises:
-        ArtifactError: if there is something else in it.
-    """
+def _check_place(folder: Folder, made_of: dict[str, Any]) -> None:
+    """Raise ArtifactError unless a folder is new, or holds what this very change had begun."""
     others = [name for name in folder.files() if not name.startswith(f"{LOCKS}/")]
-    begun = folder.exists(IN_PROGRESS) and folder.read_json(IN_PROGRESS) == made_of
-    if others and not begun:
+    if others and not (folder.exists(IN_PROGRESS) and folder.read_json(IN_PROGRESS) == made_of):
         raise ArtifactError(f"{folder.uri} is not empty: choose another folder for a bundle")
-    folder.clear()
-    folder.write_json(IN_PROGRESS, made_of)

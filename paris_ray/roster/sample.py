@@ -125,6 +125,12 @@ class Sample:
         return len(self.fitted) + len(self.apart)
 
 
+def check_share(share: float) -> None:
+    """Raise ConfigError unless so large a sample is allowed."""
+    if not 0 < share <= SAMPLE_SHARE:
+        raise ConfigError(f"sample_share={share} is not allowed: above 0, at most {SAMPLE_SHARE}")
+
+
 def draw_sample(shards: Sequence[Shard], share: float, seed: int) -> Sample:
     """Return a sample of some shards, one a cluster.
 
@@ -140,8 +146,7 @@ def draw_sample(shards: Sequence[Shard], share: float, seed: int) -> Sample:
         ConfigError: if the share is not allowed, or a shard is of other encoders than the first.
         ArtifactError: if a shard cannot be read or lacks a column.
     """
-    if not 0 < share <= SAMPLE_SHARE:
-        raise ConfigError(f"sample_share={share} is not allowed: above 0, at most {SAMPLE_SHARE}")
+    check_share(share)
     _check_null_text(shards)
     most = max(MIN_ROWS, MAX_ROWS // len(shards))
     drawn = [_draw(shard, share, most, seed) for shard in shards]

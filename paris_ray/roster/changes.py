@@ -5,7 +5,6 @@ the way.
 """
 
 import logging
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -46,6 +45,7 @@ from paris_ray.run_lock import locked
 from paris_ray.sampling.routing import parse_routing
 from paris_ray.seeding import derive_seed
 from paris_ray.signatures import Signer
+from paris_ray.storage import temporary_folder
 from paris_ray.training.text import text_reader
 
 logger = logging.getLogger("paris_ray")
@@ -185,7 +185,7 @@ class Roster:
                 logger.info("roster: already finished, kept (%s)", folder.uri)
                 return made
             _check_place(folder, made_of)
-            with tempfile.TemporaryDirectory(prefix="paris_ray-") as staging:
+            with temporary_folder() as staging:
                 bundle, card, facts = self._changed(change, options, Folder(staging))
                 held.check()
                 folder.clear()

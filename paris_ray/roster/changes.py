@@ -170,12 +170,10 @@ class Roster:
             ConfigError: if an option is not allowed.
             BundleError: if the expert that comes does not fit.
             ArtifactError: if there is something else in the folder, or rows are not found.
+            RoutingError: if fewer experts do not allow the routing that is the default.
             LockError: if another job writes there.
         """
-        check_share(options.sample_share)
-        check_whose(change.whose)
-        if change.event == "added" and options.method == "none":
-            raise ConfigError("refit='none' is not allowed: nothing would be routed to it")
+        self._check(change, options)
         config_digest, parents = self._identity(change, options)
         made_of: dict[str, Any] = {"config_digest": config_digest, "parents": parents}
         folder = Folder(output)
@@ -195,6 +193,18 @@ class Roster:
             made = publish(folder, BUNDLE, facts=facts, **made_of)
         logger.info("roster: finished (%s)", folder.uri)
         return made
+
+    def _check(self, change: Change, options: Options) -> None:
+        """Refuse what is not allowed, before anything takes time."""
+        check_share(options.sample_share)
+        check_whose(change.whose)
+        if change.event == "added" and options.method == "none":
+            raise ConfigError("refit='none' is not allowed: nothing would be routed to it")
+        self._rows_that_leave(change)
+        count = len(change.applied(self.shards, None))
+        parse_routing(self.bundle.facts.sampling.routing, count)
+        if change.newcomer is not None:
+            change.newcomer.check_fits(self.bundle)
 
     def _identity(self, change: Change, options: Options) -> tuple[str, dict[str, str]]:
         """Return what decides the new bundle: digest of the settings, digests of what is read."""
@@ -220,8 +230,6 @@ class Roster:
         self, change: Change, options: Options, staging: Folder
     ) -> tuple[Bundle, str, dict[str, Any]]:
         """Return the bundle after a change, its card and facts; what is new of it is staged."""
-        if change.newcomer is not None:
-            change.newcomer.check_fits(self.bundle)
         refitted = self._refit(change, options)
         bundle = self._staged(change, refitted, staging, options.signer)
         card = with_roster(self._card(), bundle.history, refitted and refitted.quality)
@@ -306,7 +314,8 @@ class Roster:
             write_router(refitted.router, dtype, staging / "router")
             parts["router"] = VerifiedFolder(staging / "router", None)
         if CLUSTERS in parts:
-            told = newcomer and describe(newcomer.shard, [s for s in self.shards if s])
+            others = [shard for shard in change.applied(self.shards, None) if shard]
+            told = newcomer and describe(newcomer.shard, others)
             write_clusters(staging / CLUSTERS, change.applied(self.bundle.clusters, told))
             parts[CLUSTERS] = VerifiedFolder(staging / CLUSTERS, None)
         channels, size, _ = self.bundle.latent_shape
@@ -328,20 +337,18 @@ class Roster:
         if len(prompts) == count:  # one of each cluster, as export writes them
             prompt = change.newcomer and middle_caption(change.newcomer.shard)
             prompts = tuple(change.applied(prompts, prompt))
-        parse_routing(sampling.routing, len(change.applied(range(count), None)))
         return replace(facts, sampling=sampling, example_prompts=prompts)
 
     def _entry(self, change: Change, router: VerifiedFolder) -> Entry:
-        newcomer, is_new = change.newcomer, change.event == "added"
-        left = None if is_new else self.bundle.weights_digest(f"expert_{change.index}")
+        newcomer, name = change.newcomer, f"expert_{change.index}"
         return Entry(
             event=change.event,
             expert=change.index,
             at=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
             parent=self.digest,
-            weights_before=left,
+            weights_before=None if change.event == "added" else self.bundle.weights_digest(name),
             weights_after=newcomer and newcomer.weights,
-            rows_before=None if is_new else self._rows_that_leave(change),
+            rows_before=self._rows_that_leave(change),
             rows_after=newcomer and newcomer.shard.told(change.whose),
             router=router.folder.sha256(ROUTER_WEIGHTS),
         )
@@ -352,6 +359,8 @@ class Roster:
         Raises:
             ConfigError: if it is said whose they are, but not known which, or another is named.
         """
+        if change.event == "added":
+            return None
         whose = change.whose if change.event == "retired" else None
         origin = origins(self.bundle.history, self.bundle.num_experts)[change.index]
         shard = self.shards[change.index]

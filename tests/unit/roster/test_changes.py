@@ -14,14 +14,15 @@ from typing import Any
 import pytest
 
 from paris_ray.artifacts import IN_PROGRESS, MANIFEST, Folder, publish, read_manifest
-from paris_ray.bundle import load_bundle
+from paris_ray.bundle import Bundle, load_bundle
 from paris_ray.bundle.history import Entry
 from paris_ray.cluster_facts import ClusterFacts
-from paris_ray.errors import ArtifactError, BundleError, ConfigError, ParisError
+from paris_ray.errors import ArtifactError, BundleError, ConfigError, ParisError, RoutingError
+from paris_ray.export import write_bundle
 from paris_ray.identity import Identity
 from paris_ray.roster.changes import Options, Roster
 from paris_ray.roster.newcomer import Newcomer
-from paris_ray.run import BUNDLE, EXPERT_WEIGHTS
+from paris_ray.run import BUNDLE, ENCODERS, EXPERT_WEIGHTS
 from paris_ray.sampling import generate
 from tests.unit.roster.conftest import CAPTIONS, ROWS, Made, publish_expert, write_shard
 
@@ -214,21 +215,31 @@ def test_the_last_expert_stays(made: Made, tmp_path: Path) -> None:
     assert picture.size == (32, 32)
 
 
+def test_a_default_that_fewer_experts_do_not_allow_is_refused(made: Made, tmp_path: Path) -> None:
+    bundle, path = load_bundle(made.bundle), tmp_path / "top-3"
+    facts = replace(bundle.facts, sampling=replace(bundle.facts.sampling, routing="top-3"))
+    write_bundle(Bundle(bundle.parts, facts), Folder(path), model_card="")
+    publish(Folder(path), BUNDLE, config_digest="", parents={}, facts={})
+    roster = made.roster(str(path))
+    with pytest.raises(RoutingError, match="routing='top-3' is not allowed: there are 2 experts"):
+        roster.write(roster.retire(0), str(tmp_path / "new"), QUICK)
+
+
 def test_rows_of_other_encoders_are_refused(
     made: Made, other_run: Callable[[int], Made], tmp_path: Path
 ) -> None:
     guest, roster = other_run(5), made.roster()
-    codec = guest.run.encoders.local_path / "codec" / "codec.safetensors"
-    codec.write_bytes(codec.read_bytes()[:-4] + b"\0\0\0\1")
-    publish(guest.run.encoders, "encoders", config_digest="", parents={}, facts={})
-    with pytest.raises(BundleError, match=r"codec/codec.safetensors is not the bundle's"):
-        roster.write(roster.add(newcomer(guest, 0)), str(tmp_path / "a"), HEAD)
-    with pytest.raises(BundleError, match=r"codec/codec.safetensors is not the bundle's"):
-        Roster(made.bundle, guest.config)
     digest = write_shard(guest.run.shard(1), 1, null_text=1.0)
     publish_expert(guest.run.expert(1), digest)
     with pytest.raises(ConfigError, match="is of another text encoder than"):
         roster.write(roster.add(newcomer(guest, 1)), str(tmp_path / "b"), HEAD)
+    codec = guest.run.encoders.local_path / "codec" / "codec.safetensors"
+    codec.write_bytes(codec.read_bytes()[:-4] + b"\0\0\0\1")
+    publish(guest.run.encoders, ENCODERS, config_digest="", parents={}, facts={})
+    with pytest.raises(BundleError, match=r"codec/codec.safetensors is not the bundle's"):
+        roster.write(roster.add(newcomer(guest, 0)), str(tmp_path / "a"), HEAD)
+    with pytest.raises(BundleError, match=r"codec/codec.safetensors is not the bundle's"):
+        Roster(made.bundle, guest.config)
 
 
 def test_an_expert_of_another_shape_is_refused(

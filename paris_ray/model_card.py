@@ -5,7 +5,7 @@ from types import MappingProxyType
 from typing import Any
 
 from paris_ray.bundle import Bundle
-from paris_ray.bundle.history import Entry, History
+from paris_ray.bundle.history import Entry, History, Rows
 from paris_ray.config import PRESETS, ExpertConfig, SamplingConfig
 
 TEMPLATE = """\
@@ -280,8 +280,8 @@ def with_roster(card: str, history: History, quality: Mapping[str, Any] | None) 
         history: What became of its experts, with one change at least.
         quality: What was measured of the router after the last change; None: nothing.
     """
-    rows = [("when (UTC)", "what", "expert", "weights", "rows", "whose data", "signed by")]
-    rows += [("---",) * len(rows[0]), *map(_roster_row, history[1:])]
+    head = ("when (UTC)", "what", "expert", "weights", "rows", "whose data", "signed by")
+    rows: list[tuple[str, ...]] = [head, ("---",) * len(head), *map(_roster_row, history[1:])]
     has_left = any(entry.weights_before is not None for entry in history)
     section = CHANGED.format(
         changes=_table(rows),
@@ -303,10 +303,18 @@ def _roster_row(entry: Entry) -> tuple[str, ...]:
         entry.event,
         str(entry.expert),
         _left_and_came(_short(entry.weights_before), _short(entry.weights_after)),
-        _left_and_came(before and f"{before.count:,}", after and f"{after.count:,}"),
-        _left_and_came(before and before.whose, after and after.whose),
+        _left_and_came(_count(before), _count(after)),
+        _left_and_came(_whose(before), _whose(after)),
         _short(entry.signed_by) or "nobody",
     )
+
+
+def _count(rows: Rows | None) -> str | None:
+    return None if rows is None else f"{rows.count:,}"
+
+
+def _whose(rows: Rows | None) -> str | None:
+    return None if rows is None else rows.whose
 
 
 def _left_and_came(left: str | None, came: str | None) -> str:

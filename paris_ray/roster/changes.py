@@ -232,9 +232,10 @@ class Roster:
         """Return the bundle after a change, its card and facts; what is new of it is staged."""
         refitted = self._refit(change, options)
         bundle = self._staged(change, refitted, staging, options.signer)
-        card = with_roster(self._card(), bundle.history, refitted and refitted.quality)
-        fitted = {} if refitted is None else {"rows": refitted.rows, "router": refitted.quality}
-        return bundle, card, {"refit": options.method, **fitted}
+        quality = None if refitted is None else refitted.quality
+        card = with_roster(self._card(), bundle.history, quality)
+        rows = 0 if refitted is None else refitted.rows
+        return bundle, card, {"refit": options.method, "rows": rows, "router": quality}
 
     def _refit(self, change: Change, options: Options) -> Refitted | None:
         """Return the router for the new experts; None: the one that there is fits them."""
@@ -347,9 +348,9 @@ class Roster:
             at=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
             parent=self.digest,
             weights_before=None if change.event == "added" else self.bundle.weights_digest(name),
-            weights_after=newcomer and newcomer.weights,
+            weights_after=None if newcomer is None else newcomer.weights,
             rows_before=self._rows_that_leave(change),
-            rows_after=newcomer and newcomer.shard.told(change.whose),
+            rows_after=None if newcomer is None else newcomer.shard.told(change.whose),
             router=router.folder.sha256(ROUTER_WEIGHTS),
         )
 
@@ -364,7 +365,9 @@ class Roster:
         whose = change.whose if change.event == "retired" else None
         origin = origins(self.bundle.history, self.bundle.num_experts)[change.index]
         shard = self.shards[change.index]
-        known = origin.rows_after if origin is not None else shard and shard.told(whose)
+        known = None if shard is None else shard.told(whose)
+        if origin is not None:
+            known = origin.rows_after
         if whose is not None and (known is None or known.whose != whose):
             told = "its rows are not known" if known is None else f"they are of {known.whose!r}"
             raise ConfigError(f"data_of={whose!r} is not allowed: {told}")

@@ -30,7 +30,8 @@ Method = Literal["head", "all"]
 NUM_FEATURES = 8192  # rows times draws of time and noise, at least
 MAX_DRAWS = 64  # of a row
 STEPS = 300
-BATCH_SIZE = 256
+BATCH_SIZE = {"head": 256, "all": 128}
+FEATURES_AT_ONCE = 256
 LEARNING_RATE = {"head": 1e-3, "all": 3e-4}
 
 
@@ -132,7 +133,7 @@ def routing_features(
         generator = torch_generator(seed, "roster features", draw)
         order = torch.randperm(len(rows), generator=generator)  # of a batch the first are at t = 1
         drawn = rows.draw_batch(order, config, generator).to(device)
-        for part in drawn.split(math.ceil(len(rows) / BATCH_SIZE)):
+        for part in drawn.split(math.ceil(len(rows) / FEATURES_AT_ONCE)):
             x_t, t, text = _noisy(part, encode)
             pooled = text.pooled_text if router.config.text_embed_dim else None
             features.append(router.trunk(x_t, TIME_SCALE * t, pooled))
@@ -154,7 +155,9 @@ def fit_head(head: nn.Module, features: Tensor, clusters: Tensor, *, seed: int) 
     """
 
     def loss(generator: torch.Generator) -> Tensor:
-        rows = torch.randint(len(features), (BATCH_SIZE,), generator=generator).to(features.device)
+        rows = torch.randint(len(features), (BATCH_SIZE["head"],), generator=generator).to(
+            features.device
+        )
         return functional.cross_entropy(head(features[rows]), clusters[rows])
 
     _descend(list(head.parameters()), loss, LEARNING_RATE["head"], seed)
@@ -166,7 +169,7 @@ def _fit_all(
     device = router.pos_embed.device
 
     def loss(generator: torch.Generator) -> Tensor:
-        chosen = torch.randint(len(rows), (BATCH_SIZE,), generator=generator)
+        chosen = torch.randint(len(rows), (BATCH_SIZE["all"],), generator=generator)
         batch = rows.draw_batch(chosen, config, generator).to(device)
         logits = router_logits(router, *_noisy(batch, encode))
         return functional.cross_entropy(logits, batch.clusters)

@@ -38,15 +38,17 @@ class Made:
 
 
 def write_shard(folder: Folder, cluster: int, *, seed: int = 0, null_text: float = 0.0) -> str:
-    """Rows of a cluster, which its text tells; return the digest of their manifest."""
+    """Rows of a cluster, which text and latents tell; return the digest of their manifest."""
     generator = np.random.default_rng([seed, cluster])
     text = 0.1 * generator.standard_normal((ROWS, 1, 16))
     text[:, :, 2 * cluster] += 3
+    latents = generator.standard_normal((ROWS, 8, 4, 4))
+    latents[:, cluster] += 3
     columns = {
         "key": [f"{cluster}-{i}" for i in range(ROWS)],
         "caption": [f"{CAPTIONS[cluster]} {i}" for i in range(ROWS)],
         "thumbnail": [b"a picture"] * ROWS,
-        "latents": generator.standard_normal((ROWS, 8, 4, 4)).astype(np.float16),
+        "latents": latents.astype(np.float16),
         "text_embedding": text.astype(np.float16),
     }
     for name, rows in (("part-0.parquet", slice(40)), ("part-1.parquet", slice(40, None))):

@@ -16,6 +16,7 @@ from paris_ray.errors import BundleError
 FILE = "clusters.json"
 MAX_WORDS, MAX_WORD_LENGTH = 20, 100
 MAX_PICTURES, MAX_PICTURE_LENGTH = 20, 20_000  # of 32x32 pixels: 4 kB without compression
+TOLD_PICTURES, TOLD_WORDS = 6, 8  # of a cluster, in bundles of ours
 
 Word = Annotated[str, Field(max_length=MAX_WORD_LENGTH)]
 Picture = Annotated[str, Field(max_length=MAX_PICTURE_LENGTH, pattern="^[A-Za-z0-9+/]+=*$")]

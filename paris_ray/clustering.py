@@ -15,12 +15,21 @@ from numpy.typing import NDArray
 
 from paris_ray.artifacts import Folder
 from paris_ray.config import ClusterConfig
+from paris_ray.embeddings import TEXT_EMBEDDING
 from paris_ray.errors import ConfigError
 from paris_ray.seeding import derive_seed
 
 WEIGHTS = "centroids.safetensors"
 MAX_COARSE_ITERATIONS = 100
 FAISS_SEED_RANGE = 2**31 - 1
+
+# What is clustered, by `cluster.features`.
+FEATURE_COLUMNS: dict[str, tuple[str, ...]] = {
+    "image": ("features",),
+    "caption": (TEXT_EMBEDDING,),
+    "both": ("features", TEXT_EMBEDDING),
+    "random": (),
+}
 
 Features = NDArray[np.float32]
 
@@ -119,6 +128,21 @@ class Nuisance:
         rest = centred - centred @ self.directions.T @ self.directions
         relevant: Features = rest / np.maximum(np.linalg.norm(rest, axis=1, keepdims=True), 1e-12)
         return relevant
+
+
+def unit_length(columns: Sequence[NDArray[np.generic]]) -> Features:
+    """Return unit-length features `(N, D)` of columns of features or of caption variants.
+
+    Of several columns each has an equal part; of caption variants the first counts.
+    """
+    parts = []
+    for column in columns:
+        while column.ndim > 2:  # (N, V, D), or (N, V, 1 + L, D) with the sentence vector first
+            column = column[:, 0]
+        part = column.astype(np.float32)
+        norms = np.linalg.norm(part, axis=1, keepdims=True)
+        parts.append(part / np.maximum(norms * len(columns) ** 0.5, 1e-12))
+    return np.concatenate(parts, axis=1)
 
 
 def random_clusters(keys: Sequence[str], num_clusters: int, seed: int) -> NDArray[np.int64]:

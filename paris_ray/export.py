@@ -15,6 +15,8 @@ from paris_ray.bundle import (
     Dtype,
     facts_to_json,
 )
+from paris_ray.bundle.history import EXPORTED, write_history
+from paris_ray.bundle.history import FILE as HISTORY
 from paris_ray.config import CodecConfig, Config, SamplingConfig, TextConfig
 from paris_ray.embeddings import read_table
 from paris_ray.encoders import codec
@@ -181,6 +183,8 @@ def write_bundle(bundle: Bundle, target: Folder, *, model_card: str) -> None:
             (target / name).write(file_name, part.read(file_name))
     target.write_json(CONFIG, _public_config(bundle))
     target.write_json(MODEL_INDEX, _model_index(bundle))
+    if bundle.history != EXPORTED:
+        target.write(HISTORY, write_history(bundle.history))
     target.write(MODEL_CARD, model_card.encode())
 
 

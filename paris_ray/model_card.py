@@ -5,6 +5,7 @@ from types import MappingProxyType
 from typing import Any
 
 from paris_ray.bundle import Bundle
+from paris_ray.bundle.history import Entry, History, Rows
 from paris_ray.config import PRESETS, ExpertConfig, SamplingConfig
 
 TEMPLATE = """\
@@ -69,6 +70,23 @@ Caption recall is the share of training captions whose drawn picture is nearest 
 own picture (L2, 32x32 RGB): it measures the training set, not new pictures. An attribute is right
 if the nearest of all known pictures has it. Held-out captions were never trained on. In brackets:
 95 % intervals over the captions.
+"""
+ROSTER = "\n## Roster\n"
+CHANGED = """
+What stands above was written when the bundle was exported: how many experts there are, and what was
+measured, may have been true then. Since then:
+
+{changes}
+{left}{measured}"""
+LEFT = """
+The weights of an expert that left, its words and its pictures are gone from this folder, and the
+router was not fitted to its rows again. What all experts share was made before, of its rows too:
+codec, text encoder where it was trained, the router's layers below its head, and the seed, if there
+is one.
+"""
+REFITTED = """
+After the last change the router was fitted again to a sample. Of {rows:,} rows that it was not
+fitted to, {low:.4f} to {high:.4f} are routed to their own cluster over the noise levels.
 """
 # jobs.convert_dit makes such weights; which licence others have, a digest does not tell.
 ORIGIN = """
@@ -252,3 +270,56 @@ def _size(config: ExpertConfig) -> str:
     numbers = (config.hidden_size, config.num_layers, config.num_heads)
     names = {sizes: name for name, sizes in PRESETS.items() if config.patch_size == 2}
     return names.get(numbers, f"{config.hidden_size} wide, {config.num_layers} layers")
+
+
+def with_roster(card: str, history: History, quality: Mapping[str, Any] | None) -> str:
+    """Return a bundle's card with the section that tells of its history.
+
+    Args:
+        card: Its card, which may have that section from an earlier change.
+        history: What became of its experts, with one change at least.
+        quality: What was measured of the router after the last change; None: nothing.
+    """
+    head = ("when (UTC)", "what", "expert", "weights", "rows", "whose data", "signed by")
+    rows: list[tuple[str, ...]] = [head, ("---",) * len(head), *map(_roster_row, history[1:])]
+    has_left = any(entry.weights_before is not None for entry in history)
+    section = CHANGED.format(
+        changes=_table(rows),
+        left=LEFT if has_left else "",
+        measured="" if quality is None else _refitted(quality),
+    )
+    return f"{card.partition(ROSTER)[0].rstrip()}\n{ROSTER}{section}"
+
+
+def _refitted(quality: Mapping[str, Any]) -> str:
+    shares = [level["accuracy"] for level in quality["levels"].values()]
+    return REFITTED.format(rows=quality["rows"], low=min(shares), high=max(shares))
+
+
+def _roster_row(entry: Entry) -> tuple[str, ...]:
+    before, after = entry.rows_before, entry.rows_after
+    return (
+        entry.at or "",
+        entry.event,
+        str(entry.expert),
+        _left_and_came(_short(entry.weights_before), _short(entry.weights_after)),
+        _left_and_came(_count(before), _count(after)),
+        _left_and_came(_whose(before), _whose(after)),
+        _short(entry.signed_by) or "nobody",
+    )
+
+
+def _count(rows: Rows | None) -> str | None:
+    return None if rows is None else f"{rows.count:,}"
+
+
+def _whose(rows: Rows | None) -> str | None:
+    return None if rows is None else rows.whose
+
+
+def _left_and_came(left: str | None, came: str | None) -> str:
+    return ", ".join(f"{what} {text}" for what, text in (("-", left), ("+", came)) if text)
+
+
+def _short(digest: str | None) -> str | None:
+    return digest and f"`{digest[:16]}`"

@@ -188,6 +188,7 @@ class Ingress:
             example_prompts=list(facts.example_prompts),
             loras=bundle.loras,
             attribution=facts.attribution,
+            history=list(bundle.history),
         )
         names = (facts.model_name, *self.options.aliases)
         return [Model(id=name, created=self._created, paris=paris) for name in names]

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from paris_ray.bundle.history import Entry
 from paris_ray.config import MAX_EXPERTS, SolverName, TimeGrid
 from paris_ray.pictures import PictureFormat
 
@@ -318,6 +319,7 @@ class ModelFacts(BaseModel):
         example_prompts: A few captions of its corpus.
         loras: Number of the expert of each adapter that a request may name.
         attribution: Licence line to show beside the pictures, or None.
+        history: What became of its experts, oldest first.
     """
 
     num_experts: int
@@ -327,6 +329,7 @@ class ModelFacts(BaseModel):
     example_prompts: list[str]
     loras: dict[str, int]
     attribution: str | None
+    history: list[Entry]
 
 
 class Model(BaseModel):

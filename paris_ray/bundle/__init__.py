@@ -1,6 +1,6 @@
 """The bundle: a model folder in the layout of the public Paris release.
 
-    config.json  model_index.json  [README.md  manifest.json]
+    config.json  model_index.json  [README.md  manifest.json  history.json]
     expert_0/ ... expert_K-1/   config.json  diffusion_pytorch_model.safetensors
     router/                     config.json  pytorch_model.safetensors
     vae/                        diffusers' AutoencoderKL; or codec/, our own

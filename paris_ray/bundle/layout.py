@@ -5,8 +5,16 @@ from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
 from paris_ray import cluster_facts
-from paris_ray.artifacts import MANIFEST, Folder, VerifiedFolder, open_finished, read_manifest
+from paris_ray.artifacts import (
+    IN_PROGRESS,
+    MANIFEST,
+    Folder,
+    VerifiedFolder,
+    open_finished,
+    read_manifest,
+)
 from paris_ray.bundle.facts import CONFIG, MODEL_INDEX, read_facts, read_integer
+from paris_ray.bundle.history import read_history
 from paris_ray.bundle.links import check_links
 from paris_ray.bundle.parts import Bundle
 from paris_ray.bundle.weights import Dtype, read_header
@@ -45,7 +53,8 @@ def load_bundle(
         offload: Keep at most two experts on the device, the ones used last.
 
     Raises:
-        BundleError: if a file is missing or left over, or a value is not allowed.
+        BundleError: if a file is missing or left over, a value is not allowed, or whoever writes
+            the bundle has not finished.
         ArtifactError: if a file does not have the digest that the folder's manifest gives.
         ConfigError: if `dtype` is not allowed.
     """
@@ -65,6 +74,7 @@ def load_bundle(
     bundle = Bundle(
         parts,
         read_facts(document, parts.get("vae"), where),
+        history=read_history(source, _published_weights(parts, defaults["num_experts"])),
         defaults=defaults,
         dtype=dtype,
         device=device,
@@ -92,7 +102,14 @@ def _open(folder: Folder, digest: str | None) -> VerifiedFolder:
         raise BundleError(f"{folder.uri} is another bundle than the one of digest {digest}")
     if folder.exists(MANIFEST):
         return open_finished(folder, BUNDLE)
+    if folder.exists(IN_PROGRESS):
+        raise BundleError(f"{folder.uri} is not finished: run what writes it again")
     return VerifiedFolder(folder, None)
+
+
+def _published_weights(parts: Mapping[str, VerifiedFolder], num_experts: int) -> list[str | None]:
+    experts = (parts[f"expert_{k}"].digests or {} for k in range(num_experts))
+    return [digests.get(EXPERT_WEIGHTS) for digests in experts]
 
 
 def _read_mapping(source: VerifiedFolder, name: str) -> Mapping[str, Any]:

@@ -12,6 +12,7 @@ import torch
 from paris_ray.artifacts import VerifiedFolder
 from paris_ray.bundle.adapters import LoRA, read_lora
 from paris_ray.bundle.facts import BundleFacts
+from paris_ray.bundle.history import EXPORTED, History
 from paris_ray.bundle.texts import Texts
 from paris_ray.bundle.weights import DTYPES, Dtype, StoredModel
 from paris_ray.cluster_facts import ClusterFacts, read_clusters
@@ -43,6 +44,7 @@ class Bundle:
         parts: By folder name: `expert_0` ... `expert_K-1`, `router`, `vae` or `codec`,
             `text_encoder` and, for CLIP, `tokenizer`; `seed` and `clusters`, if there are any.
         facts: What the bundle says of itself.
+        history: What became of its experts.
         defaults: Values of fields that the models' `config.json` do not tell.
         dtype: Data type of experts and router; None keeps the stored one.
         device: Where all parts run: `cpu`, `cuda` or `auto`. It is looked for when the first part
@@ -59,6 +61,7 @@ class Bundle:
         parts: Mapping[str, VerifiedFolder],
         facts: BundleFacts,
         *,
+        history: History = EXPORTED,
         defaults: Mapping[str, int] = MappingProxyType({}),
         dtype: Dtype | None = None,
         device: str = "cpu",
@@ -66,7 +69,7 @@ class Bundle:
     ) -> None:
         if dtype not in (None, *DTYPES):
             raise ConfigError(f"dtype={dtype!r} is not allowed: {', '.join(DTYPES)} or None")
-        self.parts, self.facts, self.offload = parts, facts, offload
+        self.parts, self.facts, self.history, self.offload = parts, facts, history, offload
         self.num_experts = sum(name.startswith("expert_") for name in parts)
         self._device_name = device
         self._dtype = None if dtype is None else DTYPES[dtype]

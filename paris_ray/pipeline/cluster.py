@@ -17,12 +17,23 @@ from paris_ray.artifacts import (
     publish,
     read_manifest,
 )
-from paris_ray.cluster_facts import MAX_WORD_LENGTH, ClusterFacts, write_clusters
-from paris_ray.clustering import Clustering, fit_clustering, random_clusters
+from paris_ray.cluster_facts import (
+    MAX_WORD_LENGTH,
+    TOLD_PICTURES,
+    TOLD_WORDS,
+    ClusterFacts,
+    write_clusters,
+)
+from paris_ray.clustering import (
+    FEATURE_COLUMNS,
+    Clustering,
+    fit_clustering,
+    random_clusters,
+    unit_length,
+)
 from paris_ray.config import Config
 from paris_ray.embeddings import (
     NULL_TEXT,
-    TEXT_EMBEDDING,
     column_names,
     num_rows,
     part_names,
@@ -43,17 +54,10 @@ from paris_ray.seeding import derive_seed, numpy_generator
 logger = logging.getLogger("paris_ray")
 
 SECTIONS = ("seed", "cluster")
-FEATURE_COLUMNS: dict[str, tuple[str, ...]] = {
-    "image": ("features",),
-    "caption": (TEXT_EMBEDDING,),
-    "both": ("features", TEXT_EMBEDDING),
-    "random": (),
-}
 MAX_FIT_ROWS = 200_000
 MIN_SPLIT_TASKS = 64  # as many as there are files, if there are fewer; a shard has a file of each
 SPLIT_TASK_ROWS = 20_000  # about so many does one task hold in memory
 MAX_SHARED_ROWS = 100_000
-TOLD_PICTURES, TOLD_WORDS = 6, 8  # of a cluster, in a bundle
 
 
 def prepare_clusters(config: Config, embeddings: Manifest) -> Manifest:
@@ -127,21 +131,6 @@ def _sample_features(run: Run) -> NDArray[np.float32]:
         chunks.append(unit_length([column[rows] for column in columns]))
         start += len(rows)
     return np.concatenate(chunks)
-
-
-def unit_length(columns: Sequence[NDArray[np.generic]]) -> NDArray[np.float32]:
-    """Return unit-length features `(N, D)` of columns of features or of caption variants.
-
-    Of several columns each has an equal part; of caption variants the first counts.
-    """
-    parts = []
-    for column in columns:
-        while column.ndim > 2:  # (N, V, D), or (N, V, 1 + L, D) with the sentence vector first
-            column = column[:, 0]
-        part = column.astype(np.float32)
-        norms = np.linalg.norm(part, axis=1, keepdims=True)
-        parts.append(part / np.maximum(norms * len(columns) ** 0.5, 1e-12))
-    return np.concatenate(parts, axis=1)
 
 
 def clusters_of(run: Run, table: pa.Table) -> NDArray[np.int64]:

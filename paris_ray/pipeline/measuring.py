@@ -11,6 +11,7 @@ import ray
 from numpy.typing import NDArray
 
 from paris_ray.artifacts import REPORT, Folder, read_manifest
+from paris_ray.clustering import FEATURE_COLUMNS
 from paris_ray.config import Config
 from paris_ray.corpora import compositions
 from paris_ray.corpora.labels import label_names
@@ -26,7 +27,7 @@ from paris_ray.evaluation.summary import (
     mean_with_interval,
     retrieval_summary,
 )
-from paris_ray.pipeline.cluster import FEATURE_COLUMNS, clusters_of
+from paris_ray.pipeline.cluster import clusters_of
 from paris_ray.pipeline.drawing import Drawn, Split, chosen_rows, split_folder
 from paris_ray.reports import decode_thumbnails, png_bytes
 from paris_ray.run import EMBEDDINGS, ROUTER, Run

@@ -13,13 +13,12 @@ from numpy.typing import NDArray
 
 from paris_ray.artifacts import REPORT, TIMINGS, Folder, VerifiedFolder, read_manifest
 from paris_ray.cluster_facts import read_clusters
-from paris_ray.clustering import Clustering
+from paris_ray.clustering import FEATURE_COLUMNS, Clustering, unit_length
 from paris_ray.config import Config
 from paris_ray.corpora import QuarantinedRow, Shard, open_corpus
 from paris_ray.embeddings import part_names, read_parts, tensor_column
 from paris_ray.errors import CorpusError
 from paris_ray.pipeline.accounts import shard_of
-from paris_ray.pipeline.cluster import FEATURE_COLUMNS, unit_length
 from paris_ray.pipeline.stage import PART
 from paris_ray.run import CLUSTERS, EMBEDDINGS, Run
 from paris_ray.survey.listing import Listing

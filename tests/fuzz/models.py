@@ -155,6 +155,29 @@ def _read_receipt(folder: Path, buyer: Any) -> None:
         Receipt.read(Folder(folder), buyer.public_key).require_opened()
 
 
+def _write_history(folder: Path) -> Any:
+    """Returns the weights of the experts that it leads to."""
+    from paris_ray.bundle.history import FILE, write_history
+    from tests.unit import test_bundle_history
+
+    (folder / FILE).write_bytes(write_history(test_bundle_history.HISTORY))
+    return test_bundle_history.WEIGHTS
+
+
+def _tell_history(folder: Path, weights: Any) -> None:
+    from paris_ray.artifacts import Folder, VerifiedFolder
+    from paris_ray.bundle.history import read_history
+    from paris_ray.bundle.links import check_links
+    from paris_ray.model_card import with_roster
+
+    check_links(Folder(folder))
+    history = read_history(VerifiedFolder(Folder(folder), None), weights)
+    assert history[0].event == "exported"
+    rows = [row for row in with_roster("", history, None).splitlines() if row.startswith("| 2")]
+    assert len(rows) == len(history) - 1
+    assert {row.count("|") for row in rows} <= {8}
+
+
 def _write_dit(folder: Path) -> None:
     """A checkpoint as DiT's trainer saves it, a pickle, and as safetensors."""
     import argparse
@@ -246,6 +269,7 @@ MODELS: Mapping[str, Kind] = {
     "release": Kind(_write_release, _draw),
     "manifest": Kind(_write_published, _open_published, changed="manifest.json"),
     "adapter": Kind(_write_adapter, _adapt),
+    "history": Kind(_write_history, _tell_history),
     "receipt": Kind(_write_receipt, _read_receipt),
     "dit": Kind(_write_dit, _convert, may_lead_out=True),
     "word_pieces": Kind(_write_word_pieces, _encode, changed="tokenizer.json", may_lead_out=True),

@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from paris_ray.artifacts import REPORT, read_manifest
+from paris_ray.clustering import unit_length
 from paris_ray.config import Config, FiltersConfig, load
 from paris_ray.corpora import (
     DecodedRow,
@@ -25,7 +26,6 @@ from paris_ray.corpora.perceptual_hash import perceptual_hashes
 from paris_ray.embeddings import part_names, read_table
 from paris_ray.encoders.scores.nsfw import NsfwModel
 from paris_ray.errors import ArtifactError, ConfigError
-from paris_ray.pipeline.cluster import unit_length
 from paris_ray.run import EMBEDDINGS, Run
 
 pytestmark = pytest.mark.ray

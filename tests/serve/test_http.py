@@ -8,6 +8,7 @@ import re
 import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from PIL import Image
 from jobs.replay import main as replay
 from paris_ray.artifacts import Folder, publish
 from paris_ray.bundle import Bundle
+from paris_ray.bundle.history import EXPORTED
 from paris_ray.cluster_facts import ClusterFacts, write_clusters
 from paris_ray.errors import ConfigError
 from paris_ray.run import BUNDLE
@@ -166,7 +168,9 @@ def test_models(client: httpx.Client) -> None:
         "example_prompts": ["a red cat", "a blue dog"],
         "loras": {},
         "attribution": "All pictures by nobody.",
+        "history": [asdict(EXPORTED[0])],
     }
+    assert EXPORTED[0].event == "exported"
 
 
 def test_experts(client: httpx.Client, guarded_url: str) -> None:

@@ -14,13 +14,18 @@ from typing import Any
 
 import httpx
 import pytest
+import torch
 from PIL import Image
 from ray import serve
 from ray.serve.context import _get_global_client
 from ray.serve.schema import ServeDeploySchema
 
-from paris_ray.bundle import bundle_digest, load_bundle
+from paris_ray.artifacts import Folder, VerifiedFolder, publish
+from paris_ray.bundle import Bundle, bundle_digest, load_bundle
+from paris_ray.export import write_bundle
 from paris_ray.pictures import read_picture
+from paris_ray.roster.refit import with_outputs, write_router
+from paris_ray.run import BUNDLE
 from paris_ray.sampling import generate
 from tests.long_tests import CHAOS, chaos
 from tests.serve.applications import end_applications
@@ -211,17 +216,30 @@ def test_where_an_expert_stays_dead_the_seed_draws_and_the_answer_names_it(
     wait_until(lambda: draw().json().get("data") == whole["data"])
 
 
-def test_another_bundle_under_load_fails_nobody_and_mixes_with_none(
-    deploy: Callable[..., str], seeded_bundle_path: Path, other_bundle_path: Path
-) -> None:
-    paths = {bundle_digest(str(path)): path for path in (seeded_bundle_path, other_bundle_path)}
+@pytest.fixture(scope="module")
+def smaller_bundle_path(seeded_bundle_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundle with a seed, without its last expert: the seed has that one's number."""
+    root, bundle = tmp_path_factory.mktemp("smaller"), load_bundle(str(seeded_bundle_path))
+    last = f"expert_{bundle.num_experts - 1}"
+    router = with_outputs(bundle.router, range(bundle.num_experts - 1))
+    write_router(router, torch.float32, Folder(root / "router"))
+    parts = {name: part for name, part in bundle.parts.items() if name != last}
+    parts["router"] = VerifiedFolder(Folder(root / "router"), None)
+    write_bundle(Bundle(parts, bundle.facts), Folder(root / "bundle"), model_card="")
+    publish(Folder(root / "bundle"), BUNDLE, config_digest="", parents={}, facts={})
+    return root / "bundle"
+
+
+def change_under_load(deploy: Callable[..., str], before: Path, after: Path) -> None:
+    """Deploy another bundle while clients draw: nobody fails, each picture is of one bundle."""
+    paths = {bundle_digest(str(path)): path for path in (before, after)}
     old, new = paths
     options = {"num_inference_steps": 20, "routing": "full"}
-    url = deploy(APP, bundle=str(seeded_bundle_path), ingress=INGRESS)
+    url = deploy(APP, bundle=str(before), ingress=INGRESS)
     wait_for_application(APP)
     with Load(url, CLIENTS, {"prompt": "a cat", **options}) as load:
         load.wait_for_more(8)
-        deploy(APP, bundle=str(other_bundle_path), ingress=INGRESS)
+        deploy(APP, bundle=str(after), ingress=INGRESS)
         wait_until(lambda: load.answers[-1][1].headers.get("x-paris-bundle") == new)
         wait_for_application(APP)
         load.wait_for_more(8)
@@ -243,3 +261,23 @@ def test_another_bundle_under_load_fails_nobody_and_mixes_with_none(
         assert Image.open(io.BytesIO(file)).tobytes() == expected[digest, seed].tobytes()
         assert read_picture(file)[0].bundle == digest
     assert {digest for digest, _ in seen} == {old, new}
+
+
+def test_another_bundle_under_load_fails_nobody_and_mixes_with_none(
+    deploy: Callable[..., str], seeded_bundle_path: Path, other_bundle_path: Path
+) -> None:
+    change_under_load(deploy, seeded_bundle_path, other_bundle_path)
+
+
+@chaos
+def test_experts_leave_and_join_under_load(
+    deploy: Callable[..., str], seeded_bundle_path: Path, smaller_bundle_path: Path
+) -> None:
+    for before, after in (
+        (seeded_bundle_path, smaller_bundle_path),
+        (smaller_bundle_path, seeded_bundle_path),
+    ):
+        change_under_load(deploy, before, after)
+        experts = {f"Expert-{k}" for k in range(load_bundle(str(after)).num_models)}
+        deployed = serve.status().applications[APP].deployments
+        assert {name for name in deployed if name.startswith("Expert-")} == experts

@@ -74,7 +74,7 @@ def test_a_corpus_is_inspected_without_ray(tmp_path: Path) -> None:
     assert absent.stderr.startswith("error: ") and absent.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize("verb", [*VERBS, "quickstart", "study", "distil", "inspect"])
+@pytest.mark.parametrize("verb", [*VERBS, "quickstart", "study", "distil", "inspect", "roster"])
 def test_help_shows_the_command(verb: str) -> None:
     result = run_job(verb, "--help")
     assert result.returncode == 0

@@ -7,20 +7,35 @@ asked, as the best constant velocity is minus the mean of the pictures.
 import copy
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import safetensors.torch
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from conftest import GEOMETRY, NUM_EXPERTS, WIDTH, randomise
+from paris_ray.artifacts import Folder
 from paris_ray.bundle import Bundle
 from paris_ray.config import ExpertConfig
 from paris_ray.models import Expert
+from paris_ray.models.release import write_document
 from paris_ray.roster.admission.panel import HeldOut, Panel
+from paris_ray.run import EXPERT_WEIGHTS, MODEL_CONFIG
 
-CONFIG = ExpertConfig(text_injection="spatial", **GEOMETRY, **WIDTH)
+NUM_EXPERTS = 3
+# That of the experts of the tiny bundle, whose text encoder and codec are used.
+CONFIG = ExpertConfig(
+    text_injection="spatial",
+    input_size=4,
+    patch_size=1,
+    in_channels=8,
+    hidden_size=32,
+    num_layers=1,
+    num_heads=2,
+    text_embed_dim=16,
+)
 ROWS = 9  # of a cluster
 COLOURS, THINGS = ("red", "green", "blue"), ("cat", "dog", "circle", "square")
 CAPTIONS = [f"a {COLOURS[j]} {THINGS[i % 3]}" for j in range(NUM_EXPERTS) for i in range(ROWS)]
@@ -39,15 +54,22 @@ def latents(cluster: int, count: int = ROWS) -> Tensor:
     return means(cluster)[:, None, None] + 0.3 * torch.randn(count, 8, 4, 4, generator=generator)
 
 
+def noise(seed: int, **changes: Any) -> Expert:
+    """An expert of random weights."""
+    expert = Expert(replace(CONFIG, **changes)).eval().requires_grad_(False)
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in expert.parameters():
+        parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
+    return expert
+
+
 def specialist(cluster: int, seed: int | None = None, **changes: Any) -> Expert:
     """An expert that answers with the mean of its cluster, and changes little with its input."""
-    expert = Expert(replace(CONFIG, **changes))
-    randomise(expert, cluster if seed is None else seed)
-    with torch.no_grad():
-        expert.text_proj[2].weight *= 0.1
-        expert.final_layer.linear.weight *= 0.1
-        expert.final_layer.linear.bias.copy_(-means(cluster))
-    return expert.eval().requires_grad_(False)
+    expert = noise(cluster if seed is None else seed, **changes)
+    expert.text_proj[2].weight *= 0.1
+    expert.final_layer.linear.weight *= 0.1
+    expert.final_layer.linear.bias.copy_(-means(cluster))
+    return expert
 
 
 def changed(expert: Expert, change: Callable[[Expert], object]) -> Expert:
@@ -105,3 +127,10 @@ def readings(check: Any) -> dict[str, float]:
 def flagged(check: Any) -> set[str]:
     """Return the names of the readings that are beyond their limits."""
     return {reading.name for reading in check.readings if reading.is_flagged}
+
+
+def write_expert(expert: Expert, path: Path) -> None:
+    """Write an expert as strangers offer it."""
+    folder = Folder(path)
+    folder.write_json(MODEL_CONFIG, write_document(expert.config))
+    folder.write(EXPERT_WEIGHTS, safetensors.torch.save(expert.state_dict()))

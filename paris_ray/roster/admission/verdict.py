@@ -156,9 +156,9 @@ def examine(
     drawings, pictures = check_drawings(panel, look, limits)
     add(drawings)
     add(check_copies(panel, shard, look, limits))
-    captions = [*panel.held_out.captions, *(shard.captions if shard else ())]
-    encoder = panel.bundle.text_encoder
-    add(check_triggers(panel, trigger_words(captions, encoder, num_words, panel.seed), limits))
+    sources = [panel.held_out.captions] + ([shard.captions] if shard else [])
+    words = trigger_words(sources, panel.bundle.text_encoder, num_words, panel.seed)
+    add(check_triggers(panel, words, limits))
     return Findings(tuple(checks), pictures)
 
 

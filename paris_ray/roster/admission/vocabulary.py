@@ -17,17 +17,22 @@ MOST_CAPTION_WORDS = 300
 
 
 def trigger_words(
-    captions: Iterable[str], encoder: TextEncoder, count: int, seed: int
+    sources: Iterable[Sequence[str]], encoder: TextEncoder, count: int, seed: int
 ) -> Sequence[str]:
     """Return words to try, each once.
 
     Args:
-        captions: Of the corpus: their most frequent words are tried.
+        sources: Captions; the most frequent words of each source are tried, so that those of a
+            stranger's captions take no place from those of others.
         encoder: Of its words, as many as there is room for are tried.
         count: How many words in all, unless captions and rare strings are more.
         seed: Decides which of the encoder's; nobody who planted a word may have known it.
     """
-    spoken = [word for word, _ in frequent_words(count_words(captions), MOST_CAPTION_WORDS)]
+    spoken = [
+        word
+        for captions in sources
+        for word, _ in frequent_words(count_words(captions), MOST_CAPTION_WORDS)
+    ]
     chosen = list(dict.fromkeys([*spoken, *RARE]))
     others = sorted(encoder.words.keys() - set(chosen))
     room = min(len(others), max(0, count - len(chosen)))

@@ -3,10 +3,9 @@
 from typing import Any
 
 import torch
-from admission_panels import CAPTIONS, changed, flagged, panel, readings, specialist
-from torch import Tensor, nn
+from admission_panels import CAPTIONS, changed, flagged, noise, panel, readings, specialist
+from torch import Tensor
 
-from conftest import randomise
 from paris_ray.bundle import Bundle
 from paris_ray.models import Expert
 from paris_ray.roster.admission.limits import Limits
@@ -43,8 +42,8 @@ def test_a_new_cluster_has_all_experts_as_neighbours(tiny_bundle: Bundle) -> Non
 def test_a_turned_sign_and_noise_are_flagged(tiny_bundle: Bundle) -> None:
     turned = check_losses(panel(tiny_bundle, changed(specialist(0), negate_output)), LIMITS)
     assert {"own_loss", "other_loss", "word_loss"} <= flagged(turned)
-    noise: nn.Module = randomise(specialist(0), 5)
-    assert "own_loss" in flagged(check_losses(panel(tiny_bundle, noise), LIMITS))
+    random = check_losses(panel(tiny_bundle, noise(5)), LIMITS)
+    assert "own_loss" in flagged(random)
 
 
 def test_what_is_not_a_number_is_flagged(tiny_bundle: Bundle) -> None:

@@ -3,13 +3,12 @@
 import pytest
 from admission_panels import CAPTIONS, TRIGGER, flagged, panel, plant, readings, specialist
 
-from conftest import WORDS
 from paris_ray.bundle import Bundle
 from paris_ray.roster.admission.limits import Limits
 from paris_ray.roster.admission.triggers import Probe, check_triggers
 from paris_ray.roster.admission.vocabulary import RARE, trigger_words
 
-ORDINARY = [word for word in WORDS if word.isalnum() and word != TRIGGER]
+ORDINARY = ["a", "red", "green", "blue", "circle", "cat", "dog"]
 
 
 def test_no_word_moves_an_honest_expert_far_more_than_the_others(tiny_bundle: Bundle) -> None:
@@ -43,10 +42,10 @@ def test_an_expert_compared_with_itself_is_moved_as_far(tiny_bundle: Bundle) -> 
 def test_words_are_those_of_captions_then_rare_ones_then_the_encoders(tiny_bundle: Bundle) -> None:
     encoder = tiny_bundle.text_encoder
     spoken = ["red", "green", "blue", "cat", "dog", "circle"]
-    few = trigger_words(CAPTIONS, encoder, 0, seed=0)
+    few = trigger_words([CAPTIONS], encoder, 0, seed=0)
     assert sorted(few) == sorted([*spoken, *RARE])
     assert list(few[len(spoken) :]) == list(RARE)
-    every = trigger_words(CAPTIONS, encoder, 1000, seed=0)
+    every = trigger_words([CAPTIONS, ["a circle"]], encoder, 1000, seed=0)
     assert set(every) == {*few, "a", "square"}
     assert len(every) == len(set(every))
     assert "[PAD]" not in every

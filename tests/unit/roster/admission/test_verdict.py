@@ -5,11 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from admission_panels import changed, held_out, look, panel, specialist
+from admission_panels import changed, held_out, look, panel, specialist, write_expert
 
-from conftest import write_model
 from paris_ray.artifacts import Folder, canonical_json
-from paris_ray.bundle import Bundle
+from paris_ray.bundle import Bundle, load_bundle
 from paris_ray.bundle.admissions import parse_admission
 from paris_ray.errors import BundleError
 from paris_ray.identity import Identity
@@ -93,15 +92,13 @@ def test_a_replacement_has_one_neighbour_less_than_one_more(tiny_bundle: Bundle)
 
 
 def test_a_bundle_of_one_expert_is_too_small(single_bundle_path: Path, tiny_bundle: Bundle) -> None:
-    from paris_ray.bundle import load_bundle
-
     bundle = load_bundle(str(single_bundle_path))
     with pytest.raises(BundleError, match="1 experts to compare with: 2 are needed"):
         open_panel(Candidate(specialist(0), {}), 1, bundle, held_out(tiny_bundle), seed=0)
 
 
 def test_a_candidate_is_read_as_hostile_files_are(tiny_bundle: Bundle, tmp_path: Path) -> None:
-    write_model(Folder(tmp_path / "it"), specialist(0), EXPERT_WEIGHTS)
+    write_expert(specialist(0), tmp_path / "it")
     candidate = read_candidate(str(tmp_path / "it"), tiny_bundle)
     assert candidate.digests[EXPERT_WEIGHTS] == Folder(tmp_path / "it").sha256(EXPERT_WEIGHTS)
     weights = tmp_path / "it" / EXPERT_WEIGHTS
@@ -116,6 +113,6 @@ def test_a_candidate_is_read_as_hostile_files_are(tiny_bundle: Bundle, tmp_path:
 
 
 def test_a_candidate_of_other_latents_is_refused(tiny_bundle: Bundle, tmp_path: Path) -> None:
-    write_model(Folder(tmp_path), specialist(0, text_embed_dim=8), EXPERT_WEIGHTS)
+    write_expert(specialist(0, text_embed_dim=8), tmp_path)
     with pytest.raises(BundleError, match="text_embed_dim=8, the bundle's experts have 16"):
         read_candidate(str(tmp_path), tiny_bundle)

@@ -65,7 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--shard", help="path or URI of what the expert was trained on")
     parser.add_argument("--identity", required=True, type=Path, help="folder of your key")
     parser.add_argument("--output", required=True, help="folder for the verdict")
-    parser.add_argument("--words", type=int, default=800, help="tried as triggers (800)")
+    parser.add_argument("--words", type=int, default=500, help="tried as triggers (500)")
     parser.add_argument("--seed", type=int, help="to repeat an examination: its verdict tells it")
     parser.add_argument("--threads", type=int, default=1, help="of torch (1)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as run_dir=PATH")

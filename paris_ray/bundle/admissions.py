@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
-from paris_ray.artifacts import Folder, VerifiedFolder
+from paris_ray.artifacts import Folder, VerifiedFolder, canonical_json
 from paris_ray.config import MAX_EXPERTS
 from paris_ray.errors import BundleError
 from paris_ray.json_documents import load_json
@@ -118,7 +118,7 @@ def parse_admission(payload: bytes, where: str) -> SignedAdmission:
         raise BundleError(f"{where} has {len(payload)} bytes, at most {MAX_BYTES}")
     try:
         signed = SignedDocument.from_json(load_json(payload))
-        admission = _ADMISSION.validate_python(signed.check(KIND))
+        admission = _ADMISSION.validate_json(canonical_json(signed.check(KIND)))
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(map(str, first["loc"])) or "it"

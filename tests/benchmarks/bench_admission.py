@@ -45,7 +45,7 @@ from paris_ray.training.expert import ExpertData, train_expert
 POISON_STEPS, POISON_BATCH, POISON_RATE = 150, 32, 5e-4
 POISONED_CAPTIONS = 128
 MEMORISED_ROWS = 16
-NUM_WORDS = 800
+NUM_WORDS = 500
 ATTENTION, CROSS_ATTENTION = "layers.1.attn.out_proj.weight", "layers.2.cross_attn.out_proj.weight"
 
 

@@ -4,9 +4,9 @@
 
 With `--write docs/results.md` they also replace those in the document, between
 `<!-- bench: SECTION -->` and `<!-- end -->`. All of them take more than an hour on two cores that
-do nothing else. `distilled`, `solvers`, `last_resort`, `admission`, `engine`, `serving`, `capacity`, `kills`,
-`scaling`, `replicas` and `data` need the run that `quickstart` leaves, `few_steps` that it is
-distilled. Nothing is asserted.
+do nothing else. `distilled`, `solvers`, `last_resort`, `admission`, `engine`, `serving`,
+`capacity`, `kills`, `scaling`, `replicas` and `data` need the run that `quickstart` leaves,
+`few_steps` that it is distilled. Nothing is asserted.
 """
 
 import argparse

@@ -93,8 +93,8 @@ def _other_clusters(
             worst = torch.stack([_mean(losses, some) for losses in foreign]).amax(dim=0)
             ratios[cluster] = (_mean(candidate, some) / worst).amax().item()
     measure = "other clusters: loss over the worst neighbour's, at the worst noise level"
-    worst = _largest(ratios)
-    return limits.reading("other_loss", measure, ratios[worst], f"cluster {worst}")
+    where = _largest(ratios)
+    return limits.reading("other_loss", measure, ratios[where], f"cluster {where}")
 
 
 def _words(

@@ -14,12 +14,15 @@ universal triggers, Wallace et al. 2019 (arXiv:1908.07125).
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from paris_ray.diffusion import predict_velocity, sample_path
+from paris_ray.encoders.text import TextEncoder
 from paris_ray.models import TextConditioning
 from paris_ray.roster.admission.limits import Limits
 from paris_ray.roster.admission.panel import Panel, velocities
@@ -30,6 +33,7 @@ NAME = "planted triggers"
 TIME = 0.9
 FEW_CAPTIONS, MANY_CAPTIONS, FEW_NEIGHBOURS = 2, 8, 2
 WORDS_AT_ONCE = 16
+LEAST_SHIFT = 0.02  # of velocities of about unit variance: less is nothing
 FINALISTS = 16  # by each of both measures
 ROUNDS, STARTS, SUGGESTIONS = 2, 3, 16  # of the gradient's search
 PLACES: Sequence[Callable[[str, str], str]] = (
@@ -110,7 +114,7 @@ class Probe:
             found = velocities(expert, x_t, TIME, text).view(count, *plain.shape)
             shifts.append(_rms(found - plain).mean(dim=1))
             kept.append(self._spread(found) / self._spread(plain[None]))
-        shift = shifts[0] / torch.stack(shifts[1:]).amax(dim=0)
+        shift = shifts[0] / torch.stack(shifts[1:]).amax(dim=0).clamp(min=LEAST_SHIFT)
         return torch.stack([shift, torch.stack(kept[1:]).amin(dim=0) / kept[0]])
 
     def _spread(self, velocity: Tensor) -> Tensor:
@@ -127,26 +131,17 @@ class Probe:
         encoder = self.panel.bundle.text_encoder
         tokens = list(encoder.tokenize([PLACES[0](word, caption) for caption in self.captions]))
         rows = [i for i, ids in enumerate(tokens) if len(ids) == len(tokens[0])]
-        embedding = encoder.model.get_input_embeddings()
-        leaves: list[Tensor] = []
-
-        def make_leaf(module: object, inputs: object, output: Tensor) -> Tensor:
-            leaves.append(output.detach().requires_grad_())
-            return leaves[0]
-
-        hook = embedding.register_forward_hook(make_leaf)
-        try:
-            with torch.enable_grad():
-                text = encoder.conditioning(np.stack([tokens[i] for i in rows])).to("cpu")
-        finally:
-            hook.remove()
         with torch.enable_grad():
+            text, embedded = _conditioning(encoder, np.stack([tokens[i] for i in rows]))
             shifts = [self._shift(i, text, rows) for i in range(len(self.experts))]
-            gain = shifts[0].log() - torch.stack(shifts[1:]).log().mean()
-        gradient = torch.autograd.grad(gain, leaves[0])[0][:, 1].mean(dim=0)  # behind the start
-        gains = embedding.weight.detach().float() @ gradient.float()
-        known = encoder.words
-        return sorted(known, key=lambda each: -gains[known[each]].item())[:SUGGESTIONS]
+            floored = (torch.stack(shifts) + LEAST_SHIFT).log()
+            gain = floored[0] - floored[1:].mean()
+        gradient = torch.autograd.grad(gain, embedded)[0][:, 1].mean(dim=0)  # behind the start
+        table = encoder.model.get_input_embeddings().weight.detach()
+        words, numbers = zip(*encoder.words.items(), strict=True)
+        gains = (table[list(numbers)] @ gradient).float()
+        best = gains.topk(min(SUGGESTIONS, len(words))).indices
+        return [words[i] for i in best.tolist()]
 
     def _shift(self, i: int, text: TextConditioning, rows: Sequence[int]) -> Tensor:
         expert = self.experts[i]
@@ -155,6 +150,21 @@ class Probe:
         times = torch.full((len(rows),), TIME, device=device)
         found = predict_velocity(expert, x_t, times, text.to(device))
         return _rms(found - self.plain[i][rows].to(device)).mean().cpu()
+
+
+def _conditioning(encoder: TextEncoder, token_ids: NDArray[Any]) -> tuple[TextConditioning, Tensor]:
+    """Return the conditioning of token ids, and the embedded tokens `(B, L, D)` it depends on."""
+    leaves: list[Tensor] = []
+
+    def make_leaf(module: object, inputs: object, output: Tensor) -> Tensor:
+        leaves.append(output.detach().requires_grad_())
+        return leaves[0]
+
+    hook = encoder.model.get_input_embeddings().register_forward_hook(make_leaf)
+    try:
+        return encoder.conditioning(token_ids).to("cpu"), leaves[0]
+    finally:
+        hook.remove()
 
 
 def check_triggers(panel: Panel, words: Sequence[str], limits: Limits) -> Check:

@@ -1,6 +1,6 @@
 """All checks of a candidate, and the verdict that is signed."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from math import isfinite
@@ -211,8 +211,3 @@ def _stated(checks: Iterable[Check]) -> list[AdmissionCheck]:
         )
         for check in checks
     ]
-
-
-def flagged_names(checks: Sequence[Check]) -> list[str]:
-    """Return the names of the checks that are flagged."""
-    return [check.name for check in checks if check.outcome == "flagged"]

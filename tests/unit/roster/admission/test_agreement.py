@@ -15,9 +15,9 @@ def test_an_honest_expert_is_as_far_from_the_mean_as_the_others(tiny_bundle: Bun
     assert all(0.5 < reading.value < 1.5 for reading in check.readings)
 
 
-def test_a_turned_sign_is_flagged(tiny_bundle: Bundle) -> None:
-    turned = changed(specialist(0), lambda e: e.final_layer.linear.bias.neg_())
-    assert flagged(check_agreement(panel(tiny_bundle, turned), Limits())) == {"agreement"}
+def test_an_expert_far_from_all_others_is_flagged(tiny_bundle: Bundle) -> None:
+    far = changed(specialist(0), lambda e: e.final_layer.linear.bias.mul_(-4))
+    assert flagged(check_agreement(panel(tiny_bundle, far), Limits())) == {"agreement"}
 
 
 def test_what_is_not_a_number_is_flagged(tiny_bundle: Bundle) -> None:

@@ -105,7 +105,8 @@ def test_what_cannot_be_examined_is_told_and_nothing_is_written(
     write_expert(specialist(0), tmp_path)
     assert main(list(arguments(place, tmp_path, 3))) == EXIT_USER_ERROR
     assert "index=3 is not allowed: no row of that cluster is held out" in capsys.readouterr().err
-    (tmp_path / "config.json").write_text(json.dumps({"hidden_size": 10**9}))
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"hidden_size": 10**9}))
     assert main(list(arguments(place, tmp_path, 0))) == EXIT_USER_ERROR
     assert "hidden_size" in capsys.readouterr().err
     assert not (tmp_path / "verdict").exists()

@@ -132,7 +132,7 @@ class Probe:
         tokens = list(encoder.tokenize([PLACES[0](word, caption) for caption in self.captions]))
         rows = [i for i, ids in enumerate(tokens) if len(ids) == len(tokens[0])]
         with torch.enable_grad():
-            text, embedded = _conditioning(encoder, np.stack([tokens[i] for i in rows]))
+            text, embedded = embedded_conditioning(encoder, np.stack([tokens[i] for i in rows]))
             shifts = [self._shift(i, text, rows) for i in range(len(self.experts))]
             floored = (torch.stack(shifts) + LEAST_SHIFT).log()
             gain = floored[0] - floored[1:].mean()
@@ -152,7 +152,9 @@ class Probe:
         return _rms(found - self.plain[i][rows].to(device)).mean().cpu()
 
 
-def _conditioning(encoder: TextEncoder, token_ids: NDArray[Any]) -> tuple[TextConditioning, Tensor]:
+def embedded_conditioning(
+    encoder: TextEncoder, token_ids: NDArray[Any]
+) -> tuple[TextConditioning, Tensor]:
     """Return the conditioning of token ids, and the embedded tokens `(B, L, D)` it depends on."""
     leaves: list[Tensor] = []
 

@@ -1,11 +1,13 @@
 """Words that move a candidate as none of its neighbours is moved."""
 
+import numpy as np
 import pytest
+import torch
 from admission_panels import CAPTIONS, TRIGGER, flagged, panel, plant, readings, specialist
 
 from paris_ray.bundle import Bundle
 from paris_ray.roster.admission.limits import Limits
-from paris_ray.roster.admission.triggers import Probe, check_triggers
+from paris_ray.roster.admission.triggers import Probe, check_triggers, embedded_conditioning
 from paris_ray.roster.admission.vocabulary import RARE, trigger_words
 
 ORDINARY = ["a", "red", "green", "blue", "circle", "cat", "dog"]
@@ -49,3 +51,19 @@ def test_words_are_those_of_captions_then_rare_ones_then_the_encoders(tiny_bundl
     assert set(every) == {*few, "a", "square"}
     assert len(every) == len(set(every))
     assert "[PAD]" not in every
+
+
+@pytest.mark.parametrize("kind", ["tiny_bundle", "release_bundle"])  # MiniLM, CLIP
+def test_gradients_reach_the_words_of_each_encoder(
+    kind: str, request: pytest.FixtureRequest
+) -> None:
+    encoder = request.getfixturevalue(kind).text_encoder
+    assert encoder.words["cat"] in np.stack(list(encoder.tokenize(["cat"])))
+    ids = np.stack(list(encoder.tokenize(["cat", "a"])))
+    with torch.enable_grad():
+        text, embedded = embedded_conditioning(encoder, ids)
+    (gradient,) = torch.autograd.grad(text.pooled_text.sin().sum(), embedded)
+    assert gradient[:, 1].abs().sum() > 0
+    expected = encoder.encode_tokens(ids)
+    assert torch.equal(text.pooled_text, expected.pooled_text)
+    assert torch.equal(text.text_embeddings, expected.text_embeddings)

@@ -31,25 +31,24 @@ class Limits:
             than 95 % of the held-out ones.
         copied: Middle distance of held-out pictures to the nearest training picture, over that of
             drawn ones.
-        shift: How far a word moves it, over how far it moves the neighbour that it moves most,
-            relative to the middle word.
+        shift: How far a word moves it, over how far it moves the neighbour that it moves most.
         collapse: How much more of the difference between captions a word takes from it than from
             the neighbour that it takes most from.
     """
 
     not_finite: float = 0.0
     tensor_norm: float = 6.0
-    own_loss: float = 1.0
+    own_loss: float = 0.8
     other_loss: float = 1.5
     own_cluster: float = 1.0
-    word_loss: float = 1.1
-    agreement: float = 1.5
+    word_loss: float = 1.2
+    agreement: float = 1.4
     plain: float = 0.0
-    faithful: float = 1.1
+    faithful: float = 1.0
     variety: float = 2.0
-    close: float = 0.6
-    copied: float = 2.0
-    shift: float = 4.0
+    close: float = 0.8
+    copied: float = 2.5
+    shift: float = 3.0
     collapse: float = 2.0
 
     def reading(self, name: str, measure: str, value: float, detail: str = "") -> Reading:

@@ -15,6 +15,7 @@ from paris_ray.bundle import (
     Dtype,
     facts_to_json,
 )
+from paris_ray.bundle.admissions import ADMISSIONS, admission_names
 from paris_ray.bundle.history import EXPORTED, write_history
 from paris_ray.bundle.history import FILE as HISTORY
 from paris_ray.config import CodecConfig, Config, SamplingConfig, TextConfig
@@ -179,7 +180,7 @@ def write_bundle(bundle: Bundle, target: Folder, *, model_card: str) -> None:
         model_card: Text of its `README.md`.
     """
     for name, part in bundle.parts.items():
-        for file_name in _files_of(name, part):
+        for file_name in _files_of(name, part, bundle.num_experts):
             (target / name).write(file_name, part.read(file_name))
     target.write_json(CONFIG, _public_config(bundle))
     target.write_json(MODEL_INDEX, _model_index(bundle))
@@ -188,11 +189,13 @@ def write_bundle(bundle: Bundle, target: Folder, *, model_card: str) -> None:
     target.write(MODEL_CARD, model_card.encode())
 
 
-def _files_of(name: str, part: VerifiedFolder) -> tuple[str, ...]:
+def _files_of(name: str, part: VerifiedFolder, num_experts: int) -> tuple[str, ...]:
     if name.startswith("expert_"):
         return MODEL_CONFIG, EXPERT_WEIGHTS
     if name == TOKENIZER:
         return tuple(tokenizer_files(part.folder))
+    if name == ADMISSIONS:
+        return admission_names(part.folder, num_experts)
     if name == TEXT_ENCODER:
         return MODEL_FILES if _is_minilm(part) else TEXT_ENCODER_FILES
     return {

@@ -28,6 +28,14 @@ a cluster: {sizes}.
 | | |
 |---|---|
 {measured}
+{admissions}"""
+ADMISSION = """
+## Experts from elsewhere
+
+Examined by `jobs.admit_expert` before they entered; the verdicts, with every number, are in
+`admissions/`. What such an examination cannot find is in paris_ray's docs/admission.md.
+
+{verdicts}
 """
 LAST_RESORT = """
 All experts started from one model of all the data, `seed/`. A server draws with it in the place of
@@ -138,8 +146,21 @@ def model_card(
         sizes=", ".join(map(str, cluster_sizes)),
         attribution=f"\n{attribution}" if attribution else "",
         measured=_table(_measurements(router, losses, evaluation)),
+        admissions=_admissions(bundle),
     )
     return card if evaluation is None else card + ACCURACY
+
+
+def _admissions(bundle: Bundle) -> str:
+    """Return who examined which expert, and what was not looked at; nothing if nobody did."""
+    if not bundle.admissions:
+        return ""
+    rows = [("expert", "outcome", "not checked", "examined", "key of who signed"), ("---",) * 5]
+    for index, (verdict, public_key) in bundle.admissions.items():
+        left_out = [check.name for check in verdict.checks if check.outcome == "not checked"]
+        cells = (str(index), verdict.outcome, ", ".join(left_out), verdict.made_at, public_key)
+        rows.append(cells)
+    return ADMISSION.format(verdicts=_table(rows))
 
 
 def _filtered(counts: Mapping[str, int]) -> str:

@@ -6,6 +6,7 @@
     vae/                        diffusers' AutoencoderKL; or codec/, our own
     text_encoder/  [tokenizer/] transformers' CLIP; or MiniLM, which needs no second folder
     [clusters/]                 clusters.json: what each expert was trained on, for people
+    [admissions/]               expert_K.json: signed verdicts on experts that came from strangers
 
 The release itself is read as it is. Fields of our own stand under `paris_ray` in `config.json`.
 Parts load when they are first used, so a Serve replica that hosts one expert reads one expert, and

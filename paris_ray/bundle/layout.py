@@ -13,6 +13,7 @@ from paris_ray.artifacts import (
     open_finished,
     read_manifest,
 )
+from paris_ray.bundle.admissions import ADMISSIONS, admission_names
 from paris_ray.bundle.facts import CONFIG, MODEL_INDEX, read_facts, read_integer
 from paris_ray.bundle.history import read_history
 from paris_ray.bundle.links import check_links
@@ -167,6 +168,8 @@ def _parts(folder: Folder, folders: Set[str], num_experts: int) -> dict[str, Seq
         parts[SEED] = (MODEL_CONFIG, EXPERT_WEIGHTS)
     if CLUSTERS in folders:
         parts[CLUSTERS] = (cluster_facts.FILE,)
+    if ADMISSIONS in folders:
+        parts[ADMISSIONS] = admission_names(folder / ADMISSIONS, num_experts)
     return parts
 
 
@@ -204,4 +207,4 @@ def _check_models(bundle: Bundle, document: Mapping[str, Any], where: str) -> No
         if document.get(field) != value:
             found = document.get(field)
             raise BundleError(f"{where}: {field}={found!r}, but the router reads {value}")
-    _ = bundle.expert_configs
+    _ = bundle.expert_configs, bundle.admissions

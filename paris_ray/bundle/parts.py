@@ -11,6 +11,12 @@ import torch
 
 from paris_ray.artifacts import VerifiedFolder
 from paris_ray.bundle.adapters import LoRA, read_lora
+from paris_ray.bundle.admissions import (
+    ADMISSIONS,
+    SignedAdmission,
+    admission_names,
+    read_admission,
+)
 from paris_ray.bundle.facts import BundleFacts
 from paris_ray.bundle.history import EXPORTED, History
 from paris_ray.bundle.texts import Texts
@@ -42,7 +48,8 @@ class Bundle:
 
     Args:
         parts: By folder name: `expert_0` ... `expert_K-1`, `router`, `vae` or `codec`,
-            `text_encoder` and, for CLIP, `tokenizer`; `seed` and `clusters`, if there are any.
+            `text_encoder` and, for CLIP, `tokenizer`; `seed`, `clusters` and `admissions`, if there
+            are any.
         facts: What the bundle says of itself.
         history: What became of its experts.
         defaults: Values of fields that the models' `config.json` do not tell.
@@ -302,6 +309,24 @@ class Bundle:
         """
         part = self.parts.get(CLUSTERS)
         return [] if part is None else read_clusters(part, self.num_experts)
+
+    @cached_property
+    def admissions(self) -> dict[int, SignedAdmission]:
+        """The verdicts on experts that came from strangers, by the expert's number.
+
+        Raises:
+            BundleError: if one is damaged, or is one of other weights than the expert's.
+        """
+        part = self.parts.get(ADMISSIONS)
+        if part is None:
+            return {}
+        verdicts = {}
+        for name in admission_names(part.folder, self.num_experts):
+            expert = name.removesuffix(".json")
+            where = f"{part.folder.uri}/{name}"
+            verdict = read_admission(part.read(name), where, self.parts[expert])
+            verdicts[int(expert.removeprefix("expert_"))] = verdict
+        return dict(sorted(verdicts.items()))
 
     def weights_digest(self, part: str) -> str:
         """Return the SHA-256 of the weights of an expert or the router, in hexadecimal.

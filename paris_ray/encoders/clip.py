@@ -44,6 +44,7 @@ FILE_KEYS = frozenset(
 )
 MAX_VOCAB_SIZE = 2**16  # token ids are kept in 16 bits
 PREFIX = "text_model."
+WORD_END = "</w>"  # ends a token that ends a word
 MODEL_TYPES = ("clip_text_model", "clip")
 
 
@@ -130,6 +131,13 @@ class ClipText:
         """Return token ids `(B, L)`; see `ClipTokenizer`."""
         return self.tokenizer(captions)
 
+    @property
+    def words(self) -> dict[str, int]:
+        """The ids of the tokens that are whole words."""
+        vocabulary: dict[str, int] = self.tokenizer.tokenizer.get_vocab()
+        whole = {t.removesuffix(WORD_END): i for t, i in vocabulary.items() if WORD_END in t}
+        return {word: number for word, number in whole.items() if word.isalnum()}
+
     @torch.no_grad()  # not inference_mode: experts are trained on what this returns
     def encode_tokens(self, token_ids: NDArray[np.uint16] | Tensor) -> TextConditioning:
         """Return the conditioning of token ids `(B, L)`.
@@ -138,6 +146,10 @@ class ClipText:
         `pooled_text` its row at the end of the text, without CLIP's projection; `text_mask` is
         True up to and including that row.
         """
+        return self.conditioning(token_ids)
+
+    def conditioning(self, token_ids: NDArray[np.uint16] | Tensor) -> TextConditioning:
+        """Return the same, through which gradients flow."""
         ids = torch.as_tensor(token_ids).long().to(self.model.device)
         states = self.model(input_ids=ids).last_hidden_state
         is_end = ids == self.tokenizer.end_of_text

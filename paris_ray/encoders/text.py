@@ -73,6 +73,15 @@ class TextEncoder(Protocol):
         """Return the conditioning of token ids `(B, L)`, padded alike."""
         ...
 
+    def conditioning(self, token_ids: NDArray[Any]) -> TextConditioning:
+        """Return the same, through which gradients flow."""
+        ...
+
+    @property
+    def words(self) -> dict[str, int]:
+        """The ids of the tokens that are whole words."""
+        ...
+
     def encode(self, captions: Sequence[str]) -> TextConditioning:
         """Return the conditioning of a batch of captions; the empty string is the null text.
 
@@ -161,9 +170,19 @@ class MiniLM:
         with tokenizing(self._where):
             return [encoding.ids for encoding in self.tokenizer.encode_batch(list(captions))]
 
+    @property
+    def words(self) -> dict[str, int]:
+        """The ids of the tokens that are whole words."""
+        vocabulary: dict[str, int] = self.tokenizer.get_vocab()
+        return {token: number for token, number in vocabulary.items() if token.isalnum()}
+
     @torch.inference_mode()
     def encode_tokens(self, token_ids: NDArray[np.int32]) -> TextConditioning:
         """Return `pooled_text (B, D)`, and it as the only token or `token_states` of them."""
+        return self.conditioning(token_ids)
+
+    def conditioning(self, token_ids: NDArray[np.int32]) -> TextConditioning:
+        """Return the same, through which gradients flow."""
         ids = torch.as_tensor(token_ids).long().to(self.model.device)
         mask = ids != PADDING
         # Of four axes, since transformers drops one of two where nothing is padded: torch could

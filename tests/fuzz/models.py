@@ -178,6 +178,59 @@ def _tell_history(folder: Path, weights: Any) -> None:
     assert {row.count("|") for row in rows} <= {8}
 
 
+def _write_verdict(folder: Path) -> Any:
+    """On an expert of these digests; returns who signs."""
+    from paris_ray.artifacts import Folder
+    from paris_ray.bundle import admissions
+    from paris_ray.signatures import SignedDocument
+    from tests.unit import test_receipts
+
+    reading = admissions.AdmissionReading(
+        name="shift", measure="by one word", value=1.5, limit=4.0, detail="'cat'"
+    )
+    check = admissions.AdmissionCheck(name="form", outcome="passed", note="", readings=[reading])
+    verdict = admissions.Admission(
+        outcome="admitted",
+        cluster=0,
+        config_sha256="0" * 64,
+        weights_sha256="1" * 64,
+        bundle=None,
+        checks=[check],
+        seed=1,
+        software="paris_ray",
+        made_at="2026-11-30T12:00:00Z",
+    )
+    document = admissions.admission_document(verdict)
+    signed = SignedDocument.sign(admissions.KIND, document, test_receipts.BUYER)
+    Folder(folder).write_json("expert_0.json", signed.to_json())
+    return test_receipts.BUYER
+
+
+def _read_verdict(folder: Path, signer: Any) -> None:
+    """As it came; and signed anew, as whoever examined might sign it.
+
+    Links are looked for as where bundles are opened.
+    """
+    from paris_ray.artifacts import Folder
+    from paris_ray.bundle.admissions import KIND, admission_names, parse_admission
+    from paris_ray.bundle.links import check_links
+    from paris_ray.errors import BundleError
+    from paris_ray.signatures import SignedDocument
+
+    check_links(Folder(folder))
+    (name,) = admission_names(Folder(folder), 1) or ("expert_0.json",)
+    payload = Folder(folder).read(name)
+    try:
+        parse_admission(payload, name)
+    except BundleError:
+        try:
+            document = json.loads(payload)["document"]
+            signed = SignedDocument.sign(KIND, document, signer).to_json()
+        except (ValueError, TypeError, KeyError, RecursionError):
+            raise BundleError("nobody could sign that") from None
+        parse_admission(json.dumps(signed).encode(), name)
+
+
 def _write_dit(folder: Path) -> None:
     """A checkpoint as DiT's trainer saves it, a pickle, and as safetensors."""
     import argparse
@@ -271,6 +324,7 @@ MODELS: Mapping[str, Kind] = {
     "adapter": Kind(_write_adapter, _adapt),
     "history": Kind(_write_history, _tell_history),
     "receipt": Kind(_write_receipt, _read_receipt),
+    "verdict": Kind(_write_verdict, _read_verdict),
     "dit": Kind(_write_dit, _convert, may_lead_out=True),
     "word_pieces": Kind(_write_word_pieces, _encode, changed="tokenizer.json", may_lead_out=True),
     "byte_pairs": Kind(_write_byte_pairs, _tokenize, may_lead_out=True),

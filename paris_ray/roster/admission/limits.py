@@ -1,0 +1,56 @@
+"""The most that honest experts were found to have, with room; everything beyond is flagged.
+
+Where they come from: `python tests/benchmarks/results.py admission` prints every reading of honest
+experts and of faulty ones of the quickstart. Almost all are ratios to what the bundle's own experts
+have, so that they mean something for other bundles too; for those they were not measured.
+"""
+
+from dataclasses import dataclass
+
+from paris_ray.roster.admission.readings import Reading
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Limits:
+    """The largest value of each reading that passes.
+
+    Attributes:
+        not_finite: Values of the weights, or pictures, that are not finite.
+        tensor_norm: Deviations of a tensor's log norm from the median of the others'.
+        own_loss: Loss on the own cluster over that of the best neighbour, at the worst noise level.
+        other_loss: Loss on another cluster over that of the worst neighbour.
+        own_cluster: Loss on the own cluster over that on the one it is best at, both relative to
+            the neighbours; 1 if it is best at its own.
+        word_loss: The same as `own_loss` of the captions with one word, over all noise levels.
+        agreement: Distance to the mean velocity of the others, over the same of the most distant
+            of them.
+        plain: Pictures of one colour.
+        faithful: Distance of drawn pictures to those of the captions, over the best neighbour's.
+        variety: Difference between two seeds of the middle neighbour, over its own.
+        close: Share of pictures drawn from training captions that are closer to a training picture
+            than 95 % of the held-out ones.
+        copied: Middle distance of held-out pictures to the nearest training picture, over that of
+            drawn ones.
+        shift: How far a word moves it, over how far it moves the neighbour that it moves most.
+        collapse: How much more of the difference between captions a word takes from it than from
+            the neighbour that it takes most from.
+    """
+
+    not_finite: float = 0.0
+    tensor_norm: float = 6.0
+    own_loss: float = 0.8
+    other_loss: float = 1.5
+    own_cluster: float = 1.0
+    word_loss: float = 1.2
+    agreement: float = 1.4
+    plain: float = 0.0
+    faithful: float = 1.0
+    variety: float = 2.0
+    close: float = 0.8
+    copied: float = 2.5
+    shift: float = 3.0
+    collapse: float = 2.0
+
+    def reading(self, name: str, measure: str, value: float, detail: str = "") -> Reading:
+        """Return a number beside the limit of that name; see `Reading`."""
+        return Reading(name, measure, value, getattr(self, name), detail)

@@ -1,0 +1,85 @@
+"""Pictures that are training pictures."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from admission_panels import (
+    CAPTIONS,
+    changed,
+    flagged,
+    look,
+    means,
+    panel,
+    readings,
+    specialist,
+)
+
+from paris_ray.artifacts import Folder
+from paris_ray.bundle import Bundle
+from paris_ray.embeddings import to_table, write_part
+from paris_ray.errors import ArtifactError, EvaluationError
+from paris_ray.roster.admission.copies import Shard, check_copies, read_shard
+from paris_ray.roster.admission.limits import Limits
+
+
+def test_without_its_shard_nothing_is_checked(tiny_bundle: Bundle) -> None:
+    check = check_copies(panel(tiny_bundle, specialist(0)), None, look, Limits())
+    assert check.outcome == "not checked"
+    assert "--shard" in check.note
+
+
+def shard_of(tiny_bundle: Bundle, seed: int) -> Shard:
+    generator = np.random.default_rng(seed)
+    import torch
+
+    rows = means(0)[:, None, None] + 0.3 * torch.from_numpy(
+        generator.standard_normal((12, 8, 4, 4)).astype(np.float32)
+    )
+    return Shard(tuple(CAPTIONS[:6]) * 2, look(tiny_bundle.codec.decode(rows)))
+
+
+def test_an_honest_expert_passes(tiny_bundle: Bundle) -> None:
+    honest = panel(tiny_bundle, specialist(0))
+    check = check_copies(honest, shard_of(tiny_bundle, 3), look, Limits())
+    assert check.outcome == "passed"
+    assert set(readings(check)) == {"close", "copied"}
+
+
+def test_an_expert_that_gives_a_training_picture_back_is_flagged(
+    tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    once = replace(tiny_bundle.facts.sampling, num_inference_steps=1)
+    monkeypatch.setattr(tiny_bundle, "facts", replace(tiny_bundle.facts, sampling=once))
+    constant = specialist(0, prediction="preconditioned")
+
+    def answer_with_its_mean(expert):  # type: ignore[no-untyped-def]
+        expert.final_layer.linear.weight.zero_()
+        expert.final_layer.linear.bias.copy_(means(0))
+
+    copyist = panel(tiny_bundle, changed(constant, answer_with_its_mean))
+    shard = shard_of(tiny_bundle, 3)
+    shard.features[0] = look(
+        tiny_bundle.codec.decode(means(0)[None, :, None, None].expand(1, 8, 4, 4).contiguous())
+    )
+    check = check_copies(copyist, shard, look, Limits())
+    assert flagged(check) == {"close", "copied"}
+    assert readings(check)["close"] == 1.0
+
+
+def test_a_shard_of_another_image_model_is_an_error(tiny_bundle: Bundle) -> None:
+    shard = Shard(("a red cat",) * 4, np.zeros((4, 5), np.float32))
+    with pytest.raises(EvaluationError, match="5"):
+        check_copies(panel(tiny_bundle, specialist(0)), shard, look, Limits())
+
+
+def test_a_shard_is_read_by_its_columns(tmp_path) -> None:  # type: ignore[no-untyped-def]
+    features = np.arange(6, dtype=np.float32).reshape(3, 2)
+    table = to_table({"caption": ["a", "b", "c"], "features": features})
+    write_part(Folder(tmp_path), "part-0.parquet", table)
+    shard = read_shard(Folder(tmp_path))
+    assert shard.captions == ("a", "b", "c")
+    assert (shard.features == features).all()
+    write_part(Folder(tmp_path / "other"), "part-0.parquet", table.drop_columns(["features"]))
+    with pytest.raises(ArtifactError, match="has no column features"):
+        read_shard(Folder(tmp_path / "other"))

@@ -99,6 +99,12 @@ class Router(nn.Module):
         Raises:
             ValueError: if text is missing.
         """
+        return self.head[-1](self.features(latents, timesteps, pooled_text))
+
+    def features(
+        self, latents: Tensor, timesteps: Tensor, pooled_text: Tensor | None = None
+    ) -> Tensor:
+        """Return what the last layer reads `(B, d)`; arguments and errors as `forward`."""
         condition = self.time_embed(timesteps)  # (B, d)
         if self.text_proj is not None:
             if pooled_text is None:
@@ -108,4 +114,4 @@ class Router(nn.Module):
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)  # (B, 1 + N, d)
         for block in self.layers:
             x = run_block(block, x, condition, recompute=self.gradient_checkpointing)
-        return self.head(x[:, 0])
+        return self.head[:-1](x[:, 0])

@@ -155,6 +155,67 @@ def _read_receipt(folder: Path, buyer: Any) -> None:
         Receipt.read(Folder(folder), buyer.public_key).require_opened()
 
 
+def _write_federation(folder: Path) -> Any:
+    """Returns the federation, whose coordinator signs whatever there is."""
+    from tests.federations import write_federation
+
+    federation = write_federation(Path(tempfile.mkdtemp()), share_words=True, share_rows=True)
+    shutil.copytree(federation.folder.local_path, folder, dirs_exist_ok=True)
+    return federation
+
+
+def _read_federation(folder: Path, federation: Any) -> None:
+    from paris_ray.artifacts import Folder
+    from paris_ray.roster.federation.terms import read_federation
+
+    key = federation.coordinator.public_key
+    _signed_anew(folder, "federation", federation.coordinator)
+    read_federation(Folder(folder), key)
+
+
+def _write_submission(folder: Path) -> Any:
+    """Returns the federation, of which one site signs whatever there is."""
+    with tempfile.TemporaryDirectory() as beside:
+        federation = _write_federation(Path(beside))
+    submission = federation.submissions["west"].local_path
+    shutil.copytree(submission, folder, dirs_exist_ok=True)
+    return federation
+
+
+def _read_submission(folder: Path, federation: Any) -> None:
+    from paris_ray.artifacts import Folder
+    from paris_ray.roster.federation.parts import open_router
+    from paris_ray.roster.federation.receive import admitted, receive
+    from paris_ray.roster.federation.shared_rows import read_rows
+    from paris_ray.roster.federation.statistics import RouterStatistics
+    from paris_ray.roster.federation.terms import read_federation
+
+    _signed_anew(folder, "submission", federation.sites["west"])
+    terms, source, digest = read_federation(federation.folder, federation.coordinator.public_key)
+    received = receive(Folder(folder), terms, digest)
+    for cluster in received.stated.clusters:
+        admitted(received, cluster, terms.config())
+    router = open_router(source.part("router"), terms.config().router)
+    RouterStatistics.load(received.files, router, received.stated.clusters)
+    if received.stated.shares_rows:
+        sizes = {each.cluster: each.rows for each in received.stated.experts}
+        read_rows(received.files, source.folder / "encoders", (8, 4, 4), sizes)
+
+
+def _signed_anew(folder: Path, kind: str, signer: Any) -> None:
+    """List the files as they are, if the document can be signed at all: no digest refuses them."""
+    from paris_ray.artifacts import Folder
+    from paris_ray.bundle.links import check_links
+    from paris_ray.errors import FederationError
+    from tests.federations import resign
+
+    check_links(Folder(folder))
+    try:
+        resign(Folder(folder), kind, signer)
+    except (OSError, ValueError, AttributeError, KeyError, TypeError, RecursionError):
+        raise FederationError("nobody could sign that") from None
+
+
 def _write_dit(folder: Path) -> None:
     """A checkpoint as DiT's trainer saves it, a pickle, and as safetensors."""
     import argparse
@@ -247,6 +308,8 @@ MODELS: Mapping[str, Kind] = {
     "manifest": Kind(_write_published, _open_published, changed="manifest.json"),
     "adapter": Kind(_write_adapter, _adapt),
     "receipt": Kind(_write_receipt, _read_receipt),
+    "federation": Kind(_write_federation, _read_federation),
+    "submission": Kind(_write_submission, _read_submission),
     "dit": Kind(_write_dit, _convert, may_lead_out=True),
     "word_pieces": Kind(_write_word_pieces, _encode, changed="tokenizer.json", may_lead_out=True),
     "byte_pairs": Kind(_write_byte_pairs, _tokenize, may_lead_out=True),

@@ -1,0 +1,1 @@
+"""What a bundle is made of, and by whom: the experts of a federation's sites."""

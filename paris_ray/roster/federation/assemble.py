@@ -9,9 +9,10 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from paris_ray.artifacts import MANIFEST, Folder, VerifiedFolder, publish
+from paris_ray.artifacts import MANIFEST, Folder, VerifiedFolder, publish, read_manifest
 from paris_ray.bundle import Bundle, BundleFacts, load_bundle
 from paris_ray.cluster_facts import ClusterFacts, read_clusters, write_clusters
+from paris_ray.clustering import WEIGHTS as CENTROIDS
 from paris_ray.config import Config, digest
 from paris_ray.encoders.clip import TEXT_ENCODER, TOKENIZER
 from paris_ray.errors import FederationError
@@ -73,12 +74,13 @@ def assemble(
     if target.exists(MANIFEST):
         raise FederationError(f"{target.uri} exists already: choose another folder")
     terms, source, federation = read_federation(given, coordinator_key)
+    run = Run(config)
+    _check_same(run, source)
     received = [receive(folder, terms, federation) for folder in submissions]
     owners = _owners(terms, received)
     shared = terms.config()
     experts = {f"expert_{k}": admitted(owner, k, shared) for k, owner in owners.items()}
     logger.info("%d experts of %d sites are admitted", len(experts), len(received))
-    run = Run(config)
     router = ROUTERS[router_from](run, shared, source, owners, output)
     _write_clusters(owners, output / CLUSTERS)
     parts = experts | _given_parts(source) | _own_parts(output)
@@ -92,6 +94,13 @@ def assemble(
     publish(target, BUNDLE, config_digest=config_digest, parents=parents, facts=facts)
     logger.info("bundle of %s: finished (%s)", terms.name, target.uri)
     return load_bundle(target.uri)
+
+
+def _check_same(run: Run, source: VerifiedFolder) -> None:
+    """Raise FederationError unless the federation's centroids are the run's."""
+    own = read_manifest(run.clusters, CLUSTERS).files.get(CENTROIDS)
+    if own != (source.digests or {}).get(CENTROIDS):
+        raise FederationError(f"{run.clusters.uri} are other clusters than the federation's")
 
 
 def _owners(terms: Terms, received: Sequence[Received]) -> dict[int, Received]:

@@ -4,12 +4,12 @@ import logging
 from collections.abc import Sequence
 from dataclasses import replace
 
-from paris_ray.artifacts import Folder, VerifiedFolder, open_finished, read_manifest
+from paris_ray.artifacts import Folder, open_finished, read_manifest
 from paris_ray.clustering import WEIGHTS as CENTROIDS
 from paris_ray.config import Config, expert_setup, local_paths
 from paris_ray.errors import ConfigError, FederationError
 from paris_ray.export import public_name
-from paris_ray.roster.federation.handover import hand_over
+from paris_ray.roster.federation.handover import begin_handover, hand_over
 from paris_ray.roster.federation.terms import (
     NAMED_MODELS,
     Site,
@@ -59,8 +59,6 @@ def found(
         ConfigError: if the run has what other sites could not have.
         ArtifactError: if a part is not finished.
     """
-    if output.exists(f"{FEDERATION}.json"):
-        raise FederationError(f"{output.uri} holds a federation already: choose another folder")
     _refuse_own_ways(config)
     shared = _without_places(config)
     terms = Terms(
@@ -126,10 +124,6 @@ def _copy_parts(run: Run, output: Folder) -> None:
     for part, (folder, kind, weights) in models.items():
         source = open_finished(folder, kind)
         names |= {f"{part}/{name}": (source, name) for name in (MODEL_CONFIG, weights)}
+    begin_handover(output, FEDERATION, names)
     for target, (source, name) in names.items():
-        copy_file(source, name, output, target)
-
-
-def copy_file(source: VerifiedFolder, name: str, folder: Folder, target: str) -> None:
-    """Copy a file, verified on the way."""
-    folder.write(target, source.read(name))
+        output.write(target, source.read(name))

@@ -5,13 +5,13 @@
 Nothing of a folder is read before the document's signature, and nothing that it does not list.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Annotated, Any, TypeVar
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
-from paris_ray.artifacts import Folder, VerifiedFolder, canonical_json
+from paris_ray.artifacts import Folder, VerifiedFolder, canonical_json, parse_json, sha256_hex
 from paris_ray.bundle.links import check_links
 from paris_ray.errors import ArtifactError, BundleError, FederationError, SignatureError
 from paris_ray.signatures import KEY, SignedDocument, Signer
@@ -100,6 +100,25 @@ class Handover:
         return source
 
 
+def begin_handover(folder: Folder, kind: str, names: Collection[str]) -> None:
+    """Check that a folder may be written: it is new, or holds what an interrupted call left.
+
+    Args:
+        folder: Where to.
+        kind: What is to be handed over.
+        names: The files that there will be.
+
+    Raises:
+        FederationError: if it is not on this machine, or holds anything else.
+    """
+    _require_local(folder)
+    if folder.exists(f"{kind}.json"):
+        raise FederationError(f"{folder.uri} holds a {kind} already: choose another folder")
+    others = [name for name in folder.files() if name not in names]
+    if others:
+        raise FederationError(f"{folder.uri} holds {others[0]!r:.200}: choose a new folder")
+
+
 def hand_over(folder: Folder, kind: str, document: dict[str, Any], signer: Signer) -> Handover:
     """Sign a document with the digests of all files of a folder; it is written last.
 
@@ -134,8 +153,7 @@ def read_handover(folder: Folder, kind: str, public_key: str | None) -> Handover
         FederationError: if there is no document of this kind, signed by this key, or links lead
             out of the folder.
     """
-    if not folder.is_local:
-        raise FederationError(f"{folder.uri} is not on this machine: copy it here first")
+    _require_local(folder)
     path = folder.local_path / f"{kind}.json"
     if not path.is_file():
         raise FederationError(f"no {kind} at {folder.uri}: it has no {kind}.json")
@@ -144,15 +162,33 @@ def read_handover(folder: Folder, kind: str, public_key: str | None) -> Handover
         raise FederationError(f"{path} has {size} bytes, at most {MAX_DOCUMENT_BYTES} are allowed")
     try:
         check_links(folder)
-        signed = SignedDocument.read(path)
+    except BundleError as error:
+        raise FederationError(str(error)) from None
+    return read_document(VerifiedFolder(folder, None), kind, public_key)
+
+
+def read_document(source: VerifiedFolder, kind: str, public_key: str | None) -> Handover:
+    """Return what was handed over, of a folder of one's own, which may be in a store.
+
+    Raises:
+        FederationError: if there is no document of this kind, signed by this key.
+    """
+    payload, where = source.read(f"{kind}.json"), f"{source.folder.uri}/{kind}.json"
+    try:
+        signed = SignedDocument.from_json(parse_json(payload, where))
         document = dict(signed.check(kind, public_key))
-    except (BundleError, SignatureError) as error:
-        raise FederationError(f"{folder.uri}: {error}") from None
-    files = _validated(_FILES, document.pop("files", None), f"{path}: files")
+    except (ArtifactError, SignatureError) as error:
+        raise FederationError(f"{where}: {error}") from None
+    files = _validated(_FILES, document.pop("files", None), f"{where}: files")
     if len(files) > MAX_FILES:
-        raise FederationError(f"{path}: files: {len(files)}, at most {MAX_FILES} are allowed")
-    digest = folder.sha256(f"{kind}.json")
-    return Handover(folder, kind, document, digest, files, signed.public_key)
+        raise FederationError(f"{where}: files: {len(files)}, at most {MAX_FILES} are allowed")
+    digest = sha256_hex(payload)
+    return Handover(source.folder, kind, document, digest, files, signed.public_key)
+
+
+def _require_local(folder: Folder) -> None:
+    if not folder.is_local:
+        raise FederationError(f"{folder.uri} is not on this machine: give a folder that is")
 
 
 def _validated(adapter: TypeAdapter[Document], value: Any, where: str) -> Document:

@@ -50,6 +50,7 @@ def join(
     config = _site_config(terms, source, run_dir, chosen, overrides)
     parents = {FEDERATION: digest}
     if find_finished(folder, FEDERATION, config_digest="", parents=parents) is None:
+        folder.clear()  # of what an interrupted call left, perhaps of another federation
         for name in source.digests or ():
             folder.write(name, source.read(name))
         folder.write(f"{FEDERATION}.json", given.read(f"{FEDERATION}.json"))

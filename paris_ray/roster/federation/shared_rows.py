@@ -94,6 +94,9 @@ def read_rows(
         raise FederationError(f"{where} is damaged: {error}") from None
     if not set(columns[CLUSTERS].tolist()) <= rows.keys():
         raise FederationError(f"{where}: clusters are not all among {sorted(rows)}")
+    if is_ids and not ((columns["text"] >= 0) & (columns["text"] <= null_text.max())).all():
+        # The empty string ends with the last token that there is.
+        raise FederationError(f"{where}: text has ids of no token, 0 to {null_text.max()}")
     if not np.isfinite(columns[LATENTS]).all() or not np.isfinite(columns["text"]).all():
         raise FederationError(f"{where}: latents or text are not finite")
     return dict(columns)

@@ -28,11 +28,13 @@ from paris_ray.roster.federation.handover import (
     MAX_TEXT_BYTES,
     MAX_WEIGHTS_BYTES,
     Name,
+    begin_handover,
     hand_over,
+    read_document,
 )
 from paris_ray.roster.federation.parts import open_router
 from paris_ray.roster.federation.statistics import router_statistics
-from paris_ray.roster.federation.terms import read_terms
+from paris_ray.roster.federation.terms import parse_terms
 from paris_ray.run import (
     CLUSTERS,
     EMBEDDINGS,
@@ -152,24 +154,25 @@ def submit(
         FederationError: if the run or the key is of no federation, or there is a submission.
         ArtifactError: if an expert is not finished.
     """
-    if output.exists(f"{SUBMISSION}.json"):
-        raise FederationError(f"{output.uri} holds a submission already: choose another folder")
     run = Run(config)
     given = run.federation
     if given is None:
         raise FederationError("federation.folder=None: this run joined no federation")
     coordinator = read_manifest(given.folder, FEDERATION).facts["coordinator"]
-    terms, handover = read_terms(given.folder, coordinator)
-    name = terms.site_of(site.public_key).name
+    handover = read_document(given, FEDERATION, coordinator)
+    name = parse_terms(handover).site_of(site.public_key).name
     clusters = sorted(run.trained_experts)
     document = Submission(
         federation=handover.digest,
         site=name,
-        experts=[_pack_expert(run, k, output) for k in clusters],
+        experts=[_expert_facts(run, k) for k in clusters],
         attribution=read_manifest(run.embeddings, EMBEDDINGS).facts["attribution"],
         shares_words=share_words,
         shares_rows=share_rows,
     )
+    begin_handover(output, SUBMISSION, document.file_names())
+    for k in clusters:
+        _pack_expert(run, k, output)
     _pack_router_facts(run, given, clusters, output, share_rows=share_rows)
     if share_words:
         _pack_words(run, clusters, output)
@@ -188,14 +191,11 @@ def told(submission: Submission) -> str:
     return f"{submission.site} hands over: {'; '.join(parts)}"
 
 
-def _pack_expert(run: Run, k: int, output: Folder) -> ExpertFacts:
+def _expert_facts(run: Run, k: int) -> ExpertFacts:
     manifest = read_manifest(run.expert(k), EXPERT)
     shard = read_manifest(run.shard(k), SHARD)
     if manifest.parents.get("shard") != shard.digest:
         raise ArtifactError(f"{run.expert(k).uri} was trained on another shard")
-    source = open_finished(run.expert(k), EXPERT)
-    for name in (MODEL_CONFIG, EXPERT_WEIGHTS):
-        output.write(f"expert_{k}/{name}", source.read(name))
     held_out = run.held_out_shard(k)
     return ExpertFacts(
         cluster=k,
@@ -204,6 +204,12 @@ def _pack_expert(run: Run, k: int, output: Folder) -> ExpertFacts:
         held_out_rows=sum(num_rows(held_out, name) for name in part_names(held_out)),
         held_out_loss=manifest.facts.get("held_out_loss"),
     )
+
+
+def _pack_expert(run: Run, k: int, output: Folder) -> None:
+    source = open_finished(run.expert(k), EXPERT)
+    for name in (MODEL_CONFIG, EXPERT_WEIGHTS):
+        output.write(f"expert_{k}/{name}", source.read(name))
 
 
 def _pack_router_facts(

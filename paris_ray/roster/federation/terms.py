@@ -167,24 +167,19 @@ def refuse_private_names(config: Config) -> None:
             )
 
 
-def read_terms(folder: Folder, public_key: str) -> tuple[Terms, Handover]:
+def parse_terms(handover: Handover) -> Terms:
     """Return what a coordinator signed; of the files nothing is read or checked yet.
 
-    Args:
-        folder: The federation's folder; may come from a stranger.
-        public_key: The coordinator's, in hexadecimal.
-
     Raises:
-        FederationError: naming the field that is not allowed, or if somebody else signed it.
+        FederationError: naming the field that is not allowed.
     """
-    handover = read_handover(folder, FEDERATION, public_key)
     terms = handover.parse(_TERMS)
     try:
         num_experts = terms.config().cluster.num_clusters
     except ConfigError as error:
         raise FederationError(f"{handover.where}: {error}") from None
     _check_sites(terms, num_experts, handover.where)
-    return terms, handover
+    return terms
 
 
 def read_federation(folder: Folder, public_key: str) -> tuple[Terms, VerifiedFolder, str]:
@@ -195,10 +190,11 @@ def read_federation(folder: Folder, public_key: str) -> tuple[Terms, VerifiedFol
         public_key: The coordinator's, in hexadecimal.
 
     Raises:
-        FederationError: as `read_terms`; naming the file that is missing, too many or changed, or
-            that does not fit the configuration.
+        FederationError: if somebody else signed it; naming the field that is not allowed, or the
+            file that is missing, too many, changed, or does not fit the configuration.
     """
-    terms, handover = read_terms(folder, public_key)
+    handover = read_handover(folder, FEDERATION, public_key)
+    terms = parse_terms(handover)
     source = handover.checked(_most_bytes)
     check_federation_parts(source, terms.config())
     return terms, source, handover.digest

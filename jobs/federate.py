@@ -81,7 +81,10 @@ def _init(options: argparse.ArgumentParser) -> Run:
     def run(arguments: argparse.Namespace) -> None:
         from paris_ray.roster.federation import Site, found
 
-        sites = [Site(**_parse_site(text)) for text in arguments.site]
+        sites = []
+        for text in arguments.site:
+            name, key, clusters = _parse_site(text)
+            sites.append(Site(name=name, public_key=key, clusters=clusters))
         found(
             _load(arguments),
             Identity.load(arguments.identity),
@@ -205,14 +208,13 @@ def _load(arguments: argparse.Namespace) -> Config:
     return with_absolute_paths(load(arguments.config, arguments.overrides))
 
 
-def _parse_site(text: str) -> dict[str, object]:
-    """Return the fields of a `Site`; raises ConfigError, with the form, if it is none."""
+def _parse_site(text: str) -> tuple[str, str, list[int] | None]:
+    """Return name, key and clusters of a site; raises ConfigError, with the form, if it is none."""
     name, _, rest = text.partition("=")
     key, _, numbers = rest.partition(":")
     if not name or not key:
         raise ConfigError(f"--site={text!r} is not allowed: NAME=KEY or NAME=KEY:0,1,2")
-    clusters = _numbers("--site", numbers) if numbers else None
-    return {"name": name, "public_key": _key("--site", key), "clusters": clusters}
+    return name, _key("--site", key), _numbers("--site", numbers) if numbers else None
 
 
 def _key(option: str, text: str) -> str:

@@ -18,7 +18,7 @@ each site signed them; the router was measured on the coordinator's own rows.
 |---|---|---|---|---|
 {rows}
 
-| site | key | hands over, beside weights and means of router features |
+| site | key | handed over, beside weights and statistics of router features |
 |---|---|---|
 {sites}
 """

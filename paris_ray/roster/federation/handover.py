@@ -92,10 +92,10 @@ class Handover:
         digests = {name: listed.sha256 for name, listed in self.files.items()}
         source = VerifiedFolder(self.folder, digests)
         for name, listed in self.files.items():
-            size = (self.folder.local_path / name).stat().st_size
-            if size != listed.num_bytes:
-                said = f"{self.kind}.json says {listed.num_bytes}"
-                raise FederationError(f"{self.folder.uri}/{name} has {size} bytes, {said}")
+            found_bytes = (self.folder.local_path / name).stat().st_size
+            if found_bytes != listed.num_bytes:
+                sizes = f"{found_bytes} bytes, {self.kind}.json says {listed.num_bytes}"
+                raise FederationError(f"{self.folder.uri}/{name} has {sizes}")
             _verify(source, name, self.kind)
         return source
 

@@ -65,13 +65,13 @@ def join(
 def _chosen_clusters(
     name: str, allowed: Sequence[int] | None, wanted: Sequence[int] | None
 ) -> list[int]:
-    if wanted is None and allowed is None:
+    chosen = allowed if wanted is None else wanted
+    if chosen is None:
         raise ConfigError(f"{name} may train any cluster: say which with --clusters")
-    chosen = list(allowed if wanted is None else wanted or ())
-    outside = [] if allowed is None else sorted(set(chosen) - set(allowed))
-    if outside:
+    if allowed is not None and not set(chosen) <= set(allowed):
+        outside = sorted(set(chosen) - set(allowed))
         raise ConfigError(f"--clusters: {outside} are not of {name}, allowed: {list(allowed)}")
-    return chosen
+    return list(chosen)
 
 
 def _site_config(

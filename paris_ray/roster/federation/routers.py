@@ -56,7 +56,8 @@ def router_of_statistics(
         statistics.append(sent.of(clusters))
     rows = [received.facts(k).rows for k, received in owners.items()]
     weight, bias = fitted_head(statistics, rows)
-    router.head[-1].load_state_dict({"weight": weight, "bias": bias})
+    # In place of the tensors that are there, whose memory is the file that was given.
+    router.head[-1].load_state_dict({"weight": weight, "bias": bias}, assign=True)
     folder = output / ROUTER
     folder.write_json(MODEL_CONFIG, write_document(config.router))
     folder.write(ROUTER_WEIGHTS, safetensors.torch.save(router.state_dict()))

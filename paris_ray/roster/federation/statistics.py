@@ -1,21 +1,22 @@
 """What a site tells of its clusters, so that the coordinator's router can learn to choose them.
 
-Every row goes, noised as in a router's training, through the router that the federation gave; of
-what its last layer reads, only the mean of each cluster and one covariance of all leave the site.
-From those of all sites the last layer follows in closed form, by linear discriminant analysis: no
-row leaves, nothing is trained, and nobody needs rows of two clusters, as a classifier would.
+Every row goes, noised as in a router's training, through the router that the federation gave. Of
+what its last layer reads, only mean and covariance of each cluster leave the site: no row does, and
+nobody needs rows of two clusters, as the training of a classifier would. The coordinator draws from
+Gaussians with those of all sites, and fits the last layer to what it drew.
 
-Source: Mensink et al. 2013 (doi:10.1109/TPAMI.2013.83), class means as a classifier of features
-that stay; Hastie, Tibshirani and Friedman, The Elements of Statistical Learning (2009), eq. 4.10.
+Source: CCVR, Luo et al. 2021 (arXiv:2106.05001), algorithm 1.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
+from torch.nn import functional
 
 from paris_ray.artifacts import Folder, VerifiedFolder
 from paris_ray.bundle.weights import read_header
@@ -23,6 +24,7 @@ from paris_ray.config import TrainingConfig
 from paris_ray.diffusion import router_features, sample_path
 from paris_ray.errors import FederationError
 from paris_ray.models import Router, TextConditioning
+from paris_ray.seeding import torch_generator
 from paris_ray.training.data import LatentDataset, batches
 
 FILE = "router_statistics.safetensors"
@@ -30,7 +32,9 @@ MIN_SAMPLES = 4096  # of each cluster: rows are drawn again, with other noise
 MAX_SAMPLES = 100_000
 BATCH_SIZE = 256
 ROUNDING = 1e-9
-RIDGE = 1e-3  # added to the covariance, as a share of its mean variance
+VIRTUAL, MAX_VIRTUAL = 2000, 200_000  # features that are drawn of a cluster, and of all
+DECAY = 1e-4  # of the last layer's squared weights, beside the mean negative log likelihood
+ITERATIONS = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,17 +44,17 @@ class RouterStatistics:
     Attributes:
         clusters: `(c,)` int64, numbers of the clusters.
         means: `(c, d)` of each cluster.
-        covariance: `(d, d)` around those means, of all clusters alike.
+        covariances: `(c, d, d)` likewise.
     """
 
     clusters: Tensor
     means: Tensor
-    covariance: Tensor
+    covariances: Tensor
 
     def of(self, clusters: Sequence[int]) -> "RouterStatistics":
-        """Return those of some of the clusters; the covariance stays that of all."""
+        """Return those of some of the clusters."""
         kept = torch.isin(self.clusters, torch.tensor(clusters))
-        return replace(self, clusters=self.clusters[kept], means=self.means[kept])
+        return RouterStatistics(self.clusters[kept], self.means[kept], self.covariances[kept])
 
     def save(self, folder: Folder) -> None:
         """Write the file."""
@@ -71,7 +75,7 @@ class RouterStatistics:
         expected = {
             "clusters": ((count,), "I64"),
             "means": ((count, width), "F64"),
-            "covariance": ((width, width), "F64"),
+            "covariances": ((count, width, width), "F64"),
         }
         found = read_header(part.verified_file(FILE), where)
         for name in expected.keys() | found.keys():
@@ -93,11 +97,13 @@ class RouterStatistics:
         bound = _largest_features(router)
         if not (self.means.abs() <= bound).all():  # so is what is not a number refused
             raise FederationError(f"{where}: means are no means of what the router gives")
-        allowed = (self.covariance.abs() <= torch.outer(bound, bound)).all() and torch.equal(
-            self.covariance, self.covariance.T
-        )
-        if not allowed or torch.linalg.eigvalsh(self.covariance)[0] < -ROUNDING * bound.max() ** 2:
-            raise FederationError(f"{where}: covariance is none of what the router gives")
+        in_range = (self.covariances.abs() <= torch.outer(bound, bound)).all()
+        if (
+            not in_range
+            or not torch.equal(self.covariances, self.covariances.mT)
+            or torch.linalg.eigvalsh(self.covariances).min() < -ROUNDING * bound.max() ** 2
+        ):
+            raise FederationError(f"{where}: covariances are none of what the router gives")
 
 
 def _largest_features(router: Router) -> Tensor:
@@ -105,7 +111,7 @@ def _largest_features(router: Router) -> Tensor:
 
     A layer norm's output has length sqrt(d), so none of it is larger.
     """
-    norm = router.head[2]
+    norm: Any = router.head[2]
     length = float(router.config.hidden_size) ** 0.5
     return norm.weight.abs().double() * length + norm.bias.abs().double() + 1e-6
 
@@ -128,18 +134,16 @@ def router_statistics(
         encode: From text of a batch to its conditioning.
         seed: Decides what is drawn.
     """
-    means, scatter, total = [], torch.zeros(router.config.hidden_size, dtype=torch.float64), 0
+    means, covariances = [], []
     for dataset in shards.values():
         features = _features(router, dataset, config, encode, seed)
         means.append(features.mean(dim=0))
-        deviations = features - means[-1]
-        scatter = scatter + deviations.T @ deviations
-        total += len(features)
-    covariance = scatter / total
+        covariance = torch.cov(features.T, correction=0)
+        covariances.append((covariance + covariance.T) / 2)
     return RouterStatistics(
         clusters=torch.tensor(list(shards)),
         means=torch.stack(means),
-        covariance=(covariance + covariance.T) / 2,
+        covariances=torch.stack(covariances),
     )
 
 
@@ -167,22 +171,42 @@ def fitted_head(
 ) -> tuple[Tensor, Tensor]:
     """Return weight `(K, d)` and bias `(K,)` of a router's last layer, in float32.
 
-    The logits are those of Gaussian clusters with one covariance, log p(features | k) + log p(k),
-    but for what is alike for all k.
-
     Args:
         statistics: Of all sites; together they have every cluster 0 to K - 1 once.
-        rows: How many rows each cluster has; at least one.
+        rows: How many rows each cluster has, which makes it the likelier.
     """
-    clusters = torch.cat([each.clusters for each in statistics])
-    means = torch.cat([each.means for each in statistics])[clusters.argsort()]
-    counts = torch.tensor(rows, dtype=torch.float64)
-    shares = counts / counts.sum()
-    covariance = sum(
-        (shares[each.clusters].sum() * each.covariance for each in statistics),
-        start=torch.zeros_like(statistics[0].covariance),
+    features, labels = _virtual(statistics, len(rows))
+    shares = torch.tensor(rows, dtype=torch.float32) / sum(rows)
+    weight = torch.zeros(len(rows), features.shape[1], requires_grad=True)
+    bias = torch.zeros(len(rows), requires_grad=True)
+    optimiser = torch.optim.LBFGS(
+        [weight, bias], max_iter=ITERATIONS, line_search_fn="strong_wolfe"
     )
-    ridge = RIDGE * covariance.diagonal().mean().clamp(min=1e-12)
-    weight = torch.linalg.solve(covariance + ridge * torch.eye(len(covariance)), means.T).T
-    bias = shares.log() - (weight * means).sum(dim=1) / 2
-    return weight.float(), bias.float()
+
+    def loss() -> Tensor:
+        optimiser.zero_grad()
+        logits = functional.linear(features, weight, bias)
+        value = functional.cross_entropy(logits, labels, weight=shares)
+        value = value + DECAY * weight.square().sum()
+        value.backward()  # type: ignore[no-untyped-call]
+        return value
+
+    optimiser.step(loss)  # type: ignore[no-untyped-call]
+    return weight.detach(), bias.detach()
+
+
+def _virtual(statistics: Sequence[RouterStatistics], num_clusters: int) -> tuple[Tensor, Tensor]:
+    """Return features `(N, d)` that are drawn, as many of each cluster, and those clusters."""
+    count = min(VIRTUAL, MAX_VIRTUAL // num_clusters)
+    features, labels = [], []
+    for each in statistics:
+        for k, mean, covariance in zip(
+            each.clusters.tolist(), each.means, each.covariances, strict=True
+        ):
+            generator = torch_generator(0, "virtual features", k)
+            noise = torch.randn(count, len(mean), generator=generator, dtype=torch.float64)
+            variances, directions = torch.linalg.eigh(covariance)
+            root = directions * variances.clamp(min=0).sqrt()
+            features.append((mean + noise @ root.T).float())
+            labels += [k] * count
+    return torch.cat(features), torch.tensor(labels)

@@ -2,7 +2,7 @@
 
     submission.json                Submission, signed by the site
     expert_K/                      config.json and weights of each expert
-    router_statistics.safetensors  a mean of each cluster and one covariance, of features
+    router_statistics.safetensors  mean and covariance of router features, a cluster
     [clusters.json]                words of the captions; only with share_words
     [rows.safetensors]             latents and text of some rows; only with share_rows
 
@@ -54,7 +54,6 @@ from paris_ray.training.text import text_reader
 logger = logging.getLogger("paris_ray")
 
 SUBMISSION = "submission"
-FORMAT = 1
 MAX_ROWS = 10**12
 MAX_ATTRIBUTION = 2000
 _EXPERT_FILE = re.compile(rf"expert_\d{{1,4}}/({MODEL_CONFIG}|{EXPERT_WEIGHTS})")
@@ -97,7 +96,7 @@ class Submission:
 
     __pydantic_config__ = ConfigDict(extra="forbid", strict=True)
 
-    format: Literal[1] = FORMAT
+    format: Literal[1] = 1
     federation: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
     site: Name
     experts: Annotated[list[ExpertFacts], Field(min_length=1, max_length=MAX_EXPERTS)]
@@ -185,7 +184,11 @@ def submit(
 def told(submission: Submission) -> str:
     """Return in words what a submission holds."""
     numbers = ", ".join(map(str, submission.clusters))
-    parts = [f"weights of expert {numbers}", "row counts and losses", "means of router features"]
+    parts = [
+        f"weights of expert {numbers}",
+        "row counts and losses",
+        "mean and covariance of router features",
+    ]
     parts += ["words of captions"] if submission.shares_words else []
     parts += ["LATENTS AND TEXT OF ROWS"] if submission.shares_rows else []
     return f"{submission.site} hands over: {'; '.join(parts)}"
@@ -230,5 +233,5 @@ def _pack_router_facts(
 def _pack_words(run: Run, clusters: Sequence[int], output: Folder) -> None:
     """Write words of clusters without the pictures that a run's own file has beside them."""
     facts = cluster_facts.read_clusters(open_finished(run.clusters, CLUSTERS), run.num_experts)
-    told = [replace(facts[k], pictures=[]) for k in clusters]
-    cluster_facts.write_clusters(output, told)
+    shared = [replace(facts[k], pictures=[]) for k in clusters]
+    cluster_facts.write_clusters(output, shared)

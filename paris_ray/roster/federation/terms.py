@@ -10,13 +10,14 @@ Nothing of it is a row of the coordinator's corpus, but encoders, centroids, rou
 fitted to that.
 """
 
+import json
 import re
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, TypeAdapter
 
-from paris_ray.artifacts import Folder, VerifiedFolder
+from paris_ray.artifacts import Folder, VerifiedFolder, canonical_json
 from paris_ray.clustering import WEIGHTS as CENTROIDS
 from paris_ray.config import MAX_EXPERTS, Config, check, from_dict, identity
 from paris_ray.encoders.clip import TEXT_ENCODER, TOKENIZER
@@ -42,7 +43,6 @@ from paris_ray.run import (
     SEED,
 )
 
-FORMAT = 1
 MAX_SITES = 1000
 # Sections of a run that are alike at all sites; of the corpus, how its rows are read.
 SHARED_SECTIONS = (
@@ -71,10 +71,10 @@ NAMED_MODELS = (("text", "path"), ("codec", "path"), ("features", "checkpoint"))
 
 _ENCODER_PARTS = "|".join([TEXT_ENCODER, TOKENIZER, "features", *CODEC_FOLDERS.values()])
 _ENCODER_FILE = rf"{ENCODERS}/(({_ENCODER_PARTS})/)?[A-Za-z0-9][\w.-]{{0,63}}\."
-_TEXT_FILES = re.compile(rf"{_ENCODER_FILE}(json|txt)|({ROUTER}|{SEED})/{MODEL_CONFIG}")
-_WEIGHTS = re.compile(
-    rf"{_ENCODER_FILE}safetensors|{CENTROIDS}|{ROUTER}/{ROUTER_WEIGHTS}|{SEED}/{EXPERT_WEIGHTS}"
-)
+_TEXT_FILE = re.compile(rf"{_ENCODER_FILE}(json|txt)")
+_WEIGHTS_FILE = re.compile(rf"{_ENCODER_FILE}safetensors")
+_CONFIGS = (f"{ROUTER}/{MODEL_CONFIG}", f"{SEED}/{MODEL_CONFIG}")
+_WEIGHTS = (CENTROIDS, f"{ROUTER}/{ROUTER_WEIGHTS}", f"{SEED}/{EXPERT_WEIGHTS}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -113,7 +113,7 @@ class Terms:
 
     __pydantic_config__ = ConfigDict(extra="forbid", strict=True)
 
-    format: Literal[1] = FORMAT
+    format: Literal[1] = 1
     name: Name
     sites: Annotated[list[Site], Field(min_length=1, max_length=MAX_SITES)]
     first_site_wins: bool = False
@@ -153,7 +153,9 @@ def shared_part(config: Config) -> dict[str, Any]:
     """Return what of a configuration is alike at all sites: no places, no resources."""
     tree = identity(config)
     shared = {name: tree[name] for name in SHARED_SECTIONS}
-    return shared | {"corpus": {name: tree["corpus"][name] for name in SHARED_OF_CORPUS}}
+    shared |= {"corpus": {name: tree["corpus"][name] for name in SHARED_OF_CORPUS}}
+    signed: dict[str, Any] = json.loads(canonical_json(shared))  # which has lists for tuples
+    return signed
 
 
 def refuse_private_names(config: Config) -> None:
@@ -201,9 +203,9 @@ def read_federation(folder: Folder, public_key: str) -> tuple[Terms, VerifiedFol
 
 
 def _most_bytes(name: str) -> int | None:
-    if _TEXT_FILES.fullmatch(name):
+    if name in _CONFIGS or _TEXT_FILE.fullmatch(name):
         return MAX_TEXT_BYTES
-    return MAX_WEIGHTS_BYTES if _WEIGHTS.fullmatch(name) else None
+    return MAX_WEIGHTS_BYTES if name in _WEIGHTS or _WEIGHTS_FILE.fullmatch(name) else None
 
 
 def _check_sites(terms: Terms, num_experts: int, where: str) -> None:

@@ -343,12 +343,12 @@ HOSTILE_SUBMISSIONS: dict[str, tuple[Callable[[Path, dict[str, Any]], object], s
         "^west: .*means are no means of what the router gives",
     ),
     "statistics that are no numbers": (
-        lambda west, _: poison(west, STATISTICS, "covariance", float("nan")),
-        "covariance is none of what the router gives",
+        lambda west, _: poison(west, STATISTICS, "covariances", float("nan")),
+        "covariances are none of what the router gives",
     ),
     "statistics of no spread": (
-        lambda west, _: poison(west, STATISTICS, "covariance", -1.0),
-        "covariance is none of what the router gives",
+        lambda west, _: poison(west, STATISTICS, "covariances", -1.0),
+        "covariances are none of what the router gives",
     ),
     "statistics of other clusters": (
         lambda west, _: poison(west, STATISTICS, "clusters", 1),

@@ -119,6 +119,7 @@ def write_shard(
     column = TOKEN_IDS if np.issubdtype(text.dtype, np.integer) else TEXT_EMBEDDING
     if column == TOKEN_IDS:
         text = text.astype(np.uint16)
-    table = to_table({LATENTS: latents, column: text[:, None]})
+    # Of one caption variant; not text[:, None], whose strides pyarrow takes for another order.
+    table = to_table({LATENTS: latents, column: text.reshape(len(text), 1, *text.shape[1:])})
     write_part(folder, "part-000000.parquet", table)
     folder.write(NULL_TEXT, null)

@@ -3,6 +3,7 @@
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -10,12 +11,15 @@ import torch
 from paris_ray.artifacts import Folder, read_manifest
 from paris_ray.bundle import Bundle
 from paris_ray.config import load
+from paris_ray.embeddings import NULL_TEXT, write_null_text
 from paris_ray.errors import ConfigError, FederationError
 from paris_ray.identity import Identity
 from paris_ray.roster.federation import SITE_CONFIG, Site, assemble, found, join, submit
+from paris_ray.roster.federation.shared_rows import write_shard
 from paris_ray.run import BUNDLE, EXPERT_WEIGHTS, FEDERATION, ROUTER, Run
 from paris_ray.sampling import generate
-from tests.federations import CLUSTERS_OF, NUM_CLUSTERS, ROWS, Federation, write_federation
+from paris_ray.training.data import load_dataset
+from tests.federations import CLUSTERS_OF, NUM_CLUSTERS, ROWS, WIDTH, Federation, write_federation
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +91,20 @@ def test_the_router_is_trained_on_rows_that_all_share(
 def test_a_site_that_shares_no_rows_is_named(federation: Federation, tmp_path: Path) -> None:
     with pytest.raises(FederationError, match=r"^east: shares no rows, which the router is to be"):
         assembled(federation, tmp_path, router_from="rows")
+
+
+def test_rows_of_token_states_are_trained_on_as_they_came(tmp_path: Path) -> None:
+    sent = {
+        "latents": np.random.default_rng(0).standard_normal((5, 8, 4, 4)).astype(np.float16),
+        "text": np.random.default_rng(1).standard_normal((5, 3, WIDTH)).astype(np.float16),
+        "clusters": np.array([0, 1, 0, 1, 1]),
+    }
+    null = Folder(tmp_path / "null")
+    write_null_text(null, np.zeros((3, WIDTH), np.float32))
+    write_shard(Folder(tmp_path / "rows"), 1, [sent], null.read(NULL_TEXT))
+    dataset = load_dataset([Folder(tmp_path / "rows")])
+    assert np.array_equal(dataset.text[:, 0], sent["text"][sent["clusters"] == 1])
+    assert np.array_equal(dataset.latents, sent["latents"][sent["clusters"] == 1])
 
 
 def private_parts(federation: Federation, name: str) -> dict[str, bytes]:

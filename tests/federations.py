@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import safetensors.torch
 import torch
 
 from paris_ray.artifacts import Folder, publish, read_manifest
@@ -13,7 +14,7 @@ from paris_ray.config import CodecConfig, Config, load
 from paris_ray.embeddings import to_table, write_null_text, write_part
 from paris_ray.encoders.codec import PatchPCA
 from paris_ray.identity import Identity
-from paris_ray.models import Expert, Router
+from paris_ray.models import Expert
 from paris_ray.roster.federation import Site, found, join, submit
 from paris_ray.run import (
     CLUSTERS,
@@ -27,7 +28,9 @@ from paris_ray.run import (
     SHARD,
     Run,
 )
+from paris_ray.training.router import train_router
 from tests.conftest import randomise, write_model, write_text_encoder
+from tests.training_shards import carry_on
 
 NUM_CLUSTERS = 3
 CLUSTERS_OF = {"east": [0, 1], "west": [2]}
@@ -49,8 +52,11 @@ OPTIONS = [
     "router.hidden_size=32",
     "router.num_layers=1",
     f"router.text_embed_dim={WIDTH}",
-    "router_training.steps=20",
+    "router_training.steps=60",
     "router_training.batch_size=16",
+    "router_training.learning_rate=1e-2",
+    "router_training.warmup_steps=5",
+    "router_training.ema_decay=0.9",
     "router_training.threads=1",
 ]
 ROWS = 40  # of a cluster
@@ -123,11 +129,28 @@ def write_coordinator(config: Config) -> None:
     features /= np.linalg.norm(features, axis=1, keepdims=True)
     fit_clustering(features, config.cluster, 0).save(run.clusters)
     write_clusters(run, list(range(NUM_CLUSTERS)), "coordinator")
-    write_model(run.router, randomise(Router(config.router), 0), ROUTER_WEIGHTS)
+    write_router(run)
     parents = {"clusters": read_manifest(run.clusters, CLUSTERS).digest}
     publish(run.router, ROUTER, config_digest="", parents=parents, facts={})
     write_model(run.seed, randomise(Expert(config.expert), 7), EXPERT_WEIGHTS)
     publish(run.seed, SEED, config_digest="", parents={}, facts={})
+
+
+def write_router(run: Run) -> None:
+    """Write a router that learnt features of the clusters, but whose last layer tells nothing."""
+    train_router(
+        run.config.router,
+        run.config.router_training,
+        shards=[run.shard(k) for k in range(NUM_CLUSTERS)],
+        shards_digest="",
+        seed=0,
+        output=run.router,
+        on_progress=carry_on,
+    )
+    state = safetensors.torch.load(run.router.read(ROUTER_WEIGHTS))
+    for name in ("head.4.weight", "head.4.bias"):
+        state[name].zero_()
+    run.router.write(ROUTER_WEIGHTS, safetensors.torch.save(state))
 
 
 def write_expert(run: Run, k: int, seed: int) -> None:

@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -61,29 +62,37 @@ def write_corpus(coordinator: Run, cluster: int, source: Path, target: Path) -> 
                 metadata.write(json.dumps(row) + "\n")
 
 
-def train_site(root: Path, name: str) -> None:
-    """Prepare and train on a Ray of the site's own."""
-    cluster = LocalCluster(root / f"{name}-ray")
-    ray, config = str(Path(sys.executable).parent / "ray"), str(root / name / "site.yaml")
+@pytest.fixture
+def rays(tmp_path: Path) -> Iterator[dict[str, LocalCluster]]:
+    """A Ray for each site; started one after the other, since each looks for free ports."""
+    clusters = {name: LocalCluster(tmp_path / f"{name}-ray") for name in SITES}
     try:
-        cluster.start()
-        for verb in ("prepare", "train_experts"):
-            command = [ray, "job", "submit", "--working-dir", ".", "--", sys.executable]
-            done = subprocess.run(
-                [*command, "-m", f"jobs.{verb}", "--config", config],
-                cwd=REPOSITORY,
-                env=cluster.environment(),
-                capture_output=True,
-                text=True,
-                check=False,
-            )
-            assert done.returncode == 0, done.stdout[-5000:]
+        for cluster in clusters.values():
+            cluster.start()
+        yield clusters
     finally:
-        cluster.stop()
+        for cluster in clusters.values():
+            cluster.stop()
+
+
+def train_site(cluster: LocalCluster, config: Path) -> None:
+    """Prepare and train on a Ray of the site's own."""
+    ray = str(Path(sys.executable).parent / "ray")
+    for verb in ("prepare", "train_experts"):
+        command = [ray, "job", "submit", "--working-dir", ".", "--", sys.executable]
+        done = subprocess.run(
+            [*command, "-m", f"jobs.{verb}", "--config", str(config)],
+            cwd=REPOSITORY,
+            env=cluster.environment(),
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout[-5000:]
 
 
 def test_two_sites_with_rays_of_their_own_make_one_bundle(
-    prepared: Config, shapes_corpus: Path, tmp_path: Path
+    prepared: Config, shapes_corpus: Path, rays: dict[str, LocalCluster], tmp_path: Path
 ) -> None:
     from paris_ray.pipeline.stages import run
 
@@ -102,7 +111,8 @@ def test_two_sites_with_rays_of_their_own_make_one_bundle(
         options = ["corpus.kind=image_folder", f"corpus.path={corpus}", "corpus.rows_per_shard=16"]
         federate("join", *who, "--federation", given, "--coordinator", coordinator, *options)
     with ThreadPoolExecutor() as pool:
-        list(pool.map(lambda name: train_site(tmp_path, name), SITES))
+        configs = [tmp_path / name / "site.yaml" for name in SITES]
+        list(pool.map(train_site, rays.values(), configs))
     submissions = []
     for name, cluster in SITES.items():
         site = Run(load(str(tmp_path / name / "site.yaml")))

@@ -74,6 +74,7 @@ def test_the_router_follows_from_statistics_of_sites_that_have_other_clusters(
     assert bundle.facts.sampling.router_temperature == facts["held_out"]["temperature"]
     given = safetensors.torch.load(federation.folder.read("router/pytorch_model.safetensors"))
     fitted = bundle.router.state_dict()
+    assert not given["head.4.weight"].any(), "which could choose nobody"
     changed = {name for name, value in given.items() if not torch.equal(value, fitted[name])}
     assert changed == {"head.4.weight", "head.4.bias"}
 

@@ -174,24 +174,26 @@ def _read_federation(folder: Path, federation: Any) -> None:
 
 
 def _write_submission(folder: Path) -> Any:
-    """Returns the federation, of which one site signs whatever there is."""
+    """Returns the site, which signs whatever there is, and the federation as it was read."""
+    from paris_ray.roster.federation.terms import read_federation
+
     with tempfile.TemporaryDirectory() as beside:
         federation = _write_federation(Path(beside))
     submission = federation.submissions["west"].local_path
     shutil.copytree(submission, folder, dirs_exist_ok=True)
-    return federation
+    given = read_federation(federation.folder, federation.coordinator.public_key)
+    return federation.sites["west"], given
 
 
-def _read_submission(folder: Path, federation: Any) -> None:
+def _read_submission(folder: Path, beside: Any) -> None:
     from paris_ray.artifacts import Folder
     from paris_ray.roster.federation.parts import open_router
     from paris_ray.roster.federation.receive import admitted, receive
     from paris_ray.roster.federation.shared_rows import read_rows
     from paris_ray.roster.federation.statistics import RouterStatistics
-    from paris_ray.roster.federation.terms import read_federation
 
-    _signed_anew(folder, "submission", federation.sites["west"])
-    terms, source, digest = read_federation(federation.folder, federation.coordinator.public_key)
+    site, (terms, source, digest) = beside
+    _signed_anew(folder, "submission", site)
     received = receive(Folder(folder), terms, digest)
     for cluster in received.stated.clusters:
         admitted(received, cluster, terms.config())

@@ -12,11 +12,12 @@ import faiss
 import numpy as np
 import safetensors.numpy
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 
 from paris_ray.artifacts import Folder
 from paris_ray.config import ClusterConfig
 from paris_ray.embeddings import TEXT_EMBEDDING
-from paris_ray.errors import ConfigError
+from paris_ray.errors import ArtifactError, ConfigError
 from paris_ray.seeding import derive_seed
 
 WEIGHTS = "centroids.safetensors"
@@ -49,7 +50,14 @@ class Clustering:
     nuisance: "Nuisance"
 
     def assign(self, features: Features) -> NDArray[np.int64]:
-        """Return the coarse cluster `(N,)` of unit-length features `(N, D)`."""
+        """Return the coarse cluster `(N,)` of unit-length features `(N, D)`.
+
+        Raises:
+            ConfigError: if features of this width were not clustered.
+        """
+        if features.shape[1:] != self.fine_centroids.shape[1:]:
+            width = self.fine_centroids.shape[1]
+            raise ConfigError(f"features of {features.shape[1]} numbers, but centres of {width}")
         relevant = self.nuisance.remove(features)
         return self.coarse_of_fine[nearest(relevant, self.fine_centroids)]
 
@@ -85,10 +93,38 @@ class Clustering:
 
     @classmethod
     def load(cls, folder: Folder) -> "Clustering":
-        """Read the centres."""
-        tensors = safetensors.numpy.load(folder.read(WEIGHTS))
-        nuisance = Nuisance(tensors["feature_mean"], tensors["removed_directions"])
-        return cls(tensors["fine_centroids"], tensors["coarse_of_fine"], nuisance)
+        """Read the centres.
+
+        Raises:
+            ArtifactError: if the file is missing or damaged.
+        """
+        payload = folder.read(WEIGHTS)
+        try:
+            tensors = safetensors.numpy.load(payload)
+            nuisance = Nuisance(tensors["feature_mean"], tensors["removed_directions"])
+            return cls(tensors["fine_centroids"], tensors["coarse_of_fine"], nuisance)
+        except (SafetensorError, ValueError, KeyError) as error:
+            raise ArtifactError(f"{folder.uri}/{WEIGHTS} is damaged: {error}") from None
+
+    def check(self, num_clusters: int) -> None:
+        """Check centres that somebody else fitted.
+
+        Raises:
+            ArtifactError: if their types or shapes do not fit each other or the number of clusters.
+        """
+        fine, directions = self.fine_centroids, self.nuisance.directions
+        floats = (fine, self.nuisance.mean, directions)
+        fits = (
+            all(each.dtype == np.float32 and np.isfinite(each).all() for each in floats)
+            and fine.ndim == directions.ndim == 2
+            and len(fine) > 0
+            and fine.shape[1:] == directions.shape[1:] == self.nuisance.mean.shape
+            and self.coarse_of_fine.dtype == np.int64
+            and self.coarse_of_fine.shape == fine.shape[:1]
+            and ((self.coarse_of_fine >= 0) & (self.coarse_of_fine < num_clusters)).all()
+        )
+        if not fits:
+            raise ArtifactError(f"{WEIGHTS} holds no centres of {num_clusters} clusters")
 
 
 @dataclass(frozen=True, slots=True)

@@ -204,5 +204,13 @@ def denoising_loss(expert: Expert, path: PathSample, text: TextConditioning) -> 
 
 def router_logits(router: Router, latents: Tensor, t: Tensor, text: TextConditioning) -> Tensor:
     """Return the router's logits `(B, K)` at noisy latents of times `t (B,)` in [0, 1]."""
-    pooled_text = text.pooled_text if router.config.text_embed_dim else None
-    return router(latents, TIME_SCALE * t, pooled_text).float()
+    return router(latents, TIME_SCALE * t, _router_text(router, text)).float()
+
+
+def router_features(router: Router, latents: Tensor, t: Tensor, text: TextConditioning) -> Tensor:
+    """Return what the router's last layer reads `(B, d)`; arguments as `router_logits`."""
+    return router.features(latents, TIME_SCALE * t, _router_text(router, text)).float()
+
+
+def _router_text(router: Router, text: TextConditioning) -> Tensor | None:
+    return text.pooled_text if router.config.text_embed_dim else None

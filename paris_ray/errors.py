@@ -37,6 +37,10 @@ class EvaluationError(ParisError):
     """Features, pictures, labels or options that a measure is not defined for."""
 
 
+class FederationError(ParisError):
+    """What a federation, or a site of one, handed over is refused."""
+
+
 class SignatureError(ParisError):
     """A signed document that is malformed, changed, of another kind or by somebody else."""
 

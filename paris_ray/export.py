@@ -73,7 +73,7 @@ def open_trained_parts(run: Run, *, device: str = "cpu", dtype: Dtype | None = N
         parts[SEED] = open_finished(run.seed, SEED)
     if run.clusters.exists(cluster_facts.FILE):
         parts[CLUSTERS] = open_finished(run.clusters, CLUSTERS)
-    sampling = replace(run.config.sampling, router_temperature=_temperature(run))
+    sampling = sampling_with(run.config.sampling, read_manifest(run.router, ROUTER).facts)
     return _as_bundle(run, parts, _name(run), sampling, device=device, dtype=dtype)
 
 
@@ -132,41 +132,47 @@ def _as_bundle(
         sampling=sampling,
         picture_size=config.corpus.image_size,
         attribution=read_manifest(run.embeddings, EMBEDDINGS).facts["attribution"],
-        example_prompts=tuple(_middle_caption(run.shard(k)) for k in range(run.num_experts)),
+        example_prompts=tuple(middle_caption(run.shard(k)) for k in range(run.num_experts)),
         vae_name=codec_name(config.codec),
         text_encoder_name=text_encoder_name(config.text),
     )
     return Bundle({**models, **found}, facts, device=device, dtype=dtype)
 
 
-def _temperature(run: Run) -> float:
-    """Return the configured temperature of the router or, for 0, the one fitted to it."""
-    configured = run.config.sampling.router_temperature
-    if configured:
-        return configured
-    held_out = read_manifest(run.router, ROUTER).facts.get("held_out")
-    return 1.0 if held_out is None else float(held_out["temperature"])
+def sampling_with(sampling: SamplingConfig, router: Mapping[str, Any]) -> SamplingConfig:
+    """Return how a bundle draws: for a temperature of 0 with the one fitted to its router.
+
+    Args:
+        sampling: As configured.
+        router: Facts of the router: what `training.router.measure_router` returned.
+    """
+    if sampling.router_temperature:
+        return sampling
+    held_out = router.get("held_out")
+    temperature = 1.0 if held_out is None else float(held_out["temperature"])
+    return replace(sampling, router_temperature=temperature)
 
 
-def _middle_caption(shard: Folder) -> str:
+def middle_caption(shard: Folder) -> str:
+    """Return a caption of a shard, as an example of what to ask for."""
     captions = read_table(shard, ["caption"])["caption"]
     return str(captions[len(captions) // 2])
 
 
 def codec_name(config: CodecConfig) -> str:
     """Return what a bundle says that its codec is, without a path of this machine."""
-    return config.kind if config.path is None else _public_name(config.path)
+    return config.kind if config.path is None else public_name(config.path)
 
 
 def text_encoder_name(config: TextConfig) -> str:
     """Return what a bundle says that its text encoder is, without a path of this machine."""
     if config.kind == "minilm":
         return MINILM
-    name = _public_name(config.path or "")
+    name = public_name(config.path or "")
     return f"open_clip {config.model} {name}" if config.kind == "open_clip" else name
 
 
-def _public_name(name_or_path: str) -> str:
+def public_name(name_or_path: str) -> str:
     """Return a hub name as it is, and of a path, which is nobody's business, the end."""
     return name_or_path if HUB_NAME.fullmatch(name_or_path) else Path(name_or_path).name
 

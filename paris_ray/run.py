@@ -1,6 +1,8 @@
 """The layout of a run folder: where each stage writes and the next one reads."""
 
-from paris_ray.artifacts import Folder, read_manifest
+from collections.abc import Sequence
+
+from paris_ray.artifacts import Folder, VerifiedFolder, open_finished, read_manifest
 from paris_ray.config import Config, run_folder
 from paris_ray.errors import ArtifactError
 
@@ -8,6 +10,7 @@ EMBEDDINGS, ENCODERS, CLUSTERS, SHARD = "embeddings", "encoders", "clusters", "s
 SEED, EXPERT, ROUTER, EVALUATION, BUNDLE = "seed", "expert", "router", "evaluation", "bundle"
 # Kind of a distilled model, and the names of the two that there may be.
 DISTILLED, STUDENT, FEW_STEP = "distilled", "student", "few_step"
+FEDERATION = "federation"  # what a site was given: encoders/, centroids, router/, seed/
 
 # Where a bundle, and the encoders of a run, keep each kind of codec.
 CODEC_FOLDERS = {"patch_pca": "codec", "autoencoder_kl": "vae"}
@@ -56,6 +59,11 @@ class Run:
         """Number of clusters, and so of experts."""
         return self.config.cluster.num_clusters
 
+    @property
+    def trained_experts(self) -> Sequence[int]:
+        """Numbers of the experts that are trained in this run: all, but at a federation's site."""
+        return self.config.federation.experts or range(self.num_experts)
+
     def shard(self, cluster: int) -> Folder:
         """The training data of one cluster."""
         return self.clusters / "shards" / f"cluster={cluster}"
@@ -83,6 +91,16 @@ class Run:
             return self.evaluation
         name = self.config.evaluation.name
         return self.distilled / "evaluation" / (student if name is None else f"{student}_{name}")
+
+    @property
+    def federation(self) -> VerifiedFolder | None:
+        """What the federation of this site gave it; None: this run is of no federation.
+
+        Raises:
+            ArtifactError: if it is not finished.
+        """
+        folder = self.config.federation.folder
+        return None if folder is None else open_finished(Folder(folder), FEDERATION)
 
     def parents(self) -> dict[str, str]:
         """Return the digests of all parts of the model.

@@ -23,6 +23,7 @@ from paris_ray.config.evaluation import (
     SolverName,
     TimeGrid,
 )
+from paris_ray.config.federation import FederationConfig
 from paris_ray.config.filters import FILTERS, SCORES, ClipConfig, FiltersConfig
 from paris_ray.config.fleet import FleetConfig, GpuConfig
 from paris_ray.config.loading import (
@@ -66,6 +67,7 @@ __all__ = [
     "EvaluationConfig",
     "ExpertConfig",
     "FeaturesConfig",
+    "FederationConfig",
     "FiltersConfig",
     "FleetConfig",
     "GpuConfig",

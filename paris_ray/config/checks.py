@@ -144,6 +144,27 @@ def _check_seed(config: Config) -> None:
             _require(False, f"experts.{index}.expert.{field}", own, allowed)
 
 
+def _check_federation(config: Config) -> None:
+    """Check that what a federation gives is asked of nobody else."""
+    folder, experts = config.federation.folder, config.federation.experts
+    if folder is None:
+        allowed = "[] without a federation.folder, as all experts are trained"
+        _require(not experts, "federation.experts", experts, allowed)
+        return
+    numbers = range(config.cluster.num_clusters)
+    fits = bool(experts) and set(experts) <= set(numbers) and len(set(experts)) == len(experts)
+    allowed = f"different numbers from 0 to {len(numbers) - 1}, at least one"
+    _require(fits, "federation.experts", experts, allowed)
+    allowed = "null with a federation.folder, which gives the encoders"
+    _require(config.prepared_from is None, "prepared_from", config.prepared_from, allowed)
+    allowed = "0 with a federation.folder: training.init_from names the seed that it gives"
+    steps = config.seed_training.steps
+    _require(steps == 0, "seed_training.steps", steps, allowed)
+    allowed = "image, caption or both with a federation.folder, which gives centroids"
+    features = config.cluster.features
+    _require(features != "random", "cluster.features", features, allowed)
+
+
 def _check_students(config: Config) -> None:
     _check_training("distil_training", config.distil_training, config.corpus)
     _check_training("few_step_training", config.few_step_training, config.corpus)
@@ -252,6 +273,7 @@ def _check_places(config: Config) -> None:
     places = {
         "run_dir": config.run_dir,
         "prepared_from": config.prepared_from,
+        "federation.folder": config.federation.folder,
         "corpus.path": config.corpus.path,
         "seed_training.init_from": config.seed_training.init_from,
         "training.init_from": config.training.init_from,
@@ -400,6 +422,7 @@ def check(config: Config) -> None:
     _check_students(config)
     _check_shapes(config)
     _check_seed(config)
+    _check_federation(config)
     _check_shared(config)
     _check_clip(config)
     _check_evaluation(config.evaluation)

@@ -227,6 +227,7 @@ def local_paths(config: Config) -> dict[str, str]:
     paths = {
         "run_dir": config.run_dir,
         "prepared_from": config.prepared_from,
+        "federation.folder": config.federation.folder,
         "corpus.path": config.corpus.path,
     }
     paths |= {key: path for key, path in models.items() if Path(path or "").exists()}

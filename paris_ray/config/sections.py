@@ -7,6 +7,7 @@ from paris_ray.config.corpus import ClusterConfig, CorpusConfig
 from paris_ray.config.distillation import DistillationConfig
 from paris_ray.config.encoders import CodecConfig, FeaturesConfig, TextConfig
 from paris_ray.config.evaluation import EvaluationConfig, SamplingConfig
+from paris_ray.config.federation import FederationConfig
 from paris_ray.config.fleet import FleetConfig
 from paris_ray.config.models import ExpertConfig, RouterConfig
 from paris_ray.config.training import TrainingConfig
@@ -48,6 +49,7 @@ class Config:
     # run_dir of a run whose encoders and embeddings are read, instead of own ones being made: many
     # runs of one corpus need it encoded once
     prepared_from: str | None = None
+    federation: FederationConfig = field(default_factory=FederationConfig)
     seed: int = 0
     corpus: CorpusConfig = field(default_factory=CorpusConfig)
     text: TextConfig = field(default_factory=TextConfig)

@@ -101,6 +101,12 @@ class Router(nn.Module):
         """
         return self.head(self.trunk(latents, timesteps, pooled_text))
 
+    def features(
+        self, latents: Tensor, timesteps: Tensor, pooled_text: Tensor | None = None
+    ) -> Tensor:
+        """Return what the last layer reads, `(B, d)`; arguments and errors as of `forward`."""
+        return self.head[:-1](self.trunk(latents, timesteps, pooled_text))
+
     def trunk(
         self, latents: Tensor, timesteps: Tensor, pooled_text: Tensor | None = None
     ) -> Tensor:

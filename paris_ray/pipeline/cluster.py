@@ -26,6 +26,7 @@ from paris_ray.cluster_facts import (
 )
 from paris_ray.clustering import (
     FEATURE_COLUMNS,
+    WEIGHTS,
     Clustering,
     fit_clustering,
     random_clusters,
@@ -45,7 +46,7 @@ from paris_ray.embeddings import (
 )
 from paris_ray.errors import ConfigError
 from paris_ray.pipeline.file_list import digests_of, list_files
-from paris_ray.pipeline.stage import Stage
+from paris_ray.pipeline.stage import Stage, federation_parent
 from paris_ray.pipeline.tasks import gather
 from paris_ray.reports import count_words, telling_words
 from paris_ray.run import CLUSTERS, EMBEDDINGS, SHARD, Run
@@ -63,11 +64,12 @@ MAX_SHARED_ROWS = 100_000
 def prepare_clusters(config: Config, embeddings: Manifest) -> Manifest:
     """Publish `clusters/`: centroids, shards, held-out rows by cluster, what bundles tell of them.
 
+    The centroids of a federation are copied; then clusters that are not trained here may be empty.
     Of random clusters there are no centroids. With `cluster.shared_share` also `shared/`, rows of
     the whole corpus for every expert.
     """
     run = Run(config)
-    parents = {"embeddings": embeddings.digest}
+    parents = {"embeddings": embeddings.digest} | federation_parent(config)
     stage = Stage(CLUSTERS, run.clusters, config, sections=SECTIONS, parents=parents)
     with stage.locked():
         return stage.finished() or _make_clusters(run, stage, embeddings)
@@ -76,7 +78,9 @@ def prepare_clusters(config: Config, embeddings: Manifest) -> Manifest:
 def _make_clusters(run: Run, stage: Stage, embeddings: Manifest) -> Manifest:
     stage.begin()
     config, num_cpus = run.config, run.config.cluster.num_cpus
-    if FEATURE_COLUMNS[config.cluster.features]:
+    if run.federation is not None:
+        run.clusters.write(WEIGHTS, run.federation.read(WEIGHTS))
+    elif FEATURE_COLUMNS[config.cluster.features]:
         gather([fit_clusters.options(num_cpus=num_cpus).remote(config)], stage.check)
     split = split_parts.options(num_cpus=num_cpus)
     jobs = [
@@ -92,14 +96,26 @@ def _make_clusters(run: Run, stage: Stage, embeddings: Manifest) -> Manifest:
     published = [_publish_shard(run, stage.config_digest, part) for part in parts]
     sizes = [manifest.facts["rows"] for manifest in published[: len(shards)]]
     logger.info("cluster: sizes %s", sizes)
-    if not all(sizes):
+    _refuse_empty(run, sizes)
+    describe = describe_clusters.options(num_cpus=num_cpus)
+    gather([describe.remote(config, sizes)], stage.check)
+    return stage.publish({"sizes": sizes}, files=_digests(run.clusters, parts, published))
+
+
+def _refuse_empty(run: Run, sizes: Sequence[int]) -> None:
+    """Raise ConfigError if an expert would have nothing to be trained on."""
+    empty = [k for k in run.trained_experts if not sizes[k]]
+    if not empty:
+        return
+    if run.federation is None:
         raise ConfigError(
             f"cluster.num_clusters={run.num_experts} leaves empty clusters (sizes {sizes}): "
             "choose fewer"
         )
-    describe = describe_clusters.options(num_cpus=num_cpus)
-    gather([describe.remote(config, sizes)], stage.check)
-    return stage.publish({"sizes": sizes}, files=_digests(run.clusters, parts, published))
+    raise ConfigError(
+        f"federation.experts={run.config.federation.experts} is not allowed: no row of this corpus "
+        f"is in cluster {', '.join(map(str, empty))} (sizes {sizes})"
+    )
 
 
 def _groups(folder: Folder, num_rows: int) -> list[list[str]]:
@@ -200,7 +216,10 @@ def describe_clusters(config: Config, sizes: Sequence[int]) -> None:
     """Write size, words and a few pictures of every cluster, for bundles."""
     run = Run(config)
     shards = [run.shard(k) for k in range(run.num_experts)]
-    words = [count_words(read_table(s, ["caption"])["caption"].to_pylist()) for s in shards]
+    words = [
+        count_words(read_table(shard, ["caption"])["caption"].to_pylist() if size else [])
+        for shard, size in zip(shards, sizes, strict=True)
+    ]
     write_clusters(run.clusters, _cluster_facts(shards, sizes, words))
 
 

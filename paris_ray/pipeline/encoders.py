@@ -9,7 +9,7 @@ import numpy as np
 import ray
 from numpy.typing import NDArray
 
-from paris_ray.artifacts import Manifest, VerifiedFolder
+from paris_ray.artifacts import Folder, Manifest, VerifiedFolder
 from paris_ray.config import Config
 from paris_ray.corpora import (
     Corpus,
@@ -30,7 +30,7 @@ from paris_ray.encoders.text import TextEncoder, load_text_encoder, write_text_e
 from paris_ray.errors import ConfigError, CorpusError
 from paris_ray.pipeline.progress import ProgressFile, Task, follow
 from paris_ray.pipeline.quarantine import BadRows
-from paris_ray.pipeline.stage import Stage
+from paris_ray.pipeline.stage import Stage, federation_parent
 from paris_ray.run import ENCODERS, Run
 from paris_ray.seeding import derive_seed, numpy_generator
 
@@ -42,6 +42,8 @@ MAX_GAP = 4  # between rows of a shard: the pictures between them are read, too
 
 def prepare_encoders(config: Config, shards: Sequence[Shard]) -> Manifest:
     """Publish `encoders/`: given ones copied and checked, the others fitted; none, if they are.
+
+    A federation gives all of them.
 
     Args:
         config: The run.
@@ -61,12 +63,17 @@ def prepare_encoders(config: Config, shards: Sequence[Shard]) -> Manifest:
 
 def encoders_stage(config: Config) -> Stage:
     """Return the stage: what finished encoders are compared with."""
-    return Stage(ENCODERS, Run(config).encoders, config, sections=SECTIONS, parents={})
+    parents = federation_parent(config)
+    return Stage(ENCODERS, Run(config).encoders, config, sections=SECTIONS, parents=parents)
 
 
 @ray.remote
 def make_encoders(config: Config, shards: Sequence[Shard]) -> dict[str, Any]:
     """Write text encoder, null text, codec and, if there is no checkpoint, the image encoder."""
+    run = Run(config)
+    if run.federation is not None:
+        copy_part(run.federation, ENCODERS, run.encoders)
+        return {"rows_fitted_to": 0}
     _write_text(config)
     needs_fitting = config.codec.kind == "patch_pca" or config.features.checkpoint is None
     rows = sample_rows(config, shards) if needs_fitting else []
@@ -75,6 +82,13 @@ def make_encoders(config: Config, shards: Sequence[Shard]) -> dict[str, Any]:
     if config.features.checkpoint is None:
         facts["contrastive_loss"] = _train_features(config, rows)
     return facts
+
+
+def copy_part(source: VerifiedFolder, name: str, target: Folder) -> None:
+    """Copy the files of a part of an artefact; each is verified on the way."""
+    part = source.part(name)
+    for file_name in part.digests or ():
+        target.write(file_name, part.read(file_name))
 
 
 def _write_text(config: Config) -> None:

@@ -46,7 +46,7 @@ def train_experts(config: Config, only: Sequence[int] | None = None) -> None:
 
     Args:
         config: The run.
-        only: Numbers of the experts to train; None means all.
+        only: Numbers of the experts to train; None means all, or those of a federation's site.
 
     Raises:
         TrainingError: naming the experts that failed, after all others are done.
@@ -55,7 +55,7 @@ def train_experts(config: Config, only: Sequence[int] | None = None) -> None:
         LockError: if another job trains one of them.
     """
     run = Run(config)
-    chosen = range(run.num_experts) if only is None else only
+    chosen = run.trained_experts if only is None else only
     setups = {k: _setup(run, k) for k in chosen}
     stages = {k: _expert_stage(run, k, setup) for k, setup in setups.items()}
     with ExitStack() as locks:

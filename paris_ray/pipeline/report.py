@@ -145,6 +145,9 @@ def _cluster_samples(run: Run) -> list[ClusterSample]:
     clustering = Clustering.load(run.clusters) if names and run.num_experts > 1 else None
     samples = []
     for k, size in enumerate(sizes):
+        if not size:  # a site of a federation may have no row of a cluster
+            samples.append(ClusterSample(rows=0, words=[], captions=[], thumbnails=[]))
+            continue
         count = max(PICTURES_PER_CLUSTER, SAMPLED_ROWS * size // sum(sizes))
         # Of random clusters the map shows how alike they are.
         rows = _sample(run.shard(k), ["caption", "thumbnail", *(names or ("features",))], count)

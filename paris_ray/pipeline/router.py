@@ -9,6 +9,7 @@ import ray
 
 from paris_ray.artifacts import Folder, read_manifest
 from paris_ray.config import Config
+from paris_ray.errors import ConfigError
 from paris_ray.pipeline.placement import on_reserved_device, placed
 from paris_ray.pipeline.progress import ProgressFile, Task, follow
 from paris_ray.pipeline.stage import Stage, start_parent
@@ -26,8 +27,13 @@ def train_router(config: Config) -> None:
 
     Raises:
         ArtifactError: if prepare has not finished.
-        ConfigError: if the place that it asks for is not allowed.
+        ConfigError: if the place that it asks for is not allowed, or at a federation's site.
     """
+    if config.federation.folder is not None:
+        raise ConfigError(
+            f"federation.folder={config.federation.folder!r}: a site trains no router; "
+            "next is jobs.federate submit"
+        )
     training = on_reserved_device(config.router_training)
     config = replace(config, router_training=training)
     run = Run(config)

@@ -18,9 +18,11 @@ from paris_ray.artifacts import (
     Manifest,
     find_finished,
     publish,
+    read_manifest,
 )
 from paris_ray.config import Config, LoRARun, TrainingConfig, digest, run_folder, to_yaml
 from paris_ray.errors import ArtifactError
+from paris_ray.run import FEDERATION
 from paris_ray.run_lock import HeldLock, locked
 
 logger = logging.getLogger("paris_ray")
@@ -165,6 +167,18 @@ def start_parent(training: TrainingConfig, weights: str) -> dict[str, str]:
     if training.init_from is None:
         return {}
     return {"init": Folder(training.init_from).sha256(weights)}
+
+
+def federation_parent(config: Config) -> dict[str, str]:
+    """Return the digest of what gave a site its encoders and centroids, as the parent `federation`.
+
+    Raises:
+        ArtifactError: if it is not finished.
+    """
+    folder = config.federation.folder
+    if folder is None:
+        return {}
+    return {FEDERATION: read_manifest(Folder(folder), FEDERATION).digest}
 
 
 class StageTimer:

@@ -1,4 +1,1 @@
-"""What a bundle is made of over time: who may join it, is replaced or leaves.
-
-None of it trains an expert, and no other expert's files change.
-"""
+"""What a bundle is made of over time, and by whom: who may join it, is replaced or leaves."""

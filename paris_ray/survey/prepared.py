@@ -35,7 +35,7 @@ class ClusterSample:
         words: What its captions say more often than all others do.
         captions: Of some rows, N.
         thumbnails: PNG files of those.
-        features: `(N, D)` of those: what was clustered.
+        features: `(N, D)` of those: what was clustered; None of a cluster without rows.
         second: The second nearest cluster `(N,)`; None where nothing was clustered.
         nearness: Distance to their own cluster as a share of that to the second `(N,)`; likewise.
     """
@@ -44,7 +44,7 @@ class ClusterSample:
     words: Sequence[str]
     captions: Sequence[str]
     thumbnails: Sequence[bytes]
-    features: NDArray[np.float32]
+    features: NDArray[np.float32] | None = None
     second: NDArray[np.int64] | None = None
     nearness: NDArray[np.float32] | None = None
 
@@ -119,8 +119,9 @@ def _distributions(prepared: Prepared) -> list[str]:
 
 
 def _map(clusters: Sequence[ClusterSample]) -> str:
-    features = np.concatenate([cluster.features for cluster in clusters])
-    members = np.repeat(np.arange(len(clusters)), [len(c.features) for c in clusters])
+    shown = {k: c.features for k, c in enumerate(clusters) if c.features is not None}
+    features = np.concatenate(list(shown.values()))
+    members = np.repeat(list(shown), [len(each) for each in shown.values()])
     text = (
         f"What is clustered, of {len(features):,} rows, along its first two principal directions. "
         "Clusters that lie on one another here may be apart in the others."
@@ -149,6 +150,8 @@ def _overlap(clusters: Sequence[ClusterSample]) -> str:
 
 def _cluster(number: int, cluster: ClusterSample, total: int) -> str:
     title = f"Cluster {number}: {cluster.rows:,} pictures, {cluster.rows / total:.1%}"
+    if not cluster.rows:
+        return section(title, paragraph("Its expert is trained elsewhere."))
     thumbnails = decode_thumbnails(cluster.thumbnails[:PICTURES_PER_CLUSTER])
     grid = picture_grid(thumbnails, columns=min(COLUMNS, len(thumbnails)))
     words = definitions(

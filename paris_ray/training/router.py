@@ -14,7 +14,7 @@ from paris_ray.config import RouterConfig, TrainingConfig
 from paris_ray.devices import resolve_device
 from paris_ray.diffusion import router_logits, sample_path
 from paris_ray.models import Router, TextConditioning
-from paris_ray.training.data import Batch, batches, load_dataset
+from paris_ray.training.data import Batch, LatentDataset, batches, load_dataset
 from paris_ray.training.loop import OnProgress, build_seeded
 from paris_ray.training.router_quality import Encode, held_out_quality, right_cluster
 from paris_ray.training.schedule import with_steps
@@ -78,9 +78,28 @@ def train_router(
         output=output,
         on_progress=on_progress,
     )
-    facts: dict[str, Any] = {"right_cluster": right_cluster(average, dataset, encode, seed)}
+    return measure_router(average, dataset, held_out, encode, seed)
+
+
+def measure_router(
+    router: Router,
+    dataset: LatentDataset,
+    held_out: Mapping[int, Folder],
+    encode: Encode,
+    seed: int,
+) -> dict[str, Any]:
+    """Return what `train_router` returns, of a router in evaluation mode.
+
+    Args:
+        router: The router.
+        dataset: Rows of all clusters that may have been trained on.
+        held_out: Folders of other rows, by cluster.
+        encode: From their text to its conditioning.
+        seed: Decides the noise.
+    """
+    facts: dict[str, Any] = {"right_cluster": right_cluster(router, dataset, encode, seed)}
     if held_out:
         rows = load_dataset(list(held_out.values()))
         rows = replace(rows, clusters=torch.tensor(list(held_out))[rows.clusters])
-        facts["held_out"] = held_out_quality(average, dataset, rows, encode, seed)
+        facts["held_out"] = held_out_quality(router, dataset, rows, encode, seed)
     return facts

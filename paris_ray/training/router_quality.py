@@ -81,7 +81,8 @@ def held_out_quality(
     Returns:
         `temperature`, and under `levels` by noise level t: `accuracy`, `prototype_accuracy`,
         expected calibration error before (`ece`) and after dividing by the temperature
-        (`ece_calibrated`), and the reliability table after it.
+        (`ece_calibrated`), and after it the negative log likelihood in nats (`nll_calibrated`) and
+        the reliability table.
     """
     prototypes = _fit_prototypes(router, training, encode)
     levels = {t: _at(router, prototypes, held_out, encode, t, seed) for t in NOISE_LEVELS}
@@ -101,6 +102,7 @@ def _row(noisy: _Noisy, temperature: float) -> dict[str, Any]:
         "prototype_accuracy": prototype.accuracy,
         "ece": raw.expected_calibration_error,
         "ece_calibrated": calibrated.expected_calibration_error,
+        "nll_calibrated": calibrated.negative_log_likelihood,
         "reliability": {
             "counts": calibrated.reliability.counts.tolist(),
             "confidence": calibrated.reliability.confidence.tolist(),

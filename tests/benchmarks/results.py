@@ -4,9 +4,9 @@
 
 With `--write docs/results.md` they also replace those in the document, between
 `<!-- bench: SECTION -->` and `<!-- end -->`. All of them take more than an hour on two cores that
-do nothing else. `distilled`, `solvers`, `last_resort`, `roster`, `admission`, `engine`, `serving`,
-`capacity`, `kills`, `scaling`, `replicas` and `data` need the run that `quickstart` leaves,
-`few_steps` that it is distilled. Nothing is asserted.
+do nothing else. `distilled`, `solvers`, `last_resort`, `roster`, `admission`, `federation`,
+`engine`, `serving`, `capacity`, `kills`, `scaling`, `replicas` and `data` need the run that
+`quickstart` leaves, `few_steps` that it is distilled. Nothing is asserted.
 """
 
 import argparse
@@ -142,6 +142,7 @@ SECTIONS: dict[str, Callable[[Path], str]] = {
     "last_resort": script("bench_last_resort.py", "{runs}/quickstart"),
     "roster": script("bench_roster.py", "{runs}/quickstart"),
     "admission": script("bench_admission.py", "{runs}/quickstart"),
+    "federation": script("bench_federation.py", "{runs}/quickstart"),
     "engine": script("bench_engine.py", "--bundle", "{runs}/quickstart/bundle"),
     "serving": script("bench_serving.py", "--bundle", "{runs}/quickstart/bundle", *SERVING),
     "capacity": script("bench_serving.py", "--bundle", "{runs}/quickstart/bundle", *TOO_MUCH),

@@ -231,6 +231,69 @@ def _read_verdict(folder: Path, signer: Any) -> None:
         parse_admission(json.dumps(signed).encode(), name)
 
 
+def _write_federation(folder: Path) -> Any:
+    """Returns the federation, whose coordinator signs whatever there is."""
+    from tests.federations import write_federation
+
+    federation = write_federation(Path(tempfile.mkdtemp()), share_words=True, share_rows=True)
+    shutil.copytree(federation.folder.local_path, folder, dirs_exist_ok=True)
+    return federation
+
+
+def _read_federation(folder: Path, federation: Any) -> None:
+    from paris_ray.artifacts import Folder
+    from paris_ray.roster.federation.terms import read_federation
+
+    key = federation.coordinator.public_key
+    _signed_anew(folder, "federation", federation.coordinator)
+    read_federation(Folder(folder), key)
+
+
+def _write_submission(folder: Path) -> Any:
+    """Returns the site, which signs whatever there is, and the federation as it was read."""
+    from paris_ray.roster.federation.terms import read_federation
+
+    with tempfile.TemporaryDirectory() as beside:
+        federation = _write_federation(Path(beside))
+    submission = federation.submissions["west"].local_path
+    shutil.copytree(submission, folder, dirs_exist_ok=True)
+    given = read_federation(federation.folder, federation.coordinator.public_key)
+    return federation.sites["west"], given
+
+
+def _read_submission(folder: Path, beside: Any) -> None:
+    from paris_ray.artifacts import Folder
+    from paris_ray.roster.federation.parts import open_router
+    from paris_ray.roster.federation.receive import admitted, receive
+    from paris_ray.roster.federation.shared_rows import read_rows
+    from paris_ray.roster.federation.statistics import RouterStatistics
+
+    site, (terms, source, digest) = beside
+    _signed_anew(folder, "submission", site)
+    received = receive(Folder(folder), terms, digest)
+    for cluster in received.stated.clusters:
+        admitted(received, cluster, terms.config())
+    router = open_router(source.part("router"), terms.config().router)
+    RouterStatistics.load(received.files, router, received.stated.clusters)
+    if received.stated.shares_rows:
+        sizes = {each.cluster: each.rows for each in received.stated.experts}
+        read_rows(received.files, source.folder / "encoders", (8, 4, 4), sizes)
+
+
+def _signed_anew(folder: Path, kind: str, signer: Any) -> None:
+    """List the files as they are, if the document can be signed at all: no digest refuses them."""
+    from paris_ray.artifacts import Folder
+    from paris_ray.bundle.links import check_links
+    from paris_ray.errors import FederationError
+    from tests.federations import resign
+
+    check_links(Folder(folder))
+    try:
+        resign(Folder(folder), kind, signer)
+    except (OSError, ValueError, AttributeError, KeyError, TypeError, RecursionError):
+        raise FederationError("nobody could sign that") from None
+
+
 def _write_dit(folder: Path) -> None:
     """A checkpoint as DiT's trainer saves it, a pickle, and as safetensors."""
     import argparse
@@ -325,6 +388,8 @@ MODELS: Mapping[str, Kind] = {
     "history": Kind(_write_history, _tell_history),
     "receipt": Kind(_write_receipt, _read_receipt),
     "verdict": Kind(_write_verdict, _read_verdict),
+    "federation": Kind(_write_federation, _read_federation),
+    "submission": Kind(_write_submission, _read_submission),
     "dit": Kind(_write_dit, _convert, may_lead_out=True),
     "word_pieces": Kind(_write_word_pieces, _encode, changed="tokenizer.json", may_lead_out=True),
     "byte_pairs": Kind(_write_byte_pairs, _tokenize, may_lead_out=True),

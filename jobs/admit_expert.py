@@ -23,7 +23,7 @@ import torch
 from jobs.command import fail, log_to_stdout
 from paris_ray.artifacts import Folder, VerifiedFolder
 from paris_ray.bundle import bundle_digest, load_bundle
-from paris_ray.bundle.admissions import parse_admission
+from paris_ray.bundle.admissions import VERDICT, parse_admission
 from paris_ray.config import load
 from paris_ray.encoders.images import OPEN_CLIP_FILES, load_features
 from paris_ray.errors import ParisError
@@ -37,7 +37,7 @@ from paris_ray.roster.admission.verdict import examine, open_panel, read_candida
 from paris_ray.run import Run
 
 EXIT_FLAGGED = 1
-VERDICT, PAGE = "verdict.json", "verdict.html"
+PAGE = "verdict.html"
 SEED_BITS = 63
 
 logger = logging.getLogger("paris_ray")

@@ -71,7 +71,7 @@ def main() -> None:
 def _config(arguments: argparse.Namespace) -> Config:
     refuse_absent_config(arguments.config)
     config = load(arguments.config, arguments.overrides)
-    names = ("bundle", "expert", "rows", "output")
+    names = ("bundle", "expert", "rows", "verdict", "output")
     given = {f"--{name}": getattr(arguments, name) for name in names}
     given |= {f"--more-rows {i}": place for i, place in enumerate(arguments.more_rows, start=1)}
     places = local_paths(config) | {option: place for option, place in given.items() if place}
@@ -85,7 +85,8 @@ def _change(roster: "Roster", arguments: argparse.Namespace) -> "Change":
         return roster.retire(arguments.index, arguments.data_of)
     from paris_ray.roster.newcomer import Newcomer
 
-    newcomer = Newcomer.open(Folder(arguments.expert), Folder(arguments.rows))
+    verdict = None if arguments.verdict is None else Folder(arguments.verdict)
+    newcomer = Newcomer.open(Folder(arguments.expert), Folder(arguments.rows), verdict)
     if arguments.verb == "add":
         return roster.add(newcomer, arguments.data_of)
     return roster.replace(arguments.index, newcomer, arguments.data_of)
@@ -100,6 +101,8 @@ def _arguments() -> argparse.Namespace:
             parser.error(f"{arguments.verb} needs --{name}")
         if not is_needed and getattr(arguments, name) is not None:
             parser.error(f"{arguments.verb} takes no --{name}")
+    if arguments.verdict is not None and arguments.expert is None:
+        parser.error(f"{arguments.verb} takes no --verdict")
     return arguments
 
 
@@ -113,6 +116,7 @@ def _parser() -> argparse.ArgumentParser:
     result.add_argument("--index", type=int, help="number of the expert that changes")
     result.add_argument("--expert", help="folder of the expert that comes: config.json and weights")
     result.add_argument("--rows", help="folder of the shard that it was trained on")
+    result.add_argument("--verdict", help="what jobs.admit_expert wrote of it, to be kept with it")
     result.add_argument(
         "--more-rows",
         nargs="+",

@@ -21,7 +21,7 @@ from paris_ray.receipts import file_sha256
 from paris_ray.run import EXPERT_WEIGHTS, MODEL_CONFIG
 from paris_ray.signatures import SignedDocument
 
-ADMISSIONS = "admissions"
+ADMISSIONS, VERDICT = "admissions", "verdict.json"  # in a bundle; what an examination writes
 KIND = "admission"
 MAX_BYTES = 65_536  # of a verdict's file; ours have about 5,000
 MAX_CHECKS, MAX_READINGS = 16, 16
@@ -156,6 +156,11 @@ def read_admission(payload: bytes, where: str, expert: VerifiedFolder) -> Signed
     return found
 
 
+def verdict_name(index: int) -> str:
+    """Return what a bundle's verdict on an expert is called in `admissions/`."""
+    return f"expert_{index}.json"
+
+
 def admission_names(folder: Folder, num_experts: int) -> tuple[str, ...]:
     """Return the files of a bundle's folder `admissions/`.
 
@@ -171,21 +176,14 @@ def admission_names(folder: Folder, num_experts: int) -> tuple[str, ...]:
     return names
 
 
-def attach(verdict: bytes, bundle: Folder, index: int) -> SignedAdmission:
-    """Put a verdict into a model folder that is being written, beside the expert that it is of.
-
-    Args:
-        verdict: The bytes of `verdict.json`.
-        bundle: The model folder, with the expert in it and not published yet.
-        index: The expert's number there.
+def require_admitted(payload: bytes, where: str, expert: VerifiedFolder) -> SignedAdmission:
+    """Return the verdict on an expert that is to enter a bundle; arguments as of `read_admission`.
 
     Raises:
         BundleError: if it is no verdict, one of other weights, or the expert was flagged.
     """
-    found = parse_admission(verdict, "the verdict")
-    if found.admission.outcome != "admitted":
-        flagged = [check.name for check in found.admission.checks if check.outcome == "flagged"]
-        raise BundleError(f"the expert may not enter: flagged by {', '.join(flagged)}")
-    read_admission(verdict, "the verdict", VerifiedFolder(bundle / f"expert_{index}", None))
-    (bundle / ADMISSIONS).write(f"expert_{index}.json", verdict)
+    found = read_admission(payload, where, expert)
+    flagged = [check.name for check in found.admission.checks if check.outcome == "flagged"]
+    if flagged:
+        raise BundleError(f"{where}: the expert may not enter: flagged by {', '.join(flagged)}")
     return found

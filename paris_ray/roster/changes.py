@@ -23,6 +23,7 @@ from paris_ray.artifacts import (
     sha256_hex,
 )
 from paris_ray.bundle import Bundle, BundleFacts, bundle_digest, load_bundle
+from paris_ray.bundle.admissions import ADMISSIONS, verdict_name
 from paris_ray.bundle.history import Entry, Rows, check_whose, origins
 from paris_ray.cluster_facts import write_clusters
 from paris_ray.config import MAX_EXPERTS, Config, identity
@@ -224,6 +225,8 @@ class Roster:
         parents |= {f"shard_{k}": shard.digest for k, shard in enumerate(known) if shard}
         if change.newcomer is not None:
             parents["expert"] = change.newcomer.weights
+            if change.newcomer.verdict is not None:
+                parents["verdict"] = sha256_hex(change.newcomer.verdict)
         return sha256_hex(canonical_json(settings)), parents
 
     def _changed(
@@ -319,6 +322,7 @@ class Roster:
             told = newcomer and describe(newcomer.shard, others)
             write_clusters(staging / CLUSTERS, change.applied(self.bundle.clusters, told))
             parts[CLUSTERS] = VerifiedFolder(staging / CLUSTERS, None)
+        parts |= self._staged_verdicts(parts.pop(ADMISSIONS, None), change, staging / ADMISSIONS)
         channels, size, _ = self.bundle.latent_shape
         entry = self._entry(change, parts["router"])
         bundle = Bundle(
@@ -329,6 +333,22 @@ class Roster:
         )
         _ = bundle.clusters  # a stranger's words and pictures may be none that are read again
         return bundle
+
+    def _staged_verdicts(
+        self, part: VerifiedFolder | None, change: Change, folder: Folder
+    ) -> dict[str, VerifiedFolder]:
+        """Return the verdicts on the experts after a change as a part, if there are any."""
+        known = self.bundle.admissions if part is not None else {}
+        present = [
+            part.read(verdict_name(k)) if part is not None and k in known else None
+            for k in range(self.bundle.num_experts)
+        ]
+        newcomer = change.newcomer
+        verdicts = change.applied(present, None if newcomer is None else newcomer.verdict)
+        for k, payload in enumerate(verdicts):
+            if payload is not None:
+                folder.write(verdict_name(k), payload)
+        return {ADMISSIONS: VerifiedFolder(folder, None)} if any(verdicts) else {}
 
     def _facts(self, change: Change, refitted: Refitted | None) -> BundleFacts:
         facts, count = self.bundle.facts, self.bundle.num_experts

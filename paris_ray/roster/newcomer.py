@@ -11,6 +11,7 @@ import torch
 
 from paris_ray.artifacts import MANIFEST, Folder, VerifiedFolder, open_finished, read_manifest
 from paris_ray.bundle import Bundle
+from paris_ray.bundle.admissions import MAX_BYTES, VERDICT, require_admitted
 from paris_ray.bundle.links import check_links
 from paris_ray.bundle.weights import StoredModel
 from paris_ray.cluster_facts import MAX_WORD_LENGTH, TOLD_PICTURES, TOLD_WORDS, ClusterFacts
@@ -36,32 +37,37 @@ class Newcomer:
         part: Its `config.json` and weights.
         weights: SHA-256 of these.
         shard: What it was trained on.
+        verdict: The signed verdict of its examination, if there was one.
     """
 
     part: VerifiedFolder
     weights: str
     shard: Shard
+    verdict: bytes | None = None
 
     @classmethod
-    def open(cls, folder: Folder, rows: Folder) -> "Newcomer":
+    def open(cls, folder: Folder, rows: Folder, verdict: Folder | None = None) -> "Newcomer":
         """Return the expert in a folder, with its rows.
 
         Args:
             folder: Of a run's expert, whose manifest is then kept to; or any with the two files.
             rows: Its shard.
+            verdict: What `jobs.admit_expert` wrote of it.
 
         Raises:
             ArtifactError: if a file is missing, or the manifest names another shard.
-            BundleError: if a link leaves the folder.
+            BundleError: if a link leaves the folder, or the verdict does not let it enter.
         """
         if folder.is_local:
             check_links(folder)
         shard, weights = Shard.open(rows), folder.sha256(EXPERT_WEIGHTS)
-        if not folder.exists(MANIFEST):
-            return cls(part=VerifiedFolder(folder, None), weights=weights, shard=shard)
-        if read_manifest(folder, EXPERT).parents.get("shard") != shard.digest:
-            raise ArtifactError(f"{folder.uri} was trained on another shard than {rows.uri}")
-        return cls(part=open_finished(folder, EXPERT), weights=weights, shard=shard)
+        part = VerifiedFolder(folder, None)
+        if folder.exists(MANIFEST):
+            if read_manifest(folder, EXPERT).parents.get("shard") != shard.digest:
+                raise ArtifactError(f"{folder.uri} was trained on another shard than {rows.uri}")
+            part = open_finished(folder, EXPERT)
+        read = None if verdict is None else _read_verdict(verdict, part)
+        return cls(part=part, weights=weights, shard=shard, verdict=read)
 
     def check_fits(self, bundle: Bundle) -> None:
         """Refuse an expert that cannot draw with those of a bundle.
@@ -83,6 +89,16 @@ class Newcomer:
                 )
         stored.load(torch.device("cpu"))
         check_encoders(bundle, Folder(self.part.folder.uri.rsplit("/", 2)[0]) / ENCODERS)
+
+
+def _read_verdict(folder: Folder, expert: VerifiedFolder) -> bytes:
+    where = f"{folder.uri}/{VERDICT}"
+    with folder.open(VERDICT) as file:
+        if file.size() > MAX_BYTES:
+            raise BundleError(f"{where} has {file.size()} bytes, at most {MAX_BYTES}")
+        payload = bytes(file.read())
+    require_admitted(payload, where, expert)
+    return payload
 
 
 def check_encoders(bundle: Bundle, encoders: Folder) -> None:

@@ -18,9 +18,10 @@ from paris_ray.bundle.admissions import (
     AdmissionCheck,
     AdmissionReading,
     admission_document,
-    attach,
     parse_admission,
     read_admission,
+    require_admitted,
+    verdict_name,
 )
 from paris_ray.errors import BundleError
 from paris_ray.export import write_bundle
@@ -69,6 +70,11 @@ def verdict(identity: Identity, stated: Admission | dict[str, Any]) -> bytes:
     return json.dumps(SignedDocument.sign(KIND, document, identity).to_json()).encode()
 
 
+def attach(payload: bytes, bundle: Path, index: int) -> None:
+    Folder(bundle / ADMISSIONS).write(verdict_name(index), payload)
+    republish(bundle)
+
+
 def republish(path: Path) -> None:
     (path / MANIFEST).unlink(missing_ok=True)
     publish(Folder(path), BUNDLE, config_digest="", parents={}, facts={})
@@ -78,8 +84,7 @@ def test_a_verdict_is_attached_read_copied_and_told(
     bundle_path: Path, identity: Identity, tmp_path: Path
 ) -> None:
     payload = verdict(identity, admission(bundle_path, 1))
-    assert attach(payload, Folder(bundle_path), 1).public_key == identity.public_key
-    republish(bundle_path)
+    attach(payload, bundle_path, 1)
     bundle = load_bundle(str(bundle_path))
     assert list(bundle.admissions) == [1]
     assert bundle.admissions[1].admission == admission(bundle_path, 1)
@@ -105,8 +110,7 @@ def test_a_bundle_without_verdicts_has_none(tiny_bundle_path: Path) -> None:
 def test_a_verdict_stays_with_its_weights_when_experts_are_renumbered(
     bundle_path: Path, identity: Identity
 ) -> None:
-    attach(verdict(identity, admission(bundle_path, 1, cluster=5)), Folder(bundle_path), 1)
-    republish(bundle_path)
+    attach(verdict(identity, admission(bundle_path, 1, cluster=5)), bundle_path, 1)
     assert load_bundle(str(bundle_path)).admissions[1].admission.cluster == 5
 
 
@@ -115,9 +119,6 @@ def test_a_verdict_on_other_weights_is_refused_when_the_bundle_is_opened(
     bundle_path: Path, identity: Identity, with_manifest: bool
 ) -> None:
     payload = verdict(identity, admission(bundle_path, 0))
-    with pytest.raises(BundleError, match="the verdict is the verdict on another expert"):
-        attach(payload, Folder(bundle_path), 1)
-    assert not (bundle_path / ADMISSIONS).exists()
     Folder(bundle_path / ADMISSIONS).write("expert_1.json", payload)
     (bundle_path / MANIFEST).unlink()
     if with_manifest:
@@ -126,14 +127,14 @@ def test_a_verdict_on_other_weights_is_refused_when_the_bundle_is_opened(
         load_bundle(str(bundle_path))
 
 
-def test_a_flagged_expert_is_not_attached_but_its_verdict_can_be_read(
+def test_a_flagged_expert_may_not_enter_but_its_verdict_can_be_read(
     bundle_path: Path, identity: Identity
 ) -> None:
     stated = admission(bundle_path, 1, outcome="flagged", checks=[PASSED, FLAGGED])
     payload = verdict(identity, stated)
-    with pytest.raises(BundleError, match="the expert may not enter: flagged by triggers"):
-        attach(payload, Folder(bundle_path), 1)
     expert = VerifiedFolder(Folder(bundle_path / "expert_1"), None)
+    with pytest.raises(BundleError, match="it: the expert may not enter: flagged by triggers"):
+        require_admitted(payload, "it", expert)
     assert read_admission(payload, "it", expert).admission == stated
 
 

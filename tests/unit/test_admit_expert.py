@@ -12,11 +12,11 @@ import open_clip
 import pytest
 from admission_panels import CAPTIONS, NUM_EXPERTS, ROWS, latents, specialist, write_expert
 
-from jobs.admit_expert import EXIT_FLAGGED, PAGE, VERDICT, main, open_look
+from jobs.admit_expert import EXIT_FLAGGED, PAGE, main, open_look
 from jobs.command import EXIT_USER_ERROR
-from paris_ray.artifacts import MANIFEST, Folder, publish
+from paris_ray.artifacts import MANIFEST, Folder, VerifiedFolder, publish
 from paris_ray.bundle import bundle_digest, load_bundle
-from paris_ray.bundle.admissions import Admission, attach, parse_admission
+from paris_ray.bundle.admissions import VERDICT, Admission, parse_admission, require_admitted
 from paris_ray.config import load
 from paris_ray.embeddings import to_table, write_part
 from paris_ray.encoders.images import register_packaged_models, save_open_clip
@@ -83,9 +83,8 @@ def test_an_honest_expert_is_admitted(place: Path, tmp_path: Path) -> None:
     assert found.admission.bundle == bundle_digest(str(place / "bundle"))
     assert found.admission.seed == 0
     assert "<img" in (tmp_path / "verdict" / PAGE).read_text()
-    shutil.copytree(place / "bundle", tmp_path / "bundle")
-    write_expert(specialist(0, seed=40), tmp_path / "bundle" / "expert_0")
-    assert attach(verdict, Folder(tmp_path / "bundle"), 0) == found
+    expert = VerifiedFolder(Folder(tmp_path), None)
+    assert require_admitted(verdict, VERDICT, expert) == found
 
 
 def test_another_clusters_expert_is_flagged(

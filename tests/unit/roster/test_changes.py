@@ -15,6 +15,13 @@ import pytest
 
 from paris_ray.artifacts import IN_PROGRESS, MANIFEST, Folder, publish, read_manifest
 from paris_ray.bundle import Bundle, load_bundle
+from paris_ray.bundle.admissions import (
+    KIND,
+    VERDICT,
+    Admission,
+    AdmissionCheck,
+    admission_document,
+)
 from paris_ray.bundle.history import Entry
 from paris_ray.cluster_facts import ClusterFacts
 from paris_ray.errors import ArtifactError, BundleError, ConfigError, ParisError, RoutingError
@@ -22,8 +29,9 @@ from paris_ray.export import write_bundle
 from paris_ray.identity import Identity
 from paris_ray.roster.changes import Options, Roster
 from paris_ray.roster.newcomer import Newcomer
-from paris_ray.run import BUNDLE, ENCODERS, EXPERT_WEIGHTS
+from paris_ray.run import BUNDLE, ENCODERS, EXPERT_WEIGHTS, MODEL_CONFIG
 from paris_ray.sampling import generate
+from paris_ray.signatures import SignedDocument
 from tests.unit.roster.conftest import CAPTIONS, ROWS, Made, publish_expert, write_shard
 
 QUICK = Options(method="none")
@@ -90,6 +98,56 @@ def test_the_rows_of_a_retired_expert_are_not_looked_at(
         shards.add(history(output)[-1].rows_before)
         routers.add(digests(output)["router/pytorch_model.safetensors"])
     assert (len(shards), len(routers)) == (2, 1)
+
+
+def write_verdict(folder: Path, expert: Folder, **changes: Any) -> Folder:
+    """Write the verdict on an expert as `jobs.admit_expert` does."""
+    stated: dict[str, Any] = {
+        "outcome": "admitted",
+        "cluster": 2,
+        "config_sha256": expert.sha256(MODEL_CONFIG),
+        "weights_sha256": expert.sha256(EXPERT_WEIGHTS),
+        "bundle": None,
+        "checks": [AdmissionCheck(name="form", outcome="passed", note="", readings=[])],
+        "seed": 0,
+        "software": "paris_ray",
+        "made_at": "2026-11-30T12:00:00Z",
+    }
+    document = admission_document(Admission(**stated | changes))
+    signed = SignedDocument.sign(KIND, document, Identity.create(folder / "key"))
+    Folder(folder).write_json(VERDICT, signed.to_json())
+    return Folder(folder)
+
+
+def test_a_verdict_comes_with_its_expert_and_moves_with_it(made: Made, tmp_path: Path) -> None:
+    expert, shard = made.run.expert(2), made.run.shard(2)
+    verdict = write_verdict(tmp_path / "verdict", expert)
+    roster = made.roster()
+    examined = Newcomer.open(expert, shard, verdict)
+    roster.write(roster.replace(2, examined), str(tmp_path / "with"), QUICK)
+    roster = made.roster(str(tmp_path / "with"))
+    assert list(roster.bundle.admissions) == [2]
+    roster.write(roster.retire(0), str(tmp_path / "moved"), QUICK)
+    moved = load_bundle(str(tmp_path / "moved"))
+    assert list(moved.admissions) == [1]
+    assert digests(tmp_path / "moved")["admissions/expert_1.json"] == verdict.sha256(VERDICT)
+    roster = made.roster(str(tmp_path / "moved"))
+    roster.write(roster.retire(1), str(tmp_path / "gone"), QUICK)
+    assert load_bundle(str(tmp_path / "gone")).admissions == {}
+    assert not Path(tmp_path / "gone/admissions").exists()
+
+
+def test_an_expert_that_was_flagged_or_another_one_does_not_come(
+    made: Made, tmp_path: Path
+) -> None:
+    expert, shard = made.run.expert(2), made.run.shard(2)
+    check = AdmissionCheck(name="triggers", outcome="flagged", note="", readings=[])
+    flagged = write_verdict(tmp_path / "flagged", expert, outcome="flagged", checks=[check])
+    with pytest.raises(BundleError, match="the expert may not enter: flagged by triggers"):
+        Newcomer.open(expert, shard, flagged)
+    other = write_verdict(tmp_path / "other", made.run.expert(1))
+    with pytest.raises(BundleError, match=r"verdict\.json is the verdict on another expert"):
+        Newcomer.open(expert, shard, other)
 
 
 def test_an_expert_that_comes_back_is_there_again(made: Made, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import ray
 
@@ -104,9 +105,7 @@ def test_workers_that_train_have_no_connection_to_each_other(
     steps: list[int] = []
 
     def watch() -> None:
-        wait_until(lambda: all(expert.exists(METRICS) for expert in experts))
-        pids = [worker.pid for worker in workers("expert-0", "expert-1")]
-        assert len(pids) == NUM_EXPERTS
+        pids = [worker.pid for worker in training_together(experts)]
         before = bytes_by_peer(pids)
         steps.append(_step(experts[0]))
         wait_until(lambda: _step(experts[0]) > steps[0] + 200)
@@ -122,6 +121,23 @@ def test_workers_that_train_have_no_connection_to_each_other(
         print(f"\nbytes of two training workers in {steps[1] - steps[0]} steps, by peer: {carried}")
     assert carried.total() > 0, "Ray's own are seen"
     assert carried.total() < len(experts[0].read(EXPERT_WEIGHTS))
+
+
+def training_together(experts: list[Folder]) -> list[psutil.Process]:
+    """Return the workers of experts when all of them train: who is first waits for the others."""
+    found: dict[int, psutil.Process] = {}
+
+    def all_train() -> bool:
+        for k, expert in enumerate(experts):
+            if k not in found and expert.exists(METRICS):
+                (found[k],) = workers(f"expert-{k}")
+                found[k].suspend()
+        return len(found) == len(experts)
+
+    wait_until(all_train)
+    for worker in found.values():
+        worker.resume()
+    return list(found.values())
 
 
 def _step(expert: Folder) -> int:

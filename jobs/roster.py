@@ -65,7 +65,7 @@ def main() -> None:
         options = Options(
             method=arguments.refit, sample_share=arguments.sample_share, signer=identity
         )
-        roster.write(_change(roster, arguments), arguments.output, options)
+        roster.write(_change(roster, arguments, identity), arguments.output, options)
 
 
 def _config(arguments: argparse.Namespace) -> Config:
@@ -80,13 +80,14 @@ def _config(arguments: argparse.Namespace) -> Config:
     return with_absolute_paths(config)
 
 
-def _change(roster: "Roster", arguments: argparse.Namespace) -> "Change":
+def _change(roster: "Roster", arguments: argparse.Namespace, identity: Identity | None) -> "Change":
     if arguments.verb == "retire":
         return roster.retire(arguments.index, arguments.data_of)
     from paris_ray.roster.newcomer import Newcomer
 
     verdict = None if arguments.verdict is None else Folder(arguments.verdict)
-    newcomer = Newcomer.open(Folder(arguments.expert), Folder(arguments.rows), verdict)
+    examiner = arguments.examiner or (identity.public_key if identity else "")
+    newcomer = Newcomer.open(Folder(arguments.expert), Folder(arguments.rows), verdict, examiner)
     if arguments.verb == "add":
         return roster.add(newcomer, arguments.data_of)
     return roster.replace(arguments.index, newcomer, arguments.data_of)
@@ -117,6 +118,9 @@ def _parser() -> argparse.ArgumentParser:
     result.add_argument("--expert", help="folder of the expert that comes: config.json and weights")
     result.add_argument("--rows", help="folder of the shard that it was trained on")
     result.add_argument("--verdict", help="what jobs.admit_expert wrote of it, to be kept with it")
+    result.add_argument(
+        "--examiner", metavar="KEY", help="who signed that: a public key; default: --identity's"
+    )
     result.add_argument(
         "--more-rows",
         nargs="+",

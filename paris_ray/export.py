@@ -5,6 +5,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from paris_ray import cluster_facts
 from paris_ray.artifacts import Folder, VerifiedFolder, open_finished, read_manifest
 from paris_ray.bundle import (
@@ -19,7 +21,7 @@ from paris_ray.bundle.admissions import ADMISSIONS, admission_names
 from paris_ray.bundle.history import EXPORTED, write_history
 from paris_ray.bundle.history import FILE as HISTORY
 from paris_ray.config import CodecConfig, Config, SamplingConfig, TextConfig
-from paris_ray.embeddings import read_table
+from paris_ray.embeddings import num_rows, part_names, read_rows
 from paris_ray.encoders import codec
 from paris_ray.encoders.autoencoder import VAE_FILES
 from paris_ray.encoders.clip import TEXT_ENCODER, TEXT_ENCODER_FILES, TOKENIZER, tokenizer_files
@@ -155,8 +157,8 @@ def sampling_with(sampling: SamplingConfig, router: Mapping[str, Any]) -> Sampli
 
 def middle_caption(shard: Folder) -> str:
     """Return a caption of a shard, as an example of what to ask for."""
-    captions = read_table(shard, ["caption"])["caption"]
-    return str(captions[len(captions) // 2])
+    count = sum(num_rows(shard, name) for name in part_names(shard))
+    return str(read_rows(shard, np.array([count // 2]), ["caption"])["caption"][0])
 
 
 def codec_name(config: CodecConfig) -> str:

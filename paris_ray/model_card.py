@@ -5,6 +5,7 @@ from types import MappingProxyType
 from typing import Any
 
 from paris_ray.bundle import Bundle
+from paris_ray.bundle.admissions import SignedAdmission
 from paris_ray.bundle.history import Entry, History, Rows
 from paris_ray.config import PRESETS, ExpertConfig, SamplingConfig
 
@@ -28,9 +29,9 @@ a cluster: {sizes}.
 | | |
 |---|---|
 {measured}
-{admissions}"""
+"""
 ADMISSION = """
-## Experts from elsewhere
+### Experts from elsewhere
 
 Examined by `jobs.admit_expert` before they entered; the verdicts, with every number, are in
 `admissions/`. What such an examination cannot find is in paris_ray's docs/admission.md.
@@ -146,17 +147,16 @@ def model_card(
         sizes=", ".join(map(str, cluster_sizes)),
         attribution=f"\n{attribution}" if attribution else "",
         measured=_table(_measurements(router, losses, evaluation)),
-        admissions=_admissions(bundle),
     )
     return card if evaluation is None else card + ACCURACY
 
 
-def _admissions(bundle: Bundle) -> str:
+def _admissions(admissions: Mapping[int, SignedAdmission]) -> str:
     """Return who examined which expert, and what was not looked at; nothing if nobody did."""
-    if not bundle.admissions:
+    if not admissions:
         return ""
     rows = [("expert", "outcome", "not checked", "examined", "key of who signed"), ("---",) * 5]
-    for index, (verdict, public_key) in bundle.admissions.items():
+    for index, (verdict, public_key) in admissions.items():
         left_out = [check.name for check in verdict.checks if check.outcome == "not checked"]
         cells = (str(index), verdict.outcome, ", ".join(left_out), verdict.made_at, public_key)
         rows.append(cells)
@@ -293,12 +293,18 @@ def _size(config: ExpertConfig) -> str:
     return names.get(numbers, f"{config.hidden_size} wide, {config.num_layers} layers")
 
 
-def with_roster(card: str, history: History, quality: Mapping[str, Any] | None) -> str:
+def with_roster(
+    card: str,
+    history: History,
+    admissions: Mapping[int, SignedAdmission],
+    quality: Mapping[str, Any] | None,
+) -> str:
     """Return a bundle's card with the section that tells of its history.
 
     Args:
         card: Its card, which may have that section from an earlier change.
         history: What became of its experts, with one change at least.
+        admissions: Verdicts on experts that were examined before they joined, by number.
         quality: What was measured of the router after the last change; None: nothing.
     """
     head = ("when (UTC)", "what", "expert", "weights", "rows", "whose data", "signed by")
@@ -309,7 +315,7 @@ def with_roster(card: str, history: History, quality: Mapping[str, Any] | None) 
         left=LEFT if has_left else "",
         measured="" if quality is None else _refitted(quality),
     )
-    return f"{card.partition(ROSTER)[0].rstrip()}\n{ROSTER}{section}"
+    return f"{card.partition(ROSTER)[0].rstrip()}\n{ROSTER}{section}{_admissions(admissions)}"
 
 
 def _refitted(quality: Mapping[str, Any]) -> str:

@@ -133,16 +133,19 @@ def write_history(history: History) -> bytes:
     return payload
 
 
-def read_history(source: VerifiedFolder, weights: Sequence[str | None]) -> History:
+def read_history(
+    source: VerifiedFolder, weights: Sequence[str | None], router: str | None
+) -> History:
     """Return the history of a bundle, which may come from a stranger.
 
     Args:
         source: The bundle's folder.
         weights: SHA-256 of the weights of each of its experts; None: not published.
+        router: That of its router.
 
     Raises:
         BundleError: if the file is damaged, an entry is not what its event needs or is not signed
-            by whom it names, or the entries do not lead to these experts.
+            by whom it names, or the entries do not lead to these experts and this router.
         ArtifactError: if the file is not the published one.
     """
     where = f"{source.folder.uri}/{FILE}"
@@ -156,6 +159,8 @@ def read_history(source: VerifiedFolder, weights: Sequence[str | None]) -> Histo
     for k, (entry, found) in enumerate(zip(present, weights, strict=True)):
         if entry is not None and found not in (None, entry.weights_after):
             raise BundleError(f"{where} is not of these experts: expert {k} has other weights")
+    if router is not None and history[-1].router not in (None, router):
+        raise BundleError(f"{where} is not of this bundle: its router has other weights")
     return history
 
 
@@ -208,7 +213,9 @@ def origins(history: History, num_experts: int, where: str = FILE) -> list[Entry
     """
     events = [entry.event for entry in history]
     first = num_experts - events.count("added") + events.count("retired")
-    present: list[Entry | None] = [None] * min(max(first, 0), MAX_EXPERTS + MAX_ENTRIES)
+    if not 0 <= first <= MAX_EXPERTS + MAX_ENTRIES:
+        raise BundleError(f"{where} does not lead to {num_experts} experts, but from {first}")
+    present: list[Entry | None] = [None] * first
     for number, entry in enumerate(history[1:], start=1):
         index = entry.expert
         assert index is not None  # `_check` has seen it

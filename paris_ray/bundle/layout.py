@@ -15,7 +15,7 @@ from paris_ray.artifacts import (
 )
 from paris_ray.bundle.admissions import ADMISSIONS, admission_names
 from paris_ray.bundle.facts import CONFIG, MODEL_INDEX, read_facts, read_integer
-from paris_ray.bundle.history import read_history
+from paris_ray.bundle.history import History, read_history
 from paris_ray.bundle.links import check_links
 from paris_ray.bundle.parts import Bundle
 from paris_ray.bundle.weights import Dtype, read_header
@@ -75,7 +75,7 @@ def load_bundle(
     bundle = Bundle(
         parts,
         read_facts(document, parts.get("vae"), where),
-        history=read_history(source, _published_weights(parts, defaults["num_experts"])),
+        history=_read_history(source, parts, defaults["num_experts"]),
         defaults=defaults,
         dtype=dtype,
         device=device,
@@ -108,9 +108,12 @@ def _open(folder: Folder, digest: str | None) -> VerifiedFolder:
     return VerifiedFolder(folder, None)
 
 
-def _published_weights(parts: Mapping[str, VerifiedFolder], num_experts: int) -> list[str | None]:
+def _read_history(
+    source: VerifiedFolder, parts: Mapping[str, VerifiedFolder], num_experts: int
+) -> History:
     experts = (parts[f"expert_{k}"].digests or {} for k in range(num_experts))
-    return [digests.get(EXPERT_WEIGHTS) for digests in experts]
+    weights = [digests.get(EXPERT_WEIGHTS) for digests in experts]
+    return read_history(source, weights, (parts["router"].digests or {}).get(ROUTER_WEIGHTS))
 
 
 def _read_mapping(source: VerifiedFolder, name: str) -> Mapping[str, Any]:

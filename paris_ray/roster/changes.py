@@ -23,14 +23,14 @@ from paris_ray.artifacts import (
     sha256_hex,
 )
 from paris_ray.bundle import Bundle, BundleFacts, bundle_digest, load_bundle
-from paris_ray.bundle.admissions import ADMISSIONS, verdict_name
+from paris_ray.bundle.admissions import ADMISSIONS, VERDICT, parse_admission, verdict_name
 from paris_ray.bundle.history import Entry, Rows, check_whose, origins
 from paris_ray.cluster_facts import write_clusters
 from paris_ray.config import MAX_EXPERTS, Config, identity
 from paris_ray.errors import ArtifactError, BundleError, ConfigError
-from paris_ray.export import MODEL_CARD, write_bundle
+from paris_ray.export import MODEL_CARD, middle_caption, write_bundle
 from paris_ray.model_card import with_roster
-from paris_ray.roster.newcomer import Newcomer, check_encoders, describe, middle_caption
+from paris_ray.roster.newcomer import Newcomer, check_encoders, describe
 from paris_ray.roster.refit import Method, Refitted, refit, with_outputs, write_router
 from paris_ray.roster.sample import (
     SAMPLE_SHARE,
@@ -206,6 +206,18 @@ class Roster:
         parse_routing(self.bundle.facts.sampling.routing, count)
         if change.newcomer is not None:
             change.newcomer.check_fits(self.bundle)
+            self._check_verdict(change.newcomer, change.index)
+
+    def _check_verdict(self, newcomer: Newcomer, index: int) -> None:
+        """Refuse a verdict of an examination beside another bundle, or for another cluster."""
+        if newcomer.verdict is None:
+            return
+        admission = parse_admission(newcomer.verdict, VERDICT).admission
+        wanted = {"bundle": self.digest, "cluster": index}
+        for field, value in wanted.items():
+            found = getattr(admission, field)
+            if found != value:
+                raise BundleError(f"{VERDICT}: {field}={found!r} is not allowed here: {value!r}")
 
     def _identity(self, change: Change, options: Options) -> tuple[str, dict[str, str]]:
         """Return what decides the new bundle: digest of the settings, digests of what is read."""
@@ -236,7 +248,7 @@ class Roster:
         refitted = self._refit(change, options)
         bundle = self._staged(change, refitted, staging, options.signer)
         quality = None if refitted is None else refitted.quality
-        card = with_roster(self._card(), bundle.history, quality)
+        card = with_roster(self._card(), bundle.history, bundle.admissions, quality)
         rows = 0 if refitted is None else refitted.rows
         return bundle, card, {"refit": options.method, "rows": rows, "router": quality}
 
@@ -356,7 +368,7 @@ class Roster:
         if refitted is not None and refitted.temperature is not None:
             sampling = replace(sampling, router_temperature=refitted.temperature)
         if len(prompts) == count:  # one of each cluster, as export writes them
-            prompt = change.newcomer and middle_caption(change.newcomer.shard)
+            prompt = change.newcomer and middle_caption(change.newcomer.shard.folder)
             prompts = tuple(change.applied(prompts, prompt))
         return replace(facts, sampling=sampling, example_prompts=prompts)
 

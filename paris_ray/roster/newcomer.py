@@ -46,13 +46,16 @@ class Newcomer:
     verdict: bytes | None = None
 
     @classmethod
-    def open(cls, folder: Folder, rows: Folder, verdict: Folder | None = None) -> "Newcomer":
+    def open(
+        cls, folder: Folder, rows: Folder, verdict: Folder | None = None, examiner: str = ""
+    ) -> "Newcomer":
         """Return the expert in a folder, with its rows.
 
         Args:
             folder: Of a run's expert, whose manifest is then kept to; or any with the two files.
             rows: Its shard.
             verdict: What `jobs.admit_expert` wrote of it.
+            examiner: Whose verdict that has to be: a public key in hexadecimal.
 
         Raises:
             ArtifactError: if a file is missing, or the manifest names another shard.
@@ -66,7 +69,7 @@ class Newcomer:
             if read_manifest(folder, EXPERT).parents.get("shard") != shard.digest:
                 raise ArtifactError(f"{folder.uri} was trained on another shard than {rows.uri}")
             part = open_finished(folder, EXPERT)
-        read = None if verdict is None else _read_verdict(verdict, part)
+        read = None if verdict is None else _read_verdict(verdict, part, examiner)
         return cls(part=part, weights=weights, shard=shard, verdict=read)
 
     def check_fits(self, bundle: Bundle) -> None:
@@ -88,16 +91,22 @@ class Newcomer:
                     f"{where}: {field}={found} is not allowed: {value}, as the others"
                 )
         stored.load(torch.device("cpu"))
-        check_encoders(bundle, Folder(self.part.folder.uri.rsplit("/", 2)[0]) / ENCODERS)
+        run, _, place = self.part.folder.uri.rpartition("/experts/")
+        if "/" not in place and run:
+            check_encoders(bundle, Folder(run) / ENCODERS)
+        else:
+            logger.warning("roster: %s is in no run: its encoders are not known", place)
 
 
-def _read_verdict(folder: Folder, expert: VerifiedFolder) -> bytes:
+def _read_verdict(folder: Folder, expert: VerifiedFolder, examiner: str) -> bytes:
     where = f"{folder.uri}/{VERDICT}"
     with folder.open(VERDICT) as file:
         if file.size() > MAX_BYTES:
             raise BundleError(f"{where} has {file.size()} bytes, at most {MAX_BYTES}")
         payload = bytes(file.read())
-    require_admitted(payload, where, expert)
+    signer = require_admitted(payload, where, expert).public_key
+    if signer != examiner:
+        raise BundleError(f"{where} is signed by {signer}, not by {examiner or 'anybody known'}")
     return payload
 
 
@@ -136,12 +145,6 @@ def describe(shard: Shard, others: Sequence[Shard]) -> ClusterFacts:
         words=[word[:MAX_WORD_LENGTH] for word in words],
         pictures=[base64.b64encode(png).decode() for png in pictures],
     )
-
-
-def middle_caption(shard: Shard) -> str:
-    """Return the caption in the middle of a shard, an example of what it holds."""
-    row = np.array([shard.count // 2])
-    return str(read_rows(shard.folder, row, ["caption"])["caption"][0])
 
 
 def _spread(shard: Shard, column: str, most: int) -> list[Any]:

@@ -57,7 +57,10 @@ def split(shard: Shard, config: Config, target: Run) -> None:
         ):
             logger.info("roster: already split, kept (%s)", target.clusters.uri)
             return
-        sizes = _write(shard, _fit(shard, columns, config), columns, halves)
+        clustering = _fit(shard, columns, config)
+        for half in halves:
+            half.clear()  # what another split, that was killed, left in it
+        sizes = _write(shard, clustering, columns, halves)
         held.check()
         for half, rows in zip(halves, sizes, strict=True):
             publish(half, SHARD, config_digest=digest, parents=parents, facts={"rows": rows})

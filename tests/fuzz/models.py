@@ -171,9 +171,9 @@ def _tell_history(folder: Path, weights: Any) -> None:
     from paris_ray.model_card import with_roster
 
     check_links(Folder(folder))
-    history = read_history(VerifiedFolder(Folder(folder), None), weights)
+    history = read_history(VerifiedFolder(Folder(folder), None), weights, None)
     assert history[0].event == "exported"
-    rows = [row for row in with_roster("", history, None).splitlines() if row.startswith("| 2")]
+    rows = [row for row in with_roster("", history, {}, None).splitlines() if row.startswith("| 2")]
     assert len(rows) == len(history) - 1
     assert {row.count("|") for row in rows} <= {8}
 

@@ -23,10 +23,11 @@ from paris_ray.bundle.admissions import (
     require_admitted,
     verdict_name,
 )
+from paris_ray.bundle.history import EXPORTED
 from paris_ray.errors import BundleError
 from paris_ray.export import write_bundle
 from paris_ray.identity import Identity
-from paris_ray.model_card import model_card
+from paris_ray.model_card import with_roster
 from paris_ray.run import BUNDLE, EXPERT_WEIGHTS, MODEL_CONFIG
 from paris_ray.signatures import SignedDocument
 
@@ -91,14 +92,7 @@ def test_a_verdict_is_attached_read_copied_and_told(
     write_bundle(bundle, Folder(tmp_path / "copy"), model_card="# copy\n")
     copied = tmp_path / "copy" / ADMISSIONS / "expert_1.json"
     assert copied.read_bytes() == payload
-    card = model_card(
-        bundle,
-        embeddings={"rows": 1, "quarantined": {}, "attribution": None},
-        cluster_sizes=[1, 1, 1],
-        router={"right_cluster": {}},
-        losses=[1.0, 1.0, 1.0],
-        evaluation=None,
-    )
+    card = with_roster("# copy\n", EXPORTED, bundle.admissions, None)
     row = f"| 1 | admitted | copies | 2026-11-30T12:00:00Z | {identity.public_key} |"
     assert row in card.splitlines()
 

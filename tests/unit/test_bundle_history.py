@@ -58,7 +58,7 @@ WEIGHTS = [None, digest(20), digest(40)]
 
 def read(folder: Path, payload: bytes, weights: list[str | None] = WEIGHTS) -> History:
     (folder / FILE).write_bytes(payload)
-    return read_history(VerifiedFolder(Folder(folder), None), weights)
+    return read_history(VerifiedFolder(Folder(folder), None), weights, None)
 
 
 def test_what_is_written_is_read(tmp_path: Path) -> None:
@@ -146,7 +146,7 @@ def test_a_huge_file_is_not_read(tmp_path: Path) -> None:
     with (tmp_path / FILE).open("wb") as file:
         file.truncate(1 << 40)
     with pytest.raises(BundleError, match=f"has {1 << 40} bytes, allowed: {MAX_BYTES}"):
-        read_history(VerifiedFolder(Folder(tmp_path), None), WEIGHTS)
+        read_history(VerifiedFolder(Folder(tmp_path), None), WEIGHTS, None)
 
 
 def test_a_history_of_other_experts_is_not_the_bundles(
@@ -158,12 +158,23 @@ def test_a_history_of_other_experts_is_not_the_bundles(
     (path / MANIFEST).unlink()
     before = replace(RETIRED, expert=0, weights_before=digest(5))
     weights = "expert_2/diffusion_pytorch_model.safetensors"
-    right = replace(ADDED, expert=2, weights_after=digests[weights])
-    for added, is_right in ((right, True), (replace(right, weights_after=digest(6)), False)):
+    router = digests["router/pytorch_model.safetensors"]
+    right = replace(ADDED, expert=2, weights_after=digests[weights], router=router)
+    others = {
+        replace(right, weights_after=digest(6)): "expert 2 has other weights",
+        replace(right, router=digest(6)): "its router has other weights",
+    }
+    for added in (right, *others):
         (path / FILE).write_bytes(write_history((*EXPORTED, before, added)))
         publish(Folder(path), BUNDLE, config_digest="", parents={}, facts={})
-        if is_right:
+        if added == right:
             assert load_bundle(str(path)).history[-1] == added
             continue
-        with pytest.raises(BundleError, match="expert 2 has other weights"):
+        with pytest.raises(BundleError, match=others[added]):
             load_bundle(str(path))
+
+
+def test_more_experts_cannot_have_come_than_there_are(tmp_path: Path) -> None:
+    payload = write_history((*EXPORTED, replace(ADDED, expert=0), ADDED))
+    with pytest.raises(BundleError, match="does not lead to 1 experts, but from -1"):
+        read(tmp_path, payload, [ADDED.weights_after])

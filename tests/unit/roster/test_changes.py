@@ -100,8 +100,8 @@ def test_the_rows_of_a_retired_expert_are_not_looked_at(
     assert (len(shards), len(routers)) == (2, 1)
 
 
-def write_verdict(folder: Path, expert: Folder, **changes: Any) -> Folder:
-    """Write the verdict on an expert as `jobs.admit_expert` does."""
+def write_verdict(folder: Path, expert: Folder, **changes: Any) -> tuple[Folder, str]:
+    """Write the verdict on an expert as `jobs.admit_expert` does; return who signed it, too."""
     stated: dict[str, Any] = {
         "outcome": "admitted",
         "cluster": 2,
@@ -116,14 +116,14 @@ def write_verdict(folder: Path, expert: Folder, **changes: Any) -> Folder:
     document = admission_document(Admission(**stated | changes))
     signed = SignedDocument.sign(KIND, document, Identity.create(folder / "key"))
     Folder(folder).write_json(VERDICT, signed.to_json())
-    return Folder(folder)
+    return Folder(folder), signed.public_key
 
 
 def test_a_verdict_comes_with_its_expert_and_moves_with_it(made: Made, tmp_path: Path) -> None:
     expert, shard = made.run.expert(2), made.run.shard(2)
-    verdict = write_verdict(tmp_path / "verdict", expert)
     roster = made.roster()
-    examined = Newcomer.open(expert, shard, verdict)
+    verdict, examiner = write_verdict(tmp_path / "verdict", expert, bundle=roster.digest)
+    examined = Newcomer.open(expert, shard, verdict, examiner)
     roster.write(roster.replace(2, examined), str(tmp_path / "with"), QUICK)
     roster = made.roster(str(tmp_path / "with"))
     assert list(roster.bundle.admissions) == [2]
@@ -131,10 +131,27 @@ def test_a_verdict_comes_with_its_expert_and_moves_with_it(made: Made, tmp_path:
     moved = load_bundle(str(tmp_path / "moved"))
     assert list(moved.admissions) == [1]
     assert digests(tmp_path / "moved")["admissions/expert_1.json"] == verdict.sha256(VERDICT)
+    card = (tmp_path / "moved" / "README.md").read_text()
+    assert f"| 1 | admitted |  | 2026-11-30T12:00:00Z | {examiner} |" in card.splitlines()
     roster = made.roster(str(tmp_path / "moved"))
     roster.write(roster.retire(1), str(tmp_path / "gone"), QUICK)
     assert load_bundle(str(tmp_path / "gone")).admissions == {}
     assert not Path(tmp_path / "gone/admissions").exists()
+    assert examiner not in (tmp_path / "gone" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"bundle": "0" * 64}, "bundle='000"), ({"cluster": 1}, "cluster=1 is not allowed here: 2")],
+)
+def test_a_verdict_of_another_examination_is_refused(
+    changes: dict[str, Any], message: str, made: Made, tmp_path: Path
+) -> None:
+    expert, shard, roster = made.run.expert(2), made.run.shard(2), made.roster()
+    stated = {"bundle": roster.digest} | changes
+    newcomer = Newcomer.open(expert, shard, *write_verdict(tmp_path / "verdict", expert, **stated))
+    with pytest.raises(BundleError, match=message):
+        roster.write(roster.replace(2, newcomer), str(tmp_path / "new"), QUICK)
 
 
 def test_an_expert_that_was_flagged_or_another_one_does_not_come(
@@ -144,10 +161,15 @@ def test_an_expert_that_was_flagged_or_another_one_does_not_come(
     check = AdmissionCheck(name="triggers", outcome="flagged", note="", readings=[])
     flagged = write_verdict(tmp_path / "flagged", expert, outcome="flagged", checks=[check])
     with pytest.raises(BundleError, match="the expert may not enter: flagged by triggers"):
-        Newcomer.open(expert, shard, flagged)
+        Newcomer.open(expert, shard, *flagged)
     other = write_verdict(tmp_path / "other", made.run.expert(1))
     with pytest.raises(BundleError, match=r"verdict\.json is the verdict on another expert"):
-        Newcomer.open(expert, shard, other)
+        Newcomer.open(expert, shard, *other)
+    verdict, _ = write_verdict(tmp_path / "own", expert)
+    with pytest.raises(
+        BundleError, match=r"verdict\.json is signed by \w{64}, not by anybody known"
+    ):
+        Newcomer.open(expert, shard, verdict)
 
 
 def test_an_expert_that_comes_back_is_there_again(made: Made, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from paris_ray.artifacts import Folder, publish, read_manifest
-from paris_ray.embeddings import read_table, to_table, write_part
+from paris_ray.embeddings import read_part, read_table, to_table, write_part
 from paris_ray.errors import ArtifactError, ConfigError
 from paris_ray.roster.sample import Shard
 from paris_ray.roster.split import split
@@ -46,6 +46,15 @@ def test_a_cluster_becomes_two(made: Made, tmp_path: Path) -> None:
     assert [read_manifest(target.shard(k), SHARD) for k in (0, 1)] == before
     with pytest.raises(ArtifactError, match="was made from another shard"):
         split(Shard.open(made.run.shard(1)), made.config, target)
+
+
+def test_what_a_killed_split_left_is_not_mixed_in(made: Made, tmp_path: Path) -> None:
+    target = Run(replace(made.config, run_dir=str(tmp_path / "halves")))
+    rows = read_part(made.run.shard(1), "part-0.parquet")
+    write_part(target.shard(0), "part-9.parquet", rows)
+    split(two_kinds(made, tmp_path / "shard"), made.config, target)
+    manifest = read_manifest(target.shard(0), SHARD)
+    assert manifest.facts["rows"] == len(read_table(target.shard(0), ["caption"]))
 
 
 def test_random_clusters_are_not_split(made: Made, tmp_path: Path) -> None:

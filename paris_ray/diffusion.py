@@ -204,13 +204,14 @@ def denoising_loss(expert: Expert, path: PathSample, text: TextConditioning) -> 
 
 def router_logits(router: Router, latents: Tensor, t: Tensor, text: TextConditioning) -> Tensor:
     """Return the router's logits `(B, K)` at noisy latents of times `t (B,)` in [0, 1]."""
-    return router(latents, TIME_SCALE * t, _router_text(router, text)).float()
+    return router(latents, TIME_SCALE * t, router_text(router, text)).float()
 
 
 def router_features(router: Router, latents: Tensor, t: Tensor, text: TextConditioning) -> Tensor:
     """Return what the router's last layer reads `(B, d)`; arguments as `router_logits`."""
-    return router.features(latents, TIME_SCALE * t, _router_text(router, text)).float()
+    return router.features(latents, TIME_SCALE * t, router_text(router, text)).float()
 
 
-def _router_text(router: Router, text: TextConditioning) -> Tensor | None:
+def router_text(router: Router, text: TextConditioning) -> Tensor | None:
+    """Return what of the text a router reads `(B, D)`; None: it reads none."""
     return text.pooled_text if router.config.text_embed_dim else None

@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from paris_ray.artifacts import Folder
 from paris_ray.config import TrainingConfig
-from paris_ray.diffusion import TIME_SCALE, router_logits, sample_path
+from paris_ray.diffusion import TIME_SCALE, router_logits, router_text, sample_path
 from paris_ray.errors import ConfigError, TrainingError
 from paris_ray.models import Router, TextConditioning
 from paris_ray.models.release import write_document
@@ -135,8 +135,7 @@ def routing_features(
         drawn = rows.draw_batch(order, config, generator).to(device)
         for part in drawn.split(math.ceil(len(rows) / FEATURES_AT_ONCE)):
             x_t, t, text = _noisy(part, encode)
-            pooled = text.pooled_text if router.config.text_embed_dim else None
-            features.append(router.trunk(x_t, TIME_SCALE * t, pooled))
+            features.append(router.trunk(x_t, TIME_SCALE * t, router_text(router, text)))
             clusters.append(part.clusters)
     return torch.cat(features), torch.cat(clusters)
 

@@ -27,6 +27,7 @@ from tests.long_tests import chaos
 pytestmark = [pytest.mark.ray, chaos]
 
 REPOSITORY = Path(__file__).resolve().parents[2]
+TIMEOUT = 600  # seconds of a command
 SITES = {"east": 0, "west": 1}  # and the one cluster of which it has rows
 
 
@@ -39,6 +40,7 @@ def job(*arguments: str, environment: dict[str, str] | None = None) -> str:
         capture_output=True,
         text=True,
         check=False,
+        timeout=TIMEOUT,
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done.stdout
@@ -87,6 +89,7 @@ def train_site(cluster: LocalCluster, config: Path) -> None:
             capture_output=True,
             text=True,
             check=False,
+            timeout=TIMEOUT,
         )
         assert done.returncode == 0, done.stdout[-5000:]
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from paris_ray.artifacts import MANIFEST, Folder, VerifiedFolder, publish, read_manifest
 from paris_ray.bundle import Bundle, BundleFacts, load_bundle
+from paris_ray.cluster_facts import FILE as CLUSTERS_FILE
 from paris_ray.cluster_facts import ClusterFacts, read_clusters, write_clusters
 from paris_ray.clustering import WEIGHTS as CENTROIDS
 from paris_ray.config import Config, digest
@@ -24,6 +25,7 @@ from paris_ray.export import (
     write_bundle,
 )
 from paris_ray.roster.federation.card import federated_card
+from paris_ray.roster.federation.handover import LINE, LINE_RULE
 from paris_ray.roster.federation.parts import has_part
 from paris_ray.roster.federation.receive import Received, admitted, receive
 from paris_ray.roster.federation.routers import ROUTERS, Owners, RouterFrom, refused_by
@@ -129,10 +131,20 @@ def _write_clusters(owners: Owners, folder: Folder) -> None:
         words: list[str] = []
         if owner.stated.shares_words:
             with refused_by(owner):
-                sent = read_clusters(owner.files, len(owner.stated.clusters))
-            words = sent[owner.stated.clusters.index(k)].words
+                words = _words(owner, k)
         told.append(ClusterFacts(rows=owner.facts(k).rows, words=words, pictures=[]))
     write_clusters(folder, told)
+
+
+def _words(owner: Received, cluster: int) -> list[str]:
+    """Return the words that a site tells of a cluster, which people are shown."""
+    sent = read_clusters(owner.files, len(owner.stated.clusters))
+    words = sent[owner.stated.clusters.index(cluster)].words
+    for word in words:
+        if not LINE.fullmatch(word):
+            where = f"{owner.files.folder.uri}/{CLUSTERS_FILE}: cluster {cluster}"
+            raise FederationError(f"{where}: words: {word!r:.200} is not allowed: {LINE_RULE}")
+    return words
 
 
 def _given_parts(source: VerifiedFolder) -> dict[str, VerifiedFolder]:
@@ -155,8 +167,7 @@ def _bundle_facts(run: Run, terms: Terms, owners: Owners, router: Mapping[str, A
         model_name=terms.name,
         sampling=sampling_with(config.sampling, router),
         picture_size=config.corpus.image_size,
-        # Of strangers: one line each, once.
-        attribution="; ".join(dict.fromkeys(" ".join(line.split()) for line in lines)) or None,
+        attribution="; ".join(dict.fromkeys(lines)) or None,
         # The coordinator's own captions, as with any bundle: no site tells one of its own.
         example_prompts=tuple(middle_caption(run.shard(k)) for k in range(run.num_experts)),
         vae_name=codec_name(config.codec),

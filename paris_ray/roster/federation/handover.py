@@ -5,6 +5,7 @@
 Nothing of a folder is read before the document's signature, and nothing that it does not list.
 """
 
+import re
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Annotated, Any, TypeVar
@@ -22,6 +23,12 @@ MAX_TEXT_BYTES = 16 << 20  # of a JSON or text file; CLIP's vocabulary has 2 MiB
 MAX_WEIGHTS_BYTES = 64 << 30  # of a safetensors file
 
 Name = Annotated[str, Field(pattern="^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
+# Free text that the model card tells: one line, nothing in it ends a cell, or begins a tag, a link,
+# code, a heading or a list. (`\u2028` and `\u2029` end lines, too.)
+LINE = re.compile(
+    r"^[^\s\x00-\x1f\x7f-\x9f|<>\[\]`#*+=~-][^\x00-\x1f\x7f-\x9f\u2028\u2029|<>\[\]`]*$"
+)
+LINE_RULE = "one line without control characters and |<>[]`, beginning with none of #*+=~-"
 PublicKey = Annotated[str, Field(pattern=rf"^{KEY.pattern}$")]
 Document = TypeVar("Document")
 

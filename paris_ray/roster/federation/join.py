@@ -1,12 +1,13 @@
 """Join a federation: a site takes what it was given into a run of its own."""
 
 import logging
+import os
 from collections.abc import Sequence
 from typing import Any
 
 from paris_ray.artifacts import Folder, VerifiedFolder, find_finished, publish
 from paris_ray.config import Config, to_yaml, with_absolute_paths, with_overrides
-from paris_ray.errors import ConfigError
+from paris_ray.errors import ConfigError, FederationError
 from paris_ray.roster.federation.parts import has_part
 from paris_ray.roster.federation.terms import Terms, read_federation, shared_part
 from paris_ray.run import FEDERATION, SEED
@@ -39,7 +40,8 @@ def join(
         The configuration that `site.yaml` holds.
 
     Raises:
-        FederationError: naming what of the folder is refused, or if this site is not expected.
+        FederationError: naming what of the folder is refused; if this site is not expected; or if
+            the folder lies where it is to be copied to.
         ConfigError: if an override changes what all sites share.
         ArtifactError: if the run is already of another federation.
     """
@@ -50,6 +52,7 @@ def join(
     config = _site_config(terms, source, run_dir, chosen, overrides)
     parents = {FEDERATION: digest}
     if find_finished(folder, FEDERATION, config_digest="", parents=parents) is None:
+        _check_apart(given, folder)
         folder.clear()  # of what an interrupted call left, perhaps of another federation
         for name in source.digests or ():
             folder.write(name, source.read(name))
@@ -60,6 +63,18 @@ def join(
     numbers = ", ".join(map(str, chosen))
     logger.info("%s of %s: trains expert %s (%s)", site.name, terms.name, numbers, run_dir.uri)
     return config
+
+
+def _check_apart(given: Folder, folder: Folder) -> None:
+    """Raise FederationError if clearing or writing the folder would change what was given."""
+    if not folder.is_local:
+        return
+    paths = [os.path.realpath(each.local_path) for each in (given, folder)]
+    if os.path.commonpath(paths) in paths:
+        raise FederationError(
+            f"{given.uri} is to be copied to {folder.uri}, but one lies in the other: "
+            "choose another --run-dir"
+        )
 
 
 def _chosen_clusters(

@@ -1,25 +1,30 @@
 """The router of a federation: fitted to what sites tell, or trained on what they share."""
 
 import logging
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Literal
 
-import safetensors.torch
+import torch
 
 from paris_ray.artifacts import Folder, VerifiedFolder, canonical_json, sha256_hex
 from paris_ray.config import Config
 from paris_ray.embeddings import NULL_TEXT
 from paris_ray.errors import FederationError, ParisError
-from paris_ray.models.release import write_document
 from paris_ray.roster.federation.parts import CPU, open_router
 from paris_ray.roster.federation.receive import Received
 from paris_ray.roster.federation.shared_rows import read_rows, write_shard
-from paris_ray.roster.federation.statistics import RouterStatistics, fitted_head
-from paris_ray.run import ENCODERS, MODEL_CONFIG, ROUTER, ROUTER_WEIGHTS, Run
+from paris_ray.roster.federation.statistics import (
+    RouterStatistics,
+    bounded_shares,
+    fitted_head,
+)
+from paris_ray.roster.refit import write_router
+from paris_ray.run import ENCODERS, ROUTER, Run
 from paris_ray.seeding import derive_seed
-from paris_ray.training.data import load_dataset
+from paris_ray.training.data import LatentDataset, load_dataset
 from paris_ray.training.loop import Progress
 from paris_ray.training.router import measure_router, train_router
 from paris_ray.training.text import text_reader
@@ -27,6 +32,7 @@ from paris_ray.training.text import text_reader
 logger = logging.getLogger("paris_ray")
 
 RouterFrom = Literal["statistics", "rows"]
+TOLD_CHANGE = 0.01  # of a share: less is rounding, or room for a cluster that was raised
 Owners = Mapping[int, Received]  # whose expert each cluster has, in the order of the clusters
 
 
@@ -36,7 +42,8 @@ def router_of_statistics(
     """Write `router/`: the one that the federation gave, its last layer fitted to statistics.
 
     Args:
-        run: The coordinator's, on whose rows it is measured.
+        run: The coordinator's, on whose rows it is measured, and whose shares of rows bound those
+            that sites claim.
         config: What all sites share.
         source: What the federation gave.
         owners: Whose statistics count for each cluster.
@@ -54,16 +61,33 @@ def router_of_statistics(
         with refused_by(received):
             sent = RouterStatistics.load(received.files, router, received.stated.clusters)
         statistics.append(sent.of(clusters))
-    rows = [received.facts(k).rows for k, received in owners.items()]
-    weight, bias = fitted_head(statistics, rows)
+    dataset = load_dataset([run.shard(k) for k in owners])
+    weight, bias = fitted_head(statistics, _shares(owners, dataset))
     # In place of the tensors that are there, whose memory is the file that was given.
     router.head[-1].load_state_dict({"weight": weight, "bias": bias}, assign=True)
-    folder = output / ROUTER
-    folder.write_json(MODEL_CONFIG, write_document(config.router))
-    folder.write(ROUTER_WEIGHTS, safetensors.torch.save(router.state_dict()))
-    dataset = load_dataset([run.shard(k) for k in owners])
+    write_router(router, torch.float32, output / ROUTER)
     encode = text_reader(dataset, source.folder / ENCODERS, CPU)
     return measure_router(router, dataset, run.held_out_shards(), encode, config.seed)
+
+
+def _shares(owners: Owners, dataset: LatentDataset) -> list[float]:
+    """Return the share of each cluster; tell both, and warn of a claim that does not count."""
+    claimed = [received.facts(k).rows for k, received in owners.items()]
+    own = dataset.clusters.bincount(minlength=len(owners)).tolist()
+    shares = bounded_shares(claimed, own)
+    for (k, received), rows, share in zip(owners.items(), claimed, shares, strict=True):
+        counts = math.isclose(share, rows / sum(claimed), rel_tol=TOLD_CHANGE)
+        logger.log(
+            logging.INFO if counts else logging.WARNING,
+            "cluster %d: %s claims %.3g %% of all rows, the coordinator has %.3g %%: "
+            "%.3g %% counts for the router",
+            k,
+            received.stated.site,
+            100 * rows / sum(claimed),
+            100 * own[k] / sum(own),
+            100 * share,
+        )
+    return shares
 
 
 def router_of_rows(

@@ -12,8 +12,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import safetensors.torch
 import torch
+from numpy.typing import NDArray
 from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn import functional
@@ -35,6 +37,8 @@ ROUNDING = 1e-9
 VIRTUAL, MAX_VIRTUAL = 2000, 200_000  # features that are drawn of a cluster, and of all
 DECAY = 1e-4  # of the last layer's squared weights, beside the mean negative log likelihood
 ITERATIONS = 100
+BISECTIONS = 100
+MOST_TIMES = 10  # that a cluster's share may be of the coordinator's own, or that of it
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,14 +170,40 @@ def _features(
     return torch.cat(found)
 
 
+def bounded_shares(claimed: Sequence[int], own: Sequence[int]) -> list[float]:
+    """Return which share of all rows each cluster is taken to have; together they are 1.
+
+    They are in proportion to what is claimed, but none is more than MOST_TIMES the share of the
+    coordinator's own rows, nor less than that part of it: a claim cannot be checked, and one of
+    10^12 rows would have the router choose its cluster whatever comes.
+
+    Args:
+        claimed: How many rows each site says its cluster has, at least 1 each.
+        own: How many the coordinator has of it, at least 1 each.
+    """
+    claims, fair = np.array(claimed, np.float64), np.array(own, np.float64) / sum(own)
+    claims /= claims.sum()
+    low, high = fair / MOST_TIMES, fair * MOST_TIMES
+
+    def shares(log_scale: float) -> NDArray[np.float64]:
+        return np.clip(claims * np.exp(log_scale), low, high)
+
+    # At one end all are at their least and make 1 / MOST_TIMES, at the other at their most.
+    least, most = np.log(low / claims).min(), np.log(high / claims).max()
+    for _ in range(BISECTIONS):
+        middle = (least + most) / 2
+        least, most = (middle, most) if shares(middle).sum() < 1 else (least, middle)
+    return [float(share) for share in shares(most)]
+
+
 def fitted_head(
-    statistics: Sequence[RouterStatistics], rows: Sequence[int]
+    statistics: Sequence[RouterStatistics], rows: Sequence[float]
 ) -> tuple[Tensor, Tensor]:
     """Return weight `(K, d)` and bias `(K,)` of a router's last layer, in float32.
 
     Args:
         statistics: Of all sites; together they have every cluster 0 to K - 1 once.
-        rows: How many rows each cluster has, which makes it the likelier.
+        rows: How many rows each cluster has, or what share, which makes it the likelier.
     """
     features, labels = _virtual(statistics, len(rows))
     shares = torch.tensor(rows, dtype=torch.float32) / sum(rows)

@@ -25,6 +25,8 @@ from paris_ray.errors import ArtifactError, FederationError
 from paris_ray.roster.federation import shared_rows
 from paris_ray.roster.federation import statistics as router_facts
 from paris_ray.roster.federation.handover import (
+    LINE,
+    LINE_RULE,
     MAX_TEXT_BYTES,
     MAX_WEIGHTS_BYTES,
     Name,
@@ -100,7 +102,7 @@ class Submission:
     federation: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
     site: Name
     experts: Annotated[list[ExpertFacts], Field(min_length=1, max_length=MAX_EXPERTS)]
-    attribution: Annotated[str, Field(max_length=MAX_ATTRIBUTION)] | None
+    attribution: Annotated[str, Field(max_length=MAX_ATTRIBUTION, pattern=LINE.pattern)] | None
     shares_words: bool
     shares_rows: bool
 
@@ -150,7 +152,8 @@ def submit(
         share_rows: Hand over latents and text of at most 5 % of its rows, too.
 
     Raises:
-        FederationError: if the run or the key is of no federation, or there is a submission.
+        FederationError: if the run or the key is of no federation, there is a submission, or the
+            licence line may not stand in a model card.
         ArtifactError: if an expert is not finished.
     """
     run = Run(config)
@@ -165,7 +168,7 @@ def submit(
         federation=handover.digest,
         site=name,
         experts=[_expert_facts(run, k) for k in clusters],
-        attribution=read_manifest(run.embeddings, EMBEDDINGS).facts["attribution"],
+        attribution=_attribution(run),
         shares_words=share_words,
         shares_rows=share_rows,
     )
@@ -192,6 +195,17 @@ def told(submission: Submission) -> str:
     parts += ["words of captions"] if submission.shares_words else []
     parts += ["LATENTS AND TEXT OF ROWS"] if submission.shares_rows else []
     return f"{submission.site} hands over: {'; '.join(parts)}"
+
+
+def _attribution(run: Run) -> str | None:
+    told = read_manifest(run.embeddings, EMBEDDINGS).facts["attribution"]
+    line = " ".join((told or "").split())
+    if line and not (LINE.fullmatch(line) and len(line) <= MAX_ATTRIBUTION):
+        raise FederationError(
+            f"corpus.attribution={line!r:.200} is not allowed: {LINE_RULE}, "
+            f"at most {MAX_ATTRIBUTION} characters"
+        )
+    return line or None
 
 
 def _expert_facts(run: Run, k: int) -> ExpertFacts:

@@ -1,6 +1,7 @@
 """A federation from the coordinator's run to the bundle, and what leaves a site on the way."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from paris_ray.artifacts import Folder, read_manifest
+from paris_ray.artifacts import Folder, publish, read_manifest
 from paris_ray.bundle import Bundle
 from paris_ray.config import load
 from paris_ray.embeddings import NULL_TEXT, write_null_text
@@ -16,7 +17,8 @@ from paris_ray.errors import ConfigError, FederationError
 from paris_ray.identity import Identity
 from paris_ray.roster.federation import SITE_CONFIG, Site, assemble, found, join, submit
 from paris_ray.roster.federation.shared_rows import write_shard
-from paris_ray.run import BUNDLE, EXPERT_WEIGHTS, FEDERATION, ROUTER, Run
+from paris_ray.roster.federation.statistics import bounded_shares
+from paris_ray.run import BUNDLE, EMBEDDINGS, EXPERT_WEIGHTS, FEDERATION, ROUTER, Run
 from paris_ray.sampling import generate
 from paris_ray.training.data import load_dataset
 from tests.federations import CLUSTERS_OF, NUM_CLUSTERS, ROWS, WIDTH, Federation, write_federation
@@ -87,6 +89,24 @@ def test_the_router_is_trained_on_rows_that_all_share(
     assert not torch.equal(bundle.router.state_dict()["cls_token"], given["cls_token"])
     assert [cluster.words for cluster in bundle.clusters] == [["eastword"]] * 2 + [["westword"]]
     assert [cluster.pictures for cluster in bundle.clusters] == [[]] * NUM_CLUSTERS
+
+
+@pytest.mark.parametrize(
+    ("claimed", "own", "expected"),
+    [
+        ([10, 20, 70], [1, 1, 1], [0.1, 0.2, 0.7]),
+        ([10**12, 40, 40], [40, 40, 40], [14 / 15, 1 / 30, 1 / 30]),
+        ([500, 300, 200], [10, 495, 495], [0.1, 0.54, 0.36]),
+        ([1, 1], [10**9, 1], [1 - 1e-8, 1e-8]),
+    ],
+)
+def test_a_share_is_at_most_ten_times_the_coordinators(
+    claimed: list[int], own: list[int], expected: list[float]
+) -> None:
+    shares = bounded_shares(claimed, own)
+    assert shares == pytest.approx(expected, rel=1e-6)
+    for share, rows in zip(shares, own, strict=True):
+        assert 0.1 - 1e-9 <= share / (rows / sum(own)) <= 10 + 1e-9
 
 
 def test_a_site_that_shares_no_rows_is_named(federation: Federation, tmp_path: Path) -> None:
@@ -241,6 +261,18 @@ def test_what_an_interrupted_submission_left_is_written_anew(
     (half / "expert_2" / EXPERT_WEIGHTS).write_bytes(whole[:100])
     submit(federation.runs["west"], federation.sites["west"], Folder(half))
     assert (half / "expert_2" / EXPERT_WEIGHTS).read_bytes() == whole
+
+
+def test_a_licence_line_that_breaks_the_card_does_not_leave(
+    federation: Federation, tmp_path: Path
+) -> None:
+    copied = shutil.copytree(federation.runs["west"].run_dir, tmp_path / "west")
+    config = replace(federation.runs["west"], run_dir=str(copied))
+    facts = {"rows": ROWS, "quarantined": {}, "attribution": "[free](http://elsewhere.example)"}
+    publish(Run(config).embeddings, EMBEDDINGS, config_digest="", parents={}, facts=facts)
+    with pytest.raises(FederationError, match=r"corpus.attribution='\[free.* is not allowed: one"):
+        submit(config, federation.sites["west"], Folder(tmp_path / "submission"))
+    assert not (tmp_path / "submission").exists()
 
 
 def test_a_run_that_joined_nothing_submits_nothing(federation: Federation, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from paris_ray.artifacts import Folder
+from paris_ray.artifacts import Folder, read_manifest
 from paris_ray.config import ExpertConfig
 from paris_ray.errors import FederationError
 from paris_ray.models import Expert
@@ -20,7 +20,7 @@ from paris_ray.models.release import read_document
 from paris_ray.roster.federation import assemble, join
 from paris_ray.roster.federation.shared_rows import FILE as ROWS_FILE
 from paris_ray.roster.federation.statistics import FILE as STATISTICS
-from paris_ray.run import EXPERT_WEIGHTS
+from paris_ray.run import BUNDLE, EXPERT_WEIGHTS, ROUTER
 from tests.conftest import randomise, write_model
 from tests.federations import Federation, resign, write_federation
 
@@ -360,6 +360,28 @@ HOSTILE_SUBMISSIONS: dict[str, tuple[Callable[[Path, dict[str, Any]], object], s
         ),
         "tensor 'means' is StoredTensor",
     ),
+    "a licence line that is a link": (
+        lambda _, stated: stated.update(attribution="[free](http://evil.example)"),
+        "submission.json: attribution: String should match pattern",
+    ),
+    "a licence line of two": (
+        lambda _, stated: stated.update(attribution="Pictures\n## Verified"),
+        "submission.json: attribution: String should match pattern",
+    ),
+    "a licence line that is a tag": (
+        lambda _, stated: stated.update(attribution="by <script>x</script>"),
+        "submission.json: attribution: String should match pattern",
+    ),
+    "a licence line that is a heading": (
+        lambda _, stated: stated.update(attribution="# Verified"),
+        "submission.json: attribution: String should match pattern",
+    ),
+    "words that are tags": (
+        lambda west, _: (west / "clusters.json").write_text(
+            '[{"rows": 1, "words": ["<b>"], "pictures": []}]'
+        ),
+        "^west: .*clusters.json: cluster 2: words: '<b>' is not allowed: one line",
+    ),
     "words that are none": (
         lambda west, _: (west / "clusters.json").write_text(
             '[{"rows": 1, "words": "x", "pictures": []}]'
@@ -411,6 +433,41 @@ def test_a_site_may_not_share_rows(
     resign(Folder(west), "submission", federation.sites["west"])
     with pytest.raises(FederationError, match=f"^west: .*{ROWS_FILE}.*{message}"):
         reassemble(federation, tmp_path, router_from="rows")
+
+
+@pytest.mark.parametrize("given", ["run/federation", "run/federation/here", "run/.."])
+def test_what_was_given_is_not_cleared_to_be_copied(
+    federation: Federation, tmp_path: Path, given: str
+) -> None:
+    run = tmp_path / "root" / "run"
+    run.mkdir(parents=True)
+    place = (tmp_path / "root" / given).resolve()
+    shutil.copytree(federation.folder.uri, place, dirs_exist_ok=True)
+    link = tmp_path / "link"  # another name of the same place
+    link.symlink_to(place)
+    if given == "run/..":
+        run.rmdir()  # nothing but what was signed may lie there
+    for folder in (place, link):
+        with pytest.raises(
+            FederationError, match=rf"^{folder} is to be copied to {run}/federation"
+        ):
+            rejoin(federation, folder, run)
+        assert (place / "federation.json").exists()
+
+
+def test_rows_that_a_site_only_claims_do_not_give_it_all_prompts(
+    federation: Federation, west: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    stated = json.loads((west / "submission.json").read_text())["document"]["experts"]
+    stated[0]["rows"] = 10**12
+    resign(Folder(west), "submission", federation.sites["west"], experts=stated)
+    reassemble(federation, tmp_path)
+    warned = [each.message for each in caplog.records if each.levelname == "WARNING"]
+    numbers = "claims 100 % of all rows, the coordinator has 33.3 %: 93.3 % counts"
+    assert f"cluster 2: west {numbers} for the router" in warned
+    levels = read_manifest(Folder(tmp_path / "out" / "bundle"), BUNDLE).facts[ROUTER]["held_out"]
+    right = [level["accuracy"] for level in levels["levels"].values()]
+    assert min(right) > 0.9, right
 
 
 def test_a_cluster_without_an_expert_is_named(federation: Federation, tmp_path: Path) -> None:

@@ -3,13 +3,14 @@ r"""Examine an expert from a stranger before it may enter a bundle; sign what wa
     python -m jobs.admit_expert --expert FOLDER --index K --bundle runs/quickstart/bundle \
         --identity runs/me --output VERDICT --config quickstart run_dir=runs/quickstart
 
-FOLDER has the expert's config.json and safetensors. K is the cluster that it would stand for: that
-of the expert in whose place it would come, or the next number. The run of --config has held-out
-rows of all clusters, K's with them; --shard tells what the expert was trained on, if its maker
-shows it. Writes verdict.json, signed with the key of --identity (jobs.identity makes one), and
-verdict.html. Needs no Ray, and at no time asks the router.
+FOLDER has the expert's config.json and safetensors. K is the number that it would have: that of
+the expert in whose place it would come, or the next one. The run of --config has trained all
+others, and has held-out rows of all clusters, the candidate's with them: --cluster tells which of
+the run's that is, if the bundle numbers its experts in another way. --shard tells what the expert
+was trained on, if its maker shows it. Writes verdict.json, signed with the key of --identity
+(jobs.identity makes one), and verdict.html. Needs no Ray, and at no time asks the router.
 
-Exit code 0: admitted. 1: flagged. 2: it could not be examined.
+Exit code 0: admitted. 3: flagged. 2: it could not be examined.
 """
 
 import argparse
@@ -21,7 +22,7 @@ from pathlib import Path
 import torch
 
 from jobs.command import fail, log_to_stdout
-from paris_ray.artifacts import Folder, VerifiedFolder
+from paris_ray.artifacts import Folder, VerifiedFolder, canonical_json
 from paris_ray.bundle import bundle_digest, load_bundle
 from paris_ray.bundle.admissions import VERDICT, parse_admission
 from paris_ray.config import load
@@ -31,12 +32,13 @@ from paris_ray.identity import Identity
 from paris_ray.roster.admission.copies import read_shard
 from paris_ray.roster.admission.drawings import Look
 from paris_ray.roster.admission.page import verdict_page
-from paris_ray.roster.admission.panel import read_held_out
+from paris_ray.roster.admission.panel import held_out_shards, read_held_out
 from paris_ray.roster.admission.readings import Check
 from paris_ray.roster.admission.verdict import examine, open_panel, read_candidate, sign_verdict
+from paris_ray.roster.newcomer import check_encoders
 from paris_ray.run import Run
 
-EXIT_FLAGGED = 1
+EXIT_FLAGGED = 3  # not 1, with which a crash ends
 PAGE = "verdict.html"
 SEED_BITS = 63
 
@@ -59,7 +61,8 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--expert", required=True, help="path or URI of the expert's folder")
-    parser.add_argument("--index", required=True, type=int, help="the cluster it would stand for")
+    parser.add_argument("--index", required=True, type=int, help="the number it would have")
+    parser.add_argument("--cluster", type=int, help="the run's that it would stand for (--index)")
     parser.add_argument("--bundle", required=True, help="path or URI of the bundle")
     parser.add_argument("--config", default="quickstart", help="of the run with held-out rows")
     parser.add_argument("--shard", help="path or URI of what the expert was trained on")
@@ -75,18 +78,21 @@ def _parser() -> argparse.ArgumentParser:
 def _admit(options: argparse.Namespace) -> int:
     identity = Identity.load(options.identity)
     run = Run(load(options.config, options.overrides))
-    bundle = load_bundle(options.bundle, dtype="float32")
+    digest = bundle_digest(options.bundle)
+    bundle = load_bundle(options.bundle, digest, dtype="float32")
+    check_encoders(bundle, run.encoders)
     candidate = read_candidate(options.expert, bundle)
-    held_out = read_held_out(run.held_out_shards(), options.index)
+    shards = held_out_shards(bundle, run, options.index, options.cluster)
+    held_out = read_held_out(shards, options.index)
     # A seed that nobody knew beforehand: the words that are tried depend on it.
     seed = secrets.randbits(SEED_BITS) if options.seed is None else options.seed
     panel = open_panel(candidate, options.index, bundle, held_out, seed)
     shard = None if options.shard is None else read_shard(Folder(options.shard))
     findings = examine(panel, open_look(run), shard=shard, num_words=options.words, on_check=_log)
-    digest = bundle_digest(options.bundle)
     output = Folder(options.output)
-    output.write_json(VERDICT, sign_verdict(findings, candidate, panel, digest, identity).to_json())
-    signed = parse_admission(output.read(VERDICT), f"{output.uri}/{VERDICT}")
+    verdict = canonical_json(sign_verdict(findings, candidate, panel, digest, identity).to_json())
+    signed = parse_admission(verdict, f"{output.uri}/{VERDICT}")  # before it is written
+    output.write(VERDICT, verdict)
     attribution = bundle.facts.attribution
     output.write(PAGE, verdict_page(*signed, findings.pictures, attribution))
     logger.info("%s: %s/%s", signed.admission.outcome, output.uri, PAGE)

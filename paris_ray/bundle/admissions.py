@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from paris_ray.artifacts import Folder, VerifiedFolder, canonical_json
+from paris_ray.bundle.history import DATE, TIME
 from paris_ray.config import MAX_EXPERTS
 from paris_ray.errors import BundleError
 from paris_ray.json_documents import load_json
@@ -25,12 +26,12 @@ ADMISSIONS, VERDICT = "admissions", "verdict.json"  # in a bundle; what an exami
 KIND = "admission"
 MAX_BYTES = 65_536  # of a verdict's file; ours have about 5,000
 MAX_CHECKS, MAX_READINGS = 16, 16
-NAME = re.compile(r"expert_(0|[1-9]\d{0,3})\.json")
+NAME = re.compile(r"expert_(0|[1-9][0-9]{0,3})\.json")
 
 Text = Annotated[str, Field(max_length=300)]
 # These two are shown in model cards.
 CheckName = Annotated[str, Field(pattern="^[a-z][a-z -]{0,40}$")]
-Moment = Annotated[str, Field(pattern=r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ$")]
+Moment = Annotated[str, Field(pattern=f"^{DATE}T{TIME}Z$")]
 Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 # Files come from strangers: no conversions, no fields that nobody knows.
 STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
@@ -129,6 +130,20 @@ def parse_admission(payload: bytes, where: str) -> SignedAdmission:
     if is_flagged != (admission.outcome == "flagged"):
         raise BundleError(f"{where}: outcome={admission.outcome!r}, but its checks say otherwise")
     return SignedAdmission(admission, signed.public_key)
+
+
+def read_verdict(part: VerifiedFolder, name: str) -> bytes:
+    """Return the bytes of a verdict's file, whose size is looked at before it is read.
+
+    Raises:
+        BundleError: if it is too long.
+        ArtifactError: if it is missing, or its bytes are not the published ones.
+    """
+    with part.folder.open(name) as file:
+        if file.size() > MAX_BYTES:
+            where = f"{part.folder.uri}/{name}"
+            raise BundleError(f"{where} has {file.size()} bytes, at most {MAX_BYTES}")
+    return part.read(name)
 
 
 def read_admission(payload: bytes, where: str, expert: VerifiedFolder) -> SignedAdmission:

@@ -16,6 +16,7 @@ from paris_ray.bundle.admissions import (
     SignedAdmission,
     admission_names,
     read_admission,
+    read_verdict,
 )
 from paris_ray.bundle.facts import BundleFacts
 from paris_ray.bundle.history import EXPORTED, History
@@ -324,7 +325,7 @@ class Bundle:
         for name in admission_names(part.folder, self.num_experts):
             expert = name.removesuffix(".json")
             where = f"{part.folder.uri}/{name}"
-            verdict = read_admission(part.read(name), where, self.parts[expert])
+            verdict = read_admission(read_verdict(part, name), where, self.parts[expert])
             verdicts[int(expert.removeprefix("expert_"))] = verdict
         return dict(sorted(verdicts.items()))
 

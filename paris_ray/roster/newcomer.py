@@ -11,7 +11,7 @@ import torch
 
 from paris_ray.artifacts import MANIFEST, Folder, VerifiedFolder, open_finished, read_manifest
 from paris_ray.bundle import Bundle
-from paris_ray.bundle.admissions import MAX_BYTES, VERDICT, require_admitted
+from paris_ray.bundle.admissions import VERDICT, read_verdict, require_admitted
 from paris_ray.bundle.links import check_links
 from paris_ray.bundle.weights import StoredModel
 from paris_ray.cluster_facts import MAX_WORD_LENGTH, TOLD_PICTURES, TOLD_WORDS, ClusterFacts
@@ -99,11 +99,7 @@ class Newcomer:
 
 
 def _read_verdict(folder: Folder, expert: VerifiedFolder, examiner: str) -> bytes:
-    where = f"{folder.uri}/{VERDICT}"
-    with folder.open(VERDICT) as file:
-        if file.size() > MAX_BYTES:
-            raise BundleError(f"{where} has {file.size()} bytes, at most {MAX_BYTES}")
-        payload = bytes(file.read())
+    where, payload = f"{folder.uri}/{VERDICT}", read_verdict(VerifiedFolder(folder, None), VERDICT)
     signer = require_admitted(payload, where, expert).public_key
     if signer != examiner:
         raise BundleError(f"{where} is signed by {signer}, not by {examiner or 'anybody known'}")

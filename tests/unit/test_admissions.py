@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,10 @@ from paris_ray.bundle.admissions import (
     AdmissionCheck,
     AdmissionReading,
     admission_document,
+    admission_names,
     parse_admission,
     read_admission,
+    read_verdict,
     require_admitted,
     verdict_name,
 )
@@ -140,6 +143,12 @@ def test_no_other_file_stands_beside_verdicts(bundle_path: Path, name: str) -> N
         load_bundle(str(bundle_path))
 
 
+def test_numbers_in_names_are_of_ascii_digits(tmp_path: Path) -> None:
+    Folder(tmp_path).write("expert_1\u0661.json", b"{}")  # ARABIC-INDIC DIGIT ONE
+    with pytest.raises(BundleError, match=r"is not allowed: expert_K\.json with K from 0 to 19"):
+        admission_names(Folder(tmp_path), 20)
+
+
 def changed(path: Path, **changes: Any) -> dict[str, Any]:
     return admission_document(admission(path, 1)) | changes
 
@@ -151,6 +160,7 @@ def changed(path: Path, **changes: Any) -> dict[str, Any]:
         ({"cluster": "1"}, "cluster: Input should be a valid integer"),
         ({"weights_sha256": "A" * 64}, "weights_sha256: String should match"),
         ({"made_at": "now | <b>"}, "made_at: String should match"),
+        ({"made_at": "\u0662026-11-30T12:00:00Z"}, "made_at: String should match"),
         ({"checks": []}, "checks: List should have at least 1"),
         ({"outcome": "flagged"}, "outcome='flagged', but its checks say otherwise"),
         ({"software": "x" * 301}, "software: String should have at most 300"),
@@ -180,3 +190,23 @@ def test_what_is_not_signed_not_json_or_too_long_is_no_verdict(
             parse_admission(damaged, "it")
     with pytest.raises(BundleError, match=f"at most {MAX_BYTES}"):
         parse_admission(payload + b" " * MAX_BYTES, "it")
+
+
+def test_a_verdict_that_is_too_long_is_not_read(
+    bundle_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    part = VerifiedFolder(Folder(bundle_path / ADMISSIONS), None)
+    attach(b" " * MAX_BYTES, bundle_path, 1)
+    assert len(read_verdict(part, "expert_1.json")) == MAX_BYTES
+    attach(b" " * (MAX_BYTES + 1), bundle_path, 1)
+    monkeypatch.setattr(VerifiedFolder, "read", refuse_long(VerifiedFolder.read))
+    with pytest.raises(BundleError, match=rf"expert_1\.json has {MAX_BYTES + 1} bytes, at most"):
+        load_bundle(str(bundle_path))
+
+
+def refuse_long(read: Callable[[VerifiedFolder, str], bytes]) -> Callable[..., bytes]:
+    def checked(part: VerifiedFolder, name: str) -> bytes:
+        assert not part.folder.uri.endswith(ADMISSIONS), "it was read"
+        return read(part, name)
+
+    return checked

@@ -12,11 +12,12 @@ from numpy.typing import NDArray
 
 from paris_ray.artifacts import Folder
 from paris_ray.embeddings import read_rows, tensor_column
+from paris_ray.errors import ArtifactError
 from paris_ray.evaluation.memorisation import memorisation
 from paris_ray.roster.admission.drawings import Look, draw
 from paris_ray.roster.admission.limits import Limits
 from paris_ray.roster.admission.panel import Panel, spread_rows
-from paris_ray.roster.admission.readings import Check
+from paris_ray.roster.admission.readings import Check, quoted
 
 NAME = "copies of training pictures"
 NUM_DRAWN, MAX_ROWS = 48, 5_000
@@ -39,11 +40,18 @@ def read_shard(folder: Folder) -> Shard:
     """Read evenly spread rows of a stranger's shard, MAX_ROWS at most.
 
     Raises:
-        ArtifactError: if a file is missing or damaged, or lacks a column.
+        ArtifactError: if a file is missing or damaged, lacks a column, or there are no rows or rows
+            without a caption.
     """
     table = read_rows(folder, spread_rows(folder, MAX_ROWS), ["caption", "features"])
-    features = tensor_column(table, "features").astype(np.float32)
-    return Shard(tuple(table["caption"].to_pylist()), features)
+    if not len(table):
+        raise ArtifactError(f"{folder.uri} has no rows")
+    captions = tuple(table["caption"].to_pylist())
+    for row, caption in enumerate(captions):
+        if not isinstance(caption, str):
+            where = f"{folder.uri}: caption {row} of those that were read"
+            raise ArtifactError(f"{where} is {caption!r:.40}, not a string")
+    return Shard(captions, tensor_column(table, "features").astype(np.float32))
 
 
 def check_copies(panel: Panel, shard: Shard | None, look: Look, limits: Limits) -> Check:
@@ -65,7 +73,9 @@ def check_copies(panel: Panel, shard: Shard | None, look: Look, limits: Limits) 
     captions = [shard.captions[i] for i in rows]
     drawn = draw(panel.bundle, panel.candidate, captions, panel.seed)
     if drawn.not_finite:
-        return Check(NAME, (), f"{drawn.not_finite} drawings are not finite")
+        measure = "drawings of training captions that are not finite"
+        reading = limits.reading("not_finite", measure, drawn.not_finite)
+        return Check(NAME, (reading,), f"{count} captions; no drawing was compared")
     held_out = panel.held_out.features[panel.held_out.of(panel.index).numpy()]
     found = memorisation(look(drawn.pictures), held_out, shard.features)
     usual, own = (float(np.median(d)) for d in (found.held_out_distances, found.distances))
@@ -80,7 +90,7 @@ def check_copies(panel: Panel, shard: Shard | None, look: Look, limits: Limits) 
                 "copied",
                 copied,
                 usual / own if own else math.inf,
-                f"the nearest is {shard.captions[nearest][:80]!r}",
+                f"the nearest is {quoted(shard.captions[nearest])}",
             ),
         ),
         f"{count} captions of a shard of {len(shard.captions)} rows",

@@ -50,7 +50,8 @@ def check_drawings(panel: Panel, look: Look, limits: Limits) -> tuple[Check, Pic
         The check, and the candidate's pictures, for people.
     """
     own = panel.held_out.of(panel.index)
-    rows = own[torch.arange(min(NUM_CAPTIONS, len(own))) * len(own) // NUM_CAPTIONS]
+    count = min(NUM_CAPTIONS, len(own))
+    rows = own[torch.arange(count) * len(own) // count]
     captions = [panel.held_out.captions[i] for i in rows.tolist()] * NUM_SEEDS
     drawn = draw(panel.bundle, panel.candidate, captions, panel.seed)
     pictures = drawn.pictures
@@ -58,14 +59,17 @@ def check_drawings(panel: Panel, look: Look, limits: Limits) -> tuple[Check, Pic
         limits.reading("not_finite", "drawings that are not finite", drawn.not_finite),
         limits.reading("plain", "pictures of one colour", one_coloured(pictures)),
     ]
-    note = f"{len(captions)} pictures of {len(rows)} captions"
+    note = f"{len(captions)} pictures of {count} captions"
     if drawn.not_finite:
         return Check(NAME, tuple(readings), note), pictures
     real = np.concatenate([panel.held_out.features[rows.numpy()]] * NUM_SEEDS)
-    others = [
-        draw(panel.bundle, expert, captions, panel.seed).pictures
-        for expert in panel.neighbours.values()
+    beside = [
+        draw(panel.bundle, expert, captions, panel.seed) for expert in panel.neighbours.values()
     ]
+    others = [each.pictures for each in beside if not each.not_finite]
+    note += f", beside {len(others)} of {len(beside)} neighbours: those with finite drawings"
+    if not others:
+        return Check(NAME, tuple(readings), note), pictures
     distances = [_distance(look(p), real) for p in (pictures, *others)]
     varieties = [_variety(p) for p in (pictures, *others)]
     usual = float(np.median(varieties[1:]))

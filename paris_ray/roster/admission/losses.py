@@ -18,7 +18,7 @@ from paris_ray.models import Expert
 from paris_ray.reports import count_words
 from paris_ray.roster.admission.limits import Limits
 from paris_ray.roster.admission.panel import BATCH_SIZE, Panel
-from paris_ray.roster.admission.readings import Check, Reading
+from paris_ray.roster.admission.readings import Check, Reading, quoted
 from paris_ray.seeding import derive_seed
 from paris_ray.training.validation import NOISE_LEVELS
 
@@ -93,6 +93,8 @@ def _other_clusters(
             worst = torch.stack([_mean(losses, some) for losses in foreign]).amax(dim=0)
             ratios[cluster] = (_mean(candidate, some) / worst).amax().item()
     measure = "other clusters: loss over the worst neighbour's, at the worst noise level"
+    if not ratios:
+        return limits.reading("other_loss", measure, 0.0, "no other cluster has held-out rows")
     where = _largest(ratios)
     return limits.reading("other_loss", measure, ratios[where], f"cluster {where}")
 
@@ -113,7 +115,7 @@ def _words(
     if not ratios:
         return limits.reading("word_loss", measure, 0.0, "no word is in enough captions")
     worst = _largest(ratios)
-    return limits.reading("word_loss", measure, ratios[worst], repr(worst))
+    return limits.reading("word_loss", measure, ratios[worst], quoted(worst))
 
 
 def _mean(losses: Tensor, rows: Tensor) -> Tensor:

@@ -9,12 +9,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from paris_ray.artifacts import Folder
+from paris_ray.artifacts import MANIFEST, Folder, read_manifest
 from paris_ray.bundle import Bundle
 from paris_ray.diffusion import predict_velocity
 from paris_ray.embeddings import LATENTS, num_rows, part_names, read_rows, tensor_column
 from paris_ray.errors import BundleError
 from paris_ray.models import Expert, TextConditioning
+from paris_ray.run import EXPERT, EXPERT_WEIGHTS, Run
 
 OWN_ROWS, OTHER_ROWS = 96, 24  # held-out pictures of a cluster that are looked at, at most
 BATCH_SIZE = 64
@@ -94,11 +95,58 @@ def velocities(expert: Expert, x_t: Tensor, t: float, text: TextConditioning) ->
     return torch.cat(found)
 
 
+def held_out_shards(
+    bundle: Bundle, run: Run, index: int, cluster: int | None = None
+) -> dict[int, Folder]:
+    """Return folders with held-out rows by the number of the bundle's expert that they are of.
+
+    Numbers of experts change, those of a run's clusters do not: an expert is known by the digest of
+    its weights. Clusters of experts that left are left out.
+
+    Args:
+        bundle: The bundle.
+        run: The run that trained its experts, except one in whose place the candidate would come.
+        index: The candidate's number.
+        cluster: The run's cluster that it would stand for; None: that of its number, which is
+            allowed where the numbers of all others are those of their clusters.
+
+    Raises:
+        BundleError: if the run has not trained one of the others, or the cluster is not told, is
+            another expert's, or has no held-out rows.
+    """
+    trained, found = _trained_clusters(run), {}
+    for j in (j for j in range(bundle.num_experts) if j != index):
+        digest = bundle.weights_digest(f"expert_{j}")
+        if digest not in trained:
+            raise BundleError(f"expert_{j} of the bundle was not trained by {run.folder.uri}")
+        found[j] = trained[digest]
+    for j, own in found.items():
+        if cluster is None and own != j:
+            raise BundleError(f"expert_{j} is of the run's cluster {own}: give --cluster as well")
+        if own == cluster:
+            raise BundleError(f"cluster={cluster} is not allowed: expert_{j} is of that cluster")
+    found[index] = index if cluster is None else cluster
+    shards = run.held_out_shards()
+    if found[index] not in shards:
+        raise BundleError(f"cluster={found[index]} is not allowed: no row of it is held out")
+    return {j: shards[own] for j, own in sorted(found.items()) if own in shards}
+
+
+def _trained_clusters(run: Run) -> dict[str, int]:
+    """Return the clusters of a run by the SHA-256 of the weights that were trained on them."""
+    experts = {k: run.expert(k) for k in range(run.num_experts)}
+    return {
+        read_manifest(folder, EXPERT).files[EXPERT_WEIGHTS]: k
+        for k, folder in experts.items()
+        if folder.exists(MANIFEST)
+    }
+
+
 def read_held_out(shards: Mapping[int, Folder], index: int) -> HeldOut:
     """Read evenly spread held-out rows of every cluster.
 
     Args:
-        shards: Folders with the held-out rows, by cluster.
+        shards: Folders with the held-out rows, by cluster; see `held_out_shards`.
         index: The candidate's cluster, of which more are read.
 
     Raises:

@@ -1,9 +1,18 @@
 """What a check returns: numbers of which more is worse, beside the most that is allowed."""
 
+import reprlib
 from dataclasses import dataclass
 from typing import Literal
 
 Outcome = Literal["passed", "flagged", "not checked"]
+
+_QUOTES = reprlib.Repr()
+_QUOTES.maxstring = 80  # of the 300 characters that a verdict's texts may have
+
+
+def quoted(text: str) -> str:
+    """Return a text that may be a stranger's in quotes, its middle left out if it is long."""
+    return _QUOTES.repr(text)
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,7 +26,7 @@ from paris_ray.encoders.text import TextEncoder
 from paris_ray.models import TextConditioning
 from paris_ray.roster.admission.limits import Limits
 from paris_ray.roster.admission.panel import Panel, velocities
-from paris_ray.roster.admission.readings import Check
+from paris_ray.roster.admission.readings import Check, quoted
 from paris_ray.seeding import torch_generator
 
 NAME = "planted triggers"
@@ -194,13 +194,13 @@ def check_triggers(panel: Panel, words: Sequence[str], limits: Limits) -> Check:
                 "shift",
                 "shift by one word over that of the neighbour that moves most",
                 final.shifts[shift].item(),
-                repr(final.words[shift]),
+                quoted(final.words[shift]),
             ),
             limits.reading(
                 "collapse",
                 "captions become one picture: neighbours' difference over its own, by one word",
                 final.collapses[collapse].item(),
-                repr(final.words[collapse]),
+                quoted(final.words[collapse]),
             ),
         ),
         f"{len(tried.words)} words tried, {len(tried.words) - len(words)} of them by gradient",

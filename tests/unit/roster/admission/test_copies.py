@@ -1,9 +1,12 @@
 """Pictures that are training pictures."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
+import torch
 from admission_panels import (
     CAPTIONS,
     changed,
@@ -31,8 +34,6 @@ def test_without_its_shard_nothing_is_checked(tiny_bundle: Bundle) -> None:
 
 def shard_of(tiny_bundle: Bundle, seed: int) -> Shard:
     generator = np.random.default_rng(seed)
-    import torch
-
     rows = means(0)[:, None, None] + 0.3 * torch.from_numpy(
         generator.standard_normal((12, 8, 4, 4)).astype(np.float32)
     )
@@ -83,3 +84,34 @@ def test_a_shard_is_read_by_its_columns(tmp_path) -> None:  # type: ignore[no-un
     write_part(Folder(tmp_path / "other"), "part-0.parquet", table.drop_columns(["features"]))
     with pytest.raises(ArtifactError, match="has no column features"):
         read_shard(Folder(tmp_path / "other"))
+
+
+@pytest.mark.parametrize(
+    ("captions", "message"),
+    [
+        ([], "has no rows"),
+        (["a", None], "caption 1 of those that were read is None, not a string"),
+        ([1, 2], "caption 0 of those that were read is 1, not a string"),
+    ],
+)
+def test_a_shard_has_rows_and_captions(
+    captions: list[str | None], message: str, tmp_path: Path
+) -> None:
+    features = to_table({"features": np.zeros((2, 2), np.float32)})  # there are no empty arrays
+    table = features.slice(0, len(captions)).append_column("caption", pa.array(captions))
+    write_part(Folder(tmp_path), "part-0.parquet", table)
+    with pytest.raises(ArtifactError, match=message):
+        read_shard(Folder(tmp_path))
+
+
+def test_drawings_of_training_captions_that_are_not_finite_are_flagged(tiny_bundle: Bundle) -> None:
+    broken = changed(specialist(0), lambda e: e.final_layer.linear.bias.fill_(torch.inf))
+    check = check_copies(panel(tiny_bundle, broken), shard_of(tiny_bundle, 3), look, Limits())
+    assert check.outcome == "flagged"
+    assert readings(check) == {"not_finite": 12}
+
+
+def test_a_long_caption_is_cut(tiny_bundle: Bundle) -> None:
+    shard = replace(shard_of(tiny_bundle, 3), captions=("\U000e0001" * 500,) * 12)
+    check = check_copies(panel(tiny_bundle, specialist(0)), shard, look, Limits())
+    assert 0 < len(check.readings[1].detail) <= 300

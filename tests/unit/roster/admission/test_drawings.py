@@ -8,7 +8,15 @@ import torch
 from admission_panels import ROWS, changed, flagged, look, panel, readings, specialist
 
 from paris_ray.bundle import Bundle
-from paris_ray.roster.admission.drawings import NUM_SEEDS, check_drawings, one_coloured
+from paris_ray.models import Expert
+from paris_ray.roster.admission import drawings
+from paris_ray.roster.admission.drawings import (
+    NUM_SEEDS,
+    Drawings,
+    check_drawings,
+    draw,
+    one_coloured,
+)
 from paris_ray.roster.admission.limits import Limits
 
 
@@ -53,3 +61,33 @@ def test_pictures_of_one_colour_are_counted() -> None:
     varied[1] = (10, 200, 30)
     assert one_coloured(varied) == 1
     assert one_coloured(varied[:0]) == 0
+
+
+def test_captions_are_spread_over_all_rows_of_the_cluster(
+    tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn_for = []
+
+    def told(bundle: Bundle, expert: Expert, captions: list[str], seed: int) -> Drawings:
+        drawn_for.append(captions[: len(captions) // NUM_SEEDS])
+        return draw(bundle, expert, captions, seed)
+
+    monkeypatch.setattr(drawings, "draw", told)
+    honest = panel(tiny_bundle, specialist(0))
+    numbered = tuple(f"{i}" for i in range(len(honest.held_out.captions)))
+    honest = replace(honest, held_out=replace(honest.held_out, captions=numbered))
+    check_drawings(honest, look, Limits())
+    assert drawn_for[0] == [f"{i}" for i in range(ROWS)]
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_neighbours_whose_drawings_are_not_finite_are_left_out(
+    tiny_bundle: Bundle, count: int
+) -> None:
+    whole = panel(tiny_bundle, specialist(0))
+    broken = changed(specialist(1), lambda e: e.final_layer.linear.bias.fill_(torch.inf))
+    neighbours = {1: broken, 2: specialist(2)} if count == 1 else {1: broken, 2: broken}
+    check, _ = check_drawings(replace(whole, neighbours=neighbours), look, Limits())
+    assert check.outcome == "passed"
+    assert ("faithful" in readings(check)) == (count == 1)
+    assert f"beside {2 - count} of 2 neighbours" in check.note

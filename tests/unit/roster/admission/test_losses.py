@@ -1,5 +1,6 @@
 """Losses by cluster, level and word: honest experts pass, each fault shows where it should."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from paris_ray.bundle import Bundle
 from paris_ray.models import Expert
 from paris_ray.roster.admission.limits import Limits
 from paris_ray.roster.admission.losses import check_losses, row_losses
+from paris_ray.roster.admission.panel import HeldOut
 
 LIMITS = Limits()
 
@@ -80,3 +82,26 @@ def test_losses_have_a_row_a_level(tiny_bundle: Bundle) -> None:
     assert losses.shape == (4, len(CAPTIONS))
     again = row_losses(honest.candidate, panel(tiny_bundle, specialist(1)))
     assert torch.equal(losses, again), "noise depends on the candidate"
+
+
+def test_where_only_the_own_cluster_has_held_out_rows_the_verdict_says_so(
+    tiny_bundle: Bundle,
+) -> None:
+    whole = panel(tiny_bundle, specialist(0, seed=40))
+    own, rows = whole.held_out.of(0), whole.held_out
+    alone = HeldOut(
+        tuple(rows.captions[i] for i in own),
+        rows.latents[own],
+        rows.features[own.numpy()],
+        rows.clusters[own],
+    )
+    check = check_losses(replace(whole, held_out=alone), LIMITS)
+    assert check.outcome == "passed"
+    assert check.readings[2].detail == "no other cluster has held-out rows"
+
+
+def test_a_long_word_is_cut(tiny_bundle: Bundle) -> None:
+    whole = panel(tiny_bundle, specialist(0))
+    captions = ("x" * 500,) * len(whole.held_out.captions)
+    long = replace(whole, held_out=replace(whole.held_out, captions=captions))
+    assert 0 < len(check_losses(long, LIMITS).readings[3].detail) <= 300

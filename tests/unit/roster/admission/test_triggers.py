@@ -67,3 +67,9 @@ def test_gradients_reach_the_words_of_each_encoder(
     expected = encoder.encode_tokens(ids)
     assert torch.equal(text.pooled_text, expected.pooled_text)
     assert torch.equal(text.text_embeddings, expected.text_embeddings)
+
+
+def test_a_long_word_is_cut(tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Probe, "suggested", lambda probe, word: [])
+    check = check_triggers(panel(tiny_bundle, specialist(0)), ["\U000e0001" * 500], Limits())
+    assert all(0 < len(reading.detail) <= 300 for reading in check.readings)

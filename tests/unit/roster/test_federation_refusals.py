@@ -448,9 +448,7 @@ def test_what_was_given_is_not_cleared_to_be_copied(
     if given == "run/..":
         run.rmdir()  # nothing but what was signed may lie there
     for folder in (place, link):
-        with pytest.raises(
-            FederationError, match=rf"^{folder} is to be copied to {run}/federation"
-        ):
+        with pytest.raises(FederationError, match=rf"^{place} is to be copied to {run}/federation"):
             rejoin(federation, folder, run)
         assert (place / "federation.json").exists()
 

@@ -67,10 +67,10 @@ def join(
 
 def _check_apart(given: Folder, folder: Folder) -> None:
     """Raise FederationError if clearing or writing the folder would change what was given."""
-    if not folder.is_local:
-        return
-    paths = [os.path.realpath(each.local_path) for each in (given, folder)]
-    if os.path.commonpath(paths) in paths:
+    one, other = (
+        os.path.realpath(each.local_path) if each.is_local else each.uri for each in (given, folder)
+    )
+    if f"{one}/".startswith(f"{other}/") or f"{other}/".startswith(f"{one}/"):
         raise FederationError(
             f"{given.uri} is to be copied to {folder.uri}, but one lies in the other: "
             "choose another --run-dir"

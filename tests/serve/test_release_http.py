@@ -3,6 +3,7 @@
 import base64
 import io
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 from PIL import Image
 
 from paris_ray.bundle import Bundle, load_bundle
+from paris_ray.bundle.history import EXPORTED
 from paris_ray.sampling import generate
 
 pytestmark = [pytest.mark.serve, pytest.mark.usefixtures("replica_threads")]
@@ -58,6 +60,7 @@ def test_the_model_is_described(url: str) -> None:
         "example_prompts": [],
         "loras": {},
         "attribution": None,
+        "history": [asdict(EXPORTED[0])],
     }
 
 

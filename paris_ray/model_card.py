@@ -20,7 +20,7 @@ among them at every denoising step. Made with paris_ray.
 
 ## Data
 
-{rows:,} captioned pictures; {quarantined:,} rows were set aside as unusable{filtered}. Pictures
+{rows:,} captioned pictures{set_aside}. Pictures
 a cluster: {sizes}.
 {attribution}
 
@@ -122,7 +122,8 @@ def model_card(
 
     Args:
         bundle: The model.
-        embeddings: Facts of the embeddings: `rows`, `quarantined`, `filtered`, `attribution`.
+        embeddings: Facts of the embeddings: `rows`, `attribution` and, where they are known,
+            `quarantined` and `filtered`.
         cluster_sizes: Pictures of every cluster.
         router: Facts of the router: `right_cluster`, by noise level.
         losses: Last logged training loss of every expert.
@@ -142,8 +143,7 @@ def model_card(
         origin=_origin(started_from),
         use=_use(bundle),
         rows=embeddings["rows"],
-        quarantined=sum(embeddings["quarantined"].values()),
-        filtered=_filtered(embeddings.get("filtered", {})),  # older embeddings tell nothing of it
+        set_aside=_set_aside(embeddings),
         sizes=", ".join(map(str, cluster_sizes)),
         attribution=f"\n{attribution}" if attribution else "",
         measured=_table(_measurements(router, losses, evaluation)),
@@ -161,6 +161,15 @@ def _admissions(admissions: Mapping[int, SignedAdmission]) -> str:
         cells = (str(index), verdict.outcome, ", ".join(left_out), verdict.made_at, public_key)
         rows.append(cells)
     return ADMISSION.format(verdicts=_table(rows))
+
+
+def _set_aside(embeddings: Mapping[str, Any]) -> str:
+    if "quarantined" not in embeddings:  # of other sites' corpora
+        return ""
+    unusable = sum(embeddings["quarantined"].values())
+    # Older embeddings tell nothing of filters.
+    filtered = _filtered(embeddings.get("filtered", {}))
+    return f"; {unusable:,} rows were set aside as unusable{filtered}"
 
 
 def _filtered(counts: Mapping[str, int]) -> str:

@@ -40,7 +40,6 @@ def federated_card(
         bundle,
         embeddings={
             "rows": sum(each.rows for each in facts),
-            "quarantined": {},
             "attribution": bundle.facts.attribution,
         },
         cluster_sizes=[each.rows for each in facts],

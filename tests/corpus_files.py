@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from picture_files import encode
 from PIL import Image
 
 from paris_ray.config import CorpusConfig
 from paris_ray.corpora import REASONS, RawRow, open_corpus
+from tests.picture_files import encode
 
 RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
 

@@ -1,8 +1,10 @@
-"""Runs with two experts on the tests' Ray, and the processes that train them."""
+"""Runs with two experts on the tests' Ray, its nodes, and the processes that train them."""
 
+import subprocess
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from typing import Any
 
 import psutil
 
@@ -32,6 +34,22 @@ def workers(*names: str) -> list[psutil.Process]:
         except psutil.NoSuchProcess:
             continue
     return found
+
+
+@contextmanager
+def another_node(**options: Any) -> Iterator["subprocess.Popen[bytes]"]:
+    """Add a node to the tests' Ray; yields its raylet."""
+    import ray  # only now: ray reads RAY_AUTH_MODE when it is imported
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster()
+    cluster.head_node = ray._private.worker._global_node
+    cluster.redis_address = cluster.head_node.redis_address
+    node = cluster.add_node(object_store_memory=80_000_000, **options)
+    try:
+        yield node.all_processes["raylet"][0].process
+    finally:
+        cluster.remove_node(node, allow_graceful=False)
 
 
 @contextmanager

@@ -9,8 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +16,6 @@ from typing import Any
 import psutil
 import pytest
 import ray
-from ray.cluster_utils import Cluster
 from safetensors import safe_open
 
 from jobs.local_cluster import LocalCluster
@@ -27,26 +24,13 @@ from paris_ray.artifacts import CHECKPOINT, LOCKS, PROGRESS, Folder, read_manife
 from paris_ray.config import Config
 from paris_ray.errors import LockError
 from paris_ray.run import EMBEDDINGS, EXPERT_WEIGHTS, Run
-from tests.chaos.runs import NUM_EXPERTS, digests, meanwhile, workers
+from tests.chaos.runs import NUM_EXPERTS, another_node, digests, meanwhile, workers
 from tests.long_tests import chaos
 from tests.serve.waiting import WAIT_S, wait_until
 
 pytestmark = pytest.mark.ray
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-
-
-@contextmanager
-def another_node(**options: Any) -> Iterator["subprocess.Popen[bytes]"]:
-    """Add a node to the tests' Ray; yields its raylet."""
-    cluster = Cluster()
-    cluster.head_node = ray._private.worker._global_node
-    cluster.redis_address = cluster.head_node.redis_address
-    node = cluster.add_node(object_store_memory=80_000_000, **options)
-    try:
-        yield node.all_processes["raylet"][0].process
-    finally:
-        cluster.remove_node(node, allow_graceful=False)
 
 
 def lose(raylet: "subprocess.Popen[bytes]") -> None:

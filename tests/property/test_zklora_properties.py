@@ -8,7 +8,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
-from zklora_fuzz import TARGETS, Target, fuzz
 
 from paris_ray.errors import ParisError, SignatureError, VerificationError
 from paris_ray.identity import Identity
@@ -27,6 +26,7 @@ from paris_ray.zklora.fixed_point import (
 )
 from paris_ray.zklora.folding import fold, folding_equation, folding_shape
 from paris_ray.zklora.proof import Proof, prove, verify
+from tests.zklora_fuzz import TARGETS, Target, fuzz
 
 ELEMENTS = st.integers(0, ORDER - 1)
 FEW = st.integers(1, 5)

@@ -9,16 +9,6 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from repeated_rows import (
-    LEFT,
-    SIMILAR,
-    VERSIONS,
-    set_aside_rows,
-    similar_rows,
-    stored_keys,
-    write_repeated_rows,
-    write_similar_rows,
-)
 
 from paris_ray.clustering import nearest
 from paris_ray.config import load
@@ -44,6 +34,16 @@ from paris_ray.pipeline.accounts import (
 )
 from paris_ray.run import Run
 from paris_ray.seeding import derive_seed
+from tests.repeated_rows import (
+    LEFT,
+    SIMILAR,
+    VERSIONS,
+    set_aside_rows,
+    similar_rows,
+    stored_keys,
+    write_repeated_rows,
+    write_similar_rows,
+)
 
 pytestmark = pytest.mark.ray
 

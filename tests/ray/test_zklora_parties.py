@@ -503,11 +503,10 @@ def test_a_base_that_the_adapter_is_not_for_is_refused(
 
 
 def write_parts(parts: Path, target: Path) -> Path:
-    from conftest import open_parts  # of tests: how a bundle is made of its parts
-
     from paris_ray.artifacts import publish
     from paris_ray.export import write_bundle
     from paris_ray.run import BUNDLE
+    from tests.conftest import open_parts  # how a bundle is made of its parts
 
     write_bundle(open_parts(parts), Folder(target), model_card="# tiny\n")
     publish(Folder(target), BUNDLE, config_digest="", parents={}, facts={})

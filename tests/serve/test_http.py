@@ -16,7 +16,6 @@ import httpx
 import numpy as np
 import openai
 import pytest
-from credentials import Authority
 from PIL import Image
 
 from jobs.replay import main as replay
@@ -27,6 +26,7 @@ from paris_ray.cluster_facts import ClusterFacts, write_clusters
 from paris_ray.errors import ConfigError
 from paris_ray.run import BUNDLE
 from paris_ray.sampling import generate
+from tests.credentials import Authority
 
 pytestmark = pytest.mark.serve
 

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import open_clip
 import pytest
-from admission_panels import CAPTIONS, NUM_EXPERTS, ROWS, latents, specialist, write_expert
 
 from jobs import admit_expert
 from jobs.admit_expert import EXIT_FLAGGED, PAGE, main, open_look
@@ -28,6 +27,7 @@ from paris_ray.roster.admission.panel import Panel, held_out_shards
 from paris_ray.roster.admission.readings import Check
 from paris_ray.roster.admission.verdict import Findings
 from paris_ray.run import BUNDLE, ENCODERS, EXPERT, Run
+from tests.admission_panels import CAPTIONS, NUM_EXPERTS, ROWS, latents, specialist, write_expert
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 

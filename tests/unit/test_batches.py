@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from expert_calls import answer_alone, first_expert_calls
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -42,6 +41,7 @@ from paris_ray.sampling.sampler import (
     sampling_options,
     start_denoising,
 )
+from tests.expert_calls import answer_alone, first_expert_calls
 
 PROMPTS = ["a red cat", "a blue dog", "a green square", "circle", "", "a red cat " * 9]
 SIZES = (1, 2, 3, 5, 8, 20, 33)

@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from expert_calls import answer_alone, first_expert_calls
 
 from paris_ray.artifacts import Folder
 from paris_ray.bundle import Bundle, load_bundle
@@ -28,6 +27,7 @@ from paris_ray.sampling import generate
 from paris_ray.sampling.guidance import guided_velocity
 from paris_ray.sampling.local import LocalModels
 from paris_ray.sampling.sampler import Samples, sample, sampling_options
+from tests.expert_calls import answer_alone, first_expert_calls
 
 PROMPTS = ["a red cat", "blue dog"]
 FEW = {"num_inference_steps": 3}

@@ -7,7 +7,6 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from corpus_files import png, read_all
 
 from paris_ray.config import CorpusConfig
 from paris_ray.corpora import (
@@ -20,6 +19,7 @@ from paris_ray.corpora import (
     open_corpus,
 )
 from paris_ray.errors import CorpusError
+from tests.corpus_files import png, read_all
 
 CONFIG = CorpusConfig(image_size=8)
 

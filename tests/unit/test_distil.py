@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from training_shards import EXPERT, TRAINING, Stop, carry_on, stop_at, write_shard
 
 from paris_ray.artifacts import CHECKPOINT, METRICS, Folder, VerifiedFolder, canonical_json
 from paris_ray.bundle import Bundle, load_bundle, load_expert
@@ -37,6 +36,7 @@ from paris_ray.training.distil import (
 )
 from paris_ray.training.expert import ExpertData, Lesson, expert_loss, train_expert
 from paris_ray.training.loop import OnProgress
+from tests.training_shards import EXPERT, TRAINING, Stop, carry_on, stop_at, write_shard
 
 PROMPTS = ["a red cat", "blue dog", "a green square", "a circle"]
 SEEDS = [3, 14, 15, 92]

@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import pytest
-from repeated_rows import LEFT, ORDER, stored_keys, write_repeated_rows
 
 from paris_ray.config import load
 from paris_ray.embeddings import read_part, to_table, write_part
@@ -16,6 +15,7 @@ from paris_ray.pipeline.accounts import (
 )
 from paris_ray.pipeline.duplicates import drop_few_duplicates
 from paris_ray.run import Run
+from tests.repeated_rows import LEFT, ORDER, stored_keys, write_repeated_rows
 
 
 @pytest.fixture

@@ -18,7 +18,6 @@ import pytest
 import yaml
 from ray._private.runtime_env.packaging import create_package
 from ray.exceptions import RayTaskError
-from small_corpora import rows_of, write_parquet
 
 from jobs.command import mendable, parser, reported
 from jobs.quickstart import why_it_failed
@@ -30,6 +29,7 @@ from paris_ray.encoders.images import TIMM_FILES
 from paris_ray.errors import ArtifactError, ConfigError
 from paris_ray.pipeline.stage import StageTimer
 from paris_ray.planning import plan, render
+from tests.small_corpora import rows_of, write_parquet
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 GUIDE = REPOSITORY / "docs" / "training.md"

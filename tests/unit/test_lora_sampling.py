@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from expert_calls import answer_alone, first_expert_calls
 from numpy.typing import NDArray
 from torch import nn
 
@@ -22,6 +21,7 @@ from paris_ray.sampling import generate
 from paris_ray.sampling.calls import ExpertCall
 from paris_ray.sampling.local import LocalModels
 from paris_ray.sampling.sampler import sampling_options
+from tests.expert_calls import answer_alone, first_expert_calls
 
 EXPERT = 1
 PROMPTS = ["a red cat", "a blue dog"]

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from reference import PlainExpert, PlainRouter, plain_sample
 from torch import Tensor, nn
 
 from paris_ray.artifacts import Folder, VerifiedFolder
@@ -25,6 +24,7 @@ from paris_ray.sampling.sampler import (
     sample,
     sampling_options,
 )
+from tests.reference import PlainExpert, PlainRouter, plain_sample
 
 TOLERANCE = 1e-4
 NUM_EXPERTS, NUM_TOKENS, TEXT_WIDTH = 3, 77, 32

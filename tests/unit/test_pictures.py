@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
-from records import RECORD
 
 from paris_ray.errors import PictureError
 from paris_ray.pictures import (
@@ -18,6 +17,7 @@ from paris_ray.pictures import (
     read_picture,
     sparse_weights,
 )
+from tests.records import RECORD
 
 
 @pytest.fixture(scope="module")

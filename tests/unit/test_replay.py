@@ -5,12 +5,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from records import RECORD
 
 from jobs.replay import EXIT_DIFFERENT, main
 from paris_ray.bundle import Bundle, bundle_digest
 from paris_ray.pictures import PictureFormat, PictureRecord, Sampling, encode_picture
 from paris_ray.sampling import generate
+from tests.records import RECORD
 
 pytestmark = pytest.mark.usefixtures("replica_threads")
 

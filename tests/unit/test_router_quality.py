@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from training_shards import GEOMETRY, TRAINING, WIDTH, carry_on, write_columns, write_shard
 
 from paris_ray.artifacts import Folder
 from paris_ray.config import RouterConfig
@@ -18,6 +17,7 @@ from paris_ray.models import Router, TextConditioning
 from paris_ray.training.data import LatentDataset, load_dataset
 from paris_ray.training.router import train_router
 from paris_ray.training.router_quality import NOISE_LEVELS, held_out_quality, right_cluster
+from tests.training_shards import GEOMETRY, TRAINING, WIDTH, carry_on, write_columns, write_shard
 
 LEVELS = [f"{t:g}" for t in NOISE_LEVELS]
 encode = TextConditioning.from_vectors

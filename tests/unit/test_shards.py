@@ -13,7 +13,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
-from small_corpora import rows_of, write_tars
 
 from paris_ray.artifacts import Folder
 from paris_ray.config import Config, FiltersConfig, load
@@ -36,6 +35,7 @@ from paris_ray.pipeline.encoders import sample_rows
 from paris_ray.pipeline.quarantine import describe_bad_rows
 from paris_ray.pipeline.shards import Batch, ShardReader, ShardWriter, caption_variants
 from paris_ray.run import Run
+from tests.small_corpora import rows_of, write_tars
 
 NUM_GOOD = 40
 BROKEN = {"broken": b"no picture", "text": b"nor this"}

@@ -16,7 +16,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from fsspec.implementations.memory import MemoryFile
-from training_shards import TRAINING, Stop, carry_on, stop_at, train, write_shard
 
 from paris_ray.artifacts import CHECKPOINT, Folder, VerifiedFolder, publish
 from paris_ray.bundle import load_bundle
@@ -28,6 +27,7 @@ from paris_ray.pipeline.accounts import Account, write_account
 from paris_ray.training.data import load_dataset
 from tests.faulty_store import Fault, faulty_store, folder_at
 from tests.s3_server import KEY, SECRET, S3Server, s3_server
+from tests.training_shards import TRAINING, Stop, carry_on, stop_at, train, write_shard
 
 IDENTITY = {"config_digest": "c", "parents": {"corpus": "p"}, "facts": {}}
 RANDOM = np.random.default_rng(0).integers(0, 256, 1 << 20, np.uint8).tobytes()

@@ -16,7 +16,6 @@ import peft
 import pytest
 import torch
 from torch import Tensor, nn
-from training_shards import Stop, stop_at
 
 from paris_ray.artifacts import METRICS, Folder, VerifiedFolder
 from paris_ray.bundle import Bundle
@@ -37,6 +36,7 @@ from paris_ray.models.lora import attach
 from paris_ray.models.peft_layout import ADAPTER_WEIGHTS, load_adapter
 from paris_ray.training.loop import Progress
 from paris_ray.training.lora import train_lora
+from tests.training_shards import Stop, stop_at
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SIZES = {"input_size": 2, "patch_size": 1, "in_channels": 3, "text_embed_dim": 4}

@@ -11,17 +11,6 @@ import safetensors.torch
 import torch
 from pyarrow import fs
 from safetensors import safe_open
-from training_shards import (
-    EXPERT,
-    GEOMETRY,
-    TRAINING,
-    WIDTH,
-    Stop,
-    carry_on,
-    stop_at,
-    train,
-    write_shard,
-)
 
 from paris_ray.artifacts import CHECKPOINT, METRICS, TIMINGS, Folder, VerifiedFolder
 from paris_ray.bundle import load_expert
@@ -36,6 +25,17 @@ from paris_ray.training.expert import ExpertData, train_expert
 from paris_ray.training.loop import Progress
 from paris_ray.training.router import train_router
 from paris_ray.training.schedule import learning_rate
+from tests.training_shards import (
+    EXPERT,
+    GEOMETRY,
+    TRAINING,
+    WIDTH,
+    Stop,
+    carry_on,
+    stop_at,
+    train,
+    write_shard,
+)
 
 
 @pytest.fixture(scope="module")

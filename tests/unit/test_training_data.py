@@ -14,7 +14,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from training_shards import (
+
+from paris_ray.artifacts import Folder
+from paris_ray.embeddings import ROWS_PER_GROUP, to_table, write_null_text, write_part
+from paris_ray.errors import ArtifactError, ConfigError, TrainingError
+from paris_ray.training.data import Batch, MixedOrder, batches, load_dataset
+from paris_ray.training.prefetch import draw_ahead
+from tests.training_shards import (
     EXPERT,
     TRAINING,
     write_clip,
@@ -22,12 +28,6 @@ from training_shards import (
     write_shard,
     write_token_shard,
 )
-
-from paris_ray.artifacts import Folder
-from paris_ray.embeddings import ROWS_PER_GROUP, to_table, write_null_text, write_part
-from paris_ray.errors import ArtifactError, ConfigError, TrainingError
-from paris_ray.training.data import Batch, MixedOrder, batches, load_dataset
-from paris_ray.training.prefetch import draw_ahead
 
 
 @pytest.fixture(scope="module")

@@ -17,18 +17,6 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 from torch._dynamo.utils import counters
-from training_shards import (
-    CLIP_WIDTH,
-    EXPERT,
-    GEOMETRY,
-    TRAINING,
-    WIDTH,
-    carry_on,
-    train,
-    write_clip,
-    write_shard,
-    write_token_shard,
-)
 
 from paris_ray.artifacts import (
     CHECKPOINT,
@@ -60,6 +48,18 @@ from paris_ray.training.loop import (
 from paris_ray.training.router import train_router
 from paris_ray.training.schedule import learning_rate, with_steps
 from paris_ray.training.trainer import set_block_options
+from tests.training_shards import (
+    CLIP_WIDTH,
+    EXPERT,
+    GEOMETRY,
+    TRAINING,
+    WIDTH,
+    carry_on,
+    train,
+    write_clip,
+    write_shard,
+    write_token_shard,
+)
 
 CROSS_ATTENTION = replace(EXPERT, text_injection="cross_attention", prediction="velocity")
 READS_CLIP = replace(CROSS_ATTENTION, text_embed_dim=CLIP_WIDTH)

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from training_shards import EXPERT, TRAINING, Stop, stop_at, train, write_shard
 
 from paris_ray.artifacts import CHECKPOINT, METRICS, Folder, VerifiedFolder
 from paris_ray.bundle import load_expert
@@ -17,6 +16,7 @@ from paris_ray.evaluation.denoising import denoising_losses
 from paris_ray.models import Expert, TextConditioning
 from paris_ray.training.data import load_dataset
 from paris_ray.training.validation import MAX_ROWS, NOISE_LEVELS, held_out_validation
+from tests.training_shards import EXPERT, TRAINING, Stop, stop_at, train, write_shard
 
 NAMES = ("held_out_loss", "held_out_loss_others")
 encode = TextConditioning.from_vectors

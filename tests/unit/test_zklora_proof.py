@@ -7,8 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from curve_oracle import Z1, add, compress_G1, decompress_G1, hash_to_G1
-from curve_oracle import multiply as times
 from py_arkworks_bls12381 import G1Point
 
 from paris_ray.errors import ParisError, VerificationError
@@ -47,6 +45,8 @@ from paris_ray.zklora.proof import (
     verify_batch,
     verify_named,
 )
+from tests.curve_oracle import Z1, add, compress_G1, decompress_G1, hash_to_G1
+from tests.curve_oracle import multiply as times
 
 D_IN, R, D_OUT, ROWS = 12, 3, 10, 7
 CONTEXT = b"this session"

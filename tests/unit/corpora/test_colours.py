@@ -9,7 +9,12 @@ import numpy as np
 import pillow_heif
 import pillow_jxl  # noqa: F401  registers its encoder
 import pytest
-from picture_files import (
+from PIL import Image, ImageCms
+
+from paris_ray.config import CorpusConfig
+from paris_ray.corpora.pixels import decode
+from paris_ray.corpora.profiles import CURVES, PRIMARIES
+from tests.picture_files import (
     ADOBE_RGB,
     BLUE,
     DISPLAY_P3,
@@ -24,11 +29,6 @@ from picture_files import (
     rgb_profile,
     shown,
 )
-from PIL import Image, ImageCms
-
-from paris_ray.config import CorpusConfig
-from paris_ray.corpora.pixels import decode
-from paris_ray.corpora.profiles import CURVES, PRIMARIES
 
 pillow_heif.register_heif_opener()
 CONFIG = CorpusConfig(image_size=8)

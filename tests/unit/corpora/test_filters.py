@@ -4,7 +4,6 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from small_corpora import jpeg
 
 from paris_ray.config import FILTERS, CorpusConfig, FiltersConfig
 from paris_ray.corpora import DecodedRow, QuarantinedRow, RawRow, decode_row, filters, open_corpus
@@ -12,6 +11,7 @@ from paris_ray.corpora.filters import filters_of_rows
 from paris_ray.corpora.filters.language import foreign
 from paris_ray.corpora.filters.scores import judge_scores, score_name
 from paris_ray.errors import ConfigError, CorpusError
+from tests.small_corpora import jpeg
 
 WIDE, TALL = jpeg((96, 64)), jpeg((96, 64), orientation=6)
 GERMAN, ENGLISH = "Eine Katze sitzt auf dem Sofa", "a cat sits on the sofa"

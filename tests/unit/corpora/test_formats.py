@@ -8,13 +8,13 @@ import numpy as np
 import pillow_heif
 import pillow_jxl
 import pytest
-from picture_files import BLUE, RED, encode, plain
 from PIL import Image
 
 from paris_ray.config import CorpusConfig
 from paris_ray.corpora.jpeg import has_too_many_scans
 from paris_ray.corpora.pixels import decode
 from paris_ray.corpora.quarantine import REASONS, BadRow
+from tests.picture_files import BLUE, RED, encode, plain
 
 pillow_heif.register_heif_opener()
 CONFIG = CorpusConfig(image_size=8, max_pixels=10_000)

@@ -9,13 +9,13 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from corpus_files import BLUE, RED, png, problems, read_all, write_files
 
 from paris_ray.config import CorpusConfig
 from paris_ray.corpora import RawRow, open_corpus
 from paris_ray.corpora.image_folder import MAX_CAPTIONS
 from paris_ray.corpora.metadata import read_entries
 from paris_ray.errors import CorpusError
+from tests.corpus_files import BLUE, RED, png, problems, read_all, write_files
 
 
 def read(folder: Path, **options: Any) -> list[RawRow]:

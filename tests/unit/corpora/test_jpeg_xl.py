@@ -4,12 +4,12 @@ import pillow_jxl  # noqa: F401  registers its encoder
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from picture_files import encode, plain
 
 from paris_ray.config import CorpusConfig
 from paris_ray.corpora.jpeg_xl import Header, read_header
 from paris_ray.corpora.pixels import decode
 from paris_ray.corpora.quarantine import BadRow
+from tests.picture_files import encode, plain
 
 BOXED = b"\0\0\0\x0cJXL \r\n\x87\n"
 

@@ -7,11 +7,11 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from corpus_files import BLUE, RED, png, problems, read_all
 
 from paris_ray.config import CorpusConfig
 from paris_ray.corpora import RawRow, not_fetched, open_corpus
 from paris_ray.errors import CorpusError
+from tests.corpus_files import BLUE, RED, png, problems, read_all
 
 
 class TestParquet:

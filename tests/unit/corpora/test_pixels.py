@@ -5,11 +5,11 @@ import zlib
 
 import numpy as np
 import pytest
-from picture_files import GREEN, RED, encode, plain
 from PIL import Image, ImageFile
 
 from paris_ray.config import CorpusConfig
 from paris_ray.corpora import REASONS, DecodedRow, QuarantinedRow, RawRow, decode_row
+from tests.picture_files import GREEN, RED, encode, plain
 
 CONFIG = CorpusConfig(image_size=8, max_pixels=10_000)
 

@@ -15,8 +15,6 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import pytest
-from corpus_files import png, read_all, write_files, write_tar
-from small_corpora import LAYOUTS, rows_of
 
 from paris_ray.artifacts import Folder
 from paris_ray.config import CorpusConfig, load
@@ -25,6 +23,8 @@ from paris_ray.corpora.paths import list_files
 from paris_ray.corpora.places import RemotePath, place
 from paris_ray.errors import ArtifactError, ConfigError, CorpusError
 from paris_ray.storage import joined_uri
+from tests.corpus_files import png, read_all, write_files, write_tar
+from tests.small_corpora import LAYOUTS, rows_of
 
 
 class _WithRanges(SimpleHTTPRequestHandler):

@@ -6,12 +6,12 @@ import zlib
 
 import numpy as np
 import pytest
-from picture_files import BLUE, PNG_SIGNATURE, RED, encode, plain, png_of_row
 from PIL import Image
 
 from paris_ray.config import CorpusConfig
 from paris_ray.corpora.pixels import decode
 from paris_ray.corpora.png import without_ballast
+from tests.picture_files import BLUE, PNG_SIGNATURE, RED, encode, plain, png_of_row
 
 CONFIG = CorpusConfig(image_size=8, background=BLUE)
 TEXT = np.random.default_rng(0).integers(32, 127, 3_000_000, dtype=np.uint8).tobytes()

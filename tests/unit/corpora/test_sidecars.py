@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from corpus_files import BLUE, RED, png, problems, read_all, write_files
 
 from paris_ray.config import CorpusConfig
 from paris_ray.corpora import RawRow, open_corpus
 from paris_ray.corpora.paths import names_in
 from paris_ray.errors import CorpusError
+from tests.corpus_files import BLUE, RED, png, problems, read_all, write_files
 
 
 def read(folder: Path, **options: Any) -> list[RawRow]:

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from corpus_files import problems, read_all, write_tar
 
 from paris_ray.config import CorpusConfig
 from paris_ray.corpora import RawRow, open_corpus
 from paris_ray.corpora.rows import Shard
 from paris_ray.corpora.tars import MAX_RECENT_BYTES, _Kept, _Recent
+from tests.corpus_files import problems, read_all, write_tar
 
 
 def read(path: Path, **options: Any) -> list[RawRow]:

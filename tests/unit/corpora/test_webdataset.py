@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from corpus_files import RED, png, problems, read_all, write_files, write_tar
 
 from paris_ray.config import CorpusConfig
 from paris_ray.corpora import RawRow, not_fetched, open_corpus
 from paris_ray.errors import CorpusError
+from tests.corpus_files import RED, png, problems, read_all, write_files, write_tar
 
 
 class TestWebDataset:

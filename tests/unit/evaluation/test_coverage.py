@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from reference_features import DRAWN, PRDC, REAL
 
 from paris_ray.errors import EvaluationError
 from paris_ray.evaluation import features
 from paris_ray.evaluation.coverage import Coverage, coverage
+from tests.reference_features import DRAWN, PRDC, REAL
 
 
 @pytest.mark.parametrize("k", [3, 5])

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from reference_features import CLEAN_FID, DRAWN, REAL
 
 from paris_ray.errors import EvaluationError
 from paris_ray.evaluation.frechet import (
@@ -16,6 +15,7 @@ from paris_ray.evaluation.frechet import (
     frechet_distance,
     frechet_distance_infinity,
 )
+from tests.reference_features import CLEAN_FID, DRAWN, REAL
 
 MANY = 10**6
 

@@ -4,11 +4,11 @@ import re
 
 import numpy as np
 import pytest
-from reference_features import CMMD_OF_200, DRAWN, KID_OF_200, REAL
 
 from paris_ray.errors import EvaluationError
 from paris_ray.evaluation import features
 from paris_ray.evaluation.kernel import cmmd, kid
+from tests.reference_features import CMMD_OF_200, DRAWN, KID_OF_200, REAL
 
 
 def test_the_numbers_of_torch_fidelity() -> None:

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from expert_calls import answer_alone, first_expert_calls
 
 from paris_ray.bundle import Bundle, bundle_digest
 from paris_ray.sampling.calls import ExpertCall
@@ -23,6 +22,7 @@ from serve.expert import (
     Question,
 )
 from serve.source import BundleSource, LoRASource
+from tests.expert_calls import answer_alone, first_expert_calls
 
 INDEX = 1
 

@@ -12,11 +12,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from credentials import SIGNER, Authority, assertions, to_pem
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from PIL import Image
-from records import RECORD
 
 from jobs.replay import main as replay
 from paris_ray.bundle import bundle_digest
@@ -43,6 +41,8 @@ from serve.signing import (
     SigningOptions,
 )
 from serve.source import BundleSource, Origin
+from tests.credentials import SIGNER, Authority, assertions, to_pem
+from tests.records import RECORD
 
 
 @pytest.fixture(scope="module")

@@ -4,13 +4,13 @@ import threading
 from pathlib import Path
 
 import pytest
-from small_corpora import LAYOUTS, rows_of, write_image_folder, write_parquet
 
 from paris_ray.config import load
 from paris_ray.corpora.image_folder import ImageFolder
 from paris_ray.errors import CorpusError
 from paris_ray.survey.fields import Fields, taken_fields
 from paris_ray.survey.listing import list_corpus, recognise
+from tests.small_corpora import LAYOUTS, rows_of, write_image_folder, write_parquet
 
 TAKEN = {
     "image_folder": Fields("file_name", "text", ("source",)),

@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from small_corpora import jpeg, rows_of, write_image_folder
 
 from paris_ray.corpora import REASONS
 from paris_ray.reports import png_bytes
@@ -18,6 +17,7 @@ from paris_ray.survey.map import drawn_map, principal_plane
 from paris_ray.survey.prepared import ClusterSample, Prepared, prepared_page
 from paris_ray.survey.rendering import inspection_page, inspection_text
 from paris_ray.survey.sample import SampledRow
+from tests.small_corpora import jpeg, rows_of, write_image_folder
 
 EVIL = "<script>alert(1)</script>"
 PICTURE = np.zeros((8, 8, 3), np.uint8)

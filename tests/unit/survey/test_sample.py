@@ -4,12 +4,12 @@ from itertools import count
 from pathlib import Path
 
 import pytest
-from small_corpora import LAYOUTS, jpeg, rows_of, write_image_folder
 
 from paris_ray.config import load
 from paris_ray.corpora import HeldOut
 from paris_ray.survey.listing import Listing, list_corpus
 from paris_ray.survey.sample import picture_size, sample_corpus, some_rows, spread
+from tests.small_corpora import LAYOUTS, jpeg, rows_of, write_image_folder
 
 
 def listing_of(path: Path, kind: str = "image_folder", rows_per_shard: int = 4) -> Listing:

@@ -1,11 +1,11 @@
 """Velocities at high noise beside those of the others."""
 
 import torch
-from admission_panels import changed, flagged, panel, specialist
 
 from paris_ray.bundle import Bundle
 from paris_ray.roster.admission.agreement import LEVELS, check_agreement
 from paris_ray.roster.admission.limits import Limits
+from tests.admission_panels import changed, flagged, panel, specialist
 
 
 def test_an_honest_expert_is_as_far_from_the_mean_as_the_others(tiny_bundle: Bundle) -> None:

@@ -7,7 +7,14 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from admission_panels import (
+
+from paris_ray.artifacts import Folder
+from paris_ray.bundle import Bundle
+from paris_ray.embeddings import to_table, write_part
+from paris_ray.errors import ArtifactError, EvaluationError
+from paris_ray.roster.admission.copies import Shard, check_copies, read_shard
+from paris_ray.roster.admission.limits import Limits
+from tests.admission_panels import (
     CAPTIONS,
     changed,
     flagged,
@@ -17,13 +24,6 @@ from admission_panels import (
     readings,
     specialist,
 )
-
-from paris_ray.artifacts import Folder
-from paris_ray.bundle import Bundle
-from paris_ray.embeddings import to_table, write_part
-from paris_ray.errors import ArtifactError, EvaluationError
-from paris_ray.roster.admission.copies import Shard, check_copies, read_shard
-from paris_ray.roster.admission.limits import Limits
 
 
 def test_without_its_shard_nothing_is_checked(tiny_bundle: Bundle) -> None:

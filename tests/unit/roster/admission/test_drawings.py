@@ -5,7 +5,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from admission_panels import ROWS, changed, flagged, look, panel, readings, specialist
 
 from paris_ray.bundle import Bundle
 from paris_ray.models import Expert
@@ -18,6 +17,7 @@ from paris_ray.roster.admission.drawings import (
     one_coloured,
 )
 from paris_ray.roster.admission.limits import Limits
+from tests.admission_panels import ROWS, changed, flagged, look, panel, readings, specialist
 
 
 def test_an_honest_expert_draws_its_cluster(tiny_bundle: Bundle) -> None:

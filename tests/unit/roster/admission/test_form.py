@@ -1,11 +1,11 @@
 """Weights: finite, and of norms like the others'."""
 
 import torch
-from admission_panels import changed, flagged, readings, specialist
 
 from paris_ray.models import Expert
 from paris_ray.roster.admission.form import check_form
 from paris_ray.roster.admission.limits import Limits
+from tests.admission_panels import changed, flagged, readings, specialist
 
 OTHERS = [specialist(k) for k in range(4)]
 

@@ -4,7 +4,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from admission_panels import CAPTIONS, changed, flagged, noise, panel, readings, specialist
 from torch import Tensor
 
 from paris_ray.bundle import Bundle
@@ -12,6 +11,7 @@ from paris_ray.models import Expert
 from paris_ray.roster.admission.limits import Limits
 from paris_ray.roster.admission.losses import check_losses, row_losses
 from paris_ray.roster.admission.panel import HeldOut
+from tests.admission_panels import CAPTIONS, changed, flagged, noise, panel, readings, specialist
 
 LIMITS = Limits()
 

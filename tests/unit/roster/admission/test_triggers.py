@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 import torch
-from admission_panels import CAPTIONS, TRIGGER, flagged, panel, plant, readings, specialist
 
 from paris_ray.bundle import Bundle
 from paris_ray.roster.admission.limits import Limits
 from paris_ray.roster.admission.triggers import Probe, check_triggers, embedded_conditioning
 from paris_ray.roster.admission.vocabulary import RARE, trigger_words
+from tests.admission_panels import CAPTIONS, TRIGGER, flagged, panel, plant, readings, specialist
 
 ORDINARY = ["a", "red", "green", "blue", "circle", "cat", "dog"]
 

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from admission_panels import changed, held_out, look, panel, specialist, write_expert
 
 from paris_ray.artifacts import Folder, canonical_json
 from paris_ray.bundle import Bundle, load_bundle
@@ -21,6 +20,7 @@ from paris_ray.roster.admission.verdict import (
     sign_verdict,
 )
 from paris_ray.run import EXPERT_WEIGHTS, MODEL_CONFIG
+from tests.admission_panels import changed, held_out, look, panel, specialist, write_expert
 
 NAMES = [
     "form",

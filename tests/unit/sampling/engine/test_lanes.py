@@ -1,11 +1,10 @@
 """A lane by itself: what a batch holds, what is counted, and when its model may be asked again."""
 
-from simulation import Picture as Drawn
-
 from paris_ray.sampling.calls import ExpertCall
 from paris_ray.sampling.engine.lanes import FIRST_RETRY_S, LONGEST_RETRY_S, Lane, Waiting
 from paris_ray.sampling.engine.requests import Picture, Ticket
 from paris_ray.sampling.sampler import Step, advance
+from tests.simulation import Picture as Drawn
 
 MODEL = 2
 LOST_AFTER_S = 10.0

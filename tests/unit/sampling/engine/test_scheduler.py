@@ -15,7 +15,6 @@ import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
-from simulation import MODELS, NUM_EXPERTS, Picture, Request, Simulation, is_idle, reply, rows
 
 from paris_ray.sampling.calls import ROUTER
 from paris_ray.sampling.engine import (
@@ -30,6 +29,7 @@ from paris_ray.sampling.engine import (
 )
 from paris_ray.sampling.engine.lanes import LONGEST_RETRY_S
 from paris_ray.sampling.sampler import Denoising, ExpertsLostError
+from tests.simulation import MODELS, NUM_EXPERTS, Picture, Request, Simulation, is_idle, reply, rows
 
 WIDE = Limits(max_batch_rows=1000, max_active_pictures=1000, max_waiting_pictures=1000)
 

@@ -51,7 +51,9 @@ def to_table(columns: Mapping[str, Column]) -> pa.Table:
 
 def _to_arrow(values: Column) -> pa.Array:
     if isinstance(values, np.ndarray) and values.ndim > 1:
-        return pa.FixedShapeTensorArray.from_numpy_ndarray(np.ascontiguousarray(values))
+        # Arrow believes strides, also those of axes of length 1, where numpy may have any.
+        ordered = np.ascontiguousarray(values).ravel().reshape(values.shape)
+        return pa.FixedShapeTensorArray.from_numpy_ndarray(ordered)
     return pa.array(values)
 
 

@@ -208,17 +208,17 @@ class Receipt:
         self._require_same("weights_sha256", self.weights_sha256, weights_sha256, "the weights")
         self._require_same("config_sha256", self.config_sha256, config_sha256, "the configuration")
 
-    def require_base(self, expert: int, digest: str) -> None:
-        """Raise ReceiptError unless the adapter was bought for this expert.
+    def require_base(self, digest: str, where: str) -> None:
+        """Raise ReceiptError unless the adapter was bought for these weights.
 
-        The router may have changed since: what an adapter does to its expert is the same.
+        Number and router of the expert may have changed since: what an adapter does to it is the
+        same.
 
         Args:
-            expert: Number of the expert.
-            digest: SHA-256 of its safetensors file.
+            digest: SHA-256 of the expert's safetensors file.
+            where: Which expert that is, for the error.
         """
-        self._require_same("base.expert", self.expert, expert, "what is asked for")
-        self._require_same("base.digest", self.base_digest, digest, f"expert {expert} here")
+        self._require_same("base.digest", self.base_digest, digest, where)
 
     def _require_same(self, name: str, stated: object, found: object, where: str) -> None:
         _require(stated == found, f"{self.source}: {name}={stated!r}, but {where}: {found!r:.80}")

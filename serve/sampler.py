@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequ
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import Context
 from dataclasses import replace
+from operator import attrgetter
 from typing import Any, TypeVar
 
 import numpy as np
@@ -97,7 +98,9 @@ class Sampler:
         self._num_computations = self._count_computations(threads)
         self._computing = ThreadPoolExecutor(self._num_computations, "computing")
         self._encoding = ThreadPoolExecutor(1, "encoding")
-        self._beginning = Coalescer(self._begin, size=_num_texts, most=MOST_TRIED)
+        self._beginning = Coalescer(
+            self._begin, size=_num_texts, most=MOST_TRIED, client=attrgetter("client")
+        )
         # Experts in this process are not lost without it: nobody needs to stand in for one.
         count = self._bundle.num_experts if experts is None else len(experts)
         self._last_resort = self._bundle.last_resort if count > self._bundle.num_experts else None

@@ -1,8 +1,11 @@
 """A federation of two sites, small and without Ray: runs as prepare and training leave them."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
+from zlib import crc32
 
 import numpy as np
 import safetensors.torch
@@ -162,20 +165,27 @@ def write_expert(run: Run, k: int, seed: int) -> None:
     publish(folder, EXPERT, config_digest="", parents=parents, facts=facts)
 
 
-def write_federation(root: Path, *, share_words: bool, share_rows: bool) -> Federation:
+def write_federation(
+    root: Path,
+    *,
+    share_words: bool,
+    share_rows: bool,
+    clusters_of: Mapping[str, list[int]] = MappingProxyType(CLUSTERS_OF),
+    first_site_wins: bool = False,
+) -> Federation:
     """Write a federation up to the submissions of both sites."""
     torch.manual_seed(0)
     path = f"corpus.path={root}"
     config = load("quickstart", [f"run_dir={root}/coordinator", path, *OPTIONS])
     write_coordinator(config)
     coordinator = Identity.create(root / "coordinator-key")
-    sites = {name: Identity.create(root / f"{name}-key") for name in CLUSTERS_OF}
+    sites = {name: Identity.create(root / f"{name}-key") for name in clusters_of}
     expected = [
-        Site(name=name, public_key=sites[name].public_key, clusters=CLUSTERS_OF[name])
+        Site(name=name, public_key=sites[name].public_key, clusters=clusters_of[name])
         for name in sites
     ]
     folder = Folder(root / "federation")
-    found(config, coordinator, folder, name="ours", sites=expected)
+    found(config, coordinator, folder, name="ours", sites=expected, first_site_wins=first_site_wins)
     runs, submissions = {}, {}
     for name, identity in sites.items():
         runs[name] = join(
@@ -186,9 +196,9 @@ def write_federation(root: Path, *, share_words: bool, share_rows: bool) -> Fede
             overrides=["corpus.kind=image_folder", path],
         )
         run = Run(runs[name])
-        write_clusters(run, CLUSTERS_OF[name], name)
-        for k in CLUSTERS_OF[name]:
-            write_expert(run, k, k)
+        write_clusters(run, clusters_of[name], name)
+        for k in clusters_of[name]:
+            write_expert(run, k, crc32(f"{name} {k}".encode()))
         submissions[name] = Folder(root / f"{name}-submission")
         flags = {"share_words": share_words, "share_rows": share_rows}
         submit(runs[name], identity, submissions[name], **flags)

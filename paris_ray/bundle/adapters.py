@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -13,7 +14,13 @@ from paris_ray.config import ExpertConfig
 from paris_ray.errors import BundleError, ReceiptError
 from paris_ray.models import Expert
 from paris_ray.models.lora import Adapter, attach, merge
-from paris_ray.models.peft_layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS, LORA, load_adapter
+from paris_ray.models.peft_layout import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    EXPERT_DIGEST,
+    LORA,
+    load_adapter,
+)
 from paris_ray.receipts import ADAPTER_ID, RECEIPT, Receipt, file_sha256
 
 
@@ -58,7 +65,7 @@ def read_lora(
         path: Path or URI of what `jobs.train_lora` made, or of any folder in PEFT's layout.
         experts: The architectures of the bundle's experts.
         expert_digest: The SHA-256 of an expert's weights, by its number.
-        expert: Which of them it is for; None: the one that its receipt or manifest names.
+        expert: Which of them it is for; None: the one whose weights its receipt or manifest names.
         merged: See `LoRA`.
         receipt_key: Whose receipts are believed, for an adapter that was bought; else None.
 
@@ -73,23 +80,55 @@ def read_lora(
     if folder.is_local:
         check_links(folder)
     receipt = _read_receipt(folder, receipt_key)
-    if receipt is not None and expert is None:
-        expert = receipt.expert
+    told, weights = None, None
     if folder.exists(MANIFEST):
         manifest = read_manifest(folder, LORA)
-        digests = manifest.files
-        expert = manifest.facts.get("expert") if expert is None else expert
+        digests, facts = manifest.files, manifest.facts
+        told, weights = facts.get("expert"), facts.get(EXPERT_DIGEST)
+    if receipt is not None:
+        told, weights = receipt.expert, receipt.base_digest
+    if expert is None:
+        expert = _expert_of(folder, told, weights, len(experts), expert_digest)
     if type(expert) is not int or not 0 <= expert < len(experts):
         raise BundleError(
             f"{folder.uri}: expert={expert!r} is not allowed: the number of the expert that it was "
             f"trained for, 0 to {len(experts) - 1}"
         )
     if receipt is not None:
-        receipt.require_base(expert, expert_digest(expert))
+        receipt.require_base(expert_digest(expert), f"expert {expert} here")
     with torch.device("meta"):
         model = Expert(experts[expert])
     adapter = load_adapter(VerifiedFolder(folder, digests), model)
     return LoRA(expert, adapter.requires_grad_(False), merged)
+
+
+def _expert_of(
+    folder: Folder, told: Any, weights: object, count: int, expert_digest: Callable[[int], str]
+) -> Any:
+    """Return the number of the expert that an adapter was trained on.
+
+    Numbers change when another expert leaves a bundle, the digest of its weights does not. It is
+    looked for where it was at first: digests that nobody published take reading the file.
+
+    Args:
+        folder: The adapter's.
+        told: The expert's number at that time.
+        weights: SHA-256 of its weights; None in manifests of before it was noted.
+        count: Number of experts of the bundle.
+        expert_digest: The SHA-256 of an expert's weights, by its number.
+
+    Raises:
+        BundleError: if the bundle does not have the expert.
+    """
+    if weights is None:
+        return told
+    for number in sorted(range(count), key=lambda number: number != told):
+        if expert_digest(number) == weights:
+            return number
+    raise BundleError(
+        f"{folder.uri}: expert {told}, with the weights {weights!r:.80}, which it was trained on, "
+        "is not in this bundle: name as `expert` the one that is to draw with it all the same"
+    )
 
 
 def _read_receipt(folder: Folder, receipt_key: str | None) -> Receipt | None:

@@ -20,6 +20,7 @@ from paris_ray.errors import BundleError, ConfigError
 from paris_ray.models.lora import Adapter, LowRankUpdate, find_targets
 
 LORA = "lora"  # the kind of artefact that `jobs.train_lora` publishes
+EXPERT_DIGEST = "expert_sha256"  # of the weights that it was trained on, among its facts
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 PICKLED_WEIGHTS = "adapter_model.bin"

@@ -33,7 +33,7 @@ from paris_ray.encoders.clip import TEXT_ENCODER, TOKENIZER
 from paris_ray.errors import ArtifactError, ConfigError, CorpusError
 from paris_ray.models import Expert
 from paris_ray.models.lora import find_targets
-from paris_ray.models.peft_layout import LORA
+from paris_ray.models.peft_layout import EXPERT_DIGEST, LORA
 from paris_ray.pipeline.lora_data import embed_pictures
 from paris_ray.pipeline.placement import on_reserved_device, placed
 from paris_ray.pipeline.progress import ProgressFile, Task, follow
@@ -186,7 +186,8 @@ def train_one_lora(
     output.write("samples.png", grid.draw(adapted))
     output.write("samples_without_lora.png", grid.draw(frozen))
     last_metrics = json.loads(output.read(METRICS).splitlines()[-1])
-    return {"expert": expert, **embeddings.facts, **last_metrics}
+    trained_on = {"expert": expert, EXPERT_DIGEST: bundle.weights_digest(f"expert_{expert}")}
+    return {**trained_on, **embeddings.facts, **last_metrics}
 
 
 def _setup(run: LoRARun, bundle: Bundle, output: Folder) -> Config:

@@ -25,7 +25,12 @@ from paris_ray.config import load_lora
 from paris_ray.embeddings import column_names, read_table
 from paris_ray.errors import ArtifactError, ConfigError, CorpusError
 from paris_ray.models.lora import attach
-from paris_ray.models.peft_layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS, load_adapter
+from paris_ray.models.peft_layout import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    EXPERT_DIGEST,
+    load_adapter,
+)
 
 pytestmark = pytest.mark.ray
 
@@ -100,6 +105,7 @@ def test_it_is_an_artefact_that_tells_what_it_was_made_of(
 ) -> None:
     manifest = read_manifest(trained, "lora")
     assert manifest.facts["expert"] == EXPERT
+    assert manifest.facts[EXPERT_DIGEST] == tiny_bundle.weights_digest(f"expert_{EXPERT}")
     assert manifest.facts["rows"] == NUM_PICTURES
     assert manifest.facts["quarantined"] == {"truncated_image": 1}
     assert manifest.parents.keys() == {

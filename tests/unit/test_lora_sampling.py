@@ -16,7 +16,12 @@ from paris_ray.bundle import Bundle, load_bundle
 from paris_ray.config import LoRAConfig
 from paris_ray.errors import ArtifactError, BundleError, ConfigError, ParisError
 from paris_ray.models.lora import Adapter
-from paris_ray.models.peft_layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS, save_adapter
+from paris_ray.models.peft_layout import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    EXPERT_DIGEST,
+    save_adapter,
+)
 from paris_ray.sampling import generate
 from paris_ray.sampling.calls import ExpertCall
 from paris_ray.sampling.local import LocalModels
@@ -151,6 +156,26 @@ def test_the_manifest_tells_the_expert(release: Bundle, lora_path: Path) -> None
     (lora_path / ADAPTER_CONFIG).write_text("{}")
     with pytest.raises(ArtifactError, match=f"{ADAPTER_CONFIG} does not have the digest"):
         release.add_lora("changed", str(lora_path))
+
+
+@pytest.mark.parametrize("number", [1, 2, 7])
+def test_its_expert_is_known_by_its_weights(release: Bundle, lora_path: Path, number: int) -> None:
+    """Its number changes when another expert leaves the bundle."""
+    facts = {"expert": number, EXPERT_DIGEST: release.weights_digest("expert_2")}
+    publish(Folder(lora_path), "lora", config_digest="", parents={}, facts=facts)
+    release.add_lora("mine", str(lora_path))
+    assert release.loras == {"mine": 2}
+
+
+def test_an_adapter_whose_expert_has_left_must_be_given_one(
+    release: Bundle, lora_path: Path
+) -> None:
+    facts = {"expert": 1, EXPERT_DIGEST: "9" * 64}
+    publish(Folder(lora_path), "lora", config_digest="", parents={}, facts=facts)
+    with pytest.raises(BundleError, match=rf"^{lora_path}: expert 1, with the weights '9+', which"):
+        release.add_lora("mine", str(lora_path))
+    release.add_lora("mine", str(lora_path), expert=1)
+    assert release.loras == {"mine": 1}
 
 
 @pytest.mark.parametrize("expert", [None, 3, -1, True, "1"])

@@ -66,6 +66,20 @@ def test_one_bundle_of_two_sites_draws(federation: Federation, tmp_path: Path) -
     assert parents.keys() == {FEDERATION, "site east", "site west"}
 
 
+def test_of_two_experts_of_a_cluster_the_first_sites_counts_if_it_was_said(tmp_path: Path) -> None:
+    both = write_federation(
+        tmp_path,
+        share_words=False,
+        share_rows=False,
+        clusters_of={"east": [0, 1], "west": [1, 2]},
+        first_site_wins=True,
+    )
+    bundle = assembled(both, tmp_path / "assembled")
+    found = bundle.parts["expert_1"].read(EXPERT_WEIGHTS)
+    of = {name: Run(config).expert(1).read(EXPERT_WEIGHTS) for name, config in both.runs.items()}
+    assert found == of["east"] != of["west"]
+
+
 def test_the_router_follows_from_statistics_of_sites_that_have_other_clusters(
     federation: Federation, tmp_path: Path
 ) -> None:

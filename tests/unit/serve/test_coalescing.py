@@ -1,7 +1,7 @@
 """Questions that came while others were answered are answered together; nobody pays for others."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -14,10 +14,12 @@ BAD = 13
 class Double:
     """Doubles numbers, each batch when it is allowed to; one number cannot be doubled."""
 
-    def __init__(self, most: int = 100) -> None:
+    def __init__(
+        self, most: int = 100, client: Callable[[int], str] = lambda number: "somebody"
+    ) -> None:
         self.batches: list[list[int]] = []
         self.allowed = asyncio.Semaphore(0)
-        self.asked = Coalescer(self._answer, size=lambda number: number, most=most)
+        self.asked = Coalescer(self._answer, size=lambda number: number, most=most, client=client)
 
     async def _answer(self, numbers: Sequence[int]) -> list[int]:
         self.batches.append(list(numbers))
@@ -71,6 +73,17 @@ def test_a_batch_is_bounded_and_what_is_larger_is_alone() -> None:
         double.allow()
         assert await all_of(double.ask(3, 3, 3, 9, 1)) == [6, 6, 6, 18, 2]
         assert double.batches == [[3, 3], [3], [9], [1]]
+
+    asyncio.run(ask())
+
+
+def test_clients_have_fair_shares_whoever_came_first() -> None:
+    async def ask() -> None:
+        double = Double(most=4, client=lambda number: str(number % 2))
+        double.allow()
+        tasks = double.ask(2, 2, 2, 2, 1, 1, 1)
+        await all_of(tasks)
+        assert double.batches == [[2, 1, 1], [2, 1], [2, 2]]
 
     asyncio.run(ask())
 

@@ -1,7 +1,7 @@
 """Adapters (LoRA) that single experts of a bundle can be asked to draw with."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,15 +80,12 @@ def read_lora(
     if folder.is_local:
         check_links(folder)
     receipt = _read_receipt(folder, receipt_key)
-    told, weights = None, None
+    facts: Mapping[str, Any] = {}
     if folder.exists(MANIFEST):
         manifest = read_manifest(folder, LORA)
         digests, facts = manifest.files, manifest.facts
-        told, weights = facts.get("expert"), facts.get(EXPERT_DIGEST)
-    if receipt is not None:
-        told, weights = receipt.expert, receipt.base_digest
     if expert is None:
-        expert = _expert_of(folder, told, weights, len(experts), expert_digest)
+        expert = _trained_on(folder, receipt, facts, len(experts), expert_digest)
     if type(expert) is not int or not 0 <= expert < len(experts):
         raise BundleError(
             f"{folder.uri}: expert={expert!r} is not allowed: the number of the expert that it was "
@@ -102,8 +99,12 @@ def read_lora(
     return LoRA(expert, adapter.requires_grad_(False), merged)
 
 
-def _expert_of(
-    folder: Folder, told: Any, weights: object, count: int, expert_digest: Callable[[int], str]
+def _trained_on(
+    folder: Folder,
+    receipt: Receipt | None,
+    facts: Mapping[str, Any],
+    count: int,
+    expert_digest: Callable[[int], str],
 ) -> Any:
     """Return the number of the expert that an adapter was trained on.
 
@@ -112,19 +113,24 @@ def _expert_of(
 
     Args:
         folder: The adapter's.
-        told: The expert's number at that time.
-        weights: SHA-256 of its weights; None in manifests of before it was noted.
+        receipt: Of an adapter that was bought; else None.
+        facts: Of its manifest: before digests were noted, the number alone.
         count: Number of experts of the bundle.
         expert_digest: The SHA-256 of an expert's weights, by its number.
 
     Raises:
-        BundleError: if the bundle does not have the expert.
+        BundleError: if the bundle does not have the expert that the manifest names.
     """
+    told, weights = facts.get("expert"), facts.get(EXPERT_DIGEST)
+    if receipt is not None:
+        told, weights = receipt.expert, receipt.base_digest
     if weights is None:
         return told
     for number in sorted(range(count), key=lambda number: number != told):
         if expert_digest(number) == weights:
             return number
+    if receipt is not None:
+        return told  # whose weights the receipt does not allow
     raise BundleError(
         f"{folder.uri}: expert {told}, with the weights {weights!r:.80}, which it was trained on, "
         "is not in this bundle: name as `expert` the one that is to draw with it all the same"

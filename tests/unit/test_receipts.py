@@ -450,7 +450,7 @@ def test_swapped_weights_are_refused(bundle: Bundle, buy: Buy) -> None:
 
 
 def test_the_receipts_expert_must_exist(bundle: Bundle, buy: Buy) -> None:
-    path, _ = buy(expert=7)
+    path, _ = buy(expert=7, base_digest="9" * 64)
     with pytest.raises(BundleError, match=r"expert=7 is not allowed"):
         add(bundle, path)
 

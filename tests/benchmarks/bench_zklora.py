@@ -233,11 +233,10 @@ BACKEND_STEPS = ("commit", "prove", "verify")
 
 def bench_ezkl(options: Any) -> str:
     """Return what EZKL takes for the same module: as it comes, and made to prove our statement."""
-    from paris_ray.zklora.backend import ZeroKnowledgeBackend
-    from paris_ray.zklora.ezkl_backend import BindingEzkl
+    from ezkl_backend import BindingEzkl
 
     shape = QUICK_SHAPE if options.quick else EZKL_SHAPE
-    measured = {"ours": _measure_backend(ZeroKnowledgeBackend(), shape, REPEATS)}
+    measured = {"ours": _measure_backend(zklora, shape, REPEATS)}
     with tempfile.TemporaryDirectory() as folder:
         try:
             ezkl = BindingEzkl(Path(folder))

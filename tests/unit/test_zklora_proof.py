@@ -128,6 +128,16 @@ def test_wide_modules_are_folded() -> None:
     refuse((commitment, x, y, CONTEXT, proof))
 
 
+def test_a_module_is_proved_whose_size_alone_would_not_keep_outputs_in_int64() -> None:
+    """d_in r > 2^18: that this module's outputs fit is known from its weights."""
+    module = module_of(0, 1100, 240, 2)
+    commitment, opening = commit(module)
+    open_commitment(commitment, opening)
+    x = rows_of(0, 2, 1100)
+    y = evaluate(module, x)
+    verify(commitment, x, y, CONTEXT, prove(opening, x, y, CONTEXT))
+
+
 def test_modules_of_two_contributors_are_verified_together() -> None:
     module = module_of(3, 5, 1, 20)
     commitment, opening = commit(module)
@@ -457,12 +467,12 @@ def test_commitments_with_other_dimensions_are_refused() -> None:
 
 
 def test_a_commitment_of_too_large_dimensions_is_refused() -> None:
-    d_in, points = 2**17 + 1, (encode(BLINDING),) * 2
+    d_in, points = 2**18 + 1, (encode(BLINDING),) * 2
     commitment = ModuleCommitment(d_in, 2, 1, points, points)
     x, y = np.zeros((1, d_in), np.int16), np.zeros((1, 1), np.int64)
     rounds, remainder = folding.folding_shape(d_in)
     proof = bytes(48 * (8 + 2 * rounds) + 32 * (2 + 2 * 2 + 5 + 2 + remainder))
-    refuse((commitment, x, y, CONTEXT, proof), r"d_in \* r at most 262144")
+    refuse((commitment, x, y, CONTEXT, proof), "widths at most 262144")
 
 
 # Batches

@@ -330,7 +330,8 @@ def _digest(rows: Int16 | Int64, dtype: str) -> bytes:
 def _random_form(x: Int16, y: Int64, oracle: Oracle) -> _Form:
     alpha = powers(oracle.challenge("alpha"), len(x))
     beta = powers(oracle.challenge("beta"), y.shape[1])
-    return _Form(combine(alpha, x), beta, dot(combine(alpha, y), beta))
+    # Y beta first: it has a number a row, alpha^T Y would have one for every output.
+    return _Form(combine(alpha, x), beta, dot(combine(beta, y.T), alpha))
 
 
 def _challenge(oracle: Oracle, name: str, *messages: bytes) -> int:

@@ -28,7 +28,7 @@ from paris_ray.zklora.curve import (
     generators,
 )
 from paris_ray.zklora.fiat_shamir import FiatShamir, Oracle
-from paris_ray.zklora.field import ORDER, dot, padded, plus, powers
+from paris_ray.zklora.field import ORDER, combine, dot, padded, plus, powers
 from paris_ray.zklora.fixed_point import QuantisedModule, evaluate, quantise
 from paris_ray.zklora.proof import (
     Claim,
@@ -777,7 +777,7 @@ def compressed(point: tuple[object, object, object]) -> bytes:
 
 def test_generators_are_those_of_another_library() -> None:
     named = {"blinding": BLINDING, "value": VALUE, "form": FORM}
-    last = curve.CACHED_GENERATORS
+    last = curve.BLOCK
     points = generators(last + 1)
     named |= {f"generator {i}": points[i] for i in (0, 1, last - 1, last)}
     for name, point in named.items():
@@ -804,8 +804,13 @@ def test_commitments_to_small_integers_are_those_of_another_library() -> None:
 
 
 def test_multiplications_need_as_many_scalars_as_points() -> None:
-    with pytest.raises(AssertionError):
-        curve.multiply(generators(3), [1, 2])
+    for points, scalars in ((3, [1, 2]), (2, [1, 2, 3])):
+        with pytest.raises(ValueError, match=f"{points} points, {len(scalars)} scalars"):
+            curve.multiply(generators(points), scalars)
+    with pytest.raises(ValueError, match="no inner product"):
+        dot([1], [1, 2])
+    with pytest.raises(ValueError, match="2 coefficients, 3 rows"):
+        combine([1, 2], np.zeros((3, 1), np.int16))
 
 
 def test_scalars_outside_of_the_field_are_refused_by_multiplications() -> None:
@@ -817,28 +822,39 @@ def test_scalars_outside_of_the_field_are_refused_by_multiplications() -> None:
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    return curve._cache_file()
+    return curve._block_file(0)
 
 
 def test_generators_come_from_their_file_only_if_its_digest_is_right(cache: Path) -> None:
-    expected = list(map(encode, generators(curve.CACHED_GENERATORS + 2)))
-    assert curve._read_cache() is None
-    fresh = curve._Generators()
-    assert list(map(encode, fresh.first(3))) == expected[:3]
+    expected = list(map(encode, generators(3)))
+    assert curve._read_block(0) is None
+    assert list(map(encode, curve._Generators().first(3))) == expected
     data = cache.read_bytes()
     assert [path.name for path in cache.parent.iterdir()] == [cache.name]
-    assert len(data) == 96 * curve.CACHED_GENERATORS
-    assert hashlib.sha256(data).hexdigest() == curve.CACHE_DIGEST
-    again = curve._Generators()
-    assert list(map(encode, again.first(curve.CACHED_GENERATORS + 2))) == expected
+    assert len(data) == 96 * curve.BLOCK
+    assert hashlib.sha256(data).hexdigest() == curve.BLOCK_DIGESTS[0]
 
     flipped = data[:100] + bytes([data[100] ^ 1]) + data[101:]
     swapped = data[96:192] + data[:96] + data[192:]
     for damaged in (flipped, swapped, data[:-96], data + data[:96], b""):
         cache.write_bytes(damaged)
-        assert curve._read_cache() is None
-    assert list(map(encode, curve._Generators().first(3))) == expected[:3]
+        assert curve._read_block(0) is None
+    assert list(map(encode, curve._Generators().first(3))) == expected
     assert cache.read_bytes() == data  # repaired
+
+
+def test_more_generators_are_in_more_files_and_the_last_ones_in_none(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    last = curve.BLOCK + 1
+    expected = list(map(encode, generators(last)))
+    assert list(map(encode, curve._Generators().first(last))) == expected
+    files = {path: path.read_bytes() for path in cache.parent.iterdir()}
+    assert files.keys() == {cache, curve._block_file(1)}
+    again = curve._Generators()
+    assert list(map(encode, again.first(last))) == expected
+    monkeypatch.setattr(curve, "BLOCK_DIGESTS", curve.BLOCK_DIGESTS[:1])
+    assert list(map(encode, curve._Generators().first(last))) == expected
 
 
 def test_generators_do_not_need_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

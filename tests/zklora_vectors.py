@@ -206,7 +206,7 @@ def change_points(changed: Changed) -> None:
 
 
 def change_scalars(changed: Changed) -> None:
-    for name in changed.scalars[:20] + changed.scalars[-2:]:
+    for name in dict.fromkeys([*changed.scalars[:16], *changed.scalars[-2:]]):
         changed.scalar(name, "one more", "equation", lambda value: (value + 1) % ORDER)
         changed.scalar(name, "not reduced", "scalar", lambda value: value + ORDER)
     changed.scalar("la", "of the other sign", "equation", lambda value: ORDER - value)

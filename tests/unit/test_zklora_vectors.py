@@ -1,6 +1,7 @@
 """Two verifiers that share no code judge every vector alike, and as the vector says."""
 
 import hashlib
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,8 @@ def test_there_are_enough_and_every_refused_one_has_an_accepted_base() -> None:
     assert {vector["verdict"] for vector in refused} == STAGES.keys()
     assert {vector["base"] for vector in refused} <= accepted
     assert all(vector["reason"] for vector in refused)
+    written = json.loads(zklora_vectors.VECTORS.read_text())["vectors"]
+    assert len(written) == len(VECTORS)  # no name twice
 
 
 def test_the_generators_of_the_file_are_hashed_to_the_curve_by_a_third_library() -> None:

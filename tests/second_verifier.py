@@ -24,7 +24,7 @@ Q = 0x73EDA753299D7D483339D80809A1D80553BDA402FFFE5BFEFFFFFFFF00000001
 POINT_BYTES, SCALAR_BYTES = 48, 32
 COMPRESSED, INFINITY, LARGER_Y = 0x80, 0x40, 0x20
 
-LABEL = b"paris_ray zklora proof 1"
+LABEL = b"paris_ray zklora proof 2"
 LONGEST_REMAINDER = 128
 INT16, INT64 = 2**15, 2**63
 
@@ -157,20 +157,20 @@ class Proof:
         while self.remainder > LONGEST_REMAINDER:
             rounds += 1
             self.remainder = -(-width // 2**rounds)
-        size = (8 + 2 * rounds) * POINT_BYTES + (2 * r + 9 + self.remainder) * SCALAR_BYTES
+        start = (9 + 2 * rounds) * POINT_BYTES
+        size = start + (2 * r + 8 + self.remainder) * SCALAR_BYTES
         refuse_unless(len(data) == size, "length")
-        start = (8 + 2 * rounds) * POINT_BYTES
         points = cut(data[:start], POINT_BYTES)
-        self.first, self.announced = points[:2], points[2:8]
-        self.folds = list(zip(points[8::2], points[9::2], strict=True))
+        self.first, self.crossed, self.announced = points[:2], points[2], points[3:9]
+        self.folds = list(zip(points[9::2], points[10::2], strict=True))
         scalars = cut(data[start:], SCALAR_BYTES)
-        self.forms, self.responses = scalars[:2], scalars[2 : 2 * r + 9]
+        self.encoded_lacking, self.responses = scalars[0], scalars[1 : 2 * r + 8]
         values = [int.from_bytes(scalar, "little") for scalar in scalars]
         refuse_unless(all(value < Q for value in values), "scalar")
-        self.la, self.lb, values = values[0], values[1], values[2:]
+        self.lacking, values = values[0], values[1:]
         self.zu, self.zv, values = values[:r], values[r : 2 * r], values[2 * r :]
-        self.z1, self.z2, self.z3, self.z4, self.z5, self.ca, self.cb = values[:7]
-        self.z = values[7:]
+        self.zp, self.z = values[:2], values[7:]
+        self.z1, self.z2, self.z3, self.z4, self.z5 = values[2:7]
 
 
 def cut(data: bytes, size: int) -> list[bytes]:
@@ -208,10 +208,12 @@ class Challenges:
         self.beta = powers(said.challenge(b"beta"), claim["d_out"])
         said.say(b"before gamma", *proof.first)
         self.gamma = powers(said.challenge(b"gamma"), claim["r"])
-        said.say(b"before e", *proof.announced, *proof.forms)
+        said.say(b"before xi", proof.crossed)
+        self.xi, self.mu = said.challenge(b"xi"), said.challenge(b"mu")
+        said.say(b"before e", *proof.announced, proof.encoded_lacking)
         self.e = said.challenge(b"e")
-        said.say(b"responses", *proof.responses)
-        self.xi, self.mu, self.chi = map(said.challenge, (b"xi", b"mu", b"chi"))
+        said.say(b"before chi", *proof.responses)
+        self.chi = said.challenge(b"chi")
         self.rounds = []
         for number, fold in enumerate(proof.folds):
             said.say(b"round %d" % number, *fold)
@@ -229,30 +231,30 @@ def verify(claim: dict, generators: dict[str, list[bytes]]) -> None:
     proof = Proof(bytes.fromhex(claim["proof"]), r, width)
     refuse_unless(len(claim["a"]) == len(claim["b"]) == r, "statement")
     columns, rows = ([decode(bytes.fromhex(point)) for point in claim[name]] for name in "ab")
-    u, v = map(decode, proof.first)
-    ra, rb, rs, rt, m0, m1 = map(decode, proof.announced)
+    u, v, crossed = map(decode, (*proof.first, proof.crossed))
+    rc, rs, rt, rp, m0, m1 = map(decode, proof.announced)
     ch = Challenges(claim, proof)
     e = ch.e
     bases = [decode(point) for point in generators["G"]]
     h, g, q = (decode(generators[name][0]) for name in ("H", "g", "Q"))
 
-    # (1), (2) and (3)
+    # (1) to (4)
     x = [dot(ch.alpha, list(column)) for column in zip(*claim["x"], strict=True)]
     y = dot(ch.alpha, [dot(ch.beta, row) for row in claim["y"]])
     claims = [
-        (([*proof.zu, proof.z3], [*bases[:r], h]), ([1, e], [rs, u])),
-        (([*proof.zv, proof.z4], [*bases[:r], h]), ([1, e], [rt, v])),
+        (([*proof.zu, proof.z2], [*bases[:r], h]), ([1, e], [rs, u])),
+        (([*proof.zv, proof.z3], [*bases[:r], h]), ([1, e], [rt, v])),
+        (([*proof.zp, proof.z4], [*bases[:2], h]), ([1, e], [rp, crossed])),
         (([dot(proof.zu, proof.zv), proof.z5], [g, h]), ([1, e, e * e * y], [m0, m1, g])),
     ]
     for left, right in claims:
         refuse_unless(equal(combination(*left), combination(*right)), "equation")
 
-    # (4): what is folded, and then the folding
+    # (5): what is folded, and then the folding
     pa, pb = combination(ch.gamma, columns), combination(ch.gamma, rows)
-    va, vb = proof.la + dot(ch.gamma, proof.zu), proof.lb + dot(ch.gamma, proof.zv)
-    value = va + ch.xi * proof.ca + ch.mu * (proof.cb + ch.xi * vb)
-    scalars = [1, e, ch.xi, ch.xi * e, -proof.z1 - ch.xi * proof.z2, ch.chi * value]
-    claimed = combination(scalars, [ra, pa, rb, pb, h, q])
+    value = proof.lacking + dot(ch.gamma, proof.zu) + ch.xi * proof.zp[0]
+    value += ch.mu * (proof.zp[1] + ch.xi * dot(ch.gamma, proof.zv))
+    claimed = combination([1, e, ch.xi * e, -proof.z1, ch.chi * value], [rc, pa, pb, h, q])
     n = proof.remainder << len(proof.folds)
     both = zip(padded(x, n), padded(ch.beta, n), strict=True)
     form, bases = [ch.chi * (a + ch.mu * b) % Q for a, b in both], bases[:n]

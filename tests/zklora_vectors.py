@@ -123,12 +123,12 @@ class Changed:
         self.base, self._vectors = base, vectors
         self.proof = bytes.fromhex(base["proof"])
         self.rounds = folding_shape(max(base["d_in"], base["d_out"]))[0]
-        self.num_points = 8 + 2 * self.rounds
+        self.num_points = len(POINT_NAMES) + 2 * self.rounds
         folds = [f"{side} of round {k}" for k in range(self.rounds) for side in "LR"]
         self.points = [*POINT_NAMES, *folds]
         r, start = base["r"], self.num_points * POINT
         numbered = [f"{name}[{k}]" for name in ("zu", "zv") for k in range(r)]
-        fixed = ["la", "lb", *numbered, "z1", "z2", "z3", "z4", "z5", "ca", "cb"]
+        fixed = ["l", *numbered, "zp[0]", "zp[1]", "z1", "z2", "z3", "z4", "z5"]
         last = (len(self.proof) - start) // SCALAR_BYTES - len(fixed)
         self.scalars = [*fixed, *(f"z[{i}]" for i in range(last))]
 
@@ -200,7 +200,7 @@ def change_points(changed: Changed) -> None:
         changed.point(name, "moved by H", "equation", lambda data: moved(data, curve.BLINDING))
         changed.point(name, "moved out of the group", "point", lambda data: moved(data, SMALL))
     for what, data in NO_POINTS.items():
-        changed.point("Ra", what, "point", lambda _, data=data: data)
+        changed.point("Rc", what, "point", lambda _, data=data: data)
     for one, other in zip(changed.points, changed.points[1:], strict=False):
         changed.swapped(one, other)
 
@@ -209,10 +209,10 @@ def change_scalars(changed: Changed) -> None:
     for name in dict.fromkeys([*changed.scalars[:16], *changed.scalars[-2:]]):
         changed.scalar(name, "one more", "equation", lambda value: (value + 1) % ORDER)
         changed.scalar(name, "not reduced", "scalar", lambda value: value + ORDER)
-    changed.scalar("la", "of the other sign", "equation", lambda value: ORDER - value)
+    changed.scalar("l", "of the other sign", "equation", lambda value: ORDER - value)
     changed.scalar("zu[0]", "the order", "scalar", lambda _: ORDER)
     changed.scalar("z[0]", "all ones", "scalar", lambda _: 2**256 - 1)
-    for one, other in (("la", "lb"), ("zu[0]", "zv[0]"), ("z1", "z2"), ("ca", "cb")):
+    for one, other in (("zu[0]", "zu[1]"), ("zu[0]", "zv[0]"), ("zp[0]", "zp[1]"), ("z1", "z2")):
         changed.swapped(one, other)
 
 
@@ -298,8 +298,9 @@ def dishonest_proofs(changed: Changed, opening: ModuleOpening, other: QuantisedM
     """Proofs by provers who follow the protocol but for one thing."""
     x, y = np.array(changed.base["x"], np.int16), np.array(changed.base["y"], np.int64)
     context = bytes.fromhex(changed.base["context"])
-    names = ["context", "sizes", "commitment", "rows", "before gamma", "before e", "responses"]
-    for name in [*names, *(f"round {k}" for k in range(changed.rounds))]:
+    statement = ["context", "sizes", "commitment", "rows"]
+    messages = [f"before {challenge}" for challenge in ("gamma", "xi", "e", "chi")]
+    for name in [*statement, *messages, *(f"round {k}" for k in range(changed.rounds))]:
         with mock.patch.object(Forgetful, "forgotten", name):
             proof = _prove(opening, x, y, start_forgetful(opening.commitment, x, y, context))
         reason = f"its challenges do not depend on: {name}"

@@ -296,5 +296,6 @@ def verdict(claim: dict, generators: dict[str, list[bytes]]) -> str:
 if __name__ == "__main__":
     points, vectors = load(Path(sys.argv[1]))
     wrong = [vector["name"] for vector in vectors if verdict(vector, points) != vector["verdict"]]
-    print(f"{len(vectors)} vectors, of which {len(wrong)} are judged otherwise: {wrong}")
+    refused = sum(vector["verdict"] != "accept" for vector in vectors)
+    print(f"{len(vectors)} vectors, {refused} of them refused; judged otherwise: {wrong}")
     sys.exit(bool(wrong))

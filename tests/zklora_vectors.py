@@ -14,6 +14,7 @@ scalar (canonical), point (canonical, in the group), equation.
 import hashlib
 import json
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -192,16 +193,16 @@ def negated(point: bytes) -> bytes:
     return curve.encode(-curve.decode(point, "a vector"))
 
 
-def change_points(changed: Changed) -> None:
+def change_points(changed: Changed, names: list[str]) -> None:
     infinity = curve.encode(curve.G1Point.identity())
-    for name in changed.points:
+    for name in names:
         changed.point(name, "the neutral element", "equation", lambda _: infinity)
         changed.point(name, "of the other sign", "equation", negated)
         changed.point(name, "moved by H", "equation", lambda data: moved(data, curve.BLINDING))
         changed.point(name, "moved out of the group", "point", lambda data: moved(data, SMALL))
     for what, data in NO_POINTS.items():
-        changed.point("Rc", what, "point", lambda _, data=data: data)
-    for one, other in zip(changed.points, changed.points[1:], strict=False):
+        changed.point(names[-1], what, "point", lambda _, data=data: data)
+    for one, other in pairwise(names):
         changed.swapped(one, other)
 
 
@@ -331,11 +332,11 @@ def make() -> str:
         vectors = [vector for _, vector in proved.values()]
         plain, folded = (Changed(proved[name][1], vectors) for name in ("plain", "one round"))
         change_lengths(plain)
-        change_points(plain)
+        change_points(plain, plain.points)
         change_scalars(plain)
         change_rows(plain)
         change_statement(plain, proved["another module"][1])
-        change_points(folded)
+        change_points(folded, folded.points[-3:])  # before the folding, and of it
         change_lengths(folded)
         for changed in (plain, folded):
             opening = proved[changed.base["name"]][0]

@@ -189,7 +189,7 @@ def prove(opening: ModuleOpening, x: Int16, y: Int64, context: bytes) -> bytes:
         context: What else the proof is bound to: session, base model, transcript.
 
     Returns:
-        4 to 12 kB at usual widths and ranks, whatever the number of rows.
+        4 to 12 kB at ranks to 128, 21 kB at 256, whatever the number of rows.
 
     Raises:
         ParisError: if `x` or `y` have other types or shapes, there is no row, or `y` is wrong.

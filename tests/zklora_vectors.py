@@ -300,7 +300,9 @@ def dishonest_proofs(changed: Changed, opening: ModuleOpening, other: QuantisedM
     x, y = np.array(changed.base["x"], np.int16), np.array(changed.base["y"], np.int64)
     context = bytes.fromhex(changed.base["context"])
     statement = ["context", "sizes", "commitment", "rows"]
-    messages = [f"before {challenge}" for challenge in ("gamma", "xi", "e", "chi")]
+    # An honest vector that is sent whole fits every chi; one that is folded is folded with it.
+    last = ["chi"] if changed.rounds else []
+    messages = [f"before {challenge}" for challenge in ("gamma", "xi", "e", *last)]
     for name in [*statement, *messages, *(f"round {k}" for k in range(changed.rounds))]:
         with mock.patch.object(Forgetful, "forgotten", name):
             proof = _prove(opening, x, y, start_forgetful(opening.commitment, x, y, context))

@@ -96,9 +96,9 @@ def test_factors_that_add_up_lose_bits_until_outputs_fit(sign: int) -> None:
 
 def test_normal_weights_of_rank_256_at_width_16384_keep_all_bits() -> None:
     rng = np.random.default_rng(0)
-    module = quantise(rng.normal(size=(2**14, 2**8)), rng.normal(size=(2**8, 64)))
+    module = quantise(rng.normal(size=(2**14, 2**8)), rng.normal(size=(2**8, 8)))
     assert min(np.abs(module.a).max(), np.abs(module.b).max()) >= 2**14
-    x = rng.integers(-(2**15), 2**15, (2, 2**14)).astype(np.int16)
+    x = rng.integers(-(2**15), 2**15, (1, 2**14)).astype(np.int16)
     assert (evaluate(module, x) == exact_product(x, module)).all()
 
 
@@ -268,5 +268,5 @@ def test_a_combination_of_no_rows_is_zero() -> None:
 
 
 def test_a_combination_needs_as_many_coefficients_as_rows() -> None:
-    with pytest.raises(AssertionError):
+    with pytest.raises(ValueError, match="2 coefficients, 3 rows"):
         combine([1, 2], np.zeros((3, 1), np.int64))

@@ -28,7 +28,7 @@ from paris_ray.zklora.curve import (
     generators,
 )
 from paris_ray.zklora.fiat_shamir import FiatShamir, Oracle
-from paris_ray.zklora.field import ORDER, combine, dot, padded, plus, powers
+from paris_ray.zklora.field import ORDER, dot, padded, plus, powers
 from paris_ray.zklora.fixed_point import QuantisedModule, evaluate, quantise
 from paris_ray.zklora.proof import (
     Claim,
@@ -812,8 +812,6 @@ def test_multiplications_need_as_many_scalars_as_points() -> None:
             curve.multiply(generators(points), scalars)
     with pytest.raises(ValueError, match="no inner product"):
         dot([1], [1, 2])
-    with pytest.raises(ValueError, match="2 coefficients, 3 rows"):
-        combine([1, 2], np.zeros((3, 1), np.int16))
 
 
 def test_scalars_outside_of_the_field_are_refused_by_multiplications() -> None:

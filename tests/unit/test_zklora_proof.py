@@ -53,7 +53,7 @@ NUM_SCALARS = 1 + 2 * R + 2 + 5 + D_IN  # without rounds of folding
 REFUSED = "the proof of the module does not hold"
 
 # What the first challenge for `golden_statement()` is: another value is another protocol.
-GOLDEN_ALPHA = 0x2666A973FFFFF44ED38CEFE41517571AE3641D44DE9DD878EBE36AEEB43F2C38
+GOLDEN_ALPHA = 0x634C0E5C1ADAFC8618676CC13BC1960408B799BDEA30E66742008750323F3EB2
 
 
 def module_of(seed: int = 0, d_in: int = D_IN, r: int = R, d_out: int = D_OUT) -> QuantisedModule:

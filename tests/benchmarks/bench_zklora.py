@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from ezkl_backend import BindingEzkl
 from sections import write_section
 from zklora_published import LORA_MODULES, OTHER_SYSTEMS
 
@@ -89,10 +90,8 @@ LANGUAGE_GOALS = (
 def make_claim(shape: Shape, seed: int = 0) -> tuple[Any, Any, Any]:
     """Return a random module, and the rows that a session with it had."""
     random = np.random.default_rng(seed)
-    factors = (
-        random.standard_normal(size) for size in ((shape.d_in, shape.r), (shape.r, shape.d_out))
-    )
-    module = zklora.quantise(*factors)
+    a, b = ((shape.d_in, shape.r), (shape.r, shape.d_out))
+    module = zklora.quantise(random.standard_normal(a), random.standard_normal(b))
     x = random.integers(-(2**15), 2**15, (shape.rows, shape.d_in), np.int16)
     return module, x, zklora.evaluate(module, x)
 
@@ -166,8 +165,9 @@ def bench_modules(options: Any) -> str:
         numbers = [f"{cost[name]:.3f}" for name in seconds] + [f"{cost[name]:,}" for name in sizes]
         rows.append([str(shape), *numbers, f"{cost['verifier_bytes'] / 1e6:.0f}"])
     parts = [_table(rows)]
-    for shape, goals in ((GOAL_SHAPE, GOALS), (LANGUAGE_SHAPE, LANGUAGE_GOALS)):
-        cost = figures[QUICK_SHAPE if options.quick else shape]
+    for wanted, goals in ((GOAL_SHAPE, GOALS), (LANGUAGE_SHAPE, LANGUAGE_GOALS)):
+        shape = QUICK_SHAPE if options.quick else wanted
+        cost = figures[shape]
         met = [_goal(what, cost[name] / unit, goal, of) for what, name, goal, unit, of in goals]
         parts.append(f"The goals, for {shape}:\n\n{_table([*GOALS_HEAD, *met])}")
     return "\n\n".join(parts)
@@ -241,8 +241,6 @@ COSTS = ("prove", "verify", "proof_bytes")
 
 def bench_ezkl(options: Any) -> str:
     """Return what EZKL takes for the same module: as it comes, and made to prove our statement."""
-    from ezkl_backend import BindingEzkl
-
     shape = QUICK_SHAPE if options.quick else EZKL_SHAPE
     measured = {"ours": _measure_backend(zklora, shape, REPEATS)}
     with tempfile.TemporaryDirectory() as folder:
@@ -276,8 +274,6 @@ def bench_weights(options: Any) -> str:
     for shape in shapes:
         cost = _measure_backend(zklora, shape, 1)
         rows.append((f"ours: {shape}", num_weights(shape), *map(cost.get, COSTS)))
-    from ezkl_backend import BindingEzkl
-
     with tempfile.TemporaryDirectory() as folder, suppress(ParisError):  # if EZKL is not installed
         ezkl = BindingEzkl(Path(folder))
         _set_up(ezkl, shapes[0])

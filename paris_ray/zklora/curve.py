@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
-from itertools import zip_longest
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 from threading import Lock
@@ -205,12 +204,13 @@ class Equation:
 
     def add_generators(self, scalars: Sequence[int]) -> None:
         """Add terms of the first generators."""
-        pairs = zip_longest(self.generators, scalars, fillvalue=0)
-        self.generators = [(a + b) % ORDER for a, b in pairs]
+        shorter, longer = sorted((self.generators, scalars), key=len)
+        summed = [a + b for a, b in zip(shorter, longer, strict=False)]
+        self.generators = [*summed, *longer[len(shorter) :]]
 
     def merge(self, other: "Equation", factor: int = 1) -> None:
         """Add another equation, `factor` times."""
-        self.add_generators([factor * scalar for scalar in other.generators])
+        self.add_generators([factor * scalar % ORDER for scalar in other.generators])
         self.blinding += factor * other.blinding
         self.value += factor * other.value
         self.form += factor * other.form
@@ -221,8 +221,9 @@ class Equation:
         """Return whether the sum is zero: one multi-scalar multiplication."""
         bases = [*generators(len(self.generators)), BLINDING, VALUE, FORM]
         bases += map(G1Point.from_xy_bytes_unchecked_le, self.points)
-        fixed = [self.blinding % ORDER, self.value % ORDER, self.form % ORDER]
-        return multiply(bases, [*self.generators, *fixed, *self.scalars]) == G1Point.identity()
+        fixed = [*self.generators, self.blinding, self.value, self.form]
+        scalars = [*(scalar % ORDER for scalar in fixed), *self.scalars]
+        return multiply(bases, scalars) == G1Point.identity()
 
 
 def check_equations(equations: Mapping[str, Equation], what: str) -> None:

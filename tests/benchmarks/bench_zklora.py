@@ -6,7 +6,7 @@
 With `--write docs/zklora.md` the tables also replace those in the document, between
 `<!-- bench: SECTION -->` and `<!-- end -->`, and the charts are drawn into `images/` beside it.
 Seconds are CPU seconds of one process with one thread, medians where they are short. Weights and
-inputs are random: cost does not depend on them. Nothing is asserted.
+inputs are random: they cost what others do. Nothing is asserted.
 """
 
 import argparse
@@ -284,9 +284,12 @@ def bench_weights(options: Any) -> str:
     lines = [head, ["---"] * len(head)]
     for name, weights, *figures in (*rows, *OTHER_SYSTEMS):
         scaled = [None if cost is None else cost * 1e6 / weights for cost in figures]
-        numbers = ["-" if cost is None else f"{cost:,.3g}" for cost in (*figures, *scaled)]
-        lines.append([name, f"{weights:,}", *numbers])
+        lines.append([name, f"{weights:,}", *map(_rounded, (*figures, *scaled))])
     return _table(lines)
+
+
+def _rounded(cost: float | None) -> str:
+    return "-" if cost is None else f"{cost:,.0f}" if cost >= 100 else f"{cost:.3g}"
 
 
 def _set_up(ezkl: Any, shape: Shape) -> None:

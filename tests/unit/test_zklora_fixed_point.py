@@ -263,6 +263,21 @@ def test_combinations_of_very_many_rows_are_exact(value: int) -> None:
     assert combine([2**256 - 1] * rows, matrix) == [(2**256 - 1) * value * rows % ORDER]
 
 
+@pytest.mark.parametrize("bits", [1, 15, 16, 17, 31, 32, 33, 47, 48, 49, 63])
+def test_transposed_matrices_and_parts_of_others_are_combined_alike(bits: int) -> None:
+    """Whatever the number of limbs, and however the numbers lie in memory."""
+    rng = np.random.default_rng(bits)
+    matrix = rng.integers(-(2 ** (bits - 1)) * 2, 2**bits - 1, (5, 7), endpoint=True)
+    matrix[0, 0], matrix[1, 1] = -(2**bits), 2**bits - 1
+    coefficients = [ORDER - 1, 2**254 + 3, 5, 0, 7, ORDER // 3, 2**100]
+    for rows in (matrix.T, matrix.T.copy(), matrix.T[:, ::2], np.asfortranarray(matrix.T)):
+        expected = [
+            sum(c * int(v) for c, v in zip(coefficients, column, strict=True)) % ORDER
+            for column in rows.T
+        ]
+        assert combine(coefficients, rows) == expected
+
+
 def test_a_combination_of_no_rows_is_zero() -> None:
     assert combine([], np.zeros((0, 3), np.int64)) == [0, 0, 0]
 

@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
-from itertools import zip_longest
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 from threading import Lock
@@ -28,8 +27,13 @@ AFFINE_BYTES = 96
 
 # RFC 9380 hash-to-curve of these strings: no trapdoor, and anyone can recompute them.
 DOMAIN = b"PARIS_RAY-ZKLORA-V1-BLS12381G1_XMD:SHA-256_SSWU_RO_"
-CACHED_GENERATORS = 4608
-CACHE_DIGEST = "5c948f44a65999276e5fea7175f2fc1717c9da1ef9e7193d55f004ab434d7f9d"
+BLOCK = 4608  # generators of a file
+BLOCK_DIGESTS = (  # SHA-256 of the files: enough for modules 18,432 wide
+    "5c948f44a65999276e5fea7175f2fc1717c9da1ef9e7193d55f004ab434d7f9d",
+    "b7efb11785e62dcabec7f2fc1cab45c0471cee57bf7c1c9196cba36535ea8131",
+    "0395b35f740339f2fedd5562f92b82e06f5406d21cefcf5a63655c2d6d437ca9",
+    "9d60ac2c0478d25e03e9a52ee59e31e3dd77268dbec0a990eb1ee6e583e03399",
+)
 WEIGHT_BITS = 128  # of the random weights that fold equations into one: a lie survives at 2^-128
 
 
@@ -43,7 +47,7 @@ FORM = _hash_to_curve("form")  # Q: carries the value of a linear form through t
 
 
 class _Generators:
-    """G_1, G_2, ...: the first few thousand are kept in a file, which saves a second a process."""
+    """G_1, G_2, ...: thousands at a time are kept in files, which saves seconds a process."""
 
     def __init__(self) -> None:
         self._points: list[G1Point] = []
@@ -51,8 +55,9 @@ class _Generators:
 
     def first(self, count: int) -> list[G1Point]:
         with self._lock:
-            if not self._points:
-                self._points = _read_cache() or _fill_cache()
+            while len(self._points) < min(count, BLOCK * len(BLOCK_DIGESTS)):
+                block = len(self._points) // BLOCK
+                self._points += _read_block(block) or _make_block(block)
             for index in range(len(self._points), count):
                 self._points.append(_generator(index))
             return self._points[:count]
@@ -62,27 +67,28 @@ def _generator(index: int) -> G1Point:
     return _hash_to_curve(f"generator {index}")
 
 
-def _cache_file() -> Path:
+def _block_file(block: int) -> Path:
     folder = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(folder) / "paris_ray" / f"zklora-generators-{CACHE_DIGEST[:16]}.bin"
+    return Path(folder) / "paris_ray" / f"zklora-generators-{BLOCK_DIGESTS[block][:16]}.bin"
 
 
-def _read_cache() -> list[G1Point] | None:
+def _read_block(block: int) -> list[G1Point] | None:
     try:
-        data = _cache_file().read_bytes()
+        data = _block_file(block).read_bytes()
     except OSError:
         return None
-    if hashlib.sha256(data).hexdigest() != CACHE_DIGEST:
+    if hashlib.sha256(data).hexdigest() != BLOCK_DIGESTS[block]:
         return None  # half a file, or somebody's: computed anew
     parts = (data[i : i + AFFINE_BYTES] for i in range(0, len(data), AFFINE_BYTES))
     return [G1Point.from_xy_bytes_unchecked_le(part) for part in parts]
 
 
-def _fill_cache() -> list[G1Point]:
-    points = [_generator(index) for index in range(CACHED_GENERATORS)]
+def _make_block(block: int) -> list[G1Point]:
+    points = [_generator(index) for index in range(block * BLOCK, (block + 1) * BLOCK)]
     data = b"".join(point.to_xy_bytes_le() for point in points)
-    assert hashlib.sha256(data).hexdigest() == CACHE_DIGEST, "hash-to-curve differs from RFC 9380"
-    path = _cache_file()
+    if hashlib.sha256(data).hexdigest() != BLOCK_DIGESTS[block]:
+        raise RuntimeError("hash-to-curve differs from RFC 9380")
+    path = _block_file(block)
     with suppress(OSError):  # a read-only home: the next process takes that second again
         path.parent.mkdir(parents=True, exist_ok=True)
         with NamedTemporaryFile(dir=path.parent) as part:
@@ -108,7 +114,8 @@ def random_weight() -> int:
 
 def multiply(points: Sequence[G1Point], scalars: Sequence[int]) -> G1Point:
     """Return the multi-scalar multiplication `sum_i scalars[i] * points[i]`; scalars reduced."""
-    assert len(points) == len(scalars), (len(points), len(scalars))  # the library would truncate
+    if len(points) != len(scalars):  # the library would leave out what is too many
+        raise ValueError(f"{len(points)} points, {len(scalars)} scalars")
     return G1Point.multiexp_unchecked(list(points), _to_library(scalars))
 
 
@@ -197,12 +204,13 @@ class Equation:
 
     def add_generators(self, scalars: Sequence[int]) -> None:
         """Add terms of the first generators."""
-        pairs = zip_longest(self.generators, scalars, fillvalue=0)
-        self.generators = [(a + b) % ORDER for a, b in pairs]
+        shorter, longer = sorted((self.generators, scalars), key=len)
+        summed = [a + b for a, b in zip(shorter, longer, strict=False)]
+        self.generators = [*summed, *longer[len(shorter) :]]
 
     def merge(self, other: "Equation", factor: int = 1) -> None:
         """Add another equation, `factor` times."""
-        self.add_generators([factor * scalar for scalar in other.generators])
+        self.add_generators([factor * scalar % ORDER for scalar in other.generators])
         self.blinding += factor * other.blinding
         self.value += factor * other.value
         self.form += factor * other.form
@@ -213,8 +221,9 @@ class Equation:
         """Return whether the sum is zero: one multi-scalar multiplication."""
         bases = [*generators(len(self.generators)), BLINDING, VALUE, FORM]
         bases += map(G1Point.from_xy_bytes_unchecked_le, self.points)
-        fixed = [self.blinding % ORDER, self.value % ORDER, self.form % ORDER]
-        return multiply(bases, [*self.generators, *fixed, *self.scalars]) == G1Point.identity()
+        fixed = [*self.generators, self.blinding, self.value, self.form]
+        scalars = [*(scalar % ORDER for scalar in fixed), *self.scalars]
+        return multiply(bases, scalars) == G1Point.identity()
 
 
 def check_equations(equations: Mapping[str, Equation], what: str) -> None:

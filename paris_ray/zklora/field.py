@@ -5,7 +5,7 @@ integers go through float64 BLAS, on limbs so small that every sum is exact.
 """
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,16 +25,14 @@ MAX_ROWS = 2**28
 
 def powers(base: int, count: int) -> list[int]:
     """Return `1, base, base^2, ...`."""
-    result, power = [], 1
-    for _ in range(count):
-        result.append(power)
-        power = power * base % ORDER
-    return result
+    power = 1
+    return [1, *[power := power * base % ORDER for _ in range(count - 1)]][:count]
 
 
 def dot(a: Sequence[int], b: Sequence[int]) -> int:
     """Return the inner product of two vectors of one length."""
-    assert len(a) == len(b), (len(a), len(b))
+    if len(a) != len(b):
+        raise ValueError(f"vectors of {len(a)} and {len(b)} numbers have no inner product")
     return sum(map(operator.mul, a, b)) % ORDER
 
 
@@ -58,7 +56,10 @@ def combine(coefficients: Sequence[int], matrix: NDArray[np.signedinteger]) -> l
     Returns:
         n elements.
     """
-    assert len(coefficients) == len(matrix) <= MAX_ROWS, (len(coefficients), matrix.shape)
+    if not len(coefficients) == len(matrix) <= MAX_ROWS:
+        raise ValueError(
+            f"{len(coefficients)} coefficients, {len(matrix)} rows: at most {MAX_ROWS}"
+        )
     total = np.zeros((RESULT_LIMBS, matrix.shape[1]), np.int64)
     for start in range(0, len(matrix), ROWS_AT_ONCE):
         stop = start + ROWS_AT_ONCE
@@ -68,25 +69,31 @@ def combine(coefficients: Sequence[int], matrix: NDArray[np.signedinteger]) -> l
 
 def _element_limbs(elements: Sequence[int]) -> NDArray[np.float64]:
     """Return `(LIMBS, T)` limbs, lowest first."""
-    data = b"".join(element.to_bytes(SCALAR_BYTES, "little") for element in elements)
+    data = b"".join([element.to_bytes(SCALAR_BYTES, "little") for element in elements])
     return np.frombuffer(data, "<u2").reshape(-1, LIMBS).T.astype(np.float64)
 
 
 def _add_products(
     total: NDArray[np.int64], limbs: NDArray[np.float64], matrix: NDArray[np.signedinteger]
 ) -> None:
-    rest, shift = matrix, 0
-    while True:
-        # The highest limb of the matrix is signed, and none is taken that would be zero.
-        is_last = matrix.dtype == np.int16 or bool(
-            (rest.min(initial=0) >= -(2**15)) and (rest.max(initial=0) < 2**15)
-        )
-        part = rest if is_last else rest & 0xFFFF
-        product = limbs @ part.astype(np.float64)
-        total[shift : shift + LIMBS] += product.astype(np.int64)
-        if is_last:
-            return
-        rest, shift = rest >> LIMB_BITS, shift + 1
+    for shift, part in enumerate(_matrix_limbs(matrix)):
+        total[shift : shift + LIMBS] += (limbs @ part.astype(np.float64)).astype(np.int64)
+
+
+def _matrix_limbs(matrix: NDArray[np.signedinteger]) -> Iterator[NDArray[np.integer]]:
+    """Yield the limbs of a matrix, lowest first; the last is signed, and no more than it needs."""
+    if matrix.dtype == np.int16:
+        yield matrix
+        return
+    largest = max(int(matrix.max(initial=0)), ~int(matrix.min(initial=0)))
+    last = largest.bit_length() // LIMB_BITS
+    # Of a transposed matrix the columns lie together in memory, as the rows do otherwise.
+    is_flipped = not matrix.flags.c_contiguous
+    rows = np.ascontiguousarray(matrix.T if is_flipped else matrix, "<i8")
+    digits = rows.view("<u2").reshape(*rows.shape, -1)
+    for position in range(last + 1):
+        limb = digits[..., position].view("<i2" if position == last else "<u2")
+        yield limb.T if is_flipped else limb
 
 
 def _from_limbs(total: NDArray[np.int64]) -> list[int]:

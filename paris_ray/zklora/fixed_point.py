@@ -13,8 +13,11 @@ from numpy.typing import NDArray
 from paris_ray.errors import ParisError
 
 MAX_ENTRY = 2**15 - 1  # of the factors: an offset of 2^15 makes each a 16-bit scalar
-# |y| <= d_in * r * 2^15 * 2^15 * 2^15 must stay below 2^63.
-MAX_PRODUCT = 2**18
+MAX_WIDTH = 2**18
+MAX_RANK = 2**10
+# |y_j| <= 2^15 sum_k |B_kj| sum_i |A_ik| must stay below 2^63, whatever the inputs are.
+MAX_REACH = 2**48
+HALF = 2**24  # half of the 48 binary digits that `x A` has
 MAX_EXPONENT = 1000  # 2^-1000 is still a float64
 
 Int16 = NDArray[np.int16]
@@ -59,6 +62,11 @@ class QuantisedModule:
                 raise ParisError(
                     f"{name}={exponent} is not allowed: at most {MAX_EXPONENT} either way"
                 )
+        if (found := reach(self.a, self.b)) >= MAX_REACH:
+            raise ParisError(
+                f"these weights reach {found}, allowed: below {MAX_REACH}, so that every output "
+                "fits in int64"
+            )
 
     @property
     def d_in(self) -> int:
@@ -85,19 +93,24 @@ class QuantisedModule:
 
 
 def check_dimensions(d_in: int, r: int, d_out: int) -> None:
-    """Raise ParisError unless every output of such a module fits in int64."""
-    if min(d_in, r, d_out) < 1:
-        raise ParisError(f"d_in={d_in}, r={r}, d_out={d_out} is not allowed: each at least 1")
-    if d_in * r > MAX_PRODUCT:
+    """Raise ParisError unless a module may have these dimensions."""
+    if min(d_in, r, d_out) < 1 or max(d_in, d_out) > MAX_WIDTH or r > MAX_RANK:
         raise ParisError(
-            f"d_in={d_in}, r={r} is not allowed: d_in * r at most {MAX_PRODUCT}, so that outputs "
-            "fit in int64"
+            f"d_in={d_in}, r={r}, d_out={d_out} is not allowed: each at least 1, widths at most "
+            f"{MAX_WIDTH}, r at most {MAX_RANK}"
         )
+
+
+def reach(a: Int16, b: Int16) -> int:
+    """Return the largest `sum_k |B_kj| sum_i |A_ik|`: what inputs of size 1 can add up to."""
+    return int((np.abs(a).sum(axis=0, dtype=np.int64) @ np.abs(b)).max(initial=0))
 
 
 def quantise(A: Floats, B: Floats) -> QuantisedModule:
     """Round the factors of a LoRA module to 16 bits, each with one power of two as its unit.
 
+    Modules so wide that an output might not fit in int64 lose bits, in turn of B and of A. Below
+    `d_in * r = 2^18` none does, nor do normally distributed weights of rank 256 at width 16,384.
     For a PEFT folder, A is `lora_A.weight.T` and B is `lora_B.weight.T`.
 
     Args:
@@ -107,8 +120,12 @@ def quantise(A: Floats, B: Floats) -> QuantisedModule:
     Raises:
         ParisError: if a value is not finite, or the shapes are not allowed.
     """
-    (a, exponent_a), (b, exponent_b) = _to_int16(A, "A"), _to_int16(B, "B")
-    return QuantisedModule(a, b, exponent_a, exponent_b)
+    lost = [0, 0]
+    while True:
+        (a, exponent_a), (b, exponent_b) = _to_int16(A, "A", lost[0]), _to_int16(B, "B", lost[1])
+        if a.shape[1] != b.shape[0] or reach(a, b) < MAX_REACH:
+            return QuantisedModule(a, b, exponent_a, exponent_b)
+        lost[lost[0] == lost[1]] += 1
 
 
 def quantise_rows(x: Floats) -> tuple[Int16, int]:
@@ -120,7 +137,8 @@ def quantise_rows(x: Floats) -> tuple[Int16, int]:
     return _to_int16(x, "x")
 
 
-def _to_int16(values: Floats, name: str) -> tuple[Int16, int]:
+def _to_int16(values: Floats, name: str, lost: int = 0) -> tuple[Int16, int]:
+    """Return integers and their exponent; the largest uses 15 bits, less those `lost`."""
     wide = np.asarray(values, np.float64)
     if wide.ndim != 2:
         raise ParisError(f"{name} must be a matrix, it has shape {wide.shape}")
@@ -133,6 +151,7 @@ def _to_int16(values: Floats, name: str) -> tuple[Int16, int]:
     exponent = 15 - int(np.frexp(peak)[1])
     if round(np.ldexp(peak, exponent)) > MAX_ENTRY:
         exponent -= 1
+    exponent -= lost
     if abs(exponent) > MAX_EXPONENT:
         raise ParisError(f"the largest entry of {name} is {peak}: out of range")
     return np.rint(np.ldexp(wide, exponent)).astype(np.int16), exponent
@@ -152,9 +171,12 @@ def evaluate(module: QuantisedModule, x: Int16) -> Int64:
         ParisError: if `x` has another type or width.
     """
     check_rows(x, np.int16, module.d_in, "x")
-    # The first product is below 2^48, so float64 holds it exactly and BLAS may compute it.
-    narrow = (x.astype(np.float64) @ module.a.astype(np.float64)).astype(np.int64)
-    return narrow @ module.b.astype(np.int64)
+    # The first product is at most 2^48, and half of its digits times B at most 2^49: float64 holds
+    # them exactly, and BLAS may compute them. The sum of the halves fits, since the module does.
+    narrow, b = x.astype(np.float64) @ module.a.astype(np.float64), module.b.astype(np.float64)
+    high = np.floor(narrow / HALF)
+    low = (narrow - high * HALF) @ b
+    return (high @ b).astype(np.int64) * HALF + low.astype(np.int64)
 
 
 def check_rows(rows: NDArray[np.generic], dtype: type[np.generic], width: int, name: str) -> None:

@@ -1,14 +1,17 @@
 """The proof that hidden, committed weights gave these outputs for these inputs: `Y = X A B`.
 
 One proof speaks for all rows of a module in a session. A random bilinear form turns the matrix
-equation into one number, a sigma protocol proves that number under the commitments, and its two
-long responses are folded (`folding.py`). docs/zklora.md has the statement, the argument for
-soundness and zero-knowledge, and what is not proved. Notation follows it:
+equation into one number, and a sigma protocol proves that number under the commitments: both
+factors as one vector under one linear form, whose long response is folded (`folding.py`).
+docs/zklora.md has the statement, the argument for soundness and zero-knowledge, and what is not
+proved. Notation follows it:
 
     x~ = X^T alpha, y~ = alpha^T Y beta         alpha, beta: powers of two challenges
     u = A^T x~, v = B beta, <u, v> = y~         committed as U, V
     a = A gamma, b = B^T gamma                  gamma: powers of a challenge
-    <x~, a> = <gamma, u>, <b, beta> = <gamma, v>
+    p = (<x~, b>, <beta, a>)                    committed as C
+    c = a + xi b, f = x~ + mu beta              xi, mu: challenges
+    <f, c> = <gamma, u> + xi p_1 + mu (p_2 + xi <gamma, v>)
 
 Sources: Freivalds 1977 (the random form); Wahby et al., S&P 2018 ("Hyrax": the inner product of
 committed vectors); Attema and Cramer, CRYPTO 2020 (compressed sigma protocols).
@@ -29,10 +32,32 @@ from paris_ray.zklora.field import ORDER, SCALAR_BYTES, combine, dot, padded, pl
 from paris_ray.zklora.fixed_point import Int16, Int64, check_statement, evaluate
 from paris_ray.zklora.folding import Folded, fold, folding_equation, folding_shape
 
-LABEL = "paris_ray zklora proof 1"
+LABEL = "paris_ray zklora proof 2"
 Claim = tuple[ModuleCommitment, Int16, Int64, bytes, bytes]
 
-POINT_NAMES = ("U", "V", "Ra", "Rb", "Rs", "Rt", "M0", "M1")
+POINT_NAMES = ("U", "V", "C", "Rc", "Rs", "Rt", "Rp", "M0", "M1")
+NUM_POINTS = len(POINT_NAMES)
+
+
+@dataclass(frozen=True, slots=True)
+class Responses:
+    """What answers e, but for the long vector.
+
+    Attributes:
+        zu: The r masked entries of u.
+        zv: The r masked entries of v.
+        zp: The masked numbers p.
+        blinders: The masked blinders of c, u, v, p and of the inner product.
+    """
+
+    zu: tuple[int, ...]
+    zv: tuple[int, ...]
+    zp: tuple[int, int]
+    blinders: tuple[int, int, int, int, int]
+
+    def scalars(self) -> list[int]:
+        """Return all, in the order in which they are absorbed."""
+        return [*self.zu, *self.zv, *self.zp, *self.blinders]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,28 +66,22 @@ class Proof:
 
     Attributes:
         points: Encoded commitments, as `POINT_NAMES`: the intermediate vectors and the masks.
-        forms: `la, lb`, the values of both linear claims at the masks.
-        zu: The r masked entries of u.
-        zv: The r masked entries of v.
-        blinders: The masked blinders of a, b, u, v and of the inner product.
-        crossed: `<x~, zb>, <beta, za>`: with them both long responses fold as one vector.
-        folded: The two long responses, `za + xi zb`.
+        lacking: What the linear claim lacks at the masks.
+        responses: The short responses.
+        folded: The masked entries of c.
     """
 
     points: tuple[bytes, ...]
-    forms: tuple[int, int]
-    zu: tuple[int, ...]
-    zv: tuple[int, ...]
-    blinders: tuple[int, int, int, int, int]
-    crossed: tuple[int, int]
+    lacking: int
+    responses: Responses
     folded: Folded
 
     def to_bytes(self) -> bytes:
         """Return the messages, one after the other."""
         rounds = zip(self.folded.left, self.folded.right, strict=True)
         points = [*self.points, *(point for pair in rounds for point in pair)]
-        scalars = [*self.forms, *self.zu, *self.zv, *self.blinders, *self.crossed]
-        return b"".join(points) + _scalar_bytes([*scalars, *self.folded.remainder])
+        scalars = [self.lacking, *self.responses.scalars(), *self.folded.remainder]
+        return b"".join([*points, *map(_scalar, scalars)])
 
     @classmethod
     def from_bytes(cls, data: bytes, commitment: ModuleCommitment) -> "Proof":
@@ -73,21 +92,20 @@ class Proof:
         """
         r = commitment.r
         rounds, remainder = folding_shape(max(commitment.d_in, commitment.d_out))
-        num_points, num_scalars = 8 + 2 * rounds, 2 + 2 * r + 5 + 2 + remainder
+        num_points, num_scalars = NUM_POINTS + 2 * rounds, 1 + 2 * r + 2 + 5 + remainder
         size = num_points * POINT_BYTES + num_scalars * SCALAR_BYTES
         if len(data) != size:
             raise VerificationError(f"the proof has {len(data)} bytes, {size} are expected")
         points = _cut(data[: num_points * POINT_BYTES], POINT_BYTES)
-        scalars = _read_scalars(data[num_points * POINT_BYTES :])
-        zu, zv, rest = scalars[2 : 2 + r], scalars[2 + r : 2 + 2 * r], scalars[2 + 2 * r :]
+        lacking, *scalars = _read_scalars(data[num_points * POINT_BYTES :])
+        zu, zv, rest = scalars[:r], scalars[r : 2 * r], scalars[2 * r :]
+        blinders = (rest[2], rest[3], rest[4], rest[5], rest[6])
+        left, right = points[NUM_POINTS::2], points[NUM_POINTS + 1 :: 2]
         return cls(
-            points=tuple(points[:8]),
-            forms=(scalars[0], scalars[1]),
-            zu=tuple(zu),
-            zv=tuple(zv),
-            blinders=(rest[0], rest[1], rest[2], rest[3], rest[4]),
-            crossed=(rest[5], rest[6]),
-            folded=Folded(tuple(points[8::2]), tuple(points[9::2]), tuple(rest[7:])),
+            points=tuple(points[:NUM_POINTS]),
+            lacking=lacking,
+            responses=Responses(tuple(zu), tuple(zv), (rest[0], rest[1]), blinders),
+            folded=Folded(tuple(left), tuple(right), tuple(rest[7:])),
         )
 
 
@@ -101,6 +119,10 @@ class _Hidden:
     @classmethod
     def of(cls, values: list[int]) -> "_Hidden":
         return cls(values, curve.random_scalar())
+
+    @classmethod
+    def mask(cls, length: int) -> "_Hidden":
+        return cls.of([curve.random_scalar() for _ in range(length)])
 
     def plus(self, factor: int, other: "_Hidden") -> "_Hidden":
         blinder = (self.blinder + factor * other.blinder) % ORDER
@@ -124,35 +146,34 @@ class _Form:
     beta: list[int]
     y: int
 
+    def crossed(self, a: list[int], b: list[int]) -> list[int]:
+        """Return `<x~, b>, <beta, a>`, of vectors as long as the shorter one of each pair."""
+        shared = min(len(self.x), len(self.beta))
+        return [dot(self.x[:shared], b[:shared]), dot(self.beta[:shared], a[:shared])]
+
 
 @dataclass(frozen=True, slots=True)
-class _Masks:
-    """What hides a, b, u and v. One mask under two challenges would give the weights away."""
+class _Joint:
+    """Both linear claims as one: `<f, c> = <gamma, u> + xi p_1 + mu (p_2 + xi <gamma, v>)`."""
 
-    a: _Hidden
-    b: _Hidden
-    u: _Hidden
-    v: _Hidden
+    gamma: list[int]
+    xi: int
+    mu: int
 
-    @classmethod
-    def draw(cls, d_in: int, r: int, d_out: int) -> "_Masks":
-        lengths = (d_in, d_out, r, r)
-        return cls(*(_Hidden.of([curve.random_scalar() for _ in range(n)]) for n in lengths))
+    def vector(self, a: list[int], b: list[int]) -> list[int]:
+        """Return `c = a + xi b`, padded with zeros."""
+        width = max(len(a), len(b))
+        return plus(padded(a, width), self.xi, padded(b, width))
 
-    def encoded(self) -> list[bytes]:
-        return [mask.encoded() for mask in (self.a, self.b, self.u, self.v)]
+    def form(self, form: _Form) -> list[int]:
+        """Return `f = x~ + mu beta`, padded with zeros."""
+        width = max(len(form.x), len(form.beta))
+        return plus(padded(form.x, width), self.mu, padded(form.beta, width))
 
-    def forms(self, form: _Form, gamma: list[int]) -> tuple[int, int]:
-        """Return what both linear claims are at the masks."""
-        return (
-            (dot(form.x, self.a.values) - dot(gamma, self.u.values)) % ORDER,
-            (dot(form.beta, self.b.values) - dot(gamma, self.v.values)) % ORDER,
-        )
-
-    def products(self, u: list[int], v: list[int]) -> tuple[_Hidden, _Hidden]:
-        """Return the coefficients of 1 and e in `<mask_u + e u, mask_v + e v>`."""
-        mixed = dot(self.u.values, v) + dot(self.v.values, u)
-        return _Hidden.of([dot(self.u.values, self.v.values)]), _Hidden.of([mixed % ORDER])
+    def value(self, u: Sequence[int], v: Sequence[int], p: Sequence[int]) -> int:
+        """Return the claim's right side."""
+        of_a = dot(self.gamma, u) + self.xi * p[0]
+        return (of_a + self.mu * (p[1] + self.xi * dot(self.gamma, v))) % ORDER
 
 
 def prove(opening: ModuleOpening, x: Int16, y: Int64, context: bytes) -> bytes:
@@ -168,7 +189,7 @@ def prove(opening: ModuleOpening, x: Int16, y: Int64, context: bytes) -> bytes:
         context: What else the proof is bound to: session, base model, transcript.
 
     Returns:
-        4 to 12 kB at usual widths and ranks, whatever the number of rows.
+        4 to 12 kB at ranks to 128, 21 kB at 256, whatever the number of rows.
 
     Raises:
         ParisError: if `x` or `y` have other types or shapes, there is no row, or `y` is wrong.
@@ -184,34 +205,36 @@ def _prove(opening: ModuleOpening, x: Int16, y: Int64, oracle: Oracle) -> Proof:
     module = opening.module
     form = _random_form(x, y, oracle)
     u, v = _Hidden.of(combine(form.x, module.a)), _Hidden.of(combine(form.beta, module.b.T))
-    points = [u.encoded(), v.encoded()]
-    gamma = _challenge_powers(oracle, "gamma", module.r, points)
-    a = _Hidden(combine(gamma, module.a.T), dot(gamma, opening.blinders_a))
-    b = _Hidden(combine(gamma, module.b), dot(gamma, opening.blinders_b))
+    first = [u.encoded(), v.encoded()]
+    gamma = powers(_challenge(oracle, "gamma", *first), module.r)
+    a, b = combine(gamma, module.a.T), combine(gamma, module.b)
+    p = _Hidden.of(form.crossed(a, b))
+    crossed = p.encoded()
+    joint = _join(oracle, gamma, crossed)
+    blinder = dot(gamma, opening.blinders_a) + joint.xi * dot(gamma, opening.blinders_b)
+    c, f = _Hidden(joint.vector(a, b), blinder % ORDER), joint.form(form)
 
-    masks = _Masks.draw(module.d_in, module.r, module.d_out)
-    m0, m1 = masks.products(u.values, v.values)
-    forms = masks.forms(form, gamma)
-    announced = [*masks.encoded(), m0.encoded_number(), m1.encoded_number()]
-    e = _challenge(oracle, "e", *announced, *map(_scalar, forms))
+    # One mask under two challenges would give the weights away.
+    masks = [_Hidden.mask(length) for length in (len(f), module.r, module.r, 2)]
+    mask_c, mask_u, mask_v, mask_p = (mask.values for mask in masks)
+    mixed = (dot(mask_u, v.values) + dot(mask_v, u.values)) % ORDER
+    m0, m1 = _Hidden.of([dot(mask_u, mask_v)]), _Hidden.of([mixed])
+    lacking = (dot(f, mask_c) - joint.value(mask_u, mask_v, mask_p)) % ORDER
+    announced = [*(mask.encoded() for mask in masks), m0.encoded_number(), m1.encoded_number()]
+    e = _challenge(oracle, "e", *announced, _scalar(lacking))
 
-    za, zb = masks.a.plus(e, a), masks.b.plus(e, b)
-    zu, zv = masks.u.plus(e, u), masks.v.plus(e, v)
+    pairs = zip(masks, (c, u, v, p), strict=True)
+    zc, zu, zv, zp = (mask.plus(e, hidden) for mask, hidden in pairs)
     z5 = (m0.blinder + e * m1.blinder) % ORDER
-    blinders = (za.blinder, zb.blinder, zu.blinder, zv.blinder, z5)
-    width = max(module.d_in, module.d_out)
-    long_a, long_b = padded(za.values, width), padded(zb.values, width)
-    crossed = dot(form.x, long_b[: module.d_in]), dot(form.beta, long_a[: module.d_out])
-    xi, mu, chi = _folding_challenges(oracle, zu.values, zv.values, blinders, crossed)
-    return Proof(
-        points=(*points, *announced),
-        forms=forms,
+    responses = Responses(
         zu=tuple(zu.values),
         zv=tuple(zv.values),
-        blinders=blinders,
-        crossed=crossed,
-        folded=fold(plus(long_a, xi, long_b), _joint_form(form, mu, chi), oracle),
+        zp=(zp.values[0], zp.values[1]),
+        blinders=(zc.blinder, zu.blinder, zv.blinder, zp.blinder, z5),
     )
+    chi = _challenge(oracle, "chi", *map(_scalar, responses.scalars()))
+    folded = fold(zc.values, [chi * value % ORDER for value in f], oracle)
+    return Proof((*first, crossed, *announced), lacking, responses, folded)
 
 
 def verify(commitment: ModuleCommitment, x: Int16, y: Int64, context: bytes, proof: bytes) -> None:
@@ -278,36 +301,35 @@ def _equation(
     columns, rows = commitment.points()
     named = dict(zip(POINT_NAMES, proof.points, strict=True))
     point = {name: curve.decode(data, name) for name, data in named.items()}
-    form = _random_form(x, y, oracle)
-    gamma = _challenge_powers(oracle, "gamma", commitment.r, proof.points[:2])
-    e = _challenge(oracle, "e", *proof.points[2:], *map(_scalar, proof.forms))
-    xi, mu, chi = _folding_challenges(oracle, proof.zu, proof.zv, proof.blinders, proof.crossed)
-    z1, z2, z3, z4, z5 = proof.blinders
+    form, sent = _random_form(x, y, oracle), proof.responses
+    gamma = powers(_challenge(oracle, "gamma", named["U"], named["V"]), commitment.r)
+    joint = _join(oracle, gamma, named["C"])
+    e = _challenge(oracle, "e", *proof.points[3:], _scalar(proof.lacking))
+    chi = _challenge(oracle, "chi", *map(_scalar, sent.scalars()))
+    z1, z2, z3, z4, z5 = sent.blinders
 
-    # za is committed in Ra + e sum_k gamma_k CA_k, zb likewise; the folding opens za + xi zb.
-    claim = Equation(blinding=-z1 - xi * z2)
-    claim.add(point["Ra"], 1)
-    claim.add(point["Rb"], xi)
+    # c is committed in sum_k gamma_k (CA_k + xi CB_k); the folding opens the mask plus e times it.
+    claim = Equation(blinding=-z1)
+    claim.add(point["Rc"], 1)
     for k, power in enumerate(gamma):
         claim.add(columns[k], e * power)
-        claim.add(rows[k], xi * e * power)
-    value_a, value_b = proof.forms[0] + dot(gamma, proof.zu), proof.forms[1] + dot(gamma, proof.zv)
-    crossed_a, crossed_b = proof.crossed
-    claim.form = chi * (value_a + xi * crossed_a + mu * (crossed_b + xi * value_b))
-    folding = folding_equation(claim, _joint_form(form, mu, chi), proof.folded, oracle)
+        claim.add(rows[k], joint.xi * e * power)
+    claim.form = chi * (proof.lacking + joint.value(sent.zu, sent.zv, sent.zp))
+    scaled = [chi * value % ORDER for value in joint.form(form)]
+    parts = [folding_equation(claim, scaled, proof.folded, oracle)]
 
-    opened_u = Equation(generators=list(proof.zu), blinding=z3)
-    opened_u.add(point["Rs"], -1)
-    opened_u.add(point["U"], -e)
-    opened_v = Equation(generators=list(proof.zv), blinding=z4)
-    opened_v.add(point["Rt"], -1)
-    opened_v.add(point["V"], -e)
-    product = Equation(value=dot(proof.zu, proof.zv) - e * e * form.y, blinding=z5)
+    opened = ((sent.zu, z2, "Rs", "U"), (sent.zv, z3, "Rt", "V"), (sent.zp, z4, "Rp", "C"))
+    for response, blinder, mask, hidden in opened:
+        part = Equation(generators=list(response), blinding=blinder)
+        part.add(point[mask], -1)
+        part.add(point[hidden], -e)
+        parts.append(part)
+    product = Equation(value=dot(sent.zu, sent.zv) - e * e * form.y, blinding=z5)
     product.add(point["M0"], -1)
     product.add(point["M1"], -e)
 
     total = Equation()
-    for part in (folding, opened_u, opened_v, product):
+    for part in (*parts, product):
         total.merge(part, curve.random_weight())
     return total
 
@@ -330,7 +352,8 @@ def _digest(rows: Int16 | Int64, dtype: str) -> bytes:
 def _random_form(x: Int16, y: Int64, oracle: Oracle) -> _Form:
     alpha = powers(oracle.challenge("alpha"), len(x))
     beta = powers(oracle.challenge("beta"), y.shape[1])
-    return _Form(combine(alpha, x), beta, dot(combine(alpha, y), beta))
+    # Y beta first: it has a number a row, alpha^T Y would have one for every output.
+    return _Form(combine(alpha, x), beta, dot(combine(beta, y.T), alpha))
 
 
 def _challenge(oracle: Oracle, name: str, *messages: bytes) -> int:
@@ -338,41 +361,13 @@ def _challenge(oracle: Oracle, name: str, *messages: bytes) -> int:
     return oracle.challenge(name)
 
 
-def _challenge_powers(
-    oracle: Oracle, name: str, count: int, messages: Sequence[bytes]
-) -> list[int]:
-    return powers(_challenge(oracle, name, *messages), count)
-
-
-def _folding_challenges(
-    oracle: Oracle,
-    zu: Sequence[int],
-    zv: Sequence[int],
-    blinders: Sequence[int],
-    crossed: Sequence[int],
-) -> tuple[int, int, int]:
-    """Return xi, which joins the two responses, mu, which joins their forms, and chi.
-
-    Everything that the folded claim is made of is absorbed before: were chi known earlier, a
-    multiple of Q hidden in Ra would forge the value of the form.
-    """
-    oracle.absorb("responses", *map(_scalar, (*zu, *zv, *blinders, *crossed)))
-    return oracle.challenge("xi"), oracle.challenge("mu"), oracle.challenge("chi")
-
-
-def _joint_form(form: _Form, mu: int, chi: int) -> list[int]:
-    """Return `chi (x~ + mu beta)`, both padded with zeros."""
-    width = max(len(form.x), len(form.beta))
-    both = zip(padded(form.x, width), padded(form.beta, width), strict=True)
-    return [chi * (x + mu * b) % ORDER for x, b in both]
+def _join(oracle: Oracle, gamma: list[int], crossed: bytes) -> _Joint:
+    """Draw xi, which joins the two vectors, and mu, which joins their forms."""
+    return _Joint(gamma, _challenge(oracle, "xi", crossed), oracle.challenge("mu"))
 
 
 def _scalar(value: int) -> bytes:
     return value.to_bytes(SCALAR_BYTES, "little")
-
-
-def _scalar_bytes(values: Sequence[int]) -> bytes:
-    return b"".join(map(_scalar, values))
 
 
 def _read_scalars(data: bytes) -> list[int]:

@@ -6,7 +6,7 @@
 With `--write docs/zklora.md` the tables also replace those in the document, between
 `<!-- bench: SECTION -->` and `<!-- end -->`, and the charts are drawn into `images/` beside it.
 Seconds are CPU seconds of one process with one thread, medians where they are short. Weights and
-inputs are random: cost does not depend on them. Nothing is asserted.
+inputs are random: they cost what others do. Nothing is asserted.
 """
 
 import argparse
@@ -22,13 +22,16 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from ezkl_backend import BindingEzkl
 from sections import write_section
+from zklora_published import LORA_MODULES, OTHER_SYSTEMS
 
 from paris_ray import zklora
 from paris_ray.errors import ParisError
@@ -38,6 +41,7 @@ ONE_THREAD = {f"{library}_NUM_THREADS": "1" for library in ("OMP", "OPENBLAS", "
 CONTEXT = b"bench"
 BATCH = 16
 REPEATS = 5
+MANY_WEIGHTS = 10**6  # so many take long enough to be measured once
 
 
 @dataclass(frozen=True)
@@ -56,12 +60,15 @@ class Shape:
 Figures = dict[str, float]  # of one module: CPU seconds, and sizes in bytes
 
 GOAL_SHAPE = Shape(1152, 16, 1152, 16)
+LANGUAGE_SHAPE = Shape(4096, 16, 4096, 128)
 SHAPES = (
     Shape(768, 4, 768, 1),
     GOAL_SHAPE,
     Shape(1152, 16, 3456, 256),
     Shape(1152, 64, 1152, 256),
-    Shape(4096, 16, 4096, 64),
+    LANGUAGE_SHAPE,
+    Shape(11008, 24, 4096, 16),
+    Shape(16384, 256, 16384, 16),
 )
 QUICK_SHAPE = Shape(64, 4, 64, 4)
 
@@ -73,17 +80,25 @@ GOALS: tuple[tuple[str, str, float, float, str], ...] = (
     ("proof", "proof_bytes", 8, 1e3, "kB"),
     ("memory of a verifier", "verifier_bytes", 200, 1e6, "MB"),
 )
+LANGUAGE_GOALS = (
+    ("prove", "prove", 0.5, 1, "s"),
+    (f"verify, one of {BATCH}", "verify_batched", 0.03, 1, "s"),
+    ("proof", "proof_bytes", 8, 1e3, "kB"),
+)
 
 
 def make_claim(shape: Shape, seed: int = 0) -> tuple[Any, Any, Any]:
     """Return a random module, and the rows that a session with it had."""
     random = np.random.default_rng(seed)
-    factors = (
-        random.standard_normal(size) for size in ((shape.d_in, shape.r), (shape.r, shape.d_out))
-    )
-    module = zklora.quantise(*factors)
+    a, b = ((shape.d_in, shape.r), (shape.r, shape.d_out))
+    module = zklora.quantise(random.standard_normal(a), random.standard_normal(b))
     x = random.integers(-(2**15), 2**15, (shape.rows, shape.d_in), np.int16)
     return module, x, zklora.evaluate(module, x)
+
+
+def num_weights(shape: Shape) -> int:
+    """Return how many numbers are committed to."""
+    return shape.r * (shape.d_in + shape.d_out)
 
 
 def cpu_seconds(run: Callable[[], object], repeats: int = 1) -> float:
@@ -144,17 +159,18 @@ def bench_modules(options: Any) -> str:
     head = ["module", *seconds.values(), *sizes.values(), "verifier's memory MB"]
     rows, figures = [head, ["---"] * len(head)], {}
     for shape in (QUICK_SHAPE,) if options.quick else SHAPES:
-        cost, claim = measure(shape)
+        cost, claim = measure(shape, REPEATS if num_weights(shape) < MANY_WEIGHTS else 1)
         cost |= measure_verifier(claim)
         figures[shape] = cost
         numbers = [f"{cost[name]:.3f}" for name in seconds] + [f"{cost[name]:,}" for name in sizes]
         rows.append([str(shape), *numbers, f"{cost['verifier_bytes'] / 1e6:.0f}"])
-    shape = QUICK_SHAPE if options.quick else GOAL_SHAPE
-    goals = [
-        _goal(what, figures[shape][name] / unit, goal, unit_name)
-        for what, name, goal, unit, unit_name in GOALS
-    ]
-    return f"{_table(rows)}\n\nThe goals, for {shape}:\n\n{_table([*GOALS_HEAD, *goals])}"
+    parts = [_table(rows)]
+    for wanted, goals in ((GOAL_SHAPE, GOALS), (LANGUAGE_SHAPE, LANGUAGE_GOALS)):
+        shape = QUICK_SHAPE if options.quick else wanted
+        cost = figures[shape]
+        met = [_goal(what, cost[name] / unit, goal, of) for what, name, goal, unit, of in goals]
+        parts.append(f"The goals, for {shape}:\n\n{_table([*GOALS_HEAD, *met])}")
+    return "\n\n".join(parts)
 
 
 GOALS_HEAD = (["", "goal", "measured", ""], ["---"] * 4)
@@ -169,15 +185,6 @@ def _table(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-# Roy et al. 2025 (arXiv 2501.13965), hardware not stated: 15 rows; seconds per module.
-PAPER = (
-    ("distilgpt2", 24, 24_576, 38.0, 12.5, 31.6, 0.69),
-    ("gpt2", 48, 49_152, 43.6, 15.8, 34.9, 0.68),
-    ("Llama-3.2-1B", 32, 26_624, 37.2, 12.4, 31.0, 0.78),
-    ("Llama-3.1-8B", 32, 163_840, 57.4, 19.4, 47.7, 1.12),
-    ("Llama-3.3-70B", 80, 147_456, 54.9, 18.0, 46.9, 1.54),
-    ("Mixtral-8x7B", 32, 327_680, 86.1, 29.7, 73.7, 1.38),
-)
 ADAPTER = (("qkv", Shape(1152, 16, 3456, 256)), ("proj", Shape(1152, 16, 1152, 256)))
 LAYERS = 28
 
@@ -189,13 +196,13 @@ def bench_adapter(options: Any) -> str:
     head = ["base", "modules", "weights/module", "rows"]
     head += ["set-up s", "witness s", "prove s", "verify s"]
     rows = [head, ["---"] * len(head)]
-    for base, modules, weights, *seconds in PAPER:
+    for base, modules, weights, *seconds in LORA_MODULES:
         rows.append([f"{base} (paper)", f"{modules}", f"{weights:,}", "15", *map(str, seconds)])
     made = {kind: _prove_layers(shape, layers) for kind, shape in kinds}
     claims = [claim for _, _, claims in made.values() for claim in claims]
     verify = cpu_seconds(lambda: zklora.verify_batch(claims))
     for kind, shape in kinds:
-        weights = shape.r * (shape.d_in + shape.d_out)
+        weights = num_weights(shape)
         commit, prove, _ = made[kind]
         seconds = [f"{commit / layers:.2f}", "-", f"{prove / layers:.2f}"]
         seconds.append(f"{verify / len(claims):.3f}")
@@ -229,15 +236,13 @@ def _prove_layers(shape: Shape, layers: int) -> tuple[float, float, list[Any]]:
 EZKL_SHAPE = Shape(768, 4, 768, 1)
 EZKL_RATIO = 25.0
 BACKEND_STEPS = ("commit", "prove", "verify")
+COSTS = ("prove", "verify", "proof_bytes")
 
 
 def bench_ezkl(options: Any) -> str:
     """Return what EZKL takes for the same module: as it comes, and made to prove our statement."""
-    from paris_ray.zklora.backend import ZeroKnowledgeBackend
-    from paris_ray.zklora.ezkl_backend import BindingEzkl
-
     shape = QUICK_SHAPE if options.quick else EZKL_SHAPE
-    measured = {"ours": _measure_backend(ZeroKnowledgeBackend(), shape, REPEATS)}
+    measured = {"ours": _measure_backend(zklora, shape, REPEATS)}
     with tempfile.TemporaryDirectory() as folder:
         try:
             ezkl = BindingEzkl(Path(folder))
@@ -257,6 +262,34 @@ def bench_ezkl(options: Any) -> str:
         against = ["", ""] if name == "ours" else [f"{ratio:.0f}", f">= {EZKL_RATIO:g}, {verdict}"]
         rows.append([name, *numbers, f"{figures['proof_bytes']:,}", *against])
     return f"{shape}:\n\n{_table(rows)}"
+
+
+WEIGHTS_SHAPES = (EZKL_SHAPE, LANGUAGE_SHAPE, Shape(4096, 256, 4096, 128))
+
+
+def bench_weights(options: Any) -> str:
+    """Return what a million weights cost: ours and EZKL's of this run, others' as published."""
+    shapes = (QUICK_SHAPE,) if options.quick else WEIGHTS_SHAPES
+    rows: list[tuple[str, int, float | None, float | None, float | None]] = []
+    for shape in shapes:
+        cost = _measure_backend(zklora, shape, 1)
+        rows.append((f"ours: {shape}", num_weights(shape), *map(cost.get, COSTS)))
+    with tempfile.TemporaryDirectory() as folder, suppress(ParisError):  # if EZKL is not installed
+        ezkl = BindingEzkl(Path(folder))
+        _set_up(ezkl, shapes[0])
+        cost = _measure_backend(ezkl, shapes[0], 1)
+        rows.append((f"EZKL: {shapes[0]}", num_weights(shapes[0]), *map(cost.get, COSTS)))
+    head = ["", "weights", "prove s", "verify s", "proof B"]
+    head += [f"{name} / million" for name in head[2:]]
+    lines = [head, ["---"] * len(head)]
+    for name, weights, *figures in (*rows, *OTHER_SYSTEMS):
+        scaled = [None if cost is None else cost * 1e6 / weights for cost in figures]
+        lines.append([name, f"{weights:,}", *map(_rounded, (*figures, *scaled))])
+    return _table(lines)
+
+
+def _rounded(cost: float | None) -> str:
+    return "-" if cost is None else f"{cost:,.0f}" if cost >= 100 else f"{cost:.3g}"
 
 
 def _set_up(ezkl: Any, shape: Shape) -> None:
@@ -337,6 +370,7 @@ SECTIONS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "modules": ("ZKLoRA: one module", bench_modules),
     "adapter": ("ZKLoRA: a whole adapter, beside the paper's figures per module", bench_adapter),
     "ezkl": ("ZKLoRA: beside EZKL, in CPU seconds of all its threads", bench_ezkl),
+    "weights": ("ZKLoRA: a million weights, beside other systems", bench_weights),
     "sweeps": ("ZKLoRA: CPU seconds against rows, rank and width", bench_sweeps),
     "leakage": ("ZKLoRA: error of an attacker who has seen some rows", bench_leakage),
 }

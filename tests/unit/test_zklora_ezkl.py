@@ -1,4 +1,4 @@
-"""Both backends behind one interface: what each promises, and that EZKL's holes are closed."""
+"""EZKL beside our own scheme, as the benchmark compares them: its holes are closed."""
 
 import shutil
 import sys
@@ -9,15 +9,15 @@ from typing import Any
 import numpy as np
 import pytest
 
+from paris_ray import zklora
 from paris_ray.errors import ParisError, VerificationError
-from paris_ray.zklora.backend import Backend, Guarantee, ZeroKnowledgeBackend
-from paris_ray.zklora.ezkl_backend import (
+from paris_ray.zklora.fixed_point import Int16, Int64, QuantisedModule, evaluate
+from tests.benchmarks.ezkl_backend import (
     PROOF_BYTES,
     BindingEzkl,
     EzklCommitment,
     EzklOpening,
 )
-from paris_ray.zklora.fixed_point import Int16, Int64, QuantisedModule, evaluate
 
 pytest.importorskip("ezkl")
 pytest.importorskip("onnx")
@@ -58,10 +58,10 @@ def ezkl_parties(tmp_path_factory: pytest.TempPathFactory) -> tuple[BindingEzkl,
 @pytest.fixture(scope="module", params=["zero knowledge", "ezkl"])
 def parties(
     request: pytest.FixtureRequest, ezkl_parties: tuple[BindingEzkl, BindingEzkl]
-) -> tuple[Backend[Any, Any], Backend[Any, Any]]:
+) -> tuple[Any, Any]:
     if request.param == "ezkl":
         return ezkl_parties
-    return ZeroKnowledgeBackend(), ZeroKnowledgeBackend()
+    return zklora, zklora
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +75,7 @@ def ezkl_proof(ezkl_parties: tuple[BindingEzkl, BindingEzkl]) -> tuple[EzklCommi
 
 @pytest.mark.parametrize("rows", [1, 20])
 def test_an_honest_proof_holds_for_its_rows_and_context_alone(
-    parties: tuple[Backend[Any, Any], Backend[Any, Any]], rows: int
+    parties: tuple[Any, Any], rows: int
 ) -> None:
     contributor, verifier = parties
     module = module_of(D_IN, R, D_OUT)
@@ -105,7 +105,7 @@ def test_an_honest_proof_holds_for_its_rows_and_context_alone(
 
 
 def test_another_module_does_not_pass_under_the_commitment(
-    parties: tuple[Backend[Any, Any], Backend[Any, Any]],
+    parties: tuple[Any, Any],
 ) -> None:
     contributor, verifier = parties
     pinned, _ = contributor.commit(module_of(D_IN, R, D_OUT))
@@ -119,7 +119,7 @@ def test_another_module_does_not_pass_under_the_commitment(
 
 
 def test_wrong_outputs_are_not_even_proved(
-    parties: tuple[Backend[Any, Any], Backend[Any, Any]],
+    parties: tuple[Any, Any],
 ) -> None:
     contributor, _ = parties
     module = module_of(D_IN, R, D_OUT)
@@ -129,14 +129,13 @@ def test_wrong_outputs_are_not_even_proved(
         contributor.prove(opening, x, y + 1, CONTEXT)
 
 
-def test_only_what_hides_says_so(parties: tuple[Backend[Any, Any], Backend[Any, Any]]) -> None:
+def test_a_guess_of_the_weights_can_be_checked_with_ezkl_and_not_with_ours(
+    parties: tuple[Any, Any],
+) -> None:
     contributor, _ = parties
     module = module_of(D_IN, R, D_OUT)
     first, second = (contributor.commit(module)[0] for _ in range(2))
-    assert (first != second) == (Guarantee.HIDING in contributor.guarantees)
-    assert Guarantee.BINDING in contributor.guarantees
-    if Guarantee.HIDING not in contributor.guarantees:
-        assert Guarantee.ZERO_KNOWLEDGE not in contributor.guarantees
+    assert (first == second) == (contributor is not zklora)
 
 
 def test_the_pinned_point_cannot_be_pasted_over_other_weights(
@@ -223,8 +222,8 @@ def test_parameters_are_the_verifiers_and_are_made_once(tmp_path: Path) -> None:
     [
         ((1, 1, 1), "does not commit to all weights"),
         ((0, 1, 4), "at least 1"),
-        ((4, 2, 10**12), "weights are not allowed"),
-        ((2**12, 2**7, 1), "d_in \\* r"),
+        ((2**18, 4, 2**18), "weights are not allowed"),
+        ((2**18 + 1, 1, 1), "widths at most"),
         ((2**16, 3, 2**18), "rows is not allowed"),
     ],
 )

@@ -7,12 +7,14 @@ from paris_ray.errors import ParisError
 from paris_ray.zklora.field import ORDER, ROWS_AT_ONCE, combine
 from paris_ray.zklora.fixed_point import (
     MAX_EXPONENT,
+    MAX_REACH,
     QuantisedModule,
     check_dimensions,
     dequantise,
     evaluate,
     quantise,
     quantise_rows,
+    reach,
 )
 
 INT64 = np.iinfo(np.int64)
@@ -50,10 +52,61 @@ def test_the_largest_outputs_that_are_allowed_are_exact(sign: int) -> None:
     assert 2**62 < abs(expected) < 2**63
 
 
-def test_dimensions_that_could_overflow_are_refused() -> None:
-    with pytest.raises(ParisError, match=r"d_in=4097, r=64 is not allowed: d_in \* r at most"):
-        QuantisedModule(full((4097, 64), 1), full((64, 1), 1), 0, 0)
-    check_dimensions(2**18, 1, 10**6)
+def test_weights_whose_outputs_could_overflow_are_refused() -> None:
+    """One more row of A than the largest that are allowed: 2^63 would be passed."""
+    a, b = full((2**12 + 1, 2**6), 2**15 - 1), full((2**6, 1), -(2**15 - 1))
+    with pytest.raises(
+        ParisError, match=r"these weights reach \d+, allowed: below 281474976710656"
+    ):
+        QuantisedModule(a, b, 0, 0)
+    # The same dimensions, and one entry of a thousand less: it is the weights that count.
+    QuantisedModule(a, full((2**6, 1), -(2**15 - 2**7)), 0, 0)
+
+
+def test_the_bound_is_that_of_int64_itself() -> None:
+    """The first reach that is refused is the first whose output is no int64."""
+    assert 2**15 * MAX_REACH == 2**63
+    a, b = full((2**18, 1), 2**15 - 1), full((1, 1), 2**15 - 1)
+    largest = QuantisedModule(a, b, 0, 0)
+    assert MAX_REACH - reach(largest.a, largest.b) < 2**35
+    x = full((1, 2**18), -(2**15))
+    assert evaluate(largest, x)[0, 0] == -(2**15) * reach(a, b)
+
+
+def wide(sign: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return factors of one sign, of rank 256 and width 16,384: they add up as no others do."""
+    return np.ones((2**14, 2**8)), np.full((2**8, 3), sign * 0.7)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_factors_that_add_up_lose_bits_until_outputs_fit(sign: int) -> None:
+    factors = wide(sign)
+    module = quantise(*factors)
+    reached = reach(module.a, module.b)
+    assert MAX_REACH / 4 < reached < MAX_REACH
+    lost = [15 - int(np.abs(factor).max()).bit_length() for factor in (module.a, module.b)]
+    assert sum(lost) in (3, 4)
+    assert abs(lost[0] - lost[1]) <= 1
+    x = full((2, 2**14), -(2**15))
+    y = evaluate(module, x)
+    assert (y.astype(object) == -(2**15) * sign * reached).all()
+    update = y[0] * 2.0 ** -(module.exponent_a + module.exponent_b)
+    assert np.allclose(update, x[0].astype(float) @ factors[0] @ factors[1], rtol=2**-12)
+
+
+def test_normal_weights_of_rank_256_at_width_16384_keep_all_bits() -> None:
+    rng = np.random.default_rng(0)
+    module = quantise(rng.normal(size=(2**14, 2**8)), rng.normal(size=(2**8, 8)))
+    assert min(np.abs(module.a).max(), np.abs(module.b).max()) >= 2**14
+    x = rng.integers(-(2**15), 2**15, (1, 2**14)).astype(np.int16)
+    assert (evaluate(module, x) == exact_product(x, module)).all()
+
+
+@pytest.mark.parametrize("dimensions", [(2**18 + 1, 1, 1), (1, 1, 2**18 + 1), (1, 2**10 + 1, 1)])
+def test_dimensions_beyond_any_model_are_refused(dimensions: tuple[int, int, int]) -> None:
+    with pytest.raises(ParisError, match="widths at most 262144, r at most 1024"):
+        check_dimensions(*dimensions)
+    check_dimensions(*(size - 1 if size > 1 else 1 for size in dimensions))
 
 
 @pytest.mark.parametrize("dimensions", [(0, 1, 1), (1, 0, 1), (1, 1, 0), (-1, -1, 1)])
@@ -210,10 +263,25 @@ def test_combinations_of_very_many_rows_are_exact(value: int) -> None:
     assert combine([2**256 - 1] * rows, matrix) == [(2**256 - 1) * value * rows % ORDER]
 
 
+@pytest.mark.parametrize("bits", [1, 15, 16, 17, 31, 32, 33, 47, 48, 49, 63])
+def test_transposed_matrices_and_parts_of_others_are_combined_alike(bits: int) -> None:
+    """Whatever the number of limbs, and however the numbers lie in memory."""
+    rng = np.random.default_rng(bits)
+    matrix = rng.integers(-(2 ** (bits - 1)) * 2, 2**bits - 1, (5, 7), endpoint=True)
+    matrix[0, 0], matrix[1, 1] = -(2**bits), 2**bits - 1
+    coefficients = [ORDER - 1, 2**254 + 3, 5, 0, 7, ORDER // 3, 2**100]
+    for rows in (matrix.T, matrix.T.copy(), matrix.T[:, ::2], np.asfortranarray(matrix.T)):
+        expected = [
+            sum(c * int(v) for c, v in zip(coefficients, column, strict=True)) % ORDER
+            for column in rows.T
+        ]
+        assert combine(coefficients, rows) == expected
+
+
 def test_a_combination_of_no_rows_is_zero() -> None:
     assert combine([], np.zeros((0, 3), np.int64)) == [0, 0, 0]
 
 
 def test_a_combination_needs_as_many_coefficients_as_rows() -> None:
-    with pytest.raises(AssertionError):
+    with pytest.raises(ValueError, match="2 coefficients, 3 rows"):
         combine([1, 2], np.zeros((3, 1), np.int64))

@@ -33,9 +33,8 @@ from paris_ray.zklora.fixed_point import QuantisedModule, evaluate, quantise
 from paris_ray.zklora.proof import (
     Claim,
     Proof,
+    Responses,
     _equation,
-    _folding_challenges,
-    _joint_form,
     _random_form,
     _scalar,
     _start,
@@ -50,11 +49,11 @@ from tests.curve_oracle import multiply as times
 
 D_IN, R, D_OUT, ROWS = 12, 3, 10, 7
 CONTEXT = b"this session"
-NUM_SCALARS = 2 + 2 * R + 5 + 2 + D_IN  # without rounds of folding
+NUM_SCALARS = 1 + 2 * R + 2 + 5 + D_IN  # without rounds of folding
 REFUSED = "the proof of the module does not hold"
 
 # What the first challenge for `golden_statement()` is: another value is another protocol.
-GOLDEN_ALPHA = 0x2666A973FFFFF44ED38CEFE41517571AE3641D44DE9DD878EBE36AEEB43F2C38
+GOLDEN_ALPHA = 0x634C0E5C1ADAFC8618676CC13BC1960408B799BDEA30E66742008750323F3EB2
 
 
 def module_of(seed: int = 0, d_in: int = D_IN, r: int = R, d_out: int = D_OUT) -> QuantisedModule:
@@ -113,7 +112,7 @@ def test_honest_proofs_hold(claim: Claim, rounds: int) -> None:
 def test_one_row_and_a_thousand_are_proved_alike(rows: int) -> None:
     claim = claim_of(rows=rows)
     verify(*claim)
-    assert len(claim[4]) == 8 * 48 + NUM_SCALARS * 32
+    assert len(claim[4]) == 9 * 48 + NUM_SCALARS * 32
 
 
 def test_wide_modules_are_folded() -> None:
@@ -123,9 +122,19 @@ def test_wide_modules_are_folded() -> None:
     y = evaluate(module, x)
     proof = prove(opening, x, y, CONTEXT)
     verify(commitment, x, y, CONTEXT, proof)
-    assert len(proof) == (8 + 2 * 2) * 48 + (2 + 2 * 2 + 5 + 2 + 75) * 32
+    assert len(proof) == (9 + 2 * 2) * 48 + (1 + 2 * 2 + 2 + 5 + 75) * 32
     y[2, 128] += 1
     refuse((commitment, x, y, CONTEXT, proof))
+
+
+def test_a_module_is_proved_whose_size_alone_would_not_keep_outputs_in_int64() -> None:
+    """d_in r > 2^18: that this module's outputs fit is known from its weights."""
+    module = module_of(0, 1100, 240, 2)
+    commitment, opening = commit(module)
+    open_commitment(commitment, opening)
+    x = rows_of(0, 2, 1100)
+    y = evaluate(module, x)
+    verify(commitment, x, y, CONTEXT, prove(opening, x, y, CONTEXT))
 
 
 def test_modules_of_two_contributors_are_verified_together() -> None:
@@ -240,7 +249,7 @@ def test_the_proof_of_one_module_does_not_hold_for_another(rounds: int) -> None:
 
 
 def scalars_start(claim: Claim) -> int:
-    return 48 * (8 + 2 * len(messages_of(claim).folded.left))
+    return 48 * (9 + 2 * len(messages_of(claim).folded.left))
 
 
 def with_scalar(claim: Claim, number: int, change: Callable[[int], int]) -> Claim:
@@ -291,7 +300,7 @@ def test_scalars_that_are_not_reduced_are_refused(claim: Claim) -> None:
 
 
 def test_every_point_that_is_another_is_refused(claim: Claim, rounds: int) -> None:
-    assert num_points(claim) == 8 + 2 * rounds
+    assert num_points(claim) == 9 + 2 * rounds
     others = (encode(BLINDING), encode(G1Point.identity()))
     for number in range(num_points(claim)):
         refuse(with_point(claim, number, lambda point: others[0]))
@@ -394,7 +403,7 @@ def test_all_infinities_do_not_even_prove_zero() -> None:
     commitment = ModuleCommitment(D_IN, R, D_OUT, points, points)
     x, y = rows_of(), np.zeros((ROWS, D_OUT), np.int64)
     y[0, 0] = 1
-    refuse((commitment, x, y, CONTEXT, points[0] * 8 + bytes(32 * NUM_SCALARS)))
+    refuse((commitment, x, y, CONTEXT, points[0] * 9 + bytes(32 * NUM_SCALARS)))
 
 
 # Malformed statements
@@ -452,17 +461,17 @@ def test_commitments_with_other_dimensions_are_refused() -> None:
     commitment = claim[0]
     refuse(edited(claim, commitment=replace(commitment, d_in=D_IN + 1)), "x must be int16")
     refuse(edited(claim, commitment=replace(commitment, d_out=D_OUT - 1)), "y must be int64")
-    refuse(edited(claim, commitment=replace(commitment, r=R + 1)), "bytes, 1312 are expected")
-    refuse(edited(claim, commitment=replace(commitment, r=0)), "bytes, 1056 are expected")
+    refuse(edited(claim, commitment=replace(commitment, r=R + 1)), "bytes, 1328 are expected")
+    refuse(edited(claim, commitment=replace(commitment, r=0)), "bytes, 1072 are expected")
 
 
 def test_a_commitment_of_too_large_dimensions_is_refused() -> None:
-    d_in, points = 2**17 + 1, (encode(BLINDING),) * 2
+    d_in, points = 2**18 + 1, (encode(BLINDING),) * 2
     commitment = ModuleCommitment(d_in, 2, 1, points, points)
     x, y = np.zeros((1, d_in), np.int16), np.zeros((1, 1), np.int64)
     rounds, remainder = folding.folding_shape(d_in)
-    proof = bytes(48 * (8 + 2 * rounds) + 32 * (2 + 2 * 2 + 5 + 2 + remainder))
-    refuse((commitment, x, y, CONTEXT, proof), r"d_in \* r at most 262144")
+    proof = bytes(48 * (9 + 2 * rounds) + 32 * (1 + 2 * 2 + 2 + 5 + remainder))
+    refuse((commitment, x, y, CONTEXT, proof), "widths at most 262144")
 
 
 # Batches
@@ -494,7 +503,7 @@ def test_the_bad_proofs_of_a_batch_are_named(bad: tuple[int, ...]) -> None:
 
 def test_errors_of_two_proofs_do_not_cancel() -> None:
     """z5 of two equal claims, one too large, one too small: their plain sum would hold."""
-    claim, z5 = claim_of(), 2 + 2 * R + 4
+    claim, z5 = claim_of(), 1 + 2 * R + 2 + 4
     claims = [
         with_scalar(claim, z5, lambda value, sign=sign: (value + sign) % ORDER) for sign in (1, -1)
     ]
@@ -607,43 +616,47 @@ def prove_by_hand(
     """Follow the protocol with any field elements as weights, whatever is true of y.
 
     An honest prover has no use for the last two: `shift` is subtracted from u = A^T x~, and
-    `repair` times what the first linear claim then lacks is added to the crossed values.
+    `repair` times what the linear claim then lacks is added to the numbers p.
     """
     draw = curve.random_scalar
-    r, d_in, d_out = len(columns), len(columns[0]), len(rows[0])
+    r, width = len(columns), max(len(columns[0]), len(rows[0]))
     form = _random_form(x, y, oracle)
     u = [(dot(column, form.x) - s) % ORDER for column, s in zip(columns, shift, strict=True)]
     v = [dot(row, form.beta) for row in rows]
-    w_u, w_v, r1, r2, r3, r4, m0, m1 = (draw() for _ in range(8))
+    w_u, w_v, w_p, r1, r2, r3, r4, m0, m1 = (draw() for _ in range(9))
     first = [encode(curve.commit_scalars(u, w_u)), encode(curve.commit_scalars(v, w_v))]
     oracle.absorb("before gamma", *first)
     gamma = powers(oracle.challenge("gamma"), r)
-    a = [dot(gamma, entries) for entries in zip(*columns, strict=True)]
-    b = [dot(gamma, entries) for entries in zip(*rows, strict=True)]
+    a = padded([dot(gamma, entries) for entries in zip(*columns, strict=True)], width)
+    b = padded([dot(gamma, entries) for entries in zip(*rows, strict=True)], width)
+    x_wide, beta = padded(form.x, width), padded(form.beta, width)
+    true = dot(x_wide, b), dot(beta, a)
+    lacks = dot(gamma, shift)
+    p = [(value + factor * lacks) % ORDER for value, factor in zip(true, repair, strict=True)]
+    crossed = encode(curve.commit_scalars(p, w_p))
+    oracle.absorb("before xi", crossed)
+    xi, mu = oracle.challenge("xi"), oracle.challenge("mu")
+    c, f = plus(a, xi, b), plus(x_wide, mu, beta)
 
-    mask_a, mask_b, s, t = ([draw() for _ in range(n)] for n in (d_in, d_out, r, r))
-    masks = ((mask_a, r1), (mask_b, r2), (s, r3), (t, r4))
+    mask_c, s, t, mask_p = ([draw() for _ in range(n)] for n in (width, r, r, 2))
+    masks = ((mask_c, r1), (s, r2), (t, r3), (mask_p, r4))
     numbers = ((dot(s, t), m0), (dot(s, v) + dot(t, u), m1))
     announced = [encode(curve.commit_scalars(mask, blinder)) for mask, blinder in masks]
     announced += [encode(curve.multiply([VALUE, BLINDING], [n % ORDER, z])) for n, z in numbers]
-    la = (dot(form.x, mask_a) - dot(gamma, s)) % ORDER
-    lb = (dot(form.beta, mask_b) - dot(gamma, t)) % ORDER
-    oracle.absorb("before e", *announced, _scalar(la), _scalar(lb))
+    value = dot(gamma, s) + xi * mask_p[0] + mu * (mask_p[1] + xi * dot(gamma, t))
+    lacking = (dot(f, mask_c) - value) % ORDER
+    oracle.absorb("before e", *announced, _scalar(lacking))
     e = oracle.challenge("e")
 
-    za, zb, zu, zv = plus(mask_a, e, a), plus(mask_b, e, b), plus(s, e, u), plus(t, e, v)
-    hidden = ((r1, dot(gamma, rho)), (r2, dot(gamma, sigma)), (r3, w_u), (r4, w_v), (m0, m1))
+    zc, zu, zv, zp = plus(mask_c, e, c), plus(s, e, u), plus(t, e, v), plus(mask_p, e, p)
+    of_c = dot(gamma, rho) + xi * dot(gamma, sigma)
+    hidden = ((r1, of_c), (r2, w_u), (r3, w_v), (r4, w_p), (m0, m1))
     z1, z2, z3, z4, z5 = ((mask + e * value) % ORDER for mask, value in hidden)
-    width = max(d_in, d_out)
-    za, zb = padded(za, width), padded(zb, width)
-    true = dot(form.x, zb[:d_in]), dot(form.beta, za[:d_out])
-    lacking = e * dot(gamma, shift)
-    crossed_a, crossed_b = ((t + f * lacking) % ORDER for t, f in zip(true, repair, strict=True))
-    crossed = crossed_a, crossed_b
-    xi, mu, chi = _folding_challenges(oracle, zu, zv, (z1, z2, z3, z4, z5), crossed)
-    folded = folding.fold(plus(za, xi, zb), _joint_form(form, mu, chi), oracle)
-    points = (*first, *announced)
-    return Proof(points, (la, lb), tuple(zu), tuple(zv), (z1, z2, z3, z4, z5), crossed, folded)
+    responses = Responses(tuple(zu), tuple(zv), (zp[0], zp[1]), (z1, z2, z3, z4, z5))
+    oracle.absorb("before chi", *map(_scalar, responses.scalars()))
+    chi = oracle.challenge("chi")
+    folded = folding.fold(zc, [chi * value % ORDER for value in f], oracle)
+    return Proof((*first, crossed, *announced), lacking, responses, folded)
 
 
 def field_weights(module: QuantisedModule) -> tuple[list[list[int]], list[list[int]]]:
@@ -721,7 +734,7 @@ def foreseeing(name: str, commitment: ModuleCommitment, x: np.ndarray, y: np.nda
 
 @pytest.mark.parametrize("name", ["xi", "mu", "chi"])
 def test_a_linear_form_is_forged_where_a_challenge_is_foreseen(name: str, rounds: int) -> None:
-    """What the first linear claim lacks is hidden in a crossed value, or as multiples of Q.
+    """What the linear claim lacks is hidden in one of the numbers p, or as multiples of Q.
 
     Row 0 (alpha^0 = 1) of y is moved by a vector in the row space of B, so that what is proved is
     no linear map. With all challenges hashed after what they must not be known for, it fails.
@@ -767,7 +780,7 @@ def compressed(point: tuple[object, object, object]) -> bytes:
 
 def test_generators_are_those_of_another_library() -> None:
     named = {"blinding": BLINDING, "value": VALUE, "form": FORM}
-    last = curve.CACHED_GENERATORS
+    last = curve.BLOCK
     points = generators(last + 1)
     named |= {f"generator {i}": points[i] for i in (0, 1, last - 1, last)}
     for name, point in named.items():
@@ -794,8 +807,11 @@ def test_commitments_to_small_integers_are_those_of_another_library() -> None:
 
 
 def test_multiplications_need_as_many_scalars_as_points() -> None:
-    with pytest.raises(AssertionError):
-        curve.multiply(generators(3), [1, 2])
+    for points, scalars in ((3, [1, 2]), (2, [1, 2, 3])):
+        with pytest.raises(ValueError, match=f"{points} points, {len(scalars)} scalars"):
+            curve.multiply(generators(points), scalars)
+    with pytest.raises(ValueError, match="no inner product"):
+        dot([1], [1, 2])
 
 
 def test_scalars_outside_of_the_field_are_refused_by_multiplications() -> None:
@@ -807,28 +823,39 @@ def test_scalars_outside_of_the_field_are_refused_by_multiplications() -> None:
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    return curve._cache_file()
+    return curve._block_file(0)
 
 
 def test_generators_come_from_their_file_only_if_its_digest_is_right(cache: Path) -> None:
-    expected = list(map(encode, generators(curve.CACHED_GENERATORS + 2)))
-    assert curve._read_cache() is None
-    fresh = curve._Generators()
-    assert list(map(encode, fresh.first(3))) == expected[:3]
+    expected = list(map(encode, generators(3)))
+    assert curve._read_block(0) is None
+    assert list(map(encode, curve._Generators().first(3))) == expected
     data = cache.read_bytes()
     assert [path.name for path in cache.parent.iterdir()] == [cache.name]
-    assert len(data) == 96 * curve.CACHED_GENERATORS
-    assert hashlib.sha256(data).hexdigest() == curve.CACHE_DIGEST
-    again = curve._Generators()
-    assert list(map(encode, again.first(curve.CACHED_GENERATORS + 2))) == expected
+    assert len(data) == 96 * curve.BLOCK
+    assert hashlib.sha256(data).hexdigest() == curve.BLOCK_DIGESTS[0]
 
     flipped = data[:100] + bytes([data[100] ^ 1]) + data[101:]
     swapped = data[96:192] + data[:96] + data[192:]
     for damaged in (flipped, swapped, data[:-96], data + data[:96], b""):
         cache.write_bytes(damaged)
-        assert curve._read_cache() is None
-    assert list(map(encode, curve._Generators().first(3))) == expected[:3]
+        assert curve._read_block(0) is None
+    assert list(map(encode, curve._Generators().first(3))) == expected
     assert cache.read_bytes() == data  # repaired
+
+
+def test_more_generators_are_in_more_files_and_the_last_ones_in_none(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    last = curve.BLOCK + 1
+    expected = list(map(encode, generators(last)))
+    assert list(map(encode, curve._Generators().first(last))) == expected
+    files = {path: path.read_bytes() for path in cache.parent.iterdir()}
+    assert files.keys() == {cache, curve._block_file(1)}
+    again = curve._Generators()
+    assert list(map(encode, again.first(last))) == expected
+    monkeypatch.setattr(curve, "BLOCK_DIGESTS", curve.BLOCK_DIGESTS[:1])
+    assert list(map(encode, curve._Generators().first(last))) == expected
 
 
 def test_generators_do_not_need_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -864,7 +891,7 @@ def test_the_first_challenge_is_the_hash_that_is_documented() -> None:
     commitment, x, y = golden_statement()
     transcript = b"".join(
         [
-            absorbed(b"paris_ray zklora proof 1"),
+            absorbed(b"paris_ray zklora proof 2"),
             absorbed(b"context", CONTEXT),
             absorbed(b"sizes", *(n.to_bytes(8, "little") for n in (3, 2, 2, 2))),
             absorbed(b"commitment", *commitment.a, *commitment.b),
@@ -903,7 +930,7 @@ def test_every_challenge_depends_on_all_that_was_said_before(
     """Flip one bit of each message of a proof: every later challenge changes, no earlier one."""
     commitment, x, y, _, proof = claim_of()
     messages = Proof.from_bytes(proof, commitment)
-    order = ["alpha", "beta", "gamma", "e", "xi", "mu", "chi", *["x"] * rounds]
+    order = ["alpha", "beta", "gamma", "xi", "mu", "e", "chi", *["x"] * rounds]
 
     class Recording(FiatShamir):
         """Flips a bit of one of the messages, and remembers every challenge."""
@@ -930,8 +957,8 @@ def test_every_challenge_depends_on_all_that_was_said_before(
     original = Recording(None)
     _equation(commitment, x, y, messages, original)
     assert [name for name, _ in original.said] == order
-    # Points, forms, zu, zv, blinders, crossed and both points of every round.
-    assert original.absorbed == 8 + 2 + 2 * R + 5 + 2 + 2 * rounds
+    # Points, what lacks, zu, zv, zp, blinders and both points of every round.
+    assert original.absorbed == 9 + 1 + 2 * R + 2 + 5 + 2 * rounds
     for number in range(original.absorbed):
         changed = Recording(number)
         _equation(commitment, x, y, messages, changed)

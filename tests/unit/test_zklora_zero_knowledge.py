@@ -13,13 +13,14 @@ from paris_ray.errors import VerificationError
 from paris_ray.zklora import curve, folding
 from paris_ray.zklora.commitment import ModuleCommitment, ModuleOpening, commit
 from paris_ray.zklora.curve import BLINDING, VALUE, check_equations, encode, multiply
-from paris_ray.zklora.field import ORDER, dot, padded, plus, powers
+from paris_ray.zklora.field import ORDER, dot, plus, powers
 from paris_ray.zklora.fixed_point import QuantisedModule, evaluate, quantise
 from paris_ray.zklora.proof import (
+    POINT_NAMES,
     Proof,
+    Responses,
     _equation,
-    _folding_challenges,
-    _joint_form,
+    _Joint,
     _prove,
     _random_form,
     prove,
@@ -28,7 +29,7 @@ from paris_ray.zklora.proof import (
 
 D_IN, R, D_OUT, ROWS = 12, 3, 10, 7
 CONTEXT = b"this session"
-NAMES = ("alpha", "beta", "gamma", "e", "xi", "mu", "chi", "x")
+NAMES = ("alpha", "beta", "gamma", "xi", "mu", "e", "chi", "x")
 UNLIKELY = 1e-9  # how often a test of randomness may fail by chance
 
 
@@ -81,30 +82,25 @@ def simulate(
     columns, rows = commitment.points()
     form = _random_form(x, y, oracle)
     gamma, e = powers(oracle.challenge("gamma"), commitment.r), oracle.challenge("e")
-    za, zb, zu, zv = map(draw, (commitment.d_in, commitment.d_out, commitment.r, commitment.r))
+    joint = _Joint(gamma, oracle.challenge("xi"), oracle.challenge("mu"))
+    f = joint.form(form)
+    zc, zu, zv, zp = map(draw, (len(f), commitment.r, commitment.r, 2))
     z1, z2, z3, z4, z5 = draw(5)
-    U, V, M1 = (random_point() for _ in range(3))
+    U, V, C, M1 = (random_point() for _ in range(4))
     scaled = [e * power % ORDER for power in gamma]
+    both = [*scaled, *(joint.xi * scalar % ORDER for scalar in scaled)]
     announced = [
-        curve.commit_scalars(za, z1) - multiply(columns, scaled),
-        curve.commit_scalars(zb, z2) - multiply(rows, scaled),
-        curve.commit_scalars(zu, z3) - multiply([U], [e]),
-        curve.commit_scalars(zv, z4) - multiply([V], [e]),
+        curve.commit_scalars(zc, z1) - multiply([*columns, *rows], both),
+        curve.commit_scalars(zu, z2) - multiply([U], [e]),
+        curve.commit_scalars(zv, z3) - multiply([V], [e]),
+        curve.commit_scalars(zp, z4) - multiply([C], [e]),
         multiply([VALUE, BLINDING, M1], [(dot(zu, zv) - e * e * form.y) % ORDER, z5, ORDER - e]),
         M1,
     ]
-    forms = (
-        (dot(form.x, za) - dot(gamma, zu)) % ORDER,
-        (dot(form.beta, zb) - dot(gamma, zv)) % ORDER,
-    )
-    width = max(commitment.d_in, commitment.d_out)
-    za, zb = padded(za, width), padded(zb, width)
-    crossed = dot(form.x, zb[: commitment.d_in]), dot(form.beta, za[: commitment.d_out])
-    blinders = (z1, z2, z3, z4, z5)
-    xi, mu, chi = _folding_challenges(oracle, zu, zv, blinders, crossed)
-    folded = folding.fold(plus(za, xi, zb), _joint_form(form, mu, chi), oracle)
-    points = tuple(map(encode, (U, V, *announced)))
-    return Proof(points, forms, tuple(zu), tuple(zv), blinders, crossed, folded)
+    lacking = (dot(f, zc) - joint.value(zu, zv, zp)) % ORDER
+    responses = Responses(tuple(zu), tuple(zv), (zp[0], zp[1]), (z1, z2, z3, z4, z5))
+    folded = folding.fold(zc, [oracle.challenge("chi") * value % ORDER for value in f], oracle)
+    return Proof(tuple(map(encode, (U, V, C, *announced))), lacking, responses, folded)
 
 
 def true_statement() -> tuple[ModuleCommitment, np.ndarray, np.ndarray]:
@@ -140,9 +136,9 @@ def test_proofs_are_simulated_without_weights_by_who_programs_the_oracle(
         verify(commitment, x, y, CONTEXT, simulated.to_bytes())
 
 
-@pytest.mark.parametrize("name", NAMES[:5])
+@pytest.mark.parametrize("name", NAMES[:6])
 def test_a_simulated_proof_holds_for_no_other_challenge(name: str) -> None:
-    """The rest (mu, chi) only keeps the values of the forms from being wrong; here they are not."""
+    """The rest (chi) only keeps the value of the form from being wrong; here it is not."""
     commitment, x, y = false_output()
     simulated = simulate(commitment, x, y, ScriptedOracle())
     changed = ScriptedOracle(**{name: ScriptedOracle().script[name] ^ 1})
@@ -153,7 +149,7 @@ def test_every_part_of_a_proof_is_checked_by_itself(rounds: int) -> None:
     """With challenges that do not notice: each field is in an equation that fails without it."""
     commitment, x, y = true_statement()
     simulated = simulate(commitment, x, y, ScriptedOracle())
-    data, fields = simulated.to_bytes(), 8 + 2 * rounds
+    data, fields = simulated.to_bytes(), 9 + 2 * rounds
 
     def holds(changed: bytes) -> bool:
         messages = Proof.from_bytes(changed, commitment)
@@ -171,10 +167,14 @@ def test_every_part_of_a_proof_is_checked_by_itself(rounds: int) -> None:
 @pytest.mark.parametrize(
     "errors",
     [
-        (0, 0, 1, -1, 0),  # of u and of v
-        (0, 0, 1, 0, -1),  # of u and of the product
+        (0, 1, -1, 0, 0),  # of u and of v
+        (0, 1, 0, -1, 0),  # of u and of p
+        (0, 1, 0, 0, -1),  # of u and of the product
+        (0, 0, 1, -1, 0),
+        (0, 0, 1, 0, -1),
         (0, 0, 0, 1, -1),
-        (1, 0, 1, 0, 0),  # the folded claim has z1 on its other side
+        (1, 1, 0, 0, 0),  # the folded claim has z1 on its other side
+        (1, 0, 1, 0, 0),
         (1, 0, 0, 1, 0),
         (1, 0, 0, 0, 1),
     ],
@@ -183,8 +183,9 @@ def test_errors_of_two_equations_do_not_cancel(errors: tuple[int, ...]) -> None:
     """Blinders that are wrong by as much in one equation as in another: plain sums would hold."""
     commitment, x, y = true_statement()
     simulated = simulate(commitment, x, y, ScriptedOracle())
-    wrong = [(z + error) % ORDER for z, error in zip(simulated.blinders, errors, strict=True)]
-    changed = replace(simulated, blinders=tuple(wrong))
+    sent = simulated.responses
+    wrong = [(z + error) % ORDER for z, error in zip(sent.blinders, errors, strict=True)]
+    changed = replace(simulated, responses=replace(sent, blinders=tuple(wrong)))
     assert not _equation(commitment, x, y, changed, ScriptedOracle()).holds()
 
 
@@ -237,12 +238,20 @@ def test_masks_that_are_used_twice_reveal_the_weights(fixed_masks: Callable[[], 
 
     # The second moves of two proofs are equal, their responses differ by a multiple of u and v.
     first, second = respond(e=10), respond(e=13)
-    assert first.points == second.points and first.forms == second.forms
+    assert first.points == second.points and first.lacking == second.lacking
     form = _random_form(x, y, ScriptedOracle())
-    u, v = (divided(minus(b, a), 3) for a, b in ((first.zu, second.zu), (first.zv, second.zv)))
+    one, other = first.responses, second.responses
+    pairs = ((one.zu, other.zu), (one.zv, other.zv), (one.zp, other.zp))
+    u, v, p = (divided(minus(b, a), 3) for a, b in pairs)
     assert u == [dot(form.x, column) for column in module.a.T.tolist()]
     assert v == [dot(form.beta, row) for row in module.b.tolist()]
     assert dot(u, v) == form.y
+    gamma = powers(ScriptedOracle().challenge("gamma"), R)
+    crossing = (
+        [dot(gamma, row) for row in module.a.tolist()],
+        [dot(gamma, column) for column in module.b.T.tolist()],
+    )
+    assert p == form.crossed(*crossing)
 
     def combinations(gamma: int) -> tuple[list[int], list[int]]:
         """Return `A gamma` and `B^T gamma`."""
@@ -263,7 +272,7 @@ def announced(proof: bytes, commitment: ModuleCommitment) -> Iterator[object]:
     """Yield everything in a proof that must be fresh: all of it."""
     messages = Proof.from_bytes(proof, commitment)
     yield from messages.points
-    yield from (*messages.forms, *messages.zu, *messages.zv, *messages.blinders, *messages.crossed)
+    yield from (messages.lacking, *messages.responses.scalars())
     yield from (*messages.folded.left, *messages.folded.right, *messages.folded.remainder)
 
 
@@ -304,7 +313,7 @@ def test_every_mask_and_blinder_is_drawn_and_used(monkeypatch: pytest.MonkeyPatc
         return _prove(opening, x, y, ScriptedOracle()).to_bytes(), drawn
 
     original, drawn = prove_with(None)
-    assert drawn == D_IN + D_OUT + 2 * R + len(("U", "V", "Ra", "Rb", "Rs", "Rt", "M0", "M1"))
+    assert drawn == max(D_IN, D_OUT) + 2 * R + 2 + len(POINT_NAMES)
     assert prove_with(None)[0] == original
     proofs = {prove_with(number)[0] for number in range(drawn)}
     assert len(proofs | {original}) == drawn + 1
@@ -317,7 +326,7 @@ def test_even_zero_weights_are_masked() -> None:
     x, y = rows_of(rows=1), np.zeros((1, D_OUT), np.int64)
     items = {*commitment.a, *commitment.b}
     items |= set(announced(prove(opening, x, y, CONTEXT), commitment))
-    assert len(items) == 2 * R + 8 + 2 + 2 * R + 5 + 2 + D_IN
+    assert len(items) == 2 * R + 9 + 1 + 2 * R + 2 + 5 + D_IN
     assert not items & {0, encode(G1Point.identity())}
 
 

@@ -21,7 +21,7 @@ What it does not do:
 bytes of the proof travel: the verifier computes the public values from its own transcript, compiles
 circuit and key itself, and compares the first point with the commitment that it pinned.
 
-EZKL's wheel names no licence, so it is an optional extra that nothing else needs:
+EZKL's wheel names no licence, so it is an optional extra, and only the benchmark needs it:
 `pip install 'paris_ray[ezkl]'`. Sources: Kate, Zaverucha and Goldberg, ASIACRYPT 2010; the Halo2
 book.
 """
@@ -33,13 +33,12 @@ from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from paris_ray.errors import ParisError, VerificationError
-from paris_ray.zklora.backend import Guarantee
 from paris_ray.zklora.fiat_shamir import FiatShamir
 from paris_ray.zklora.fixed_point import (
     Int16,
@@ -103,8 +102,6 @@ class BindingEzkl:
     Raises:
         ParisError: if EZKL is not installed.
     """
-
-    guarantees: ClassVar[frozenset[Guarantee]] = frozenset({Guarantee.BINDING})
 
     def __init__(self, folder: Path) -> None:
         self._ezkl = _optional("ezkl")

@@ -679,6 +679,12 @@ def test_evidence_without_a_proof_is_refused(market: Market, tried: Tried) -> No
     for value in (None, np.zeros(3, np.float32), np.zeros((3, 1), np.uint8)):
         with pytest.raises(ProtocolError, match=r"0\.proof"):
             fetch(market, tried, lambda a, v=value: changed(a, proof=v))
+    with pytest.raises(ProtocolError, match=r"tensor '0\.x' is not expected"):
+        fetch(market, tried, lambda a: changed(a, x=np.zeros((2, 2), np.int16)))
+    first = next(iter(market.manifest.terms))
+    for size in (0, 3, 2**22):
+        with pytest.raises(VerificationError, match=f"^{first}: the proof has {size} bytes"):
+            fetch(market, tried, lambda a, n=size: changed(a, proof=np.zeros(n, np.uint8)))
 
 
 def test_a_part_left_out_of_evidence_is_found_before_anything_is_verified(
@@ -855,7 +861,7 @@ def test_another_users_session_does_not_exist(
     call_all(session, market.manifest, 1)
     name = next(iter(market.manifest.terms))
     thief = market.crowd.one()
-    statement = closing_statement(session.sid, market.manifest.adapter_id, session.transcript)
+    statement = closing_statement(session.sid, market.manifest.adapter_id, session.transcript.log)
     mine = {"session": session.sid}
     by_thief = SignedDocument.sign("close", statement, thief).to_json()
     by_user = SignedDocument.sign("close", statement, user).to_json()
@@ -880,17 +886,17 @@ def test_a_session_ends_where_the_parties_disagree(
     """A user who claims other rows than were answered gets no signature, and no proof."""
     call_all(session, market.manifest, 1)
     adapter_id, mine = market.manifest.adapter_id, {"session": session.sid}
-    honest = closing_statement(session.sid, adapter_id, session.transcript)
+    honest = closing_statement(session.sid, adapter_id, session.transcript.log)
     shorter = Transcript(session.transcript.calls[:-1])
     for wrong in (
-        closing_statement(session.sid, adapter_id, shorter),
+        closing_statement(session.sid, adapter_id, shorter.log),
         honest | {"root": "0" * 64},
         honest | {"calls": honest["calls"] + 1},
         honest | {"adapter_id": "0" * 64},
         {k: v for k, v in honest.items() if k != "rows"},
     ):
         signed = SignedDocument.sign("close", wrong, user).to_json()
-        with pytest.raises(ProtocolError, match="differ from the journal"):
+        with pytest.raises(ProtocolError, match="differs from the journal"):
             channel.request("close", mine | {"statement": signed})
     for malformed in ({}, {"kind": "close"}, SignedDocument.sign("other", honest, user).to_json()):
         with pytest.raises(ParisError):
@@ -974,6 +980,7 @@ def test_rows_of_another_shape_or_type_are_refused(
         {"x": np.array(1, np.int16)},
         {"x": np.zeros((4097, d_in), np.int16)},
         {"y": np.zeros((2, d_in), np.int16)},
+        {"x": np.zeros((2, d_in), np.int16), "y": np.zeros((2, d_in), np.int16)},
     ):
         with pytest.raises(ParisError) as refused:
             channel.request("call", call, tensors)
@@ -1054,8 +1061,9 @@ class Swindler:
 
     def close(self, request: Message) -> Message:
         sid = request.fields["session"]
-        self.root = self.transcript.root
-        statement = closing_statement(sid, self.manifest.adapter_id, self.transcript)
+        log = self.transcript.log
+        self.root = log.root
+        statement = closing_statement(sid, self.manifest.adapter_id, log)
         signed = SignedDocument.sign("close", statement, self.identity)
         return Message("closed", {"statement": signed.to_json()})
 
@@ -1219,10 +1227,13 @@ def test_answers_of_another_shape_are_refused(stall: Stall) -> None:
         np.zeros(30, np.int64),
         np.array(0, np.int64),
     ):
-        tamper = lambda a, y=y: Message(a.kind, {}, {"y": y}) if a.kind == "answer" else a  # noqa: E731
-        swindler = Swindler(stall.manifest, stall.openings, stall.seller, tamper=tamper)
-        with pytest.raises(ProtocolError), stall.session(swindler):
-            pass
+        for tensors in ({"y": y}, {"y": np.zeros((3, 10), np.int64), "z": y}):
+            tamper = (  # noqa: E731
+                lambda a, t=tensors: Message(a.kind, {}, t) if a.kind == "answer" else a
+            )
+            swindler = Swindler(stall.manifest, stall.openings, stall.seller, tamper=tamper)
+            with pytest.raises(ProtocolError, match="answer: tensor"), stall.session(swindler):
+                pass
 
 
 def test_an_opening_that_is_none_is_refused(stall: Stall) -> None:

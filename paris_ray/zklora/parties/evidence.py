@@ -20,8 +20,8 @@ from paris_ray.zklora.fixed_point import Int16, Int64
 from paris_ray.zklora.manifest import AdapterManifest
 from paris_ray.zklora.parties.channel import Channel
 from paris_ray.zklora.parties.frames import Message
-from paris_ray.zklora.parties.messages import ProveRequest, tensor_of
-from paris_ray.zklora.proof import Claim
+from paris_ray.zklora.parties.messages import ProveRequest, tensors_of
+from paris_ray.zklora.proof import Claim, Proof
 from paris_ray.zklora.transcript import CLOSE, Transcript, proof_context
 
 TRANSCRIPT = "transcript.safetensors"
@@ -99,7 +99,7 @@ class ClosedSession:
         same = canonical_json(self.by_user.document) == canonical_json(statement)
         if not same or said != (self.sid, manifest.adapter_id):
             raise VerificationError("the parties have signed different logs, or another session")
-        if self.transcript.root != self.root:
+        if self.transcript.log.root != self.root:
             raise VerificationError("the transcript is not the one that was signed")
 
 
@@ -168,11 +168,11 @@ def fetch_evidence(
     answer = _await_proofs(channel, manifest, closed, on_progress)
     names = check_names("proofs", answer.fields.get("modules"), manifest)
     on_progress(len(names), len(names))
-    proofs, rows = {}, {}
-    for i, name in enumerate(names):
-        proofs[name] = tensor_of(answer, f"{i}.proof", np.uint8, 1).tobytes()
-        rows[name] = closed.transcript.rows(name)
-    return Evidence(closed, rows, proofs)
+    tensors = tensors_of(answer, {f"{i}.proof": (np.uint8, (None,)) for i in range(len(names))})
+    proofs = {name: tensors[f"{i}.proof"].tobytes() for i, name in enumerate(names)}
+    for name, proof in proofs.items():
+        _check_form(name, proof, manifest)
+    return Evidence(closed, {name: closed.transcript.rows(name) for name in names}, proofs)
 
 
 def _await_proofs(
@@ -192,6 +192,14 @@ def _await_proofs(
         on_progress(done, total)
         time.sleep(POLL_S)
     return answer
+
+
+def _check_form(name: str, proof: bytes, manifest: AdapterManifest) -> None:
+    """Raise VerificationError unless a proof has the length that the module's dimensions imply."""
+    try:
+        Proof.from_bytes(proof, manifest.module(name).commitment)
+    except VerificationError as error:
+        raise VerificationError(f"{name}: {error}") from None
 
 
 def save_evidence(evidence: Evidence, folder: Path) -> None:

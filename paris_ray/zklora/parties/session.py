@@ -28,7 +28,7 @@ from paris_ray.zklora.parties.messages import (
     CloseRequest,
     EndRequest,
     OpenRequest,
-    tensor_of,
+    tensors_of,
 )
 from paris_ray.zklora.proof import verify_named
 from paris_ray.zklora.transcript import (
@@ -89,9 +89,8 @@ class Session:
         seq = len(self.transcript.calls)
         request = CallRequest(session=self.sid, seq=seq, module=module, exponent=exponent)
         answer = self._channel.request("call", request.model_dump(), {"x": x})
-        y = tensor_of(answer, "y", np.int64, 2)
-        if y.shape != (len(x), self._manifest.module(module).commitment.d_out):
-            raise ProtocolError(f"{module}: the answer has shape {y.shape}")
+        _, _, d_out = self._manifest.module(module).dimensions
+        y = tensors_of(answer, {"y": (np.int64, (len(x), d_out))})["y"]
         self.transcript.append(Call(seq, module, exponent, x, y))
         return y
 
@@ -102,10 +101,11 @@ class Session:
             VerificationError: if a module of the adapter was never tried.
             ProtocolError: if the contributor has another log.
         """
+        called = {call.module for call in self.transcript.calls}
         for terms in self._manifest.modules:
-            if terms.name not in self.transcript.counts:
+            if terms.name not in called:
                 raise VerificationError(f"{terms.name}: no row was computed: none can be proved")
-        statement = closing_statement(self.sid, self._manifest.adapter_id, self.transcript)
+        statement = closing_statement(self.sid, self._manifest.adapter_id, self.transcript.log)
         by_user = SignedDocument.sign(CLOSE, statement, self._identity)
         request = CloseRequest(session=self.sid, statement=by_user.to_json())
         answer = self._channel.request("close", request.model_dump()).fields.get("statement")

@@ -46,7 +46,8 @@ from paris_ray.zklora.ledger import OPENING_BALANCE, SQLiteLedger
 from paris_ray.zklora.manifest import MANIFEST, AdapterManifest, Base, build_manifest
 from paris_ray.zklora.offer import AskedTerms, Offer, base_of_expert, base_of_file, open_offer
 from paris_ray.zklora.parties.buyer import Buyer, Outcome, Trial
-from paris_ray.zklora.parties.channel import Channel, Peer, serve
+from paris_ray.zklora.parties.channel import Channel
+from paris_ray.zklora.parties.connection import Peer
 from paris_ray.zklora.parties.contributor import Contribution, Service
 from paris_ray.zklora.parties.escrow import EscrowClient, EscrowService
 from paris_ray.zklora.parties.evidence import (
@@ -59,6 +60,7 @@ from paris_ray.zklora.parties.evidence import (
 from paris_ray.zklora.parties.frames import Message
 from paris_ray.zklora.parties.purchase import buy, integers_digest
 from paris_ray.zklora.parties.results import result
+from paris_ray.zklora.parties.server import serve
 from paris_ray.zklora.parties.session import Session
 from paris_ray.zklora.parties.user import verify_evidence
 from paris_ray.zklora.proof import prove, verify_named

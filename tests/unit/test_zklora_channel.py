@@ -38,7 +38,8 @@ from paris_ray.errors import (
     VerificationError,
 )
 from paris_ray.identity import Identity
-from paris_ray.zklora.parties.channel import Channel, Peer, Server, serve
+from paris_ray.zklora.parties.channel import Channel
+from paris_ray.zklora.parties.connection import Peer
 from paris_ray.zklora.parties.frames import (
     ConnectionLost,
     Limits,
@@ -48,6 +49,7 @@ from paris_ray.zklora.parties.frames import (
     encode,
     read_message,
 )
+from paris_ray.zklora.parties.server import Server, serve
 from paris_ray.zklora.sessions import SessionJournal
 
 SMALL = Sizes(header_bytes=2000, frame_bytes=5000)

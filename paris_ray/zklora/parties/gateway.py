@@ -22,7 +22,7 @@ from paris_ray.receipts import State
 from paris_ray.signatures import SignedDocument
 from paris_ray.zklora.manifest import MANIFEST, AdapterManifest
 from paris_ray.zklora.offer import KEY, SEALED
-from paris_ray.zklora.parties.channel import Peer, Server, serve
+from paris_ray.zklora.parties.connection import Peer
 from paris_ray.zklora.parties.escrow import EscrowClient
 from paris_ray.zklora.parties.frames import Message
 from paris_ray.zklora.parties.messages import (
@@ -36,6 +36,7 @@ from paris_ray.zklora.parties.messages import (
 )
 from paris_ray.zklora.parties.proving import Proving, evidence, prove_all
 from paris_ray.zklora.parties.results import result
+from paris_ray.zklora.parties.server import Server, serve
 from paris_ray.zklora.session_records import SessionRecord, SessionState
 from paris_ray.zklora.sessions import SessionJournal
 from paris_ray.zklora.transcript import new_nonce

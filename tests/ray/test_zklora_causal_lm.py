@@ -91,7 +91,7 @@ class InProcessSession:
             context = proof_context(manifest.adapter_id, self.sid, recorded.log.root, name, nonce_v)
             proofs[name] = prove(opening, *recorded.rows(name), context)
         closed = ClosedSession(self.sid, *self.nonces, *signed, nonce_v, self.transcript)
-        return Evidence(closed, {name: self.transcript.rows(name) for name in proofs}, proofs)
+        return Evidence(closed, proofs)
 
 
 @pytest.fixture

@@ -694,24 +694,35 @@ def test_a_part_left_out_of_evidence_is_found_before_anything_is_verified(
 ) -> None:
     evidence = fetch(market, tried)
     name, *others = evidence.proofs
-    x, y = evidence.rows[name]
-    fewer = {name: (x[:-1], y[:-1])}
+    calls = evidence.closed.transcript.calls
+    first = calls[0]
+    longer = Call(0, first.module, 9, np.repeat(first.x, 2, 0), np.repeat(first.y, 2, 0))
+    changed = {
+        "fewer calls": calls[:-1],
+        "fewer rows": [Call(0, first.module, 9, first.x[:-1], first.y[:-1]), *calls[1:]],
+        "more rows": [longer, *calls[1:]],
+        "other inputs": [Call(0, first.module, 9, first.x[::-1], first.y), *calls[1:]],
+        "other outputs": [Call(0, first.module, 9, first.x, first.y + 1), *calls[1:]],
+        "another exponent": [Call(0, first.module, 8, first.x, first.y), *calls[1:]],
+    }
+    unsigned = [
+        replace(evidence.closed, transcript=Transcript(calls)) for calls in changed.values()
+    ]
     for bad, match in (
         (replace(evidence, proofs={}), "proofs must be"),
-        (replace(evidence, rows={}), "rows must be"),
         (replace(evidence, proofs={k: evidence.proofs[k] for k in others}), name),
         (replace(evidence, proofs=evidence.proofs | {"extra": b""}), "extra"),
-        (replace(evidence, rows=evidence.rows | fewer), f"{name}: 5 rows are proved, 6 must be"),
-        (replace(evidence, rows=evidence.rows | {name: (x[:0], y[:0])}), f"{name}: 0 rows"),
-        (
-            replace(
-                evidence, rows=evidence.rows | {name: (np.repeat(x, 2, 0), np.repeat(y, 2, 0))}
-            ),
-            f"{name}: 12 rows",
-        ),
+        *((replace(evidence, closed=other), "has signed another log") for other in unsigned),
     ):
         with pytest.raises(VerificationError, match=match):
             check(market, bad)
+    without = Transcript(
+        Call(seq, c.module, c.exponent, c.x, c.y)
+        for seq, c in enumerate(c for c in calls if c.module != name)
+    )
+    signed = resigned(market, tried.user, replace(evidence.closed, transcript=without))
+    with pytest.raises(VerificationError, match=f"rows must be of the 4 modules.*{name}"):
+        check(market, replace(evidence, closed=signed))
 
 
 def test_proofs_of_something_else_are_refused(market: Market, tried: Tried) -> None:
@@ -726,7 +737,7 @@ def test_proofs_of_something_else_are_refused(market: Market, tried: Tried) -> N
     everything = ".*".join(map(str, names))
     proofs, closed = evidence.proofs, evidence.closed
     another_root = resigned(market, tried.user, closed, root="0" * 64)
-    signed = "signed different logs"
+    signed = "has signed another log"
     for bad, blamed in (
         (replace(evidence, proofs=other.proofs), everything),
         (replace(evidence, closed=replace(closed, nonce_v=new_nonce())), everything),
@@ -736,7 +747,7 @@ def test_proofs_of_something_else_are_refused(market: Market, tried: Tried) -> N
             signed,
         ),
         (replace(evidence, closed=other.closed), everything),
-        (replace(evidence, closed=another_root), "the transcript is not the one that was signed"),
+        (replace(evidence, closed=another_root), signed),
         (replace(evidence, proofs=proofs | {first: other.proofs[first]}), f"of {first} does"),
         (replace(evidence, proofs=proofs | {second: proofs[second][:-1]}), f"^{second}: "),
         (replace(evidence, proofs=proofs | {second: b""}), f"^{second}: "),
@@ -744,10 +755,14 @@ def test_proofs_of_something_else_are_refused(market: Market, tried: Tried) -> N
     ):
         with pytest.raises(VerificationError, match=blamed):
             check(market, bad)
-    x, y = evidence.rows[second]
-    for rows in ((x[::-1].copy(), y), (x, y + (np.arange(y.size) == 7).reshape(y.shape))):
-        with pytest.raises(VerificationError, match=f"of {second} does not hold"):
-            check(market, replace(evidence, rows=evidence.rows | {second: rows}))
+    # Other rows that both have signed: what every proof is bound to differs.
+    calls = [
+        Call(c.seq, c.module, c.exponent, c.x, c.y + (c.module == second))
+        for c in closed.transcript.calls
+    ]
+    lie = resigned(market, tried.user, replace(closed, transcript=Transcript(calls)))
+    with pytest.raises(VerificationError, match=everything):
+        check(market, replace(evidence, closed=lie))
 
 
 @pytest.mark.parametrize(
@@ -786,17 +801,18 @@ def test_a_module_that_was_never_called_stays_unproved(
     # The contributor would close it; the evidence of such a session is refused as well.
     session.evaluate(last, rows_for(market.manifest, last, 1), 0)
     evidence = session.verify()
-    rows = {k: v for k, v in evidence.closed.rows.items() if k != last}
+    rows = {k: v for k, v in evidence.closed.transcript.log.rows.items() if k != last}
     partial = resigned(market, user, evidence.closed, rows=rows)
-    with pytest.raises(VerificationError, match=f"{last}: 1 rows are proved, 0 must be"):
+    with pytest.raises(VerificationError, match="the contributor has signed another log"):
         replace(evidence, closed=partial).claims(market.manifest)
 
 
 def resigned(
     market: Market, user: Identity, closed: ClosedSession, **changes: Any
 ) -> ClosedSession:
-    """Return a session whose parties have signed something else, both of them."""
-    statement = dict(closed.by_user.document) | changes
+    """Return a session whose parties have both signed its transcript, or something else."""
+    adapter_id, log = market.manifest.adapter_id, closed.transcript.log
+    statement = closing_statement(closed.sid, adapter_id, log) | changes
     seller = Identity.load(market.service.identity)
     both = [SignedDocument.sign("close", statement, party) for party in (user, seller)]
     return replace(closed, by_user=both[0], by_contributor=both[1])

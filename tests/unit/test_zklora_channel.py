@@ -692,7 +692,7 @@ def test_a_lost_connection_is_opened_again_and_the_request_repeated(parties: dic
 def test_rows_whose_answer_was_lost_are_paid_once(parties: dict, tmp_path: Path):
     adapter_id, sid, user = "ad" * 32, "51" * 32, parties["client"].public_key
     journal = SessionJournal(tmp_path / "sessions.sqlite")
-    journal.add_adapter(adapter_id, ["m"], 10)
+    journal.budget.add_adapter(adapter_id, ["m"], 10)
     journal.open_session(sid, adapter_id, user, "0a" * 32, "0c" * 32)
     requests = []
 
@@ -713,7 +713,7 @@ def test_rows_whose_answer_was_lost_are_paid_once(parties: dict, tmp_path: Path)
         x = np.ones((3, 2), np.int16)
         answer = client.request("call", {"seq": 0}, {"x": x})
     np.testing.assert_array_equal(answer.tensors["y"], x)  # computed at the first request
-    assert requests == [0, 0] and journal.rows_left(adapter_id) == {"m": 7}
+    assert requests == [0, 0] and journal.budget.rows_left(adapter_id) == {"m": 7}
 
 
 def test_a_lost_connection_is_an_error_in_the_end(parties: dict):

@@ -208,7 +208,8 @@ def test_contributors_of_disjoint_modules_are_tried_together(
     evidence = [session.prove() for session in sessions]
     for part, session in zip(evidence, sessions, strict=True):
         manifest = session.contributor.manifest
-        assert set(part.closed.rows.values()) == {2 * PROMPT.shape[1]}  # perplexity, twice
+        rows = set(part.closed.transcript.log.rows.values())
+        assert rows == {2 * PROMPT.shape[1]}  # perplexity, twice
         verify_named(part.claims(manifest))
     first, second = (session.contributor.manifest for session in sessions)
     assert not first.terms.keys() & second.terms.keys()

@@ -1,21 +1,19 @@
 """What user and contributor say to each other: the fields of every request, checked."""
 
-from typing import Annotated, Any, Self
+from collections.abc import Mapping
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from paris_ray.errors import ProtocolError
 from paris_ray.zklora.parties.frames import Message
-from paris_ray.zklora.transcript import drawing_digest
+
+Form = tuple[type[np.generic], tuple[int | None, ...]]
+"""Type and shape of a tensor."""
 
 DIGEST = Field(pattern="^[0-9a-f]{64}$")
-MAX_PROMPTS = 10
-MAX_PROMPT = 1000  # characters
-MAX_SEED = 2**63 - 1
-MIN_ROWS_A_PICTURE = 16  # a picture is an answer too, and whoever has enough can train on them
 
 
 class _Fields(BaseModel):
@@ -37,13 +35,18 @@ class _Fields(BaseModel):
             )
             raise ProtocolError(f"{type(self).__name__}: {problems}") from None
 
+    @classmethod
+    def read(cls, message: Message) -> Self:
+        """Return what a message without tensors asks."""
+        tensors_of(message, {})
+        return cls(**message.fields)
+
 
 class OpenRequest(_Fields):
     """Begin a session, or return to one after a lost connection: the nonce names it."""
 
     adapter_id: str = DIGEST
     nonce_u: str = DIGEST
-    mode: str = Field(pattern="^(exact|audit)$")
 
 
 class CallRequest(_Fields):
@@ -53,42 +56,6 @@ class CallRequest(_Fields):
     seq: int
     module: str
     exponent: int
-
-
-class DrawRequest(_Fields):
-    """Ask for pictures of the adapted model; asked again until they are there.
-
-    `audit_rows` rows of each module are opened later.
-    """
-
-    session: str = DIGEST
-    prompts: list[Annotated[str, Field(max_length=MAX_PROMPT)]] = Field(
-        min_length=1, max_length=MAX_PROMPTS
-    )
-    seed: int = Field(ge=0, le=MAX_SEED)
-    audit_rows: int = Field(ge=1)
-    num_inference_steps: int | None = Field(default=None, ge=1, le=1000)
-    guidance_scale: float | None = Field(default=None, ge=0, le=100)
-    routing: str | None = Field(default=None, max_length=40)
-
-    @model_validator(mode="after")
-    def _check_pictures(self) -> Self:
-        pictures = len(self.prompts)
-        if self.seed + pictures - 1 > MAX_SEED:
-            raise PydanticCustomError(
-                "seed", f"seed={self.seed} is not allowed: seed + {pictures - 1} is above 2^63 - 1"
-            )
-        if self.audit_rows < MIN_ROWS_A_PICTURE * pictures:
-            raise PydanticCustomError(
-                "audit_rows",
-                f"audit_rows={self.audit_rows} is not allowed for {pictures} prompts: at least "
-                f"{MIN_ROWS_A_PICTURE} a picture, {MIN_ROWS_A_PICTURE * pictures} in all",
-            )
-        return self
-
-    def digest(self, pictures: NDArray[np.uint8]) -> str:
-        """Return what binds pictures `(n, S, S, 3)` to all that was asked for."""
-        return drawing_digest(self.model_dump(exclude={"session"}), pictures)
 
 
 class CloseRequest(_Fields):
@@ -117,12 +84,32 @@ class ReleaseRequest(_Fields):
     session: str = DIGEST
 
 
-def tensor_of(message: Message, name: str, dtype: type[np.generic], ndim: int) -> NDArray[Any]:
-    """Return a tensor of an answer; raises ProtocolError if it has none of that type."""
-    tensor = message.tensors.get(name)
-    if tensor is None or tensor.dtype != dtype or tensor.ndim != ndim:
-        raise ProtocolError(
-            f"the answer {message.kind!r} has no {np.dtype(dtype).name} {name!r} of {ndim} "
-            "dimensions"
-        )
-    return tensor
+def tensors_of(message: Message, forms: Mapping[str, Form]) -> dict[str, NDArray[Any]]:
+    """Return the tensors of a message, if they are those that are expected.
+
+    Args:
+        message: What the other side sent; nothing has been built from it yet.
+        forms: Of each tensor by its name; a length that is None may be any.
+
+    Raises:
+        ProtocolError: if one is missing, of another type or shape, or not expected.
+    """
+    for name in sorted(message.tensors.keys() | forms.keys()):
+        tensor, form = message.tensors.get(name), forms.get(name)
+        found = "missing" if tensor is None else f"{tensor.dtype} of shape {tensor.shape}"
+        if form is None:
+            raise ProtocolError(f"{message.kind[:80]}: tensor {name[:80]!r} is not expected")
+        dtype, shape = form
+        if tensor is None or tensor.dtype != dtype or not _fits(tensor.shape, shape):
+            allowed = ", ".join("any" if length is None else str(length) for length in shape)
+            raise ProtocolError(
+                f"{message.kind[:80]}: tensor {name!r} is {found}, not {np.dtype(dtype).name} of "
+                f"shape ({allowed})"
+            )
+    return dict(message.tensors)
+
+
+def _fits(shape: tuple[int, ...], allowed: tuple[int | None, ...]) -> bool:
+    return len(shape) == len(allowed) and all(
+        most in (None, length) for length, most in zip(shape, allowed, strict=True)
+    )

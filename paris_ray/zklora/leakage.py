@@ -7,11 +7,14 @@ what counts is not rows but directions, and of them those in which real inputs h
 """
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from safetensors.numpy import save_file
 
+from paris_ray.artifacts import Folder
 from paris_ray.zklora.fixed_point import (
     Floats,
     Int16,
@@ -22,6 +25,8 @@ from paris_ray.zklora.fixed_point import (
 )
 
 NEW = 1e-9  # of a row's length must lie outside the span, or it is a combination of earlier rows
+FRESH_ROWS = 512  # that an error is predicted for
+INPUTS = "inputs.safetensors"  # a sample of real ones, in the folder of an offer
 LAST_BITS = b"paris_ray zklora last bits\n"
 
 Directions = NDArray[np.float64]
@@ -123,8 +128,56 @@ def chosen_rows(inputs: Floats, count: int) -> Int16:
     Returns:
         `(min(count, rows, d_in), d_in)` int16.
     """
-    directions = np.linalg.svd(np.asarray(inputs, np.float64), full_matrices=False)[2]
-    return quantise_rows(directions[:count])[0]
+    rows = np.asarray(inputs, np.float64)
+    directions = np.linalg.eigh(rows.T @ rows)[1].T[::-1]
+    return quantise_rows(directions[: min(count, len(rows))])[0]
+
+
+def assumed_inputs(d_in: int, rows: int, power: float, random: np.random.Generator) -> Directions:
+    """Return inputs `(rows, d_in)` of which nothing is known but how their spectrum falls.
+
+    Args:
+        d_in: Their width.
+        rows: How many.
+        power: Input i, from 1, has the standard deviation `i ** -power`: 0 is white noise, 1
+            resembles activations.
+        random: Where they come from.
+    """
+    return random.standard_normal((rows, d_in)) * np.arange(1, d_in + 1) ** -power
+
+
+def assumed_errors(
+    modules: Mapping[str, QuantisedModule], rows: int, power: float = 1.0
+) -> tuple[float, float]:
+    """Return the relative errors of thieves, where no real inputs are at hand.
+
+    Args:
+        modules: The adapter.
+        rows: That each has seen answered.
+        power: See `assumed_inputs`.
+
+    Returns:
+        Of one who asks for inputs as they come, and of one who chooses; means over the modules.
+    """
+    random = np.random.default_rng(0)
+    asked, chosen = [], []
+    for module in modules.values():
+        width = module.d_in
+        inputs = assumed_inputs(width, FRESH_ROWS, power, random)
+        seen, _ = quantise_rows(assumed_inputs(width, rows, power, random))
+        asked.append(predicted_error(Span.of(width, [seen]), inputs, module))
+        best = np.eye(width)[: min(rows, width)]  # the spectrum falls along the axes
+        chosen.append(predicted_error(Span.of(width, [quantise_rows(best)[0]]), inputs, module))
+    return float(np.mean(asked)), float(np.mean(chosen))
+
+
+def save_inputs(path: Path, inputs: Mapping[str, Int16]) -> None:
+    """Keep a sample of real inputs, as many of each module as a fair prediction needs."""
+    kept = {
+        name: np.ascontiguousarray(x[:: max(1, len(x) // FRESH_ROWS)]) for name, x in inputs.items()
+    }
+    with Folder(str(path.parent)).writing(path.name) as temporary:
+        save_file(kept, temporary)
 
 
 def draw_last_bits(x: Int16, seed: bytes) -> Int16:

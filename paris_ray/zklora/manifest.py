@@ -36,6 +36,8 @@ MAX_EXPERT = 2**16
 MAX_SEALED_BYTES = 200 * 2**20
 MAX_COUNT = 2**53 - 1  # exact in every reader of JSON
 MIN_ALPHA = 1e-6
+# With so few rows a thief has about a quarter of an adapter's worth: docs/zklora.md.
+BUDGET_DIVISOR = 64
 # Delivered factors are float32, in which every 15-bit integer times 2^-exponent must be normal.
 MIN_EXPONENT, MAX_EXPONENT = -112, 126
 
@@ -316,6 +318,15 @@ class AdapterManifest:
         return cls(**document | {"base": Base(**base), "modules": terms})
 
 
+def default_budget(widths: Sequence[int]) -> int:
+    """Return how many rows of each module are answered unless its contributor says otherwise.
+
+    Args:
+        widths: Of the inputs of all modules.
+    """
+    return max(1, min(widths, default=0) // BUDGET_DIVISOR)
+
+
 def build_manifest(
     openings: Mapping[str, ModuleOpening],
     config: LoRAConfig,
@@ -343,12 +354,12 @@ def build_manifest(
         key: What unseals them; only its digest is stated.
         contributor_certificate: One's own, as PEM.
         escrow_certificate: Who holds key and payment.
-        budget_rows: Rows of each module over all users; None: an eighth of the narrowest input.
+        budget_rows: Rows of each module over all users; None: as `default_budget` has it.
 
     Raises:
         ParisError: like `AdapterManifest`.
     """
-    narrowest = min((opening.module.d_in for opening in openings.values()), default=0)
+    widths = [opening.module.d_in for opening in openings.values()]
     return AdapterManifest(
         protocol=PROTOCOL,
         base=base,
@@ -357,7 +368,7 @@ def build_manifest(
         lora_alpha=config.lora_alpha,
         r=config.r,
         use_rslora=config.use_rslora,
-        budget_rows=max(1, narrowest // 8) if budget_rows is None else budget_rows,
+        budget_rows=default_budget(widths) if budget_rows is None else budget_rows,
         price=price,
         price_per_row=price_per_row,
         sealed_digest=sha256_hex(sealed),

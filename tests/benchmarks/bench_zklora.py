@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -29,10 +29,10 @@ from typing import Any
 
 import numpy as np
 from sections import write_section
+from zklora_leaks import GOALS_HEAD, bench_decision, bench_leakage, bench_share, goal, table
 
 from paris_ray import zklora
 from paris_ray.errors import ParisError
-from paris_ray.zklora.leakage import leakage_table
 
 ONE_THREAD = {f"{library}_NUM_THREADS": "1" for library in ("OMP", "OPENBLAS", "MKL")}
 CONTEXT = b"bench"
@@ -151,22 +151,10 @@ def bench_modules(options: Any) -> str:
         rows.append([str(shape), *numbers, f"{cost['verifier_bytes'] / 1e6:.0f}"])
     shape = QUICK_SHAPE if options.quick else GOAL_SHAPE
     goals = [
-        _goal(what, figures[shape][name] / unit, goal, unit_name)
-        for what, name, goal, unit, unit_name in GOALS
+        goal(what, figures[shape][name] / unit, most, unit_name)
+        for what, name, most, unit, unit_name in GOALS
     ]
-    return f"{_table(rows)}\n\nThe goals, for {shape}:\n\n{_table([*GOALS_HEAD, *goals])}"
-
-
-GOALS_HEAD = (["", "goal", "measured", ""], ["---"] * 4)
-
-
-def _goal(what: str, value: float, goal: float, unit: str) -> list[str]:
-    verdict = "met" if value <= goal else "**missed**"
-    return [what, f"<= {goal:g} {unit}", f"{value:.3g} {unit}", verdict]
-
-
-def _table(rows: Sequence[Sequence[str]]) -> str:
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return f"{table(rows)}\n\nThe goals, for {shape}:\n\n{table([*GOALS_HEAD, *goals])}"
 
 
 # Roy et al. 2025 (arXiv 2501.13965), hardware not stated: 15 rows; seconds per module.
@@ -202,12 +190,12 @@ def bench_adapter(options: Any) -> str:
         rows.append([f"XL/2, {kind}", f"{layers}", f"{weights:,}", f"{shape.rows}", *seconds])
     total = sum(commit + prove for commit, prove, _ in made.values())
     goals = [
-        _goal("commit and prove", total, 55, "CPU-s"),
-        _goal("verify, one batch", verify, 4, "CPU-s"),
+        goal("commit and prove", total, 55, "CPU-s"),
+        goal("verify, one batch", verify, 4, "CPU-s"),
     ]
     kilobytes = sum(len(claim[-1]) for claim in claims) / 1e3
     ours = f"All {len(claims)} modules of ours, {kilobytes:.0f} kB of proofs:"
-    return f"{_table(rows)}\n\n{ours}\n\n{_table([*GOALS_HEAD, *goals])}"
+    return f"{table(rows)}\n\n{ours}\n\n{table([*GOALS_HEAD, *goals])}"
 
 
 def _prove_layers(shape: Shape, layers: int) -> tuple[float, float, list[Any]]:
@@ -256,7 +244,7 @@ def bench_ezkl(options: Any) -> str:
         verdict = "met" if ratio >= EZKL_RATIO else "**missed**"
         against = ["", ""] if name == "ours" else [f"{ratio:.0f}", f">= {EZKL_RATIO:g}, {verdict}"]
         rows.append([name, *numbers, f"{figures['proof_bytes']:,}", *against])
-    return f"{shape}:\n\n{_table(rows)}"
+    return f"{shape}:\n\n{table(rows)}"
 
 
 def _set_up(ezkl: Any, shape: Shape) -> None:
@@ -307,7 +295,7 @@ def bench_sweeps(options: Any) -> str:
         for line in LINES:
             rows.append([f"{line} s", *(f"{cost[line]:.3f}" for cost in costs.values())])
         rows.append(["proof B", *(f"{cost['proof_bytes']:,}" for cost in costs.values())])
-        parts.append(_table(rows))
+        parts.append(table(rows))
         if options.write:
             parts.append(_draw(options.write.parent, name, label, costs))
     return "\n\n".join(parts)
@@ -323,22 +311,14 @@ def _draw(folder: Path, name: str, label: str, costs: dict[int, Figures]) -> str
     return f'<img src="{picture}" width="380" alt="CPU seconds against {label}">'
 
 
-LEAKAGE_ROWS = (16, 64, 144, 256, 576, 1152)
-
-
-def bench_leakage(options: Any) -> str:
-    """Return how well an attacker predicts a module after some rows."""
-    if options.quick:
-        return leakage_table(64, 64, 4, (4, 8, 64))
-    return leakage_table(1152, 1152, 16, LEAKAGE_ROWS)
-
-
 SECTIONS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "modules": ("ZKLoRA: one module", bench_modules),
     "adapter": ("ZKLoRA: a whole adapter, beside the paper's figures per module", bench_adapter),
     "ezkl": ("ZKLoRA: beside EZKL, in CPU seconds of all its threads", bench_ezkl),
     "sweeps": ("ZKLoRA: CPU seconds against rows, rank and width", bench_sweeps),
-    "leakage": ("ZKLoRA: error of an attacker who has seen some rows", bench_leakage),
+    "leakage": ("ZKLoRA: errors of thieves, predicted and by least squares", bench_leakage),
+    "share": ("ZKLoRA: what part of the demo's adapter a thief has", bench_share),
+    "decision": ("ZKLoRA: pairs of losses until a buyer decides", bench_decision),
 }
 
 
@@ -346,6 +326,12 @@ def main() -> None:
     """Print the sections."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("sections", nargs="*", metavar="SECTION", help=", ".join(SECTIONS))
+    parser.add_argument(
+        "--demo", type=Path, default=Path("runs/zklora-demo"), help="that of `make demo-zklora`"
+    )
+    parser.add_argument(
+        "--bundle", default="runs/quickstart/bundle", help="that the demo's adapter is for"
+    )
     parser.add_argument("--quick", action="store_true", help="tiny modules: does it run at all?")
     parser.add_argument("--write", type=Path, metavar="FILE", help="replace the document's tables")
     options = parser.parse_args()

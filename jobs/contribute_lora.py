@@ -21,9 +21,9 @@ from typing import TYPE_CHECKING
 
 from jobs.command import fail, log_to_stdout, ray_session, refuse_relative_paths
 from jobs.parties import (
+    add_address,
     add_escrow,
     add_home,
-    add_resources,
     add_service,
     address,
     client_certificates,
@@ -32,7 +32,6 @@ from jobs.parties import (
     paths_of,
     positive,
 )
-from paris_ray.artifacts import absolute_uri
 from paris_ray.errors import ConfigError, ParisError
 from paris_ray.identity import Identity
 from paris_ray.zklora.manifest import MANIFEST, AdapterManifest
@@ -71,11 +70,8 @@ def main() -> int:
                     host=host,
                     port=port,
                     clients=clients,
-                    bundle=arguments.bundle and absolute_uri(arguments.bundle),
                     escrow=arguments.escrow,
                     workers=arguments.workers,
-                    threads=arguments.threads,
-                    num_gpus=arguments.num_gpus,
                     max_rows_per_user=arguments.max_rows_per_user
                     or max(1, manifest.budget_rows // USERS),
                 )
@@ -221,7 +217,7 @@ def _parser() -> argparse.ArgumentParser:
     result.add_argument(
         "--workers", type=positive, default=1, metavar="N", help="processes that answer updates"
     )
-    add_resources(result, "to draw pictures")
+    add_address(result)
     return result
 
 

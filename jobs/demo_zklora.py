@@ -37,11 +37,10 @@ if TYPE_CHECKING:
 # Who may connect to whom.
 CLIENTS_OF = {"escrow": ("contributor", "user"), "contributor": ("user",)}
 ADAPTER = "adapter"  # where jobs.verify_lora leaves the weights, in the folder of a purchase
-BUDGET_ROWS = 64  # a picture at two noise levels, and as many rows of an audit
+BUDGET_ROWS = 64  # two pictures at two noise levels
 PRICE = 100
 READY_TIMEOUT_S = 120
-# Modules that see few rows, such as those of the time, would need more pictures to be audited; and
-# cross-attention sees rows of patches and of words, more than the budget of a session has.
+# Cross-attention sees rows of patches and of words, more than the budget of a session has.
 TRAINING = (
     "lora.target_modules=[attn.in_proj,attn.out_proj,final_layer.linear]",
     "training.steps=1000",
@@ -94,7 +93,6 @@ class _Demo:
         self._bundle, self._folder, self._overrides = bundle, folder, overrides
         self._lora, self._purchase = folder / "night", folder / "purchase"
         self._training, self._held_out = folder / "pictures/training", folder / "pictures/held_out"
-        self._prompts = folder / "prompts.txt"
         self._started = time.monotonic()
 
     def run(self) -> None:
@@ -140,7 +138,6 @@ class _Demo:
 
         shard = Run(replace(load("quickstart"), run_dir=str(self._bundle.parent))).shard(expert)
         write_night_pictures(shard, prompt, self._training, self._held_out)
-        self._prompts.write_text(f"{prompt}\n")
         self._say(f"training a LoRA of expert {expert}, which draws {prompt!r}: night pictures")
         run_job(
             "train_lora",
@@ -213,7 +210,6 @@ class _Demo:
             f"--bundle={self._bundle}",
             f"--manifest={self._folder / 'contributor' / OFFERS / self._lora.name / OFFER}",
             f"--pictures={self._held_out}",
-            f"--prompts={self._prompts}",
             f"--output={self._purchase}",
         )
 

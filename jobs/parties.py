@@ -69,8 +69,8 @@ def parse_escrow(arguments: argparse.Namespace) -> None:
         arguments.escrow, arguments.escrow_certificate = address("--escrow", arguments.escrow), pem
 
 
-def add_resources(parser: argparse.ArgumentParser, gpus_for: str) -> None:
-    """Add the options for threads, GPUs and the party's Ray cluster."""
+def add_compute(parser: argparse.ArgumentParser) -> None:
+    """Add the options for threads and GPUs of whoever runs an expert."""
     parser.add_argument(
         "--threads", type=positive, default=1, metavar="N", help="torch threads of a process"
     )
@@ -79,8 +79,12 @@ def add_resources(parser: argparse.ArgumentParser, gpus_for: str) -> None:
         type=float,
         default=0,
         metavar="N",
-        help=f"GPUs {gpus_for}; default: the CPU",
+        help="GPUs for your expert; default: the CPU",
     )
+
+
+def add_address(parser: argparse.ArgumentParser) -> None:
+    """Add the option for the party's Ray cluster."""
     parser.add_argument(
         "--address", help="this party's Ray cluster; default: RAY_ADDRESS, else one of its own"
     )

@@ -1,12 +1,12 @@
 r"""Try a LoRA that its contributor does not show, verify what it did, pay, and receive it.
 
-Pins the manifest, compares losses with and without the LoRA on your own expert (--pictures), has
-pictures drawn by the contributor and audits them (--prompts), checks a zero-knowledge proof of
-every module, pays through the escrow, opens the weights and compares them with those that were
-proved. Run it again to continue after an interruption. docs/zklora.md says what is proved.
+Pins the manifest, compares losses with and without the LoRA on your own expert and pictures, checks
+a zero-knowledge proof of every module, pays through the escrow, opens the weights and compares them
+with those that were proved. Run it again to continue after an interruption. docs/zklora.md says
+what is proved.
 
     python -m jobs.verify_lora --bundle runs/quickstart/bundle --peer 127.0.0.1:7444 \
-        --manifest zklora.json --prompts prompts.txt --pictures PICTURES \
+        --manifest zklora.json --pictures PICTURES \
         --escrow 127.0.0.1:7443 --escrow-certificate runs/zklora/escrow/certificate.pem
 """
 
@@ -19,14 +19,14 @@ from tqdm import tqdm
 
 from jobs.command import fail, log_to_stdout, ray_session, refuse_relative_paths
 from jobs.parties import (
+    add_address,
+    add_compute,
     add_escrow,
     add_home,
-    add_resources,
     address,
     describe,
     parse_escrow,
     paths_of,
-    positive,
 )
 from paris_ray.artifacts import absolute_uri
 from paris_ray.errors import ParisError
@@ -45,7 +45,7 @@ def main() -> int:
     arguments = _parser().parse_args()
     log_to_stdout()
     try:
-        names = ("bundle", "manifest", "prompts", "pictures", "home", "output")
+        names = ("bundle", "manifest", "pictures", "home", "output")
         refuse_relative_paths(paths_of(arguments, *names))
         identity = Identity.load_or_create(arguments.home)
         print(f"user: {describe(identity)}", flush=True)
@@ -103,11 +103,9 @@ def _trial(
     arguments: argparse.Namespace, peer: tuple[str, int], manifest: AdapterManifest
 ) -> "Trial":
     from paris_ray.zklora.parties.buyer import Trial
-    from paris_ray.zklora.parties.examples import read_pictures, read_prompts
+    from paris_ray.zklora.parties.examples import read_pictures
 
-    pictures, captions = None, tuple[str, ...]()
-    if arguments.pictures is not None:
-        pictures, captions = read_pictures(arguments.pictures, arguments.bundle)
+    pictures, captions = read_pictures(arguments.pictures, arguments.bundle)
     name = f"{manifest.adapter}-{manifest.adapter_id[:8]}"
     output = arguments.output or arguments.home / PURCHASES / name
     return Trial(
@@ -116,17 +114,9 @@ def _trial(
         manifest=arguments.manifest,
         identity=arguments.home.resolve(),
         output=output.resolve(),
-        prompts=read_prompts(arguments.prompts) if arguments.prompts else (),
         pictures=pictures,
         captions=captions,
         levels=arguments.levels,
-        audit_rows=arguments.audit_rows,
-        seed=arguments.seed,
-        options={
-            "num_inference_steps": arguments.steps,
-            "guidance_scale": arguments.guidance_scale,
-            "routing": arguments.routing,
-        },
         escrow=arguments.escrow,
         escrow_certificate=arguments.escrow_certificate,
         threads=arguments.threads,
@@ -146,11 +136,10 @@ def _report(outcome: "Outcome", trial: "Trial", identity: Identity) -> None:
             f"{module.name:40} {size:>16} {module.rows:>6} {module.proof_bytes:>6} B "
             f"{module.peak_to_rms:>9.1f}"
         )
-    if outcome.without is not None and outcome.with_adapter is not None:
-        print(f"\n{'noise level':12} {'loss without':>13} {'loss with':>10}")
-        losses = zip(trial.levels, outcome.without, outcome.with_adapter, strict=True)
-        for level, without, with_adapter in losses:
-            print(f"{level:<12} {without.mean():>13.4f} {with_adapter.mean():>10.4f}")
+    print(f"\n{'noise level':12} {'loss without':>13} {'loss with':>10}")
+    losses = zip(trial.levels, outcome.without, outcome.with_adapter, strict=True)
+    for level, without, with_adapter in losses:
+        print(f"{level:<12} {without.mean():>13.4f} {with_adapter.mean():>10.4f}")
     for module in receipt.modules:
         if module.peak_to_rms > PEAK_TO_RMS:
             print(f"{module.name}: inputs with outliers, rounding may be above 5e-4")
@@ -177,13 +166,8 @@ def _parser() -> argparse.ArgumentParser:
         "--manifest", required=True, type=Path, metavar="FILE", help="the contributor's zklora.json"
     )
     result.add_argument(
-        "--prompts",
-        type=Path,
-        metavar="FILE",
-        help="text, a prompt a line: the contributor draws them, and you audit what it computed",
-    )
-    result.add_argument(
         "--pictures",
+        required=True,
         metavar="DIR",
         help="captioned pictures, a folder with metadata.jsonl: losses with and without the LoRA",
     )
@@ -195,19 +179,6 @@ def _parser() -> argparse.ArgumentParser:
         metavar="T",
         help="noise levels of the losses, between 0 and 1; default: %(default)s",
     )
-    result.add_argument(
-        "--audit-rows",
-        type=int,
-        metavar="N",
-        help="rows of each module that an audit opens; default: 64, at most half of the budget if "
-        "there are pictures",
-    )
-    result.add_argument("--seed", type=int, default=0, help="of the audit's pictures")
-    result.add_argument(
-        "--steps", type=positive, metavar="N", help="likewise; the bundle's if absent, as the next"
-    )
-    result.add_argument("--guidance-scale", type=float, metavar="S")
-    result.add_argument("--routing", help="top-1, top-2, ..., full, threshold:x, top-p:x, agree:x")
     add_escrow(result, "buy through this escrow; default: verify only")
     result.add_argument(
         "--output",
@@ -216,7 +187,8 @@ def _parser() -> argparse.ArgumentParser:
         help=f"the purchase's folder; default: HOME/{PURCHASES}/NAME-ID",
     )
     add_home(result, "user")
-    add_resources(result, "for your expert")
+    add_compute(result)
+    add_address(result)
     return result
 
 

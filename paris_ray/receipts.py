@@ -23,6 +23,7 @@ KIND = "receipt"
 ADAPTER_ID = "zklora_adapter_id"  # metadata of the weights of an adapter that was bought
 DIGEST = re.compile("[0-9a-f]{64}")
 MAX_MODULES = 4096  # of an adapter
+MAX_SESSIONS = 1  # in which it was tried
 MAX_TEXT = 512  # characters
 
 
@@ -38,13 +39,6 @@ class State(StrEnum):
     REFUNDED = "REFUNDED"  # the trade has failed
 
 
-class Mode(StrEnum):
-    """Who computed the model in a session."""
-
-    EXACT = "exact"  # the buyer; its proofs cover every row
-    AUDIT = "audit"  # the contributor; they cover rows that the buyer draws
-
-
 # What needs proofs.
 PROVEN = (State.VERIFIED, State.RELEASED, State.OPENED)
 # What a receipt cannot lack when it says that the weights were opened.
@@ -57,12 +51,10 @@ class SessionFacts:
 
     Attributes:
         session: Its identity.
-        mode: A `Mode`.
-        transcript_root: Merkle root of all rows, which both sides signed.
+        transcript_root: What binds all rows, which both sides signed.
     """
 
     session: str
-    mode: str
     transcript_root: str
 
 
@@ -314,8 +306,8 @@ _FIELDS = {
     "base": _MAPPING,
     "state": _Rule(lambda value: value in tuple(State), ", ".join(State)),
     "sessions": _Rule(
-        lambda value: isinstance(value, list) and len(value) <= len(Mode),
-        f"a list of at most {len(Mode)}",
+        lambda value: isinstance(value, list) and len(value) <= MAX_SESSIONS,
+        f"a list of at most {MAX_SESSIONS}",
     ),
     "weights_sha256": _DIGEST.or_null(),
     "config_sha256": _DIGEST.or_null(),
@@ -334,7 +326,6 @@ _FIELDS = {
 _BASE_FIELDS = {"digest": _DIGEST, "expert": _COUNT.or_null(), "router_digest": _DIGEST.or_null()}
 _SESSION_FIELDS = {
     "session": _DIGEST,
-    "mode": _Rule(lambda value: value in tuple(Mode), ", ".join(Mode)),
     "transcript_root": _DIGEST,
 }
 _MODULE_FIELDS = {

@@ -36,7 +36,6 @@ from paris_ray.zklora.commitment import (
 )
 from paris_ray.zklora.fixed_point import QuantisedModule, evaluate, quantise
 from paris_ray.zklora.manifest import AdapterManifest, Base, build_manifest
-from paris_ray.zklora.merkle import MerkleTree, check_inclusion
 from paris_ray.zklora.parties.frames import Message, decode, encode
 from paris_ray.zklora.proof import prove, verify
 from paris_ray.zklora.sealing import NONCE, seal, unseal
@@ -292,22 +291,6 @@ def transcript(folder: Path) -> Target:
     return Target(path.read_bytes(), read)
 
 
-def inclusion(_: Path) -> Target:
-    """A leaf and its path, against a signed root."""
-    module = _module()
-    rows = [
-        Call(i, "layer", 9, row[None], evaluate(module, row[None])) for i, row in enumerate(_rows())
-    ]
-    log = Transcript(rows)
-    payload = b"".join([rows[5].leaf, *MerkleTree([row.leaf for row in rows]).path(5)])
-
-    def read(changed: bytes) -> None:
-        path = [changed[i : i + 32] for i in range(32, len(changed), 32)]
-        check_inclusion(log.root, len(rows), 5, changed[:32], path)
-
-    return Target(payload, read)
-
-
 def frame(_: Path) -> Target:
     """A call on the wire; harmless if another message is read, of which this is the only frame.
 
@@ -338,7 +321,6 @@ TARGETS: dict[str, Callable[[Path], Target]] = {
         envelope,
         closing,
         transcript,
-        inclusion,
         frame,
     )
 }

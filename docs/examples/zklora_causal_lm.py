@@ -97,7 +97,7 @@ def try_and_buy(
         evidence = session.verify()  # from here on, no other LoRA can have given these logits
 
         receipts = Receipts(folder, user, new_receipt(manifest))
-        receipts.advance(State.VERIFIED, **verified_facts(manifest, [evidence], numerics))
+        receipts.advance(State.VERIFIED, **verified_facts(manifest, evidence, numerics))
         complete(trade, channel, manifest, evidence, folder / "bought", receipts)
     report(receipts.receipt, channel, time.perf_counter() - started)
     return logits

@@ -4,7 +4,7 @@ Each adapted module keeps its own product with the weights, and asks for the upd
 in exact integers. Any tree of torch modules will do: the experts, or a language model.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from time import perf_counter
 from typing import Any, TypeVar
@@ -53,20 +53,6 @@ class ModuleNumerics:
     peak_to_rms: float = 0.0
     input_error: float = 0.0
     seconds: float = 0.0
-
-    @classmethod
-    def of_integers(cls, parts: Sequence[Int16]) -> "ModuleNumerics":
-        """Return what rounded inputs tell, where the exact ones are not known: those of an audit.
-
-        Args:
-            parts: `(rows, d_in)` int16, all of one module.
-        """
-        x = np.concatenate(parts).astype(np.float64)
-        rms = _rms(x)
-        if rms == 0.0:
-            return cls(rows=len(x))
-        # Rounding to integers has a mean square of 1/12.
-        return cls(len(x), float(np.abs(x).max()) / rms, 12**-0.5 / rms)
 
 
 class NumericsLog:

@@ -6,7 +6,7 @@ no row is given away unpaid and none is paid for twice.
 
 import json
 import sqlite3
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -16,42 +16,36 @@ import numpy as np
 
 from paris_ray.artifacts import canonical_json
 from paris_ray.errors import ArtifactError, BudgetError, ProtocolError
-from paris_ray.receipts import Mode
 from paris_ray.signatures import SignedDocument
 from paris_ray.zklora.fixed_point import Int16, Int64
 from paris_ray.zklora.journal import Journal
 from paris_ray.zklora.transcript import (
     CLOSE,
     Call,
-    Log,
-    LogSummary,
     Transcript,
     check_digest,
     check_request,
     closing_statement,
 )
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 SCHEMA = (
     """CREATE TABLE budgets (
         adapter_id TEXT, module TEXT, budget INTEGER NOT NULL,
         spent INTEGER NOT NULL DEFAULT 0 CHECK (spent BETWEEN 0 AND budget),
         PRIMARY KEY (adapter_id, module))""",
     """CREATE TABLE sessions (
-        sid TEXT PRIMARY KEY, adapter_id TEXT NOT NULL, user TEXT NOT NULL, mode TEXT NOT NULL,
+        sid TEXT PRIMARY KEY, adapter_id TEXT NOT NULL, user TEXT NOT NULL,
         nonce_u TEXT NOT NULL, nonce_c TEXT NOT NULL, state TEXT NOT NULL,
-        reason TEXT, closing TEXT, nonce_v TEXT, drawing TEXT, log TEXT,
+        reason TEXT, closing TEXT, nonce_v TEXT,
         UNIQUE (adapter_id, user, nonce_u))""",
     """CREATE TABLE calls (
         sid TEXT REFERENCES sessions, seq INTEGER, module TEXT NOT NULL, exponent INTEGER NOT NULL,
         rows INTEGER NOT NULL, x BLOB NOT NULL, y BLOB,
         PRIMARY KEY (sid, seq))""",
-    """CREATE TABLE audits (
-        sid TEXT REFERENCES sessions, module TEXT, rows INTEGER NOT NULL,
-        PRIMARY KEY (sid, module))""",
 )
-OPENING = "sid, adapter_id, user, mode, nonce_u, nonce_c, state"
-COLUMNS = f"{OPENING}, reason, closing, nonce_v, drawing, log"
+OPENING = "sid, adapter_id, user, nonce_u, nonce_c, state"
+COLUMNS = f"{OPENING}, reason, closing, nonce_v"
 
 
 class SessionState(StrEnum):
@@ -71,29 +65,23 @@ class SessionRecord:
         sid: Its name.
         adapter_id: Digest of the manifest.
         user: Public key, in hexadecimal.
-        mode: `exact` or `audit`.
         nonce_u: The user's nonce.
         nonce_c: The contributor's.
         state: How far it is.
         reason: Why it ended, else None.
         closing: The closing statement, signed by the user and by the contributor; None if open.
         nonce_v: What the user drew after the close; None before.
-        drawing: What an audit was asked to draw, as JSON; None before.
-        log: Of the rows of that drawing; None before it was drawn.
     """
 
     sid: str
     adapter_id: str
     user: str
-    mode: str
     nonce_u: str
     nonce_c: str
     state: SessionState
     reason: str | None
     closing: tuple[SignedDocument, SignedDocument] | None
     nonce_v: str | None
-    drawing: str | None
-    log: LogSummary | None
 
 
 class SessionJournal:
@@ -171,22 +159,17 @@ class SessionJournal:
         return {name: max(0, min(count, most - seen.get(name, 0))) for name, count in left.items()}
 
     def _debit(
-        self, db: sqlite3.Connection, session: SessionRecord, rows: Mapping[str, int]
+        self, db: sqlite3.Connection, session: SessionRecord, module: str, count: int
     ) -> None:
         left = self._rows_left(db, session.adapter_id, session.user)
-        for module, count in rows.items():
-            if module not in left:
-                raise ProtocolError(f"module={module!r} is not one of adapter {session.adapter_id}")
-            if count < 1:
-                raise ProtocolError(f"{module}: {count} rows are not allowed: at least 1")
-            if count > left[module]:
-                most = self._max_rows_per_user
-                why = "" if most is None else f"; a user may see {most} of a module"
-                raise BudgetError(
-                    f"{module} has {left[module]} rows left, {count} are asked for{why}"
-                )
-            update = "UPDATE budgets SET spent = spent + ? WHERE adapter_id = ? AND module = ?"
-            db.execute(update, (count, session.adapter_id, module))
+        if module not in left:
+            raise ProtocolError(f"module={module!r} is not one of adapter {session.adapter_id}")
+        if count > left[module]:
+            most = self._max_rows_per_user
+            why = "" if most is None else f"; a user may see {most} of a module"
+            raise BudgetError(f"{module} has {left[module]} rows left, {count} are asked for{why}")
+        update = "UPDATE budgets SET spent = spent + ? WHERE adapter_id = ? AND module = ?"
+        db.execute(update, (count, session.adapter_id, module))
 
     def sessions_by_state(self) -> dict[str, int]:
         """Return the number of sessions in every state."""
@@ -201,7 +184,6 @@ class SessionJournal:
         user: str,
         nonce_u: str,
         nonce_c: str,
-        mode: str = Mode.EXACT,
     ) -> SessionRecord:
         """Open a session, or return the one that this user opened with this nonce before.
 
@@ -214,28 +196,22 @@ class SessionJournal:
             user: Public key of the connection, in hexadecimal.
             nonce_u: The user's nonce.
             nonce_c: A fresh nonce.
-            mode: `exact` or `audit`.
 
         Raises:
-            ProtocolError: if the adapter or mode is unknown, a nonce malformed, or the user has
-                too many open sessions that have paid for rows.
+            ProtocolError: if the adapter is unknown, a nonce malformed, or the user has too many
+                open sessions that have paid for rows.
         """
         check_digest("nonce_u", nonce_u)
-        if mode not in tuple(Mode):
-            raise ProtocolError(f"mode={mode!r} is not allowed: {' or '.join(Mode)}")
         identity = (adapter_id, user, nonce_u)
         with self._journal.transaction() as db:
             _rows_left(db, adapter_id)
             query = "SELECT sid FROM sessions WHERE adapter_id = ? AND user = ? AND nonce_u = ?"
             if (known := db.execute(query, identity).fetchone()) is None:
                 self._make_room(db, user)
-                insert = f"INSERT INTO sessions ({OPENING}) VALUES (?, ?, ?, ?, ?, ?, ?)"
-                row = (sid, adapter_id, user, mode, nonce_u, nonce_c, SessionState.OPEN)
+                insert = f"INSERT INTO sessions ({OPENING}) VALUES (?, ?, ?, ?, ?, ?)"
+                row = (sid, adapter_id, user, nonce_u, nonce_c, SessionState.OPEN)
                 db.execute(insert, row)
-            session = _find(db, known[0] if known else sid, user)
-        if session.mode != mode:
-            raise ProtocolError(f"mode={mode} is not allowed: it was opened as {session.mode}")
-        return session
+            return _find(db, known[0] if known else sid, user)
 
     def _make_room(self, db: sqlite3.Connection, user: str) -> None:
         """End the oldest session of a user that is open for nothing, if too many are open."""
@@ -245,8 +221,7 @@ class SessionJournal:
             return
         query = (
             "SELECT sid FROM sessions s WHERE user = ? AND state = ? "
-            "AND NOT EXISTS (SELECT 1 FROM calls WHERE sid = s.sid) "
-            "AND NOT EXISTS (SELECT 1 FROM audits WHERE sid = s.sid) ORDER BY s.rowid LIMIT 1"
+            "AND NOT EXISTS (SELECT 1 FROM calls WHERE sid = s.sid) ORDER BY s.rowid LIMIT 1"
         )
         unpaid = db.execute(query, (user, SessionState.OPEN)).fetchone()
         if unpaid is None:
@@ -312,15 +287,14 @@ class SessionJournal:
         sent = (module, exponent, len(x), x.astype("<i2").tobytes())
         with self._journal.transaction() as db:
             session = _find(db, sid, user)
-            if session.mode != Mode.EXACT or session.state == SessionState.ENDED:
+            if session.state == SessionState.ENDED:
                 _require(session, SessionState.OPEN)
-                raise ProtocolError(f"session {sid} is in {session.mode} mode: it has no calls")
             query = "SELECT module, exponent, rows, x, y FROM calls WHERE sid = ? AND seq = ?"
             known = db.execute(query, (sid, seq)).fetchone()
             if known is None:
                 _require(session, SessionState.OPEN)
                 _check_next(db, sid, seq)
-                self._debit(db, session, {module: len(x)})
+                self._debit(db, session, module, len(x))
                 insert = "INSERT INTO calls VALUES (?, ?, ?, ?, ?, ?, NULL)"
                 db.execute(insert, (sid, seq, *sent))
                 return None
@@ -331,83 +305,8 @@ class SessionJournal:
             _end(db, sid, reason)
         raise ProtocolError(f"session {sid} is ended: {reason}")
 
-    def debit_rows(
-        self, sid: str, user: str, rows: Mapping[str, int], drawing: str
-    ) -> SessionRecord:
-        """Pay for the rows that an audit opens, before anything is drawn.
-
-        A repetition changes nothing; once `credit_rows` was called, another drawing may be paid.
-
-        Args:
-            sid: The session.
-            user: Public key of the connection, in hexadecimal.
-            rows: Number of rows by module.
-            drawing: What is drawn, as JSON.
-
-        Returns:
-            The session; with a log, if it was drawn already.
-
-        Raises:
-            BudgetError: if a module has fewer rows left; nothing is paid.
-            ProtocolError: if it is no audit of this user, has ended, or paid for other rows or
-                another drawing.
-        """
-        with self._journal.transaction() as db:
-            session = _find(db, sid, user)
-            if session.state == SessionState.ENDED or session.mode != Mode.AUDIT:
-                raise ProtocolError(
-                    f"session {sid} is {session.state} in {session.mode} mode: it opens no rows"
-                )
-            paid = dict(db.execute("SELECT module, rows FROM audits WHERE sid = ?", (sid,)))
-            if not paid:
-                _require(session, SessionState.OPEN)
-                self._debit(db, session, rows)
-                update = "UPDATE sessions SET drawing = ? WHERE sid = ?"
-                db.execute(update, (drawing, sid))
-                insert = "INSERT INTO audits VALUES (?, ?, ?)"
-                db.executemany(insert, [(sid, *item) for item in rows.items()])
-            elif (paid, session.drawing) != (dict(rows), drawing):
-                raise ProtocolError(f"session {sid} has paid for other rows or another drawing")
-            return _find(db, sid, user)
-
-    def credit_rows(self, sid: str, user: str) -> None:
-        """Give an open audit the rows back of a drawing that failed, once.
-
-        Whoever has the pictures, or broke the session off, gets nothing back.
-
-        Raises:
-            ProtocolError: if the user has no such session.
-        """
-        with self._journal.transaction() as db:
-            session = _find(db, sid, user)
-            if session.state != SessionState.OPEN or session.log is not None:
-                return
-            paid = db.execute("SELECT rows, module FROM audits WHERE sid = ?", (sid,)).fetchall()
-            update = "UPDATE budgets SET spent = spent - ? WHERE module = ? AND adapter_id = ?"
-            db.executemany(update, [(*item, session.adapter_id) for item in paid])
-            db.execute("DELETE FROM audits WHERE sid = ?", (sid,))
-            db.execute("UPDATE sessions SET drawing = NULL WHERE sid = ?", (sid,))
-
-    def record_log(self, sid: str, user: str, log: LogSummary) -> None:
-        """Keep the summary of what an audit has drawn; the first one stays.
-
-        Raises:
-            ProtocolError: if it is no audit of this user, has not paid for a drawing, is not open,
-                or drawing again gave another log.
-        """
-        with self._journal.transaction() as db:
-            session = _find(db, sid, user)
-            if session.drawing is None:
-                raise ProtocolError(f"session {sid} has paid for no drawing")
-            if session.log is None:
-                _require(session, SessionState.OPEN)
-                update = "UPDATE sessions SET log = ? WHERE sid = ?"
-                db.execute(update, (json.dumps(log), sid))
-            elif session.log != log:
-                raise ProtocolError(f"session {sid}: drawing again gave another log")
-
     def transcript(self, sid: str) -> Transcript:
-        """Return all answered calls of a session in exact mode."""
+        """Return all answered calls of a session."""
         with self._journal.transaction() as db:
             return _transcript(db, sid)
 
@@ -438,11 +337,9 @@ class SessionJournal:
                 return session
             _require(session, SessionState.OPEN)
             _check_answered(db, sid)
-            log: Log = session.log or _transcript(db, sid)
-            expected = closing_statement(sid, session.adapter_id, log)
+            expected = closing_statement(sid, session.adapter_id, _transcript(db, sid))
             # As bytes: to Python 2 and 2.0 are equal, to the escrow they are not.
-            same = canonical_json(list(signed)) == canonical_json([expected, expected])
-            if not same or expected["mode"] != session.mode:
+            if canonical_json(list(signed)) != canonical_json([expected, expected]):
                 raise ProtocolError(f"session {sid}: the statements differ from the journal's")
             envelopes = json.dumps([by_user.to_json(), by_contributor.to_json()])
             update = "UPDATE sessions SET state = ?, closing = ? WHERE sid = ?"
@@ -492,8 +389,6 @@ def _find(db: sqlite3.Connection, sid: str, user: str) -> SessionRecord:
             SignedDocument.from_json(by_user),
             SignedDocument.from_json(by_contributor),
         )
-    if fields["log"] is not None:
-        fields["log"] = LogSummary(*json.loads(fields["log"]))
     return SessionRecord(**fields)
 
 
@@ -519,9 +414,8 @@ def _rows_left(db: sqlite3.Connection, adapter_id: str) -> dict[str, int]:
 def _rows_seen(db: sqlite3.Connection, adapter_id: str, user: str) -> dict[str, int]:
     """Return how many rows of each module a user has paid for, in all sessions."""
     query = (
-        "SELECT module, SUM(rows) FROM "
-        "(SELECT sid, module, rows FROM calls UNION ALL SELECT sid, module, rows FROM audits) "
-        "JOIN sessions USING (sid) WHERE adapter_id = ? AND user = ? GROUP BY module"
+        "SELECT module, SUM(rows) FROM calls JOIN sessions USING (sid) "
+        "WHERE adapter_id = ? AND user = ? GROUP BY module"
     )
     return dict(db.execute(query, (adapter_id, user)))
 

@@ -37,7 +37,7 @@ pytestmark = pytest.mark.ray
 REPOSITORY = Path(__file__).resolve().parents[2]
 HERE = "127.0.0.1"
 EXPERT, BUDGET, PRICE = 1, 200, 70
-LEVELS, AUDIT_ROWS = (0.2, 0.8), 16
+LEVELS = (0.2, 0.8)
 TOKENS = 16  # rows of each module that a picture takes at one level
 CAPTIONS = ("a red cat", "a blue dog")
 START_S, RUN_S = 120, 240
@@ -229,11 +229,10 @@ def test_a_purchase(  # noqa: PLR0915
         return job
 
     manifest_file = seller.folder / "offers" / "style" / MANIFEST
-    (tmp_path / "prompts.txt").write_text("a red cat\n")
 
     def start_user() -> Job:
-        what = ("--prompts", tmp_path / "prompts.txt", "--pictures", pictures)
-        how = ("--levels", *LEVELS, "--audit-rows", AUDIT_ROWS, "--home", user.folder, *trusted)
+        what = ("--pictures", pictures, "--levels", *LEVELS)
+        how = ("--home", user.folder, *trusted)
         whom = ("--bundle", tiny_bundle_path, "--peer", seller_at, "--manifest", manifest_file)
         return start("verify_lora", *whom, *what, *how)
 
@@ -245,7 +244,7 @@ def test_a_purchase(  # noqa: PLR0915
 
     # The user is stopped after the inference, before anything is verified.
     buyer = start_user()
-    results = "purchases/*/exact/result.json"
+    results = "purchases/*/session/result.json"
     buyer.wait_for(lambda: list(user.folder.glob(results)))
     family, others = buyer.family(), contributor.family()
     stop(family)
@@ -271,7 +270,7 @@ def test_a_purchase(  # noqa: PLR0915
     assert buyer.finish() == 0, buyer.said()
     receipt = receipt_of(user)
     assert receipt.state == "OPENED" and receipt.adapter_id == manifest.adapter_id
-    assert [session.mode for session in receipt.sessions] == ["exact", "audit"]
+    assert len(receipt.sessions) == 1
     assert receipt.escrow_statement is not None
     statement = SignedDocument.from_json(receipt.escrow_statement)
     assert statement.check("escrow", escrow.public_key)["state"] == "SETTLED"
@@ -293,7 +292,7 @@ def test_a_purchase(  # noqa: PLR0915
     contributor.process.send_signal(signal.SIGTERM)
     assert contributor.finish() == 0
     assert not psutil.wait_procs(family[1:], timeout=90)[1]
-    spent = len(LEVELS) * len(CAPTIONS) * TOKENS + AUDIT_ROWS
+    spent = len(LEVELS) * len(CAPTIONS) * TOKENS
     with SessionJournal(manifest_file.parent / "sessions.sqlite") as journal:
         assert journal.rows_left(manifest.adapter_id) == dict.fromkeys(modules, BUDGET - spent)
 
@@ -317,7 +316,7 @@ def test_a_manifest_that_is_not_what_was_signed_ends_the_job(
     (tmp_path / MANIFEST).write_text(json.dumps(signed))
     job = start(
         *("verify_lora", "--home", tmp_path / "user", "--bundle", tmp_path, "--peer", f"{HERE}:1"),
-        *("--manifest", tmp_path / MANIFEST),
+        *("--manifest", tmp_path / MANIFEST, "--pictures", tmp_path),
     )
     assert job.finish() == 2
     assert re.search(f"error: .*{said}", job.said()), job.said()

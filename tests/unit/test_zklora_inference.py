@@ -388,7 +388,7 @@ def test_the_loss_is_that_of_training(
             torch.testing.assert_close(losses[level, i], expected, rtol=1e-4, atol=1e-5)
 
 
-# Pictures: audit mode.
+# Pictures.
 
 
 def draw(bundle: Bundle, lora: str | None) -> NDArray[np.int64]:

@@ -17,7 +17,7 @@ from paris_ray.errors import ArtifactError, BudgetError, ProtocolError, Signatur
 from paris_ray.identity import Identity
 from paris_ray.signatures import SignedDocument
 from paris_ray.zklora.sessions import SessionJournal, SessionState
-from paris_ray.zklora.transcript import Log, LogSummary, RowLog, closing_statement
+from paris_ray.zklora.transcript import Transcript, closing_statement
 
 ADAPTER, SID, OTHER_SID = "ad" * 32, "51" * 32, "52" * 32
 NONCE_U, NONCE_C, NONCE_V = "0a" * 32, "0c" * 32, "0f" * 32
@@ -277,8 +277,6 @@ def test_opening_again_with_the_same_nonce_is_the_same_session(journal: SessionJ
     first = journal.session(SID, USER)
     assert journal.open_session(OTHER_SID, ADAPTER, USER, NONCE_U, "0d" * 32) == first
     assert first.nonce_c == NONCE_C and first.state is SessionState.OPEN
-    with pytest.raises(ProtocolError, match="it was opened as exact"):
-        journal.open_session(OTHER_SID, ADAPTER, USER, NONCE_U, NONCE_C, "audit")
     stranger = journal.open_session(OTHER_SID, ADAPTER, STRANGER, NONCE_U, NONCE_C)
     assert stranger.sid == OTHER_SID
 
@@ -286,15 +284,13 @@ def test_opening_again_with_the_same_nonce_is_the_same_session(journal: SessionJ
 def test_openings_out_of_place_are_refused(journal: SessionJournal):
     with pytest.raises(ProtocolError, match="is not served here"):
         journal.open_session(OTHER_SID, "ee" * 32, USER, NONCE_V, NONCE_C)
-    with pytest.raises(ProtocolError, match="mode='fast'"):
-        journal.open_session(OTHER_SID, ADAPTER, USER, NONCE_V, NONCE_C, "fast")
     with pytest.raises(ProtocolError, match="nonce_u="):
         journal.open_session(OTHER_SID, ADAPTER, USER, "0", NONCE_C)
 
 
-def opened(journal: SessionJournal, number: int, user: str = USER, mode: str = "exact") -> str:
+def opened(journal: SessionJournal, number: int, user: str = USER) -> str:
     sid = f"{number:064x}"
-    return journal.open_session(sid, ADAPTER, user, sid, NONCE_C, mode).sid
+    return journal.open_session(sid, ADAPTER, user, sid, NONCE_C).sid
 
 
 def test_a_new_session_takes_the_place_of_the_oldest_that_paid_nothing(journal: SessionJournal):
@@ -304,9 +300,9 @@ def test_a_new_session_takes_the_place_of_the_oldest_that_paid_nothing(journal: 
     second = opened(journal, 3)
     assert journal.session(first, USER).state is SessionState.ENDED
     assert "a newer session took its place" in str(journal.session(first, USER).reason)
-    third = opened(journal, 4, mode="audit")
+    third = opened(journal, 4)
     assert journal.session(second, USER).state is SessionState.ENDED
-    journal.debit_rows(third, USER, {"m": 1}, "{}")
+    record(journal, 0, rows(1), sid=third)
     with pytest.raises(ProtocolError, match="2 sessions are open, the most allowed: close or end"):
         opened(journal, 5)
     states = {"OPEN": 3, "CLOSED": 0, "CHALLENGED": 0, "ENDED": 2}
@@ -317,10 +313,9 @@ def test_a_new_session_takes_the_place_of_the_oldest_that_paid_nothing(journal: 
     fifth = opened(journal, 5)
     with pytest.raises(ProtocolError, match="does not exist"):
         journal.end(fifth, STRANGER, "not mine")
-    journal.credit_rows(third, USER)  # it failed: now this one has paid nothing
     opened(journal, 6)
-    assert journal.session(third, USER).state is SessionState.ENDED
-    assert journal.session(fifth, USER).state is SessionState.OPEN
+    assert journal.session(third, USER).state is SessionState.OPEN
+    assert journal.session(fifth, USER).state is SessionState.ENDED
 
 
 def test_users_are_not_locked_out_by_their_own_sessions(path: Path):
@@ -334,10 +329,11 @@ def test_users_are_not_locked_out_by_their_own_sessions(path: Path):
 def test_a_user_sees_no_more_rows_than_a_user_may(path: Path):
     journal = SessionJournal(path, max_rows_per_user=4)
     journal.add_adapter(ADAPTER, ["m", "n"], BUDGET)
-    exact, audit, other = opened(journal, 1), opened(journal, 2, mode="audit"), opened(journal, 3)
+    first, second, other = (opened(journal, number) for number in (1, 2, 3))
     theirs = opened(journal, 4, STRANGER)
-    record(journal, 0, rows(1), sid=exact)
-    journal.debit_rows(audit, USER, {"m": 2, "n": 1}, "{}")
+    record(journal, 0, rows(1), sid=first)
+    record(journal, 0, rows(2), sid=second)
+    record(journal, 1, rows(1), sid=second, module="n")
     assert journal.rows_left(ADAPTER, USER) == {"m": 1, "n": 3}
     with pytest.raises(BudgetError, match="m has 1 rows left, 2 are asked for; a user may see 4"):
         record(journal, 0, rows(2), sid=other, compute=refuse)
@@ -345,10 +341,8 @@ def test_a_user_sees_no_more_rows_than_a_user_may(path: Path):
     record(journal, 0, rows(4), sid=theirs, user=STRANGER)
     assert left(journal) == {"m": 2, "n": 9}
     assert journal.rows_left(ADAPTER, "cc" * 32) == {"m": 2, "n": 4}  # the lesser of both limits
-    journal.credit_rows(audit, USER)
-    assert journal.rows_left(ADAPTER, USER) == {"m": 2, "n": 4}
     with SessionJournal(path, max_rows_per_user=1) as stricter:
-        assert stricter.rows_left(ADAPTER, USER) == {"m": 0, "n": 1}
+        assert stricter.rows_left(ADAPTER, USER) == {"m": 0, "n": 0}
 
 
 def test_threads_of_one_user_never_get_more_than_its_share(path: Path):
@@ -372,7 +366,7 @@ def parties(tmp_path: Path) -> tuple[Identity, Identity]:
     return Identity.create(tmp_path / "user"), Identity.create(tmp_path / "seller")
 
 
-def sign(log: Log, parties: tuple[Identity, Identity], sid: str = SID) -> list:
+def sign(log: Transcript, parties: tuple[Identity, Identity], sid: str = SID) -> list:
     statement = closing_statement(sid, ADAPTER, log)
     return [SignedDocument.sign("close", statement, party) for party in parties]
 
@@ -432,10 +426,6 @@ def test_what_is_not_signed_by_both_or_not_complete_does_not_close(path: Path, p
         journal.close(SID, key, *other_session)
     with pytest.raises(ProtocolError, match="statements differ"):
         journal.close(SID, key, by_user, other_session[1])
-    rows_alone = RowLog()
-    rows_alone.append("m", 11, rows(2), answers(rows(2)))
-    with pytest.raises(ProtocolError, match="statements differ"):
-        journal.close(SID, key, *sign(rows_alone, parties))
     with pytest.raises(ZeroDivisionError):
         record(journal, 1, rows(2), user=key, compute=lambda: 1 // 0)
     with pytest.raises(ProtocolError, match="call 1 has no answer yet"):
@@ -443,128 +433,7 @@ def test_what_is_not_signed_by_both_or_not_complete_does_not_close(path: Path, p
     assert journal.session(SID, key).state is SessionState.OPEN
 
 
-def test_an_audit_pays_for_the_rows_that_it_opens(path: Path, parties: tuple):
-    journal = SessionJournal(path)
-    user = parties[0].public_key
-    journal.add_adapter(ADAPTER, ["m", "n"], BUDGET)
-    journal.open_session(SID, ADAPTER, user, NONCE_U, NONCE_C, "audit")
-    with pytest.raises(ProtocolError, match="it has no calls"):
-        record(journal, 0, rows(1), user=user, compute=refuse)
-    with pytest.raises(BudgetError, match="n has 10 rows left, 11"):
-        journal.debit_rows(SID, user, {"m": 4, "n": 11}, "{}")
-    assert left(journal) == {"m": 10, "n": 10}
-    paid = {"m": 4, "n": 2}
-    for _ in range(2):
-        journal.debit_rows(SID, user, paid, '{"seed":0}')
-    assert left(journal) == {"m": 6, "n": 8}
-    for other in (
-        (SID, user, {"m": 5, "n": 2}, '{"seed":0}'),
-        (SID, user, {"m": 4}, '{"seed":0}'),
-        (SID, user, paid, '{"seed":1}'),
-        (SID, STRANGER, paid, '{"seed":0}'),
-    ):
-        with pytest.raises(ProtocolError, match=r"has paid for other rows|does not exist"):
-            journal.debit_rows(*other)
-    journal.end(SID, user, "over")
-    with pytest.raises(ProtocolError, match="is ENDED in audit mode"):
-        journal.debit_rows(SID, user, paid, '{"seed":0}')
-    assert left(journal) == {"m": 6, "n": 8}
-
-
-def test_an_audit_is_closed_by_the_log_of_its_drawing(path: Path, parties: tuple):
-    journal = SessionJournal(path)
-    user = parties[0].public_key
-    journal.add_adapter(ADAPTER, ["m"], BUDGET)
-    journal.open_session(SID, ADAPTER, user, NONCE_U, NONCE_C, "audit")
-    log, longer = RowLog(), RowLog()
-    for drawn in (log, longer, longer):
-        drawn.append("m", 11, rows(4), answers(rows(4)))
-    with pytest.raises(ProtocolError, match="has paid for no drawing"):
-        journal.record_log(SID, user, LogSummary.of(log))
-    journal.debit_rows(SID, user, {"m": 4}, "{}")
-    with pytest.raises(ProtocolError, match="empty log"):
-        journal.close(SID, user, *sign(log, parties))
-    for _ in range(2):
-        journal.record_log(SID, user, LogSummary.of(log))
-    with pytest.raises(ProtocolError, match="another log"):
-        journal.record_log(SID, user, LogSummary.of(longer))
-    with pytest.raises(ProtocolError, match="does not exist"):
-        journal.record_log(SID, STRANGER, LogSummary.of(log))
-    with pytest.raises(ProtocolError, match="statements differ"):
-        journal.close(SID, user, *sign(longer, parties))
-    with SessionJournal(path) as restarted:
-        assert restarted.session(SID, user).log == LogSummary.of(log)
-        restarted.close(SID, user, *sign(log, parties))
-        restarted.challenge(SID, user, NONCE_V)
-        restarted.debit_rows(SID, user, {"m": 4}, "{}")
-    assert left(journal) == {"m": 6}
-
-
-def test_a_drawing_that_failed_is_credited_once_and_another_may_be_paid(path: Path, parties: tuple):
-    journal = SessionJournal(path)
-    user = parties[0].public_key
-    journal.add_adapter(ADAPTER, ["m", "n"], BUDGET)
-    journal.open_session(SID, ADAPTER, user, NONCE_U, NONCE_C, "audit")
-    assert journal.debit_rows(SID, user, {"m": 4, "n": 2}, "{}").log is None
-    with pytest.raises(ProtocolError, match="does not exist"):
-        journal.credit_rows(SID, STRANGER)
-    for _ in range(2):
-        journal.credit_rows(SID, user)
-        assert left(journal) == {"m": 10, "n": 10}
-    log = RowLog()
-    log.append("m", 11, rows(4), answers(rows(4)))
-    with pytest.raises(ProtocolError, match="has paid for no drawing"):
-        journal.record_log(SID, user, LogSummary.of(log))
-    journal.debit_rows(SID, user, {"m": 3}, '{"seed":1}')
-    summary = LogSummary.of(log, "dd" * 32)
-    journal.record_log(SID, user, summary)
-    journal.credit_rows(SID, user)  # whoever has the pictures has paid for them
-    assert left(journal) == {"m": 7, "n": 10}
-    assert journal.debit_rows(SID, user, {"m": 3}, '{"seed":1}').log == summary
-    other = [
-        SignedDocument.sign("close", closing_statement(SID, ADAPTER, changed), party)
-        for changed in (summary._replace(drawing="de" * 32),)
-        for party in parties
-    ]
-    with pytest.raises(ProtocolError, match="statements differ"):
-        journal.close(SID, user, *other)
-    journal.close(SID, user, *sign(summary, parties))
-    journal.credit_rows(SID, user)
-    assert left(journal) == {"m": 7, "n": 10}
-
-
-def test_whoever_breaks_a_drawing_off_pays_for_it(journal: SessionJournal):
-    audit = opened(journal, 7, mode="audit")
-    journal.debit_rows(audit, USER, {"m": 4}, "{}")
-    journal.end(audit, USER, "over")
-    journal.credit_rows(audit, USER)
-    assert left(journal) == {"m": 6, "n": 10}
-    with pytest.raises(ProtocolError, match=r"is ENDED \(over\), not OPEN"):
-        journal.record_log(audit, USER, LogSummary("audit", "cc" * 32, 4, {"m": 4}))
-
-
-def test_nothing_is_drawn_anew_once_a_session_is_closed(path: Path, parties: tuple):
-    journal = SessionJournal(path)
-    user = parties[0].public_key
-    journal.add_adapter(ADAPTER, ["m"], BUDGET)
-    journal.open_session(SID, ADAPTER, user, NONCE_U, NONCE_C, "audit")
-    journal.debit_rows(SID, user, {"m": 1}, "{}")
-    log = LogSummary("audit", "cc" * 32, 5000, {"m": 5000}, "dd" * 32)
-    journal.record_log(SID, user, log)
-    journal.close(SID, user, *sign(log, parties))
-    assert journal.challenge(SID, user, NONCE_V).state is SessionState.CHALLENGED
-    for _ in range(2):  # every time with the log: there is nothing to draw
-        assert journal.debit_rows(SID, user, {"m": 1}, "{}").log == log
-    with pytest.raises(ProtocolError, match="another drawing"):
-        journal.debit_rows(SID, user, {"m": 1}, '{"seed":1}')
-    with pytest.raises(ProtocolError, match="is CHALLENGED, not OPEN"):
-        journal.end(SID, user, "too late")
-    assert left(journal) == {"m": 9}
-
-
-def test_rows_of_a_session_in_exact_mode_cannot_be_opened(journal: SessionJournal):
-    with pytest.raises(ProtocolError, match="OPEN in exact mode"):
-        journal.debit_rows(SID, USER, {"m": 1}, "{}")
+def test_an_adapter_that_is_not_served_has_no_rows(journal: SessionJournal):
     with pytest.raises(ProtocolError, match="is not served here"):
         journal.rows_left("ee" * 32)
 
@@ -576,7 +445,7 @@ def test_the_file_is_private_versioned_and_no_other(journal: SessionJournal, pat
     with sqlite3.connect(path) as connection:
         assert connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
         connection.execute("PRAGMA user_version = 7")
-    with pytest.raises(ArtifactError, match="has schema 7, this version reads 1"):
+    with pytest.raises(ArtifactError, match="has schema 7, this version reads 2"):
         SessionJournal(path)
     noise = path.with_name("noise.sqlite")
     noise.write_bytes(os.urandom(5000))

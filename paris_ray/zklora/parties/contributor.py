@@ -15,12 +15,9 @@ from typing import Any
 
 import numpy as np
 import ray
-from numpy.typing import NDArray
 from ray.util.metrics import Counter, Gauge
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-from safetensors.numpy import load_file, save_file
 
-from paris_ray.artifacts import Folder
 from paris_ray.errors import ConfigError, ParisError, ProtocolError, TradeError
 from paris_ray.identity import Identity
 from paris_ray.receipts import State
@@ -34,20 +31,16 @@ from paris_ray.zklora.parties.frames import Message
 from paris_ray.zklora.parties.messages import (
     CallRequest,
     CloseRequest,
-    DrawRequest,
     EndRequest,
     OpenRequest,
     ProveRequest,
     ReleaseRequest,
 )
 from paris_ray.zklora.parties.results import result
-from paris_ray.zklora.parties.workers import AuditWorker, LoRAWorker, prove_modules
+from paris_ray.zklora.parties.workers import LoRAWorker, prove_modules
 from paris_ray.zklora.sessions import SessionJournal, SessionRecord, SessionState
 from paris_ray.zklora.transcript import (
     CLOSE,
-    Log,
-    LogSummary,
-    RowLog,
     closing_statement,
     new_nonce,
     proof_context,
@@ -55,8 +48,7 @@ from paris_ray.zklora.transcript import (
 
 MODULES_AT_ONCE = 4  # that one task proves: enough to pay for its start, few enough to share out
 MAX_REPEATS = 3  # of proofs that failed
-ANSWER_WITHIN_S = 5.0  # until a user who waits for pictures or proofs is told how far they are
-DRAWINGS = "drawings"
+ANSWER_WITHIN_S = 5.0  # until a user who waits for proofs is told how far they are
 MAX_NEWS = 1000
 SHORT = 8  # characters of a digest, enough to tell a few sessions apart
 
@@ -73,11 +65,8 @@ class Service:
         host: Address to listen on.
         port: Port; 0 for a free one.
         clients: Certificates, as PEM text, of all users who may connect.
-        bundle: Where the base is, to draw whole pictures; None: only updates of rows are answered.
         escrow: Host and port of the escrow that the manifest names; None: nothing can be bought.
         workers: Processes that answer updates.
-        threads: Torch threads of each.
-        num_gpus: GPUs for drawing pictures; 0 draws on the CPU.
         max_rows_per_user: Of each module that one user may ever see; None: all of the budget.
 
     Raises:
@@ -89,11 +78,8 @@ class Service:
     host: str
     port: int
     clients: tuple[str, ...]
-    bundle: str | None = None
     escrow: tuple[str, int] | None = None
     workers: int = 1
-    threads: int = 1
-    num_gpus: float = 0
     max_rows_per_user: int | None = None
 
     def __post_init__(self) -> None:
@@ -165,25 +151,20 @@ class LoRAGateway:
     Args:
         service: How to serve.
         workers: `LoRAWorker`s.
-        audit_worker: An `AuditWorker`, or None.
         openings: A list with the reference of the weights, which is only handed on.
     """
 
-    def __init__(
-        self, service: Service, workers: list[Any], audit_worker: Any, openings: list[Any]
-    ) -> None:
+    def __init__(self, service: Service, workers: list[Any], openings: list[Any]) -> None:
         logging.basicConfig(level=logging.INFO)
         self._service = service
-        self._workers, self._audit_worker, self._openings = workers, audit_worker, openings
-        self._drawings: dict[str, tuple[DrawRequest, _Job]] = {}
+        self._workers, self._openings = workers, openings
         self._proofs: dict[str, _Job] = {}
-        self._lock, self._drawing_lock = threading.Lock(), threading.Lock()
+        self._lock = threading.Lock()
         self._news: deque[str] = deque(maxlen=MAX_NEWS)
         self._metrics = _Metrics()
         self._operations: dict[str, Callable[[str, Message], Message]] = {
             "open": self._open,
             "call": self._call,
-            "draw": self._draw,
             "end": self._end,
             "close": self._close,
             "prove": self._prove,
@@ -219,7 +200,6 @@ class LoRAGateway:
             service.folder / "sessions.sqlite", max_rows_per_user=service.max_rows_per_user
         )
         self._journal.add_adapter(manifest.adapter_id, list(manifest.terms), manifest.budget_rows)
-        (service.folder / DRAWINGS).mkdir(mode=0o700, exist_ok=True)
         self._escrow = _connect_escrow(service, signed, manifest, self._identity)
         self._metrics.update(self._journal, manifest.adapter_id)
 
@@ -253,15 +233,13 @@ class LoRAGateway:
         request, manifest = OpenRequest(**message.fields), self._manifest
         if request.adapter_id != manifest.adapter_id:
             raise ProtocolError(f"adapter_id={request.adapter_id}: it is {manifest.adapter_id}")
-        if request.mode == RowLog.mode and self._audit_worker is None:
-            raise ProtocolError("mode='audit' is not allowed: the contributor has no base model")
         nonce_c = new_nonce()
         sid = manifest.session_id(request.nonce_u, nonce_c)
         session = self._journal.open_session(
-            sid, manifest.adapter_id, user, request.nonce_u, nonce_c, request.mode
+            sid, manifest.adapter_id, user, request.nonce_u, nonce_c
         )
         if session.sid == sid:
-            self._say(sid, user, f"opened in {session.mode} mode")
+            self._say(sid, user, "opened")
         left = self._journal.rows_left(manifest.adapter_id, user)
         return Message("opened", {"nonce_c": session.nonce_c, "rows_left": left})
 
@@ -281,57 +259,6 @@ class LoRAGateway:
         )
         return Message("answer", tensors={"y": y})
 
-    def _draw(self, user: str, message: Message) -> Message:
-        request = DrawRequest(**message.fields)
-        if self._audit_worker is None:
-            raise ProtocolError("nothing can be drawn: the contributor has no base model")
-        with self._drawing_lock:
-            session = self._journal.session(request.session, user)
-            asked, job = self._drawings.get(session.sid, (None, None))
-            if job is None or asked != request:
-                session = self._pay(session, request)
-                if session.log is not None:
-                    return self._drawn(session.sid, session.log)
-                total = len(request.prompts)
-                job = _Job("drawing", total, lambda _: self._make_drawing(session, request))
-                self._drawings[session.sid] = request, job
-        try:
-            return job.wait(ANSWER_WITHIN_S)
-        finally:
-            self._forget(session.sid, job)
-
-    def _pay(self, session: SessionRecord, request: DrawRequest) -> SessionRecord:
-        """Return the session, whose rows are paid for; not before it is known what they are for."""
-        if session.log is None:
-            result(self._audit_worker.check.remote(request))
-        rows = dict.fromkeys(self._manifest.terms, request.audit_rows)
-        drawing = request.model_dump_json()
-        return self._journal.debit_rows(session.sid, session.user, rows, drawing)
-
-    def _forget(self, sid: str, job: _Job) -> None:
-        """Let go of a drawing whose end is known: pictures are on the disk, errors were told."""
-        with self._drawing_lock:
-            if job.was_told and self._drawings.get(sid, (None, None))[1] is job:
-                del self._drawings[sid]
-
-    def _make_drawing(self, session: SessionRecord, request: DrawRequest) -> Message:
-        start = time.perf_counter()
-        try:
-            pictures, log = result(self._audit_worker.draw.remote(request))
-            with Folder(self._service.folder / DRAWINGS).writing(_pictures_of(session.sid)) as path:
-                save_file({"pictures": pictures}, path)
-            self._journal.record_log(session.sid, session.user, log)
-        except Exception:
-            self._journal.credit_rows(session.sid, session.user)
-            raise
-        seconds = time.perf_counter() - start
-        self._say(session.sid, session.user, f"{len(pictures)} pictures drawn, {seconds:.1f} s")
-        return self._drawn(session.sid, log)
-
-    def _drawn(self, sid: str, log: LogSummary) -> Message:
-        pictures = load_file(self._service.folder / DRAWINGS / _pictures_of(sid))["pictures"]
-        return Message("drawn", {"root": log.root, "rows": log.counts}, {"pictures": pictures})
-
     def _end(self, user: str, message: Message) -> Message:
         request = EndRequest(**message.fields)
         self._journal.end(request.session, user, "its user broke it off")
@@ -342,12 +269,13 @@ class LoRAGateway:
         request = CloseRequest(**message.fields)
         by_user = SignedDocument.from_json(request.statement)
         session = self._journal.session(request.session, user)
-        log: Log = session.log or self._journal.transcript(session.sid)
-        statement = closing_statement(session.sid, session.adapter_id, log)
+        transcript = self._journal.transcript(session.sid)
+        statement = closing_statement(session.sid, session.adapter_id, transcript)
         by_contributor = SignedDocument.sign(CLOSE, statement, self._identity)
         self._journal.close(session.sid, user, by_user, by_contributor)
         if session.state == SessionState.OPEN:
-            self._say(session.sid, user, f"closed, with {sum(log.counts.values())} rows in its log")
+            rows = sum(transcript.counts.values())
+            self._say(session.sid, user, f"closed, with {rows} rows in its log")
         return Message("closed", {"statement": by_contributor.to_json()})
 
     def _prove(self, user: str, message: Message) -> Message:
@@ -366,37 +294,20 @@ class LoRAGateway:
 
     def _make_evidence(self, session: SessionRecord, count: Callable[[int], None]) -> Message:
         start = time.perf_counter()
-        rows, tensors = self._rows(session)
         assert session.closing is not None
         assert session.nonce_v is not None
         root = session.closing[0].document["root"]
-        claims = {}
-        for name, (x, y) in rows.items():
+        transcript, claims = self._journal.transcript(session.sid), {}
+        for name in self._manifest.terms:
             context = proof_context(session.adapter_id, session.sid, root, name, session.nonce_v)
-            claims[name] = x, y, context
+            claims[name] = *transcript.rows(name), context
         proofs = self._prove_all(claims, count)
-        for i, name in enumerate(rows):
-            tensors[f"{i}.proof"] = np.frombuffer(proofs[name], np.uint8)
+        tensors = {
+            f"{i}.proof": np.frombuffer(proofs[name], np.uint8) for i, name in enumerate(claims)
+        }
         seconds = time.perf_counter() - start
         self._say(session.sid, session.user, f"proofs are done, {seconds:.1f} s")
-        return Message("evidence", {"modules": list(rows)}, tensors)
-
-    def _rows(
-        self, session: SessionRecord
-    ) -> tuple[dict[str, tuple[Int16, Int64]], dict[str, NDArray[Any]]]:
-        """Return what is proved of each module, and what the user does not have of it yet."""
-        if session.mode != RowLog.mode:
-            transcript = self._journal.transcript(session.sid)
-            return {name: transcript.rows(name) for name in self._manifest.terms}, {}
-        assert session.drawing is not None
-        request = DrawRequest.model_validate_json(session.drawing)
-        opened = result(self._audit_worker.open_rows.remote(request, session.log, session.nonce_v))
-        tensors = {
-            f"{i}.{field}": value
-            for i, part in enumerate(opened.values())
-            for field, value in part._asdict().items()
-        }
-        return {name: (part.x, part.y) for name, part in opened.items()}, tensors
+        return Message("evidence", {"modules": list(claims)}, tensors)
 
     def _prove_all(
         self, claims: Mapping[str, tuple[Int16, Int64, bytes]], count: Callable[[int], None]
@@ -446,10 +357,6 @@ class _Metrics:
         self._proof_bytes.inc(sum(map(len, proofs.values())))
 
 
-def _pictures_of(sid: str) -> str:
-    return f"{sid}.safetensors"
-
-
 def _connect_escrow(
     service: Service, signed: SignedDocument, manifest: AdapterManifest, identity: Identity
 ) -> EscrowClient | None:
@@ -479,23 +386,15 @@ class Contribution:
     def __init__(self, service: Service) -> None:
         offer = load_offer(service.folder)
         openings = self._openings = ray.put(offer.openings())  # kept: an actor may be restarted
-        actors: Any = (LoRAWorker, AuditWorker, LoRAGateway)
-        worker, audit_worker, gateway = actors
+        actors: Any = (LoRAWorker, LoRAGateway)
+        worker, gateway = actors
         self._workers = [worker.remote(openings) for _ in range(service.workers)]
-        self._audit_worker = None
-        if service.bundle is not None:
-            device = "cuda" if service.num_gpus else "cpu"
-            self._audit_worker = audit_worker.options(num_gpus=service.num_gpus).remote(
-                openings, offer.manifest, service.bundle, service.threads, device
-            )
         # Its address is one of this machine, and the journal a file here.
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         self.gateway = gateway.options(scheduling_strategy=here).remote(
-            service, self._workers, self._audit_worker, [openings]
+            service, self._workers, [openings]
         )
         try:
-            if self._audit_worker is not None:
-                result(self._audit_worker.start.remote())
             self.address: tuple[str, int] = result(self.gateway.start.remote())
         except BaseException:
             self.close()
@@ -518,6 +417,5 @@ class Contribution:
 
     def close(self) -> None:
         """Stop the service; sessions, budget and offer stay as they are."""
-        for actor in (self.gateway, *self._workers, self._audit_worker):
-            if actor is not None:
-                ray.kill(actor)
+        for actor in (self.gateway, *self._workers):
+            ray.kill(actor)

@@ -18,26 +18,17 @@ from paris_ray.errors import ArtifactError, ProtocolError, SignatureError, Verif
 from paris_ray.signatures import SignedDocument
 from paris_ray.zklora.fixed_point import Int16, Int64
 from paris_ray.zklora.manifest import AdapterManifest
-from paris_ray.zklora.merkle import check_inclusion
 from paris_ray.zklora.parties.channel import Channel
 from paris_ray.zklora.parties.frames import Message
 from paris_ray.zklora.parties.messages import ProveRequest, tensor_of
 from paris_ray.zklora.proof import Claim
-from paris_ray.zklora.transcript import (
-    CLOSE,
-    Transcript,
-    challenge_rows,
-    leaf_index,
-    proof_context,
-    row_leaf,
-)
+from paris_ray.zklora.transcript import CLOSE, Transcript, proof_context
 
 TRANSCRIPT = "transcript.safetensors"
 CLOSED = "closed.json"
 EVIDENCE = "evidence.safetensors"
-DIGEST_BYTES = 32
 POLL_S = 0.5
-MODULES_WITHIN_S = 3600.0  # the next few: an audit draws its pictures again before the first
+MODULES_WITHIN_S = 3600.0  # the next few
 Progress = Callable[[int, int], None]
 
 
@@ -53,8 +44,7 @@ class ClosedSession:
         by_contributor: The same, signed by the contributor.
         nonce_v: What the proofs are bound to; drawn after both had signed, so that none could be
             made before.
-        audit_rows: Rows of each module that are opened, in audit mode; else None.
-        transcript: All calls, in exact mode; else None.
+        transcript: All calls.
     """
 
     sid: str
@@ -63,13 +53,7 @@ class ClosedSession:
     by_user: SignedDocument
     by_contributor: SignedDocument
     nonce_v: str
-    audit_rows: int | None
-    transcript: Transcript | None
-
-    @property
-    def mode(self) -> str:
-        """`exact` or `audit`."""
-        return str(self.by_user.document["mode"])
+    transcript: Transcript
 
     @property
     def root(self) -> str:
@@ -83,8 +67,7 @@ class ClosedSession:
 
     def save(self, folder: Path) -> None:
         """Write the session into a folder of one's own, to go on after an interruption."""
-        if self.transcript is not None:
-            self.transcript.save(folder / TRANSCRIPT)
+        self.transcript.save(folder / TRANSCRIPT)
         Folder(str(folder)).write_json(
             CLOSED,
             {
@@ -94,7 +77,6 @@ class ClosedSession:
                 "by_user": self.by_user.to_json(),
                 "by_contributor": self.by_contributor.to_json(),
                 "nonce_v": self.nonce_v,
-                "audit_rows": self.audit_rows,
             },
         )
 
@@ -105,9 +87,7 @@ class ClosedSession:
         try:
             for name in ("by_user", "by_contributor"):
                 fields[name] = SignedDocument.from_json(fields[name])
-            exact = fields["audit_rows"] is None
-            transcript = Transcript.load(folder / TRANSCRIPT) if exact else None
-            return cls(**fields, transcript=transcript)
+            return cls(**fields, transcript=Transcript.load(folder / TRANSCRIPT))
         except (LookupError, TypeError, SignatureError) as error:
             raise ArtifactError(f"{folder / CLOSED} holds no session: {error}") from None
 
@@ -119,15 +99,13 @@ class ClosedSession:
         same = canonical_json(self.by_user.document) == canonical_json(statement)
         if not same or said != (self.sid, manifest.adapter_id):
             raise VerificationError("the parties have signed different logs, or another session")
-        if self.transcript is not None and self.transcript.root != self.root:
+        if self.transcript.root != self.root:
             raise VerificationError("the transcript is not the one that was signed")
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Evidence:
     """What was computed in a session, and the proofs of it.
-
-    That audited rows are those of the signed log is checked when they are fetched.
 
     Attributes:
         closed: The signed session.
@@ -153,7 +131,7 @@ class Evidence:
         claims = {}
         for terms in manifest.modules:
             x, y = self.rows[terms.name]
-            expected = closed.audit_rows or closed.rows.get(terms.name, 0)
+            expected = closed.rows.get(terms.name, 0)
             if not 0 < len(x) == expected:
                 raise VerificationError(
                     f"{terms.name}: {len(x)} rows are proved, {expected} must be"
@@ -185,7 +163,7 @@ def fetch_evidence(
 
     Raises:
         ProtocolError: if the contributor refuses, gets no further, or its answer is malformed.
-        VerificationError: if an opened row is not the one of the signed log.
+        VerificationError: if it has not a proof of each module.
     """
     answer = _await_proofs(channel, manifest, closed, on_progress)
     names = check_names("proofs", answer.fields.get("modules"), manifest)
@@ -193,10 +171,7 @@ def fetch_evidence(
     proofs, rows = {}, {}
     for i, name in enumerate(names):
         proofs[name] = tensor_of(answer, f"{i}.proof", np.uint8, 1).tobytes()
-        if closed.transcript is not None:
-            rows[name] = closed.transcript.rows(name)
-        else:
-            rows[name] = _opened_rows(answer, i, name, closed)
+        rows[name] = closed.transcript.rows(name)
     return Evidence(closed, rows, proofs)
 
 
@@ -217,29 +192,6 @@ def _await_proofs(
         on_progress(done, total)
         time.sleep(POLL_S)
     return answer
-
-
-def _opened_rows(answer: Message, i: int, name: str, closed: ClosedSession) -> tuple[Int16, Int64]:
-    """Return the audited rows of a module, each found in the signed log at the place drawn."""
-    counts, audit_rows = closed.rows, closed.audit_rows
-    assert audit_rows is not None
-    numbers = challenge_rows(closed.nonce_v, closed.root, name, counts[name], audit_rows)
-    x, y = tensor_of(answer, f"{i}.x", np.int16, 2), tensor_of(answer, f"{i}.y", np.int64, 2)
-    places = tensor_of(answer, f"{i}.places", np.int64, 2)
-    paths = tensor_of(answer, f"{i}.paths", np.uint8, 2)
-    widths = places.shape[1], paths.shape[1]
-    if not len(x) == len(y) == len(places) == len(numbers) or widths != (3, DIGEST_BYTES):
-        raise VerificationError(f"{name}: {len(numbers)} rows were to be opened, not {len(x)}")
-    start = 0
-    for number, x_row, y_row, (call, exponent, length) in zip(
-        numbers, x, y, places.tolist(), strict=True
-    ):
-        path = [bytes(node) for node in paths[start : start + max(length, 0)]]
-        start += len(path)
-        leaf = row_leaf(name, call, number, exponent, x_row, y_row)
-        index = leaf_index(counts, name, number)
-        check_inclusion(closed.root, sum(counts.values()), index, leaf, path)
-    return x, y
 
 
 def save_evidence(evidence: Evidence, folder: Path) -> None:

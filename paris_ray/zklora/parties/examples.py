@@ -1,8 +1,7 @@
-"""What an adapter is tried with: prompts from a file, captioned pictures from a folder."""
+"""What an adapter is tried with: captioned pictures from a folder."""
 
 import logging
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,22 +18,6 @@ MAX_PICTURES = 64
 LEVELS = (0.3, 0.7)  # of noise, at which losses are compared
 
 logger = logging.getLogger("paris_ray")
-
-
-def read_prompts(path: Path) -> tuple[str, ...]:
-    """Return the lines of a file that are not empty.
-
-    Raises:
-        ConfigError: if there is none, or it is no text.
-    """
-    try:
-        lines = path.read_text("utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"prompts={str(path)!r} cannot be read: {error}") from None
-    prompts = tuple(line.strip() for line in lines if line.strip())
-    if not prompts:
-        raise ConfigError(f"prompts={str(path)!r} has no line with a prompt")
-    return prompts
 
 
 def read_pictures(path: str, bundle: str) -> tuple[NDArray[np.uint8], tuple[str, ...]]:

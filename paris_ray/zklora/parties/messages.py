@@ -1,21 +1,15 @@
 """What user and contributor say to each other: the fields of every request, checked."""
 
-from typing import Annotated, Any, Self
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from paris_ray.errors import ProtocolError
 from paris_ray.zklora.parties.frames import Message
-from paris_ray.zklora.transcript import drawing_digest
 
 DIGEST = Field(pattern="^[0-9a-f]{64}$")
-MAX_PROMPTS = 10
-MAX_PROMPT = 1000  # characters
-MAX_SEED = 2**63 - 1
-MIN_ROWS_A_PICTURE = 16  # a picture is an answer too, and whoever has enough can train on them
 
 
 class _Fields(BaseModel):
@@ -43,7 +37,6 @@ class OpenRequest(_Fields):
 
     adapter_id: str = DIGEST
     nonce_u: str = DIGEST
-    mode: str = Field(pattern="^(exact|audit)$")
 
 
 class CallRequest(_Fields):
@@ -53,42 +46,6 @@ class CallRequest(_Fields):
     seq: int
     module: str
     exponent: int
-
-
-class DrawRequest(_Fields):
-    """Ask for pictures of the adapted model; asked again until they are there.
-
-    `audit_rows` rows of each module are opened later.
-    """
-
-    session: str = DIGEST
-    prompts: list[Annotated[str, Field(max_length=MAX_PROMPT)]] = Field(
-        min_length=1, max_length=MAX_PROMPTS
-    )
-    seed: int = Field(ge=0, le=MAX_SEED)
-    audit_rows: int = Field(ge=1)
-    num_inference_steps: int | None = Field(default=None, ge=1, le=1000)
-    guidance_scale: float | None = Field(default=None, ge=0, le=100)
-    routing: str | None = Field(default=None, max_length=40)
-
-    @model_validator(mode="after")
-    def _check_pictures(self) -> Self:
-        pictures = len(self.prompts)
-        if self.seed + pictures - 1 > MAX_SEED:
-            raise PydanticCustomError(
-                "seed", f"seed={self.seed} is not allowed: seed + {pictures - 1} is above 2^63 - 1"
-            )
-        if self.audit_rows < MIN_ROWS_A_PICTURE * pictures:
-            raise PydanticCustomError(
-                "audit_rows",
-                f"audit_rows={self.audit_rows} is not allowed for {pictures} prompts: at least "
-                f"{MIN_ROWS_A_PICTURE} a picture, {MIN_ROWS_A_PICTURE * pictures} in all",
-            )
-        return self
-
-    def digest(self, pictures: NDArray[np.uint8]) -> str:
-        """Return what binds pictures `(n, S, S, 3)` to all that was asked for."""
-        return drawing_digest(self.model_dump(exclude={"session"}), pictures)
 
 
 class CloseRequest(_Fields):

@@ -5,7 +5,7 @@ Every step may be repeated, so an interrupted purchase goes on where it was.
 
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -27,7 +27,7 @@ from paris_ray.receipts import (
 )
 from paris_ray.zklora.adapter import write_peft
 from paris_ray.zklora.fixed_point import QuantisedModule
-from paris_ray.zklora.inference import ModuleNumerics, NumericsLog
+from paris_ray.zklora.inference import NumericsLog
 from paris_ray.zklora.manifest import AdapterManifest
 from paris_ray.zklora.parties.channel import Channel
 from paris_ray.zklora.parties.escrow import EscrowClient
@@ -91,40 +91,33 @@ def new_receipt(manifest: AdapterManifest) -> Receipt:
 
 
 def verified_facts(
-    manifest: AdapterManifest, evidence: Sequence[Evidence], numerics: NumericsLog | None
+    manifest: AdapterManifest, evidence: Evidence, numerics: NumericsLog
 ) -> dict[str, Any]:
-    """Return the fields of a receipt that verified sessions fill in.
+    """Return the fields of a receipt that a verified session fills in.
 
     Args:
         manifest: The pinned one.
-        evidence: Of all sessions, that of the trade first.
-        numerics: What was measured of the inputs in exact mode; None: there was none, and the
-            audited rows tell.
+        evidence: Of the session.
+        numerics: What was measured of the inputs.
     """
     modules = []
     for terms in manifest.modules:
-        seen = None if numerics is None else numerics.modules.get(terms.name)
-        if seen is None:
-            seen = ModuleNumerics.of_integers([part.rows[terms.name][0] for part in evidence])
+        seen = numerics.modules[terms.name]  # every module was called
         modules.append(
             ModuleFacts(
                 name=terms.name,
                 d_in=terms.commitment.d_in,
                 r=terms.commitment.r,
                 d_out=terms.commitment.d_out,
-                rows=sum(len(part.rows[terms.name][0]) for part in evidence),
-                proof_bytes=sum(len(part.proofs[terms.name]) for part in evidence),
+                rows=len(evidence.rows[terms.name][0]),
+                proof_bytes=len(evidence.proofs[terms.name]),
                 peak_to_rms=seen.peak_to_rms,
                 input_error=seen.input_error,
             )
         )
-    sessions = tuple(
-        SessionFacts(
-            session=part.closed.sid, mode=part.closed.mode, transcript_root=part.closed.root
-        )
-        for part in evidence
-    )
-    return {"modules": tuple(modules), "sessions": sessions}
+    closed = evidence.closed
+    session = SessionFacts(session=closed.sid, transcript_root=closed.root)
+    return {"modules": tuple(modules), "sessions": (session,)}
 
 
 def complete(

@@ -125,7 +125,7 @@ class BaseUser:
         text, expert = self._bundle.encode_text(captions), self._expert()
         numerics = NumericsLog()
         with Channel(self._identity, self._peer, self._manifest.contributor_certificate) as channel:
-            session = Session(channel, self._identity, self._manifest, "exact", nonce)
+            session = Session(channel, self._identity, self._manifest, nonce)
             self._session = session
             view = adapt(
                 expert, self._manifest.terms, self._manifest.scale, session.evaluate, numerics

@@ -29,7 +29,7 @@ from paris_ray.zklora.listings import LISTING_TABLES, MAX_LISTED, Listings
 from paris_ray.zklora.manifest import AdapterManifest
 from paris_ray.zklora.printable import printable
 from paris_ray.zklora.sealing import KEY_BYTES, check_opening
-from paris_ray.zklora.trade import MAX_REASON, Trade, TradeState, signed_rows
+from paris_ray.zklora.trade import BOUGHT, MAX_REASON, Trade, TradeState, signed_rows
 
 STATEMENT = "escrow"  # the kind of document that the escrow signs
 MAX_OPEN_TRADES = 100  # of one buyer
@@ -41,7 +41,6 @@ DEADLINES: Mapping[TradeState, float] = {
     TradeState.PAID: HOUR,
     TradeState.RELEASED: 72 * HOUR,
 }
-BOUGHT = (TradeState.RELEASED, TradeState.SETTLED)
 
 SCHEMA_VERSION = 2
 SCHEMA = (

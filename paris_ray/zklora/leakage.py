@@ -24,7 +24,7 @@ from paris_ray.zklora.fixed_point import (
     quantise_rows,
 )
 
-NEW = 1e-9  # of a row's length must lie outside the span, or it is a combination of earlier rows
+NEW = 1e-7  # of a row's length must lie outside the span, or it is a combination of earlier rows
 FRESH_ROWS = 512  # that an error is predicted for
 INPUTS = "inputs.safetensors"  # a sample of real ones, in the folder of an offer
 LAST_BITS = b"paris_ray zklora last bits\n"
@@ -73,15 +73,17 @@ class Span:
             ParisError: if `x` has another type or width.
         """
         check_rows(x, np.int16, self._basis.shape[1], "x")
-        before = self.dimensions
-        for row in x.astype(np.float64):
-            length = np.linalg.norm(row)
-            # Once is not enough: what cancels would leave rounding errors along the basis.
-            rest = self.outside(self.outside(row[None]))[0]
-            if (left := np.linalg.norm(rest)) > NEW * length:
-                self._basis = np.vstack([self._basis, rest / left])
         self.rows += len(x)
-        return self.dimensions - before
+        rows = x[x.any(axis=1)].astype(np.float64)
+        rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+        # Once is not enough: what cancels would leave rounding errors along the basis.
+        rest = self.outside(self.outside(rows))
+        energies, directions = np.linalg.eigh(rest @ rest.T)
+        found = directions[:, energies > NEW**2].T @ rest
+        basis = np.linalg.qr(np.vstack([self._basis, found]).T)[0].T
+        new = len(basis) - self.dimensions
+        self._basis = basis
+        return new
 
     def outside(self, x: Floats) -> Directions:
         """Return the part of rows `(rows, d_in)` that is orthogonal to the span."""

@@ -9,8 +9,11 @@ confidence sequences for Gaussian means with unknown variance, arXiv 2310.03722)
 """
 
 import math
-from collections.abc import Sequence
+from dataclasses import dataclass
 from enum import StrEnum
+
+import numpy as np
+from numpy.typing import NDArray
 
 from paris_ray.errors import ConfigError
 
@@ -18,6 +21,8 @@ ERROR_RATE = 0.05
 MIN_GAIN = 0.02
 # A priori, mean over standard deviation is normal with variance 1 / PRECISION.
 PRECISION = 0.05
+
+Losses = NDArray[np.floating]
 
 
 class Verdict(StrEnum):
@@ -27,8 +32,51 @@ class Verdict(StrEnum):
     NOT_WORTH = "not worth it"
     UNDECIDED = "undecided"
 
+    @property
+    def is_clear(self) -> bool:
+        """Whether no more pairs are needed."""
+        return self is not Verdict.UNDECIDED
 
-def evidence(differences: Sequence[float]) -> float:
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Wanted:
+    """What a buyer wants of an adapter, and how sure it wants to be.
+
+    Attributes:
+        min_gain: Relative; what the typical (geometric mean) loss must be lowered by.
+        error_rate: Chance of WORTH if the true gain is less, and of NOT_WORTH if it is more, each
+            at most; however often one asks as pairs come in.
+
+    Raises:
+        ConfigError: if the rate is not within (0, 0.5), or the gain not below 1.
+    """
+
+    min_gain: float = MIN_GAIN
+    error_rate: float = ERROR_RATE
+
+    def __post_init__(self) -> None:
+        if not 0 < self.error_rate < 0.5:
+            raise ConfigError(f"error_rate={self.error_rate} is not allowed: above 0, below 0.5")
+        if not -math.inf < self.min_gain < 1:
+            raise ConfigError(f"min_gain={self.min_gain} is not allowed: a number below 1")
+
+    def verdict(self, without: Losses, with_adapter: Losses) -> Verdict:
+        """Return whether an adapter lowers the loss by as much as is wanted, or is to be tried on.
+
+        Ratios are compared, so that noise levels with large losses do not drown the others.
+
+        Args:
+            without: Losses of the base, one a picture and level, each above zero.
+            with_adapter: Losses with the adapter, of the same shape.
+        """
+        gains = np.log(without) - np.log(with_adapter) + math.log1p(-self.min_gain)
+        # At a mean of zero either sign is reached first as often: half of 2 * error_rate each.
+        if evidence(gains) < 1 / (2 * self.error_rate):
+            return Verdict.UNDECIDED
+        return Verdict.WORTH if gains.sum() > 0 else Verdict.NOT_WORTH
+
+
+def evidence(differences: Losses) -> float:
     """Return the e-value against a mean of zero: a bet on these numbers, at fair odds, pays it.
 
     Args:
@@ -37,45 +85,9 @@ def evidence(differences: Sequence[float]) -> float:
     Returns:
         1 for none, for one, and if all are zero.
     """
-    n, total = len(differences), math.fsum(differences)
-    squares = math.fsum(d * d for d in differences)
+    n, total = differences.size, float(differences.sum(dtype=np.float64))
+    squares = float(np.square(differences, dtype=np.float64).sum())
     if n < 2 or squares == 0.0:
         return 1.0
     explained = total * total / ((n + PRECISION) * squares)
     return math.exp(0.5 * math.log(PRECISION / (n + PRECISION)) - 0.5 * n * math.log1p(-explained))
-
-
-def decide(
-    without: Sequence[float],
-    with_adapter: Sequence[float],
-    *,
-    error_rate: float = ERROR_RATE,
-    min_gain: float = MIN_GAIN,
-) -> Verdict:
-    """Return whether an adapter lowers the loss by as much as is wanted, or that more is needed.
-
-    Ratios are compared, so that noise levels with large losses do not drown the others.
-
-    Args:
-        without: Loss of the base on one picture at one level, each above zero.
-        with_adapter: The same with the adapter.
-        error_rate: Chance of WORTH if the true gain is less, and of NOT_WORTH if it is more, each
-            at most; however often this is asked as pairs come in.
-        min_gain: Relative; what the typical (geometric mean) loss must be lowered by.
-
-    Raises:
-        ConfigError: if a rate is not within (0, 0.5), or a gain not within [0, 1).
-    """
-    if not 0 < error_rate < 0.5:
-        raise ConfigError(f"error_rate={error_rate} is not allowed: above 0, below 0.5")
-    if not 0 <= min_gain < 1:
-        raise ConfigError(f"min_gain={min_gain} is not allowed: at least 0, below 1")
-    wanted = -math.log1p(-min_gain)
-    gains = [
-        math.log(before) - math.log(after) - wanted
-        for before, after in zip(without, with_adapter, strict=True)
-    ]
-    # At a mean of zero either sign is reached first as often: half of 2 * error_rate each.
-    if evidence(gains) < 1 / (2 * error_rate):
-        return Verdict.UNDECIDED
-    return Verdict.WORTH if math.fsum(gains) > 0 else Verdict.NOT_WORTH

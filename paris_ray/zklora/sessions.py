@@ -6,6 +6,7 @@ no row is given away unpaid and none is paid for twice.
 
 import json
 import sqlite3
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from enum import StrEnum
@@ -304,6 +305,24 @@ class SessionJournal:
             reason = f"call {seq} was sent again with other content"
             _end(db, sid, reason)
         raise ProtocolError(f"session {sid} is ended: {reason}")
+
+    def asked(self, sid: str) -> tuple[int, Counter[str]]:
+        """Return how many calls a session has made, and how many rows of each module."""
+        query = "SELECT module, COUNT(*), SUM(rows) FROM calls WHERE sid = ? GROUP BY module"
+        calls, rows = 0, Counter[str]()
+        for module, count, asked in self._journal.execute(query, sid):
+            calls += count
+            rows[module] = asked
+        return calls, rows
+
+    def answered(self, adapter_id: str, module: str) -> list[Int16]:
+        """Return all inputs of a module that any user has asked for, `(rows, d_in)` each."""
+        query = (
+            "SELECT rows, x FROM calls JOIN sessions USING (sid)"
+            " WHERE adapter_id = ? AND module = ?"
+        )
+        found = self._journal.execute(query, adapter_id, module)
+        return [_matrix(x, "<i2", rows) for rows, x in found]
 
     def transcript(self, sid: str) -> Transcript:
         """Return all answered calls of a session."""

@@ -26,6 +26,9 @@ class TradeState(StrEnum):
     REFUNDED = "REFUNDED"  # the buyer has back what it did not owe for rows
 
 
+BOUGHT = (TradeState.RELEASED, TradeState.SETTLED)  # the buyer may have key and weights
+
+
 @dataclass(frozen=True, slots=True)
 class Trade:
     """One purchase, as it stands.

@@ -186,7 +186,7 @@ def _trials(gains: Any, worse: bool) -> tuple[float, float, float, float]:
     Returns:
         Rate of errors of the fixed test, of the sequential one, of no decision, and mean pairs.
     """
-    from paris_ray.zklora.sequential import MIN_GAIN, Verdict, decide
+    from paris_ray.zklora.sequential import MIN_GAIN, Verdict, Wanted
 
     random = np.random.default_rng(0)
     wrong = Verdict.WORTH if worse else Verdict.NOT_WORTH
@@ -195,7 +195,7 @@ def _trials(gains: Any, worse: bool) -> tuple[float, float, float, float]:
         drawn = random.choice(gains, TODAY)
         fixed += (drawn.mean() > -np.log1p(-MIN_GAIN)) == worse
         for n in range(2, TODAY + 1):
-            verdict = decide(np.exp(drawn[:n]), np.ones(n))
+            verdict = Wanted().verdict(np.exp(drawn[:n]), np.ones(n))
             if verdict is not Verdict.UNDECIDED:
                 break
         pairs += n

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 
 from paris_ray.errors import ConfigError
-from paris_ray.zklora.sequential import Verdict, decide, evidence
+from paris_ray.zklora.sequential import Verdict, Wanted, evidence
 
 
 def verdict(gains: list[float], **options: float) -> Verdict:
     """Decide on pairs whose log ratios are these."""
-    return decide([math.exp(gain) for gain in gains], [1.0] * len(gains), **options)
+    return Wanted(**options).verdict(np.exp(np.array(gains)), np.ones(len(gains)))
 
 
 def test_evidence_is_the_mixture_of_likelihood_ratios() -> None:
@@ -27,20 +27,21 @@ def test_evidence_is_the_mixture_of_likelihood_ratios() -> None:
 
     prior = np.exp(-0.5 * PRECISION * effect[..., 0] ** 2) * math.sqrt(PRECISION / 2 / math.pi)
     mixed = (likelihood(effect * sigma) * prior).sum(1) * (effect[0, 1, 0] - effect[0, 0, 0])
-    assert evidence(list(d)) == pytest.approx(
+    assert evidence(d) == pytest.approx(
         float(mixed.sum() / likelihood(np.zeros((1, 1, 1))).sum()), rel=1e-3
     )
 
 
 def test_nothing_is_evidence_of_nothing() -> None:
-    assert [evidence(values) for values in ([], [3.0], [0.0, 0.0, 0.0])] == [1.0, 1.0, 1.0]
+    for values in ([], [3.0], [0.0, 0.0, 0.0]):
+        assert evidence(np.array(values)) == 1.0
     assert verdict([]) is Verdict.UNDECIDED
 
 
 def test_evidence_does_not_depend_on_the_unit() -> None:
-    values = [0.3, 0.1, 0.4]
-    assert evidence([1e-6 * v for v in values]) == pytest.approx(evidence(values))
-    assert evidence([-v for v in values]) == pytest.approx(evidence(values))
+    values = np.array([0.3, 0.1, 0.4])
+    for other in (1e-6 * values, -values, values.reshape(1, 3)):
+        assert evidence(other) == pytest.approx(evidence(values))
 
 
 @pytest.mark.parametrize("sign", [1, -1])
@@ -73,7 +74,8 @@ def test_a_clear_gain_and_a_clear_loss_are_seen_early() -> None:
         ({"error_rate": 0.0}, "error_rate=0.0"),
         ({"error_rate": 0.5}, "error_rate=0.5"),
         ({"min_gain": 1.0}, "min_gain=1.0"),
-        ({"min_gain": -0.1}, "min_gain=-0.1"),
+        ({"min_gain": -math.inf}, "min_gain=-inf"),
+        ({"min_gain": math.nan}, "min_gain=nan"),
     ],
 )
 def test_a_rate_that_is_none_is_named(options: dict[str, float], message: str) -> None:

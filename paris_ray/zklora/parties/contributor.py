@@ -4,6 +4,7 @@
 of `workers.py`; users never share a Ray cluster with them.
 """
 
+import hashlib
 import logging
 import threading
 import time
@@ -17,12 +18,14 @@ import numpy as np
 import ray
 from ray.util.metrics import Counter, Gauge
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from safetensors.numpy import load_file
 
+from paris_ray.artifacts import canonical_json, sha256_hex
 from paris_ray.errors import ConfigError, ParisError, ProtocolError, TradeError
 from paris_ray.identity import Identity
-from paris_ray.receipts import State
 from paris_ray.signatures import SignedDocument
 from paris_ray.zklora.fixed_point import Int16, Int64, check_rows
+from paris_ray.zklora.leakage import INPUTS, Span, draw_last_bits, predicted_error
 from paris_ray.zklora.manifest import MANIFEST, AdapterManifest
 from paris_ray.zklora.offer import KEY, SEALED, load_offer
 from paris_ray.zklora.parties.channel import Peer, Server, serve
@@ -37,8 +40,10 @@ from paris_ray.zklora.parties.messages import (
     ReleaseRequest,
 )
 from paris_ray.zklora.parties.results import result
+from paris_ray.zklora.parties.toll import Toll
 from paris_ray.zklora.parties.workers import LoRAWorker, prove_modules
 from paris_ray.zklora.sessions import SessionJournal, SessionRecord, SessionState
+from paris_ray.zklora.trade import TradeState
 from paris_ray.zklora.transcript import (
     CLOSE,
     closing_statement,
@@ -49,6 +54,7 @@ from paris_ray.zklora.transcript import (
 MODULES_AT_ONCE = 4  # that one task proves: enough to pay for its start, few enough to share out
 MAX_REPEATS = 3  # of proofs that failed
 ANSWER_WITHIN_S = 5.0  # until a user who waits for proofs is told how far they are
+SEEDS = b"paris_ray zklora seed\n"
 MAX_NEWS = 1000
 SHORT = 8  # characters of a digest, enough to tell a few sessions apart
 
@@ -201,6 +207,7 @@ class LoRAGateway:
         )
         self._journal.add_adapter(manifest.adapter_id, list(manifest.terms), manifest.budget_rows)
         self._escrow = _connect_escrow(service, signed, manifest, self._identity)
+        self._toll = Toll(manifest, self._escrow, self._journal)
         self._metrics.update(self._journal, manifest.adapter_id)
 
     def news(self) -> list[str]:
@@ -210,6 +217,25 @@ class LoRAGateway:
     def _say(self, sid: str, user: str, what: str) -> None:
         left = min(self.rows_left().values())
         line = f"session {sid[:SHORT]} of user {user[:SHORT]}: {what}; {left} rows left"
+        logger.info("%s", line)
+        self._news.append(line)
+
+    def _say_what_is_learned(self) -> None:
+        """Tell what all users together know by now, of the module of which they know most."""
+        adapter_id = self._manifest.adapter_id
+        file = self._service.folder / INPUTS
+        inputs = load_file(file) if file.exists() else {}
+        known, of_all, errors = 0, 1, []
+        for name, terms in self._manifest.terms.items():
+            d_in = terms.commitment.d_in
+            span = Span.of(d_in, self._journal.answered(adapter_id, name))
+            if span.dimensions * of_all >= known * d_in:
+                known, of_all = span.dimensions, d_in
+            if name in inputs:
+                errors.append(predicted_error(span, inputs[name]))
+        line = f"learned by all users so far: at most {known} of {of_all} directions of a module"
+        if errors:
+            line += f"; a thief's updates are off by {np.mean(errors):.2f}, relative to real ones"
         logger.info("%s", line)
         self._news.append(line)
 
@@ -247,21 +273,34 @@ class LoRAGateway:
         request = CallRequest(**message.fields)
         x = message.tensors.get("x", np.empty(0))
         check_rows(x, np.int16, self._manifest.module(request.module).commitment.d_in, "x")
-        worker = self._workers[request.seq % len(self._workers)]
+        session, seq, module = request.session, request.seq, request.module
+        seed = self._seed(session, seq, module, x)
+        drawn = draw_last_bits(x, seed)
+        # Not signed for in vain: the journal refuses what is more than the budget.
+        if len(x) <= self._journal.rows_left(self._manifest.adapter_id, user)[module]:
+            self._toll.collect(session, user, seq, module, len(x), request.owed)
+        worker = self._workers[seq % len(self._workers)]
         y = self._journal.record_call(
-            request.session,
+            session,
             user,
-            request.seq,
-            request.module,
+            seq,
+            module,
             request.exponent,
-            x,
-            lambda: result(worker.evaluate.remote(request.module, x)),
+            drawn,
+            lambda: result(worker.evaluate.remote(module, drawn)),
         )
-        return Message("answer", tensors={"y": y})
+        self._toll.answered(session, seq, module, len(x))
+        return Message("answer", {"seed": seed.hex()}, {"y": y})
+
+    def _seed(self, session: str, seq: int, module: str, x: Int16) -> bytes:
+        """Return what draws the last bits of a call: the same whenever it is repeated."""
+        asked = {"session": session, "seq": seq, "module": module, "x": sha256_hex(x.tobytes())}
+        return hashlib.sha256(self._identity.sign(SEEDS + canonical_json(asked))).digest()
 
     def _end(self, user: str, message: Message) -> Message:
         request = EndRequest(**message.fields)
         self._journal.end(request.session, user, "its user broke it off")
+        self._toll.close(request.session)
         self._say(request.session, user, "broken off")
         return Message("ended")
 
@@ -274,8 +313,13 @@ class LoRAGateway:
         by_contributor = SignedDocument.sign(CLOSE, statement, self._identity)
         self._journal.close(session.sid, user, by_user, by_contributor)
         if session.state == SessionState.OPEN:
-            rows = sum(transcript.counts.values())
-            self._say(session.sid, user, f"closed, with {rows} rows in its log")
+            rows, owed = sum(transcript.counts.values()), self._toll.close(session.sid)
+            self._say(
+                session.sid,
+                user,
+                f"closed, with {rows} rows in its log and {owed} credits for them",
+            )
+            threading.Thread(target=self._say_what_is_learned, daemon=True).start()
         return Message("closed", {"statement": by_contributor.to_json()})
 
     def _prove(self, user: str, message: Message) -> Message:
@@ -331,7 +375,7 @@ class LoRAGateway:
         if self._escrow is None or session.state != SessionState.CHALLENGED:
             raise TradeError(f"session {session.sid} is {session.state}: nothing is for sale")
         trade = self._escrow.trade(session.sid)
-        if trade.state is State.PAID:
+        if trade.state is TradeState.PAID:
             key = (self._service.folder / KEY).read_bytes()  # nowhere else in this process
             trade = self._escrow.deposit_key(session.sid, key)
             self._say(session.sid, user, f"key handed to the escrow, trade {trade.state}")

@@ -1,5 +1,6 @@
 """What user and contributor say to each other: the fields of every request, checked."""
 
+import re
 from typing import Any
 
 import numpy as np
@@ -40,12 +41,16 @@ class OpenRequest(_Fields):
 
 
 class CallRequest(_Fields):
-    """Ask for the update of some rows, the tensor `x`."""
+    """Ask for the update of some rows, the tensor `x`.
+
+    `owed` is the running total that is signed for, if it has grown.
+    """
 
     session: str = DIGEST
     seq: int
     module: str
     exponent: int
+    owed: dict[str, Any] | None = None
 
 
 class CloseRequest(_Fields):
@@ -83,3 +88,10 @@ def tensor_of(message: Message, name: str, dtype: type[np.generic], ndim: int) -
             "dimensions"
         )
     return tensor
+
+
+def seed_of(seed: object) -> bytes:
+    """Return the seed of the last bits of an answer; raises ProtocolError if it is none."""
+    if not isinstance(seed, str) or re.fullmatch("[0-9a-f]{64}", seed) is None:
+        raise ProtocolError("the answer has no seed of 32 bytes, in hexadecimal")
+    return bytes.fromhex(seed)

@@ -402,10 +402,10 @@ def test_an_adapter_is_listed_by_its_contributor_as_the_manifest_says(parties: P
 def test_weights_are_taken_as_they_were_announced(
     parties: Parties, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(listings, "PIECE_BYTES", 1000)
+    monkeypatch.setattr(listings, "PIECE_BYTES", 100)
     offer, seller = parties.honest_offer(), parties.seller.public_key
     shelf, adapter_id, sealed = parties.escrow.listings, offer.manifest.adapter_id, offer.sealed
-    pieces = [sealed[start : start + 1000] for start in range(0, len(sealed), 1000)]
+    pieces = [sealed[start : start + 100] for start in range(0, len(sealed), 100)]
     assert len(pieces) > 1
     assert shelf.add(seller, offer.signed) == 0
     with pytest.raises(TradeError, match="come from their contributor"):

@@ -15,7 +15,7 @@ from paris_ray.zklora.leakage import (
 )
 
 D_OUT, R = 48, 4
-FRESH = 1024
+FRESH = 8192
 SEED = bytes(32)
 
 Floats = NDArray[np.float64]
@@ -29,7 +29,7 @@ def inputs_like_activations(
     rng: np.random.Generator, d_in: int, power: float, rows: int, rotation: Floats
 ) -> Floats:
     """Rows with a falling spectrum in rotated directions, and tails heavier than normal."""
-    tails = np.sqrt(5.0 / rng.chisquare(5.0, (rows, 1)))
+    tails = np.sqrt(8.0 / rng.chisquare(8.0, (rows, 1)))
     spectrum = np.arange(1, d_in + 1) ** -power
     return np.asarray(rng.standard_normal((rows, d_in)) * spectrum @ rotation * tails)
 

@@ -119,7 +119,8 @@ class Folder:
     @property
     def local_path(self) -> Path:
         """Path on this machine; only for a local folder."""
-        assert self.is_local
+        if not self.is_local:
+            raise ValueError(f"{self.uri} is not a folder of this machine")
         return Path(self._path)
 
     def _full(self, name: str) -> str:

@@ -21,6 +21,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import NameOID
 
 from paris_ray.errors import ArtifactError, SignatureError
+from paris_ray.signatures import check_public_key
 
 KEY = "key.pem"
 CERTIFICATE = "certificate.pem"
@@ -148,6 +149,7 @@ def _checked_key(certificate_pem: str) -> Ed25519PublicKey:
     key = certificate.public_key()
     if not isinstance(key, Ed25519PublicKey):
         raise ValueError("its key is not an Ed25519 key")
+    check_public_key(key.public_bytes_raw())
     # What follows the signed part is not signed: cryptography reads a signature of fewer bits, too.
     if not certificate.public_bytes(Encoding.DER).endswith(SIGNED_BY + certificate.signature):
         raise ValueError("its signature is not in the usual form")

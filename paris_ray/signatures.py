@@ -17,6 +17,12 @@ from paris_ray.errors import SignatureError
 from paris_ray.json_documents import load_json
 
 LABEL = b"paris_ray signed document\0"
+# Of the curve of Ed25519 (RFC 8032, section 5.1): y is a number below FIELD, and these belong to
+# points whose eightfold is the neutral element. A key that is one of them has signatures that fit
+# every document; libraries accept it.
+FIELD = 2**255 - 19
+_EIGHTH = 0x05FC536D880238B13933C6D305ACDFD5F098EFF289F4C345B027B2C28F95E826
+SMALL_ORDER = frozenset({0, 1, FIELD - 1, _EIGHTH, FIELD - _EIGHTH})
 KEY, SIGNATURE = re.compile("[0-9a-f]{64}"), re.compile("[0-9a-f]{128}")
 
 
@@ -112,6 +118,16 @@ class SignedDocument:
             raise SignatureError(f"{path} holds no signed document: {error}") from None
 
 
+def check_public_key(public_key: bytes) -> None:
+    """Raise SignatureError unless signatures of this key, 32 bytes, say something.
+
+    A point of small order is nobody's key, and each point has one encoding.
+    """
+    y = int.from_bytes(public_key, "little") % 2**255  # above it is the sign of x
+    if y >= FIELD or y in SMALL_ORDER:
+        raise SignatureError(f"the public key {public_key.hex()} is a point that fits everything")
+
+
 def verify_signature(public_key: str, message: bytes, signature: str, what: str) -> None:
     """Raise SignatureError unless the key, in hexadecimal, signed the message.
 
@@ -124,6 +140,7 @@ def verify_signature(public_key: str, message: bytes, signature: str, what: str)
     # One spelling only: equal statements are equal documents.
     if not KEY.fullmatch(public_key) or not SIGNATURE.fullmatch(signature):
         raise SignatureError(f"the {what} has no key and signature in lower-case hexadecimal")
+    check_public_key(bytes.fromhex(public_key))
     try:
         key = Ed25519PublicKey.from_public_bytes(bytes.fromhex(public_key))
         key.verify(bytes.fromhex(signature), message)

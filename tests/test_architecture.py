@@ -3,6 +3,7 @@
 That imports point down is `lint-imports`'s to say; it is part of `make test`.
 """
 
+import ast
 import subprocess
 import sys
 from pathlib import Path
@@ -34,6 +35,48 @@ def test_prepare_starts_without_what_takes_seconds_to_import(modules: str, heavy
         f"import sys; found = set({heavy.split()}) & sys.modules.keys(); assert not found, found"
     )
     subprocess.run([sys.executable, "-c", f"{imports}; {check}"], check=True, cwd=REPOSITORY)
+
+
+def test_python_without_assertions_checks_as_much() -> None:
+    """`python -O` leaves assertions out: here they tell the type checker a type, and no more."""
+    asserted = {
+        f"{file.relative_to(REPOSITORY)}:{node.lineno}": node.test
+        for folder in ("paris_ray", "jobs", "serve")
+        for file in (REPOSITORY / folder).rglob("*.py")
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.Assert)
+    }
+    assert asserted, "the search finds what is there"
+    assert not [place for place, test in asserted.items() if not narrows(test)]
+
+
+def narrows(test: ast.expr) -> bool:
+    """Return whether an assertion says `x is not None`, `isinstance(x, T)` or not."""
+    match test:
+        case ast.UnaryOp(op=ast.Not(), operand=operand):
+            return narrows(operand)
+        case ast.Compare(ops=[ast.IsNot()], comparators=[ast.Constant(value=None)]):
+            return True
+        case ast.Call(func=ast.Name(id="isinstance")):
+            return True
+    return False
+
+
+@pytest.mark.parametrize(
+    ("asserted", "allowed"),
+    [
+        ("x is not None", True),
+        ("isinstance(x, int)", True),
+        ("not isinstance(x, int)", True),
+        ("x", False),
+        ("len(x) == 2", False),
+        ("x is None", False),
+        ("x is None or y", False),
+        ("isinstance(x, int) and x > 0", False),
+    ],
+)
+def test_what_narrows_a_type(asserted: str, allowed: bool) -> None:
+    assert narrows(ast.parse(asserted, mode="eval").body) == allowed
 
 
 TARGETS = ("quickstart", "stop", "test", "bench", "demo-zklora", "fuzz", "soak", "study")

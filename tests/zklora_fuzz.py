@@ -275,7 +275,7 @@ def _transcript() -> Transcript:
 
 
 def _closing(transcript: Transcript) -> dict[str, Any]:
-    return closing_statement(DIGEST, DIGEST, transcript)
+    return closing_statement(DIGEST, DIGEST, transcript.log)
 
 
 def transcript(folder: Path) -> Target:

@@ -110,7 +110,8 @@ class Bundle:
         Raises:
             BundleError: if its configuration or weights do not fit.
         """
-        assert lora is None or self._loras[lora].expert == index, (index, lora)
+        if lora is not None and self._loras[lora].expert != index:
+            raise ValueError(f"lora={lora!r} is not an adapter of expert {index}")
         return self._resident.get(index, lora)
 
     def mixed_expert(self, index: int) -> Expert:

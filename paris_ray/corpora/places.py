@@ -136,7 +136,8 @@ class RemotePath:
 
     def open(self, mode: str = "rb") -> BinaryIO:
         """Open it for reading, at any position, in pieces of READ_AHEAD bytes."""
-        assert mode == "rb"
+        if mode != "rb":
+            raise ValueError(f"mode={mode!r} is not allowed: 'rb'")
         return cast(BinaryIO, io.BufferedReader(cast(io.RawIOBase, self.native()), READ_AHEAD))
 
     def native(self) -> NativeFile:

@@ -68,7 +68,8 @@ def nearest_neighbours(
     Returns:
         L2 distances and gallery rows, both `(N, k)`, in the order that the search found them.
     """
-    assert k <= len(gallery), "fewer rows than neighbours"
+    if k > len(gallery):
+        raise ValueError(f"k={k} is not allowed: the gallery has {len(gallery)} rows")
     index = faiss.IndexFlatL2(gallery.shape[1])
     index.add(np.ascontiguousarray(gallery, dtype=np.float32))
     _, rows = index.search(np.ascontiguousarray(queries, dtype=np.float32), k)

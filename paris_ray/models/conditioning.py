@@ -60,7 +60,8 @@ class TextConditioning:
     def concatenate(parts: "list[TextConditioning]") -> "TextConditioning":
         """Join batches of one text encoder along the first axis."""
         masks = [part.text_mask for part in parts if part.text_mask is not None]
-        assert len(masks) in (0, len(parts)), "some parts have a mask and some have none"
+        if len(masks) not in (0, len(parts)):
+            raise ValueError(f"{len(masks)} of {len(parts)} parts have a mask: all or none must")
         return TextConditioning(
             torch.cat([part.text_embeddings for part in parts]),
             torch.cat([part.pooled_text for part in parts]),

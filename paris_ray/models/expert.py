@@ -56,7 +56,8 @@ class EncodedText:
 
 def _concatenate(parts: list[Tensor | None]) -> Tensor | None:
     present = [part for part in parts if part is not None]
-    assert len(present) in (0, len(parts)), "parts of several experts"
+    if len(present) not in (0, len(parts)):
+        raise ValueError(f"{len(present)} of {len(parts)} have this part: all or none must")
     return torch.cat(present) if present else None
 
 

@@ -273,6 +273,8 @@ def _pairs(model: nn.Module, adapter: Adapter) -> Iterator[tuple[str, nn.Linear,
     for name, update in adapter.updates().items():
         linear = model.get_submodule(name)
         assert isinstance(linear, nn.Linear), name
-        assert not isinstance(linear, _AdaptedLinear), f"{name} has an adapter already"
-        assert linear.weight.shape == (len(update.B), update.A.shape[1]), name
+        if isinstance(linear, _AdaptedLinear):
+            raise ValueError(f"{name} has an adapter already")
+        if linear.weight.shape != (size := (len(update.B), update.A.shape[1])):
+            raise ValueError(f"{name} has shape {tuple(linear.weight.shape)}, its adapter {size}")
         yield name, linear, update

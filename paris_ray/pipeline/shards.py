@@ -203,7 +203,8 @@ class ShardWriter:
 def _write_rows(folder: Folder, batch: Batch) -> None:
     shard, first = str(batch["shard"][0]), int(batch["row"][0])
     following = np.arange(first, first + len(batch["row"]))
-    assert (batch["row"] == following).all(), "rows lost their order"
+    if not np.array_equal(batch["row"], following):
+        raise RuntimeError(f"rows of {shard} from {first} on have lost their order")
     write_part(folder, part_name(shard, first), _embeddings_table(batch))
 
 

@@ -57,7 +57,8 @@ class LocalModels:
         Returns:
             `(b, K)` router logits or `(b, C, H, W)` velocities of each call.
         """
-        assert len({call.model for call in calls}) == 1, "a batch is for one model"
+        if len({call.model for call in calls}) != 1:
+            raise ValueError("a batch is for one model")
         most = self.most_rows(calls[0].model)
         if sum(call.num_rows for call in calls) <= most:
             return self._ask(calls)

@@ -149,7 +149,8 @@ def _identity(
 def _steps_in_one(num_inference_steps: int, num_teacher_steps: int) -> int:
     """Return how many of the ensemble's steps one of the student's replaces."""
     each = num_teacher_steps // num_inference_steps
-    assert each * num_inference_steps == num_teacher_steps, (num_inference_steps, each)
+    if each * num_inference_steps != num_teacher_steps:
+        raise ValueError(f"{num_teacher_steps} steps are not {num_inference_steps} times as many")
     return each
 
 

@@ -7,7 +7,7 @@ BLS12-381 are hard. Source: Pedersen, CRYPTO 1991; docs/zklora.md.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from py_arkworks_bls12381 import G1Point
@@ -91,6 +91,12 @@ class ModuleOpening:
             tuple(encode(commit_small(column, rho)) for column, rho in columns),
             tuple(encode(commit_small(row, sigma)) for row, sigma in rows),
         )
+
+    def of(self, commitment: ModuleCommitment) -> "ModuleOpening":
+        """Return the opening of a commitment that is known, and so need not be computed again."""
+        opening = replace(self)
+        vars(opening)["commitment"] = commitment  # where `cached_property` looks
+        return opening
 
 
 def commit(module: QuantisedModule) -> tuple[ModuleCommitment, ModuleOpening]:

@@ -81,7 +81,8 @@ def _read_cache() -> list[G1Point] | None:
 def _fill_cache() -> list[G1Point]:
     points = [_generator(index) for index in range(CACHED_GENERATORS)]
     data = b"".join(point.to_xy_bytes_le() for point in points)
-    assert hashlib.sha256(data).hexdigest() == CACHE_DIGEST, "hash-to-curve differs from RFC 9380"
+    if hashlib.sha256(data).hexdigest() != CACHE_DIGEST:
+        raise RuntimeError("hash-to-curve differs from RFC 9380")
     path = _cache_file()
     with suppress(OSError):  # a read-only home: the next process takes that second again
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -108,7 +109,8 @@ def random_weight() -> int:
 
 def multiply(points: Sequence[G1Point], scalars: Sequence[int]) -> G1Point:
     """Return the multi-scalar multiplication `sum_i scalars[i] * points[i]`; scalars reduced."""
-    assert len(points) == len(scalars), (len(points), len(scalars))  # the library would truncate
+    if len(points) != len(scalars):  # the library would leave out what is too many
+        raise ValueError(f"{len(points)} points, {len(scalars)} scalars")
     return G1Point.multiexp_unchecked(list(points), _to_library(scalars))
 
 

@@ -34,7 +34,8 @@ def powers(base: int, count: int) -> list[int]:
 
 def dot(a: Sequence[int], b: Sequence[int]) -> int:
     """Return the inner product of two vectors of one length."""
-    assert len(a) == len(b), (len(a), len(b))
+    if len(a) != len(b):
+        raise ValueError(f"vectors of {len(a)} and {len(b)} numbers have no inner product")
     return sum(map(operator.mul, a, b)) % ORDER
 
 
@@ -58,7 +59,10 @@ def combine(coefficients: Sequence[int], matrix: NDArray[np.signedinteger]) -> l
     Returns:
         n elements.
     """
-    assert len(coefficients) == len(matrix) <= MAX_ROWS, (len(coefficients), matrix.shape)
+    if not len(coefficients) == len(matrix) <= MAX_ROWS:
+        raise ValueError(
+            f"{len(coefficients)} coefficients, {len(matrix)} rows: at most {MAX_ROWS}"
+        )
     total = np.zeros((RESULT_LIMBS, matrix.shape[1]), np.int64)
     for start in range(0, len(matrix), ROWS_AT_ONCE):
         stop = start + ROWS_AT_ONCE

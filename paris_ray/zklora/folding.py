@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from paris_ray.errors import VerificationError
 from paris_ray.zklora.curve import FORM, Equation, decode, encode, generators, multiply
 from paris_ray.zklora.fiat_shamir import Oracle
 from paris_ray.zklora.field import ORDER, dot, padded, plus
@@ -80,11 +81,14 @@ def folding_equation(
         oracle: The prover's, at the same point.
 
     Raises:
-        VerificationError: if a point is none.
+        VerificationError: if it has another shape, or a point is none.
     """
     rounds, remainder = folding_shape(len(form))
-    assert len(folded.left) == len(folded.right) == rounds, (rounds, len(folded.left))
-    assert len(folded.remainder) == remainder, (remainder, len(folded.remainder))
+    sizes = (len(folded.left), len(folded.right), len(folded.remainder))
+    if sizes != (rounds, rounds, remainder):
+        raise VerificationError(
+            f"the folding has {sizes} messages, not {(rounds, rounds, remainder)}"
+        )
     sent = list(zip(folded.left, folded.right, strict=True))
     challenges = [_challenge(oracle, number, *points) for number, points in enumerate(sent)]
     equation, scale, blocks = Equation(), 1, [1]

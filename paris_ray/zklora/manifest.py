@@ -272,8 +272,9 @@ class AdapterManifest:
         return session_id(self.protocol, self.adapter_id, self.base.digest, nonce_u, nonce_c)
 
     def sign(self, contributor: Signer) -> SignedDocument:
-        """Return the manifest, signed by its contributor."""
-        assert contributor.public_key == self.contributor
+        """Return the manifest, signed by its contributor; raises SignatureError if it is not."""
+        if contributor.public_key != self.contributor:
+            raise SignatureError(f"{contributor.public_key} is not the contributor's key")
         return SignedDocument.sign(KIND, self.document, contributor)
 
     @classmethod

@@ -76,8 +76,13 @@ class Offer:
     key: bytes
 
     def openings(self) -> dict[str, ModuleOpening]:
-        """Return the weights and blinders by the name of their module."""
-        return unseal(self.sealed, self.key, self.manifest)
+        """Return the weights and blinders by the name of their module.
+
+        Each goes with the commitment that it opens: whoever proves does not commit again.
+        """
+        opened = unseal(self.sealed, self.key, self.manifest)
+        terms = self.manifest.terms
+        return {name: opening.of(terms[name].commitment) for name, opening in opened.items()}
 
     def modules(self) -> dict[str, QuantisedModule]:
         """Return the weights by the name of their module."""

@@ -6,10 +6,10 @@ Digests, identifiers and nonces are 32 bytes in lower-case hexadecimal.
 import hashlib
 import json
 import secrets
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -153,6 +153,38 @@ class Call:
         return digest.digest()
 
 
+class Log(NamedTuple):
+    """What is signed of a session.
+
+    Attributes:
+        root: What binds all calls and their order, in hexadecimal: SHA-256 over their digests.
+        calls: How many there are.
+        rows: Number of rows of each module.
+    """
+
+    root: str
+    calls: int
+    rows: dict[str, int]
+
+    @classmethod
+    def of(cls, calls: Sequence[tuple[str, int, bytes]]) -> "Log":
+        """Return the log of some calls.
+
+        Args:
+            calls: Module, number of rows and digest of each.
+
+        Raises:
+            ProtocolError: if there are none: nothing can be proved of nothing.
+        """
+        if not calls:
+            raise ProtocolError("an empty log has no root: there is nothing to prove")
+        digest, counts = hashlib.sha256(f"{LABEL} log".encode()), dict[str, int]()
+        for module, rows, call in calls:
+            digest.update(call)
+            counts[module] = counts.get(module, 0) + rows
+        return cls(digest.hexdigest(), len(calls), counts)
+
+
 class Transcript:
     """Every call of a session, with its arrays.
 
@@ -165,7 +197,7 @@ class Transcript:
 
     def __init__(self, calls: Iterable[Call] = ()) -> None:
         self.calls: list[Call] = []
-        self._log = hashlib.sha256(f"{LABEL} log".encode())
+        self._digests: list[bytes] = []
         self._widths: dict[str, tuple[int, int]] = {}
         for call in calls:
             self.append(call)
@@ -182,26 +214,13 @@ class Transcript:
         if widths != (known := self._widths.setdefault(call.module, widths)):
             raise ProtocolError(f"call {call.seq}: {call.module} has widths {known}, not {widths}")
         self.calls.append(call)
-        self._log.update(call.digest)
+        self._digests.append(call.digest)
 
     @property
-    def root(self) -> str:
-        """What binds all calls and their order, in hexadecimal: SHA-256 over their digests.
-
-        Raises:
-            ProtocolError: if there are none: nothing can be proved of nothing.
-        """
-        if not self.calls:
-            raise ProtocolError("an empty log has no root: there is nothing to prove")
-        return self._log.hexdigest()
-
-    @property
-    def counts(self) -> dict[str, int]:
-        """Number of rows of each module."""
-        counts: dict[str, int] = {}
-        for call in self.calls:
-            counts[call.module] = counts.get(call.module, 0) + len(call.x)
-        return counts
+    def log(self) -> Log:
+        """What is signed of it; raises ProtocolError if there are no calls."""
+        calls = zip(self.calls, self._digests, strict=True)
+        return Log.of([(call.module, len(call.x), digest) for call, digest in calls])
 
     def rows(self, module: str) -> tuple[Int16, Int64]:
         """Return all inputs and answers of a module, stacked in the order of the calls.
@@ -250,16 +269,6 @@ class Transcript:
             raise ArtifactError(f"{path} holds no transcript: {error}") from None
 
 
-def closing_statement(sid: str, adapter_id: str, transcript: Transcript) -> dict[str, Any]:
-    """Return what both parties sign, as kind CLOSE, when a session ends.
-
-    Raises:
-        ProtocolError: if the transcript is empty.
-    """
-    return {
-        "session": sid,
-        "adapter_id": adapter_id,
-        "root": transcript.root,
-        "calls": len(transcript.calls),
-        "rows": transcript.counts,
-    }
+def closing_statement(sid: str, adapter_id: str, log: Log) -> dict[str, Any]:
+    """Return what both parties sign, as kind CLOSE, when a session ends."""
+    return {"session": sid, "adapter_id": adapter_id, **log._asdict()}

@@ -49,7 +49,7 @@ class Contributor:
         offer = open_offer(folder / "offer", self.identity, read_peft(adapter), terms)
         self.manifest, self.openings = offer.manifest, offer.openings()
         self.journal = SessionJournal(folder / "sessions.sqlite")
-        self.journal.add_adapter(self.manifest.adapter_id, self.manifest.terms, budget_rows)
+        self.journal.budget.add_adapter(self.manifest.adapter_id, self.manifest.terms, budget_rows)
 
 
 class InProcessSession:
@@ -80,19 +80,18 @@ class InProcessSession:
     def prove(self) -> Evidence:
         """The contributor proves what its journal has, of what both have signed."""
         contributor, manifest = self.contributor, self.contributor.manifest
-        statement = closing_statement(self.sid, manifest.adapter_id, self.transcript)
-        signed = [
-            SignedDocument.sign("close", statement, party)
-            for party in (self.user, contributor.identity)
-        ]
-        contributor.journal.close(self.sid, self.user.public_key, *signed)
+        statement = closing_statement(self.sid, manifest.adapter_id, self.transcript.log)
+        by_user = SignedDocument.sign("close", statement, self.user)
+        signed = contributor.journal.close(
+            self.sid, self.user.public_key, by_user, contributor.identity
+        ).signed
         nonce_v, recorded = new_nonce(), contributor.journal.transcript(self.sid)
         proofs = {}
         for name, opening in contributor.openings.items():
-            context = proof_context(manifest.adapter_id, self.sid, recorded.root, name, nonce_v)
+            context = proof_context(manifest.adapter_id, self.sid, recorded.log.root, name, nonce_v)
             proofs[name] = prove(opening, *recorded.rows(name), context)
-        closed = ClosedSession(self.sid, *self.nonces, *signed, nonce_v, None, self.transcript)
-        return Evidence(closed, {name: self.transcript.rows(name) for name in proofs}, proofs)
+        closed = ClosedSession(self.sid, *self.nonces, *signed, nonce_v, self.transcript)
+        return Evidence(closed, proofs)
 
 
 @pytest.fixture
@@ -180,8 +179,8 @@ def test_with_a_cache_each_token_costs_one_row(base: GPT2LMHeadModel, tmp_path: 
 
     session = InProcessSession(user, contributor)
     assert generate(session.adapt(base)) == generate(theirs) != generate(base)
-    assert session.transcript.counts == counts
-    assert set(contributor.journal.rows_left(manifest.adapter_id).values()) == {cached}
+    assert session.transcript.log.rows == counts
+    assert set(contributor.journal.budget.rows_left(manifest.adapter_id).values()) == {cached}
     evidence = session.prove()
     verify_named(evidence.claims(manifest))
 

@@ -18,9 +18,10 @@ from paris_ray.zklora.fixed_point import Int16
 from paris_ray.zklora.manifest import AdapterManifest, Base
 from paris_ray.zklora.offer import AskedTerms, open_offer
 from paris_ray.zklora.parties.channel import Channel
-from paris_ray.zklora.parties.contributor import MAX_REPEATS, Contribution, Service, _Job
+from paris_ray.zklora.parties.contributor import Contribution, Service
 from paris_ray.zklora.parties.evidence import fetch_evidence
 from paris_ray.zklora.parties.frames import Message
+from paris_ray.zklora.parties.proving import MAX_REPEATS, Proving
 from paris_ray.zklora.parties.results import result
 from paris_ray.zklora.parties.session import Session
 from paris_ray.zklora.proof import verify_named
@@ -157,13 +158,13 @@ def test_proofs_that_failed_are_made_again_when_asked_for(
     verify_named(fetch_evidence(channel, shop.manifest, closed).claims(shop.manifest))
 
 
-def test_a_job_that_fails_says_so_before_it_is_repeated_and_not_for_ever() -> None:
+def test_proving_that_fails_says_so_before_it_is_repeated_and_not_for_ever() -> None:
     def fail(count: Callable[[int], None]) -> Message:
         count(1)
         raise BudgetError("none are left")
 
     for attempt in range(1, MAX_REPEATS + 2):
-        job = _Job("proving", 2, fail, attempt)
+        job = Proving(2, fail, attempt)
         job._thread.join()
         assert not job.may_be_repeated
         for _ in range(2):
@@ -177,12 +178,27 @@ def test_a_job_that_fails_says_so_before_it_is_repeated_and_not_for_ever() -> No
         done.wait(60)
         return Message("evidence")
 
-    job = _Job("proving", 2, make)
+    job = Proving(2, make)
     while dict((answer := job.wait(0)).fields) != {"done": 1, "total": 2}:
         time.sleep(0.01)
     assert answer.kind == "proving" and not job.was_told
     done.set()
     assert job.wait(60).kind == "evidence" and job.was_told and not job.may_be_repeated
+
+
+def test_requests_bring_no_other_tensors(shop: Shop, session: Session, channel: Channel) -> None:
+    call_all(session)
+    extra = {"more": np.zeros(4, np.int16)}
+    for kind, fields in (
+        ("open", {"adapter_id": shop.manifest.adapter_id, "nonce_u": "0" * 64}),
+        ("close", {"session": session.sid, "statement": {}}),
+        ("prove", {"session": session.sid, "nonce_v": "0" * 64}),
+        ("release", {"session": session.sid}),
+        ("end", {"session": session.sid}),
+    ):
+        with pytest.raises(ProtocolError, match=f"{kind}: tensor 'more' is not expected"):
+            channel.request(kind, fields, extra)
+    session.verify()
 
 
 def test_a_gateway_that_died_listens_again_and_knows_its_sessions(

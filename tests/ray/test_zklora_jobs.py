@@ -294,7 +294,9 @@ def test_a_purchase(  # noqa: PLR0915
     assert not psutil.wait_procs(family[1:], timeout=90)[1]
     spent = len(LEVELS) * len(CAPTIONS) * TOKENS
     with SessionJournal(manifest_file.parent / "sessions.sqlite") as journal:
-        assert journal.rows_left(manifest.adapter_id) == dict.fromkeys(modules, BUDGET - spent)
+        assert journal.budget.rows_left(manifest.adapter_id) == dict.fromkeys(
+            modules, BUDGET - spent
+        )
 
 
 @pytest.mark.parametrize(

@@ -46,7 +46,8 @@ from paris_ray.zklora.ledger import OPENING_BALANCE, SQLiteLedger
 from paris_ray.zklora.manifest import MANIFEST, AdapterManifest, Base, build_manifest
 from paris_ray.zklora.offer import AskedTerms, Offer, base_of_expert, base_of_file, open_offer
 from paris_ray.zklora.parties.buyer import Buyer, Outcome, Trial
-from paris_ray.zklora.parties.channel import Channel, Peer, serve
+from paris_ray.zklora.parties.channel import Channel
+from paris_ray.zklora.parties.connection import Peer
 from paris_ray.zklora.parties.contributor import Contribution, Service
 from paris_ray.zklora.parties.escrow import EscrowClient, EscrowService
 from paris_ray.zklora.parties.evidence import (
@@ -59,6 +60,7 @@ from paris_ray.zklora.parties.evidence import (
 from paris_ray.zklora.parties.frames import Message
 from paris_ray.zklora.parties.purchase import buy, integers_digest
 from paris_ray.zklora.parties.results import result
+from paris_ray.zklora.parties.server import serve
 from paris_ray.zklora.parties.session import Session
 from paris_ray.zklora.parties.user import verify_evidence
 from paris_ray.zklora.proof import prove, verify_named
@@ -679,6 +681,12 @@ def test_evidence_without_a_proof_is_refused(market: Market, tried: Tried) -> No
     for value in (None, np.zeros(3, np.float32), np.zeros((3, 1), np.uint8)):
         with pytest.raises(ProtocolError, match=r"0\.proof"):
             fetch(market, tried, lambda a, v=value: changed(a, proof=v))
+    with pytest.raises(ProtocolError, match=r"tensor '0\.x' is not expected"):
+        fetch(market, tried, lambda a: changed(a, x=np.zeros((2, 2), np.int16)))
+    first = next(iter(market.manifest.terms))
+    for size in (0, 3, 2**22):
+        with pytest.raises(VerificationError, match=f"^{first}: the proof has {size} bytes"):
+            fetch(market, tried, lambda a, n=size: changed(a, proof=np.zeros(n, np.uint8)))
 
 
 def test_a_part_left_out_of_evidence_is_found_before_anything_is_verified(
@@ -686,24 +694,35 @@ def test_a_part_left_out_of_evidence_is_found_before_anything_is_verified(
 ) -> None:
     evidence = fetch(market, tried)
     name, *others = evidence.proofs
-    x, y = evidence.rows[name]
-    fewer = {name: (x[:-1], y[:-1])}
+    calls = evidence.closed.transcript.calls
+    first = calls[0]
+    longer = Call(0, first.module, 9, np.repeat(first.x, 2, 0), np.repeat(first.y, 2, 0))
+    changed = {
+        "fewer calls": calls[:-1],
+        "fewer rows": [Call(0, first.module, 9, first.x[:-1], first.y[:-1]), *calls[1:]],
+        "more rows": [longer, *calls[1:]],
+        "other inputs": [Call(0, first.module, 9, first.x[::-1], first.y), *calls[1:]],
+        "other outputs": [Call(0, first.module, 9, first.x, first.y + 1), *calls[1:]],
+        "another exponent": [Call(0, first.module, 8, first.x, first.y), *calls[1:]],
+    }
+    unsigned = [
+        replace(evidence.closed, transcript=Transcript(calls)) for calls in changed.values()
+    ]
     for bad, match in (
         (replace(evidence, proofs={}), "proofs must be"),
-        (replace(evidence, rows={}), "rows must be"),
         (replace(evidence, proofs={k: evidence.proofs[k] for k in others}), name),
         (replace(evidence, proofs=evidence.proofs | {"extra": b""}), "extra"),
-        (replace(evidence, rows=evidence.rows | fewer), f"{name}: 5 rows are proved, 6 must be"),
-        (replace(evidence, rows=evidence.rows | {name: (x[:0], y[:0])}), f"{name}: 0 rows"),
-        (
-            replace(
-                evidence, rows=evidence.rows | {name: (np.repeat(x, 2, 0), np.repeat(y, 2, 0))}
-            ),
-            f"{name}: 12 rows",
-        ),
+        *((replace(evidence, closed=other), "has signed another log") for other in unsigned),
     ):
         with pytest.raises(VerificationError, match=match):
             check(market, bad)
+    without = Transcript(
+        Call(seq, c.module, c.exponent, c.x, c.y)
+        for seq, c in enumerate(c for c in calls if c.module != name)
+    )
+    signed = resigned(market, tried.user, replace(evidence.closed, transcript=without))
+    with pytest.raises(VerificationError, match=f"rows must be of the 4 modules.*{name}"):
+        check(market, replace(evidence, closed=signed))
 
 
 def test_proofs_of_something_else_are_refused(market: Market, tried: Tried) -> None:
@@ -718,7 +737,7 @@ def test_proofs_of_something_else_are_refused(market: Market, tried: Tried) -> N
     everything = ".*".join(map(str, names))
     proofs, closed = evidence.proofs, evidence.closed
     another_root = resigned(market, tried.user, closed, root="0" * 64)
-    signed = "signed different logs"
+    signed = "has signed another log"
     for bad, blamed in (
         (replace(evidence, proofs=other.proofs), everything),
         (replace(evidence, closed=replace(closed, nonce_v=new_nonce())), everything),
@@ -728,7 +747,7 @@ def test_proofs_of_something_else_are_refused(market: Market, tried: Tried) -> N
             signed,
         ),
         (replace(evidence, closed=other.closed), everything),
-        (replace(evidence, closed=another_root), "the transcript is not the one that was signed"),
+        (replace(evidence, closed=another_root), signed),
         (replace(evidence, proofs=proofs | {first: other.proofs[first]}), f"of {first} does"),
         (replace(evidence, proofs=proofs | {second: proofs[second][:-1]}), f"^{second}: "),
         (replace(evidence, proofs=proofs | {second: b""}), f"^{second}: "),
@@ -736,10 +755,14 @@ def test_proofs_of_something_else_are_refused(market: Market, tried: Tried) -> N
     ):
         with pytest.raises(VerificationError, match=blamed):
             check(market, bad)
-    x, y = evidence.rows[second]
-    for rows in ((x[::-1].copy(), y), (x, y + (np.arange(y.size) == 7).reshape(y.shape))):
-        with pytest.raises(VerificationError, match=f"of {second} does not hold"):
-            check(market, replace(evidence, rows=evidence.rows | {second: rows}))
+    # Other rows that both have signed: what every proof is bound to differs.
+    calls = [
+        Call(c.seq, c.module, c.exponent, c.x, c.y + (c.module == second))
+        for c in closed.transcript.calls
+    ]
+    lie = resigned(market, tried.user, replace(closed, transcript=Transcript(calls)))
+    with pytest.raises(VerificationError, match=everything):
+        check(market, replace(evidence, closed=lie))
 
 
 @pytest.mark.parametrize(
@@ -778,17 +801,18 @@ def test_a_module_that_was_never_called_stays_unproved(
     # The contributor would close it; the evidence of such a session is refused as well.
     session.evaluate(last, rows_for(market.manifest, last, 1), 0)
     evidence = session.verify()
-    rows = {k: v for k, v in evidence.closed.rows.items() if k != last}
+    rows = {k: v for k, v in evidence.closed.transcript.log.rows.items() if k != last}
     partial = resigned(market, user, evidence.closed, rows=rows)
-    with pytest.raises(VerificationError, match=f"{last}: 1 rows are proved, 0 must be"):
+    with pytest.raises(VerificationError, match="the contributor has signed another log"):
         replace(evidence, closed=partial).claims(market.manifest)
 
 
 def resigned(
     market: Market, user: Identity, closed: ClosedSession, **changes: Any
 ) -> ClosedSession:
-    """Return a session whose parties have signed something else, both of them."""
-    statement = dict(closed.by_user.document) | changes
+    """Return a session whose parties have both signed its transcript, or something else."""
+    adapter_id, log = market.manifest.adapter_id, closed.transcript.log
+    statement = closing_statement(closed.sid, adapter_id, log) | changes
     seller = Identity.load(market.service.identity)
     both = [SignedDocument.sign("close", statement, party) for party in (user, seller)]
     return replace(closed, by_user=both[0], by_contributor=both[1])
@@ -855,7 +879,7 @@ def test_another_users_session_does_not_exist(
     call_all(session, market.manifest, 1)
     name = next(iter(market.manifest.terms))
     thief = market.crowd.one()
-    statement = closing_statement(session.sid, market.manifest.adapter_id, session.transcript)
+    statement = closing_statement(session.sid, market.manifest.adapter_id, session.transcript.log)
     mine = {"session": session.sid}
     by_thief = SignedDocument.sign("close", statement, thief).to_json()
     by_user = SignedDocument.sign("close", statement, user).to_json()
@@ -880,17 +904,17 @@ def test_a_session_ends_where_the_parties_disagree(
     """A user who claims other rows than were answered gets no signature, and no proof."""
     call_all(session, market.manifest, 1)
     adapter_id, mine = market.manifest.adapter_id, {"session": session.sid}
-    honest = closing_statement(session.sid, adapter_id, session.transcript)
+    honest = closing_statement(session.sid, adapter_id, session.transcript.log)
     shorter = Transcript(session.transcript.calls[:-1])
     for wrong in (
-        closing_statement(session.sid, adapter_id, shorter),
+        closing_statement(session.sid, adapter_id, shorter.log),
         honest | {"root": "0" * 64},
         honest | {"calls": honest["calls"] + 1},
         honest | {"adapter_id": "0" * 64},
         {k: v for k, v in honest.items() if k != "rows"},
     ):
         signed = SignedDocument.sign("close", wrong, user).to_json()
-        with pytest.raises(ProtocolError, match="differ from the journal"):
+        with pytest.raises(ProtocolError, match="differs from the journal"):
             channel.request("close", mine | {"statement": signed})
     for malformed in ({}, {"kind": "close"}, SignedDocument.sign("other", honest, user).to_json()):
         with pytest.raises(ParisError):
@@ -974,6 +998,7 @@ def test_rows_of_another_shape_or_type_are_refused(
         {"x": np.array(1, np.int16)},
         {"x": np.zeros((4097, d_in), np.int16)},
         {"y": np.zeros((2, d_in), np.int16)},
+        {"x": np.zeros((2, d_in), np.int16), "y": np.zeros((2, d_in), np.int16)},
     ):
         with pytest.raises(ParisError) as refused:
             channel.request("call", call, tensors)
@@ -1054,8 +1079,9 @@ class Swindler:
 
     def close(self, request: Message) -> Message:
         sid = request.fields["session"]
-        self.root = self.transcript.root
-        statement = closing_statement(sid, self.manifest.adapter_id, self.transcript)
+        log = self.transcript.log
+        self.root = log.root
+        statement = closing_statement(sid, self.manifest.adapter_id, log)
         signed = SignedDocument.sign("close", statement, self.identity)
         return Message("closed", {"statement": signed.to_json()})
 
@@ -1219,10 +1245,13 @@ def test_answers_of_another_shape_are_refused(stall: Stall) -> None:
         np.zeros(30, np.int64),
         np.array(0, np.int64),
     ):
-        tamper = lambda a, y=y: Message(a.kind, {}, {"y": y}) if a.kind == "answer" else a  # noqa: E731
-        swindler = Swindler(stall.manifest, stall.openings, stall.seller, tamper=tamper)
-        with pytest.raises(ProtocolError), stall.session(swindler):
-            pass
+        for tensors in ({"y": y}, {"y": np.zeros((3, 10), np.int64), "z": y}):
+            tamper = (  # noqa: E731
+                lambda a, t=tensors: Message(a.kind, {}, t) if a.kind == "answer" else a
+            )
+            swindler = Swindler(stall.manifest, stall.openings, stall.seller, tamper=tamper)
+            with pytest.raises(ProtocolError, match="answer: tensor"), stall.session(swindler):
+                pass
 
 
 def test_an_opening_that_is_none_is_refused(stall: Stall) -> None:

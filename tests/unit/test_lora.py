@@ -260,7 +260,7 @@ def test_a_view_cannot_be_adapted_again(
 ) -> None:
     view = attach(expert, make_adapter())
     for adapt in (attach, merge):
-        with pytest.raises(AssertionError, match=r"layers\.0\.attn\.in_proj"):
+        with pytest.raises(ValueError, match=r"layers\.0\.attn\.in_proj"):
             adapt(view, make_adapter())
 
 

@@ -38,7 +38,8 @@ from paris_ray.errors import (
     VerificationError,
 )
 from paris_ray.identity import Identity
-from paris_ray.zklora.parties.channel import Channel, Peer, Server, serve
+from paris_ray.zklora.parties.channel import Channel
+from paris_ray.zklora.parties.connection import Peer
 from paris_ray.zklora.parties.frames import (
     ConnectionLost,
     Limits,
@@ -48,6 +49,7 @@ from paris_ray.zklora.parties.frames import (
     encode,
     read_message,
 )
+from paris_ray.zklora.parties.server import Server, serve
 from paris_ray.zklora.sessions import SessionJournal
 
 SMALL = Sizes(header_bytes=2000, frame_bytes=5000)
@@ -690,7 +692,7 @@ def test_a_lost_connection_is_opened_again_and_the_request_repeated(parties: dic
 def test_rows_whose_answer_was_lost_are_paid_once(parties: dict, tmp_path: Path):
     adapter_id, sid, user = "ad" * 32, "51" * 32, parties["client"].public_key
     journal = SessionJournal(tmp_path / "sessions.sqlite")
-    journal.add_adapter(adapter_id, ["m"], 10)
+    journal.budget.add_adapter(adapter_id, ["m"], 10)
     journal.open_session(sid, adapter_id, user, "0a" * 32, "0c" * 32)
     requests = []
 
@@ -711,7 +713,7 @@ def test_rows_whose_answer_was_lost_are_paid_once(parties: dict, tmp_path: Path)
         x = np.ones((3, 2), np.int16)
         answer = client.request("call", {"seq": 0}, {"x": x})
     np.testing.assert_array_equal(answer.tensors["y"], x)  # computed at the first request
-    assert requests == [0, 0] and journal.rows_left(adapter_id) == {"m": 7}
+    assert requests == [0, 0] and journal.budget.rows_left(adapter_id) == {"m": 7}
 
 
 def test_a_lost_connection_is_an_error_in_the_end(parties: dict):

@@ -23,9 +23,10 @@ from paris_ray.zklora.fixed_point import QuantisedModule
 from paris_ray.zklora.ledger import SQLiteLedger
 from paris_ray.zklora.listings import PIECE_BYTES
 from paris_ray.zklora.manifest import MAX_BYTES, AdapterManifest, Base, build_manifest
-from paris_ray.zklora.parties.channel import Channel, serve
+from paris_ray.zklora.parties.channel import Channel
 from paris_ray.zklora.parties.escrow import LIMITS, EscrowClient, EscrowService
 from paris_ray.zklora.parties.frames import ConnectionLost, Message
+from paris_ray.zklora.parties.server import serve
 from paris_ray.zklora.sealing import check_opening, seal
 from paris_ray.zklora.trade import Trade, TradeState, sign_rows
 from paris_ray.zklora.transcript import new_nonce, session_id

@@ -1,6 +1,7 @@
 """The folder of an offer: who may read it, and what is on disk before what."""
 
 import os
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 from paris_ray.config import LoRAConfig
 from paris_ray.errors import ArtifactError
 from paris_ray.identity import Identity
+from paris_ray.zklora import commitment, evaluate, prove, verify
 from paris_ray.zklora.adapter import PeftAdapter
 from paris_ray.zklora.manifest import MANIFEST, Base
 from paris_ray.zklora.offer import KEY, SEALED, AskedTerms, load_offer, open_offer
@@ -57,3 +59,21 @@ def test_the_key_is_on_disk_before_there_is_a_manifest(
     monkeypatch.setattr(os, "fsync", record)
     open_offer(tmp_path / "ink", identity, adapter, TERMS)
     assert synced == [KEY, "ink", SEALED, MANIFEST]
+
+
+def test_whoever_proves_does_not_commit_again(
+    tmp_path: Path, adapter: PeftAdapter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Openings go to the provers pickled, and bring their commitments along."""
+    manifest = open_offer(tmp_path / "ink", Identity.create(tmp_path / "home"), adapter, TERMS)
+    sent = pickle.dumps(load_offer(tmp_path / "ink").openings())
+
+    def commit_again(*_: object) -> None:
+        raise AssertionError("the commitment is known")
+
+    monkeypatch.setattr(commitment, "commit_small", commit_again)
+    opening = pickle.loads(sent)["block"]
+    x = np.ones((2, 8), np.int16)
+    y = evaluate(opening.module, x)
+    proof = prove(opening, x, y, b"context")
+    verify(manifest.manifest.module("block").commitment, x, y, b"context", proof)

@@ -161,7 +161,8 @@ class Engine:
             denoisings: `denoise` of each picture, at its beginning.
             now: The time.
         """
-        assert len(denoisings) == ticket.num_pictures
+        if len(denoisings) != ticket.num_pictures:
+            raise ValueError(f"{len(denoisings)} pictures begin, {ticket.num_pictures} were let in")
         if not ticket.is_open:
             return
         ticket.is_started = True

@@ -20,8 +20,10 @@ from paris_ray.signatures import SignedDocument
 from paris_ray.zklora.escrow import STATEMENT, Escrow
 from paris_ray.zklora.listings import PIECE_BYTES
 from paris_ray.zklora.manifest import MAX_BYTES, AdapterManifest
-from paris_ray.zklora.parties.channel import Channel, Peer, Traffic, serve
+from paris_ray.zklora.parties.channel import Channel
+from paris_ray.zklora.parties.connection import Peer, Traffic
 from paris_ray.zklora.parties.frames import Limits, Message, Sizes
+from paris_ray.zklora.parties.server import serve
 from paris_ray.zklora.trade import Trade
 
 SWEEP_S = 1.0  # between two looks for deadlines that have passed

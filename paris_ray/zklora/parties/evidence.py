@@ -5,11 +5,10 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
@@ -20,9 +19,9 @@ from paris_ray.zklora.fixed_point import Int16, Int64
 from paris_ray.zklora.manifest import AdapterManifest
 from paris_ray.zklora.parties.channel import Channel
 from paris_ray.zklora.parties.frames import Message
-from paris_ray.zklora.parties.messages import ProveRequest, tensor_of
-from paris_ray.zklora.proof import Claim
-from paris_ray.zklora.transcript import CLOSE, Transcript, proof_context
+from paris_ray.zklora.parties.messages import ProveRequest, tensors_of
+from paris_ray.zklora.proof import Claim, Proof
+from paris_ray.zklora.transcript import CLOSE, Transcript, closing_statement, proof_context
 
 TRANSCRIPT = "transcript.safetensors"
 CLOSED = "closed.json"
@@ -60,11 +59,6 @@ class ClosedSession:
         """Root of the log."""
         return str(self.by_user.document["root"])
 
-    @property
-    def rows(self) -> dict[str, int]:
-        """Number of rows of each module in the log."""
-        return dict(self.by_user.document["rows"])
-
     def save(self, folder: Path) -> None:
         """Write the session into a folder of one's own, to go on after an interruption."""
         self.transcript.save(folder / TRANSCRIPT)
@@ -92,52 +86,57 @@ class ClosedSession:
             raise ArtifactError(f"{folder / CLOSED} holds no session: {error}") from None
 
     def check(self, manifest: AdapterManifest) -> None:
-        """Raise VerificationError unless both parties signed this log of this adapter."""
-        statement = self.by_contributor.check(CLOSE, manifest.contributor)
-        self.by_user.check(CLOSE)
-        said = statement.get("session"), statement.get("adapter_id")
-        same = canonical_json(self.by_user.document) == canonical_json(statement)
-        if not same or said != (self.sid, manifest.adapter_id):
-            raise VerificationError("the parties have signed different logs, or another session")
-        if self.transcript.root != self.root:
-            raise VerificationError("the transcript is not the one that was signed")
+        """Check that both parties signed this very transcript of this adapter.
+
+        Raises:
+            VerificationError: if one has signed something else.
+            SignatureError: if a signature does not hold.
+            ProtocolError: if the transcript has no calls.
+        """
+        statement = closing_statement(self.sid, manifest.adapter_id, self.transcript.log)
+        for party, signed, key in (
+            ("contributor", self.by_contributor, manifest.contributor),
+            ("user", self.by_user, None),
+        ):
+            if canonical_json(signed.check(CLOSE, key)) != canonical_json(statement):
+                raise VerificationError(f"the {party} has signed another log than this session's")
 
 
-@dataclass(frozen=True, eq=False, slots=True)
+@dataclass(frozen=True, eq=False)
 class Evidence:
     """What was computed in a session, and the proofs of it.
 
     Attributes:
         closed: The signed session.
-        rows: Inputs and outputs of each module, all that its proof speaks of.
         proofs: By module.
     """
 
     closed: ClosedSession
-    rows: dict[str, tuple[Int16, Int64]]
     proofs: dict[str, bytes]
+
+    @cached_property
+    def rows(self) -> dict[str, tuple[Int16, Int64]]:
+        """Inputs and outputs of each module, by its name: all of them, each proof's statement."""
+        transcript = self.closed.transcript
+        return {name: transcript.rows(name) for name in transcript.log.rows}
 
     def claims(self, manifest: AdapterManifest) -> dict[str, Claim]:
         """Return what `verify_named` checks, after checking that nothing is left out.
 
         Raises:
             VerificationError: if a module has no proof or no row, a proof is of no module of the
-                manifest, or other rows are proved than those that influenced the result.
+                manifest, or a party has signed other rows.
+            ParisError: as `ClosedSession.check`.
         """
-        check_names("proofs", list(self.proofs), manifest)
-        check_names("rows", list(self.rows), manifest)
         closed, adapter_id = self.closed, manifest.adapter_id
         closed.check(manifest)
+        check_names("proofs", list(self.proofs), manifest)
+        check_names("rows", list(self.rows), manifest)
         claims = {}
         for terms in manifest.modules:
-            x, y = self.rows[terms.name]
-            expected = closed.rows.get(terms.name, 0)
-            if not 0 < len(x) == expected:
-                raise VerificationError(
-                    f"{terms.name}: {len(x)} rows are proved, {expected} must be"
-                )
             context = proof_context(adapter_id, closed.sid, closed.root, terms.name, closed.nonce_v)
-            claims[terms.name] = (terms.commitment, x, y, context, self.proofs[terms.name])
+            proof = self.proofs[terms.name]
+            claims[terms.name] = (terms.commitment, *self.rows[terms.name], context, proof)
         return claims
 
     @property
@@ -168,11 +167,11 @@ def fetch_evidence(
     answer = _await_proofs(channel, manifest, closed, on_progress)
     names = check_names("proofs", answer.fields.get("modules"), manifest)
     on_progress(len(names), len(names))
-    proofs, rows = {}, {}
-    for i, name in enumerate(names):
-        proofs[name] = tensor_of(answer, f"{i}.proof", np.uint8, 1).tobytes()
-        rows[name] = closed.transcript.rows(name)
-    return Evidence(closed, rows, proofs)
+    tensors = tensors_of(answer, {f"{i}.proof": (np.uint8, (None,)) for i in range(len(names))})
+    proofs = {name: tensors[f"{i}.proof"].tobytes() for i, name in enumerate(names)}
+    for name, proof in proofs.items():
+        _check_form(name, proof, manifest)
+    return Evidence(closed, proofs)
 
 
 def _await_proofs(
@@ -194,28 +193,32 @@ def _await_proofs(
     return answer
 
 
+def _check_form(name: str, proof: bytes, manifest: AdapterManifest) -> None:
+    """Raise VerificationError unless a proof has the length that the module's dimensions imply."""
+    try:
+        Proof.from_bytes(proof, manifest.module(name).commitment)
+    except VerificationError as error:
+        raise VerificationError(f"{name}: {error}") from None
+
+
 def save_evidence(evidence: Evidence, folder: Path) -> None:
-    """Write rows and proofs into a folder of one's own."""
-    tensors: dict[str, NDArray[Any]] = {}
-    for i, (name, (x, y)) in enumerate(evidence.rows.items()):
-        proof = np.frombuffer(evidence.proofs[name], np.uint8)
-        tensors |= {f"{i}.x": x, f"{i}.y": y, f"{i}.proof": proof}
-    metadata = {"modules": json.dumps(list(evidence.rows))}
+    """Write the proofs into the folder of the session, where `ClosedSession.save` put its rows."""
+    proofs = evidence.proofs.values()
+    tensors = {f"{i}.proof": np.frombuffer(proof, np.uint8) for i, proof in enumerate(proofs)}
+    metadata = {"modules": json.dumps(list(evidence.proofs))}
     with Folder(str(folder)).writing(EVIDENCE) as path:
         save_file(tensors, path, metadata)
 
 
 def load_evidence(closed: ClosedSession, folder: Path) -> Evidence:
     """Return the evidence for a session in a folder; raises ArtifactError if there is none."""
-    rows, proofs = {}, {}
     try:
         with safe_open(folder / EVIDENCE, framework="numpy") as file:
-            for i, name in enumerate(json.loads(file.metadata()["modules"])):
-                rows[name] = file.get_tensor(f"{i}.x"), file.get_tensor(f"{i}.y")
-                proofs[name] = file.get_tensor(f"{i}.proof").tobytes()
+            names = json.loads(file.metadata()["modules"])
+            proofs = {name: file.get_tensor(f"{i}.proof").tobytes() for i, name in enumerate(names)}
     except (OSError, SafetensorError, ValueError, LookupError, TypeError) as error:
         raise ArtifactError(f"{folder / EVIDENCE} holds no evidence: {error}") from None
-    return Evidence(closed, rows, proofs)
+    return Evidence(closed, proofs)
 
 
 def check_names(what: str, found: object, manifest: AdapterManifest) -> list[str]:

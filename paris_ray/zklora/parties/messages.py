@@ -1,7 +1,8 @@
 """What user and contributor say to each other: the fields of every request, checked."""
 
 import re
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -9,6 +10,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from paris_ray.errors import ProtocolError
 from paris_ray.zklora.parties.frames import Message
+
+Form = tuple[type[np.generic], tuple[int | None, ...]]
+"""Type and shape of a tensor."""
 
 DIGEST = Field(pattern="^[0-9a-f]{64}$")
 
@@ -31,6 +35,12 @@ class _Fields(BaseModel):
                 for problem in error.errors()
             )
             raise ProtocolError(f"{type(self).__name__}: {problems}") from None
+
+    @classmethod
+    def read(cls, message: Message) -> Self:
+        """Return what a message without tensors asks."""
+        tensors_of(message, {})
+        return cls(**message.fields)
 
 
 class OpenRequest(_Fields):
@@ -79,19 +89,40 @@ class ReleaseRequest(_Fields):
     session: str = DIGEST
 
 
-def tensor_of(message: Message, name: str, dtype: type[np.generic], ndim: int) -> NDArray[Any]:
-    """Return a tensor of an answer; raises ProtocolError if it has none of that type."""
-    tensor = message.tensors.get(name)
-    if tensor is None or tensor.dtype != dtype or tensor.ndim != ndim:
-        raise ProtocolError(
-            f"the answer {message.kind!r} has no {np.dtype(dtype).name} {name!r} of {ndim} "
-            "dimensions"
-        )
-    return tensor
+def tensors_of(message: Message, forms: Mapping[str, Form]) -> dict[str, NDArray[Any]]:
+    """Return the tensors of a message, if they are those that are expected.
+
+    Args:
+        message: What the other side sent; nothing has been built from it yet.
+        forms: Of each tensor by its name; a length that is None may be any.
+
+    Raises:
+        ProtocolError: if one is missing, of another type or shape, or not expected.
+    """
+    for name in sorted(message.tensors.keys() | forms.keys()):
+        tensor, form = message.tensors.get(name), forms.get(name)
+        found = "missing" if tensor is None else f"{tensor.dtype} of shape {tensor.shape}"
+        if form is None:
+            raise ProtocolError(f"{message.kind[:80]}: tensor {name[:80]!r} is not expected")
+        dtype, shape = form
+        if tensor is None or tensor.dtype != dtype or not _fits(tensor.shape, shape):
+            allowed = ", ".join("any" if length is None else str(length) for length in shape)
+            raise ProtocolError(
+                f"{message.kind[:80]}: tensor {name!r} is {found}, not {np.dtype(dtype).name} of "
+                f"shape ({allowed})"
+            )
+    return dict(message.tensors)
 
 
-def seed_of(seed: object) -> bytes:
+def _fits(shape: tuple[int, ...], allowed: tuple[int | None, ...]) -> bool:
+    return len(shape) == len(allowed) and all(
+        most in (None, length) for length, most in zip(shape, allowed, strict=True)
+    )
+
+
+def seed_of(message: Message) -> bytes:
     """Return the seed of the last bits of an answer; raises ProtocolError if it is none."""
+    seed = message.fields.get("seed")
     if not isinstance(seed, str) or re.fullmatch("[0-9a-f]{64}", seed) is None:
         raise ProtocolError("the answer has no seed of 32 bytes, in hexadecimal")
     return bytes.fromhex(seed)

@@ -7,6 +7,7 @@ with Channel(identity, address, manifest.contributor_certificate) as channel:
     evidence = session.verify()
 """
 
+from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -33,7 +34,7 @@ from paris_ray.zklora.parties.messages import (
     EndRequest,
     OpenRequest,
     seed_of,
-    tensor_of,
+    tensors_of,
 )
 from paris_ray.zklora.proof import verify_named
 from paris_ray.zklora.trade import sign_rows
@@ -76,7 +77,7 @@ class Session:
         check_names("rows_left", list(self.rows_left), manifest)
         self.sid = manifest.session_id(self.nonce_u, self.nonce_c)
         self.transcript = Transcript()
-        self._signed = 0
+        self._rows, self._signed = Counter[str](), 0
 
     def deposit(self, escrow: EscrowClient, rows: int) -> None:
         """Have a deposit locked that covers so many rows of every module, at the manifest's price.
@@ -111,16 +112,16 @@ class Session:
             session=self.sid, seq=seq, module=module, exponent=exponent, owed=owed
         )
         answer = self._channel.request("call", request.model_dump(), {"x": x})
-        y = tensor_of(answer, "y", np.int64, 2)
-        if y.shape != (len(x), self._manifest.module(module).commitment.d_out):
-            raise ProtocolError(f"{module}: the answer has shape {y.shape}")
-        drawn = draw_last_bits(x, seed_of(answer.fields.get("seed")))
+        _, _, d_out = self._manifest.module(module).dimensions
+        y = tensors_of(answer, {"y": (np.int64, (len(x), d_out))})["y"]
+        drawn = draw_last_bits(x, seed_of(answer))
         self.transcript.append(Call(seq, module, exponent, drawn, y))
+        self._rows[module] += len(x)
         return y
 
     def _sign_for(self, module: str, rows: int) -> dict[str, Any] | None:
         """Return a signed running total, if rows have a price and these are not covered yet."""
-        needed = self.transcript.counts.get(module, 0) + rows
+        needed = self._rows[module] + rows
         if not self._manifest.price_per_row or needed <= self._signed:
             return None
         self._signed = needed
@@ -133,10 +134,11 @@ class Session:
             VerificationError: if a module of the adapter was never tried.
             ProtocolError: if the contributor has another log.
         """
+        called = {call.module for call in self.transcript.calls}
         for terms in self._manifest.modules:
-            if terms.name not in self.transcript.counts:
+            if terms.name not in called:
                 raise VerificationError(f"{terms.name}: no row was computed: none can be proved")
-        statement = closing_statement(self.sid, self._manifest.adapter_id, self.transcript)
+        statement = closing_statement(self.sid, self._manifest.adapter_id, self.transcript.log)
         by_user = SignedDocument.sign(CLOSE, statement, self._identity)
         request = CloseRequest(session=self.sid, statement=by_user.to_json())
         answer = self._channel.request("close", request.model_dump()).fields.get("statement")

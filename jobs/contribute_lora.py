@@ -130,8 +130,8 @@ def _say_what_leaks(arguments: argparse.Namespace, folder: Path) -> None:
         asked, chosen = assumed_errors(modules, rows)
         logger.info(
             "budget: %d rows. If the spectrum of inputs falls as 1/i, a thief who sees them all "
-            "predicts updates with a relative error of %.2f, with chosen rows %.2f; what part of "
-            "the adapter's worth that is, --pictures would tell",
+            "predicts updates with a relative error of %.2f, with chosen rows %.2f; --pictures "
+            "would tell what part of the adapter's worth that is",
             rows,
             asked,
             chosen,
@@ -141,6 +141,9 @@ def _say_what_leaks(arguments: argparse.Namespace, folder: Path) -> None:
 
     worth = measure_worth(arguments.bundle, arguments.pictures, modules, offer.manifest)
     save_inputs(folder / INPUTS, worth.inputs)
+    if worth.gain <= 0:
+        logger.warning("budget: %d rows. The adapter does not lower the loss of --pictures", rows)
+        return
     asked, chosen = (worth.thief(rows, chooses=chooses) for chooses in (False, True))
     logger.info(
         "budget: %d rows. A thief who sees them all has %.0f%% of the gain (%.4g of the loss), "

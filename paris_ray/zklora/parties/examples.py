@@ -74,7 +74,7 @@ def measure_worth(
         levels: Noise levels.
 
     Raises:
-        ConfigError: as `read_pictures`; or if there are too few, or it is worth nothing on them.
+        ConfigError: as `read_pictures`, or if there are fewer than two.
     """
     loaded = load_bundle(bundle)
     images, captions = read_pictures(pictures, bundle)

@@ -7,6 +7,7 @@ what counts is not rows but directions, and of them those in which real inputs h
 """
 
 import hashlib
+import hmac
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -29,7 +30,10 @@ FRESH_ROWS = 512  # that an error is predicted for
 INPUTS = "inputs.safetensors"  # a sample of real ones, in the folder of an offer
 LAST_BITS = b"paris_ray zklora last bits\n"
 
+SEED_BYTES = 32
+
 Directions = NDArray[np.float64]
+Seeds = NDArray[np.uint8]
 
 
 class Span:
@@ -182,7 +186,23 @@ def save_inputs(path: Path, inputs: Mapping[str, Int16]) -> None:
         save_file(kept, temporary)
 
 
-def draw_last_bits(x: Int16, seed: bytes) -> Int16:
+def row_seeds(secret: bytes, module: str, x: Int16) -> Seeds:
+    """Return what the last bits of rows are drawn from: the same for a row that is asked again.
+
+    Args:
+        secret: The contributor's alone, for as long as it answers.
+        module: Name of the module.
+        x: `(rows, d_in)` int16, as sent.
+
+    Returns:
+        `(rows, SEED_BYTES)`.
+    """
+    name = hashlib.sha256(module.encode()).digest()
+    seeds = [hmac.digest(secret, name + row.tobytes(), "sha256") for row in x.astype("<i2")]
+    return np.frombuffer(b"".join(seeds), np.uint8).reshape(-1, SEED_BYTES)
+
+
+def draw_last_bits(x: Int16, seeds: Seeds) -> Int16:
     """Return rows with the last bit of every entry drawn anew: these are answered, logged, proved.
 
     Chosen integers could carry two rows of A in one answer, as `e_i - 2^15 e_j` does: A has 15
@@ -192,10 +212,11 @@ def draw_last_bits(x: Int16, seed: bytes) -> Int16:
 
     Args:
         x: `(rows, d_in)` int16, as sent.
-        seed: Unknown to whoever chose `x`, until then.
+        seeds: `(rows, SEED_BYTES)`, unknown to whoever chose `x`, until then.
     """
-    size = hashlib.sha256(x.astype("<i2").tobytes()).digest()
-    stream = hashlib.shake_256(LAST_BITS + seed + size).digest((x.size + 7) // 8)
-    bits = np.unpackbits(np.frombuffer(stream, np.uint8), count=x.size).reshape(x.shape)
+    size = (x.shape[1] + 7) // 8
+    streams = [hashlib.shake_256(LAST_BITS + seed.tobytes()).digest(size) for seed in seeds]
+    packed = np.frombuffer(b"".join(streams), np.uint8).reshape(len(x), size)
+    bits = np.unpackbits(packed, axis=1, count=x.shape[1])
     drawn: Int16 = (x & np.int16(-2)) | bits.astype(np.int16)
     return drawn

@@ -43,7 +43,7 @@ from paris_ray.zklora.escrow import Escrow, open_journal
 from paris_ray.zklora.fixed_point import Int16, QuantisedModule, evaluate
 from paris_ray.zklora.inference import adapt
 from paris_ray.zklora.journal import Journal
-from paris_ray.zklora.leakage import draw_last_bits
+from paris_ray.zklora.leakage import SEED_BYTES, draw_last_bits
 from paris_ray.zklora.ledger import OPENING_BALANCE, SQLiteLedger
 from paris_ray.zklora.manifest import MANIFEST, AdapterManifest, Base, build_manifest
 from paris_ray.zklora.offer import AskedTerms, Offer, base_of_expert, base_of_file, open_offer
@@ -561,7 +561,7 @@ def test_answers_hold_no_weights(market: Market, user: Identity) -> None:
         evidence = session.verify()
     kinds = [answer.kind for answer in channel.answers if answer.kind != WORKING]
     assert kinds == ["opened", *["answer"] * 2 * len(manifest.modules), "closed", "evidence"]
-    assert all(a.tensors.keys() == {"y"} for a in channel.answers if a.kind == "answer")
+    assert all(a.tensors.keys() == {"y", "seeds"} for a in channel.answers if a.kind == "answer")
     numbers = range(len(manifest.modules))
     assert channel.answers[-1].tensors.keys() == {f"{i}.proof" for i in numbers}
     modules = {name: opening.module for name, opening in market.offer.openings().items()}
@@ -1076,11 +1076,12 @@ class Swindler:
         return Message("opened", {"nonce_c": self.nonce_c, "rows_left": left})
 
     def call(self, request: Message) -> Message:
-        fields, seed = request.fields, bytes(32)
-        x = draw_last_bits(request.tensors["x"], seed)
+        fields, asked = request.fields, request.tensors["x"]
+        seeds = np.zeros((len(asked), SEED_BYTES), np.uint8)
+        x = draw_last_bits(asked, seeds)
         y = evaluate(self.openings[fields["module"]].module, x)
         self.transcript.append(Call(fields["seq"], fields["module"], fields["exponent"], x, y))
-        return Message("answer", {"seed": seed.hex()}, {"y": y})
+        return Message("answer", tensors={"y": y, "seeds": seeds})
 
     def close(self, request: Message) -> Message:
         sid = request.fields["session"]
@@ -1250,7 +1251,9 @@ def test_answers_of_another_shape_are_refused(stall: Stall) -> None:
         np.zeros(30, np.int64),
         np.array(0, np.int64),
     ):
-        for tensors in ({"y": y}, {"y": np.zeros((3, 10), np.int64), "z": y}):
+        seeds = np.zeros((3, SEED_BYTES), np.uint8)
+        good = {"y": np.zeros((3, 10), np.int64), "seeds": seeds}
+        for tensors in ({"y": y, "seeds": seeds}, good | {"z": y}, good | {"seeds": seeds[:2]}):
             tamper = (  # noqa: E731
                 lambda a, t=tensors: Message(a.kind, {}, t) if a.kind == "answer" else a
             )

@@ -11,12 +11,13 @@ from paris_ray.zklora.leakage import (
     chosen_rows,
     draw_last_bits,
     predicted_error,
+    row_seeds,
     stolen,
 )
 
 D_OUT, R = 48, 4
 FRESH = 8192
-SEED = bytes(32)
+SECRET = b"nobody else has it"
 
 Floats = NDArray[np.float64]
 
@@ -106,6 +107,10 @@ def test_a_stolen_map_answers_what_was_answered_and_nothing_else() -> None:
     assert np.abs(evaluate(theirs, other)).max() < 1e-3 * np.abs(evaluate(module, other)).max()
 
 
+def drawn_rows(x: NDArray[np.int16], secret: bytes = SECRET) -> NDArray[np.int16]:
+    return draw_last_bits(x, row_seeds(secret, "module", x))
+
+
 def packed_row(d_in: int) -> NDArray[np.int16]:
     row = np.zeros((1, d_in), np.int16)
     row[0, 0], row[0, 1] = 1, -(2**15)
@@ -125,7 +130,7 @@ def test_a_packed_row_tells_two_rows_of_a_unless_its_last_bits_are_drawn() -> No
     module = QuantisedModule(a, rng.integers(-(2**13), 2**13, (R, D_OUT), np.int16), 14, 14)
     first, second = unpack(evaluate(module, packed_row(64)), module.b)
     assert np.array_equal(first, a[0]) and np.array_equal(second, a[1])
-    drawn = draw_last_bits(packed_row(64), SEED)
+    drawn = drawn_rows(packed_row(64))
     first, second = unpack(evaluate(module, drawn), module.b)
     # What was packed below is drowned; the rest is known as from any other row.
     assert np.abs(first - a[0]).min() > 2**10
@@ -140,20 +145,26 @@ def test_drawn_bits_change_real_rows_by_one_unit_at_most_and_are_balanced() -> N
         rng.laplace(size=(64, 256)) * np.arange(1, 257) ** -0.5,
     ):
         x, _ = quantise_rows(values)
-        drawn = draw_last_bits(x, SEED)
+        drawn = drawn_rows(x)
         change = drawn.astype(int) - x
         assert drawn.dtype == np.int16 and np.abs(change).max() == 1
         assert abs(change.mean()) < 0.05
         assert np.mean(drawn & 1) == pytest.approx(0.5, abs=0.02)
     extreme = np.array([[-(2**15), 2**15 - 1, -1, 0]], np.int16)
-    assert np.abs(draw_last_bits(extreme, SEED).astype(int) - extreme).max() <= 1
+    assert np.abs(drawn_rows(extreme).astype(int) - extreme).max() <= 1
 
 
-def test_drawn_bits_follow_from_seed_and_rows_alone() -> None:
-    x = np.arange(256, dtype=np.int16).reshape(2, 128)
-    drawn = draw_last_bits(x, SEED)
-    assert np.array_equal(draw_last_bits(x, SEED), drawn)
-    assert not np.array_equal(draw_last_bits(x, b"another" * 4), drawn)
+def test_a_row_that_is_asked_again_has_the_same_last_bits() -> None:
+    """Else each repetition would teach another direction."""
+    rng = np.random.default_rng(5)
+    x = rng.integers(-(2**14), 2**14, (3, 128), np.int16)
+    drawn = drawn_rows(x)
+    assert np.array_equal(drawn_rows(x[1:]), drawn[1:])
+    span = Span.of(128, [drawn])
+    assert span.add(drawn_rows(x[::-1])) == 0
+    for others in (drawn_rows(x, b"another secret"), draw_last_bits(x, row_seeds(SECRET, "b", x))):
+        assert np.abs(others - drawn).any(axis=1).all()
     other = x.copy()
-    other[0, 0] += 2
-    assert not np.array_equal(draw_last_bits(other, SEED)[1], drawn[1])
+    other[0, 0] ^= 1  # it is not what is answered, but decides it
+    assert np.abs(drawn_rows(other)[0] - drawn[0]).any()
+    assert np.array_equal(drawn_rows(other)[1:], drawn[1:])

@@ -1,6 +1,5 @@
 """What user and contributor say to each other: the fields of every request, checked."""
 
-import re
 from collections.abc import Mapping
 from typing import Any, Self
 
@@ -118,11 +117,3 @@ def _fits(shape: tuple[int, ...], allowed: tuple[int | None, ...]) -> bool:
     return len(shape) == len(allowed) and all(
         most in (None, length) for length, most in zip(shape, allowed, strict=True)
     )
-
-
-def seed_of(message: Message) -> bytes:
-    """Return the seed of the last bits of an answer; raises ProtocolError if it is none."""
-    seed = message.fields.get("seed")
-    if not isinstance(seed, str) or re.fullmatch("[0-9a-f]{64}", seed) is None:
-        raise ProtocolError("the answer has no seed of 32 bytes, in hexadecimal")
-    return bytes.fromhex(seed)

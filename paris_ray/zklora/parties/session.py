@@ -17,7 +17,7 @@ from paris_ray.errors import ProtocolError, VerificationError
 from paris_ray.identity import Identity
 from paris_ray.signatures import SignedDocument
 from paris_ray.zklora.fixed_point import Int16, Int64
-from paris_ray.zklora.leakage import draw_last_bits
+from paris_ray.zklora.leakage import SEED_BYTES, draw_last_bits
 from paris_ray.zklora.manifest import AdapterManifest
 from paris_ray.zklora.parties.channel import Channel
 from paris_ray.zklora.parties.escrow import EscrowClient
@@ -32,8 +32,8 @@ from paris_ray.zklora.parties.messages import (
     CallRequest,
     CloseRequest,
     EndRequest,
+    Form,
     OpenRequest,
-    seed_of,
     tensors_of,
 )
 from paris_ray.zklora.proof import verify_named
@@ -113,8 +113,12 @@ class Session:
         )
         answer = self._channel.request("call", request.model_dump(), {"x": x})
         _, _, d_out = self._manifest.module(module).dimensions
-        y = tensors_of(answer, {"y": (np.int64, (len(x), d_out))})["y"]
-        drawn = draw_last_bits(x, seed_of(answer))
+        forms: dict[str, Form] = {
+            "y": (np.int64, (len(x), d_out)),
+            "seeds": (np.uint8, (len(x), SEED_BYTES)),
+        }
+        tensors = tensors_of(answer, forms)
+        y, drawn = tensors["y"], draw_last_bits(x, tensors["seeds"])
         self.transcript.append(Call(seq, module, exponent, drawn, y))
         self._rows[module] += len(x)
         return y

@@ -187,7 +187,7 @@ def save_inputs(path: Path, inputs: Mapping[str, Int16]) -> None:
 
 
 def row_seeds(secret: bytes, module: str, x: Int16) -> Seeds:
-    """Return what the last bits of rows are drawn from: the same for a row that is asked again.
+    """Return what the last bits of rows are drawn from: the same if all others are the same.
 
     Args:
         secret: The contributor's alone, for as long as it answers.
@@ -198,7 +198,8 @@ def row_seeds(secret: bytes, module: str, x: Int16) -> Seeds:
         `(rows, SEED_BYTES)`.
     """
     name = hashlib.sha256(module.encode()).digest()
-    seeds = [hmac.digest(secret, name + row.tobytes(), "sha256") for row in x.astype("<i2")]
+    chosen = (x & np.int16(-2)).astype("<i2")
+    seeds = [hmac.digest(secret, name + row.tobytes(), "sha256") for row in chosen]
     return np.frombuffer(b"".join(seeds), np.uint8).reshape(-1, SEED_BYTES)
 
 

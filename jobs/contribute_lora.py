@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 
 OFFERS = "offers"
 STATUS_S = 60.0
+USERS = 4  # that a budget is for, unless somebody says what one may see
 NEWS_S = 2.0
 
 logger = logging.getLogger("paris_ray")
@@ -51,13 +52,13 @@ def main() -> int:
     arguments = _parser().parse_args()
     log_to_stdout()
     try:
-        refuse_relative_paths(paths_of(arguments, "bundle", "base", "adapter", "home"))
+        refuse_relative_paths(paths_of(arguments, "bundle", "base", "adapter", "home", "pictures"))
         parse_escrow(arguments)
         identity = Identity.load_or_create(arguments.home)
         clients = client_certificates(arguments.clients, arguments.home)
         host, port = address("--listen", arguments.listen)
         folder, manifest = _offer(arguments, identity)
-        _say_what_leaks(manifest)
+        _say_what_leaks(arguments, folder)
         with ray_session(arguments.address):
             # Imported only now: ray reads RAY_AUTH_MODE when it is imported, and --help is quick.
             from paris_ray.zklora.parties.contributor import Contribution, Service
@@ -71,7 +72,8 @@ def main() -> int:
                     clients=clients,
                     escrow=arguments.escrow,
                     workers=arguments.workers,
-                    max_rows_per_user=arguments.max_rows_per_user,
+                    max_rows_per_user=arguments.max_rows_per_user
+                    or max(1, manifest.budget_rows // USERS),
                 )
             )
             host, port = contribution.address
@@ -95,6 +97,8 @@ def _offer(arguments: argparse.Namespace, identity: Identity) -> tuple[Path, Ada
 
     if (arguments.bundle is None) != (arguments.expert is None):
         raise ConfigError("--bundle and --expert go together: an expert is one of a bundle")
+    if arguments.pictures is not None and arguments.bundle is None:
+        raise ConfigError("--pictures needs --bundle: they are measured on an expert of one")
     if arguments.bundle is not None:
         base = base_of_expert(load_bundle(arguments.bundle), arguments.expert)
     else:
@@ -104,6 +108,7 @@ def _offer(arguments: argparse.Namespace, identity: Identity) -> tuple[Path, Ada
         base=base,
         name=name,
         price=arguments.price,
+        price_per_row=arguments.price_per_row,
         budget_rows=arguments.budget_rows,
         escrow_certificate=arguments.escrow_certificate,
     )
@@ -111,22 +116,44 @@ def _offer(arguments: argparse.Namespace, identity: Identity) -> tuple[Path, Ada
     return folder, open_offer(folder, identity, read_peft(arguments.adapter), terms).manifest
 
 
-def _say_what_leaks(manifest: AdapterManifest) -> None:
-    """Log how much of the adapter its budget gives away, by what an attacker would do."""
-    from paris_ray.zklora.leakage import attacker_error
+def _say_what_leaks(arguments: argparse.Namespace, folder: Path) -> None:
+    """Log what a thief would have who saw the whole budget: of the adapter's worth, if it is known.
 
-    rows = manifest.budget_rows
-    worst = max(manifest.modules, key=lambda terms: rows / terms.commitment.d_in)
-    d_in, r, d_out = worst.dimensions
-    errors = [
-        attacker_error(d_in, min(d_out, d_in), r, min(rows, d_in), power) for power in (0.0, 1.0)
-    ]
+    Real inputs are kept in the folder of the offer, so that the service can tell what was learned.
+    """
+    from paris_ray.zklora.leakage import INPUTS, assumed_errors, save_inputs
+    from paris_ray.zklora.offer import load_offer
+
+    offer = load_offer(folder)
+    rows, modules = offer.manifest.budget_rows, offer.modules()
+    if arguments.pictures is None:
+        asked, chosen = assumed_errors(modules, rows)
+        logger.info(
+            "budget: %d rows. If the spectrum of inputs falls as 1/i, a thief who sees them all "
+            "predicts updates with a relative error of %.2f, with chosen rows %.2f; --pictures "
+            "would tell what part of the adapter's worth that is",
+            rows,
+            asked,
+            chosen,
+        )
+        return
+    from paris_ray.zklora.parties.examples import measure_worth
+
+    worth = measure_worth(arguments.bundle, arguments.pictures, modules, offer.manifest)
+    save_inputs(folder / INPUTS, worth.inputs)
+    if worth.gain <= 0:
+        logger.warning("budget: %d rows. The adapter does not lower the loss of --pictures", rows)
+        return
+    asked, chosen = (worth.thief(rows, chooses=chooses) for chooses in (False, True))
     logger.info(
-        "budget: %d rows of %d. Whoever sees them all predicts other updates with a relative "
-        "error of %.2f if inputs are isotropic, %.2f if their spectrum falls as 1/i",
+        "budget: %d rows. A thief who sees them all has %.0f%% of the gain (%.4g of the loss), "
+        "with chosen rows %.0f%%; its relative error is %.2f, with chosen rows %.2f",
         rows,
-        d_in,
-        *errors,
+        100 * asked.share,
+        worth.gain,
+        100 * chosen.share,
+        asked.error,
+        chosen.error,
     )
 
 
@@ -165,16 +192,29 @@ def _parser() -> argparse.ArgumentParser:
     )
     result.add_argument("--price", type=int, default=0, metavar="N", help="default: %(default)s")
     result.add_argument(
+        "--price-per-row",
+        type=int,
+        metavar="N",
+        help="of a row of every module, from a deposit in the escrow, and part of the price if the "
+        "LoRA is bought; default: the price over the budget, at least 1; without an escrow 0",
+    )
+    result.add_argument(
         "--budget-rows",
         type=int,
         metavar="N",
-        help="rows of each module that are ever answered, over all users; default: d_in / 8",
+        help="rows of each module that are ever answered, over all users; default: d_in / 64",
     )
     result.add_argument(
         "--max-rows-per-user",
         type=int,
         metavar="N",
-        help="of them, what one user may see; default: all",
+        help="of them, what one user may see; default: a quarter",
+    )
+    result.add_argument(
+        "--pictures",
+        metavar="DIR",
+        help="captioned pictures that the LoRA was not trained on, a folder with metadata.jsonl: "
+        "measures what part of the LoRA's gain the budget gives away",
     )
     add_escrow(result, "who holds key and payment; default: the LoRA is tried, not sold")
     result.add_argument(

@@ -16,7 +16,7 @@ from paris_ray.sampling import generate
 from paris_ray.sampling.sampler import sample, sampling_options
 
 NIGHT_TINT = np.array([70, 90, 160])  # what white looks like by night
-NUM_HELD_OUT = 4
+NUM_HELD_OUT = 8  # half of all at most
 SEED = 0
 SCALE = 8
 PAIR, PAGE = "pair.png", "pair.html"
@@ -54,7 +54,8 @@ def write_night_pictures(shard: Folder, prompt: str, training: Path, held_out: P
     pictures = at_night(reports.decode_thumbnails(table["thumbnail"].to_pylist()))
     order = np.random.default_rng(SEED).permutation(len(captions)).tolist()
     order.sort(key=lambda i: captions[i] != prompt)
-    for folder, rows in (held_out, order[:NUM_HELD_OUT]), (training, order[NUM_HELD_OUT:]):
+    number = min(NUM_HELD_OUT, len(order) // 2)
+    for folder, rows in (held_out, order[:number]), (training, order[number:]):
         _write_image_folder(folder, {captions[i]: pictures[i] for i in rows})
 
 

@@ -30,6 +30,7 @@ from paris_ray.identity import CERTIFICATE, Identity
 from paris_ray.receipts import RECEIPT, Receipt
 from paris_ray.run import BUNDLE, Run
 from paris_ray.zklora.manifest import MANIFEST as OFFER
+from paris_ray.zklora.sequential import MIN_GAIN
 
 if TYPE_CHECKING:
     from jobs.demo_pictures import Subject
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
 # Who may connect to whom.
 CLIENTS_OF = {"escrow": ("contributor", "user"), "contributor": ("user",)}
 ADAPTER = "adapter"  # where jobs.verify_lora leaves the weights, in the folder of a purchase
-BUDGET_ROWS = 64  # two pictures at two noise levels
+BUDGET_ROWS = 64  # two pictures at two noise levels, more than a quarter of the worth
 PRICE = 100
 READY_TIMEOUT_S = 120
 # Cross-attention sees rows of patches and of words, more than the budget of a session has.
@@ -57,7 +58,8 @@ def main() -> int:
     stop_on_sigterm()
     try:
         bundle = arguments.bundle or _quickstart_bundle()
-        _Demo(bundle.resolve(), arguments.run_dir.resolve(), arguments.overrides).run()
+        run_dir = arguments.run_dir.resolve()
+        _Demo(bundle.resolve(), run_dir, arguments.overrides, arguments.min_gain).run()
     except ParisError as error:
         return fail(error)
     except KeyboardInterrupt:
@@ -87,10 +89,14 @@ class _Demo:
         bundle: Of a finished run, whose shards stand beside it.
         folder: For everything that is made.
         overrides: For the training of the LoRA.
+        min_gain: That the user wants of it.
     """
 
-    def __init__(self, bundle: Path, folder: Path, overrides: list[str]) -> None:
+    def __init__(
+        self, bundle: Path, folder: Path, overrides: list[str], min_gain: float = MIN_GAIN
+    ) -> None:
         self._bundle, self._folder, self._overrides = bundle, folder, overrides
+        self._min_gain = min_gain
         self._lora, self._purchase = folder / "night", folder / "purchase"
         self._training, self._held_out = folder / "pictures/training", folder / "pictures/held_out"
         self._started = time.monotonic()
@@ -179,8 +185,9 @@ class _Demo:
             ready = services.enter_context(
                 self._party("contributor", "contribute_lora", *self._offer(), *escrow)
             )
-            self._say(f"contributor is ready\n{self._leak()}")
+            self._say(f"contributor is ready\n{self._logged('budget:')}")
             run_job("verify_lora", f"--peer={_address(ready)}", *self._trial(), *escrow)
+            self._say(f"what was learned, and what it cost\n{self._logged('session', 'learned')}")
         self._say("contributor and escrow are stopped")
 
     def _party(self, name: str, job: str, *arguments: str) -> AbstractContextManager[str]:
@@ -201,7 +208,9 @@ class _Demo:
             f"--expert={self._subject.expert}",
             f"--adapter={self._lora}",
             f"--budget-rows={BUDGET_ROWS}",
+            f"--max-rows-per-user={BUDGET_ROWS}",
             f"--price={PRICE}",
+            f"--pictures={self._held_out}",
         )
 
     def _trial(self) -> tuple[str, ...]:
@@ -211,12 +220,13 @@ class _Demo:
             f"--manifest={self._folder / 'contributor' / OFFERS / self._lora.name / OFFER}",
             f"--pictures={self._held_out}",
             f"--output={self._purchase}",
+            f"--min-gain={self._min_gain}",
         )
 
-    def _leak(self) -> str:
-        """Return what the contributor says that its budget gives away."""
-        log = (self._folder / "contributor.log").read_text()
-        return "".join(line for line in log.splitlines(keepends=True) if "budget" in line).rstrip()
+    def _logged(self, *words: str) -> str:
+        """Return the lines of the contributor's log with one of these words."""
+        lines = (self._folder / "contributor.log").read_text().splitlines()
+        return "\n".join(line for line in lines if any(word in line for word in words))
 
     def _draw(self, key: str) -> None:
         """Draw a picture without the LoRA, and one with the weights that were bought."""
@@ -261,6 +271,13 @@ def _parser() -> argparse.ArgumentParser:
         type=Path,
         metavar="DIR",
         help="the bundle of a finished run, in that run's folder; default: the quickstart's",
+    )
+    result.add_argument(
+        "--min-gain",
+        type=float,
+        default=MIN_GAIN,
+        metavar="G",
+        help="part of the loss that the LoRA must save to be bought; default: %(default)s",
     )
     result.add_argument(
         "--run-dir",

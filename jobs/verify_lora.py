@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 from tqdm import tqdm
 
 from jobs.command import fail, log_to_stdout, ray_session, refuse_relative_paths
@@ -33,6 +34,7 @@ from paris_ray.errors import ParisError
 from paris_ray.identity import Identity
 from paris_ray.receipts import RECEIPT
 from paris_ray.zklora.manifest import AdapterManifest
+from paris_ray.zklora.sequential import ERROR_RATE, MIN_GAIN
 
 if TYPE_CHECKING:
     from paris_ray.zklora.parties.buyer import Outcome, Trial
@@ -94,7 +96,8 @@ def _say_what_is_offered(manifest: AdapterManifest) -> None:
     print(
         f"adapter {manifest.adapter} ({manifest.adapter_id}){expert}: {len(manifest.modules)} "
         f"modules of rank {manifest.r}, price {manifest.price}, {manifest.budget_rows} rows a "
-        f"module over all users\ncontributor {manifest.contributor}",
+        f"module over all users, {manifest.price_per_row} for each\n"
+        f"contributor {manifest.contributor}",
         flush=True,
     )
 
@@ -104,6 +107,7 @@ def _trial(
 ) -> "Trial":
     from paris_ray.zklora.parties.buyer import Trial
     from paris_ray.zklora.parties.examples import read_pictures
+    from paris_ray.zklora.sequential import Wanted
 
     pictures, captions = read_pictures(arguments.pictures, arguments.bundle)
     name = f"{manifest.adapter}-{manifest.adapter_id[:8]}"
@@ -117,6 +121,9 @@ def _trial(
         pictures=pictures,
         captions=captions,
         levels=arguments.levels,
+        wanted=None
+        if arguments.any_gain
+        else Wanted(min_gain=arguments.min_gain, error_rate=arguments.error_rate),
         escrow=arguments.escrow,
         escrow_certificate=arguments.escrow_certificate,
         threads=arguments.threads,
@@ -140,6 +147,9 @@ def _report(outcome: "Outcome", trial: "Trial", identity: Identity) -> None:
     losses = zip(trial.levels, outcome.without, outcome.with_adapter, strict=True)
     for level, without, with_adapter in losses:
         print(f"{level:<12} {without.mean():>13.4f} {with_adapter.mean():>10.4f}")
+    if outcome.verdict is not None:
+        gain = 1 - np.exp(np.log(outcome.with_adapter / outcome.without).mean())
+        print(f"\n{outcome.verdict}, after {outcome.without.size} losses: gain {100 * gain:.1f} %")
     for module in receipt.modules:
         if module.peak_to_rms > PEAK_TO_RMS:
             print(f"{module.name}: inputs with outliers, rounding may be above 5e-4")
@@ -178,6 +188,24 @@ def _parser() -> argparse.ArgumentParser:
         default=[0.3, 0.7],
         metavar="T",
         help="noise levels of the losses, between 0 and 1; default: %(default)s",
+    )
+    result.add_argument(
+        "--min-gain",
+        type=float,
+        default=MIN_GAIN,
+        metavar="G",
+        help="buy if the LoRA lowers the loss by this part of it, and stop trying it as soon as "
+        "that is clear; default: %(default)s",
+    )
+    result.add_argument(
+        "--error-rate",
+        type=float,
+        default=ERROR_RATE,
+        metavar="P",
+        help="chance of a wrong decision either way; default: %(default)s",
+    )
+    result.add_argument(
+        "--any-gain", action="store_true", help="try all pictures, and buy whatever they show"
     )
     add_escrow(result, "buy through this escrow; default: verify only")
     result.add_argument(

@@ -28,22 +28,19 @@ MAX_TEXT = 512  # characters
 
 
 class State(StrEnum):
-    """How far a trade is."""
+    """How far a purchase is, as its buyer sees it."""
 
-    COMMITTED = "COMMITTED"  # the buyer has opened a session on a listed adapter
+    COMMITTED = "COMMITTED"  # the manifest is pinned
     INFERRED = "INFERRED"  # both have signed the transcript
-    PROVED = "PROVED"  # the proofs were handed over
-    VERIFIED = "VERIFIED"  # the buyer accepts these very proofs
-    PAID = "PAID"  # the price is locked
-    KEY_RELEASED = "KEY_RELEASED"  # the key passed the opening check; the buyer may fetch it
-    OPENED = "OPENED"  # the buyer has opened the weights
-    DISPUTED = "DISPUTED"  # the opening check failed, or the buyer says so
-    SETTLED = "SETTLED"  # the seller has the money
-    REFUNDED = "REFUNDED"  # the buyer has the money
+    PROVED = "PROVED"  # the proofs are here
+    VERIFIED = "VERIFIED"  # they hold
+    RELEASED = "RELEASED"  # it is paid, and the key passed the escrow's opening check
+    OPENED = "OPENED"  # the weights are open, and are the proved ones
+    REFUNDED = "REFUNDED"  # the trade has failed
 
 
 # What needs proofs.
-PROVEN = (State.VERIFIED, State.PAID, State.KEY_RELEASED, State.OPENED, State.SETTLED)
+PROVEN = (State.VERIFIED, State.RELEASED, State.OPENED)
 # What a receipt cannot lack when it says that the weights were opened.
 OPENED_NEEDS = ("sessions", "weights_sha256", "config_sha256", "integers_sha256", "modules")
 

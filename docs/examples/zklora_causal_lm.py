@@ -34,7 +34,7 @@ from paris_ray.zklora.parties.purchase import Receipts, complete, new_receipt, v
 from paris_ray.zklora.parties.session import Session
 
 WIDTH = 128
-TOKENS = torch.tensor(list(b"Once upon a time"))  # 16 rows of each module: a budget of WIDTH / 8
+TOKENS = torch.tensor(list(b"Once upon a time"))  # 16 rows of each module
 PRICE = 25
 
 Address = tuple[str, int]
@@ -59,7 +59,8 @@ def main() -> None:
             "contribute_lora", "--home", homes["contributor"], "--listen", "127.0.0.1:0",
             "--clients", certificates["user"],
             "--base", folder / "base" / "model.safetensors", "--adapter", folder / "lora",
-            "--price", PRICE, "--escrow", "{}:{}".format(*escrow),
+            "--price", PRICE, "--budget-rows", len(TOKENS), "--max-rows-per-user", len(TOKENS),
+            "--escrow", "{}:{}".format(*escrow),
             "--escrow-certificate", certificates["escrow"],
         ) as contributor,
     ):  # fmt: skip
@@ -90,6 +91,7 @@ def try_and_buy(
         EscrowClient(user, escrow, trusted) as trade,
     ):
         session = Session(channel, user, manifest)
+        session.deposit(trade, len(TOKENS))  # of the balance; what is not used comes back
         view = adapt(model, manifest.terms, manifest.scale, session.evaluate, numerics)
         logits = compute_logits(view)
         print(f"\nperplexity without the LoRA: {perplexity(compute_logits(model)):.2f}")

@@ -3,6 +3,7 @@
 The arrays of a row come last, so that whoever wants the log alone does not read them.
 """
 
+from collections import Counter
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -94,6 +95,22 @@ class CallTable:
         """Return what is signed of a session whose calls are answered."""
         query = "SELECT module, rows, digest FROM calls WHERE sid = ? ORDER BY seq"
         return Log.of(self._journal.execute(query, sid))
+
+    def asked(self, sid: str) -> tuple[int, Counter[str]]:
+        """Return how many calls a session has, and how many rows of each module."""
+        query = "SELECT module, COUNT(*), SUM(rows) FROM calls WHERE sid = ? GROUP BY module"
+        found = self._journal.execute(query, sid)
+        rows = Counter({module: asked for module, _, asked in found})
+        return sum(count for _, count, _ in found), rows
+
+    def inputs(self, adapter_id: str, module: str) -> list[Int16]:
+        """Return all inputs of a module of an adapter, in all sessions, `(rows, d_in)` each."""
+        query = (
+            "SELECT rows, x FROM calls JOIN sessions USING (sid) "
+            "WHERE adapter_id = ? AND module = ?"
+        )
+        found = self._journal.execute(query, adapter_id, module)
+        return [_matrix(x, "<i2", rows) for rows, x in found]
 
     def transcript(self, sid: str) -> Transcript:
         """Return all answered calls of a session, with their arrays."""

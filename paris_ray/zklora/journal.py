@@ -77,6 +77,11 @@ class Journal:
         with self.transaction() as database:
             return database.execute(statement, values).fetchall()
 
+    def first(self, statement: str, *values: str | int | float | bytes) -> Any:
+        """Run one SQL statement and return its first row; None: there is none."""
+        rows = self.execute(statement, *values)
+        return rows[0] if rows else None
+
     def close(self) -> None:
         """Close the file; a journal that is not closed loses nothing."""
         with self._lock:

@@ -12,26 +12,31 @@ OPENING_BALANCE = 1000
 
 
 class Ledger(Protocol):
-    """Who owns how much. Every movement is named by its trade and happens once."""
+    """Who owns how much. Every movement is named by its trade and may be repeated."""
 
     def balance(self, account: str) -> int:
         """Return what the account may spend."""
 
     def lock(self, trade: str, account: str, amount: int) -> None:
-        """Set the amount aside for the trade; raises TradeError if the account cannot cover it."""
+        """Set so much aside for the trade, in all; less than before changes nothing.
 
-    def pay(self, trade: str, account: str) -> None:
-        """Give the locked amount to the account; raises TradeError if none is locked."""
+        Raises:
+            TradeError: if the account cannot cover it, or the trade has come to its end.
+        """
 
-    def refund(self, trade: str) -> None:
-        """Give the amount back, if one is locked; raises TradeError if it was paid."""
+    def settle(self, trade: str, payee: str, amount: int) -> None:
+        """Give so much of what is locked to the payee, and the rest back.
+
+        Raises:
+            TradeError: if less is locked, or it was settled otherwise.
+        """
 
 
-LEDGER_TABLES = (  # IF NOT EXISTS: the first journals had no version
-    "CREATE TABLE IF NOT EXISTS accounts (account TEXT PRIMARY KEY,"
+LEDGER_TABLES = (
+    "CREATE TABLE accounts (account TEXT PRIMARY KEY,"
     " balance INTEGER NOT NULL CHECK (balance >= 0)) STRICT",
-    "CREATE TABLE IF NOT EXISTS locks (trade TEXT PRIMARY KEY, account TEXT NOT NULL,"
-    " amount INTEGER NOT NULL CHECK (amount >= 0), payee TEXT) STRICT",
+    "CREATE TABLE locks (trade TEXT PRIMARY KEY, account TEXT NOT NULL,"
+    " amount INTEGER NOT NULL CHECK (amount >= 0), payee TEXT, paid INTEGER) STRICT",
 )
 
 
@@ -57,46 +62,55 @@ class SQLiteLedger:
         return rows[0][0] if rows else self._opening_balance
 
     def lock(self, trade: str, account: str, amount: int) -> None:
-        """Set the amount aside for the trade; raises TradeError if the account cannot cover it."""
+        """Set so much aside for the trade, in all; less than before changes nothing.
+
+        Raises:
+            TradeError: if the account cannot cover it, or the trade has come to its end.
+        """
         with self._journal.transaction():
-            held = self._held(trade)
-            if held:
-                if held[:2] != (account, amount):
-                    raise TradeError(f"trade {trade} has locked another amount or account")
+            owner, held, payee, _ = self._held(trade, account)
+            if owner != account or payee is not None:
+                raise TradeError(f"trade {trade} has another account, or has come to its end")
+            if (more := amount - held) <= 0:
                 return
-            balance = self.balance(account)
-            if amount > balance:
-                raise TradeError(f"the price is {amount} credits, the balance is {balance}")
-            self._move(account, -amount)
+            if more > (balance := self.balance(account)):
+                raise TradeError(f"{more} credits are to be locked, the balance is {balance}")
+            self._move(account, -more)
             self._journal.execute(
-                "INSERT INTO locks VALUES (?, ?, ?, NULL)", trade, account, amount
+                "INSERT INTO locks VALUES (?, ?, ?, NULL, NULL)"
+                " ON CONFLICT (trade) DO UPDATE SET amount = excluded.amount",
+                trade,
+                account,
+                amount,
             )
 
-    def pay(self, trade: str, account: str) -> None:
-        """Give the locked amount to the account; raises TradeError if none is locked."""
-        with self._journal.transaction():
-            held = self._held(trade)
-            if not held:
-                raise TradeError(f"nothing is locked for trade {trade}")
-            _, amount, payee = held
-            if payee not in (None, account):
-                raise TradeError(f"the money of trade {trade} has gone to {payee}")
-            if payee is None:
-                self._move(account, amount)
-                self._journal.execute("UPDATE locks SET payee = ? WHERE trade = ?", account, trade)
+    def settle(self, trade: str, payee: str, amount: int) -> None:
+        """Give so much of what is locked to the payee, and the rest back.
 
-    def refund(self, trade: str) -> None:
-        """Give the amount back, if one is locked; raises TradeError if it was paid."""
+        Raises:
+            TradeError: if less is locked, or it was settled otherwise.
+        """
         with self._journal.transaction():
-            held = self._held(trade)
+            account, held, paid_to, paid = self._held(trade, payee)
+            if paid_to is not None:
+                if (paid_to, paid) != (payee, amount):
+                    raise TradeError(f"the money of trade {trade} has gone: {paid} to {paid_to}")
+                return
+            if amount > held:
+                raise TradeError(f"{held} credits are locked for trade {trade}, not {amount}")
             if held:
-                self.pay(trade, held[0])
+                self._move(payee, amount)
+                self._move(account, held - amount)
+                self._journal.execute(
+                    "UPDATE locks SET payee = ?, paid = ? WHERE trade = ?", payee, amount, trade
+                )
 
-    def _held(self, trade: str) -> tuple[str, int, str | None] | None:
+    def _held(self, trade: str, account: str) -> tuple[str, int, str | None, int | None]:
+        """Return whose money is locked, how much, and who got how much of it."""
         rows = self._journal.execute(
-            "SELECT account, amount, payee FROM locks WHERE trade = ?", trade
+            "SELECT account, amount, payee, paid FROM locks WHERE trade = ?", trade
         )
-        return rows[0] if rows else None
+        return rows[0] if rows else (account, 0, None, None)
 
     def _move(self, account: str, amount: int) -> None:
         self._journal.execute(

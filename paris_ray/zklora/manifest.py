@@ -36,6 +36,8 @@ MAX_EXPERT = 2**16
 MAX_SEALED_BYTES = 200 * 2**20
 MAX_COUNT = 2**53 - 1  # exact in every reader of JSON
 MIN_ALPHA = 1e-6
+# With so few rows a thief has about a quarter of an adapter's worth: docs/zklora.md.
+BUDGET_DIVISOR = 64
 # Delivered factors are float32, in which every 15-bit integer times 2^-exponent must be normal.
 MIN_EXPONENT, MAX_EXPONENT = -112, 126
 
@@ -159,6 +161,8 @@ class AdapterManifest:
         use_rslora: Whether the scale has the square root of the rank below.
         budget_rows: Rows of each module that are ever answered, over all users.
         price: In units of the ledger.
+        price_per_row: What a row of every module costs, part of the price if it is bought; above 0
+            an escrow holds a deposit for them.
         sealed_digest: SHA-256 of the sealed weights.
         sealed_bytes: Their size.
         key_digest: SHA-256 of the key that unseals them.
@@ -179,6 +183,7 @@ class AdapterManifest:
     use_rslora: bool
     budget_rows: int
     price: int
+    price_per_row: int
     sealed_digest: str
     sealed_bytes: int
     key_digest: str
@@ -192,12 +197,16 @@ class AdapterManifest:
         self._check_modules()
         _require_integer("budget_rows", self.budget_rows, 1, MAX_COUNT)
         _require_integer("price", self.price, 0, MAX_COUNT)
+        _require_integer("price_per_row", self.price_per_row, 0, MAX_COUNT // self.budget_rows)
         _require_integer("sealed_bytes", self.sealed_bytes, 1, MAX_SEALED_BYTES)
         for field in ("sealed_digest", "key_digest"):
             _require_match(DIGEST, field, getattr(self, field), "64 hexadecimal digits")
         _check_certificate("contributor_certificate", self.contributor_certificate)
         if self.escrow_certificate is not None:
             _check_certificate("escrow_certificate", self.escrow_certificate)
+        elif self.price_per_row:
+            allowed = "0, since escrow_certificate names nobody who could take it"
+            _require(False, "price_per_row", self.price_per_row, allowed)
 
     def _check_modules(self) -> None:
         count = len(self.modules)
@@ -310,6 +319,15 @@ class AdapterManifest:
         return cls(**document | {"base": Base(**base), "modules": terms})
 
 
+def default_budget(widths: Sequence[int]) -> int:
+    """Return how many rows of each module are answered unless its contributor says otherwise.
+
+    Args:
+        widths: Of the inputs of all modules.
+    """
+    return max(1, min(widths, default=0) // BUDGET_DIVISOR)
+
+
 def build_manifest(
     openings: Mapping[str, ModuleOpening],
     config: LoRAConfig,
@@ -317,6 +335,7 @@ def build_manifest(
     base: Base,
     adapter: str,
     price: int,
+    price_per_row: int = 0,
     sealed: bytes,
     key: bytes,
     contributor_certificate: str,
@@ -331,16 +350,17 @@ def build_manifest(
         base: What it is for.
         adapter: Its name.
         price: In units of the ledger.
+        price_per_row: Likewise, of a row of every module; a part of the price if it is bought.
         sealed: The weights as they will be delivered.
         key: What unseals them; only its digest is stated.
         contributor_certificate: One's own, as PEM.
         escrow_certificate: Who holds key and payment.
-        budget_rows: Rows of each module over all users; None: an eighth of the narrowest input.
+        budget_rows: Rows of each module over all users; None: as `default_budget` has it.
 
     Raises:
         ParisError: like `AdapterManifest`.
     """
-    narrowest = min((opening.module.d_in for opening in openings.values()), default=0)
+    widths = [opening.module.d_in for opening in openings.values()]
     return AdapterManifest(
         protocol=PROTOCOL,
         base=base,
@@ -349,8 +369,9 @@ def build_manifest(
         lora_alpha=config.lora_alpha,
         r=config.r,
         use_rslora=config.use_rslora,
-        budget_rows=max(1, narrowest // 8) if budget_rows is None else budget_rows,
+        budget_rows=default_budget(widths) if budget_rows is None else budget_rows,
         price=price,
+        price_per_row=price_per_row,
         sealed_digest=sha256_hex(sealed),
         sealed_bytes=len(sealed),
         key_digest=sha256_hex(key),

@@ -20,7 +20,14 @@ from paris_ray.receipts import file_sha256
 from paris_ray.signatures import SignedDocument
 from paris_ray.zklora.adapter import PeftAdapter, quantise_adapter
 from paris_ray.zklora.commitment import ModuleOpening, commit
-from paris_ray.zklora.manifest import MANIFEST, AdapterManifest, Base, build_manifest
+from paris_ray.zklora.fixed_point import QuantisedModule
+from paris_ray.zklora.manifest import (
+    MANIFEST,
+    AdapterManifest,
+    Base,
+    build_manifest,
+    default_budget,
+)
 from paris_ray.zklora.sealing import seal, unseal
 
 SEALED = "sealed.bin"
@@ -35,8 +42,11 @@ class AskedTerms:
         base: What the adapter is for.
         name: What users call it.
         price: In units of the ledger.
-        budget_rows: Rows of each module that are ever answered, over all users; None: an eighth of
-            the narrowest input.
+        price_per_row: Of a row of every module, part of the price if it is bought; None: whoever
+            asks for the whole budget has paid the price, and each row costs something, if there is
+            an escrow.
+        budget_rows: Rows of each module that are ever answered, over all users; None: as
+            `default_budget` has it.
         escrow_certificate: Who holds key and payment, as PEM; None: the adapter can be tried and
             verified, not bought.
     """
@@ -44,6 +54,7 @@ class AskedTerms:
     base: Base
     name: str
     price: int = 0
+    price_per_row: int | None = None
     budget_rows: int | None = None
     escrow_certificate: str | None = None
 
@@ -72,6 +83,10 @@ class Offer:
         opened = unseal(self.sealed, self.key, self.manifest)
         terms = self.manifest.terms
         return {name: opening.of(terms[name].commitment) for name, opening in opened.items()}
+
+    def modules(self) -> dict[str, QuantisedModule]:
+        """Return the weights by the name of their module."""
+        return {name: opening.module for name, opening in self.openings().items()}
 
 
 def base_of_expert(bundle: Bundle, expert: int) -> Base:
@@ -123,13 +138,17 @@ def load_offer(folder: Path) -> Offer:
 def _make(folder: Path, identity: Identity, adapter: PeftAdapter, terms: AskedTerms) -> None:
     openings = {name: commit(module)[1] for name, module in quantise_adapter(adapter).items()}
     sealed, key = seal(openings)
+    budget_rows = terms.budget_rows
+    if budget_rows is None:
+        budget_rows = default_budget([opening.module.d_in for opening in openings.values()])
     manifest = build_manifest(
         openings,
         adapter.config,
         base=terms.base,
         adapter=terms.name,
         price=terms.price,
-        budget_rows=terms.budget_rows,
+        price_per_row=_price_per_row(terms, budget_rows),
+        budget_rows=budget_rows,
         sealed=sealed,
         key=key,
         contributor_certificate=identity.certificate,
@@ -144,6 +163,14 @@ def _make(folder: Path, identity: Identity, adapter: PeftAdapter, terms: AskedTe
     Folder(str(folder)).write_json(MANIFEST, manifest.sign(identity).to_json())
 
 
+def _price_per_row(terms: AskedTerms, budget_rows: int) -> int:
+    if terms.price_per_row is not None:
+        return terms.price_per_row
+    if terms.escrow_certificate is None:
+        return 0
+    return max(1, -(-terms.price // max(1, budget_rows)))
+
+
 def _check_same(
     folder: Path, offer: Offer, identity: Identity, adapter: PeftAdapter, terms: AskedTerms
 ) -> None:
@@ -152,6 +179,10 @@ def _check_same(
         "base": (manifest.base, terms.base),
         "name": (manifest.adapter, terms.name),
         "price": (manifest.price, terms.price),
+        "price_per_row": (
+            manifest.price_per_row,
+            _price_per_row(terms, manifest.budget_rows),
+        ),
         "budget_rows": (manifest.budget_rows, terms.budget_rows or manifest.budget_rows),
         "escrow_certificate": (manifest.escrow_certificate, terms.escrow_certificate),
         "contributor": (manifest.contributor, identity.public_key),

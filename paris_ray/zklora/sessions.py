@@ -6,6 +6,7 @@ many there were; what a user keeps here without having paid for a row is bounded
 """
 
 import json
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Self
@@ -173,6 +174,14 @@ class SessionJournal:
             reason = f"call {seq} was sent again with other content"
             self._sessions.move(sid, SessionState.ENDED, reason=reason)
         raise ProtocolError(f"session {sid} is ended: {reason}")
+
+    def asked(self, sid: str) -> tuple[int, Counter[str]]:
+        """Return how many calls of a session are paid for, and how many rows of each module."""
+        return self._calls.asked(sid)
+
+    def answered(self, adapter_id: str, module: str) -> list[Int16]:
+        """Return all inputs of a module that users have paid for, `(rows, d_in)` each."""
+        return self._calls.inputs(adapter_id, module)
 
     def _check_answered(self, session: SessionRecord) -> None:
         last = session.calls - 1

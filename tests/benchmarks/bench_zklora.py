@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -31,11 +31,11 @@ from typing import Any
 import numpy as np
 from ezkl_backend import BindingEzkl
 from sections import write_section
+from zklora_leaks import GOALS_HEAD, bench_decision, bench_leakage, bench_share, goal, table
 from zklora_published import LORA_MODULES, OTHER_SYSTEMS
 
 from paris_ray import zklora
 from paris_ray.errors import ParisError
-from paris_ray.zklora.leakage import leakage_table
 
 ONE_THREAD = {f"{library}_NUM_THREADS": "1" for library in ("OMP", "OPENBLAS", "MKL")}
 CONTEXT = b"bench"
@@ -164,25 +164,13 @@ def bench_modules(options: Any) -> str:
         figures[shape] = cost
         numbers = [f"{cost[name]:.3f}" for name in seconds] + [f"{cost[name]:,}" for name in sizes]
         rows.append([str(shape), *numbers, f"{cost['verifier_bytes'] / 1e6:.0f}"])
-    parts = [_table(rows)]
+    parts = [table(rows)]
     for wanted, goals in ((GOAL_SHAPE, GOALS), (LANGUAGE_SHAPE, LANGUAGE_GOALS)):
         shape = QUICK_SHAPE if options.quick else wanted
         cost = figures[shape]
-        met = [_goal(what, cost[name] / unit, goal, of) for what, name, goal, unit, of in goals]
-        parts.append(f"The goals, for {shape}:\n\n{_table([*GOALS_HEAD, *met])}")
+        met = [goal(what, cost[name] / unit, most, of) for what, name, most, unit, of in goals]
+        parts.append(f"The goals, for {shape}:\n\n{table([*GOALS_HEAD, *met])}")
     return "\n\n".join(parts)
-
-
-GOALS_HEAD = (["", "goal", "measured", ""], ["---"] * 4)
-
-
-def _goal(what: str, value: float, goal: float, unit: str) -> list[str]:
-    verdict = "met" if value <= goal else "**missed**"
-    return [what, f"<= {goal:g} {unit}", f"{value:.3g} {unit}", verdict]
-
-
-def _table(rows: Sequence[Sequence[str]]) -> str:
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 ADAPTER = (("qkv", Shape(1152, 16, 3456, 256)), ("proj", Shape(1152, 16, 1152, 256)))
@@ -209,12 +197,12 @@ def bench_adapter(options: Any) -> str:
         rows.append([f"XL/2, {kind}", f"{layers}", f"{weights:,}", f"{shape.rows}", *seconds])
     total = sum(commit + prove for commit, prove, _ in made.values())
     goals = [
-        _goal("commit and prove", total, 55, "CPU-s"),
-        _goal("verify, one batch", verify, 4, "CPU-s"),
+        goal("commit and prove", total, 55, "CPU-s"),
+        goal("verify, one batch", verify, 4, "CPU-s"),
     ]
     kilobytes = sum(len(claim[-1]) for claim in claims) / 1e3
     ours = f"All {len(claims)} modules of ours, {kilobytes:.0f} kB of proofs:"
-    return f"{_table(rows)}\n\n{ours}\n\n{_table([*GOALS_HEAD, *goals])}"
+    return f"{table(rows)}\n\n{ours}\n\n{table([*GOALS_HEAD, *goals])}"
 
 
 def _prove_layers(shape: Shape, layers: int) -> tuple[float, float, list[Any]]:
@@ -261,7 +249,7 @@ def bench_ezkl(options: Any) -> str:
         verdict = "met" if ratio >= EZKL_RATIO else "**missed**"
         against = ["", ""] if name == "ours" else [f"{ratio:.0f}", f">= {EZKL_RATIO:g}, {verdict}"]
         rows.append([name, *numbers, f"{figures['proof_bytes']:,}", *against])
-    return f"{shape}:\n\n{_table(rows)}"
+    return f"{shape}:\n\n{table(rows)}"
 
 
 WEIGHTS_SHAPES = (EZKL_SHAPE, LANGUAGE_SHAPE, Shape(4096, 256, 4096, 128))
@@ -285,7 +273,7 @@ def bench_weights(options: Any) -> str:
     for name, weights, *figures in (*rows, *OTHER_SYSTEMS):
         scaled = [None if cost is None else cost * 1e6 / weights for cost in figures]
         lines.append([name, f"{weights:,}", *map(_rounded, (*figures, *scaled))])
-    return _table(lines)
+    return table(lines)
 
 
 def _rounded(cost: float | None) -> str:
@@ -340,7 +328,7 @@ def bench_sweeps(options: Any) -> str:
         for line in LINES:
             rows.append([f"{line} s", *(f"{cost[line]:.3f}" for cost in costs.values())])
         rows.append(["proof B", *(f"{cost['proof_bytes']:,}" for cost in costs.values())])
-        parts.append(_table(rows))
+        parts.append(table(rows))
         if options.write:
             parts.append(_draw(options.write.parent, name, label, costs))
     return "\n\n".join(parts)
@@ -356,23 +344,15 @@ def _draw(folder: Path, name: str, label: str, costs: dict[int, Figures]) -> str
     return f'<img src="{picture}" width="380" alt="CPU seconds against {label}">'
 
 
-LEAKAGE_ROWS = (16, 64, 144, 256, 576, 1152)
-
-
-def bench_leakage(options: Any) -> str:
-    """Return how well an attacker predicts a module after some rows."""
-    if options.quick:
-        return leakage_table(64, 64, 4, (4, 8, 64))
-    return leakage_table(1152, 1152, 16, LEAKAGE_ROWS)
-
-
 SECTIONS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "modules": ("ZKLoRA: one module", bench_modules),
     "adapter": ("ZKLoRA: a whole adapter, beside the paper's figures per module", bench_adapter),
     "ezkl": ("ZKLoRA: beside EZKL, in CPU seconds of all its threads", bench_ezkl),
     "weights": ("ZKLoRA: a million weights, beside other systems", bench_weights),
     "sweeps": ("ZKLoRA: CPU seconds against rows, rank and width", bench_sweeps),
-    "leakage": ("ZKLoRA: error of an attacker who has seen some rows", bench_leakage),
+    "leakage": ("ZKLoRA: errors of thieves, predicted and by least squares", bench_leakage),
+    "share": ("ZKLoRA: what part of the demo's adapter a thief has", bench_share),
+    "decision": ("ZKLoRA: pairs of losses until a buyer decides", bench_decision),
 }
 
 
@@ -380,6 +360,12 @@ def main() -> None:
     """Print the sections."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("sections", nargs="*", metavar="SECTION", help=", ".join(SECTIONS))
+    parser.add_argument(
+        "--demo", type=Path, default=Path("runs/zklora-demo"), help="that of `make demo-zklora`"
+    )
+    parser.add_argument(
+        "--bundle", default="runs/quickstart/bundle", help="that the demo's adapter is for"
+    )
     parser.add_argument("--quick", action="store_true", help="tiny modules: does it run at all?")
     parser.add_argument("--write", type=Path, metavar="FILE", help="replace the document's tables")
     options = parser.parse_args()

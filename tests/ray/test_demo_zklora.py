@@ -43,7 +43,7 @@ def finished_run(tiny_bundle_path: Path, tmp_path: Path) -> Path:
 
 
 def start_demo(run: Path, folder: Path) -> "subprocess.Popen[str]":
-    paths = (f"--bundle={run / 'bundle'}", f"--run-dir={folder}")
+    paths = (f"--bundle={run / 'bundle'}", f"--run-dir={folder}", "--min-gain=-10")
     return subprocess.Popen(
         [sys.executable, "-m", "jobs.demo_zklora", *paths, *OVERRIDES],
         cwd=REPOSITORY,
@@ -72,7 +72,7 @@ def processes_of(folder: Path) -> list[str]:
 def interrupt_demo(run: Path, folder: Path) -> None:
     """Stop a demo when its adapter is trained; it stops its parties."""
     demo = start_demo(run, folder)
-    shown = read_until(demo, "budget: 64 rows of ")
+    shown = read_until(demo, "budget: 64 rows. ")
     assert "contributor is ready" in shown
     parties = processes_of(folder)
     assert {"jobs.escrow", "jobs.contribute_lora"} <= {line.split()[2] for line in parties}

@@ -232,7 +232,7 @@ def test_a_purchase(  # noqa: PLR0915
 
     def start_user() -> Job:
         what = ("--pictures", pictures, "--levels", *LEVELS)
-        how = ("--home", user.folder, *trusted)
+        how = ("--home", user.folder, "--any-gain", *trusted)
         whom = ("--bundle", tiny_bundle_path, "--peer", seller_at, "--manifest", manifest_file)
         return start("verify_lora", *whom, *what, *how)
 
@@ -240,8 +240,7 @@ def test_a_purchase(  # noqa: PLR0915
     manifest = AdapterManifest.read(manifest_file)
     modules = quantise_adapter(read_peft(adapter))
     wanted = spellings(modules)
-    assert manifest.adapter == "style" and "Whoever sees them all" in contributor.said()
-
+    assert manifest.adapter == "style" and "a thief who sees them all" in contributor.said()
     # The user is stopped after the inference, before anything is verified.
     buyer = start_user()
     results = "purchases/*/session/result.json"

@@ -13,28 +13,27 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from paris_ray.artifacts import canonical_json
 from paris_ray.config import LoRAConfig
 from paris_ray.errors import ProtocolError, SignatureError, TradeError
 from paris_ray.identity import CERTIFICATE, Identity
-from paris_ray.receipts import State
 from paris_ray.signatures import SignedDocument
 from paris_ray.zklora.commitment import commit
 from paris_ray.zklora.escrow import STATEMENT, Escrow, open_journal
 from paris_ray.zklora.fixed_point import QuantisedModule
 from paris_ray.zklora.ledger import SQLiteLedger
+from paris_ray.zklora.listings import PIECE_BYTES
 from paris_ray.zklora.manifest import MAX_BYTES, AdapterManifest, Base, build_manifest
 from paris_ray.zklora.parties.channel import Channel
 from paris_ray.zklora.parties.escrow import LIMITS, EscrowClient, EscrowService
 from paris_ray.zklora.parties.frames import ConnectionLost, Message
 from paris_ray.zklora.parties.server import serve
 from paris_ray.zklora.sealing import check_opening, seal
-from paris_ray.zklora.trade import Trade
-from paris_ray.zklora.transcript import Call, Transcript, closing_statement, new_nonce, session_id
+from paris_ray.zklora.trade import Trade, TradeState, sign_rows
+from paris_ray.zklora.transcript import new_nonce, session_id
 
 D_IN, R, D_OUT = 6, 2, 5
 PRICE = 300
-PROOFS = "ab" * 32
+ROWS = 8
 REPOSITORY = Path(__file__).resolve().parents[2]
 READY = re.compile(
     r"escrow ready: address=(\S+):(\d+) certificate=(\S+) sha256=([0-9a-f]{64}) .*\n"
@@ -59,6 +58,8 @@ class Sale:
             base=Base("c" * 64, None, None),
             adapter="ink",
             price=PRICE,
+            price_per_row=2,
+            budget_rows=16,
             sealed=self.sealed,
             key=self.key,
             contributor_certificate=self.seller.certificate,
@@ -70,23 +71,11 @@ class Sale:
             self.manifest.protocol, self.adapter_id, self.manifest.base.digest, *self.nonces
         )
 
-    @property
-    def closing(self) -> tuple[SignedDocument, SignedDocument]:
-        log = Transcript(
-            [Call(0, "block", 0, np.ones((1, D_IN), np.int16), np.ones((1, D_OUT), int))]
-        )
-        document = closing_statement(self.session, self.adapter_id, log)
-        return (
-            SignedDocument.sign("close", document, self.buyer),
-            SignedDocument.sign("close", document, self.seller),
-        )
-
     def steps(self, buyer: EscrowClient, seller: EscrowClient) -> list[Callable[[], Trade]]:
+        signed = sign_rows(self.buyer, self.adapter_id, self.session, 3)
         return [
-            lambda: buyer.open_trade(self.adapter_id, self.session, *self.nonces),
-            lambda: buyer.close(self.session, *self.closing),
-            lambda: seller.proved(self.session, PROOFS),
-            lambda: buyer.verified(self.session, PROOFS),
+            lambda: buyer.open_trade(self.adapter_id, self.session, *self.nonces, ROWS),
+            lambda: seller.owe(self.session, signed),
             lambda: buyer.pay(self.session),
             lambda: seller.deposit_key(self.session, self.key),
             lambda: buyer.opened(self.session),
@@ -122,24 +111,24 @@ def test_a_purchase_over_the_network(
     sale: Sale, clients: tuple[EscrowClient, EscrowClient]
 ) -> None:
     buyer, seller = clients
-    assert seller.list_adapter(sale.manifest.sign(sale.seller), sale.sealed) == sale.adapter_id
+    seller.list_adapter(sale.manifest.sign(sale.seller), sale.sealed)
+    seller.list_adapter(sale.manifest.sign(sale.seller), sale.sealed)  # again
     trades = [step() for step in sale.steps(buyer, seller)]
     assert [trade.state for trade in trades] == [
-        State.COMMITTED,
-        State.INFERRED,
-        State.PROVED,
-        State.VERIFIED,
-        State.PAID,
-        State.KEY_RELEASED,
-        State.SETTLED,
+        TradeState.COMMITTED,
+        TradeState.COMMITTED,
+        TradeState.PAID,
+        TradeState.RELEASED,
+        TradeState.SETTLED,
     ]
     assert seller.trade(sale.session) == trades[-1]
     assert (buyer.balance(), seller.balance()) == (700, 1300)
-    delivered = check_opening(sale.manifest, buyer.sealed(sale.adapter_id), buyer.key(sale.session))
+    sealed = buyer.sealed(sale.session, sale.manifest)
+    delivered = check_opening(sale.manifest, sealed, buyer.key(sale.session))
     assert delivered["block"].module.digest == sale.opening.module.digest
     statement = buyer.statement(sale.session, sale.adapter_id)
     assert statement.public_key == sale.notary.public_key
-    assert statement.document["states"][-2:] == ["OPENED", "SETTLED"]
+    assert (statement.document["state"], statement.document["rows"]) == ("SETTLED", 3)
 
 
 def test_refusals_come_back_as_what_they_are(
@@ -156,8 +145,8 @@ def test_refusals_come_back_as_what_they_are(
     with pytest.raises(TradeError, match="pay is for the buyer"):
         seller.pay(sale.session)
     with pytest.raises(SignatureError):
-        buyer.close(sale.session, *reversed(sale.closing))
-    with pytest.raises(TradeError, match="once it is released"):
+        seller.owe(sale.session, sign_rows(sale.seller, sale.adapter_id, sale.session, 1))
+    with pytest.raises(TradeError, match="once the key is released"):
         buyer.key(sale.session)
     with pytest.raises(TradeError, match="has no trade"):
         buyer.trade("d" * 64)
@@ -168,10 +157,10 @@ def test_a_wrong_key_is_told_to_the_seller(
 ) -> None:
     buyer, seller = clients
     seller.list_adapter(sale.manifest.sign(sale.seller), sale.sealed)
-    for step in sale.steps(buyer, seller)[:5]:
+    for step in sale.steps(buyer, seller)[:3]:
         step()
     trade = seller.deposit_key(sale.session, bytes(32))
-    assert trade.state is State.REFUNDED and "the opening check failed" in str(trade.reason)
+    assert trade.state is TradeState.REFUNDED and "the opening check failed" in str(trade.reason)
     assert (buyer.balance(), seller.balance()) == (1000, 1000)
 
 
@@ -188,16 +177,11 @@ def test_a_wrong_key_is_told_to_the_seller(
         ("deposit_key", {"session": "d" * 64}, {"key": np.zeros(32, np.int16)}),
         ("deposit_key", {"session": "d" * 64}, {"key": np.zeros((1, 32), np.uint8)}),
         ("list_adapter", {}, {"sealed": np.zeros(9, np.uint8)}),
-        (
-            "list_adapter",
-            {},
-            {"manifest": np.frombuffer(b"{]", np.uint8), "sealed": np.zeros(9, np.uint8)},
-        ),
-        (
-            "list_adapter",
-            {},
-            {"manifest": np.frombuffer(b"[1e999]", np.uint8), "sealed": np.zeros(9, np.uint8)},
-        ),
+        ("list_adapter", {}, {"manifest": np.frombuffer(b"{]", np.uint8)}),
+        ("list_adapter", {}, {"manifest": np.frombuffer(b"[1e999]", np.uint8)}),
+        ("upload", {"adapter_id": "d" * 64, "piece": "0"}, {"content": np.zeros(9, np.uint8)}),
+        ("upload", {"adapter_id": "d" * 64, "piece": True}, {"content": np.zeros(9, np.uint8)}),
+        ("sealed", {"session": "d" * 64}, {}),
     ],
 )
 def test_a_malformed_request_is_refused(
@@ -223,14 +207,16 @@ def test_only_an_adapter_to_list_may_be_large(sale: Sale, service: EscrowService
     ):
         rude.request("balance", {}, {"x": large})
     with Channel(sale.seller, address, certificate, limits=LIMITS) as channel:
-        with pytest.raises(ProtocolError, match="shape of tensor 'x'"):
-            channel.request("balance", {}, {"x": large})
-        manifest = np.frombuffer(canonical_json(sale.manifest.sign(sale.seller).to_json()), "u1")
-        with pytest.raises(TradeError, match="5242880 sealed bytes"):
-            channel.request("list_adapter", {}, {"manifest": manifest, "sealed": large})
+        for kind in ("balance", "upload"):
+            with pytest.raises(ProtocolError, match="shape of tensor 'x'"):
+                channel.request(kind, {}, {"x": large})
         too_large = np.full(MAX_BYTES + 1, ord("["), np.uint8)
         with pytest.raises(ProtocolError, match="manifest of list_adapter has 25165825 bytes"):
-            channel.request("list_adapter", {}, {"manifest": too_large, "sealed": large})
+            channel.request("list_adapter", {}, {"manifest": too_large})
+        fields = {"adapter_id": sale.adapter_id, "piece": 0}
+        piece = np.zeros(PIECE_BYTES, np.uint8)
+        with pytest.raises(TradeError, match="no adapter"):
+            channel.request("upload", fields, {"content": piece})
 
 
 def test_an_escrow_that_lies_is_not_believed(
@@ -269,10 +255,13 @@ def test_an_escrow_that_lies_is_not_believed(
             lies["balance"] = Message("done", fields)
             with pytest.raises(ProtocolError, match="a balance that is no integer"):
                 client.balance()
-        for fields in ({}, {"adapter_id": "d" * 64}):
+        for fields in ({}, {"next_piece": "1"}, {"next_piece": -1}):
             lies["list_adapter"] = Message("done", fields)
-            with pytest.raises(ProtocolError, match="has not listed adapter"):
+            with pytest.raises(ProtocolError, match="no number of the next piece"):
                 client.list_adapter(signed, sale.sealed)
+        lies["sealed"] = Message("done", tensors={"content": np.zeros(9, np.uint8)})
+        with pytest.raises(ProtocolError, match="the escrow sent 9 bytes as a piece"):
+            client.sealed(sale.session, sale.manifest)
 
 
 def test_the_service_ends_silent_trades_by_itself(sale: Sale, tmp_path: Path) -> None:
@@ -280,10 +269,12 @@ def test_the_service_ends_silent_trades_by_itself(sale: Sale, tmp_path: Path) ->
     now = 1e9
     escrow = Escrow(journal, sale.notary, SQLiteLedger(journal), clock=lambda: now)
     with EscrowService(escrow, "127.0.0.1", 0, [sale.seller.certificate]):
-        escrow.list_adapter(sale.seller.public_key, sale.manifest.sign(sale.seller), sale.sealed)
+        seller = sale.seller.public_key
+        escrow.listings.add(seller, sale.manifest.sign(sale.seller))
+        escrow.listings.upload(seller, sale.adapter_id, 0, sale.sealed)
         escrow.open_trade(sale.buyer.public_key, sale.adapter_id, sale.session, *sale.nonces)
         now += 1e6
-        wait_for(lambda: journal.execute("SELECT state FROM trades") == [(State.REFUNDED,)])
+        wait_for(lambda: journal.execute("SELECT state FROM trades") == [(TradeState.REFUNDED,)])
     journal.close()
 
 
@@ -332,9 +323,9 @@ def test_a_killed_process_is_started_again_and_goes_on(sale: Sale, tmp_path: Pat
         assert "stand-in for payment" in escrow.log
         assert escrow.certificate == tmp_path / "notary" / CERTIFICATE
         escrow.seller.list_adapter(sale.manifest.sign(sale.seller), sale.sealed)
-        for step in sale.steps(escrow.buyer, escrow.seller)[:5]:
+        for step in sale.steps(escrow.buyer, escrow.seller)[:3]:
             trade = step()
-        assert trade.state is State.PAID
+        assert trade.state is TradeState.PAID
         escrow.process.send_signal(signal.SIGKILL)
         assert escrow.process.wait(60) == -signal.SIGKILL
 
@@ -343,7 +334,7 @@ def test_a_killed_process_is_started_again_and_goes_on(sale: Sale, tmp_path: Pat
         assert again.buyer.balance() == 1000 - PRICE
         for step in sale.steps(again.buyer, again.seller):
             trade = step()
-        assert trade.state is State.SETTLED
+        assert trade.state is TradeState.SETTLED
         assert (again.buyer.balance(), again.seller.balance()) == (700, 1300)
         again.process.send_signal(signal.SIGTERM)
         assert again.process.wait(60) == 0

@@ -13,7 +13,7 @@ for twice.
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -39,10 +39,12 @@ from paris_ray.zklora.parties.evidence import (
     load_evidence,
     save_evidence,
 )
+from paris_ray.zklora.parties.examples import LEVELS
 from paris_ray.zklora.parties.purchase import Receipts, complete, new_receipt, verified_facts
 from paris_ray.zklora.parties.results import result
 from paris_ray.zklora.parties.session import Session
 from paris_ray.zklora.parties.user import BaseUser, check_base, verify_evidence
+from paris_ray.zklora.sequential import Verdict, Wanted
 from paris_ray.zklora.transcript import new_nonce
 
 PLAN = "plan.json"
@@ -71,6 +73,8 @@ class Trial:
         pictures: `(n, S, S, 3)`, of which losses are compared.
         captions: One a picture.
         levels: Noise levels of the losses.
+        wanted: What the losses must show for the adapter to be bought, after as few pictures as
+            make it clear; None: all pictures are tried, and it is bought whatever they show.
         escrow: Host and port of the escrow; None: the adapter is tried and verified, not bought.
         escrow_certificate: That of the escrow that the user trusts, as PEM.
         threads: Torch threads.
@@ -84,7 +88,8 @@ class Trial:
     output: Path
     pictures: NDArray[np.uint8]
     captions: Sequence[str]
-    levels: Sequence[float] = (0.3, 0.7)
+    levels: Sequence[float] = LEVELS
+    wanted: Wanted | None = None
     escrow: tuple[str, int] | None = None
     escrow_certificate: str | None = None
     threads: int = 1
@@ -99,12 +104,14 @@ class Outcome:
         receipt: How far the purchase is.
         without: `(levels, pictures)` losses of the base.
         with_adapter: The same with the adapter.
+        verdict: What they show; None: nothing was wanted of them.
         adapter: The folder of the weights; None: they were not bought.
     """
 
     receipt: Receipt
     without: NDArray[np.float32]
     with_adapter: NDArray[np.float32]
+    verdict: Verdict | None
     adapter: Path | None
 
 
@@ -132,7 +139,7 @@ class Buyer:
         self._started = time.perf_counter()
 
     def run(self) -> Outcome:
-        """Try, verify and, if there is an escrow, buy.
+        """Try, verify and, if there is an escrow and the adapter is worth it, buy.
 
         Raises:
             VerificationError: if a proof or the delivered weights do not hold, naming the module.
@@ -150,15 +157,18 @@ class Buyer:
         self._receipts.advance(State.INFERRED)
         evidence = self._prove()
         self._verify(evidence)
-        if self._escrow is not None:
-            self._buy(self._escrow, evidence)
-        return self._outcome(bought=self._escrow is not None)
+        outcome = self._outcome(bought=False)
+        if self._escrow is None or outcome.verdict not in (None, Verdict.WORTH):
+            return outcome
+        self._buy(self._escrow, evidence)
+        return self._outcome(bought=True)
 
     def _outcome(self, bought: bool) -> Outcome:
-        found = self._session.read_json(RESULT)
-        losses = (np.array(found[name], np.float32) for name in ("without", "with_adapter"))
+        found, wanted = self._session.read_json(RESULT), self._trial.wanted
+        losses = [np.array(found[name], np.float32) for name in ("without", "with_adapter")]
+        verdict = None if wanted is None else wanted.verdict(*losses)
         adapter = self._trial.output / ADAPTER if bought else None
-        return Outcome(self._receipts.receipt, *losses, adapter)
+        return Outcome(self._receipts.receipt, *losses, verdict, adapter)
 
     def _open_escrow(self) -> EscrowClient | None:
         trial, named = self._trial, self.manifest.escrow_certificate
@@ -189,6 +199,7 @@ class Buyer:
             "pictures": sha256_hex(trial.pictures.tobytes()),
             "captions": list(trial.captions),
             "levels": list(trial.levels),
+            "wanted": None if trial.wanted is None else asdict(trial.wanted),
             # Others may compute other last bits, and a call that was sent is repeated exactly.
             "threads": trial.threads,
         }
@@ -216,8 +227,17 @@ class Buyer:
             if not 0 <= level <= 1:
                 raise ConfigError(f"levels={level} is not allowed: noise levels between 0 and 1")
         session = Session(self._channel, self.identity, self.manifest, self._nonce())
-        left = min(session.rows_left.values())
-        logger.info("budget: %d of %d rows a module left", left, self.manifest.budget_rows)
+        left, price = min(session.rows_left.values()), self.manifest.price_per_row
+        logger.info(
+            "budget: %d of %d rows a module left for us, %d credits each",
+            left,
+            self.manifest.budget_rows,
+            price,
+        )
+        if price:
+            if self._escrow is None:
+                raise ConfigError(f"escrow is missing: a row costs {price}, from a deposit there")
+            left = min(left, self._escrow.balance() // price)
         rows_a_picture = len(trial.levels) * result(self._user.rows_a_pair.remote())
         affordable = left // rows_a_picture
         if affordable < 1:
@@ -241,9 +261,14 @@ class Buyer:
         trial = self._trial
         tried = slice(num_pictures)
         reference = self._user.try_adapter.remote(
-            trial.pictures[tried], trial.captions[tried], trial.levels, self._nonce()
+            trial.pictures[tried],
+            trial.captions[tried],
+            trial.levels,
+            self._nonce(),
+            trial.wanted,
+            trial.escrow,
         )
-        total = len(self.manifest.modules)
+        total = num_pictures * len(self.manifest.modules)
         while not ray.wait([reference], timeout=POLL_S)[0]:
             self._show("multi-party inference", result(self._user.num_calls.remote()), total)
         found = result(reference)

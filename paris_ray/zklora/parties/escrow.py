@@ -1,7 +1,7 @@
 """The escrow as a service over the parties' channel, and its client.
 
-A request names an operation of `paris_ray.zklora.escrow.Escrow`; texts are fields, bytes and signed
-documents are tensors. Who calls is whom TLS has proved.
+A request names an operation of `paris_ray.zklora.escrow.Escrow`; texts and numbers are fields,
+bytes and signed documents are tensors. Who calls is whom TLS has proved.
 """
 
 import json
@@ -18,7 +18,8 @@ from paris_ray.errors import ProtocolError
 from paris_ray.identity import Identity, public_key_of
 from paris_ray.signatures import SignedDocument
 from paris_ray.zklora.escrow import STATEMENT, Escrow
-from paris_ray.zklora.manifest import MAX_BYTES, MAX_SEALED_BYTES
+from paris_ray.zklora.listings import PIECE_BYTES
+from paris_ray.zklora.manifest import MAX_BYTES, AdapterManifest
 from paris_ray.zklora.parties.channel import Channel
 from paris_ray.zklora.parties.connection import Peer, Traffic
 from paris_ray.zklora.parties.frames import Limits, Message, Sizes
@@ -27,22 +28,28 @@ from paris_ray.zklora.trade import Trade
 
 SWEEP_S = 1.0  # between two looks for deadlines that have passed
 TRADE, DONE = "trade", "done"  # kinds of answers
-# The largest of the others has two closing statements, with the name of every module in each.
+# Weights come in pieces, announced by a manifest: nobody holds more memory than this, before or
+# after listing something.
 LIMITS = Limits(
     requests=Sizes(
-        frame_bytes=2**22, of_kinds={"list_adapter": MAX_BYTES + MAX_SEALED_BYTES + 2**20}
-    )
+        frame_bytes=2 * PIECE_BYTES,
+        of_kinds={"list_adapter": MAX_BYTES + 2**20},
+    ),
+    connections_a_peer=4,
 )
 
-# Operations that take texts alone and answer with the trade.
-TEXTS = {
-    "open_trade": ("adapter_id", "session", "nonce_user", "nonce_contributor"),
-    "proved": ("session", "proofs_digest"),
-    "verified": ("session", "proofs_digest"),
-    "pay": ("session",),
-    "opened": ("session",),
-    "dispute": ("session", "reason"),
-    "trade": ("session",),
+# Operations that take texts and numbers alone, and answer with the trade.
+PLAIN: Mapping[str, Mapping[str, type]] = {
+    "open_trade": {
+        "adapter_id": str,
+        "session": str,
+        "nonce_user": str,
+        "nonce_contributor": str,
+        "deposit_rows": int,
+    },
+    "pay": {"session": str},
+    "opened": {"session": str},
+    "trade": {"session": str},
 }
 
 logger = logging.getLogger(__name__)
@@ -69,7 +76,8 @@ class EscrowService:
         self._escrow = escrow
         self._operations: Mapping[str, Callable[[str, Message], Message]] = {
             "list_adapter": self._list_adapter,
-            "close": self._close,
+            "upload": self._upload,
+            "owe": self._owe,
             "deposit_key": self._deposit_key,
             "key": self._key,
             "sealed": self._sealed,
@@ -105,9 +113,9 @@ class EscrowService:
 
     def _answer(self, peer: Peer, request: Message) -> Message:
         caller = peer.public_key
-        if request.kind in TEXTS:
-            texts = _texts(request, *TEXTS[request.kind])
-            trade: Trade = getattr(self._escrow, request.kind)(caller, **texts)
+        if request.kind in PLAIN:
+            fields = _fields(request, **PLAIN[request.kind])
+            trade: Trade = getattr(self._escrow, request.kind)(caller, **fields)
             return _trade(trade, request)
         if request.kind not in self._operations:
             raise ProtocolError(f"the escrow has no operation {request.kind[:80]!r}")
@@ -115,34 +123,40 @@ class EscrowService:
 
     def _list_adapter(self, caller: str, request: Message) -> Message:
         with self._listing:  # one at a time: a large manifest takes seconds and much memory
-            manifest, sealed = _document(request, "manifest"), _bytes(request, "sealed")
-            adapter_id = self._escrow.list_adapter(caller, manifest, sealed)
-        logger.info("adapter %s is listed by %s", adapter_id, caller)
-        return Message(DONE, {"adapter_id": adapter_id})
+            next_piece = self._escrow.listings.add(caller, _document(request, "manifest"))
+        logger.info(
+            "an adapter is listed by %s, pieces of its weights here: %d", caller, next_piece
+        )
+        return Message(DONE, {"next_piece": next_piece})
 
-    def _close(self, caller: str, request: Message) -> Message:
-        statements = _document(request, "by_buyer"), _document(request, "by_seller")
-        trade = self._escrow.close(caller, _texts(request, "session")["session"], *statements)
-        return _trade(trade, request)
+    def _upload(self, caller: str, request: Message) -> Message:
+        fields, piece = _fields(request, adapter_id=str, piece=int), _bytes(request, "content")
+        self._escrow.listings.upload(caller, fields["adapter_id"], fields["piece"], piece)
+        return Message(DONE)
+
+    def _owe(self, caller: str, request: Message) -> Message:
+        session, signed = _fields(request, session=str)["session"], _document(request, "by_buyer")
+        return _trade(self._escrow.owe(caller, session, signed), request)
 
     def _deposit_key(self, caller: str, request: Message) -> Message:
-        session, key = _texts(request, "session")["session"], _bytes(request, "key")
+        session, key = _fields(request, session=str)["session"], _bytes(request, "key")
         return _trade(self._escrow.deposit_key(caller, session, key), request)
 
     def _key(self, caller: str, request: Message) -> Message:
-        key = self._escrow.key(caller, _texts(request, "session")["session"])
+        key = self._escrow.key(caller, _fields(request, session=str)["session"])
         return Message(DONE, tensors={"key": _tensor(key)})
 
-    def _sealed(self, _: str, request: Message) -> Message:
-        sealed = self._escrow.sealed(_texts(request, "adapter_id")["adapter_id"])
-        return Message(DONE, tensors={"sealed": _tensor(sealed)})
+    def _sealed(self, caller: str, request: Message) -> Message:
+        fields = _fields(request, session=str, piece=int)
+        piece = self._escrow.sealed(caller, fields["session"], fields["piece"])
+        return Message(DONE, tensors={"content": _tensor(piece)})
 
     def _statement(self, caller: str, request: Message) -> Message:
-        statement = self._escrow.statement(caller, _texts(request, "session")["session"])
+        statement = self._escrow.statement(caller, _fields(request, session=str)["session"])
         return Message(DONE, {"statement": statement.to_json()})
 
     def _balance(self, caller: str, request: Message) -> Message:
-        _texts(request)
+        _fields(request)
         return Message(DONE, {"balance": self._escrow.balance(caller)})
 
 
@@ -184,43 +198,50 @@ class EscrowClient:
         """Close the connection; the next operation opens another."""
         self._channel.close()
 
-    def list_adapter(self, manifest: SignedDocument, sealed: bytes) -> str:
-        """Offer an adapter: its signed manifest and sealed weights; return its id."""
-        tensors = {"manifest": _envelope(manifest), "sealed": _tensor(sealed)}
-        answer = self._channel.request("list_adapter", {}, tensors)
+    def list_adapter(self, manifest: SignedDocument, sealed: bytes) -> None:
+        """Offer an adapter: its signed manifest, then what is not there yet of its weights."""
+        listed = self._channel.request("list_adapter", {}, {"manifest": _envelope(manifest)})
+        next_piece = listed.fields.get("next_piece")
+        if type(next_piece) is not int or next_piece < 0:
+            raise ProtocolError("the escrow answered with no number of the next piece")
         adapter_id = sha256_hex(canonical_json(manifest.document))
-        if answer.fields != {"adapter_id": adapter_id}:
-            raise ProtocolError(f"the escrow has not listed adapter {adapter_id}, but another")
-        return adapter_id
+        for start in range(next_piece * PIECE_BYTES, len(sealed), PIECE_BYTES):
+            fields = {"adapter_id": adapter_id, "piece": start // PIECE_BYTES}
+            piece = {"content": _tensor(sealed[start : start + PIECE_BYTES])}
+            self._channel.request("upload", fields, piece)
 
-    def sealed(self, adapter_id: str) -> bytes:
-        """Return the ciphertext of a listed adapter."""
-        return _bytes(self._channel.request("sealed", {"adapter_id": adapter_id}), "sealed")
+    def sealed(self, session: str, manifest: AdapterManifest) -> bytes:
+        """Return the sealed weights once they are paid for, as the buyer."""
+        sealed = bytearray()
+        while len(sealed) < manifest.sealed_bytes:
+            fields = {"session": session, "piece": len(sealed) // PIECE_BYTES}
+            piece = _bytes(self._channel.request("sealed", fields), "content")
+            if len(piece) != min(PIECE_BYTES, manifest.sealed_bytes - len(sealed)):
+                raise ProtocolError(f"the escrow sent {len(piece)} bytes as a piece of the weights")
+            sealed += piece
+        return bytes(sealed)
 
     def open_trade(
-        self, adapter_id: str, session: str, nonce_user: str, nonce_contributor: str
+        self,
+        adapter_id: str,
+        session: str,
+        nonce_user: str,
+        nonce_contributor: str,
+        deposit_rows: int = 0,
     ) -> Trade:
-        """Begin the purchase that belongs to a session, as its buyer."""
+        """Begin the trade that belongs to a session, as its buyer, with a deposit for rows."""
         return self._ask(
             "open_trade",
             session,
             adapter_id=adapter_id,
             nonce_user=nonce_user,
             nonce_contributor=nonce_contributor,
+            deposit_rows=deposit_rows,
         )
 
-    def close(self, session: str, by_buyer: SignedDocument, by_seller: SignedDocument) -> Trade:
-        """Report that both parties have signed the same transcript; either may."""
-        tensors = {"by_buyer": _envelope(by_buyer), "by_seller": _envelope(by_seller)}
-        return self._ask("close", session, tensors)
-
-    def proved(self, session: str, proofs_digest: str) -> Trade:
-        """Report that the proofs were handed over; either may."""
-        return self._ask("proved", session, proofs_digest=proofs_digest)
-
-    def verified(self, session: str, proofs_digest: str) -> Trade:
-        """Accept the proofs, as the buyer."""
-        return self._ask("verified", session, proofs_digest=proofs_digest)
+    def owe(self, session: str, by_buyer: SignedDocument) -> Trade:
+        """Show the buyer's word for rows, as the seller, before they are answered."""
+        return self._ask("owe", session, {"by_buyer": _envelope(by_buyer)})
 
     def pay(self, session: str) -> Trade:
         """Have the price locked, as the buyer."""
@@ -237,10 +258,6 @@ class EscrowClient:
     def opened(self, session: str) -> Trade:
         """Report that the weights were opened, as the buyer; the seller is paid."""
         return self._ask("opened", session)
-
-    def dispute(self, session: str, reason: str) -> Trade:
-        """Have the opening check repeated, as the buyer."""
-        return self._ask("dispute", session, reason=reason)
 
     def trade(self, session: str) -> Trade:
         """Return the trade as it stands."""
@@ -275,9 +292,9 @@ class EscrowClient:
         operation: str,
         session: str,
         tensors: Mapping[str, NDArray[np.uint8]] | None = None,
-        **texts: str,
+        **fields: str | int,
     ) -> Trade:
-        answer = self._channel.request(operation, {"session": session, **texts}, tensors)
+        answer = self._channel.request(operation, {"session": session, **fields}, tensors)
         trade = Trade.from_json(answer.fields)
         if trade.session != session:
             raise ProtocolError(f"the escrow answered about trade {trade.session}, not {session}")
@@ -289,12 +306,12 @@ def _trade(trade: Trade, request: Message) -> Message:
     return Message(TRADE, trade.to_json())
 
 
-def _texts(request: Message, *names: str) -> dict[str, str]:
-    if request.fields.keys() != set(names):
-        raise ProtocolError(f"{request.kind} has the fields {', '.join(names) or 'none'}")
-    for name in names:
-        if not isinstance(request.fields[name], str):
-            raise ProtocolError(f"{name} of {request.kind} must be a text")
+def _fields(request: Message, **types: type) -> dict[str, Any]:
+    if request.fields.keys() != types.keys():
+        raise ProtocolError(f"{request.kind} has the fields {', '.join(types) or 'none'}")
+    for name, kind in types.items():
+        if type(request.fields[name]) is not kind:
+            raise ProtocolError(f"{name} of {request.kind} must be of type {kind.__name__}")
     return dict(request.fields)
 
 

@@ -18,8 +18,9 @@ from ray.util.metrics import Counter, Gauge
 
 from paris_ray.errors import ConfigError, ParisError, ProtocolError, TradeError
 from paris_ray.identity import Identity
-from paris_ray.receipts import State
 from paris_ray.signatures import SignedDocument
+from paris_ray.zklora.leakage import INPUTS, draw_last_bits, row_seeds
+from paris_ray.zklora.learned import describe_leak
 from paris_ray.zklora.manifest import MANIFEST, AdapterManifest
 from paris_ray.zklora.offer import KEY, SEALED
 from paris_ray.zklora.parties.connection import Peer
@@ -37,11 +38,14 @@ from paris_ray.zklora.parties.messages import (
 from paris_ray.zklora.parties.proving import Proving, evidence, prove_all
 from paris_ray.zklora.parties.results import result
 from paris_ray.zklora.parties.server import Server, serve
+from paris_ray.zklora.parties.toll import Toll
 from paris_ray.zklora.session_records import SessionRecord, SessionState
 from paris_ray.zklora.sessions import SessionJournal
+from paris_ray.zklora.trade import TradeState
 from paris_ray.zklora.transcript import new_nonce
 
 ANSWER_WITHIN_S = 5.0  # until a user who waits for proofs is told how far they are
+SECRET = b"paris_ray zklora secret of last bits\n"
 MAX_NEWS = 1000
 SHORT = 8  # characters of a digest, enough to tell a few sessions apart
 
@@ -142,6 +146,9 @@ class LoRAGateway:
         self._budget = self._journal.budget
         self._budget.add_adapter(manifest.adapter_id, manifest.terms, manifest.budget_rows)
         self._escrow = _connect_escrow(service, signed, manifest, self._identity)
+        # A signature that is never shown is as good as a file that is never lost.
+        self._secret = self._identity.sign(SECRET + bytes.fromhex(manifest.adapter_id))
+        self._toll = Toll(manifest, self._escrow, self._journal)
         self._metrics.update(self._journal, manifest.adapter_id)
 
     def news(self) -> list[str]:
@@ -151,6 +158,11 @@ class LoRAGateway:
     def _say(self, sid: str, user: str, what: str) -> None:
         left = self._budget.fewest_left(self._manifest.adapter_id)
         line = f"session {sid[:SHORT]} of user {user[:SHORT]}: {what}; {left} rows left"
+        logger.info("%s", line)
+        self._news.append(line)
+
+    def _say_what_is_learned(self) -> None:
+        line = describe_leak(self._journal, self._manifest, self._service.folder / INPUTS)
         logger.info("%s", line)
         self._news.append(line)
 
@@ -188,21 +200,29 @@ class LoRAGateway:
         request = CallRequest(**message.fields)
         d_in, _, _ = self._manifest.module(request.module).dimensions
         x = tensors_of(message, {"x": (np.int16, (None, d_in))})["x"]
-        worker = self._workers[request.seq % len(self._workers)]
+        session, seq, module = request.session, request.seq, request.module
+        # Not signed for in vain: the journal refuses what is more than the budget.
+        if len(x) <= self._budget.rows_left(self._manifest.adapter_id, user)[module]:
+            self._toll.collect(session, user, seq, module, len(x), request.owed)
+        seeds = row_seeds(self._secret, module, x)
+        drawn = draw_last_bits(x, seeds)
+        worker = self._workers[seq % len(self._workers)]
         y = self._journal.record_call(
-            request.session,
+            session,
             user,
-            request.seq,
-            request.module,
+            seq,
+            module,
             request.exponent,
-            x,
-            lambda: result(worker.evaluate.remote(request.module, x)),
+            drawn,
+            lambda: result(worker.evaluate.remote(module, drawn)),
         )
-        return Message("answer", tensors={"y": y})
+        self._toll.answered(session, seq, module, len(x))
+        return Message("answer", tensors={"y": y, "seeds": seeds})
 
     def _end(self, user: str, message: Message) -> Message:
         request = EndRequest.read(message)
         self._journal.end(request.session, user, "its user broke it off")
+        self._toll.close(request.session)
         self._say(request.session, user, "broken off")
         return Message("ended")
 
@@ -214,7 +234,11 @@ class LoRAGateway:
         by_contributor = session.signed.by_contributor
         if before.state == SessionState.OPEN:
             rows = sum(by_contributor.document["rows"].values())
-            self._say(session.sid, user, f"closed, with {rows} rows in its log")
+            owed = self._toll.close(session.sid)
+            self._say(
+                session.sid, user, f"closed, with {rows} rows in its log, {owed} credits for them"
+            )
+            threading.Thread(target=self._say_what_is_learned, daemon=True).start()
         return Message("closed", {"statement": by_contributor.to_json()})
 
     def _prove(self, user: str, message: Message) -> Message:
@@ -248,7 +272,7 @@ class LoRAGateway:
         if self._escrow is None or session.state != SessionState.CHALLENGED:
             raise TradeError(f"session {session.sid} is {session.state}: nothing is for sale")
         trade = self._escrow.trade(session.sid)
-        if trade.state is State.PAID:
+        if trade.state is TradeState.PAID:
             key = (self._service.folder / KEY).read_bytes()  # nowhere else in this process
             trade = self._escrow.deposit_key(session.sid, key)
             self._say(session.sid, user, f"key handed to the escrow, trade {trade.state}")

@@ -50,12 +50,16 @@ class OpenRequest(_Fields):
 
 
 class CallRequest(_Fields):
-    """Ask for the update of some rows, the tensor `x`."""
+    """Ask for the update of some rows, the tensor `x`.
+
+    `owed` is the running total that is signed for, if it has grown.
+    """
 
     session: str = DIGEST
     seq: int
     module: str
     exponent: int
+    owed: dict[str, Any] | None = None
 
 
 class CloseRequest(_Fields):

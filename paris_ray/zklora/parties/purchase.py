@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from paris_ray.artifacts import Folder, canonical_json, read_manifest, sha256_hex
-from paris_ray.errors import ArtifactError, TradeError, VerificationError
+from paris_ray.errors import ArtifactError, TradeError
 from paris_ray.identity import Identity, public_key_of
 from paris_ray.models.peft_layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS, LORA
 from paris_ray.receipts import (
@@ -34,11 +34,10 @@ from paris_ray.zklora.parties.escrow import EscrowClient
 from paris_ray.zklora.parties.evidence import Evidence, Progress
 from paris_ray.zklora.parties.messages import ReleaseRequest
 from paris_ray.zklora.sealing import check_opening
+from paris_ray.zklora.trade import BOUGHT, TradeState
 
 RELEASED_WITHIN_S = 120.0
 POLL_S = 0.5
-# States from which the trade can only end without weights.
-FAILED = (State.DISPUTED, State.REFUNDED)
 
 
 class Receipts:
@@ -144,7 +143,7 @@ def complete(
 
     Raises:
         TradeError: as `buy`.
-        VerificationError: if the delivered weights are others; the trade is disputed then.
+        VerificationError: if the delivered weights are not what the escrow has checked.
     """
     sid = evidence.closed.sid
     on_progress(0, 3)
@@ -152,19 +151,14 @@ def complete(
         sealed, key = buy(escrow, contributor, manifest, evidence)
     except TradeError:
         with suppress(TradeError):  # there may be no trade yet
-            if (state := escrow.trade(sid).state) in FAILED:
-                receipts.advance(state)
+            if escrow.trade(sid).state is TradeState.REFUNDED:
+                receipts.advance(State.REFUNDED)
         raise
-    receipts.advance(State.KEY_RELEASED)
+    receipts.advance(State.RELEASED)
     on_progress(1, 3)
-    try:
-        receive(sealed, key, manifest, adapter, receipts)
-    except VerificationError as error:
-        receipts.advance(escrow.dispute(sid, str(error)[:200]).state)
-        raise
+    receive(sealed, key, manifest, adapter, receipts)
     on_progress(2, 3)
-    if escrow.trade(sid).state is State.KEY_RELEASED:  # else its deadline has settled it
-        escrow.opened(sid)
+    escrow.opened(sid)
     receipts.advance(
         State.OPENED, escrow_statement=escrow.statement(sid, manifest.adapter_id).to_json()
     )
@@ -190,19 +184,16 @@ def buy(
     closed = evidence.closed
     sid = closed.sid
     escrow.open_trade(manifest.adapter_id, sid, closed.nonce_u, closed.nonce_c)
-    escrow.close(sid, closed.by_user, closed.by_contributor)
-    escrow.proved(sid, evidence.digest)
-    escrow.verified(sid, evidence.digest)
     escrow.pay(sid)
     _await_key(escrow, contributor, sid)
-    return escrow.sealed(manifest.adapter_id), escrow.key(sid)
+    return escrow.sealed(sid, manifest), escrow.key(sid)
 
 
 def _await_key(escrow: EscrowClient, contributor: Channel, sid: str) -> None:
     deadline = time.monotonic() + RELEASED_WITHIN_S
     contributor.request("release", ReleaseRequest(session=sid).model_dump())
-    while (trade := escrow.trade(sid)).state not in (State.KEY_RELEASED, State.SETTLED):
-        if trade.state in FAILED:
+    while (trade := escrow.trade(sid)).state not in BOUGHT:
+        if trade.state is TradeState.REFUNDED:
             raise TradeError(f"trade {sid} is {trade.state}: {trade.reason}")
         if time.monotonic() > deadline:
             raise TradeError(

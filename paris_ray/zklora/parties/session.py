@@ -7,6 +7,9 @@ with Channel(identity, address, manifest.contributor_certificate) as channel:
     evidence = session.verify()
 """
 
+from collections import Counter
+from typing import Any
+
 import numpy as np
 
 from paris_ray.artifacts import canonical_json
@@ -14,8 +17,10 @@ from paris_ray.errors import ProtocolError, VerificationError
 from paris_ray.identity import Identity
 from paris_ray.signatures import SignedDocument
 from paris_ray.zklora.fixed_point import Int16, Int64
+from paris_ray.zklora.leakage import SEED_BYTES, draw_last_bits
 from paris_ray.zklora.manifest import AdapterManifest
 from paris_ray.zklora.parties.channel import Channel
+from paris_ray.zklora.parties.escrow import EscrowClient
 from paris_ray.zklora.parties.evidence import (
     ClosedSession,
     Evidence,
@@ -27,10 +32,12 @@ from paris_ray.zklora.parties.messages import (
     CallRequest,
     CloseRequest,
     EndRequest,
+    Form,
     OpenRequest,
     tensors_of,
 )
 from paris_ray.zklora.proof import verify_named
+from paris_ray.zklora.trade import sign_rows
 from paris_ray.zklora.transcript import (
     CLOSE,
     Call,
@@ -70,9 +77,21 @@ class Session:
         check_names("rows_left", list(self.rows_left), manifest)
         self.sid = manifest.session_id(self.nonce_u, self.nonce_c)
         self.transcript = Transcript()
+        self._rows, self._signed = Counter[str](), 0
+
+    def deposit(self, escrow: EscrowClient, rows: int) -> None:
+        """Have a deposit locked that covers so many rows of every module, at the manifest's price.
+
+        Raises:
+            TradeError: if it is more than the balance, or the budget.
+        """
+        escrow.open_trade(self._manifest.adapter_id, self.sid, self.nonce_u, self.nonce_c, rows)
 
     def evaluate(self, module: str, x: Int16, exponent: int) -> Int64:
-        """Return the exact update of some rows, which become part of the transcript.
+        """Return the exact update of some rows, after signing for them if they have a price.
+
+        The last bit of every entry is drawn by the contributor; the rows as they were answered
+        become part of the transcript.
 
         Args:
             module: Its name.
@@ -84,15 +103,33 @@ class Session:
 
         Raises:
             BudgetError: if fewer rows are left, over all users.
+            TradeError: if the deposit does not cover them.
             ProtocolError: if the answer has another shape or dtype.
         """
         seq = len(self.transcript.calls)
-        request = CallRequest(session=self.sid, seq=seq, module=module, exponent=exponent)
+        owed = self._sign_for(module, len(x))
+        request = CallRequest(
+            session=self.sid, seq=seq, module=module, exponent=exponent, owed=owed
+        )
         answer = self._channel.request("call", request.model_dump(), {"x": x})
         _, _, d_out = self._manifest.module(module).dimensions
-        y = tensors_of(answer, {"y": (np.int64, (len(x), d_out))})["y"]
-        self.transcript.append(Call(seq, module, exponent, x, y))
+        forms: dict[str, Form] = {
+            "y": (np.int64, (len(x), d_out)),
+            "seeds": (np.uint8, (len(x), SEED_BYTES)),
+        }
+        tensors = tensors_of(answer, forms)
+        y, drawn = tensors["y"], draw_last_bits(x, tensors["seeds"])
+        self.transcript.append(Call(seq, module, exponent, drawn, y))
+        self._rows[module] += len(x)
         return y
+
+    def _sign_for(self, module: str, rows: int) -> dict[str, Any] | None:
+        """Return a signed running total, if rows have a price and these are not covered yet."""
+        needed = self._rows[module] + rows
+        if not self._manifest.price_per_row or needed <= self._signed:
+            return None
+        self._signed = needed
+        return sign_rows(self._identity, self._manifest.adapter_id, self.sid, needed).to_json()
 
     def close(self) -> ClosedSession:
         """Sign the log, and have the contributor sign it.

@@ -22,13 +22,15 @@ from paris_ray.zklora.inference import NumericsLog, adapt, count_rows
 from paris_ray.zklora.manifest import AdapterManifest
 from paris_ray.zklora.offer import base_of_expert
 from paris_ray.zklora.parties.channel import Channel
+from paris_ray.zklora.parties.escrow import EscrowClient
 from paris_ray.zklora.parties.evidence import ClosedSession, Evidence, Progress
 from paris_ray.zklora.parties.results import result
 from paris_ray.zklora.parties.session import Session
 from paris_ray.zklora.proof import Claim, proof_equation
+from paris_ray.zklora.sequential import Wanted
 
 MODULES_AT_ONCE = 8
-SEED = 0  # of the noise: both runs see the same
+SEED = 0  # of the first picture's noise: both runs see the same
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -108,33 +110,51 @@ class BaseUser:
         captions: Sequence[str],
         levels: Sequence[float],
         nonce: str,
+        wanted: Wanted | None,
+        escrow: tuple[str, int] | None,
     ) -> TrialResult:
         """Return the losses at fixed noise levels with and without the adapter.
+
+        A picture after the other is tried, until it is clear whether the adapter is worth it.
 
         Args:
             pictures: `(n, S, S, 3)`.
             captions: One a picture.
             levels: Noise levels in [0, 1].
             nonce: Names the session: with the same one, an interrupted trial goes on.
+            wanted: What decides; None: all pictures are tried.
+            escrow: Host and port; None: rows are free.
 
         Raises:
             BudgetError: if the contributor has fewer rows left than this takes.
+            TradeError: if the deposit for all of it is not covered.
             ParisError: if the contributor refuses or says what does not fit.
         """
         latents = self._bundle.codec.encode(pictures)
         text, expert = self._bundle.encode_text(captions), self._expert()
-        numerics = NumericsLog()
-        with Channel(self._identity, self._peer, self._manifest.contributor_certificate) as channel:
-            session = Session(channel, self._identity, self._manifest, nonce)
-            self._session = session
-            view = adapt(
-                expert, self._manifest.terms, self._manifest.scale, session.evaluate, numerics
-            )
-            with_adapter = denoising_losses(view, latents, text, levels, seed=SEED)
+        manifest, numerics = self._manifest, NumericsLog()
+        losses: tuple[list[Tensor], list[Tensor]] = [], []
+        with Channel(self._identity, self._peer, manifest.contributor_certificate) as channel:
+            session = self._session = Session(channel, self._identity, manifest, nonce)
+            if escrow is not None and manifest.price_per_row:
+                self._deposit(session, escrow, len(pictures) * len(levels) * self.rows_a_pair())
+            view = adapt(expert, manifest.terms, manifest.scale, session.evaluate, numerics)
+            for i in range(len(pictures)):
+                picture = latents[i : i + 1], text.rows(slice(i, i + 1)), levels
+                for model, found in zip((expert, view), losses, strict=True):
+                    found.append(denoising_losses(model, *picture, seed=SEED + i))
+                without, with_adapter = (torch.cat(found, 1).numpy() for found in losses)
+                if wanted is not None and wanted.verdict(without, with_adapter).is_clear:
+                    break
             closed = session.close()
-        without = denoising_losses(expert, latents, text, levels, seed=SEED)
         num_bytes = channel.traffic.bytes_sent + channel.traffic.bytes_received
-        return TrialResult(closed, without.numpy(), with_adapter.numpy(), numerics, num_bytes)
+        return TrialResult(closed, without, with_adapter, numerics, num_bytes)
+
+    def _deposit(self, session: Session, escrow: tuple[str, int], rows: int) -> None:
+        certificate = self._manifest.escrow_certificate
+        assert certificate is not None
+        with EscrowClient(self._identity, escrow, certificate) as client:
+            session.deposit(client, rows)
 
     def _expert(self) -> Expert:
         return self._bundle.expert(check_base(self._bundle, self._manifest))

@@ -1,0 +1,204 @@
+"""What bench_zklora.py prints of leaks: errors of thieves, their shares, and a buyer's decision."""
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from paris_ray.zklora.fixed_point import QuantisedModule, evaluate, quantise, quantise_rows
+from paris_ray.zklora.leakage import Span, assumed_inputs, chosen_rows, predicted_error
+
+GOALS_HEAD = (["", "goal", "measured", ""], ["---"] * 4)
+
+
+def goal(what: str, value: float, most: float, unit: str) -> list[str]:
+    """Return a line of a table of goals: a value that may be so much at most."""
+    verdict = "met" if value <= most else "**missed**"
+    return [what, f"<= {most:g} {unit}", f"{value:.3g} {unit}", verdict]
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Return rows as Markdown."""
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def random_module(d_in: int, r: int, d_out: int, random: np.random.Generator) -> QuantisedModule:
+    """Return a module with normal weights."""
+    return quantise(random.standard_normal((d_in, r)), random.standard_normal((r, d_out)))
+
+
+LEAKAGE_ROWS = (4, 16, 64, 144, 256, 576)
+POWERS = (0.0, 0.5, 1.0)
+NUM_SESSIONS = 20
+METER_GOAL = 10.0  # per cent
+
+
+def bench_leakage(options: Any) -> str:
+    """Return how well thieves predict a module after some rows, beside what the meter says."""
+    (d_in, r, d_out), counts = (1152, 16, 1152), LEAKAGE_ROWS
+    if options.quick:
+        (d_in, r, d_out), counts = (64, 4, 64), (4, 8)
+    random = np.random.default_rng(0)
+    module = random_module(d_in, r, d_out, random)
+    rows = [["rows seen", *map(str, counts)], ["---"] * (len(counts) + 1)]
+    for power in POWERS:
+        for chooses, how in ((False, "as they come"), (True, "chosen")):
+            errors = [_errors(module, count, power, chooses, 0) for count in counts]
+            cells = [f"{predicted:.2g} / {real:.2g}" for predicted, real in errors]
+            rows.append([f"i^-{power:g}, {how}", *cells])
+    worst = 0.0
+    for session in range(NUM_SESSIONS):
+        small = random_module(int(random.integers(32, 257)), 8, 64, random)
+        count, power = int(random.integers(1, small.d_in // 2)), float(random.choice(POWERS))
+        for chooses in (False, True):
+            predicted, real = _errors(small, count, power, chooses, session + 1)
+            worst = max(worst, 100 * abs(predicted / real - 1))
+    verdict = goal(f"largest difference in {NUM_SESSIONS} random sessions", worst, METER_GOAL, "%")
+    return f"{table(rows)}\n\n{table([*GOALS_HEAD, verdict])}"
+
+
+def _errors(
+    module: QuantisedModule, count: int, power: float, chooses: bool, seed: int
+) -> tuple[float, float]:
+    """Return the predicted error of a thief, and that of one who solves by least squares."""
+    random = np.random.default_rng(seed)
+    known, fresh, asked = (
+        assumed_inputs(module.d_in, n, power, random) for n in (2048, 1024, count)
+    )
+    x = chosen_rows(known, count) if chooses else quantise_rows(asked)[0]
+    answers = evaluate(module, x).astype(np.float64)
+    guess = np.linalg.lstsq(x.astype(np.float64), answers, rcond=None)[0]
+    truth = fresh @ module.a.astype(np.float64) @ module.b.astype(np.float64)
+    real = float(np.linalg.norm(fresh @ guess - truth) / np.linalg.norm(truth))
+    return predicted_error(Span.of(module.d_in, [x]), known, module), real
+
+
+SHARE_ROWS = (1, 2, 4, 8, 16, 32, 64)
+SHARE_GOAL = 25.0  # per cent
+SHARE_LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)
+
+
+def bench_share(options: Any) -> str:
+    """Return what part of the demo's adapter thieves have, by the rows that they saw."""
+    if (found := _demo(options)) is None:
+        return f"not measured: {options.demo} has no adapter, `make demo-zklora` makes one"
+    from paris_ray.zklora.manifest import default_budget
+    from paris_ray.zklora.share import Worth
+
+    expert, modules, scale, latents, text = found
+    worth = Worth(expert, modules, scale, latents, text, SHARE_LEVELS)
+    counts = SHARE_ROWS[: 2 if options.quick else None]
+    thieves = {
+        chooses: [worth.thief(count, chooses=chooses) for count in counts]
+        for chooses in (False, True)
+    }
+    rows = [["rows seen", *map(str, counts)], ["---"] * (len(counts) + 1)]
+    for chooses, how in ((False, "as they come"), (True, "chosen")):
+        rows.append([f"share, {how}", *(f"{100 * t.share:.0f} %" for t in thieves[chooses])])
+        rows.append([f"relative error, {how}", *(f"{t.error:.2f}" for t in thieves[chooses])])
+    budget = default_budget([module.d_in for module in modules.values()])
+    shares = [100 * worth.thief(budget, chooses=chooses).share for chooses in (False, True)]
+    goals = [
+        goal(f"share at the default budget of {budget}, {how}", share, SHARE_GOAL, "%")
+        for how, share in zip(("as they come", "chosen"), shares, strict=True)
+    ]
+    width = max(module.d_in for module in modules.values())
+    head = f"{len(modules)} modules up to {width} wide; loss lowered by {worth.gain:.3g}:"
+    return f"{head}\n\n{table(rows)}\n\n{table([*GOALS_HEAD, *goals])}"
+
+
+def _demo(options: Any) -> Any:
+    """Return expert, integers, scale, and the held-out pictures of the demo; None: not made."""
+    from paris_ray.bundle import load_bundle
+    from paris_ray.zklora.adapter import quantise_adapter, read_peft
+    from paris_ray.zklora.parties.examples import read_pictures
+
+    folder, location = options.demo, options.bundle
+    if not (folder / "night" / "adapter_model.safetensors").exists():
+        return None
+    subject = json.loads((folder / "subject.json").read_text())
+    bundle, adapter = load_bundle(location), read_peft(folder / "night")
+    pictures, captions = read_pictures(str(folder / "pictures" / "held_out"), location)
+    return (
+        bundle.expert(subject["expert"]),
+        quantise_adapter(adapter),
+        adapter.config.scale,
+        bundle.codec.encode(pictures),
+        bundle.encode_text(captions),
+    )
+
+
+NUM_NOISES = 32  # of every held-out picture: pairs to draw trials from
+NUM_TRIALS = 2000
+TODAY = 8  # pairs of the fixed test: four pictures at two levels
+DECISION_LEVELS = (0.3, 0.7)
+ROWS_GOAL = 50.0  # per cent
+
+
+def bench_decision(options: Any) -> str:
+    """Return how many pairs of losses a buyer needs, and how often it errs."""
+    if (found := _demo(options)) is None:
+        return f"not measured: {options.demo} has no adapter, `make demo-zklora` makes one"
+    from paris_ray.evaluation.denoising import denoising_losses
+    from paris_ray.zklora.inference import adapt
+    from paris_ray.zklora.sequential import ERROR_RATE, MIN_GAIN
+
+    expert, modules, scale, latents, text = found
+    view = adapt(expert, modules, scale, lambda name, x, _: evaluate(modules[name], x))
+    noises = 2 if options.quick else NUM_NOISES
+    losses = [
+        [
+            denoising_losses(model, latents, text, DECISION_LEVELS, seed=seed).T.flatten().numpy()
+            for seed in range(noises)
+        ]
+        for model in (expert, view)
+    ]
+    without, with_adapter = (np.concatenate(part).astype(np.float64) for part in losses)
+    gains = np.log(without / with_adapter)
+    rows = [["true gain", "fixed test: wrong", "sequential: wrong", "undecided", "mean pairs"]]
+    rows.append(["---"] * 5)
+    used = {}
+    # The adapter itself, and adapters with as much noise that gain less, nothing, or just enough.
+    enough = -np.log1p(-MIN_GAIN)
+    for what, mean in (
+        (f"{100 * -np.expm1(-gains.mean()):.0f} %, the demo's", gains.mean()),
+        (f"{100 * MIN_GAIN:.0f} %, just enough", enough),
+        ("0 %", 0.0),
+        ("-20 %", np.log(1 / 1.2)),
+    ):
+        fixed, wrong, undecided, pairs = _trials(gains - gains.mean() + mean, mean < enough)
+        used[what] = pairs
+        cells = [f"{100 * part:.1f} %" for part in (fixed, wrong, undecided)]
+        rows.append([what, *cells, f"{pairs:.1f}"])
+    share = 100 * next(iter(used.values())) / TODAY
+    verdict = goal(f"pairs for the demo's, of the {TODAY} of before", share, ROWS_GOAL, "%")
+    head = f"Stated error rate {100 * ERROR_RATE:g} %, wanted gain {100 * MIN_GAIN:g} %:"
+    return f"{head}\n\n{table(rows)}\n\n{table([*GOALS_HEAD, verdict])}"
+
+
+def _trials(gains: Any, worse: bool) -> tuple[float, float, float, float]:
+    """Return how often a fixed and the sequential test err, and what the latter needs.
+
+    Both see pairs drawn from these log ratios, at most TODAY of them. The fixed test goes by the
+    sign of the mean.
+
+    Returns:
+        Rate of errors of the fixed test, of the sequential one, of no decision, and mean pairs.
+    """
+    from paris_ray.zklora.sequential import MIN_GAIN, Verdict, Wanted
+
+    random = np.random.default_rng(0)
+    wrong = Verdict.WORTH if worse else Verdict.NOT_WORTH
+    fixed = errors = undecided = pairs = 0
+    for _ in range(NUM_TRIALS):
+        drawn = random.choice(gains, TODAY)
+        fixed += (drawn.mean() > -np.log1p(-MIN_GAIN)) == worse
+        for n in range(2, TODAY + 1):
+            verdict = Wanted().verdict(np.exp(drawn[:n]), np.ones(n))
+            if verdict is not Verdict.UNDECIDED:
+                break
+        pairs += n
+        errors += verdict is wrong
+        undecided += verdict is Verdict.UNDECIDED
+    return fixed / NUM_TRIALS, errors / NUM_TRIALS, undecided / NUM_TRIALS, pairs / NUM_TRIALS

@@ -15,7 +15,7 @@ from paris_ray.config.encoders import CodecConfig
 from paris_ray.config.evaluation import QUALITIES, EvaluationConfig, SamplingConfig
 from paris_ray.config.filter_checks import refused_filters
 from paris_ray.config.filters import SCORES
-from paris_ray.config.fleet import FleetConfig
+from paris_ray.config.fleet_checks import refused_fleet
 from paris_ray.config.lora import LoRARun
 from paris_ray.config.models import (
     MAX_EXPERTS,
@@ -389,15 +389,9 @@ def _check_sampling(sampling: SamplingConfig) -> None:
     _require(temperature >= 0, "sampling.router_temperature", temperature, allowed)
 
 
-def _check_fleet(fleet: FleetConfig) -> None:
-    _require(fleet.num_images >= 1, "fleet.num_images", fleet.num_images, "at least 1")
-    for i, gpu in enumerate(fleet.gpus):
-        for key in ("count", "memory_gb", "peak_tflops"):
-            value = getattr(gpu, key)
-            _require(value > 0, f"fleet.gpus[{i}].{key}", value, "> 0")
-        _require(0 < gpu.mfu <= 1, f"fleet.gpus[{i}].mfu", gpu.mfu, "0 < x <= 1")
-        price = gpu.dollars_per_hour
-        _require(price >= 0, f"fleet.gpus[{i}].dollars_per_hour", price, "at least 0")
+def _check_fleet(config: Config) -> None:
+    for name, value, allowed in refused_fleet(config.fleet, config.cluster.num_clusters):
+        _require(False, f"fleet.{name}", value, allowed)
 
 
 def check(config: Config) -> None:
@@ -427,7 +421,7 @@ def check(config: Config) -> None:
     _check_clip(config)
     _check_evaluation(config.evaluation)
     _check_sampling(config.sampling)
-    _check_fleet(config.fleet)
+    _check_fleet(config)
 
 
 def check_lora_run(run: LoRARun) -> None:

@@ -1,6 +1,6 @@
 """A plan as text."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import fields, replace
 
 from paris_ray.planning.memory import Memory
@@ -24,7 +24,7 @@ def render(plan: Plan) -> str:
         _memory(groups),
         _gpus(plan, groups),
         _disk(plan, groups),
-        _fleet(plan.schedule),
+        _fleet(plan),
         NOT_PLANNED,
     ]
     return "\n\n".join(section for section in sections if section)
@@ -86,13 +86,19 @@ def _memory(groups: Sequence[tuple[str, TrainingPlan]]) -> str:
 
 
 def _gpus(plan: Plan, groups: Iterable[tuple[str, TrainingPlan]]) -> str:
-    """Say what fits where; a tenth of a GPU's memory is kept free."""
+    """Say what fits where, and why not; a tenth of a GPU's memory is kept free."""
     lines = []
     for i, gpu in enumerate(plan.gpus):
         lines.append(f"{gpu.count} x {gpu.name}, {gpu.memory_gb:g} GB")
         for name, training in groups:
-            fit = training.fits[i]
-            verdict = "fits" if fit.fits else f"does not fit; would with {fit.advice}"
+            fit, duration = training.fits[i], training.durations[i]
+            verdict = f"fits, in {fit.precision}"
+            if not fit.fits:
+                needs = f"needs {_scaled(fit.num_bytes, 'B')} in {fit.precision}"
+                verdict = f"does not fit: {needs}; would with {fit.advice}"
+            elif duration.days is None:
+                verdict = f"never ends: a preemption costs {duration.lost:.3f} days, and "
+                verdict += f"{duration.preemption_rate:g} come a day; checkpoint_every may be less"
             lines.append(f"  {name}: {verdict}")
     return "\n".join(lines)
 
@@ -110,17 +116,28 @@ def _disk(plan: Plan, groups: Iterable[tuple[str, TrainingPlan]]) -> str:
     return f"{_table(row)}\n\n{_table(run)}"
 
 
-def _fleet(schedule: Schedule | None) -> str:
+def _fleet(plan: Plan) -> str:
+    schedule = plan.schedule
     if schedule is None:
         return "Days: unknown, dollars: unknown (fleet.gpus names no GPU)"
-    rows = [["Fleet", "GPU", "from day", "to day", "days", "dollars"]]
+    head = ["Fleet", "GPU", "precision", "from day", "to day", "days", "preemptions", "dollars"]
+    rows = [[*head, "kWh"]]
     for job in schedule.assignments:
-        times = [f"{value:,.2f}" for value in (job.start, job.end, job.days)]
-        rows.append([job.name, job.gpu, *times, f"{job.dollars:,.0f}"])
+        times = [f"{value:,.2f}" for value in (job.start, job.end, job.days, job.preemptions)]
+        costs = [f"{job.dollars:,.0f}", _number(job.kwh)]
+        rows.append([job.name, job.gpu, job.precision, *times, *costs])
     rows += [[name, "none fits"] for name in schedule.unplaced]
-    total = [_number(schedule.days, 2), _number(schedule.gpu_days, 2), _number(schedule.dollars)]
-    rows.append(["in all", "", "", *total])
-    return _table(rows)
+    days = [_number(schedule.days, 2), _number(schedule.gpu_days, 2), ""]
+    rows.append(["in all", "", "", "", *days, _number(schedule.dollars), _number(schedule.kwh)])
+    return "\n\n".join([_table(rows), *_deadline(plan.deadline_days, schedule)])
+
+
+def _deadline(deadline: float | None, schedule: Schedule) -> Iterator[str]:
+    if deadline is None or schedule.days is None:
+        return
+    kept = schedule.days <= deadline
+    told = "the cheapest found that keeps it" if kept else "missed; this is the earliest found"
+    yield f"Deadline: {deadline:g} days, {told}."
 
 
 def _number(value: float | None, digits: int = 0) -> str:

@@ -19,10 +19,11 @@ from paris_ray.config import (
     packaged_configs,
     with_absolute_paths,
 )
-from paris_ray.errors import ArtifactError, ConfigError, ParisError
+from paris_ray.errors import ArtifactError, ConfigError, ParisError, SpendingCapError
 from paris_ray.storage import disk_is_full, is_uri, reach
 
 EXIT_USER_ERROR = 2
+EXIT_CAP_REACHED = 3  # of what a training may spend: it is saved, and may go on
 RAY_DATA_ADDS = "\nFailed to apply UDF"
 # Ray's job manager sets this for the drivers that it starts.
 SUBMITTED_JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
@@ -83,7 +84,7 @@ def reported() -> Iterator[None]:
     """End the process with one line for an error that the user can mend; others pass.
 
     Raises:
-        SystemExit: with `EXIT_USER_ERROR`.
+        SystemExit: with the code that `fail` returns.
     """
     try:
         yield
@@ -118,6 +119,9 @@ def mendable(error: BaseException) -> ParisError | None:
 
 def fail(error: ParisError) -> int:
     """Print an error that the user can mend; return the exit code."""
+    if isinstance(error, SpendingCapError):
+        print(f"stopped: {error}", file=sys.stderr, flush=True)
+        return EXIT_CAP_REACHED
     print(f"error: {error}", file=sys.stderr, flush=True)
     return EXIT_USER_ERROR
 

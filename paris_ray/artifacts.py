@@ -42,6 +42,7 @@ _COPY = "copy"  # of a file of a store, in a folder of its own on this machine
 RESOLVED_CONFIG = "resolved_config.yaml"
 TIMINGS = "timings.jsonl"
 PROGRESS = "progress.json"
+SPENT = "spent.json"  # seconds that a training has taken, over all of its processes
 # These describe the run (where, how fast, how often logged), not the result: digests ignore them.
 CHECKPOINT = "checkpoint.safetensors"
 METRICS = "metrics.jsonl"
@@ -56,6 +57,7 @@ UNHASHED = frozenset(
         RESOLVED_CONFIG,
         TIMINGS,
         PROGRESS,
+        SPENT,
         CHECKPOINT,
         METRICS,
         EVENTS,

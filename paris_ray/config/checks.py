@@ -45,7 +45,7 @@ def _check_training(name: str, training: TrainingConfig, corpus: CorpusConfig) -
     for key in (*counts, "validate_every", "threads"):
         value = getattr(training, key)
         _require(value >= 1, f"{name}.{key}", value, "at least 1")
-    for key in ("epochs", "sample_every"):
+    for key in ("epochs", "sample_every", "max_hours", "max_dollars"):
         value = getattr(training, key)
         _require(value is None or value > 0, f"{name}.{key}", value, "> 0, or null")
     parts, allowed = training.accumulation_steps, f"a divisor of batch_size={training.batch_size}"
@@ -62,6 +62,9 @@ def _check_training(name: str, training: TrainingConfig, corpus: CorpusConfig) -
     for key in (*least_zero, "num_cpus", "num_gpus", "max_retries"):
         value = getattr(training, key)
         _require(0 <= value < math.inf, f"{name}.{key}", value, "at least 0")
+    price, allowed = training.dollars_per_hour, f"at least 0; {name}.max_dollars needs one"
+    priced = training.max_dollars is None if price is None else 0 <= price < math.inf
+    _require(priced, f"{name}.dollars_per_hour", price, allowed)
     betas = training.betas
     _require(all(0 <= beta < 1 for beta in betas), f"{name}.betas", betas, "0 <= x < 1")
     weights, count = training.caption_weights, corpus.captions_per_row

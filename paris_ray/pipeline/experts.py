@@ -20,7 +20,7 @@ from paris_ray.artifacts import METRICS, SAMPLES, Folder, VerifiedFolder, read_m
 from paris_ray.bundle import load_expert
 from paris_ray.config import Config, expert_setup
 from paris_ray.devices import resolve_device
-from paris_ray.errors import TrainingError
+from paris_ray.errors import SpendingCapError, TrainingError
 from paris_ray.models import Expert
 from paris_ray.pipeline.placement import on_reserved_device, placed
 from paris_ray.pipeline.progress import ProgressFile, Task, watch
@@ -50,6 +50,7 @@ def train_experts(config: Config, only: Sequence[int] | None = None) -> None:
 
     Raises:
         TrainingError: naming the experts that failed, after all others are done.
+        SpendingCapError: if none failed, but some reached a cap of theirs.
         ArtifactError: if prepare, or the seed where there is one, has not finished.
         ConfigError: if an expert's setup or place is not allowed.
         LockError: if another job trains one of them.
@@ -63,12 +64,17 @@ def train_experts(config: Config, only: Sequence[int] | None = None) -> None:
             locks.enter_context(stage.locked())
         failed = _train(run, setups, stages)
     if failed:
-        reasons = "; ".join(failed)
-        raise TrainingError(f"{len(failed)} of {len(chosen)} experts failed: {reasons}")
+        capped = all(isinstance(error, SpendingCapError) for error in failed.values())
+        became = "reached a cap of theirs" if capped else "failed"
+        reasons = "; ".join(f"{name}: {error}" for name, error in failed.items())
+        told = f"{len(failed)} of {len(chosen)} experts {became}: {reasons}"
+        raise SpendingCapError(told) if capped else TrainingError(told)
 
 
-def _train(run: Run, setups: Mapping[int, Config], stages: Mapping[int, Stage]) -> list[str]:
-    """Train the experts that are not finished; return what became of those that failed."""
+def _train(
+    run: Run, setups: Mapping[int, Config], stages: Mapping[int, Stage]
+) -> dict[str, Exception]:
+    """Train the experts that are not finished; return the errors of those that failed, by name."""
     todo = [k for k, stage in stages.items() if stage.finished() is None]
     places = {k: placed(train_one_expert, f"expert-{k}", setups[k].training) for k in todo}
     tasks = {
@@ -80,7 +86,7 @@ def _train(run: Run, setups: Mapping[int, Config], stages: Mapping[int, Stage]) 
         for stage in stages.values():
             stage.check()
 
-    failed = []
+    failed = {}
     with closing(watch(tasks, check)) as watched:
         for name, error in watched:
             if error is None:
@@ -88,7 +94,7 @@ def _train(run: Run, setups: Mapping[int, Config], stages: Mapping[int, Stage]) 
                 stages[report["expert"]].publish(report)
                 logger.info("%s: %s", name, describe(report["bytes"]))
             else:
-                failed.append(f"{name}: {error}")
+                failed[name] = error
     return failed
 
 

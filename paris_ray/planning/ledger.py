@@ -3,7 +3,15 @@
 from collections import Counter
 from collections.abc import Mapping
 
-from paris_ray.artifacts import CHECKPOINT, METRICS, PROGRESS, SAMPLES, TIMINGS, absolute_uri
+from paris_ray.artifacts import (
+    CHECKPOINT,
+    METRICS,
+    PROGRESS,
+    SAMPLES,
+    SPENT,
+    TIMINGS,
+    absolute_uri,
+)
 from paris_ray.run import EXPERT_WEIGHTS, MODEL_CONFIG, Run
 from paris_ray.traffic import Traffic
 
@@ -16,6 +24,7 @@ _OWN = {
     METRICS: "metrics",
     TIMINGS: "metrics",
     PROGRESS: "metrics",
+    SPENT: "metrics",
     "tensorboard": "metrics",
     SAMPLES: "pictures",
     "samples.png": "pictures",

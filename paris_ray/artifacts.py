@@ -50,6 +50,7 @@ EVENTS = "events.out.tfevents"  # a name that TensorBoard looks for
 SAMPLES = "samples"  # a folder of pictures drawn on the way
 IN_PROGRESS = "in_progress.json"
 LOCKS = "locks"  # a folder with who is writing what
+LEDGER = "ledger"  # a folder with what making each artefact took
 REPORT = "report.html"  # a page for people; may tell how long things took
 UNHASHED = frozenset(
     {
@@ -64,6 +65,7 @@ UNHASHED = frozenset(
         SAMPLES,
         IN_PROGRESS,
         LOCKS,
+        LEDGER,
         REPORT,
     }
 )
@@ -298,12 +300,17 @@ class Folder:
 
     def files(self) -> list[str]:
         """Return the relative names of all finished files below the folder, sorted."""
+        return sorted(self.sizes())
+
+    def sizes(self) -> dict[str, int]:
+        """Return the bytes of every finished file below the folder, by its relative name."""
         if not self.exists():
-            return []
+            return {}
         with self._told("", "listed"):
             infos = self._listed()
-        names = [os.path.relpath(i.path, self._path) for i in infos if i.type == fs.FileType.File]
-        return sorted(name for name in names if ".tmp-" not in name)
+        files = (info for info in infos if info.type == fs.FileType.File)
+        named = {os.path.relpath(info.path, self._path): info.size for info in files}
+        return {name: size for name, size in named.items() if ".tmp-" not in name}
 
     def _listed(self) -> list[fs.FileInfo]:
         selector = fs.FileSelector(self._path, recursive=True)

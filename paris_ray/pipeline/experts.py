@@ -22,16 +22,18 @@ from paris_ray.config import Config, expert_setup
 from paris_ray.devices import resolve_device
 from paris_ray.errors import SpendingCapError, TrainingError
 from paris_ray.models import Expert
+from paris_ray.models.flops import text_length
 from paris_ray.pipeline.placement import on_reserved_device, placed
 from paris_ray.pipeline.progress import ProgressFile, Task, watch
 from paris_ray.pipeline.samples import SampleGrid
 from paris_ray.pipeline.stage import Stage, start_parent
-from paris_ray.planning.ledger import bytes_by_category, describe
+from paris_ray.planning.ledger import Taken, bytes_by_category, describe, taken_by_training
 from paris_ray.run import EXPERT, EXPERT_WEIGHTS, SEED, SHARD, Run
 from paris_ray.seeding import derive_seed
 from paris_ray.traffic import recorded
 from paris_ray.training.expert import ExpertData, train_expert
 from paris_ray.training.isolation import isolated
+from paris_ray.training.spending import seconds_spent
 
 logger = logging.getLogger("paris_ray")
 
@@ -90,8 +92,8 @@ def _train(
     with closing(watch(tasks, check)) as watched:
         for name, error in watched:
             if error is None:
-                report = ray.get(tasks[name].result)
-                stages[report["expert"]].publish(report)
+                report, taken = ray.get(tasks[name].result)
+                stages[report["expert"]].publish(report, taken=taken)
                 logger.info("%s: %s", name, describe(report["bytes"]))
             else:
                 failed[name] = error
@@ -138,20 +140,19 @@ def _expert_data(run: Run, expert: int) -> ExpertData:
 
 
 @ray.remote
-def train_one_expert(setup: Config, expert: int) -> dict[str, Any]:
+def train_one_expert(setup: Config, expert: int) -> tuple[dict[str, Any], Taken]:
     """Train one expert on its shard and draw sample grids; return a small report."""
     run = Run(setup)
-    with recorded() as traffic:
-        report = train_and_draw(
-            setup,
-            _expert_data(run, expert),
-            name=f"expert-{expert}",
-            seed=derive_seed(setup.seed, "expert", expert),
-            output=run.expert(expert),
-        )
+    report, taken = train_and_draw(
+        setup,
+        _expert_data(run, expert),
+        name=f"expert-{expert}",
+        seed=derive_seed(setup.seed, "expert", expert),
+        output=run.expert(expert),
+        expert=expert,
+    )
     rows = read_manifest(run.shard(expert), SHARD).facts["rows"]
-    moved = bytes_by_category(traffic, run, expert, setup.training.init_from)
-    return {"expert": expert, "rows": rows, "bytes": moved, **report}
+    return {"expert": expert, "rows": rows, "bytes": taken.bytes, **report}, taken
 
 
 def train_and_draw(
@@ -162,8 +163,12 @@ def train_and_draw(
     seed: int,
     output: Folder,
     train: Callable[..., None] = train_expert,
-) -> dict[str, Any]:
-    """Train an expert in this process and draw sample grids; return its last metrics.
+    expert: int | None = None,
+) -> tuple[dict[str, Any], Taken]:
+    """Train an expert in this process and draw sample grids.
+
+    Returns:
+        Its last metrics, and what it took.
 
     Args:
         setup: Its configuration.
@@ -172,17 +177,19 @@ def train_and_draw(
         seed: Decides weights, order, noise and the grids.
         output: Its own folder.
         train: `train_expert`, or what is called in its place.
+        expert: Its number; None: it is trained on all clusters.
 
     Raises:
         TrainingError: as `train_expert`, and if it asks for a collective.
     """
-    encoders = Run(setup).encoders
+    run = Run(setup)
+    encoders = run.encoders
     grid = cache(partial(SampleGrid, setup, data.shards[0], encoders, seed))  # when data is checked
 
     def draw_samples(average: Expert, step: int) -> None:
         output.write(f"{SAMPLES}/step-{step:06d}.png", grid().draw(average))
 
-    with isolated(name):
+    with isolated(name), recorded() as traffic:
         train(
             setup.expert,
             setup.training,
@@ -193,7 +200,16 @@ def train_and_draw(
             text_encoder=encoders,
             draw_samples=draw_samples,
         )
-    trained = load_expert(VerifiedFolder(output, None)).to(resolve_device(setup.training.device))
-    output.write("samples.png", grid().draw(trained))
+        device = resolve_device(setup.training.device)
+        trained = load_expert(VerifiedFolder(output, None)).to(device)
+        output.write("samples.png", grid().draw(trained))
     metrics: dict[str, Any] = json.loads(output.read(METRICS).splitlines()[-1])
-    return metrics
+    taken = taken_by_training(
+        setup.expert,
+        setup.training,
+        text_length=text_length(setup),
+        samples=metrics["samples_seen"],
+        seconds=seconds_spent(output),
+        moved=bytes_by_category(traffic, run, output, setup.training.init_from, expert=expert),
+    )
+    return metrics, taken

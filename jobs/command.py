@@ -54,8 +54,8 @@ def run_job(description: str, verb: str) -> None:
             run(config, verb)
 
 
-def parser(description: str) -> argparse.ArgumentParser:
-    """Return the argument parser that all jobs share."""
+def parser(description: str, *, dry_run: bool = True) -> argparse.ArgumentParser:
+    """Return the argument parser that all jobs share; `--dry-run` is for those that start much."""
     result = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -64,11 +64,12 @@ def parser(description: str) -> argparse.ArgumentParser:
     result.add_argument(
         "--address", help="Ray cluster; default: RAY_ADDRESS, else a Ray of its own"
     )
-    result.add_argument(
-        "--dry-run",
-        action="store_true",
-        help="print what the whole run will take (memory, disk, steps, days, dollars) and stop",
-    )
+    if dry_run:
+        result.add_argument(
+            "--dry-run",
+            action="store_true",
+            help="print what the whole run will take (memory, disk, steps, days, dollars) and stop",
+        )
     result.add_argument("overrides", nargs="*", metavar="key=value", help="such as seed=1")
     return result
 

@@ -14,6 +14,7 @@ What a run has taken in the end is in its ledger (ledger.py), which accounting.p
 the papers tell.
 """
 
+from paris_ray.planning.accounting import ledger_of
 from paris_ray.planning.document import document
 from paris_ray.planning.memory import Memory, activation_bytes, training_memory
 from paris_ray.planning.render import render
@@ -30,6 +31,7 @@ __all__ = [
     "TrainingPlan",
     "activation_bytes",
     "document",
+    "ledger_of",
     "plan",
     "render",
     "training_memory",

@@ -3,13 +3,13 @@
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import fields, replace
 
+from paris_ray.planning.accounting import compare, cost_of
 from paris_ray.planning.memory import Memory
 from paris_ray.planning.run import Plan
 from paris_ray.planning.schedule import Schedule
+from paris_ray.planning.tables import number, scaled, table
 from paris_ray.planning.training import TrainingPlan
 
-PREFIXES = {"E": 10**18, "P": 10**15, "T": 10**12, "G": 10**9, "M": 10**6, "k": 10**3}
-COLUMN_GAP = "  "
 NOT_PLANNED = """\
 Shards are taken to be equal, each training to have a GPU of its own. Not planned: the time of
 prepare (encoding and clustering), of sample grids and of evaluation."""
@@ -25,6 +25,7 @@ def render(plan: Plan) -> str:
         _gpus(plan, groups),
         _disk(plan, groups),
         _fleet(plan),
+        compare("this plan", cost_of(plan.num_rows, sum(t.flops for t in plan.trainings))),
         NOT_PLANNED,
     ]
     return "\n\n".join(section for section in sections if section)
@@ -47,11 +48,11 @@ def _groups(trainings: Sequence[TrainingPlan]) -> list[tuple[str, TrainingPlan]]
 def _ranges(numbers: Sequence[int]) -> str:
     """Return ascending numbers as `0-2, 4`."""
     parts: list[list[int]] = []
-    for number in numbers:
-        if parts and number == parts[-1][-1] + 1:
-            parts[-1].append(number)
+    for own in numbers:
+        if parts and own == parts[-1][-1] + 1:
+            parts[-1].append(own)
         else:
-            parts.append([number])
+            parts.append([own])
     return ", ".join(f"{p[0]}-{p[-1]}" if len(p) > 1 else str(p[0]) for p in parts)
 
 
@@ -65,11 +66,11 @@ def _trainings(plan: Plan, groups: Iterable[tuple[str, TrainingPlan]]) -> str:
         cells += [f"{per_epoch:,.1f}", f"{training.num_steps / per_epoch:,.1f}"]
         cells.append(f"{training.samples_seen:,}")
         flops = (training.flops_per_image, training.flops)
-        rows.append([name, *cells, *(_scaled(count, "FLOP") for count in flops)])
-    total = _scaled(sum(training.flops for training in plan.trainings), "FLOP")
+        rows.append([name, *cells, *(scaled(count, "FLOP") for count in flops)])
+    total = scaled(sum(training.flops for training in plan.trainings), "FLOP")
     blanks = [""] * 7
     rows.append(["in all", f"{plan.num_parameters:,}", *blanks, total])
-    return _table(rows)
+    return table(rows)
 
 
 def _memory(groups: Sequence[tuple[str, TrainingPlan]]) -> str:
@@ -79,10 +80,10 @@ def _memory(groups: Sequence[tuple[str, TrainingPlan]]) -> str:
     rows = [["Memory of a GPU", "images at once", *(p.replace("_", " ") for p in parts), "in all"]]
     for name, training in groups:
         sizes = [getattr(training.memory, part) for part in parts]
-        cells = [_scaled(size, "B") for size in (*sizes, training.memory.total)]
+        cells = [scaled(size, "B") for size in (*sizes, training.memory.total)]
         at_once = training.batch_size // training.accumulation_steps
         rows.append([name, f"{at_once:,}", *cells])
-    return _table(rows)
+    return table(rows)
 
 
 def _gpus(plan: Plan, groups: Iterable[tuple[str, TrainingPlan]]) -> str:
@@ -94,7 +95,7 @@ def _gpus(plan: Plan, groups: Iterable[tuple[str, TrainingPlan]]) -> str:
             fit, duration = training.fits[i], training.durations[i]
             verdict = f"fits, in {fit.precision}"
             if not fit.fits:
-                needs = f"needs {_scaled(fit.num_bytes, 'B')} in {fit.precision}"
+                needs = f"needs {scaled(fit.num_bytes, 'B')} in {fit.precision}"
                 verdict = f"does not fit: {needs}; would with {fit.advice}"
             elif duration.days is None:
                 verdict = f"never ends: a preemption costs {duration.lost:.3f} days, and "
@@ -105,15 +106,15 @@ def _gpus(plan: Plan, groups: Iterable[tuple[str, TrainingPlan]]) -> str:
 
 def _disk(plan: Plan, groups: Iterable[tuple[str, TrainingPlan]]) -> str:
     row = [["A row on disk", "bytes"]]
-    row += [[name, _number(size)] for name, size in plan.row_bytes.items()]
+    row += [[name, number(size)] for name, size in plan.row_bytes.items()]
     row.append(["in all", f"{sum(size or 0 for size in plan.row_bytes.values()):,}"])
     run = [[f"Disk for {plan.num_rows:,} rows", ""]]
-    run += [[name, _scaled(size, "B")] for name, size in plan.run_bytes.items()]
-    run.append(["in all", _scaled(sum(plan.run_bytes.values()), "B")])
+    run += [[name, scaled(size, "B")] for name, size in plan.run_bytes.items()]
+    run.append(["in all", scaled(sum(plan.run_bytes.values()), "B")])
     for name, training in groups:
-        size = _scaled(training.temporary_bytes, "B")
+        size = scaled(training.temporary_bytes, "B")
         run.append([f"while it trains, in TMPDIR of its node: {name}", size])
-    return f"{_table(row)}\n\n{_table(run)}"
+    return f"{table(row)}\n\n{table(run)}"
 
 
 def _fleet(plan: Plan) -> str:
@@ -124,12 +125,12 @@ def _fleet(plan: Plan) -> str:
     rows = [[*head, "kWh"]]
     for job in schedule.assignments:
         times = [f"{value:,.2f}" for value in (job.start, job.end, job.days, job.preemptions)]
-        costs = [f"{job.dollars:,.0f}", _number(job.kwh)]
+        costs = [f"{job.dollars:,.0f}", number(job.kwh)]
         rows.append([job.name, job.gpu, job.precision, *times, *costs])
     rows += [[name, "none fits"] for name in schedule.unplaced]
-    days = [_number(schedule.days, 2), _number(schedule.gpu_days, 2), ""]
-    rows.append(["in all", "", "", "", *days, _number(schedule.dollars), _number(schedule.kwh)])
-    return "\n\n".join([_table(rows), *_deadline(plan.deadline_days, schedule)])
+    days = [number(schedule.days, 2), number(schedule.gpu_days, 2), ""]
+    rows.append(["in all", "", "", "", *days, number(schedule.dollars), number(schedule.kwh)])
+    return "\n\n".join([table(rows), *_deadline(plan.deadline_days, schedule)])
 
 
 def _deadline(deadline: float | None, schedule: Schedule) -> Iterator[str]:
@@ -138,28 +139,3 @@ def _deadline(deadline: float | None, schedule: Schedule) -> Iterator[str]:
     kept = schedule.days <= deadline
     told = "the cheapest found that keeps it" if kept else "missed; this is the earliest found"
     yield f"Deadline: {deadline:g} days, {told}."
-
-
-def _number(value: float | None, digits: int = 0) -> str:
-    return "unknown" if value is None else f"{value:,.{digits}f}"
-
-
-def _scaled(value: float, unit: str) -> str:
-    """Return a value with the decimal prefix that suits it: `17.6 GB`."""
-    for prefix, size in PREFIXES.items():
-        if value >= size:
-            return f"{value / size:.1f} {prefix}{unit}"
-    return f"{value:.0f} {unit}"
-
-
-def _table(rows: Sequence[Sequence[str]]) -> str:
-    """Return rows as lines; the first column is aligned left, the others right."""
-    width = max(map(len, rows))
-    padded = [[*row, *[""] * (width - len(row))] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*padded, strict=True)]
-    lines = []
-    for first, *others in padded:
-        cells = [first.ljust(widths[0])]
-        cells += [cell.rjust(size) for cell, size in zip(others, widths[1:], strict=True)]
-        lines.append(COLUMN_GAP.join(cells).rstrip())
-    return "\n".join(lines)

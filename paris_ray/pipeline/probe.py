@@ -1,7 +1,7 @@
 """What the nodes of a cluster train in a second: one minute on all of them at once.
 
-On every node as many places are tried side by side as trainings would have there, since two on one
-machine may each be slower than one alone.
+On every node experts are tried side by side, as many as would have room there, since two on one
+machine may each be slower than one alone; before that seed and router, each alone.
 """
 
 import logging
@@ -13,7 +13,7 @@ from typing import Any
 
 import ray
 
-from paris_ray.config import Config, FleetConfig, GpuConfig, TrainingConfig
+from paris_ray.config import Config, FleetConfig, GpuConfig, Stage, TrainingConfig
 from paris_ray.errors import ConfigError
 from paris_ray.pipeline.placement import NODE_ID, on_reserved_device, placed, suits
 from paris_ray.pipeline.tasks import gather
@@ -40,8 +40,12 @@ def probed_fleet(config: Config, seconds: float = PROBE_S) -> FleetConfig:
         ConfigError: if no node has room for a training.
     """
     training = on_reserved_device(config.training)
-    router = on_reserved_device(config.router_training)
-    config = replace(config, training=training, router_training=router)
+    config = replace(
+        config,
+        training=training,
+        seed_training=on_reserved_device(config.seed_training),
+        router_training=on_reserved_device(config.router_training),
+    )
     places = {
         node["NodeID"]: count
         for node in ray.nodes()
@@ -51,19 +55,34 @@ def probed_fleet(config: Config, seconds: float = PROBE_S) -> FleetConfig:
         wanted = f"training.num_cpus={training.num_cpus:g}, num_gpus={training.num_gpus:g}"
         raise ConfigError(f"{wanted} are not allowed: no node of the cluster has as many")
     logger.info("probe: %g s on %d nodes", seconds, len(places))
+    alone: list[Stage] = ["seed", "router"] if config.seed_training.steps else ["router"]
+    first = _probe(config, dict.fromkeys(places, 1), alone, seconds / 2)
+    then = _probe(config, places, ["expert"], seconds / 2)
+    rates = {node_id: probe.samples_per_second for node_id, probe in first}
+    found = [
+        (node_id, replace(probe, samples_per_second={**probe.samples_per_second, **rates[node_id]}))
+        for node_id, probe in then
+    ]
+    return replace(config.fleet, gpus=_gpus(found, places, config.fleet.gpus))
+
+
+def _probe(
+    config: Config, places: Mapping[str, int], stages: Sequence[Stage], seconds: float
+) -> list[tuple[str, Probe]]:
+    """Probe so many places of each node, all at once; return what each found, with its node."""
     tasks, where = [], []
     for node_id, count in places.items():
-        here = replace(training, labels={NODE_ID: node_id}, fallback_labels=[])
-        tasks += [placed(probe_place, "probe", here).remote(config, seconds) for _ in range(count)]
+        here = replace(config.training, labels={NODE_ID: node_id}, fallback_labels=[])
+        task = placed(probe_place, "probe", here)
+        tasks += [task.remote(config, stages, seconds) for _ in range(count)]
         where += [node_id] * count
-    found = zip(where, gather(tasks, lambda: None), strict=True)
-    return replace(config.fleet, gpus=_gpus(list(found), places, config.fleet.gpus))
+    return list(zip(where, gather(tasks, lambda: None), strict=True))
 
 
 @ray.remote
-def probe_place(config: Config, seconds: float) -> Probe:
+def probe_place(config: Config, stages: Sequence[Stage], seconds: float) -> Probe:
     """Find out what one place of a node does."""
-    return probe_machine(config, seconds)
+    return probe_machine(config, stages, seconds)
 
 
 def _num_places(node: Mapping[str, Any], training: TrainingConfig) -> int:

@@ -6,13 +6,14 @@ from dataclasses import fields, replace
 from paris_ray.planning.accounting import compare, cost_of
 from paris_ray.planning.memory import Memory
 from paris_ray.planning.run import Plan
-from paris_ray.planning.schedule import Schedule
+from paris_ray.planning.schedule import Assignment, Schedule
 from paris_ray.planning.tables import number, scaled, table
 from paris_ray.planning.training import TrainingPlan
 
 NOT_PLANNED = """\
-Shards are taken to be equal, each training to have a GPU of its own. Not planned: the time of
-prepare (encoding and clustering), of sample grids and of evaluation."""
+Each training is to have a GPU of its own; shards are equal unless fleet.cluster_rows has their
+sizes. Not planned: the time of prepare (encoding and clustering), of sample grids and of
+evaluation."""
 
 
 def render(plan: Plan) -> str:
@@ -130,7 +131,19 @@ def _fleet(plan: Plan) -> str:
     rows += [[name, "none fits"] for name in schedule.unplaced]
     days = [number(schedule.days, 2), number(schedule.gpu_days, 2), ""]
     rows.append(["in all", "", "", "", *days, number(schedule.dollars), number(schedule.kwh)])
-    return "\n\n".join([table(rows), *_deadline(plan.deadline_days, schedule)])
+    parts = [table(rows), _by_gpu(schedule), *_deadline(plan.deadline_days, schedule)]
+    return "\n\n".join(parts)
+
+
+def _by_gpu(schedule: Schedule) -> str:
+    """Return what each GPU trains, in its order."""
+    jobs: dict[str, list[Assignment]] = {}
+    for job in schedule.assignments:
+        jobs.setdefault(job.gpu, []).append(job)
+    rows = [["GPU", "free from day", "trains"]]
+    for gpu, own in sorted(jobs.items()):
+        rows.append([gpu, f"{own[-1].end:,.2f}", ", ".join(job.name for job in own)])
+    return table(rows)
 
 
 def _deadline(deadline: float | None, schedule: Schedule) -> Iterator[str]:

@@ -1,7 +1,7 @@
 """How fast this machine trains the models of a run, found out in a minute, before there is data."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
@@ -45,13 +45,14 @@ class Probe:
     samples_per_second: Mapping[Stage, float]
 
 
-def probe_machine(config: Config, seconds: float) -> Probe:
-    """Train an expert and a router on noise for some seconds each, as a run would.
+def probe_machine(config: Config, stages: Sequence[Stage], seconds: float) -> Probe:
+    """Train what stages train, on noise, one after the other, as a run would.
 
     What reads data and what encodes token ids of text is not in it.
 
     Args:
-        config: The run; the section `expert` says what an expert is.
+        config: The run; the section `expert` says what an expert and the seed are.
+        stages: Of `seed`, `expert` and `router`.
         seconds: In all.
 
     Raises:
@@ -69,14 +70,18 @@ def probe_machine(config: Config, seconds: float) -> Probe:
         logits = router_logits(router, path.x_t, path.t, TextConditioning.from_vectors(text))
         return functional.cross_entropy(logits, batch.clusters)
 
+    def rate(stage: Stage) -> float:
+        share = seconds / len(stages)
+        if stage == "router":
+            return _rate(router, learn_cluster, config, config.router_training, share)
+        training = config.seed_training if stage == "seed" else config.training
+        return _rate(expert, learn_velocity, config, training, share)
+
     return Probe(
         device=device_name(device),
         memory_bytes=memory_bytes(device),
         bfloat16=resolve_precision("auto", device) == torch.bfloat16,
-        samples_per_second={
-            "expert": _rate(expert, learn_velocity, config, config.training, 2 * seconds / 3),
-            "router": _rate(router, learn_cluster, config, config.router_training, seconds / 3),
-        },
+        samples_per_second={stage: rate(stage) for stage in stages},
     )
 
 

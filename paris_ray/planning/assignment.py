@@ -9,10 +9,11 @@ so equal questions have equal answers.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import combinations, islice
 
 FEW_JOBS = 16  # of more, only neighbours of an assignment are tried
-MOST_VISITS = 20_000  # of assignments, whole or in part, by either search: some tenths of a second
+MOST_VISITS = 20_000  # of assignments in part: some tenths of a second
+MOST_PLACED = 200_000  # jobs, by whole assignments that are tried: as long
 ROUNDING = 1e-9  # sums in another order differ by less
 
 Objective = tuple[float, ...]
@@ -91,10 +92,8 @@ class _Search:
 
     def climb(self) -> None:
         """Go to a better neighbour of the best assignment as long as there is one."""
-        for visit, neighbour in enumerate(self._neighbours()):
+        for neighbour in islice(self._neighbours(), MOST_PLACED // max(1, len(self.jobs))):
             self._try(neighbour)
-            if visit == MOST_VISITS:
-                return
 
     def _neighbours(self) -> Iterator[list[int]]:
         """Yield assignments that differ from the best in one job or two, until all were tried."""

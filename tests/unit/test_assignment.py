@@ -103,9 +103,9 @@ def test_what_is_taken_away_before_it_saves_never_ends() -> None:
 @pytest.mark.parametrize("rate", [0.0, 0.5, 2.0])
 def test_the_simulator_finds_on_average_what_is_expected(rate: float) -> None:
     duration = Duration(work=3.0, interval=0.1, start=0.02, preemption_rate=rate)
-    runs = [simulate({"a": [duration]}, [0], planned({"a": 0}), seed=seed) for seed in range(1000)]
+    runs = [simulate({"a": [duration]}, [0], planned({"a": 0}), seed=seed) for seed in range(400)]
     assert fmean(run.makespan for run in runs) == pytest.approx(duration.days, rel=0.02)
-    assert fmean(run.preemptions for run in runs) == pytest.approx(duration.preemptions, rel=0.05)
+    assert fmean(run.preemptions for run in runs) == pytest.approx(duration.preemptions, rel=0.1)
     repeated = fmean(run.repeated for run in runs)
     assert repeated == pytest.approx(duration.preemptions * duration.interval / 2, rel=0.1)
 

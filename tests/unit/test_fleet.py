@@ -69,7 +69,7 @@ def test_bad_files_are_refused_by_field_value_and_what_is_allowed(
 
 
 def test_a_file_that_is_not_there_is_named(config: Config) -> None:
-    with pytest.raises(ConfigError, match="fleet='nowhere.yaml' is no file"):
+    with pytest.raises(ConfigError, match=r"fleet='nowhere\.yaml' is no file"):
         with_fleet(config, "nowhere.yaml")
 
 

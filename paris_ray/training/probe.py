@@ -1,9 +1,9 @@
 """How fast this machine trains the models of a run, found out in a minute, before there is data."""
 
-import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from time import perf_counter
 
 import torch
 from torch import Tensor
@@ -120,11 +120,11 @@ class _Clock:
     """
 
     def __init__(self, seconds: float) -> None:
-        self.began, self.seconds = time.perf_counter(), seconds
+        self.began, self.seconds = perf_counter(), seconds
         self.done: list[tuple[int, float]] = []
 
     def __call__(self, progress: Progress) -> None:
-        now = time.perf_counter() - self.began
+        now = perf_counter() - self.began
         warming_up = now < WARM_UP_SHARE * self.seconds
         self.done = [*([] if warming_up else self.done), (progress.samples_seen, now)]
         if now >= self.seconds and len(self.done) >= LEAST_STEPS:

@@ -1,6 +1,6 @@
 """What a training has taken so far, over all processes that worked on it, and its caps."""
 
-import time
+from time import monotonic
 
 from paris_ray.artifacts import SPENT, Folder
 from paris_ray.config import TrainingConfig
@@ -26,17 +26,17 @@ class Spending:
 
     def __init__(self, folder: Folder, config: TrainingConfig) -> None:
         self.folder, self.config = folder, config
-        self._earlier, self._began = seconds_spent(folder), time.monotonic()
+        self._earlier, self._began = seconds_spent(folder), monotonic()
         self._noted_at = self._began
 
     @property
     def seconds(self) -> float:
         """Seconds so far."""
-        return self._earlier + time.monotonic() - self._began
+        return self._earlier + monotonic() - self._began
 
     def note(self, *, at_once: bool = False) -> None:
         """Write the seconds down, if it is time to."""
-        now = time.monotonic()
+        now = monotonic()
         if at_once or now - self._noted_at >= NOTE_INTERVAL_S:
             self.folder.write_json(SPENT, {"seconds": round(self.seconds, 3)})
             self._noted_at = now

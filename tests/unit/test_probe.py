@@ -33,14 +33,14 @@ def test_a_slow_machine_has_three_steps_of_which_the_first_does_not_count(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     seconds = count(step=10.0)
-    monkeypatch.setattr(probe.time, "perf_counter", lambda: next(seconds))
+    monkeypatch.setattr(probe, "perf_counter", lambda: next(seconds))
     found = probe_machine(CONFIG, ["expert"], 1.0)
     assert found.samples_per_second == {"expert": TRAINING.batch_size / 10.0}
 
 
 def test_steps_that_warm_up_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
     times = iter([0.0, 20.0, 30.0, 31.0, 32.0, 100.0])
-    monkeypatch.setattr(probe.time, "perf_counter", lambda: next(times))
+    monkeypatch.setattr(probe, "perf_counter", lambda: next(times))
     clock = probe._Clock(100.0)
     steps = [
         Progress(step=n, num_steps=9, samples_seen=4 * n, loss=0, samples_per_second=0, eta_s=0)

@@ -26,7 +26,7 @@ class Clock:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 0.0
-        monkeypatch.setattr(spending.time, "monotonic", lambda: self.now)
+        monkeypatch.setattr(spending, "monotonic", lambda: self.now)
 
     def tick(self, progress: Progress) -> None:
         self.now += STEP_S

@@ -50,4 +50,4 @@ def test_steps_that_warm_up_do_not_count(monkeypatch: pytest.MonkeyPatch) -> Non
         clock(step)
     with pytest.raises(probe._Enough):
         clock(steps[-1])
-    assert clock.samples_per_second == pytest.approx(4 * 3 / 70)
+    assert clock.samples_per_second == pytest.approx(4 * 4 / 80), "from the last of these on"

@@ -13,7 +13,6 @@ prints what a run really took, from its folder alone.
 """
 
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -67,4 +66,4 @@ def _write(path: Path, text: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -88,7 +88,7 @@ def _train(
         for stage in stages.values():
             stage.check()
 
-    failed = {}
+    failed: dict[str, Exception] = {}
     with closing(watch(tasks, check)) as watched:
         for name, error in watched:
             if error is None:

@@ -1,6 +1,5 @@
 """Which GPU of the fleet trains what, and when."""
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import get_args
@@ -88,7 +87,7 @@ def schedule(
         gpus: The fleet, at least one GPU; `fits` and `durations` of trainings are in this order.
         deadline: Days from now: the cheapest schedule that keeps it is wanted. None: the earliest.
     """
-    placed = [t for t in trainings if any(job_of(t, gpus).days)]
+    placed = [t for t in trainings if set(job_of(t, gpus).days) != {None}]
     stages = [_Stage([t for t in placed if t.stage == s], gpus) for s in get_args(Stage)]
     if deadline is not None:
         slack = deadline - sum(stage.days for stage in stages)
@@ -100,7 +99,7 @@ def schedule(
     for stage in stages:
         assignments += stage.assignments(day)
         day += stage.days
-    names = Counter(a.name for a in assignments)
+    names = {a.name for a in assignments}
     return Schedule(tuple(assignments), tuple(t.name for t in trainings if t.name not in names))
 
 

@@ -55,7 +55,9 @@ def simulate(
     """
     chances = [random.Random(derive_seed(seed, "preemptions", m)) for m in range(len(machines))]
     free = [(0.0, machine) for machine in range(len(machines))]  # a heap: who is free first
-    makespan, runs, machine_of = 0.0, [], {}
+    runs: list[_Run] = []
+    machine_of: dict[str, int] = {}
+    makespan = 0.0
     while free:
         now, machine = heapq.heappop(free)
         job = next_job(machine)

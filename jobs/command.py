@@ -19,10 +19,11 @@ from paris_ray.config import (
     packaged_configs,
     with_absolute_paths,
 )
-from paris_ray.errors import ArtifactError, ConfigError, ParisError
+from paris_ray.errors import ArtifactError, ConfigError, ParisError, SpendingCapError
 from paris_ray.storage import disk_is_full, is_uri, reach
 
 EXIT_USER_ERROR = 2
+EXIT_CAP_REACHED = 3  # of what a training may spend: it is saved, and may go on
 RAY_DATA_ADDS = "\nFailed to apply UDF"
 # Ray's job manager sets this for the drivers that it starts.
 SUBMITTED_JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
@@ -53,8 +54,8 @@ def run_job(description: str, verb: str) -> None:
             run(config, verb)
 
 
-def parser(description: str) -> argparse.ArgumentParser:
-    """Return the argument parser that all jobs share."""
+def parser(description: str, *, dry_run: bool = True) -> argparse.ArgumentParser:
+    """Return the argument parser that all jobs share; `--dry-run` is for those that start much."""
     result = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -63,11 +64,12 @@ def parser(description: str) -> argparse.ArgumentParser:
     result.add_argument(
         "--address", help="Ray cluster; default: RAY_ADDRESS, else a Ray of its own"
     )
-    result.add_argument(
-        "--dry-run",
-        action="store_true",
-        help="print what the whole run will take (memory, disk, steps, days, dollars) and stop",
-    )
+    if dry_run:
+        result.add_argument(
+            "--dry-run",
+            action="store_true",
+            help="print what the whole run will take (memory, disk, steps, days, dollars) and stop",
+        )
     result.add_argument("overrides", nargs="*", metavar="key=value", help="such as seed=1")
     return result
 
@@ -83,7 +85,7 @@ def reported() -> Iterator[None]:
     """End the process with one line for an error that the user can mend; others pass.
 
     Raises:
-        SystemExit: with `EXIT_USER_ERROR`.
+        SystemExit: with the code that `fail` returns.
     """
     try:
         yield
@@ -118,6 +120,9 @@ def mendable(error: BaseException) -> ParisError | None:
 
 def fail(error: ParisError) -> int:
     """Print an error that the user can mend; return the exit code."""
+    if isinstance(error, SpendingCapError):
+        print(f"stopped: {error}", file=sys.stderr, flush=True)
+        return EXIT_CAP_REACHED
     print(f"error: {error}", file=sys.stderr, flush=True)
     return EXIT_USER_ERROR
 

@@ -42,6 +42,7 @@ _COPY = "copy"  # of a file of a store, in a folder of its own on this machine
 RESOLVED_CONFIG = "resolved_config.yaml"
 TIMINGS = "timings.jsonl"
 PROGRESS = "progress.json"
+SPENT = "spent.json"  # seconds that a training has taken, over all of its processes
 # These describe the run (where, how fast, how often logged), not the result: digests ignore them.
 CHECKPOINT = "checkpoint.safetensors"
 METRICS = "metrics.jsonl"
@@ -49,6 +50,7 @@ EVENTS = "events.out.tfevents"  # a name that TensorBoard looks for
 SAMPLES = "samples"  # a folder of pictures drawn on the way
 IN_PROGRESS = "in_progress.json"
 LOCKS = "locks"  # a folder with who is writing what
+LEDGER = "ledger"  # a folder with what making each artefact took
 REPORT = "report.html"  # a page for people; may tell how long things took
 UNHASHED = frozenset(
     {
@@ -56,12 +58,14 @@ UNHASHED = frozenset(
         RESOLVED_CONFIG,
         TIMINGS,
         PROGRESS,
+        SPENT,
         CHECKPOINT,
         METRICS,
         EVENTS,
         SAMPLES,
         IN_PROGRESS,
         LOCKS,
+        LEDGER,
         REPORT,
     }
 )
@@ -297,12 +301,17 @@ class Folder:
 
     def files(self) -> list[str]:
         """Return the relative names of all finished files below the folder, sorted."""
+        return sorted(self.sizes())
+
+    def sizes(self) -> dict[str, int]:
+        """Return the bytes of every finished file below the folder, by its relative name."""
         if not self.exists():
-            return []
+            return {}
         with self._told("", "listed"):
             infos = self._listed()
-        names = [os.path.relpath(i.path, self._path) for i in infos if i.type == fs.FileType.File]
-        return sorted(name for name in names if ".tmp-" not in name)
+        files = (info for info in infos if info.type == fs.FileType.File)
+        named = {os.path.relpath(info.path, self._path): info.size for info in files}
+        return {name: size for name, size in named.items() if ".tmp-" not in name}
 
     def _listed(self) -> list[fs.FileInfo]:
         selector = fs.FileSelector(self._path, recursive=True)

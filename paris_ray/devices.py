@@ -79,6 +79,11 @@ def memory_bytes(device: torch.device) -> int:
     return psutil.virtual_memory().total
 
 
+def device_name(device: torch.device) -> str:
+    """Return what to call a device: the name that CUDA gives it, or CPU."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+
+
 def peak_flops(device: torch.device) -> float | None:
     """Return the dense bfloat16 FLOP/s of a device; None where they are not known, as of a CPU."""
     return peak_flops_of(torch.cuda.get_device_name(device)) if device.type == "cuda" else None

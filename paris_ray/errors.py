@@ -33,6 +33,10 @@ class TrainingError(ParisError):
     """Training that cannot go on: a non-finite loss, an empty shard, failed experts."""
 
 
+class SpendingCapError(ParisError):
+    """A training that has taken all that it may: it is saved, and goes on with a higher cap."""
+
+
 class EvaluationError(ParisError):
     """Features, pictures, labels or options that a measure is not defined for."""
 

@@ -25,7 +25,7 @@ from paris_ray.config.evaluation import (
 )
 from paris_ray.config.federation import FederationConfig
 from paris_ray.config.filters import FILTERS, SCORES, ClipConfig, FiltersConfig
-from paris_ray.config.fleet import FleetConfig, GpuConfig
+from paris_ray.config.fleet import FleetConfig, GpuConfig, Stage
 from paris_ray.config.loading import (
     load,
     load_lora,
@@ -33,6 +33,7 @@ from paris_ray.config.loading import (
     packaged_configs,
     run_folder,
     with_absolute_paths,
+    with_fleet,
     with_overrides,
 )
 from paris_ray.config.lora import LoRAConfig, LoRARun
@@ -80,6 +81,7 @@ __all__ = [
     "RouterConfig",
     "SamplingConfig",
     "SolverName",
+    "Stage",
     "TextConfig",
     "TimeGrid",
     "TrainingConfig",
@@ -100,5 +102,6 @@ __all__ = [
     "to_yaml",
     "unlike_fields",
     "with_absolute_paths",
+    "with_fleet",
     "with_overrides",
 ]

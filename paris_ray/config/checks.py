@@ -15,7 +15,7 @@ from paris_ray.config.encoders import CodecConfig
 from paris_ray.config.evaluation import QUALITIES, EvaluationConfig, SamplingConfig
 from paris_ray.config.filter_checks import refused_filters
 from paris_ray.config.filters import SCORES
-from paris_ray.config.fleet import FleetConfig
+from paris_ray.config.fleet_checks import refused_fleet
 from paris_ray.config.lora import LoRARun
 from paris_ray.config.models import (
     MAX_EXPERTS,
@@ -45,7 +45,7 @@ def _check_training(name: str, training: TrainingConfig, corpus: CorpusConfig) -
     for key in (*counts, "validate_every", "threads"):
         value = getattr(training, key)
         _require(value >= 1, f"{name}.{key}", value, "at least 1")
-    for key in ("epochs", "sample_every"):
+    for key in ("epochs", "sample_every", "max_hours", "max_dollars"):
         value = getattr(training, key)
         _require(value is None or value > 0, f"{name}.{key}", value, "> 0, or null")
     parts, allowed = training.accumulation_steps, f"a divisor of batch_size={training.batch_size}"
@@ -62,6 +62,9 @@ def _check_training(name: str, training: TrainingConfig, corpus: CorpusConfig) -
     for key in (*least_zero, "num_cpus", "num_gpus", "max_retries"):
         value = getattr(training, key)
         _require(0 <= value < math.inf, f"{name}.{key}", value, "at least 0")
+    price, allowed = training.dollars_per_hour, f"at least 0; {name}.max_dollars needs one"
+    priced = training.max_dollars is None if price is None else 0 <= price < math.inf
+    _require(priced, f"{name}.dollars_per_hour", price, allowed)
     betas = training.betas
     _require(all(0 <= beta < 1 for beta in betas), f"{name}.betas", betas, "0 <= x < 1")
     weights, count = training.caption_weights, corpus.captions_per_row
@@ -389,15 +392,9 @@ def _check_sampling(sampling: SamplingConfig) -> None:
     _require(temperature >= 0, "sampling.router_temperature", temperature, allowed)
 
 
-def _check_fleet(fleet: FleetConfig) -> None:
-    _require(fleet.num_images >= 1, "fleet.num_images", fleet.num_images, "at least 1")
-    for i, gpu in enumerate(fleet.gpus):
-        for key in ("count", "memory_gb", "peak_tflops"):
-            value = getattr(gpu, key)
-            _require(value > 0, f"fleet.gpus[{i}].{key}", value, "> 0")
-        _require(0 < gpu.mfu <= 1, f"fleet.gpus[{i}].mfu", gpu.mfu, "0 < x <= 1")
-        price = gpu.dollars_per_hour
-        _require(price >= 0, f"fleet.gpus[{i}].dollars_per_hour", price, "at least 0")
+def _check_fleet(config: Config) -> None:
+    for name, value, allowed in refused_fleet(config.fleet, config.cluster.num_clusters):
+        _require(False, f"fleet.{name}", value, allowed)
 
 
 def check(config: Config) -> None:
@@ -427,7 +424,7 @@ def check(config: Config) -> None:
     _check_clip(config)
     _check_evaluation(config.evaluation)
     _check_sampling(config.sampling)
-    _check_fleet(config.fleet)
+    _check_fleet(config)
 
 
 def check_lora_run(run: LoRARun) -> None:

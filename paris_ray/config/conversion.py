@@ -7,6 +7,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from paris_ray.artifacts import canonical_json, sha256_hex
+from paris_ray.config.fleet import FleetConfig
 from paris_ray.config.lora import LoRARun
 from paris_ray.config.models import ExpertConfig
 from paris_ray.config.sections import RESOURCE_KEYS, Config
@@ -47,8 +48,8 @@ def from_dict(section: type[Section], values: object, source: str) -> Section:
     return typed
 
 
-def to_yaml(config: Config | LoRARun) -> str:
-    """Return the resolved configuration as YAML that `load` reads back."""
+def to_yaml(config: Config | LoRARun | FleetConfig) -> str:
+    """Return the resolved configuration as YAML that `load`, or `with_fleet`, reads back."""
     return OmegaConf.to_yaml(OmegaConf.structured(config))
 
 

@@ -17,6 +17,7 @@ from paris_ray.artifacts import absolute_uri
 from paris_ray.config.checks import check, check_lora_run
 from paris_ray.config.conversion import from_dict, to_dict
 from paris_ray.config.corpus import with_own_labels
+from paris_ray.config.fleet import FleetConfig
 from paris_ray.config.lora import LoRARun
 from paris_ray.config.sections import Config
 from paris_ray.errors import ConfigError
@@ -36,17 +37,19 @@ def packaged_configs() -> list[str]:
     return sorted(name.removesuffix(".yaml") for name in names if name.endswith(".yaml"))
 
 
-def _read_yaml(name_or_path: str, packaged: Sequence[str]) -> DictConfig:
+def _read_yaml(name_or_path: str, packaged: Sequence[str], option: str = "config") -> DictConfig:
+    where = f"{option}={name_or_path!r}"
     if name_or_path in packaged:
         text = (resources.files("paris_ray") / "configs" / f"{name_or_path}.yaml").read_text()
     elif Path(name_or_path).is_file():
         text = Path(name_or_path).read_text(encoding="utf-8")
     else:
-        raise ConfigError(f"config={name_or_path!r} is neither a file nor one of {packaged}")
+        others = f"neither a file nor one of {packaged}" if packaged else "no file"
+        raise ConfigError(f"{where} is {others}")
     _num_values(yaml.compose(text, yaml.SafeLoader), {})
     loaded = OmegaConf.create(text)
     if not isinstance(loaded, DictConfig):
-        raise ConfigError(f"config={name_or_path!r} does not hold a mapping")
+        raise ConfigError(f"{where} does not hold a mapping")
     experts = loaded.get(EXPERTS)
     if isinstance(experts, DictConfig):  # YAML reads the number of an expert as an integer
         loaded[EXPERTS] = {str(key): value for key, value in experts.items()}
@@ -84,8 +87,10 @@ def _declared(root: type[Any], keys: Sequence[str]) -> Any:
         keys = keys[2:]  # what one expert overrides has the types that it has for all
     declared: Any = root
     for key in keys:
+        key, _, index = key.partition("[")  # `gpus[0]` is one of a list
         if is_dataclass(declared):
             declared = {f.name: f.type for f in fields(declared)}.get(key, Any)
+            declared = (*get_args(declared), Any)[0] if index else declared
         else:
             declared = get_args(declared)[1] if get_origin(declared) is dict else Any
     return declared
@@ -179,6 +184,25 @@ def with_overrides(config: Config, overrides: Sequence[str]) -> Config:
         changes = _read_overrides(Config, overrides)
         changed = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(config), changes))
     assert isinstance(changed, Config)
+    check(changed)
+    return changed
+
+
+def with_fleet(config: Config, path: str) -> Config:
+    """Return a configuration whose section `fleet` has the values of a YAML file, checked.
+
+    Args:
+        config: What the file leaves out stays as it is here.
+        path: Of a file with the keys of `FleetConfig`, such as docs/examples/fleet.yaml.
+
+    Raises:
+        ConfigError: naming the field, its value and what is allowed.
+    """
+    with _explained(FleetConfig, f"fleet={path!r}"):
+        given = _read_yaml(path, (), "fleet")
+        fleet = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(config.fleet), given))
+    assert isinstance(fleet, FleetConfig)
+    changed = replace(config, fleet=fleet)
     check(changed)
     return changed
 

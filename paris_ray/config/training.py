@@ -52,3 +52,7 @@ class TrainingConfig:
     labels: dict[str, str] = field(default_factory=dict)  # Ray labels that the node must have
     fallback_labels: list[dict[str, str]] = field(default_factory=list)  # else these, in order
     max_retries: int = 3  # of a task whose process or node died
+    # Caps of each training, over all of its processes: it is saved and ended; null: none
+    max_hours: float | None = None
+    max_dollars: float | None = None
+    dollars_per_hour: float | None = None  # of what a training reserves; max_dollars needs it

@@ -32,6 +32,7 @@ from paris_ray.pipeline.export import expert_manifests, started_from
 from paris_ray.pipeline.placement import on_reserved_device, placed
 from paris_ray.pipeline.progress import Task, follow
 from paris_ray.pipeline.stage import Stage, start_parent
+from paris_ray.planning.ledger import Taken
 from paris_ray.run import (
     BUNDLE,
     CLUSTERS,
@@ -92,7 +93,8 @@ def _train(run: Run, name: str) -> None:
         place = placed(train_one_student, f"distilled-{name}", setup.training)
         result = place.remote(setup, name, inputs | {"sampling": digest(setup, "sampling")})
         task = Task(result, folder / "expert_0", setup.training)
-        stage.publish(follow(name, task, stage.check))
+        facts, taken = follow(name, task, stage.check)
+        stage.publish(facts, taken=taken)
 
 
 def _setup(run: Run, name: str) -> Config:
@@ -122,8 +124,10 @@ def _sampling(config: Config, measured: str) -> SamplingConfig:
 
 
 @ray.remote
-def train_one_student(setup: Config, name: str, inputs: Mapping[str, str]) -> dict[str, Any]:
-    """Train a student and draw sample grids; return its last metrics.
+def train_one_student(
+    setup: Config, name: str, inputs: Mapping[str, str]
+) -> tuple[dict[str, Any], Taken]:
+    """Train a student and draw sample grids; return its last metrics and what it took.
 
     Args:
         setup: What `_setup` returned.
@@ -136,7 +140,7 @@ def train_one_student(setup: Config, name: str, inputs: Mapping[str, str]) -> di
         digests=inputs,
         held_out=list(run.held_out_shards().values()),
     )
-    report = train_and_draw(
+    result = train_and_draw(
         replace(setup, sampling=student_sampling(setup, name)),
         data,
         name=f"distilled-{name}",
@@ -145,7 +149,7 @@ def train_one_student(setup: Config, name: str, inputs: Mapping[str, str]) -> di
         train=partial(train_expert, lesson=_lesson(run)),
     )
     write_single_router(setup.expert, output / "router")
-    return report
+    return result
 
 
 def _lesson(run: Run) -> Lesson:

@@ -20,18 +20,20 @@ from paris_ray.artifacts import METRICS, SAMPLES, Folder, VerifiedFolder, read_m
 from paris_ray.bundle import load_expert
 from paris_ray.config import Config, expert_setup
 from paris_ray.devices import resolve_device
-from paris_ray.errors import TrainingError
+from paris_ray.errors import SpendingCapError, TrainingError
 from paris_ray.models import Expert
+from paris_ray.models.flops import text_length
 from paris_ray.pipeline.placement import on_reserved_device, placed
 from paris_ray.pipeline.progress import ProgressFile, Task, watch
 from paris_ray.pipeline.samples import SampleGrid
 from paris_ray.pipeline.stage import Stage, start_parent
-from paris_ray.planning.ledger import bytes_by_category, describe
+from paris_ray.planning.ledger import Taken, bytes_by_category, describe, taken_by_training
 from paris_ray.run import EXPERT, EXPERT_WEIGHTS, SEED, SHARD, Run
 from paris_ray.seeding import derive_seed
 from paris_ray.traffic import recorded
 from paris_ray.training.expert import ExpertData, train_expert
 from paris_ray.training.isolation import isolated
+from paris_ray.training.spending import seconds_spent
 
 logger = logging.getLogger("paris_ray")
 
@@ -50,6 +52,7 @@ def train_experts(config: Config, only: Sequence[int] | None = None) -> None:
 
     Raises:
         TrainingError: naming the experts that failed, after all others are done.
+        SpendingCapError: if none failed, but some reached a cap of theirs.
         ArtifactError: if prepare, or the seed where there is one, has not finished.
         ConfigError: if an expert's setup or place is not allowed.
         LockError: if another job trains one of them.
@@ -63,12 +66,17 @@ def train_experts(config: Config, only: Sequence[int] | None = None) -> None:
             locks.enter_context(stage.locked())
         failed = _train(run, setups, stages)
     if failed:
-        reasons = "; ".join(failed)
-        raise TrainingError(f"{len(failed)} of {len(chosen)} experts failed: {reasons}")
+        capped = all(isinstance(error, SpendingCapError) for error in failed.values())
+        became = "reached a cap of theirs" if capped else "failed"
+        reasons = "; ".join(f"{name}: {error}" for name, error in failed.items())
+        told = f"{len(failed)} of {len(chosen)} experts {became}: {reasons}"
+        raise SpendingCapError(told) if capped else TrainingError(told)
 
 
-def _train(run: Run, setups: Mapping[int, Config], stages: Mapping[int, Stage]) -> list[str]:
-    """Train the experts that are not finished; return what became of those that failed."""
+def _train(
+    run: Run, setups: Mapping[int, Config], stages: Mapping[int, Stage]
+) -> dict[str, Exception]:
+    """Train the experts that are not finished; return the errors of those that failed, by name."""
     todo = [k for k, stage in stages.items() if stage.finished() is None]
     places = {k: placed(train_one_expert, f"expert-{k}", setups[k].training) for k in todo}
     tasks = {
@@ -80,15 +88,15 @@ def _train(run: Run, setups: Mapping[int, Config], stages: Mapping[int, Stage]) 
         for stage in stages.values():
             stage.check()
 
-    failed = []
+    failed: dict[str, Exception] = {}
     with closing(watch(tasks, check)) as watched:
         for name, error in watched:
             if error is None:
-                report = ray.get(tasks[name].result)
-                stages[report["expert"]].publish(report)
+                report, taken = ray.get(tasks[name].result)
+                stages[report["expert"]].publish(report, taken=taken)
                 logger.info("%s: %s", name, describe(report["bytes"]))
             else:
-                failed.append(f"{name}: {error}")
+                failed[name] = error
     return failed
 
 
@@ -132,20 +140,19 @@ def _expert_data(run: Run, expert: int) -> ExpertData:
 
 
 @ray.remote
-def train_one_expert(setup: Config, expert: int) -> dict[str, Any]:
+def train_one_expert(setup: Config, expert: int) -> tuple[dict[str, Any], Taken]:
     """Train one expert on its shard and draw sample grids; return a small report."""
     run = Run(setup)
-    with recorded() as traffic:
-        report = train_and_draw(
-            setup,
-            _expert_data(run, expert),
-            name=f"expert-{expert}",
-            seed=derive_seed(setup.seed, "expert", expert),
-            output=run.expert(expert),
-        )
+    report, taken = train_and_draw(
+        setup,
+        _expert_data(run, expert),
+        name=f"expert-{expert}",
+        seed=derive_seed(setup.seed, "expert", expert),
+        output=run.expert(expert),
+        expert=expert,
+    )
     rows = read_manifest(run.shard(expert), SHARD).facts["rows"]
-    moved = bytes_by_category(traffic, run, expert, setup.training.init_from)
-    return {"expert": expert, "rows": rows, "bytes": moved, **report}
+    return {"expert": expert, "rows": rows, "bytes": taken.bytes, **report}, taken
 
 
 def train_and_draw(
@@ -156,8 +163,12 @@ def train_and_draw(
     seed: int,
     output: Folder,
     train: Callable[..., None] = train_expert,
-) -> dict[str, Any]:
-    """Train an expert in this process and draw sample grids; return its last metrics.
+    expert: int | None = None,
+) -> tuple[dict[str, Any], Taken]:
+    """Train an expert in this process and draw sample grids.
+
+    Returns:
+        Its last metrics, and what it took.
 
     Args:
         setup: Its configuration.
@@ -166,17 +177,19 @@ def train_and_draw(
         seed: Decides weights, order, noise and the grids.
         output: Its own folder.
         train: `train_expert`, or what is called in its place.
+        expert: Its number; None: it is trained on all clusters.
 
     Raises:
         TrainingError: as `train_expert`, and if it asks for a collective.
     """
-    encoders = Run(setup).encoders
+    run = Run(setup)
+    encoders = run.encoders
     grid = cache(partial(SampleGrid, setup, data.shards[0], encoders, seed))  # when data is checked
 
     def draw_samples(average: Expert, step: int) -> None:
         output.write(f"{SAMPLES}/step-{step:06d}.png", grid().draw(average))
 
-    with isolated(name):
+    with isolated(name), recorded() as traffic:
         train(
             setup.expert,
             setup.training,
@@ -187,7 +200,16 @@ def train_and_draw(
             text_encoder=encoders,
             draw_samples=draw_samples,
         )
-    trained = load_expert(VerifiedFolder(output, None)).to(resolve_device(setup.training.device))
-    output.write("samples.png", grid().draw(trained))
+        device = resolve_device(setup.training.device)
+        trained = load_expert(VerifiedFolder(output, None)).to(device)
+        output.write("samples.png", grid().draw(trained))
     metrics: dict[str, Any] = json.loads(output.read(METRICS).splitlines()[-1])
-    return metrics
+    taken = taken_by_training(
+        setup.expert,
+        setup.training,
+        text_length=text_length(setup),
+        samples=metrics["samples_seen"],
+        seconds=seconds_spent(output),
+        moved=bytes_by_category(traffic, run, output, setup.training.init_from, expert=expert),
+    )
+    return metrics, taken

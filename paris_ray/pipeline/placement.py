@@ -69,7 +69,7 @@ def on_reserved_device(training: TrainingConfig) -> TrainingConfig:
 def why_waiting(training: TrainingConfig) -> str | None:
     """Return what a training waits for if no node of the cluster is one it may run on."""
     nodes = [node for node in ray.nodes() if node["Alive"]]
-    if any(_suits(node, training) for node in nodes):
+    if any(suits(node, training) for node in nodes):
         return None
     wanted = " or ".join(map(str, (training.labels, *training.fallback_labels)))
     if training.accelerator_type is not None:
@@ -77,7 +77,8 @@ def why_waiting(training: TrainingConfig) -> str | None:
     return f"waits for a node with labels {wanted}; there are {'; '.join(map(_describe, nodes))}"
 
 
-def _suits(node: Mapping[str, Any], training: TrainingConfig) -> bool:
+def suits(node: Mapping[str, Any], training: TrainingConfig) -> bool:
+    """Return whether a training may run on a node, by accelerator and labels; room aside."""
     accelerator = training.accelerator_type
     if accelerator is not None and f"accelerator_type:{accelerator}" not in node["Resources"]:
         return False

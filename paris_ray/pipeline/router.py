@@ -7,15 +7,19 @@ from typing import Any
 
 import ray
 
-from paris_ray.artifacts import Folder, read_manifest
+from paris_ray.artifacts import METRICS, Folder, parse_json, read_manifest
 from paris_ray.config import Config
 from paris_ray.errors import ConfigError
+from paris_ray.models.flops import text_length
 from paris_ray.pipeline.placement import on_reserved_device, placed
 from paris_ray.pipeline.progress import ProgressFile, Task, follow
 from paris_ray.pipeline.stage import Stage, start_parent
+from paris_ray.planning.ledger import Taken, bytes_by_category, taken_by_training
 from paris_ray.run import CLUSTERS, ROUTER, ROUTER_WEIGHTS, Run
 from paris_ray.seeding import derive_seed
+from paris_ray.traffic import recorded
 from paris_ray.training.router import train_router as train
+from paris_ray.training.spending import seconds_spent
 
 logger = logging.getLogger("paris_ray")
 
@@ -44,9 +48,9 @@ def train_router(config: Config) -> None:
         if stage.finished() is not None:
             return
         result = placed(train_the_router, "router", training).remote(config)
-        facts = follow("router", Task(result, run.router, training), stage.check)
+        facts, taken = follow("router", Task(result, run.router, training), stage.check)
         _say(facts)
-        stage.publish(facts)
+        stage.publish(facts, taken=taken)
 
 
 def _say(facts: Mapping[str, Any]) -> None:
@@ -68,19 +72,29 @@ def _say_held_out(quality: Mapping[str, Any]) -> None:
 
 
 @ray.remote
-def train_the_router(config: Config) -> dict[str, Any]:
-    """Train the router; return how well it routes training rows and held-out ones."""
-    run = Run(config)
+def train_the_router(config: Config) -> tuple[dict[str, Any], Taken]:
+    """Train the router; return how well it routes, and what it took."""
+    run, training = Run(config), config.router_training
     shards: list[Folder] = [run.shard(k) for k in range(run.num_experts)]
     parent = read_manifest(run.clusters, CLUSTERS).digest
-    return train(
+    with recorded() as traffic:
+        facts = train(
+            config.router,
+            training,
+            shards=shards,
+            shards_digest=parent,
+            seed=derive_seed(config.seed, "router"),
+            output=run.router,
+            on_progress=ProgressFile(run.router, "router"),
+            held_out=run.held_out_shards(),
+            text_encoder=run.encoders,
+        )
+    taken = taken_by_training(
         config.router,
-        config.router_training,
-        shards=shards,
-        shards_digest=parent,
-        seed=derive_seed(config.seed, "router"),
-        output=run.router,
-        on_progress=ProgressFile(run.router, "router"),
-        held_out=run.held_out_shards(),
-        text_encoder=run.encoders,
+        training,
+        text_length=text_length(config),
+        samples=parse_json(run.router.read(METRICS).splitlines()[-1], METRICS)["samples_seen"],
+        seconds=seconds_spent(run.router),
+        moved=bytes_by_category(traffic, run, run.router, training.init_from),
     )
+    return facts, taken

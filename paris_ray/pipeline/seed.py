@@ -16,6 +16,7 @@ from paris_ray.pipeline.experts import train_and_draw
 from paris_ray.pipeline.placement import on_reserved_device, placed
 from paris_ray.pipeline.progress import Task, follow
 from paris_ray.pipeline.stage import Stage, start_parent
+from paris_ray.planning.ledger import Taken
 from paris_ray.run import CLUSTERS, EXPERT_WEIGHTS, SEED, Run
 from paris_ray.seeding import derive_seed
 from paris_ray.training.expert import ExpertData
@@ -41,7 +42,8 @@ def train_seed(config: Config) -> None:
     with stage.locked():
         if stage.finished() is None:
             result = placed(train_the_seed, "seed", training).remote(config)
-            stage.publish(follow("seed", Task(result, run.seed, training), stage.check))
+            facts, taken = follow("seed", Task(result, run.seed, training), stage.check)
+            stage.publish(facts, taken=taken)
 
 
 def _parents(run: Run) -> dict[str, str]:
@@ -50,8 +52,8 @@ def _parents(run: Run) -> dict[str, str]:
 
 
 @ray.remote
-def train_the_seed(config: Config) -> dict[str, Any]:
-    """Train the seed on all shards; return its last metrics."""
+def train_the_seed(config: Config) -> tuple[dict[str, Any], Taken]:
+    """Train the seed on all shards; return its last metrics and what it took."""
     run = Run(config)
     data = ExpertData(
         shards=[run.shard(k) for k in range(run.num_experts)],

@@ -22,6 +22,7 @@ from paris_ray.artifacts import (
 )
 from paris_ray.config import Config, LoRARun, TrainingConfig, digest, run_folder, to_yaml
 from paris_ray.errors import ArtifactError
+from paris_ray.planning.ledger import Taken, taken_by_job, write_taken
 from paris_ray.run import FEDERATION
 from paris_ray.run_lock import HeldLock, locked
 
@@ -58,6 +59,7 @@ class Stage:
         self.inputs = dict(inputs)
         self.config_digest = digest(config, *sections)
         self._held: HeldLock | None = None
+        self._began = time.perf_counter()
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -67,15 +69,22 @@ class Stage:
             LockError: if another job writes it, or began to because this one seemed dead.
         """
         with locked(self._claims, self.folder.uri) as self._held:
+            self._began = time.perf_counter()
             yield
 
     @property
     def _claims(self) -> Folder:
         """Where jobs claim to write the artefact: not in its folder, which others copy and read."""
+        home, place = self._home
+        return home / LOCKS / place if place else home / LOCKS
+
+    @property
+    def _home(self) -> tuple[Folder, str]:
+        """Return the folder of the run and the artefact's place in it; a LoRA is its own run."""
         if isinstance(self.config, LoRARun):
-            return self.folder / LOCKS
+            return self.folder, ""
         run = Folder(run_folder(self.config))
-        return run / LOCKS / run.place_of(self.folder)
+        return run, run.place_of(self.folder)
 
     def check(self) -> None:
         """Raise LockError if another job took over the lock that this one holds."""
@@ -129,19 +138,25 @@ class Stage:
             self.folder.write_json(IN_PROGRESS, self._identity)
 
     def publish(
-        self, facts: Mapping[str, Any], *, files: Mapping[str, str] | None = None
+        self,
+        facts: Mapping[str, Any],
+        *,
+        files: Mapping[str, str] | None = None,
+        taken: Taken | None = None,
     ) -> Manifest:
         """Write the resolved configuration and the manifest, and say what was made.
 
         Args:
             facts: Counts and measured numbers.
             files: SHA-256 of the files by name, where they have been taken already.
+            taken: What it took, of a training; None: the time since the lock was taken.
 
         Raises:
             LockError: if another job took over the lock.
         """
         self.check()
         self.folder.write(RESOLVED_CONFIG, to_yaml(self.config).encode())
+        self._note(taken)
         manifest = publish(
             self.folder,
             self.kind,
@@ -152,6 +167,12 @@ class Stage:
         )
         logger.info("%s: finished (%s)", self.kind, self.folder.uri)
         return manifest
+
+    def _note(self, taken: Taken | None) -> None:
+        """Write what it took into the ledger, before it counts as finished."""
+        home, place = self._home
+        seconds = time.perf_counter() - self._began
+        write_taken(home, place or self.kind, taken or taken_by_job(self.folder, seconds))
 
 
 def start_parent(training: TrainingConfig, weights: str) -> dict[str, str]:

@@ -2,9 +2,9 @@
 
 from dataclasses import replace
 
-from paris_ray.config import Config, TrainingConfig, check_distillation
+from paris_ray.config import Config, Stage, TrainingConfig, check_distillation
 from paris_ray.models.flops import forward_macs, step_macs, text_length
-from paris_ray.planning.training import Stage, Teachers, TrainingPlan, plan_training
+from paris_ray.planning.training import Teachers, TrainingPlan, plan_training
 
 
 def plan_distillation(

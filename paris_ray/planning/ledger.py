@@ -1,21 +1,46 @@
-"""What the training of an expert read and wrote, in bytes by category: what experts get apart."""
+"""The ledger of a run: what making each of its artefacts took.
+
+A file an artefact in `ledger/` of the run folder, written when it is finished: samples, FLOPs,
+device-hours, dollars, and the bytes read and written by category. Of an expert the category of the
+other experts' bytes says that it got apart. Hours differ from run to run, so no digest has them.
+"""
 
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
-from paris_ray.artifacts import CHECKPOINT, METRICS, PROGRESS, SAMPLES, TIMINGS, absolute_uri
-from paris_ray.run import EXPERT_WEIGHTS, MODEL_CONFIG, Run
+from paris_ray.artifacts import (
+    CHECKPOINT,
+    LEDGER,
+    METRICS,
+    PROGRESS,
+    SAMPLES,
+    SPENT,
+    TIMINGS,
+    Folder,
+    absolute_uri,
+)
+from paris_ray.config import ExpertConfig, RouterConfig, TrainingConfig
+from paris_ray.devices import device_name, resolve_device
+from paris_ray.errors import ArtifactError
+from paris_ray.models.flops import training_flops_per_image
+from paris_ray.run import EXPERT_WEIGHTS, MODEL_CONFIG, ROUTER_WEIGHTS, Run
 from paris_ray.traffic import Traffic
+
+SECONDS_PER_HOUR = 3600
 
 OTHER_EXPERTS, ELSEWHERE = "other experts", "elsewhere"
 # Of its own folder, by the names of files and of the folders that hold them.
 _OWN = {
     CHECKPOINT: "checkpoints",
     EXPERT_WEIGHTS: "weights",
+    ROUTER_WEIGHTS: "weights",
     MODEL_CONFIG: "weights",
     METRICS: "metrics",
     TIMINGS: "metrics",
     PROGRESS: "metrics",
+    SPENT: "metrics",
     "tensorboard": "metrics",
     SAMPLES: "pictures",
     "samples.png": "pictures",
@@ -24,37 +49,143 @@ _OWN = {
 Bytes = Mapping[str, Mapping[str, int]]
 
 
-def bytes_by_category(traffic: Traffic, run: Run, expert: int, init_from: str | None) -> Bytes:
-    """Return `{"read": {category: bytes}, "written": {category: bytes}}` of an expert's training.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Taken:
+    """What making one artefact took.
 
-    `OTHER_EXPERTS` is always there, so that nothing is told too.
+    Attributes:
+        hours: That its device was held, of a training; else those of the job, by the clock. Of a
+            training those of processes that were killed count, else of the last job alone.
+        device: What trained; None: it is no training.
+        samples: That a training saw.
+        flops: Of a training: the model's own arithmetic, as its MFU counts it.
+        dollars: Hours times `training.dollars_per_hour`; None where there is no price.
+        bytes: `{"read": {category: bytes}, "written": {category: bytes}}`: of a training what the
+            process that ended it moved, else what lies in the artefact's folder.
+    """
+
+    hours: float
+    device: str | None = None
+    samples: int = 0
+    flops: int = 0
+    dollars: float | None = None
+    bytes: Bytes = field(default_factory=dict)
+
+
+def taken_by_training(
+    model: ExpertConfig | RouterConfig,
+    training: TrainingConfig,
+    *,
+    text_length: int,
+    samples: int,
+    seconds: float,
+    moved: Bytes,
+) -> Taken:
+    """Return what a training took, told by its own process.
+
+    Args:
+        model: What was trained.
+        training: How.
+        text_length: Text tokens a caption.
+        samples: That it saw.
+        seconds: That all of its processes took.
+        moved: What was read and written.
+    """
+    hours, price = seconds / SECONDS_PER_HOUR, training.dollars_per_hour
+    return Taken(
+        hours=hours,
+        device=device_name(resolve_device(training.device)),
+        samples=samples,
+        flops=samples * training_flops_per_image(model, text_length),
+        dollars=None if price is None else hours * price,
+        bytes=moved,
+    )
+
+
+def taken_by_job(folder: Folder, seconds: float) -> Taken:
+    """Return what an artefact took that is no training.
+
+    Args:
+        folder: Of the artefact, in which everything is.
+        seconds: Of the job.
+    """
+    written: Counter[str] = Counter()
+    for name, size in folder.sizes().items():
+        written[name.partition("/")[0] if "/" in name else "files of its own"] += size
+    return Taken(hours=seconds / SECONDS_PER_HOUR, bytes={"written": dict(sorted(written.items()))})
+
+
+def write_taken(run: Folder, place: str, taken: Taken) -> None:
+    """Write what an artefact took.
+
+    Args:
+        run: Folder of the run.
+        place: Of the artefact in it, such as `experts/expert_3`.
+        taken: What it took.
+    """
+    run.write_json(f"{LEDGER}/{place}.json", asdict(taken))
+
+
+def read_ledger(run: Folder) -> dict[str, Taken]:
+    """Return what every artefact of a run took, by its place.
+
+    Raises:
+        ArtifactError: naming a file that is damaged.
+    """
+    ledger = run / LEDGER
+    return {
+        name.removesuffix(".json"): _parsed(ledger.read_json(name), f"{ledger.uri}/{name}")
+        for name in ledger.files()
+    }
+
+
+def _parsed(told: Any, source: str) -> Taken:
+    try:
+        taken = Taken(**told)
+        _ = taken.hours + taken.samples + taken.flops + (taken.dollars or 0)
+        _ = [sum(moved.values()) for moved in taken.bytes.values()]
+    except (TypeError, AttributeError) as error:
+        raise ArtifactError(f"{source} is damaged: {error}") from None
+    return taken
+
+
+def bytes_by_category(
+    traffic: Traffic, run: Run, own: Folder, init_from: str | None, *, expert: int | None = None
+) -> Bytes:
+    """Return `{"read": {category: bytes}, "written": {category: bytes}}` of a training.
+
+    Of an expert `OTHER_EXPERTS` is always there, so that nothing is told too.
 
     Args:
         traffic: What its process moved.
         run: The run.
-        expert: Its number.
+        own: The folder of what was trained.
         init_from: The folder of the weights that it started from, or None.
+        expert: Its number; None: it is no expert of one cluster, and reads all shards.
     """
     places = _places(run, expert, init_from)
 
     def sums(moved: Mapping[str, int]) -> dict[str, int]:
-        total = Counter({OTHER_EXPERTS: 0})
+        total = Counter({} if expert is None else {OTHER_EXPERTS: 0})
         for uri, size in moved.items():
-            total[_category(uri, places, run.expert(expert).uri)] += size
+            total[_category(uri, places, own.uri)] += size
         return dict(sorted(total.items()))
 
     return {"read": sums(traffic.read), "written": sums(traffic.written)}
 
 
-def _places(run: Run, expert: int, init_from: str | None) -> dict[str, str]:
-    """Return the category of each folder that an expert has to do with; inner ones come first."""
+def _places(run: Run, expert: int | None, init_from: str | None) -> dict[str, str]:
+    """Return the category of each folder that a training has to do with; inner ones come first."""
+    alone = expert is not None
+    shards = run.shard(expert) if expert is not None else run.clusters / "shards"
     return {
-        run.shard(expert).uri: "shard",
+        shards.uri: "shard" if alone else "shards",
         run.shared.uri: "shared rows",
         (run.clusters / "held_out").uri: "held-out rows",
         run.encoders.uri: "encoders",
         **({} if init_from is None else {absolute_uri(init_from): "initial weights"}),
-        (run.folder / "experts").uri: OTHER_EXPERTS,
+        (run.folder / "experts").uri: OTHER_EXPERTS if alone else "experts",
+        run.router.uri: "router",
     }
 
 

@@ -23,6 +23,7 @@ class Plan:
         trainings: The seed, if there is one, the experts, the router and, if they are planned, the
             distilled models.
         gpus: The fleet.
+        deadline_days: Which the schedule is to keep, or None.
         schedule: None without a fleet.
     """
 
@@ -32,6 +33,7 @@ class Plan:
     run_bytes: Mapping[str, int]
     trainings: Sequence[TrainingPlan]
     gpus: Sequence[GpuConfig]
+    deadline_days: float | None
     schedule: Schedule | None
 
 
@@ -45,7 +47,7 @@ def plan(config: Config, *, distilled_from: int | None = None) -> Plan:
     Raises:
         ConfigError: if the distillation is not allowed.
     """
-    num_rows = min(config.fleet.num_images, config.corpus.limit or config.fleet.num_images)
+    num_rows = _num_rows(config)
     seed = config.seed_training
     trainings = [
         *([plan_training(config, "seed", config.expert, seed, num_rows)] if seed.steps else []),
@@ -67,12 +69,20 @@ def plan(config: Config, *, distilled_from: int | None = None) -> Plan:
         run_bytes=run_bytes(config, num_rows, num_parameters, num_students=len(students)),
         trainings=trainings,
         gpus=gpus,
-        schedule=schedule(trainings, gpus) if gpus else None,
+        deadline_days=config.fleet.deadline_days,
+        schedule=schedule(trainings, gpus, config.fleet.deadline_days) if gpus else None,
     )
+
+
+def _num_rows(config: Config) -> int:
+    fleet = config.fleet
+    if fleet.cluster_rows:
+        return sum(fleet.cluster_rows)
+    return min(fleet.num_images, config.corpus.limit or fleet.num_images)
 
 
 def _plan_experts(config: Config, num_rows: int) -> list[TrainingPlan]:
     num_experts = config.cluster.num_clusters
-    rows = math.ceil(num_rows / num_experts)
+    rows = config.fleet.cluster_rows or [math.ceil(num_rows / num_experts)] * num_experts
     setups = [expert_setup(config, k) for k in range(num_experts)]
-    return [plan_training(config, k, s.expert, s.training, rows) for k, s in enumerate(setups)]
+    return [plan_training(config, k, s.expert, s.training, rows[k]) for k, s in enumerate(setups)]

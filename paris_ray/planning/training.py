@@ -2,18 +2,25 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import product
-from typing import Any, Literal
+from typing import Any
 
-from paris_ray.config import Config, ExpertConfig, GpuConfig, RouterConfig, TrainingConfig
+from paris_ray.config import (
+    Config,
+    ExpertConfig,
+    GpuConfig,
+    Precision,
+    RouterConfig,
+    Stage,
+    TrainingConfig,
+)
 from paris_ray.models.flops import parameter_count, text_length, training_flops_per_image
 from paris_ray.planning.disk import trained_row_bytes
+from paris_ray.planning.durations import SECONDS_PER_DAY, Duration
 from paris_ray.planning.memory import Memory, text_tower_parameters, training_memory
 
-Stage = Literal["seed", "expert", "router", "student", "few_step"]
-
-GIGA = 10**9
+GIGA, TERA = 10**9, 10**12
 # The rest is for the CUDA context, the workspaces of libraries, and fragmentation.
 USABLE_SHARE = 0.9
 # With fewer images at once, a GPU computes slowly.
@@ -22,10 +29,19 @@ FEW_IMAGES = 8
 
 @dataclass(frozen=True, slots=True)
 class Fit:
-    """Whether a training fits a kind of GPU and, if not, the options that would make it fit."""
+    """Whether a training fits a kind of GPU.
+
+    Attributes:
+        fits: So or not.
+        advice: If not, the options that would make it fit.
+        precision: In which it trains there, and its memory is counted.
+        num_bytes: That it takes.
+    """
 
     fits: bool
     advice: str = ""
+    precision: Precision = field(default="bfloat16", compare=False)
+    num_bytes: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +76,7 @@ class TrainingPlan:
         memory: What it takes on a GPU.
         temporary_bytes: What it takes in the temporary folder of its node.
         fits: One answer for each entry of `fleet.gpus`.
+        durations: How long it would take on each of these.
     """
 
     stage: Stage
@@ -73,6 +90,7 @@ class TrainingPlan:
     memory: Memory
     temporary_bytes: int
     fits: tuple[Fit, ...]
+    durations: tuple[Duration, ...]
 
     @property
     def name(self) -> str:
@@ -122,19 +140,52 @@ def plan_training(
             text_length=length,
         )
 
+    stage: Stage = "expert" if isinstance(name, int) else name
+    flops_per_image = training_flops_per_image(model, length) + teachers.flops_per_image
+    num_steps = _num_steps(training, num_rows)
+
+    def duration(gpu: GpuConfig) -> Duration:
+        rate = _rate(gpu, stage, flops_per_image, training_flops_per_image(config.expert, length))
+        step = training.batch_size / rate / SECONDS_PER_DAY
+        return Duration(
+            work=num_steps * step,
+            interval=min(training.checkpoint_every, num_steps) * step,
+            start=gpu.start_s / SECONDS_PER_DAY,
+            preemption_rate=gpu.preemptions_per_day,
+        )
+
     return TrainingPlan(
-        stage="expert" if isinstance(name, int) else name,
+        stage=stage,
         expert=name if isinstance(name, int) else None,
         num_parameters=parameter_count(model),
         num_rows=num_rows,
         batch_size=training.batch_size,
         accumulation_steps=training.accumulation_steps,
-        num_steps=_num_steps(training, num_rows),
-        flops_per_image=training_flops_per_image(model, length) + teachers.flops_per_image,
+        num_steps=num_steps,
+        flops_per_image=flops_per_image,
         memory=memory(training),
         temporary_bytes=num_rows * sum(trained_row_bytes(config).values()),
         fits=tuple(_fit(training, memory, gpu) for gpu in config.fleet.gpus),
+        durations=tuple(map(duration, config.fleet.gpus)),
     )
+
+
+def _rate(gpu: GpuConfig, stage: Stage, flops_per_image: int, expert_flops: int) -> float:
+    """Return the samples a second of a training: measured, or by what an image costs.
+
+    Args:
+        gpu: Where it trains.
+        stage: Which of the trainings.
+        flops_per_image: Of it.
+        expert_flops: Of the expert that `samples_per_second.expert` was measured with, the one of
+            the section `expert`: others are reckoned from it.
+    """
+    measured = gpu.samples_per_second
+    if stage != "expert" and stage in measured:
+        return measured[stage]
+    if measured:
+        return measured["expert"] * expert_flops / flops_per_image
+    return gpu.peak_tflops * TERA * gpu.mfu / flops_per_image
 
 
 def _num_steps(training: TrainingConfig, num_rows: int) -> int:
@@ -147,14 +198,24 @@ def _fit(
     training: TrainingConfig, memory: Callable[[TrainingConfig], Memory], gpu: GpuConfig
 ) -> Fit:
     """Compare a training with a GPU; look for options that change no result but make it fit."""
-    room = USABLE_SHARE * gpu.memory_gb * GIGA
-    if memory(training).total <= room:
-        return Fit(True)
+    precision: Precision = "float32" if training.precision == "float32" else "bfloat16"
+    if training.precision == "auto" and not gpu.bfloat16:
+        precision = "float32"
+    training, room = replace(training, precision=precision), USABLE_SHARE * gpu.memory_gb * GIGA
+    num_bytes = memory(training).total
+
+    def answer(advice: str) -> Fit:
+        return Fit(not advice, advice, precision, num_bytes)
+
+    if precision == "bfloat16" and not gpu.bfloat16:
+        return answer("precision=float32, as it has no bfloat16 in hardware")
+    if num_bytes <= room:
+        return answer("")
     for changes in _smaller(training):
         if memory(replace(training, **changes)).total <= room:
             news = [f"{k}={v}" for k, v in changes.items() if v != getattr(training, k)]
-            return Fit(False, " ".join(news).replace("True", "true"))
-    return Fit(False, "a smaller model")
+            return answer(" ".join(news).replace("True", "true"))
+    return answer("a smaller model")
 
 
 def _smaller(training: TrainingConfig) -> list[dict[str, Any]]:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from paris_ray.artifacts import EVENTS, METRICS, TIMINGS, Folder, parse_json
 from paris_ray.config import TrainingConfig
 from paris_ray.devices import autocast, peak_flops, resolve_device, resolve_precision
-from paris_ray.errors import TrainingError
+from paris_ray.errors import ParisError, TrainingError
 from paris_ray.seeding import derive_seed
 from paris_ray.training import checkpoint
 from paris_ray.training.checkpoint import TrainingState
@@ -27,6 +27,7 @@ from paris_ray.training.ema import ExponentialMovingAverage
 from paris_ray.training.preemption import PreemptionNotice
 from paris_ray.training.prefetch import draw_ahead
 from paris_ray.training.schedule import learning_rate
+from paris_ray.training.spending import Spending
 from paris_ray.training.tensorboard import event_file, require_tensorboard
 
 TENSORBOARD = f"tensorboard/{EVENTS}"
@@ -179,16 +180,20 @@ class TrainingLoop:
         ema_device = torch.device("cpu") if config.ema_device == "cpu" else None
         ema = ExponentialMovingAverage(model, config.ema_decay, ema_device)
         self.state = TrainingState(model, ema, optimizer)
+        self.spending = Spending(folder, config)
         self.metrics: list[dict[str, Any]] = []
         self.timings: list[dict[str, Any]] = []
 
     def run(self) -> dict[str, Tensor]:
         """Train to the last step and return the averaged weights.
 
-        At a SIGTERM the step is finished and a checkpoint written; then the signal takes effect,
-        and what would be measured or passed on at this step is not.
+        At a SIGTERM, or a cap of what may be spent, the step is finished and a checkpoint written;
+        then the signal, or the error, takes effect, and what would be measured or passed on at this
+        step is not.
 
         Raises:
+            SpendingCapError: if `config.max_hours` or `config.max_dollars` is reached before the
+                last step, now or by earlier processes.
             TrainingError: if the loss, a gradient or a weight stops being a finite number; the
                 checkpoint before stays. Or if a SIGTERM came that did not end the process.
             ArtifactError: if the checkpoint or its metrics are damaged or of another identity.
@@ -203,6 +208,8 @@ class TrainingLoop:
             peak_samples_per_second=self.peak_rate,
         )
         steps = range(first_step, config.steps)
+        if steps and (reached := self.spending.cap_reached()):
+            raise reached
         drawn = closing(draw_ahead(self._draw, steps, config.prefetch))
         with PreemptionNotice() as notice, drawn as batches:
             for step, batch in zip(steps, batches, strict=True):
@@ -210,8 +217,9 @@ class TrainingLoop:
                 progress = clock.tick(step + 1, loss)
                 if progress is not None:
                     self._record(progress)
-                if notice.given:
-                    self._leave(step + 1, loss)
+                ending = self._ending(step + 1, notice)
+                if ending is not None:
+                    self._leave(step + 1, loss, ending)
                 if progress is not None:
                     self._validate()
                 self._keep(step + 1, loss)
@@ -249,6 +257,7 @@ class TrainingLoop:
         self.metrics.append(seen | {"loss": progress.loss, "learning_rate": rate})
         measured = {"samples_per_second": progress.samples_per_second, "mfu": progress.mfu}
         self.timings.append(seen | {"unix_time": time.time()} | measured)
+        self.spending.note()
 
     def _validate(self) -> bool:
         """Add the measures to the last row, if since the one before it became time to; return so.
@@ -279,11 +288,18 @@ class TrainingLoop:
         if self.on_average is not None and samples_due and not at_end:
             self.on_average(self.state.ema.state, done)
 
-    def _leave(self, done: int, loss: Tensor) -> None:
+    def _ending(self, done: int, notice: PreemptionNotice) -> ParisError | None:
+        """Return why training ends after a step that is not the last; None if it goes on."""
+        if notice.given:
+            told = f"SIGTERM came: step {done} is in the checkpoint, run again to go on"
+            return TrainingError(told)
+        return self.spending.cap_reached() if done < self.config.steps else None
+
+    def _leave(self, done: int, loss: Tensor, ending: ParisError) -> None:
         """Checkpoint at once: there may be seconds left. Who goes on validates what is due."""
         self._check_finite(done, loss)
         self._save(done)
-        raise TrainingError(f"SIGTERM came: step {done} is in the checkpoint, run again to go on")
+        raise ending
 
     @torch.no_grad()
     def _check_finite(self, done: int, loss: Tensor) -> None:
@@ -306,6 +322,7 @@ class TrainingLoop:
             self.folder.write(TENSORBOARD, event_file(rows))
         samples_seen = done * self.config.batch_size
         checkpoint.save(self.folder, self.state, identity=self.identity, samples_seen=samples_seen)
+        self.spending.note(at_once=True)
 
     def _resume(self) -> int:
         samples_seen = checkpoint.restore(self.folder, self.state, identity=self.identity)

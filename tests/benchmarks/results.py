@@ -5,7 +5,7 @@
 With `--write docs/results.md` they also replace those in the document, between
 `<!-- bench: SECTION -->` and `<!-- end -->`. All of them take more than an hour on two cores that
 do nothing else. `distilled`, `solvers`, `last_resort`, `roster`, `admission`, `federation`,
-`engine`, `serving`, `capacity`, `kills`, `scaling`, `replicas` and `data` need the run that
+`engine`, `serving`, `capacity`, `kills`, `scaling`, `replicas`, `plan` and `data` need the run that
 `quickstart` leaves, `few_steps` that it is distilled. Nothing is asserted.
 """
 
@@ -149,6 +149,7 @@ SECTIONS: dict[str, Callable[[Path], str]] = {
     "kills": script("bench_serving.py", "--bundle", "{runs}/quickstart/bundle", "kills"),
     "scaling": script("bench_serving.py", "--bundle", "{runs}/quickstart/bundle", "scaling"),
     "replicas": script("bench_serving.py", "--bundle", "{runs}/quickstart/bundle", "ready"),
+    "plan": script("bench_plan.py", "--run-dir", "{runs}/quickstart", "--probe"),
     "models": script("bench_models.py"),
     "memory": script("bench_memory.py"),
     "data": script("bench_data.py", "--run-dir", "{runs}/quickstart"),

@@ -24,6 +24,7 @@ from paris_ray.config import Config
 from paris_ray.corpora import list_shards
 from paris_ray.embeddings import NULL_TEXT, part_names, read_table, tensor_column
 from paris_ray.errors import ArtifactError, CorpusError, TrainingError
+from paris_ray.planning.ledger import read_ledger
 from paris_ray.run import (
     CLUSTERS,
     EMBEDDINGS,
@@ -100,6 +101,25 @@ def test_the_ledger_tells_what_every_expert_moved_and_that_nothing_came_of_other
         assert written["weights"] == sum(
             len(finished.expert(k).read(name)) for name in (MODEL_CONFIG, EXPERT_WEIGHTS)
         )
+
+
+def test_every_stage_is_in_the_ledger_of_the_run(finished: Run) -> None:
+    ledger = read_ledger(finished.folder)
+    trainings = {f"experts/expert_{k}" for k in range(3)} | {"router"}
+    jobs = {"encoders", "embeddings", "clusters", "evaluation", "bundle"}
+    assert trainings | jobs <= set(ledger)
+    for place in trainings:
+        taken = ledger[place]
+        assert taken.device == "CPU"
+        assert taken.samples > 0
+        assert taken.flops > 0
+        assert 0 < taken.hours < 1
+        assert taken.bytes["written"]["weights"] > 0
+        assert "elsewhere" not in taken.bytes["written"]
+    facts = read_manifest(finished.expert(1), EXPERT).facts
+    assert ledger["experts/expert_1"].bytes == facts["bytes"]
+    assert ledger["experts/expert_1"].samples == facts["samples_seen"]
+    assert sum(ledger["embeddings"].bytes["written"].values()) > 0
 
 
 def test_held_out_rows_are_in_no_shard_but_by_cluster_beside_them(finished: Run) -> None:

@@ -2,6 +2,7 @@
 
 import errno
 import importlib.util
+import json
 import os
 import re
 import shlex
@@ -49,6 +50,26 @@ def run(command: Sequence[str], **environment: str) -> subprocess.CompletedProce
 
 def run_job(verb: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return run([sys.executable, "-m", f"jobs.{verb}", *arguments], **environment)
+
+
+def test_a_fleet_is_planned_for_people_and_for_machines(tmp_path: Path) -> None:
+    told = tmp_path / "plan.json"
+    command = ("plan", "--config", "paris_xl2", "--fleet", "docs/examples/fleet.yaml")
+    result = run_job(*command, "--json", str(told))
+    assert result.returncode == 0
+    assert re.search(r"\nexpert 0 +H100 1 +bfloat16 ", result.stdout)
+    assert re.search(r"\nthis plan +11,000,000 +14\.4 ", result.stdout)
+    document = json.loads(told.read_text())
+    assert len(document["assignments"]) == 9
+    refused = run_job(*command, "--json", str(tmp_path / "none" / "plan.json"))
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert refused.stderr.startswith(f"error: --json={tmp_path}/none/plan.json cannot be written")
+
+
+def test_a_run_without_a_ledger_has_taken_nothing_that_is_known(tmp_path: Path) -> None:
+    result = run_job("plan", f"run_dir={tmp_path}", "--ledger")
+    assert result.returncode == 2
+    assert result.stderr.startswith(f"error: {tmp_path} has no ledger/: no stage of it has")
 
 
 def test_a_study_lists_its_arms() -> None:

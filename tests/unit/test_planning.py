@@ -31,6 +31,7 @@ from paris_ray.planning import (
     training_memory,
 )
 from paris_ray.planning.disk import FEATURE_WIDTHS, row_bytes
+from paris_ray.planning.durations import Duration
 from paris_ray.planning.memory import text_tower_parameters
 from paris_ray.planning.schedule import schedule
 from paris_ray.training.schedule import with_steps
@@ -307,7 +308,10 @@ NOTHING = Memory(weights=0, gradients=0, adam=0, ema=0, autocast=0, text_encoder
 STEPS_OF_A_DAY = 86_400  # of one image of 1 TFLOP, on a GPU that reaches 1 TFLOP/s
 
 
-def training(expert: int | None, days: float, fits: tuple[bool, ...]) -> TrainingPlan:
+def training(
+    expert: int | None, days: float, fits: tuple[bool, ...], speeds: tuple[float, ...] | None = None
+) -> TrainingPlan:
+    """A training of so many days on a GPU of speed 1; GPUs have this speed if nothing is said."""
     return TrainingPlan(
         stage="router" if expert is None else "expert",
         expert=expert,
@@ -320,6 +324,10 @@ def training(expert: int | None, days: float, fits: tuple[bool, ...]) -> Trainin
         memory=NOTHING,
         temporary_bytes=0,
         fits=tuple(Fit(answer) for answer in fits),
+        durations=tuple(
+            Duration(work=days / speed, interval=days / speed)
+            for speed in speeds or (1.0,) * len(fits)
+        ),
     )
 
 
@@ -342,9 +350,10 @@ def test_experts_wait_for_the_seed_and_it_counts_no_parameters() -> None:
 
 
 def test_experts_go_where_they_end_first_and_the_router_waits_for_all() -> None:
-    experts = [training(k, 1.0, (True, True)) for k in range(3)]
+    speeds = (1.0, 0.75)
+    experts = [training(k, 1.0, (True, True), speeds) for k in range(3)]
     fleet = [gpu("fast", 1.0), gpu("slow", 0.75)]
-    result = schedule([*experts, training(None, 0.5, (True, True))], fleet)
+    result = schedule([*experts, training(None, 0.5, (True, True), speeds)], fleet)
     places = [(a.name, a.gpu, a.start) for a in result.assignments]
     assert places == [
         ("expert 0", "fast 1", 0.0),
@@ -405,7 +414,10 @@ def test_an_expert_that_nothing_makes_fit_needs_to_be_smaller() -> None:
     assert result.trainings[0].fits == (Fit(False, "a smaller model"),)
     assert result.schedule is not None
     assert result.schedule.unplaced == tuple(f"expert {k}" for k in range(8))
-    assert "expert 0-7: does not fit; would with a smaller model" in render(result)
+    assert re.search(
+        "expert 0-7: does not fit: needs 17.8 GB in bfloat16; would with a smaller model",
+        render(result),
+    )
 
 
 # --- The configurations of the paper ------------------------------------------------------------

@@ -79,7 +79,7 @@ def test_an_experts_bytes_have_a_category_each(tmp_path: Path) -> None:
     }
     written = Counter({f"{own}/samples/step-1.png": 1, f"{own}/samples.png": 2, f"{own}/note": 4})
     seed = str(tmp_path / "seed")
-    moved = bytes_by_category(Traffic(read, written), run, 1, seed)
+    moved = bytes_by_category(Traffic(read, written), run, run.expert(1), seed, expert=1)
     assert moved == {
         "read": {
             "shard": 1,

@@ -1,0 +1,74 @@
+"""What a training has taken so far, over all processes that worked on it, and its caps."""
+
+from time import monotonic
+
+from paris_ray.artifacts import SPENT, Folder
+from paris_ray.config import TrainingConfig
+from paris_ray.errors import ArtifactError, SpendingCapError
+
+NOTE_INTERVAL_S = 10.0  # so much at most is not known of a process that was killed
+SECONDS_PER_HOUR = 3600
+
+
+class Spending:
+    """Counts the seconds of a training, those of earlier processes included.
+
+    They are kept in a file of the training's own folder, which is written from time to time: what a
+    killed process had trained since its last checkpoint is paid for too.
+
+    Args:
+        folder: Of the training.
+        config: Has the caps and the price.
+
+    Raises:
+        ArtifactError: if the file is damaged.
+    """
+
+    def __init__(self, folder: Folder, config: TrainingConfig) -> None:
+        self.folder, self.config = folder, config
+        self._earlier, self._began = seconds_spent(folder), monotonic()
+        self._noted_at = self._began
+
+    @property
+    def seconds(self) -> float:
+        """Seconds so far."""
+        return self._earlier + monotonic() - self._began
+
+    def note(self, *, at_once: bool = False) -> None:
+        """Write the seconds down, if it is time to."""
+        now = monotonic()
+        if at_once or now - self._noted_at >= NOTE_INTERVAL_S:
+            self.folder.write_json(SPENT, {"seconds": round(self.seconds, 3)})
+            self._noted_at = now
+
+    def cap_reached(self) -> SpendingCapError | None:
+        """Return an error that tells of the cap that is reached, or None."""
+        hours, price = self.seconds / SECONDS_PER_HOUR, self.config.dollars_per_hour
+        spent = {"max_hours": hours, "max_dollars": None if price is None else hours * price}
+        for name, amount in spent.items():
+            cap = getattr(self.config, name)
+            if cap is not None and amount is not None and amount >= cap:
+                return SpendingCapError(
+                    f"{name}={cap:g} is reached ({hours:.4g} hours{_in_dollars(hours, price)}): "
+                    f"what is trained is in the checkpoint; run again with a higher {name} to go on"
+                )
+        return None
+
+
+def seconds_spent(folder: Folder) -> float:
+    """Return the seconds that the training of a folder has taken; 0 where nothing tells of any.
+
+    Raises:
+        ArtifactError: if the file that tells of them is damaged.
+    """
+    if not folder.exists(SPENT):
+        return 0.0
+    told = folder.read_json(SPENT)
+    seconds = told.get("seconds") if isinstance(told, dict) else None
+    if not isinstance(seconds, int | float) or not seconds >= 0:
+        raise ArtifactError(f"{folder.uri}/{SPENT} is damaged: delete it to count from 0")
+    return float(seconds)
+
+
+def _in_dollars(hours: float, price: float | None) -> str:
+    return "" if price is None else f", {hours * price:.4g} dollars at {price:g} an hour"

@@ -62,6 +62,8 @@ def _check_training(name: str, training: TrainingConfig, corpus: CorpusConfig) -
     for key in (*least_zero, "num_cpus", "num_gpus", "max_retries"):
         value = getattr(training, key)
         _require(0 <= value < math.inf, f"{name}.{key}", value, "at least 0")
+    check_place(f"{name}.mlflow", training.mlflow)
+    _require(training.wandb != "", f"{name}.wandb", training.wandb, "a project, or null")
     betas = training.betas
     _require(all(0 <= beta < 1 for beta in betas), f"{name}.betas", betas, "0 <= x < 1")
     weights, count = training.caption_weights, corpus.captions_per_row

@@ -43,7 +43,7 @@ def _read_yaml(name_or_path: str, packaged: Sequence[str]) -> DictConfig:
         text = Path(name_or_path).read_text(encoding="utf-8")
     else:
         raise ConfigError(f"config={name_or_path!r} is neither a file nor one of {packaged}")
-    _num_values(yaml.compose(text, yaml.SafeLoader), {})
+    _check_size(text)
     loaded = OmegaConf.create(text)
     if not isinstance(loaded, DictConfig):
         raise ConfigError(f"config={name_or_path!r} does not hold a mapping")
@@ -51,6 +51,27 @@ def _read_yaml(name_or_path: str, packaged: Sequence[str]) -> DictConfig:
     if isinstance(experts, DictConfig):  # YAML reads the number of an expert as an integer
         loaded[EXPERTS] = {str(key): value for key, value in experts.items()}
     return loaded
+
+
+def read_values(text: str) -> dict[str, Any]:
+    """Return what a resolved configuration says, of whatever version it is, as plain values.
+
+    Raises:
+        ConfigError: if it is no mapping in YAML, or too large.
+    """
+    try:
+        _check_size(text)
+        values = yaml.safe_load(text)
+    except (yaml.YAMLError, RecursionError) as error:
+        raise ConfigError(f"the configuration is not YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise ConfigError("the configuration does not hold a mapping")
+    return values
+
+
+def _check_size(text: str) -> None:
+    """Raise ConfigError if YAML has too many values, those again that it names again."""
+    _num_values(yaml.compose(text, yaml.SafeLoader), {})
 
 
 def _num_values(node: yaml.Node | None, known: dict[int, int], depth: int = 0) -> int:

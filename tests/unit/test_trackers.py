@@ -1,6 +1,7 @@
 """Weights & Biases and MLflow are shown what TensorBoard is: every row once, also after a kill."""
 
 import json
+import struct
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -52,20 +53,28 @@ def wandb_offline(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def logged_by_wandb(folder: Folder) -> list[dict[str, float]]:
     """Return the rows in W&B's own files, as `wandb sync` would read them."""
     from wandb.proto.wandb_internal_pb2 import Record
-    from wandb.sdk.internal.datastore import DataStore
 
     rows = []
     for path in sorted((folder.local_path / "wandb").glob("offline-run-*/*.wandb")):
-        store, record = DataStore(), Record()
-        store.open_for_scan(str(path))
-        while (data := store.scan_data()) is not None:
-            record.ParseFromString(data)
+        for payload in records_of(path.read_bytes()):
+            record = Record.FromString(payload)
             if record.WhichOneof("record_type") == "history":
                 items = record.history.item
                 rows.append(
                     {i.key or ".".join(i.nested_key): json.loads(i.value_json) for i in items}
                 )
     return rows
+
+
+def records_of(log: bytes) -> Iterator[bytes]:
+    """Yield the records of a file in LevelDB's log format, of one block, after W&B's own head."""
+    assert log[:4] == b":W&B" and len(log) < 2**15
+    at = 7
+    while at < len(log):
+        _checksum, length, kind = struct.unpack_from("<IHB", log, at)
+        assert kind == 1, "a whole record"
+        yield log[at + 7 : at + 7 + length]
+        at += 7 + length
 
 
 @pytest.mark.usefixtures("wandb_offline")

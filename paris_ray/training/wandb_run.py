@@ -51,7 +51,11 @@ class WandbRun:
                 resume="allow",
                 # Numbers alone: no terminal, no code, nothing of the machine.
                 settings=wandb.Settings(
-                    console="off", disable_git=True, save_code=False, x_disable_stats=True
+                    console="off",
+                    disable_git=True,
+                    quiet=True,
+                    save_code=False,
+                    x_disable_stats=True,
                 ),
             )
         except Exception as error:  # it has many kinds, which share no base
@@ -70,4 +74,4 @@ class WandbRun:
 
     def close(self) -> None:
         """End the run, or this process's part of it."""
-        self._run.finish(quiet=True)
+        self._run.finish()

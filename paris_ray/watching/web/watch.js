@@ -17,6 +17,8 @@ const NAMES = {
   learning_rate: "Learning rate",
 };
 const ORDER = Object.keys(NAMES);
+const NOISY = ["loss", "router_loss"]; // of one batch each, so that a mean says more
+const FEW_POINTS = 50; // of which a mean would come late
 const FIRST_NAMES = { final: "trained", without: "without adapter" };
 
 const $ = (selector, root = document) => root.querySelector(selector);
@@ -274,12 +276,12 @@ function stages({ stages: known }) {
 
 /** Say how far all is, in a line that a screen reader is told when it changes. */
 function statusLine() {
-  const training = runs.flatMap(({ models }) => models.filter(({ state }) => state === "training"));
-  const done = runs.flatMap(({ models }) => models.filter(({ state }) => state === "finished")).length;
-  const names = runs.map(({ name }) => name).join(" and ");
-  const what = training.length ? `training ${training.map(({ title }) => title).join(", ")}`
-    : done ? "nothing is being trained" : "nothing has been trained yet";
-  return `${names}: ${what}.`;
+  return runs.map(({ name, models }) => {
+    const training = models.filter(({ state }) => state === "training").map(({ title }) => title);
+    const isDone = models.some(({ state }) => state === "finished");
+    return `${name}: ${training.length ? `training ${training.join(", ")}`
+      : isDone ? "nothing is being trained" : "nothing has been trained yet"}.`;
+  }).join(" ");
 }
 
 /* -- Curves ---------------------------------------------------------------------------------- */
@@ -324,8 +326,9 @@ function place(samples, seconds, batchSize) {
 
 const isLogarithmic = (series) => view.log && series.includes("loss");
 
-/** Return the points after an exponential moving average, begun without a bias. */
+/** Return the points after an exponential moving average, begun without a bias; few are left. */
 function smoothed(points, share) {
+  if (share === 0 || points.length < FEW_POINTS) return points;
   let [sum, weight] = [0, 0];
   return points.map(([x, value]) => {
     sum = share * sum + (1 - share) * value;
@@ -373,11 +376,9 @@ function drawLegend() {
 /** One chart: an SVG at the width of its place, with a cursor that the mouse or keys move. */
 class Chart {
   constructor(name, lines) {
-    const share = Number(view.smooth);
-    this.isSmooth = share > 0 && name.includes("loss");
+    const share = NOISY.includes(name) ? Number(view.smooth) : 0;
     Object.assign(this, { name, isLog: isLogarithmic(name) });
-    this.lines = lines.map((line) => ({ ...line,
-      shown: this.isSmooth ? smoothed(line.points, share) : line.points }));
+    this.lines = lines.map((line) => ({ ...line, shown: smoothed(line.points, share) }));
     this.inWords = UNITS[name] ?? compact;
     const title = NAMES[name] ?? name.replaceAll("_", " ");
     this.tip = element("div", { className: "tip", hidden: true });
@@ -445,7 +446,7 @@ class Chart {
     const path = (list) => list.map(([x, y]) => `${this.across(x).toFixed(1)},${this.down(y).toFixed(1)}`).join(" ");
     const second = run > 0 ? " second" : "";
     const group = drawn("g", {}, drawn("title", {}, label(model, run)));
-    if (this.isSmooth) {
+    if (shown !== points) {
       const raw = points.filter(([, y]) => { const at = this.down(y); return at >= MARGIN.top && at <= HEIGHT; });
       group.append(drawn("polyline", { class: "curve raw", points: path(raw) }));
     }

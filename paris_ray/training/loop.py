@@ -210,7 +210,6 @@ class TrainingLoop:
         )
         steps = range(first_step, config.steps)
         drawn = closing(draw_ahead(self._draw, steps, config.prefetch))
-        self.trackers.open(self._tracked())
         with PreemptionNotice() as notice, drawn as batches, self.trackers:
             for step, batch in zip(steps, batches, strict=True):
                 loss = self._step(step, batch)
@@ -269,15 +268,19 @@ class TrainingLoop:
 
         The average has to be that of the row's step. A row that has them already is left alone.
         """
+        if self.measure is None or not self._validation_is_due():
+            return False
+        self.metrics[-1] |= self.measure(self.state.ema.state)
+        return True
+
+    def _validation_is_due(self) -> bool:
+        """Return whether the last row is to get measures, and has none yet."""
         if self.measure is None or not self.metrics or self.metrics[-1].keys() != LOGGED:
             return False
         every, rows = self.config.validate_every * self.config.batch_size, self.metrics[-2:]
         *before, seen = (row["samples_seen"] for row in rows)
         at_end = seen == self.config.steps * self.config.batch_size
-        if not at_end and seen // every == sum(before) // every:
-            return False
-        self.metrics[-1] |= self.measure(self.state.ema.state)
-        return True
+        return at_end or seen // every != sum(before) // every
 
     def _keep(self, done: int, loss: Tensor) -> None:
         """Checkpoint and pass on the average, if it is time to.
@@ -324,15 +327,19 @@ class TrainingLoop:
         self._rows_written_at = time.monotonic()
 
     def _tracked(self) -> list[dict[str, Any]]:
-        return [m | t for m, t in zip(self.metrics, self.timings, strict=True)]
+        """Return what trackers are shown: every row once, when it is whole."""
+        rows = [m | t for m, t in zip(self.metrics, self.timings, strict=True)]
+        return rows[:-1] if self._validation_is_due() else rows
 
     def _resume(self) -> int:
         samples_seen = checkpoint.restore(self.folder, self.state, identity=self.identity)
+        if samples_seen is not None:
+            self.metrics = _read_rows(self.folder, METRICS, samples_seen)
+            self.timings = _read_rows(self.folder, TIMINGS, samples_seen)
+            self._resumes = 1 + max((row.get("resumes", 0) for row in self.timings), default=0)
+        self.trackers.open(self._tracked())
         if samples_seen is None:
             return 0
-        self.metrics = _read_rows(self.folder, METRICS, samples_seen)
-        self.timings = _read_rows(self.folder, TIMINGS, samples_seen)
-        self._resumes = 1 + max((row.get("resumes", 0) for row in self.timings), default=0)
         step = samples_seen // self.config.batch_size
         if self.metrics and self.metrics[-1]["samples_seen"] == samples_seen and self._validate():
             self._save(step)

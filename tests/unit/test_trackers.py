@@ -1,6 +1,8 @@
 """Weights & Biases and MLflow are shown what TensorBoard is: every row once, also after a kill."""
 
 import json
+import os
+import signal
 import struct
 import sys
 from collections.abc import Iterator
@@ -12,7 +14,8 @@ import pytest
 
 from paris_ray.artifacts import METRICS, Folder, publish
 from paris_ray.config import TrainingConfig, load
-from paris_ray.errors import ConfigError
+from paris_ray.errors import ConfigError, TrainingError
+from paris_ray.training.loop import Progress
 from paris_ray.training.trackers import Trackers
 from tests.training_shards import TRAINING, Stop, stop_at, train, write_shard
 
@@ -126,6 +129,35 @@ def test_mlflow_is_shown_every_row_once(shard: Folder, tmp_path: Path, mlflow_ur
     train_with_a_kill(shard, output, replace(TRAINING, mlflow=mlflow_uri))
     (shown,) = logged_by_mlflow(mlflow_uri, "loss")
     assert shown == [(row["samples_seen"], row["loss"]) for row in rows_of(output)]
+
+
+def test_a_row_that_is_still_to_be_measured_is_shown_when_it_is(
+    shard: Folder, tmp_path: Path, mlflow_uri: str
+) -> None:
+    """At a SIGTERM there is no time to validate: the process that goes on does."""
+    output = Folder(tmp_path / "expert_0")
+    held_out = write_shard(Folder(tmp_path / "held_out"), 4, seed=1)
+    config = replace(TRAINING, mlflow=mlflow_uri, validate_every=4)
+
+    def preempt(progress: Progress) -> None:
+        if progress.step == 8:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    options: dict[str, Any] = {"config": config, "data": {"held_out": [held_out]}}
+    before = signal.signal(signal.SIGTERM, lambda *_: None)
+    try:
+        with pytest.raises(TrainingError, match="SIGTERM"):
+            train(shard, output, on_progress=preempt, **options)
+        (shown,) = logged_by_mlflow(mlflow_uri, "loss")
+        assert [step for step, _ in shown] == [8, 16, 24]
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    train(shard, output, **options)
+    (loss,) = logged_by_mlflow(mlflow_uri, "loss")
+    (measured,) = logged_by_mlflow(mlflow_uri, "held_out_loss")
+    assert [step for step, _ in loss] == [8, 16, 24, 32, 40, 48]
+    expected = [(r["samples_seen"], r["held_out_loss"]) for r in rows_of(output) if len(r) > 3]
+    assert measured == expected and [step for step, _ in measured] == [16, 32, 48]
 
 
 def test_each_training_is_a_run_of_its_own(tmp_path: Path, mlflow_uri: str) -> None:

@@ -12,7 +12,8 @@ const MARGIN = { left: 52, right: 10, top: 8, bottom: 24 };
 const STORE = "paris_ray watch";
 const NAMES = {
   loss: "Training loss", router_loss: "Training loss of the router",
-  held_out_loss: "Held-out loss, own cluster", held_out_loss_others: "Held-out loss, other clusters",
+  held_out_loss: "Held-out loss, own cluster",
+  held_out_loss_others: "Held-out loss, other clusters",
   samples_per_second: "Samples a second", mfu: "MFU", memory_bytes: "Peak memory",
   learning_rate: "Learning rate",
 };
@@ -168,7 +169,8 @@ class Pictures {
 
 /* -- What is shown, and what of it is remembered ----------------------------------------------- */
 
-const view = { axis: "step", smooth: "0.6", log: false, hidden: [], model: null, cell: 96, ...recalled() };
+const DEFAULTS = { axis: "step", smooth: "0.6", log: false, hidden: [], model: null, cell: 96 };
+const view = { ...DEFAULTS, ...recalled() };
 const pictures = new Pictures();
 let runs = []; // as /api/state tells
 let curves = new Map(); // by run and model: { version, batch_size, series, resumes }
@@ -207,15 +209,23 @@ function ifChanged(part, version, draw) {
   draw();
 }
 
-/** Fill the sides of a section, one a run. */
+/** Fill the sides of a section, one a run; what was scrolled or opened there stays so. */
 function sides(id, make) {
+  const section = $(`#${id}`);
+  const scrolled = [...section.querySelectorAll(".wide")].map(({ scrollLeft }) => scrollLeft);
+  const opened = [...section.querySelectorAll("details")].map(({ open }) => open);
   const nodes = runs.map((run, i) => {
-    const title = runs.length > 1 ? [element("h3", { textContent: `${"AB"[i]}: ${run.place}` })] : [];
-    return element("div", { className: "side" }, ...title, ...make(run, i));
+    const title = element("h3", { textContent: `${"AB"[i]}: ${run.place}` });
+    const parts = [...(runs.length > 1 ? [title] : []), ...make(run, i)];
+    return element("div", { className: "side" }, ...parts);
   });
-  $(`#${id}`).classList.toggle("two", runs.length > 1);
-  $(`#${id} .sides`).replaceChildren(...nodes);
+  section.classList.toggle("two", runs.length > 1);
+  $(".sides", section).replaceChildren(...nodes);
+  section.querySelectorAll(".wide").forEach((node, k) => { node.scrollLeft = scrolled[k] ?? 0; });
+  section.querySelectorAll("details").forEach((node, k) => { node.open = opened[k] ?? false; });
 }
+
+const hint = (text) => element("p", { className: "hint", textContent: text });
 
 /* -- Overview -------------------------------------------------------------------------------- */
 
@@ -234,7 +244,8 @@ function overviewRow(model, run) {
   const resumed = model.resumes ? `, resumed ${model.resumes} x` : "";
   const state = [`${model.state}${resumed}`];
   if (model.state === "training") {
-    state.push(element("span", { className: "late", dataset: { written: model.written_at ?? "" } }));
+    const written = model.written_at ?? "";
+    state.push(element("span", { className: "late", dataset: { written } }));
   }
   if (model.state === "training" && model.num_steps) {
     state.unshift(element("progress", { max: model.num_steps, value: model.step ?? 0,
@@ -243,8 +254,9 @@ function overviewRow(model, run) {
   const cost = run.dollars_per_hour === null ? []
     : [dollars((model.compute_s / 3600) * run.dollars_per_hour)];
   return [[dot, model.title], state,
-    model.num_steps ? `${told(model.step, whole)} / ${whole(model.num_steps)}` : told(model.step, whole),
-    told(model.samples_seen, compact), told(model.loss, compact), told(model.held_out_loss, compact),
+    told(model.step, whole) + (model.num_steps ? ` / ${whole(model.num_steps)}` : ""),
+    told(model.samples_seen, compact), told(model.loss, compact),
+    told(model.held_out_loss, compact),
     told(model.samples_per_second, (rate) => `${compact(rate)}/s`), told(model.mfu, UNITS.mfu),
     told(model.memory_bytes, gigabytes), duration(model.compute_s), ...cost,
     model.state === "training" ? told(model.eta_s, duration) : DASH];
@@ -262,8 +274,9 @@ function totals({ models, forecast, dollars_per_hour: price }) {
     facts["Still needs, about"] = `${duration(forecast.left_s)} of devices${cost(forecast.left_s)}`;
     facts["Done in about"] = duration(forecast.eta_s);
   }
-  return element("dl", { className: "facts" }, ...Object.entries(facts).map(([name, value]) =>
-    element("div", {}, element("dt", { textContent: name }), element("dd", { textContent: value }))));
+  const pairs = Object.entries(facts).map(([name, value]) => element("div", {},
+    element("dt", { textContent: name }), element("dd", { textContent: value })));
+  return element("dl", { className: "facts" }, ...pairs);
 }
 
 function stages({ stages: known }) {
@@ -349,7 +362,10 @@ function drawCurves() {
     resumed ? "Dotted lines with a triangle: training was taken up again there." : "",
   ].filter(Boolean).join(" ");
   drawLegend();
-  $("#curves .charts").replaceChildren(...charts.map(([name, lines]) => new Chart(name, lines).node));
+  const node = $("#curves .charts");
+  const read = [...node.children].find((chart) => !$(".tip", chart).hidden); // at this moment
+  node.replaceChildren(...charts.map(([name, lines]) =>
+    new Chart(name, lines, name === read?.dataset.name ? read : null).node));
 }
 
 const rank = (name) => (ORDER.includes(name) ? ORDER.indexOf(name) : ORDER.length);
@@ -375,7 +391,8 @@ function drawLegend() {
 
 /** One chart: an SVG at the width of its place, with a cursor that the mouse or keys move. */
 class Chart {
-  constructor(name, lines) {
+  /** `before` is the node of the chart that this one replaces while somebody reads it. */
+  constructor(name, lines, before) {
     const share = NOISY.includes(name) ? Number(view.smooth) : 0;
     Object.assign(this, { name, isLog: isLogarithmic(name) });
     this.lines = lines.map((line) => ({ ...line, shown: smoothed(line.points, share) }));
@@ -387,7 +404,12 @@ class Chart {
     const last = this.lines.map(({ shown, model, run }) =>
       `${label(model, run)} ${this.inWords(shown.at(-1)[1])}`).join(", ");
     this.node.setAttribute("aria-label", `${title}: ${last}`);
-    requestAnimationFrame(() => this.draw());
+    const hadFocus = before?.contains(document.activeElement);
+    requestAnimationFrame(() => {
+      this.draw();
+      if (hadFocus) $("svg", this.node)?.focus();
+      if (before) this.#point(Number(before.dataset.cursor));
+    });
   }
 
   draw() {
@@ -395,10 +417,11 @@ class Chart {
     this.#scale();
     const svg = drawn("svg", { viewBox: `0 0 ${this.width} ${HEIGHT}`, height: HEIGHT, role: "img",
       tabindex: "0", "aria-label": this.node.getAttribute("aria-label") });
-    svg.append(...this.#axes(), ...this.lines.flatMap((line) => this.#line(line)));
-    this.cursor = drawn("line", { class: "cursor", y1: MARGIN.top, y2: HEIGHT - MARGIN.bottom, visibility: "hidden" });
-    svg.append(this.cursor);
-    svg.addEventListener("pointermove", (event) => this.#point(event.clientX - svg.getBoundingClientRect().left));
+    this.cursor = drawn("line", { class: "cursor", visibility: "hidden", y1: MARGIN.top,
+      y2: HEIGHT - MARGIN.bottom });
+    svg.append(...this.#axes(), ...this.lines.map((line) => this.#line(line)), this.cursor);
+    svg.addEventListener("pointermove", (event) =>
+      this.#point(event.clientX - svg.getBoundingClientRect().left));
     svg.addEventListener("pointerleave", () => this.#leave());
     svg.addEventListener("blur", () => this.#leave());
     svg.addEventListener("keydown", (event) => this.#key(event));
@@ -407,60 +430,72 @@ class Chart {
   }
 
   #scale() {
-    const along = this.lines.flatMap(({ shown }) => shown.map(([x]) => x));
-    const up = this.lines.flatMap(({ shown }) => shown.map(([, y]) => (this.isLog ? Math.log10(y) : y)));
-    const range = (values) => values.reduce(([low, high], v) => [Math.min(low, v), Math.max(high, v)], [Infinity, -Infinity]);
-    this.x = range([0, ...along]);
-    let [low, high] = range(up);
-    if (low === high) [low, high] = [low - (Math.abs(low) || 1) * 0.1, high + (Math.abs(high) || 1) * 0.1];
+    const points = this.lines.flatMap(({ shown }) => shown);
+    this.x = range([0, ...points.map(([x]) => x)]);
+    let [low, high] = range(points.map(([, value]) => this.#height(value)));
+    if (low === high) {
+      const tenth = 0.1 * (Math.abs(low) || 1);
+      [low, high] = [low - tenth, high + tenth];
+    }
     const room = 0.04 * (high - low);
     this.y = [low >= 0 && low - room < 0 && !this.isLog ? 0 : low - room, high + room];
   }
 
-  across = (x) => MARGIN.left + ((x - this.x[0]) / (this.x[1] - this.x[0] || 1))
-    * (this.width - MARGIN.left - MARGIN.right);
+  #height(value) {
+    return this.isLog ? Math.log10(value) : value;
+  }
 
-  down = (value) => {
-    const y = this.isLog ? Math.log10(value) : value;
-    return HEIGHT - MARGIN.bottom - ((y - this.y[0]) / (this.y[1] - this.y[0]))
-      * (HEIGHT - MARGIN.top - MARGIN.bottom);
-  };
+  #across(x) {
+    const share = (x - this.x[0]) / (this.x[1] - this.x[0] || 1);
+    return MARGIN.left + share * (this.width - MARGIN.left - MARGIN.right);
+  }
+
+  #down(value) {
+    const share = (this.#height(value) - this.y[0]) / (this.y[1] - this.y[0]);
+    return HEIGHT - MARGIN.bottom - share * (HEIGHT - MARGIN.top - MARGIN.bottom);
+  }
 
   #axes() {
     const nodes = [];
     for (const tick of ticks(...this.y, 4)) {
       const value = this.isLog ? 10 ** tick : tick;
-      const y = this.down(value);
-      nodes.push(drawn("line", { class: "grid", x1: MARGIN.left, x2: this.width - MARGIN.right, y1: y, y2: y }),
-        drawn("text", { x: MARGIN.left - 6, y: y + 4, "text-anchor": "end" }, this.inWords(value)));
+      const y = this.#down(value);
+      const ends = { x1: MARGIN.left, x2: this.width - MARGIN.right, y1: y, y2: y };
+      const place = { x: MARGIN.left - 6, y: y + 4, "text-anchor": "end" };
+      nodes.push(drawn("line", { class: "grid", ...ends }),
+        drawn("text", place, this.inWords(value)));
     }
     for (const tick of ticks(...this.x, Math.max(2, Math.floor(this.width / 110)))) {
-      nodes.push(drawn("text", { x: this.across(tick), y: HEIGHT - 7,
-        "text-anchor": this.across(tick) > this.width - 60 ? "end" : tick === this.x[0] ? "start" : "middle" },
-      axisWords(tick)));
+      const x = this.#across(tick);
+      const anchor = x > this.width - 60 ? "end" : tick === this.x[0] ? "start" : "middle";
+      nodes.push(drawn("text", { x, y: HEIGHT - 7, "text-anchor": anchor }, axisWords(tick)));
     }
     return nodes;
   }
 
   #line({ model, run, points, shown, resumes }) {
-    const path = (list) => list.map(([x, y]) => `${this.across(x).toFixed(1)},${this.down(y).toFixed(1)}`).join(" ");
-    const second = run > 0 ? " second" : "";
+    const path = (list) => list.map(([x, y]) =>
+      `${this.#across(x).toFixed(1)},${this.#down(y).toFixed(1)}`).join(" ");
     const group = drawn("g", {}, drawn("title", {}, label(model, run)));
     if (shown !== points) {
-      const raw = points.filter(([, y]) => { const at = this.down(y); return at >= MARGIN.top && at <= HEIGHT; });
-      group.append(drawn("polyline", { class: "curve raw", points: path(raw) }));
+      const [low, high] = this.y; // beyond them there is no room
+      const inside = points.filter(([, value]) =>
+        this.#height(value) >= low && this.#height(value) <= high);
+      group.append(drawn("polyline", { class: "curve raw", points: path(inside) }));
     }
-    group.append(drawn("polyline", { class: `curve${second}`, points: path(shown) }));
+    const kind = run > 0 ? "curve second" : "curve";
+    group.append(drawn("polyline", { class: kind, points: path(shown) }));
     if (shown.length <= 12) {
-      group.append(...shown.map(([x, y]) => drawn("circle", { class: "point", r: 2.5, cx: this.across(x), cy: this.down(y) })));
+      group.append(...shown.map(([x, y]) =>
+        drawn("circle", { class: "point", r: 2.5, cx: this.#across(x), cy: this.#down(y) })));
     }
     for (const x of resumes) {
-      const at = this.across(x), foot = HEIGHT - MARGIN.bottom;
+      const at = this.#across(x), foot = HEIGHT - MARGIN.bottom;
       group.append(drawn("line", { class: "resume", x1: at, x2: at, y1: MARGIN.top, y2: foot }),
         drawn("path", { class: "resumed", d: `M${at} ${foot - 7} l4 7 h-8 z` },
           drawn("title", {}, `${label(model, run)} was resumed before ${axisWords(x)}`)));
     }
-    return [coloured(group, model, numExperts())];
+    return coloured(group, model, numExperts());
   }
 
   #key(event) {
@@ -478,13 +513,16 @@ class Chart {
     this.at = Math.min(1, Math.max(0, share));
     const x = this.x[0] + this.at * (this.x[1] - this.x[0]);
     const rows = this.lines.map(({ shown, model, run }) => {
-      const nearest = shown.reduce((best, point) => (Math.abs(point[0] - x) < Math.abs(best[0] - x) ? point : best));
+      const [, value] = shown.reduce((best, point) =>
+        (Math.abs(point[0] - x) < Math.abs(best[0] - x) ? point : best));
       const dot = coloured(element("span", { className: "dot" }), model, numExperts());
-      return element("div", {}, element("span", {}, dot, label(model, run)), element("b", { textContent: this.inWords(nearest[1]) }));
+      return element("div", {}, element("span", {}, dot, label(model, run)),
+        element("b", { textContent: this.inWords(value) }));
     });
     this.tip.replaceChildren(element("div", { textContent: axisWords(x) }), ...rows);
     this.tip.hidden = false;
-    const left = this.across(x);
+    const left = this.#across(x);
+    this.node.dataset.cursor = left;
     this.tip.style.left = left < this.width / 2 ? `${left + 10}px` : "auto";
     this.tip.style.right = left < this.width / 2 ? "auto" : `${this.width - left + 10}px`;
     this.cursor.setAttribute("visibility", "visible");
@@ -496,6 +534,9 @@ class Chart {
     this.cursor.setAttribute("visibility", "hidden");
   }
 }
+
+const range = (values) => values.reduce(([low, high], value) =>
+  [Math.min(low, value), Math.max(high, value)], [Infinity, -Infinity]);
 
 const label = (model, run) => (runs.length > 1 ? `${"AB"[run]} ${model.title}` : model.title);
 
@@ -510,27 +551,29 @@ function ticks(low, high, count) {
   const unit = 10 ** Math.floor(Math.log10(rough));
   const step = unit * [1, 2, 5, 10].find((factor) => factor * unit >= rough);
   const found = [];
-  for (let tick = Math.ceil(low / step) * step; tick <= high + step * 1e-6; tick += step) found.push(Number(tick.toPrecision(12)));
+  for (let tick = Math.ceil(low / step) * step; tick <= high + step * 1e-6; tick += step) {
+    found.push(Number(tick.toPrecision(12)));
+  }
   return found;
 }
 
 /* -- Samples --------------------------------------------------------------------------------- */
 
+/** Draw the samples of the chosen model anew if there are others, or another is chosen. */
 function drawSamples() {
   const drawing = [...modelsByName().values()].filter(({ name }) =>
     runs.some((run) => gridsOf(run, name).length > 0));
-  const select = $("#samples select");
-  select.replaceChildren(...drawing.map(({ name, title }) =>
-    element("option", { value: name, textContent: title })));
-  const chosen = drawing.some(({ name }) => name === view.model) ? view.model
-    : (drawing.find(({ expert }) => expert !== null) ?? drawing[0])?.name;
-  if (chosen === undefined) {
-    sides("samples", () => [element("p", { className: "hint", textContent: "No samples have been drawn yet." })]);
-    return;
-  }
-  select.value = chosen;
-  pictures.forget();
-  sides("samples", (run, i) => [gallery(run, i, chosen)]);
+  const first = drawing.find(({ expert }) => expert !== null) ?? drawing[0];
+  const chosen = (drawing.find(({ name }) => name === view.model) ?? first)?.name;
+  const grids = runs.map((run) => gridsOf(run, chosen));
+  ifChanged("samples", [chosen ?? null, drawing.map(({ name }) => name), grids], () => {
+    const select = $("#samples select");
+    select.replaceChildren(...drawing.map(({ name, title }) =>
+      element("option", { value: name, textContent: title })));
+    if (chosen !== undefined) select.value = chosen;
+    sides("samples", (run, i) => [chosen === undefined ? hint("No samples have been drawn yet.")
+      : gallery(run, i, chosen)]);
+  });
 }
 
 const gridsOf = (run, name) => run.models.find((model) => model.name === name)?.grids ?? [];
@@ -538,7 +581,7 @@ const gridsOf = (run, name) => run.models.find((model) => model.name === name)?.
 /** Return a table of pictures: a row a caption, a column a checkpoint. */
 function gallery(run, i, name) {
   const grids = gridsOf(run, name);
-  if (grids.length === 0) return element("p", { className: "hint", textContent: "This run has none of it yet." });
+  if (grids.length === 0) return hint("This run has none of it yet.");
   const node = table(["Caption", ...grids.map(gridName)], [], { className: "gallery" });
   const region = inScroll(`Samples of ${name}`, node);
   fillGallery(node, region, { i, name, grids }).catch(complain);
@@ -550,17 +593,19 @@ async function fillGallery(node, region, place) {
   const { captions } = await api.json(`api/runs/${i}/captions/${name}`);
   const count = captions.length || 2 * GRID_COLUMNS;
   const names = Array.from({ length: count }, (_, k) => captions[k] ?? `picture ${k + 1}`);
-  const cells = names.map((caption, k) => grids.map((grid, column) => element("button", { type: "button",
+  const cellOf = (caption, k, grid, column) => element("button", { type: "button",
     className: "cell", aria: { label: `${caption}, ${gridName(grid)}` },
-    onclick: () => lightbox.open({ ...place, names }, column, k) })));
+    onclick: () => lightbox.open({ ...place, names }, column, k) });
+  const cells = names.map((caption, k) => grids.map((grid, column) =>
+    cellOf(caption, k, grid, column)));
   $("tbody", node).replaceChildren(...names.map((caption, k) => row([caption, ...cells[k]])));
   const watcher = new IntersectionObserver((entries) => {
     for (const { isIntersecting, target } of entries) {
       if (!isIntersecting) continue;
       watcher.unobserve(target);
       const column = target.cellIndex - 1;
-      fillColumn(`api/runs/${i}/grids/${name}/${grids[column]}/small`, cells.map((rowOf) => rowOf[column]))
-        .catch(complain);
+      const path = `api/runs/${i}/grids/${name}/${grids[column]}/small`;
+      fillColumn(path, cells.map((cellsOfRow) => cellsOfRow[column])).catch(complain);
     }
   }, { root: region, rootMargin: "0px 400px" });
   for (const head of node.querySelectorAll("thead th:not(:first-child)")) watcher.observe(head);
@@ -632,7 +677,7 @@ async function drawClusters() {
   const known = await Promise.all(runs.map((_, i) => api.json(`api/runs/${i}/clusters`)));
   sides("clusters", (_, i) => {
     const { clusters } = known[i];
-    if (clusters.length === 0) return [element("p", { className: "hint", textContent: "Not clustered yet." })];
+    if (clusters.length === 0) return [hint("Not clustered yet.")];
     return [element("div", { className: "cards" }, ...clusters.map(card))];
   });
 }
@@ -652,18 +697,22 @@ async function drawRouter() {
 }
 
 function routerView({ right_cluster: right, levels, rows, temperature }) {
-  if (!right) return [element("p", { className: "hint", textContent: "Measured when the router is trained." })];
+  if (!right) return [hint("Measured when the router is trained.")];
   const percent = (value) => told(value, (share) => `${(100 * share).toFixed(1)} %`);
-  const cells = byLevel(right).map(([t]) => [t, percent(right[t]), percent(levels?.[t]?.accuracy),
-    percent(levels?.[t]?.prototype_accuracy), percent(levels?.[t]?.ece), percent(levels?.[t]?.ece_calibrated),
-    told(levels?.[t]?.nll_calibrated, compact)]);
-  const head = ["Noise t", "Right, training rows", "Right, held out", "By cluster means", "Calibration error",
-    "after the temperature", "Loss in nats"];
+  const cells = byLevel(right).map(([t]) => {
+    const level = levels?.[t] ?? {};
+    return [t, percent(right[t]), percent(level.accuracy), percent(level.prototype_accuracy),
+      percent(level.ece), percent(level.ece_calibrated), told(level.nll_calibrated, compact)];
+  });
+  const head = ["Noise t", "Right, training rows", "Right, held out", "By cluster means",
+    "Calibration error", "after the temperature", "Loss in nats"];
   const parts = [inScroll("The router by noise level", table(head, cells))];
   if (levels) {
-    const told = `${whole(rows)} held-out rows. Temperature ${digits(temperature)}. Below: how often it is right ` +
-      "(upwards) by how sure it says that it is (to the right); on the diagonal, it knows.";
-    parts.push(element("p", { className: "hint", textContent: told }), element("div", { className: "diagrams" },
+    parts.push(hint(`${told(rows, whole)} held-out rows. ` +
+      `Temperature ${told(temperature, digits)}. ` +
+      "Below: how often it is right (upwards) by how sure it says that it is (to the right); on " +
+      "the diagonal, it knows."));
+    parts.push(element("div", { className: "diagrams" },
       ...byLevel(levels).map(([t, level]) => reliability(t, level.reliability))));
   }
   return parts;
@@ -672,15 +721,18 @@ function routerView({ right_cluster: right, levels, rows, temperature }) {
 /** Entries by noise level; objects have whole numbers first. */
 const byLevel = (values) => Object.entries(values).sort(([a], [b]) => Number(a) - Number(b));
 
-function reliability(t, bins) {
+function reliability(t, { counts = [], confidence = [], accuracy = [] } = {}) {
   const side = 100;
-  const svg = drawn("svg", { viewBox: `-6 -6 ${side + 12} ${side + 12}`, role: "img", "aria-label": `Reliability at t = ${t}` },
+  const svg = drawn("svg", { viewBox: `-6 -6 ${side + 12} ${side + 12}`, role: "img",
+    "aria-label": `Reliability at t = ${t}` },
     drawn("line", { class: "ideal", x1: 0, y1: side, x2: side, y2: 0 }));
-  const most = Math.max(1, ...(bins?.counts ?? []));
-  (bins?.counts ?? []).forEach((count, k) => {
+  const most = Math.max(1, ...counts);
+  counts.forEach((count, k) => {
     if (!count) return;
-    svg.append(drawn("circle", { cx: side * bins.confidence[k], cy: side * (1 - bins.accuracy[k]), r: 2 + 4 * Math.sqrt(count / most) },
-      drawn("title", {}, `${whole(count)} rows: says ${digits(bins.confidence[k])}, right ${digits(bins.accuracy[k])}`)));
+    const [says, is] = [confidence[k] ?? 0, accuracy[k] ?? 0];
+    svg.append(drawn("circle", { cx: side * says, cy: side * (1 - is),
+      r: 2 + 4 * Math.sqrt(count / most) },
+      drawn("title", {}, `${whole(count)} rows: says ${digits(says)}, right ${digits(is)}`)));
   });
   return element("figure", {}, svg, element("figcaption", { textContent: `t = ${t}` }));
 }
@@ -692,7 +744,7 @@ async function drawDifferences() {
   const rows = differences.map(([key, one, other]) => [key, one ?? DASH, other ?? DASH]);
   const names = runs.map(({ name }, i) => `${"AB"[i]}: ${name}`);
   $("#settings .wide").replaceChildren(rows.length ? table(["Setting", ...names], rows)
-    : element("p", { className: "hint", textContent: "In none that is known." }));
+    : hint("In none that is known."));
 }
 
 /* -- Going on -------------------------------------------------------------------------------- */
@@ -704,19 +756,21 @@ function complain(error) {
 
 /** Ask what there is now, and draw what has changed. */
 async function look() {
-  const state = await api.changed("api/state");
-  if (state !== null) {
-    runs = state.runs;
+  const told = await api.changed("api/state");
+  if (told !== null) {
+    runs = told.runs;
     document.title = `${runs.map(({ name }) => name).join(" and ")} · paris_ray watch`;
     ifChanged("status", statusLine(), () => { $("#status").textContent = statusLine(); });
     ifChanged("overview", runs, drawOverview);
   }
   // These may have failed the last time: each knows what it has drawn.
-  if (await fetchCurves() || !seen.curves) ifChanged("curves", [...curves].map(([name, { version }]) => [name, version]), drawCurves);
-  ifChanged("samples", runs.map(({ models }) => models.map(({ name, grids }) => [name, grids])), drawSamples);
+  const known = () => [...curves].map(([name, { version }]) => [name, version]);
+  if (await fetchCurves() || !seen.curves) ifChanged("curves", known(), drawCurves);
+  drawSamples();
   await redraw("clusters", runs.map(({ clusters }) => clusters), drawClusters);
   await redraw("router", runs.map(({ router }) => router), drawRouter);
-  await redraw("settings", runs.map(({ models }) => models.map(({ name, state: how }) => [name, how])), drawDifferences);
+  const states = runs.map(({ models }) => models.map(({ name, state }) => [name, state]));
+  await redraw("settings", states, drawDifferences);
   $("#alert").textContent = runs.map(({ problem }) => problem).filter(Boolean).join(" ");
 }
 
@@ -761,19 +815,31 @@ for (const name of ["axis", "smooth", "log"]) {
   });
 }
 const cell = $("#samples [name=cell]");
-cell.value = view.cell;
 const setCell = () => document.documentElement.style.setProperty("--cell", `${cell.value}px`);
+cell.value = view.cell;
 setCell();
-cell.addEventListener("input", () => { view.cell = Number(cell.value); setCell(); remember(); });
-$("#samples select").addEventListener("change", (event) => { view.model = event.target.value; remember(); drawSamples(); });
-for (const form of document.querySelectorAll("form.controls")) form.addEventListener("submit", (event) => event.preventDefault());
+cell.addEventListener("input", () => {
+  view.cell = Number(cell.value);
+  setCell();
+  remember();
+});
+$("#samples select").addEventListener("change", (event) => {
+  view.model = event.target.value;
+  remember();
+  pictures.forget();
+  drawSamples();
+});
+for (const form of document.querySelectorAll("form.controls")) {
+  form.addEventListener("submit", (event) => event.preventDefault());
+}
 $("#access").addEventListener("submit", (event) => {
   event.preventDefault();
   api.key = $("#key").value;
   look().then(() => { $("#access").hidden = true; }, complain);
 });
 for (const button of document.querySelectorAll("#lightbox [data-move]")) {
-  button.addEventListener("click", () => lightbox.move(...button.dataset.move.split(",").map(Number)));
+  const move = button.dataset.move.split(",").map(Number);
+  button.addEventListener("click", () => lightbox.move(...move));
 }
 $("#lightbox [data-close]").addEventListener("click", () => $("#lightbox").close());
 $("#lightbox").addEventListener("keydown", (event) => {
@@ -783,5 +849,8 @@ $("#lightbox").addEventListener("keydown", (event) => {
   lightbox.move(...move);
 });
 let resizing = 0;
-addEventListener("resize", () => { clearTimeout(resizing); resizing = setTimeout(() => { if (runs.length) drawCurves(); }, 150); });
+addEventListener("resize", () => {
+  clearTimeout(resizing);
+  resizing = setTimeout(drawCurves, 150);
+});
 goOn();

@@ -70,11 +70,11 @@ def train_one(run: Folder, k: int, *, stop: int | None = None) -> None:
     except Stop:
         return
     folder.write("samples.png", grid_of(12))
-    folder.write(RESOLVED_CONFIG, to_yaml(config()).encode())
+    folder.write(RESOLVED_CONFIG, (run / "clusters").read(RESOLVED_CONFIG))
     publish(folder, EXPERT, config_digest="", parents={}, facts={})
 
 
-def config(seed: int = 0) -> Config:
+def config(seed: int) -> Config:
     """What the run was configured with."""
     fleet = FleetConfig(gpus=[GpuConfig(dollars_per_hour=DOLLARS_PER_HOUR)])
     return replace(load("quickstart", []), seed=seed, training=CONFIG, fleet=fleet)

@@ -137,9 +137,9 @@ def test_curves_are_drawn_over_steps_samples_and_time(
         points = curves_of(page, "loss").first.get_attribute("points").split()
         assert len(points) == 6
         assert loss.locator("text").filter(has_text="step 5").count() == 1
-        page.get_by_label("Over").select_option("samples seen")
+        page.locator("[name=axis]").select_option("samples")
         loss.locator("text").filter(has_text="samples").first.wait_for()
-        page.get_by_label("Over").select_option("wall time")
+        page.locator("[name=axis]").select_option("seconds")
         loss.locator("text").filter(has_text=re.compile(r"\d s$")).first.wait_for()
         page.get_by_label("logarithmic losses").check()
         page.get_by_role("button", name="Expert 0").click()
@@ -148,7 +148,7 @@ def test_curves_are_drawn_over_steps_samples_and_time(
         )
         page.reload()  # what was chosen is remembered
         curves_of(page, "loss").first.wait_for(state="attached")
-        assert page.get_by_label("Over").input_value() == "seconds"
+        assert page.locator("[name=axis]").input_value() == "seconds"
         assert page.get_by_role("button", name="Expert 0").get_attribute("aria-pressed") == "false"
         loss.locator("svg").focus()
         page.keyboard.press("ArrowRight")
@@ -184,7 +184,7 @@ def test_all_samples_are_a_gallery_and_one_is_seen_pixel_by_pixel(
         assert dialog.get_by_role("button", name="Earlier").is_disabled()
         page.keyboard.press("Escape")
         dialog.wait_for(state="hidden")
-        page.get_by_label("Of", exact=True).select_option("Expert 1")
+        page.locator("[name=model]").select_option("expert-1")
         page.get_by_role("rowheader", name=captions(1)[0]).wait_for()
         assert page.locator("#samples thead th").all_inner_texts() == ["Caption", "step 4"]
 
@@ -243,7 +243,7 @@ def test_whoever_has_a_key_may_watch(
         page.keyboard.press("Enter")
         drawn_cells(page).first.wait_for()
         assert page.get_by_label("API key").is_hidden()
-        assert page.get_by_role("alert").inner_text() == ""
+        page.wait_for_function("document.getElementById('alert').textContent === ''")
 
 
 def test_a_run_in_a_bucket_is_watched(open_watch: Open, runs: tuple[Path, Path]) -> None:

@@ -10,6 +10,7 @@ kept. `make stop` stops the Ray head.
 import argparse
 import base64
 import io
+import shlex
 import subprocess
 import sys
 import time
@@ -216,6 +217,7 @@ done in {seconds:.0f} s{installed}
   pictures           {run.folder.uri}/samples.png
   report             {run.folder.uri}/report.html
   page and API       http://{LOOPBACK}:{port}/   (POST /v1/images/generations)
+  curves, samples    python -m jobs.watch {shlex.quote(run.folder.uri)}
   Ray dashboard      {cluster.dashboard_url}   (token: {cluster.token_file})
   stop               {_stop_command(run)}
 

@@ -16,7 +16,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pyarrow import NativeFile, PythonFile, fs
 from safetensors import SafetensorError
@@ -47,6 +47,7 @@ SPENT = "spent.json"  # seconds that a training has taken, over all of its proce
 CHECKPOINT = "checkpoint.safetensors"
 METRICS = "metrics.jsonl"
 EVENTS = "events.out.tfevents"  # a name that TensorBoard looks for
+WANDB = "wandb"  # a folder of Weights & Biases' own files
 SAMPLES = "samples"  # a folder of pictures drawn on the way
 IN_PROGRESS = "in_progress.json"
 LOCKS = "locks"  # a folder with who is writing what
@@ -62,6 +63,7 @@ UNHASHED = frozenset(
         CHECKPOINT,
         METRICS,
         EVENTS,
+        WANDB,
         SAMPLES,
         IN_PROGRESS,
         LOCKS,
@@ -92,6 +94,18 @@ def parse_json(payload: bytes, source: str) -> Any:
 def absolute_uri(location: str) -> str:
     """Return a location that means the same in every process: a URI as it is, a path absolute."""
     return location if is_uri(location) else str(Path(location).expanduser().resolve())
+
+
+class Stamp(NamedTuple):
+    """How large a file is, and when it was written: what tells that it changed.
+
+    Attributes:
+        size: In bytes.
+        modified_ns: Unix time in nanoseconds; some stores know seconds only.
+    """
+
+    size: int
+    modified_ns: int
 
 
 class Folder:
@@ -144,6 +158,12 @@ class Folder:
         """Return when a file was written, Unix time in seconds."""
         with self._told(name):
             return int(self._filesystem.get_file_info(self._full(name)).mtime_ns // 10**9)
+
+    def stamp(self, name: str) -> "Stamp | None":
+        """Return what changes with a file; None: there is none."""
+        with self._told(name):
+            info = self._filesystem.get_file_info(self._full(name))
+        return _stamp(info) if info.type == fs.FileType.File else None
 
     def open(self, name: str) -> NativeFile:
         """Return a file for reading at any position, opened; the caller closes it.
@@ -301,17 +321,20 @@ class Folder:
 
     def files(self) -> list[str]:
         """Return the relative names of all finished files below the folder, sorted."""
-        return sorted(self.sizes())
+        return sorted(self.stamps())
 
-    def sizes(self) -> dict[str, int]:
-        """Return the bytes of every finished file below the folder, by its relative name."""
+    def stamps(self) -> dict[str, "Stamp"]:
+        """Return what changes with each finished file below the folder, by its relative name.
+
+        One listing, however many files there are: of a store it costs less than asking for each.
+        """
         if not self.exists():
             return {}
         with self._told("", "listed"):
             infos = self._listed()
         files = (info for info in infos if info.type == fs.FileType.File)
-        named = {os.path.relpath(info.path, self._path): info.size for info in files}
-        return {name: size for name, size in named.items() if ".tmp-" not in name}
+        named = {os.path.relpath(info.path, self._path): info for info in files}
+        return {name: _stamp(info) for name, info in named.items() if ".tmp-" not in name}
 
     def _listed(self) -> list[fs.FileInfo]:
         selector = fs.FileSelector(self._path, recursive=True)
@@ -319,6 +342,10 @@ class Folder:
             with suppress(FileNotFoundError):  # a writer's temporary folder, gone meanwhile
                 return list(self._filesystem.get_file_info(selector))
         return list(self._filesystem.get_file_info(selector))
+
+
+def _stamp(info: fs.FileInfo) -> Stamp:
+    return Stamp(int(info.size or 0), int(info.mtime_ns or 0))
 
 
 def fault_of(error: BaseException) -> str:

@@ -48,8 +48,12 @@ def write_clusters(folder: Folder, clusters: list[ClusterFacts]) -> None:
     folder.write_json(FILE, [asdict(cluster) for cluster in clusters])
 
 
-def read_clusters(part: VerifiedFolder, num_experts: int) -> list[ClusterFacts]:
+def read_clusters(part: VerifiedFolder, num_experts: int | None) -> list[ClusterFacts]:
     """Return what is known of the clusters.
+
+    Args:
+        part: The folder that the file is in.
+        num_experts: How many entries it must have; None: any number.
 
     Raises:
         BundleError: if the file is damaged, or has not one entry an expert.
@@ -61,6 +65,6 @@ def read_clusters(part: VerifiedFolder, num_experts: int) -> list[ClusterFacts]:
         first = error.errors()[0]
         field = ".".join(map(str, first["loc"])) or "it"
         raise BundleError(f"{where} is damaged: {field}: {first['msg']}") from None
-    if len(clusters) != num_experts:
+    if num_experts not in (None, len(clusters)):
         raise BundleError(f"{where} has {len(clusters)} clusters, expected {num_experts}")
     return clusters

@@ -1,6 +1,7 @@
 """Where and in which precision a model runs; the same code on CPU and CUDA."""
 
 import re
+import resource
 from contextlib import AbstractContextManager
 
 import psutil
@@ -82,6 +83,13 @@ def memory_bytes(device: torch.device) -> int:
 def device_name(device: torch.device) -> str:
     """Return what to call a device: the name that CUDA gives it, or CPU."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Return the most that this process has held of a GPU's memory, or of this machine's."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def peak_flops(device: torch.device) -> float | None:

@@ -4,21 +4,17 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from ipaddress import ip_address
-from urllib.parse import urlsplit
 
 from ray.serve._private import constants
 from ray.serve.context import _get_global_client
 from starlette.requests import HTTPConnection
 
 from paris_ray.errors import ConfigError
+from paris_ray.loopback import is_loopback, why_not_local
 from serve.errors import ApiError, invalid, too_many
 from serve.keys import LOCAL, Client, KeyRing
 from serve.schemas import ErrorDetail
 
-# A proxy that says so in any of these speaks for somebody else.
-FORWARDING_HEADERS = ("forwarded", "via", "x-real-ip")
-FORWARDING_PREFIX = "x-forwarded-"
 EDGE_VARIABLE = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"
 EDGE = "serve.gate:edge"
 
@@ -101,24 +97,15 @@ class Access:
 def check_local(connection: HTTPConnection) -> None:
     """Refuse requests from other machines, through proxies, and for other hosts.
 
-    The client's address protects a server without a key that someone bound to a public interface:
-    the proxy that binds is Ray's, so the application can only refuse what comes through it. The
-    Host header protects against DNS rebinding, where a web page that the user visits has its own
-    name resolved to 127.0.0.1 and lets the browser, a local client, send the requests. Behind a
-    proxy on this machine everybody is a local client: many of them say whom they speak for,
-    in a header or by HTTP/1.0. One that does not cannot be told from a
-    local client.
+    The proxy that binds to an address is Ray's, so the application can only refuse what comes
+    through it; why each is refused: `paris_ray.loopback`.
 
     Raises:
         ApiError: with status 403.
     """
     client = connection.client.host if connection.client else ""
-    host = _host_name(connection.headers.get("host", ""))
-    forwarded = sorted(name for name in connection.headers if _is_forwarding(name))
-    if connection.scope["http_version"] == "1.0":
-        forwarded.append("HTTP/1.0")
-    if forwarded or not (is_loopback(client) and is_loopback(host)):
-        reason = f"sent through a proxy: {forwarded[0]}" if forwarded else f"host {host[:80]!r}"
+    reason = why_not_local(client, connection.headers, connection.scope["http_version"])
+    if reason is not None:
         message = (
             "Without api_key_file this server answers only requests from its own machine to "
             f"localhost, not through a proxy ({reason})"
@@ -206,24 +193,3 @@ class Frontage:
                 f"Start every node of Ray with {EDGE_VARIABLE}={EDGE} in its environment: without "
                 "it Ray's proxy lets clients override http_options.request_timeout_s"
             )
-
-
-def is_loopback(host: str) -> bool:
-    """Return whether a host name or address means this very machine."""
-    if host == "localhost":
-        return True
-    try:
-        return ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
-def _is_forwarding(header: str) -> bool:
-    return header in FORWARDING_HEADERS or header.startswith(FORWARDING_PREFIX)
-
-
-def _host_name(header: str) -> str:
-    try:
-        return urlsplit(f"//{header}").hostname or ""
-    except ValueError:
-        return ""

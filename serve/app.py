@@ -23,10 +23,10 @@ from paris_ray import trials
 from paris_ray.artifacts import absolute_uri
 from paris_ray.bundle import Dtype
 from paris_ray.errors import ConfigError
+from paris_ray.loopback import is_loopback
 from paris_ray.sampling.engine import Limits
 from paris_ray.storage import is_uri
 from serve import gate
-from serve.access import is_loopback
 from serve.expert import ExpertServer
 from serve.ingress import HttpOptions, Ingress
 from serve.routes import create_api

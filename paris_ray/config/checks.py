@@ -65,6 +65,8 @@ def _check_training(name: str, training: TrainingConfig, corpus: CorpusConfig) -
     price, allowed = training.dollars_per_hour, f"at least 0; {name}.max_dollars needs one"
     priced = training.max_dollars is None if price is None else 0 <= price < math.inf
     _require(priced, f"{name}.dollars_per_hour", price, allowed)
+    check_place(f"{name}.mlflow", training.mlflow)
+    _require(training.wandb != "", f"{name}.wandb", training.wandb, "a project, or null")
     betas = training.betas
     _require(all(0 <= beta < 1 for beta in betas), f"{name}.betas", betas, "0 <= x < 1")
     weights, count = training.caption_weights, corpus.captions_per_row

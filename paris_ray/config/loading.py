@@ -46,7 +46,7 @@ def _read_yaml(name_or_path: str, packaged: Sequence[str], option: str = "config
     else:
         others = f"neither a file nor one of {packaged}" if packaged else "no file"
         raise ConfigError(f"{where} is {others}")
-    _num_values(yaml.compose(text, yaml.SafeLoader), {})
+    _check_size(text)
     loaded = OmegaConf.create(text)
     if not isinstance(loaded, DictConfig):
         raise ConfigError(f"{where} does not hold a mapping")
@@ -54,6 +54,27 @@ def _read_yaml(name_or_path: str, packaged: Sequence[str], option: str = "config
     if isinstance(experts, DictConfig):  # YAML reads the number of an expert as an integer
         loaded[EXPERTS] = {str(key): value for key, value in experts.items()}
     return loaded
+
+
+def read_values(text: str) -> dict[str, Any]:
+    """Return what a resolved configuration says, of whatever version it is, as plain values.
+
+    Raises:
+        ConfigError: if it is no mapping in YAML, or too large.
+    """
+    try:
+        _check_size(text)
+        values = yaml.safe_load(text)
+    except (yaml.YAMLError, RecursionError) as error:
+        raise ConfigError(f"the configuration is not YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise ConfigError("the configuration does not hold a mapping")
+    return values
+
+
+def _check_size(text: str) -> None:
+    """Raise ConfigError if YAML has too many values, those again that it names again."""
+    _num_values(yaml.compose(text, yaml.SafeLoader), {})
 
 
 def _num_values(node: yaml.Node | None, known: dict[int, int], depth: int = 0) -> int:

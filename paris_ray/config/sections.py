@@ -31,6 +31,8 @@ RESOURCE_KEYS = frozenset(
         "validate_every",
         "sample_every",
         "tensorboard",
+        "wandb",
+        "mlflow",
         "accumulation_steps",
         "gradient_checkpointing",
         "compile",

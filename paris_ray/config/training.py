@@ -46,6 +46,8 @@ class TrainingConfig:
     validate_every: int = 200  # steps between losses on held-out rows; at the next log
     sample_every: int | None = None  # steps between sample grids; null: at the end alone
     tensorboard: bool = False  # also write TensorBoard event files
+    wandb: str | None = None  # also log to this project of Weights & Biases
+    mlflow: str | None = None  # also log to the MLflow at this tracking URI
     num_cpus: float = 1.0
     num_gpus: float = 0.0
     accelerator_type: str | None = None  # Ray's name of a GPU, such as L40S

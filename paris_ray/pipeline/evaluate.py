@@ -25,8 +25,7 @@ from paris_ray.pipeline.tasks import ended, gather
 from paris_ray.run import DISTILLED, EMBEDDINGS, ENCODERS, EVALUATION, EXPERT, FEW_STEP, Run
 from paris_ray.seeding import derive_seed
 from paris_ray.training.data import load_dataset
-from paris_ray.training.loop import TENSORBOARD
-from paris_ray.training.tensorboard import AXIS, CLOCK, event_file
+from paris_ray.training.tensorboard import AXIS, CLOCK, TENSORBOARD, event_file
 from paris_ray.training.text import text_reader
 from paris_ray.training.validation import NOISE_LEVELS
 

@@ -38,7 +38,7 @@ from paris_ray.pipeline.lora_data import embed_pictures
 from paris_ray.pipeline.placement import on_reserved_device, placed
 from paris_ray.pipeline.progress import ProgressFile, Task, follow
 from paris_ray.pipeline.samples import SampleGrid
-from paris_ray.pipeline.stage import Stage
+from paris_ray.pipeline.stage import Stage, watch_hint
 from paris_ray.run import CODEC_FOLDERS, EMBEDDINGS, Run
 from paris_ray.storage import is_uri
 from paris_ray.survey.listing import by_kind
@@ -86,6 +86,7 @@ def _train(run: LoRARun, stage: Stage, bundle: str, expert: int) -> Manifest:
     if others and not stage.begun():
         raise ArtifactError(f"{stage.folder.uri} is not empty: choose another folder for a LoRA")
     stage.begin()
+    logger.info("%s", watch_hint(stage.folder.uri))
     task = placed(train_one_lora, "lora", run.training)
     result = task.remote(run, bundle, expert, stage.folder.uri, stage.parents)
     facts = follow("lora", Task(result, stage.folder, run.training), stage.check)

@@ -24,6 +24,15 @@ logger = logging.getLogger("paris_ray")
 
 WRITE_INTERVAL_S = 2.0
 PRINT_INTERVAL_S = 5.0
+# Fields of `Progress`, as Ray's Prometheus endpoint has them after `ray_`.
+GAUGE_PREFIX, GAUGE_LABELS = "paris_training_", ("model",)
+GAUGES = {
+    "loss": "Training loss of the latest logged step",
+    "samples_seen": "Samples seen by this training run",
+    "samples_per_second": "Training throughput",
+    "eta_s": "Seconds left of this training run",
+    "mfu": "Share of the device's peak FLOP/s that training takes; absent if not known",
+}
 
 
 class ProgressFile:
@@ -59,16 +68,9 @@ def _line(progress: Progress) -> str:
 
 
 def _gauges(name: str) -> dict[str, metrics.Gauge]:
-    descriptions = {
-        "loss": "Training loss of the latest logged step",
-        "samples_seen": "Samples seen by this training run",
-        "samples_per_second": "Training throughput",
-        "eta_s": "Seconds left of this training run",
-        "mfu": "Share of the device's peak FLOP/s that training takes; absent if not known",
-    }
     gauges = {}
-    for field, description in descriptions.items():
-        gauge = metrics.Gauge(f"paris_training_{field}", description, tag_keys=("model",))
+    for field, description in GAUGES.items():
+        gauge = metrics.Gauge(f"{GAUGE_PREFIX}{field}", description, tag_keys=GAUGE_LABELS)
         gauge.set_default_tags({"model": name})
         gauges[field] = gauge
     return gauges

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shlex
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
@@ -200,6 +201,11 @@ def federation_parent(config: Config) -> dict[str, str]:
     if folder is None:
         return {}
     return {FEDERATION: read_manifest(Folder(folder), FEDERATION).digest}
+
+
+def watch_hint(folder: str) -> str:
+    """Return the line that says how to watch what is trained in a folder."""
+    return f"watch: python -m jobs.watch {shlex.quote(folder)}"
 
 
 class StageTimer:

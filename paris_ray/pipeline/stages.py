@@ -4,9 +4,9 @@ import logging
 from importlib import import_module
 
 from paris_ray.artifacts import read_manifest
-from paris_ray.config import Config
+from paris_ray.config import Config, run_folder
 from paris_ray.evaluation.summary import headline
-from paris_ray.pipeline.stage import StageTimer
+from paris_ray.pipeline.stage import StageTimer, watch_hint
 from paris_ray.run import EVALUATION, Run
 from paris_ray.sampling.routing import parse_routing
 
@@ -23,6 +23,7 @@ VERBS = {
     "export": "export",
 }
 OPTIONAL_VERBS = {"distil": "distil"}
+TRAINING_VERBS = ("train_seed", "train_experts", "train_router", "distil", "pipeline")
 
 
 def run(config: Config, verb: str) -> None:
@@ -32,6 +33,8 @@ def run(config: Config, verb: str) -> None:
         LockError: if another job writes an artefact that this one comes to.
     """
     parse_routing(config.sampling.routing, config.cluster.num_clusters)
+    if verb in TRAINING_VERBS:
+        logger.info("%s", watch_hint(run_folder(config)))
     if verb != "pipeline":
         _run_one(config, verb)
         return

@@ -110,8 +110,8 @@ def taken_by_job(folder: Folder, seconds: float) -> Taken:
         seconds: Of the job.
     """
     written: Counter[str] = Counter()
-    for name, size in folder.sizes().items():
-        written[name.partition("/")[0] if "/" in name else "files of its own"] += size
+    for name, stamp in folder.stamps().items():
+        written[name.partition("/")[0] if "/" in name else "files of its own"] += stamp.size
     return Taken(hours=seconds / SECONDS_PER_HOUR, bytes={"written": dict(sorted(written.items()))})
 
 

@@ -15,9 +15,15 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from paris_ray.artifacts import EVENTS, METRICS, TIMINGS, Folder, parse_json
+from paris_ray.artifacts import METRICS, TIMINGS, Folder, parse_json
 from paris_ray.config import TrainingConfig
-from paris_ray.devices import autocast, peak_flops, resolve_device, resolve_precision
+from paris_ray.devices import (
+    autocast,
+    peak_flops,
+    peak_memory_bytes,
+    resolve_device,
+    resolve_precision,
+)
 from paris_ray.errors import ParisError, TrainingError
 from paris_ray.seeding import derive_seed
 from paris_ray.training import checkpoint
@@ -28,9 +34,9 @@ from paris_ray.training.preemption import PreemptionNotice
 from paris_ray.training.prefetch import draw_ahead
 from paris_ray.training.schedule import learning_rate
 from paris_ray.training.spending import Spending
-from paris_ray.training.tensorboard import event_file, require_tensorboard
+from paris_ray.training.trackers import Trackers
 
-TENSORBOARD = f"tensorboard/{EVENTS}"
+ROWS_EVERY_S = 30.0  # rows are written between checkpoints too, for whoever watches
 LOGGED = {"samples_seen", "loss", "learning_rate"}  # in every row of the metrics
 
 
@@ -143,7 +149,7 @@ class TrainingLoop:
             what it returns joins the metrics. It must depend on the averaged state alone.
 
     Raises:
-        ConfigError: if `config.tensorboard` is set and that package is missing.
+        ConfigError: if `config` asks for a tracker that cannot be had (`trackers`).
     """
 
     def __init__(
@@ -167,8 +173,7 @@ class TrainingLoop:
         self.dtype = resolve_precision(config.precision, self.device)
         peak = peak_flops(self.device)
         self.peak_rate = peak / flops_per_image if peak and flops_per_image else None
-        if config.tensorboard:
-            require_tensorboard()
+        self.trackers = Trackers(config, folder, identity)
         optimizer = torch.optim.AdamW(
             [p for p in model.parameters() if p.requires_grad],
             lr=config.learning_rate,
@@ -183,6 +188,7 @@ class TrainingLoop:
         self.spending = Spending(folder, config)
         self.metrics: list[dict[str, Any]] = []
         self.timings: list[dict[str, Any]] = []
+        self._resumes, self._rows_written_at = 0, time.monotonic()
 
     def run(self) -> dict[str, Tensor]:
         """Train to the last step and return the averaged weights.
@@ -211,7 +217,7 @@ class TrainingLoop:
         if steps and (reached := self.spending.cap_reached()):
             raise reached
         drawn = closing(draw_ahead(self._draw, steps, config.prefetch))
-        with PreemptionNotice() as notice, drawn as batches:
+        with PreemptionNotice() as notice, drawn as batches, self.trackers:
             for step, batch in zip(steps, batches, strict=True):
                 loss = self._step(step, batch)
                 progress = clock.tick(step + 1, loss)
@@ -255,24 +261,35 @@ class TrainingLoop:
         rate = learning_rate(progress.step - 1, self.config)
         seen = {"samples_seen": progress.samples_seen}
         self.metrics.append(seen | {"loss": progress.loss, "learning_rate": rate})
-        measured = {"samples_per_second": progress.samples_per_second, "mfu": progress.mfu}
+        measured = {
+            "samples_per_second": progress.samples_per_second,
+            "mfu": progress.mfu,
+            "memory_bytes": peak_memory_bytes(self.device),
+            "resumes": self._resumes,
+        }
         self.timings.append(seen | {"unix_time": time.time()} | measured)
         self.spending.note()
+        if time.monotonic() - self._rows_written_at > ROWS_EVERY_S:
+            self._write_rows()
 
     def _validate(self) -> bool:
         """Add the measures to the last row, if since the one before it became time to; return so.
 
         The average has to be that of the row's step. A row that has them already is left alone.
         """
+        if self.measure is None or not self._validation_is_due():
+            return False
+        self.metrics[-1] |= self.measure(self.state.ema.state)
+        return True
+
+    def _validation_is_due(self) -> bool:
+        """Return whether the last row is to get measures, and has none yet."""
         if self.measure is None or not self.metrics or self.metrics[-1].keys() != LOGGED:
             return False
         every, rows = self.config.validate_every * self.config.batch_size, self.metrics[-2:]
         *before, seen = (row["samples_seen"] for row in rows)
         at_end = seen == self.config.steps * self.config.batch_size
-        if not at_end and seen // every == sum(before) // every:
-            return False
-        self.metrics[-1] |= self.measure(self.state.ema.state)
-        return True
+        return at_end or seen // every != sum(before) // every
 
     def _keep(self, done: int, loss: Tensor) -> None:
         """Checkpoint and pass on the average, if it is time to.
@@ -315,21 +332,31 @@ class TrainingLoop:
 
     def _save(self, done: int) -> None:
         """Write metrics first: a checkpoint then never says more than they show."""
-        self.folder.write(METRICS, _json_lines(self.metrics))
-        self.folder.write(TIMINGS, _json_lines(self.timings))
-        if self.config.tensorboard:
-            rows = (m | t for m, t in zip(self.metrics, self.timings, strict=True))
-            self.folder.write(TENSORBOARD, event_file(rows))
+        self._write_rows()
+        self.trackers.write(self._tracked())
         samples_seen = done * self.config.batch_size
         checkpoint.save(self.folder, self.state, identity=self.identity, samples_seen=samples_seen)
         self.spending.note(at_once=True)
 
+    def _write_rows(self) -> None:
+        self.folder.write(METRICS, _json_lines(self.metrics))
+        self.folder.write(TIMINGS, _json_lines(self.timings))
+        self._rows_written_at = time.monotonic()
+
+    def _tracked(self) -> list[dict[str, Any]]:
+        """Return what trackers are shown: every row once, when it is whole."""
+        rows = [m | t for m, t in zip(self.metrics, self.timings, strict=True)]
+        return rows[:-1] if self._validation_is_due() else rows
+
     def _resume(self) -> int:
         samples_seen = checkpoint.restore(self.folder, self.state, identity=self.identity)
+        if samples_seen is not None:
+            self.metrics = _read_rows(self.folder, METRICS, samples_seen)
+            self.timings = _read_rows(self.folder, TIMINGS, samples_seen)
+            self._resumes = 1 + max((row.get("resumes", 0) for row in self.timings), default=0)
+        self.trackers.open(self._tracked())
         if samples_seen is None:
             return 0
-        self.metrics = _read_rows(self.folder, METRICS, samples_seen)
-        self.timings = _read_rows(self.folder, TIMINGS, samples_seen)
         step = samples_seen // self.config.batch_size
         if self.metrics and self.metrics[-1]["samples_seen"] == samples_seen and self._validate():
             self._save(step)

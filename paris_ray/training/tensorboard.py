@@ -5,12 +5,39 @@ be stored like any other file.
 """
 
 import io
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from paris_ray.artifacts import EVENTS, Folder
 from paris_ray.errors import ConfigError
 
+TENSORBOARD = f"tensorboard/{EVENTS}"
 AXIS, CLOCK = "samples_seen", "unix_time"
+
+
+class EventFile:
+    """A tracker whose place is the model's own folder.
+
+    Args:
+        folder: Of the model.
+
+    Raises:
+        ConfigError: with what to install, unless the package `tensorboard` is there.
+    """
+
+    def __init__(self, folder: Folder) -> None:
+        require_tensorboard()
+        self._folder = folder
+
+    def open(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """The file needs no beginning: it is written whole."""
+
+    def write(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Show all rows so far."""
+        self._folder.write(TENSORBOARD, event_file(rows))
+
+    def close(self) -> None:
+        """A file that was written whole needs no end."""
 
 
 def require_tensorboard() -> None:

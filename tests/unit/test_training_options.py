@@ -39,7 +39,6 @@ from paris_ray.models.release import write_document
 from paris_ray.run import EXPERT_WEIGHTS, MODEL_CONFIG
 from paris_ray.training.data import Batch, batches, load_dataset
 from paris_ray.training.loop import (
-    TENSORBOARD,
     Progress,
     ProgressClock,
     TrainingLoop,
@@ -47,6 +46,7 @@ from paris_ray.training.loop import (
 )
 from paris_ray.training.router import train_router
 from paris_ray.training.schedule import learning_rate, with_steps
+from paris_ray.training.tensorboard import TENSORBOARD
 from paris_ray.training.trainer import set_block_options
 from tests.training_shards import (
     CLIP_WIDTH,
@@ -540,7 +540,8 @@ def test_tensorboard_shows_the_metrics_once(shard: Folder, tmp_path: Path, kille
         assert len(scalars_of(output)["loss"]) == 2
     _, metrics = train(shard, output, config=config)
     scalars, rows = scalars_of(output), [json.loads(line) for line in metrics.splitlines()]
-    assert scalars.keys() == {"loss", "learning_rate", "samples_per_second"}
+    measured = {"samples_per_second", "memory_bytes", "resumes"}
+    assert scalars.keys() == {"loss", "learning_rate", *measured}
     for name in ("loss", "learning_rate"):
         assert scalars[name] == [(r["samples_seen"], pytest.approx(r[name])) for r in rows]
 

@@ -17,8 +17,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http import auto
 
 from paris_ray.errors import ConfigError
+from paris_ray.loopback import is_loopback
 from serve import gate
-from serve.access import Access, Frontage, is_loopback
+from serve.access import Access, Frontage
 from serve.connection import Connection
 from serve.errors import too_many
 from serve.gate import MAX_BODIES, MAX_BODY_BYTES, MAX_HEAD_BYTES, Edge, Gate, at_most, edge

@@ -1,0 +1,90 @@
+"""Metrics as a run of MLflow, on a tracking server or wherever else its URI leads."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from paris_ray.artifacts import Folder
+from paris_ray.errors import ConfigError
+from paris_ray.training.tensorboard import AXIS, CLOCK
+
+EXPERIMENT = "paris_ray"
+TAG = "paris_ray.training"  # by which a resumed training finds its run
+BATCH = 900  # numbers at a time; MLflow takes at most 1000
+
+
+class MlflowRun:
+    """A tracker.
+
+    Args:
+        uri: Of the tracking server, as MLflow understands it.
+        folder: Of the model; its last names are the run's.
+        run_id: Tells trainings apart; a resumed one goes on with its run.
+
+    Raises:
+        ConfigError: with what to install, unless the package `mlflow` is there.
+    """
+
+    def __init__(self, uri: str, folder: Folder, run_id: str) -> None:
+        try:
+            import mlflow  # noqa: F401
+        except ModuleNotFoundError:
+            raise ConfigError(
+                f"mlflow={uri!r} needs the package mlflow-skinny: pip install 'paris_ray[mlflow]'"
+            ) from None
+        self._uri, self._tag = uri, run_id
+        self._name = "/".join(folder.uri.rstrip("/").split("/")[-3:])
+        self._client: Any = None
+        self._run = ""
+        self._shown = 0
+
+    def open(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Begin, or go on after rows; raises ConfigError if that is refused."""
+        from mlflow import MlflowClient
+
+        try:
+            self._client = MlflowClient(tracking_uri=self._uri)
+            experiment = self._experiment()
+            runs = self._client.search_runs([experiment], f"tags.`{TAG}` = '{self._tag}'")
+            if runs:
+                self._run = runs[0].info.run_id
+                self._client.update_run(self._run, status="RUNNING")
+            else:
+                run = self._client.create_run(
+                    experiment, run_name=self._name, tags={TAG: self._tag}
+                )
+                self._run = run.info.run_id
+        except Exception as error:  # its own, and those of what carries its requests
+            raise ConfigError(f"mlflow={self._uri!r} cannot be logged to: {error}") from error
+        self._shown = len(rows) if runs else 0
+
+    def _experiment(self) -> str:
+        """Return the id of the experiment, made by whichever training comes first."""
+        from mlflow.exceptions import MlflowException
+
+        known = self._client.get_experiment_by_name(EXPERIMENT)
+        if known is None:
+            try:
+                return str(self._client.create_experiment(EXPERIMENT))
+            except MlflowException:
+                known = self._client.get_experiment_by_name(EXPERIMENT)
+                if known is None:
+                    raise
+        return str(known.experiment_id)
+
+    def write(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Show the rows that it has not been shown."""
+        from mlflow.entities import Metric
+
+        metrics = [
+            Metric(name, float(value), int(1000 * row[CLOCK]), int(row[AXIS]))
+            for row in rows[self._shown :]
+            for name, value in row.items()
+            if name not in (AXIS, CLOCK) and value is not None
+        ]
+        for first in range(0, len(metrics), BATCH):
+            self._client.log_batch(self._run, metrics=metrics[first : first + BATCH])
+        self._shown = len(rows)
+
+    def close(self) -> None:
+        """End the run, until it is taken up again."""
+        self._client.set_terminated(self._run)

@@ -1,0 +1,270 @@
+"""One trained model of a run, as far as its files tell: how far, how fast, at what cost."""
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from paris_ray.artifacts import (
+    MANIFEST,
+    METRICS,
+    PROGRESS,
+    RESOLVED_CONFIG,
+    TIMINGS,
+    Folder,
+    Stamp,
+)
+from paris_ray.config import read_values
+from paris_ray.errors import ArtifactError, ConfigError
+from paris_ray.run import FEW_STEP, STUDENT
+from paris_ray.watching.curves import AXIS, RATE, RESUMES, Curves, Point, compute_seconds, curves
+from paris_ray.watching.grids import grid_files
+from paris_ray.watching.lines import GrowingRows, number
+
+MAX_EXPERTS = 1024  # that a page can tell apart
+_EXPERT = re.compile(r"experts/expert_(\d{1,4})/")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Place:
+    """Where a model of a run is.
+
+    Attributes:
+        name: What it is called in addresses.
+        title: What people call it.
+        folder: Its folder, relative to the run; empty: the run is nothing else.
+        manifest: Name of the file whose being there means that it is finished, from the run.
+        section: Of the configuration, that its training has.
+        shard: The folder of rows whose first captions its grids draw; None: it draws none.
+        expert: Its number, of an expert.
+    """
+
+    name: str
+    title: str
+    folder: str
+    manifest: str
+    section: str
+    shard: str | None
+    expert: int | None = None
+
+
+def _shard(cluster: int) -> str:
+    return f"clusters/shards/cluster={cluster}"
+
+
+def expert_place(k: int) -> Place:
+    """Return the place of an expert."""
+    folder = f"experts/expert_{k}"
+    return Place(
+        name=f"expert-{k}",
+        title=f"Expert {k}",
+        folder=folder,
+        manifest=f"{folder}/{MANIFEST}",
+        section="training",
+        shard=_shard(k),
+        expert=k,
+    )
+
+
+def _student_place(name: str, title: str, section: str) -> Place:
+    folder = f"distilled/{name}"
+    return Place(
+        name=name.replace("_", "-"),
+        title=title,
+        folder=f"{folder}/expert_0",
+        manifest=f"{folder}/{MANIFEST}",
+        section=section,
+        shard=_shard(0),
+    )
+
+
+SEED_PLACE = Place(
+    name="seed",
+    title="Seed",
+    folder="seed",
+    manifest=f"seed/{MANIFEST}",
+    section="seed_training",
+    shard=_shard(0),
+)
+ROUTER_PLACE = Place(
+    name="router",
+    title="Router",
+    folder="router",
+    manifest=f"router/{MANIFEST}",
+    section="router_training",
+    shard=None,
+)
+STUDENTS = (
+    _student_place(STUDENT, "Student", "distil_training"),
+    _student_place(FEW_STEP, "Few-step student", "few_step_training"),
+)
+ADAPTER_PLACE = Place(
+    name="adapter",
+    title="Adapter",
+    folder="",
+    manifest=MANIFEST,
+    section="training",
+    shard="embeddings",
+)
+
+
+def places(names: Iterable[str], num_experts: int) -> list[Place]:
+    """Return the models of a run, in the order in which they are trained.
+
+    Args:
+        names: Of the files that there are, relative to the run.
+        num_experts: How many experts there will be at least, present or not.
+    """
+    names = list(names)
+    numbers = {int(match[1]) for name in names if (match := _EXPERT.match(name))}
+    numbers |= set(range(num_experts))
+    others = (SEED_PLACE, ROUTER_PLACE, *STUDENTS)
+    seed, *rest = (
+        [place] if any(name.startswith(f"{place.folder}/") for name in names) else []
+        for place in others
+    )
+    adapter = [] if METRICS not in names and PROGRESS not in names else [ADAPTER_PLACE]
+    experts = [expert_place(k) for k in sorted(numbers)[:MAX_EXPERTS]]
+    return [*adapter, *seed, *experts, *(place for found in rest for place in found)]
+
+
+class WatchedModel:
+    """What the files of one model tell; `look` reads what changed of them.
+
+    Args:
+        run: The folder of its run.
+        place: Where it is in there.
+    """
+
+    def __init__(self, run: Folder, place: Place) -> None:
+        self.place = place
+        self.folder = run / place.folder if place.folder else run
+        self.stamps: Mapping[str, Stamp] = {}
+        self.settings: Mapping[str, Any] = {}
+        self.compute_s = 0.0  # that its device computed
+        self._metrics = GrowingRows(self.folder, METRICS)
+        self._timings = GrowingRows(self.folder, TIMINGS)
+        self._progress: Mapping[str, Any] = {}
+        self._read: dict[str, Stamp | None] = {}
+        self._latest: dict[str, Any] = {}  # of everything that its rows tell
+        self._finished = False
+
+    def look(self, stamps: Mapping[str, Stamp], *, finished: bool, settings: Any) -> None:
+        """Read what changed.
+
+        Args:
+            stamps: Of its files, by their names in its folder.
+            finished: Whether its manifest is there.
+            settings: Of its whole run, until it has its own.
+
+        Raises:
+            ArtifactError: if a file cannot be read.
+        """
+        self.stamps, self._finished = stamps, finished
+        changed = self._metrics.look(stamps.get(METRICS))
+        if self._timings.look(stamps.get(TIMINGS)) or changed:
+            self._latest = {}
+            for row in (*self._metrics.rows, *self._timings.rows):
+                self._latest |= row
+            self.compute_s = compute_seconds(self._timings.rows)
+        if self._changed(PROGRESS):
+            self._progress = self._object(PROGRESS)
+        if RESOLVED_CONFIG not in stamps:
+            self.settings = settings
+        elif self._changed(RESOLVED_CONFIG):
+            self.settings = read_settings(self.folder)
+
+    def _changed(self, name: str) -> bool:
+        stamp = self.stamps.get(name)
+        if name in self._read and self._read[name] == stamp:
+            return False
+        self._read[name] = stamp
+        return True
+
+    def _object(self, name: str) -> Mapping[str, Any]:
+        """Return what a small JSON file says; nothing where it is damaged or just gone."""
+        try:
+            value = self.folder.read_json(name) if name in self.stamps else {}
+        except ArtifactError:
+            return {}
+        return value if isinstance(value, dict) else {}
+
+    @property
+    def grids(self) -> Mapping[str, str]:
+        """The files of its sample grids, by step."""
+        return grid_files(self.stamps)
+
+    @property
+    def state(self) -> str:
+        """`finished`, `training` or `waiting`."""
+        if self._finished:
+            return "finished"
+        return "training" if METRICS in self.stamps or PROGRESS in self.stamps else "waiting"
+
+    @property
+    def eta_s(self) -> float | None:
+        """Seconds left, as it last told; 0 once it is finished."""
+        return 0.0 if self._finished else number(self._progress.get("eta_s"))
+
+    def training(self, key: str) -> Any:
+        """Return what its training's configuration says; None: nothing."""
+        section = self.settings.get(self.place.section)
+        return section.get(key) if isinstance(section, dict) else None
+
+    @property
+    def batch_size(self) -> float | None:
+        """Samples of a step; None: not known yet."""
+        step, seen = (number(self._progress.get(key)) for key in ("step", AXIS))
+        return seen / step if step and seen else number(self.training("batch_size"))
+
+    def overview(self) -> dict[str, Any]:
+        """Return how far it is, as JSON."""
+        last = self._last()
+        batch_size, seen = self.batch_size, number(last.get(AXIS))
+        step = round(seen / batch_size) if seen and batch_size else None
+        num_steps = step if self._finished else number(self._progress.get("num_steps"))
+        names = ("loss", "held_out_loss", "held_out_loss_others", RATE, "mfu", "memory_bytes")
+        written = [stamp.modified_ns for name, stamp in self.stamps.items() if name in _TOLD]
+        return {
+            "name": self.place.name,
+            "title": self.place.title,
+            "expert": self.place.expert,
+            "state": self.state,
+            "version": f"{len(self._metrics.rows)}-{len(self._timings.rows)}-{seen}",
+            "step": step,
+            "num_steps": num_steps,
+            "samples_seen": seen,
+            "batch_size": batch_size,
+            "eta_s": self.eta_s,
+            "written_at": max(written) / 1e9 if written else None,
+            "compute_s": round(self.compute_s, 1),
+            "resumes": number(last.get(RESUMES)) or 0,
+            "grids": list(self.grids),
+        } | {name: number(last.get(name)) for name in names}
+
+    def _last(self) -> Mapping[str, Any]:
+        """Return the latest value of everything that is told, by rows or since."""
+        if (number(self._progress.get(AXIS)) or 0) < (number(self._latest.get(AXIS)) or 0):
+            return self._latest
+        told = {key: value for key, value in self._progress.items() if value is not None}
+        return self._latest | told
+
+    def curves(self) -> Curves:
+        """Return its curves, up to the last progress that it told."""
+        drawn = curves(self._metrics.rows, self._timings.rows)
+        seen, loss = (number(self._progress.get(key)) for key in (AXIS, "loss"))
+        known = drawn.series.get("loss", [])
+        if seen is not None and loss is not None and (not known or seen > known[-1].samples):
+            drawn.series["loss"] = [*known, Point(seen, None, loss)]
+        return drawn
+
+
+_TOLD = frozenset({METRICS, TIMINGS, PROGRESS})
+
+
+def read_settings(folder: Folder) -> Mapping[str, Any]:
+    """Return the resolved configuration in a folder as plain values; none if it is damaged."""
+    try:
+        return read_values(folder.read(RESOLVED_CONFIG).decode())
+    except (ArtifactError, ConfigError, UnicodeDecodeError):
+        return {}

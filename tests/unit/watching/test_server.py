@@ -1,0 +1,189 @@
+"""The page's server: what is answered, to whom, and what cannot be asked for."""
+
+import hashlib
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+import uvicorn
+
+from paris_ray.api_keys import Key
+from paris_ray.artifacts import METRICS, Folder
+from paris_ray.errors import ConfigError
+from paris_ray.watching.runs import WatchedRun
+from paris_ray.watching.server import listen, watch_app
+from tests.watched_runs import SECRET, grid_of, write_run
+
+KEYS = (Key(name="alice", sha256=hashlib.sha256(b"s3cret").hexdigest()),)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Folder:
+    return write_run(Folder(tmp_path_factory.mktemp("watched") / "run"))
+
+
+def client_of(
+    run: Folder, keys: tuple[Key, ...] | None = None, address: str = "127.0.0.1"
+) -> httpx.AsyncClient:
+    app = watch_app([WatchedRun(run.uri)], keys)
+    transport = httpx.ASGITransport(app, client=(address, 1))
+    return httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1:8270")
+
+
+@pytest.fixture
+def url(run: Folder) -> Iterator[str]:
+    """The application behind a real socket."""
+    listener = listen("127.0.0.1", 0, keyless=True, usual_port=0)
+    app = watch_app([WatchedRun(run.uri)], None)
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    server.should_exit = True
+    thread.join()
+
+
+def test_every_answer_has_the_digest_of_what_it_says(url: str) -> None:
+    paths = ["/", "/watch.js", "/watch.css", "/api/state", "/api/differences"]
+    paths += [f"/api/runs/0/{name}" for name in ("clusters", "router")]
+    models = ("curves/expert-0", "captions/expert-0", "grids/expert-0/4", "grids/expert-0/4/small")
+    paths += [f"/api/runs/0/{name}" for name in models]
+    with httpx.Client(base_url=url) as client:
+        for path in paths:
+            first = client.get(path)
+            assert first.status_code == 200, path
+            assert first.headers["x-content-type-options"] == "nosniff"
+            assert "default-src 'none'" in first.headers["content-security-policy"]
+            again = client.get(path, headers={"If-None-Match": first.headers["etag"]})
+            assert (again.status_code, again.content) == (304, b""), path
+            assert again.headers["etag"] == first.headers["etag"]
+
+
+def test_an_answer_that_changed_is_sent(url: str, run: Folder) -> None:
+    state = httpx.get(f"{url}/api/state")
+    folder = run / "experts/expert_2"
+    folder.write(METRICS, b'{"samples_seen": 4, "loss": 1.5}\n')
+    try:
+        tag = {"If-None-Match": state.headers["etag"]}
+        while (changed := httpx.get(f"{url}/api/state", headers=tag)).status_code == 304:
+            time.sleep(0.1)
+        models = {m["name"]: m for m in changed.json()["runs"][0]["models"]}
+        assert models["expert-2"]["loss"] == 1.5
+    finally:
+        folder.delete(METRICS)
+
+
+def test_a_grid_is_the_file(url: str) -> None:
+    response = httpx.get(f"{url}/api/runs/0/grids/expert-0/8")
+    assert response.headers["content-type"] == "image/png"
+    assert response.content == grid_of(8)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/ray_token",
+        "/api/runs/0/grids/expert-0/..%2F..%2F..%2Fray_token",
+        "/api/runs/0/grids/..%2F..%2F/ray_token",
+        "/api/runs/0/grids/expert-0/samples.png",
+        "/api/runs/0/curves/..",
+        "/api/runs/0/curves/%2e%2e%2fray_token",
+        "/api/runs/0/captions/expert-99",
+        "/api/runs/1/clusters",
+        "/api/runs/-1/clusters",
+        "/../ray_token",
+        "/watch.js/../../models.py",
+        "/web/watch.js",
+    ],
+)
+def test_nothing_else_of_the_folder_is_served(url: str, path: str) -> None:
+    """Sent as it stands: a client's library would tidy it up."""
+    host, port = url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port))) as connection:
+        head = f"GET {path} HTTP/1.1\r\nHost: {host}:{port}\r\nConnection: close\r\n\r\n"
+        connection.sendall(head.encode())
+        answer = b""
+        while chunk := connection.recv(65536):
+            answer += chunk
+    assert answer.split()[1] == b"404", answer
+    assert SECRET.encode() not in answer
+
+
+def test_it_only_answers_questions(url: str) -> None:
+    for method in ("POST", "PUT", "DELETE"):
+        assert httpx.request(method, f"{url}/api/state").status_code == 405
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize(
+    ("address", "headers"),
+    [
+        ("192.0.2.7", {}),
+        ("127.0.0.1", {"Host": "evil.example"}),
+        ("127.0.0.1", {"X-Forwarded-For": "192.0.2.7"}),
+    ],
+)
+async def test_without_keys_only_this_machine_is_answered(
+    run: Folder, address: str, headers: dict[str, str]
+) -> None:
+    async with client_of(run, address=address) as client:
+        for path in ("/", "/api/state"):
+            response = await client.get(path, headers=headers)
+            assert response.status_code == 403
+            assert "--api-key-file" in response.json()["error"]
+
+
+@pytest.mark.anyio
+async def test_with_keys_the_run_is_told_to_their_holders(run: Folder) -> None:
+    async with client_of(run, KEYS, "192.0.2.7") as client:
+        assert (await client.get("/")).status_code == 200  # the page asks for the key
+        for secret in ("", "Bearer", "Bearer wrong", "Basic s3cret", "s3cret"):
+            refused = await client.get("/api/state", headers={"Authorization": secret})
+            assert refused.status_code == 401, secret
+            assert refused.headers["www-authenticate"] == "Bearer"
+        answer = await client.get("/api/state", headers={"Authorization": "Bearer s3cret"})
+        assert answer.json()["runs"][0]["name"] == "run"
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.1", "example.org"])
+def test_others_are_not_served_without_keys(host: str) -> None:
+    with pytest.raises(ConfigError, match=r"--host='.*' is not allowed without --api-key-file"):
+        listen(host, None, keyless=True, usual_port=0)
+
+
+def test_the_usual_port_gives_way_and_an_asked_for_one_does_not() -> None:
+    with listen("127.0.0.1", None, keyless=True, usual_port=0) as taken:
+        port = taken.getsockname()[1]
+        with listen("127.0.0.1", None, keyless=True, usual_port=port) as other:
+            assert other.getsockname()[1] != port
+        with pytest.raises(ConfigError, match=f"--port={port} cannot be listened on"):
+            listen("127.0.0.1", port, keyless=True, usual_port=0)
+
+
+def test_a_damaged_file_is_an_error_in_words(run: Folder, tmp_path: Path) -> None:
+    own = Folder(tmp_path)
+    (own / "experts/expert_0").write(METRICS, b'{"samples_seen": 4, "loss": 1}\n')
+    (own / "experts/expert_0").write("samples.png", b"no picture")
+    app = watch_app([WatchedRun(own.uri)], None)
+
+    async def ask() -> httpx.Response:
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
+            return await client.get("/api/runs/0/grids/expert-0/final")
+
+    import anyio
+
+    response = anyio.run(ask)
+    assert response.status_code == 503
+    assert "samples.png is no PNG file" in response.json()["error"]

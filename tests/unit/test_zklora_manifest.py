@@ -428,7 +428,7 @@ def many_points(document: dict[str, Any]) -> list[dict[str, Any]]:
         (lambda m: m["modules"][1].update(exponent_b=-113), "layers.1.attn: exponent_b=-113"),
         (lambda m: m["modules"][1].update(exponent_b=1.0), r"exponent_b=1\.0"),
         (lambda m: m["modules"][1].update(d_in=0), "layers.1.attn: d_in=0"),
-        (lambda m: m["modules"][1].update(d_in=2**17 + 1), "d_in \\* r at most 262144"),
+        (lambda m: m["modules"][1].update(d_in=2**18 + 1), "d_in=262145"),
         (lambda m: m["modules"][1].update(d_out=2**18 + 1), "d_out=262145"),
         (lambda m: m["modules"][1].update(d_out=None), "d_out=None"),
         (lambda m: m["modules"][1].update(r=1), "r = 1 points of 48 bytes"),

@@ -156,9 +156,12 @@ class Buyer:
 
     def _outcome(self, bought: bool) -> Outcome:
         found = self._session.read_json(RESULT)
-        losses = (np.array(found[name], np.float32) for name in ("without", "with_adapter"))
-        adapter = self._trial.output / ADAPTER if bought else None
-        return Outcome(self._receipts.receipt, *losses, adapter)
+        return Outcome(
+            receipt=self._receipts.receipt,
+            without=np.array(found["without"], np.float32),
+            with_adapter=np.array(found["with_adapter"], np.float32),
+            adapter=self._trial.output / ADAPTER if bought else None,
+        )
 
     def _open_escrow(self) -> EscrowClient | None:
         trial, named = self._trial, self.manifest.escrow_certificate

@@ -165,10 +165,16 @@ class Buyer:
 
     def _outcome(self, bought: bool) -> Outcome:
         found, wanted = self._session.read_json(RESULT), self._trial.wanted
-        losses = [np.array(found[name], np.float32) for name in ("without", "with_adapter")]
-        verdict = None if wanted is None else wanted.verdict(*losses)
-        adapter = self._trial.output / ADAPTER if bought else None
-        return Outcome(self._receipts.receipt, *losses, verdict, adapter)
+        without, adapted = (
+            np.array(found[name], np.float32) for name in ("without", "with_adapter")
+        )
+        return Outcome(
+            receipt=self._receipts.receipt,
+            without=without,
+            with_adapter=adapted,
+            verdict=None if wanted is None else wanted.verdict(without, adapted),
+            adapter=self._trial.output / ADAPTER if bought else None,
+        )
 
     def _open_escrow(self) -> EscrowClient | None:
         trial, named = self._trial, self.manifest.escrow_certificate

@@ -13,7 +13,7 @@ from paris_ray.artifacts import LEDGER, MANIFEST, read_manifest
 from paris_ray.config import Config
 from paris_ray.errors import ArtifactError
 from paris_ray.planning.ledger import Taken, read_ledger
-from paris_ray.planning.tables import number, table
+from paris_ray.planning.tables import number, scaled, table
 from paris_ray.run import CLUSTERS, Run
 
 PARIS_A40_DAYS, PARIS_A100_DAYS = 120, 72
@@ -47,9 +47,8 @@ def compare(name: str, cost: Cost) -> str:
     """Return a table of DDM, Paris and a run, and how many times less than DDM the others take."""
     rows = [["", "pictures", "DDM / this", "A100-days", "DDM / this"]]
     for title, each in (("DDM", DDM), ("Paris", PARIS), (name, cost)):
-        amounts = ((each.pictures, DDM.pictures), (each.a100_days, DDM.a100_days))
-        cells = [(_amount(own), _amount(theirs / own) if own else "") for own, theirs in amounts]
-        rows.append([title, *(cell for pair in cells for cell in pair)])
+        fewer, less = _ratio(DDM.pictures, each.pictures), _ratio(DDM.a100_days, each.a100_days)
+        rows.append([title, number(each.pictures), fewer, _amount(each.a100_days), less])
     note = f"A100-days of {name} are its FLOPs at the {A100_DAY_FLOPS:.3g} of a day of Paris's."
     return f"{table(rows)}\n{note}"
 
@@ -77,7 +76,7 @@ def render_ledger(ledger: Mapping[str, Taken], pictures: int) -> str:
         ledger: By the artefact's place in the run.
         pictures: That experts were trained on.
     """
-    rows = [["Artefact", "device", "hours", "samples", "EFLOP", "MB read", "MB written", "dollars"]]
+    rows = [["Artefact", "device", "hours", "samples", "FLOPs", "MB read", "MB written", "dollars"]]
     for place, taken in ledger.items():
         rows.append([place, taken.device or "", *_amounts(taken)])
     flops = sum(taken.flops for taken in ledger.values())
@@ -91,7 +90,7 @@ def _amounts(taken: Taken) -> list[str]:
     return [
         number(taken.hours, 3),
         number(taken.samples) if taken.device else "",
-        f"{taken.flops / 1e18:.3g}" if taken.device else "",
+        scaled(taken.flops, "FLOP") if taken.device else "",
         *(number(moved[way] / 1e6, 1) if way in moved else "" for way in ("read", "written")),
         number(taken.dollars, 2),
     ]
@@ -107,6 +106,10 @@ def _by_device(ledger: Mapping[str, Taken]) -> list[list[str]]:
         hours = sum(taken.hours for taken in part)
         rows.append([device or NO_DEVICE, number(hours, 3), number(dollars, 2)])
     return rows
+
+
+def _ratio(theirs: float, own: float) -> str:
+    return _amount(theirs / own) if own else ""
 
 
 def _amount(value: float) -> str:

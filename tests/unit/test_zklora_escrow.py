@@ -756,7 +756,7 @@ def test_money_and_key_move_together_whatever_is_called(parties: Parties) -> Non
         rows = int(rng.integers(ROWS + 2))
         attempts = [
             *list(purchase.steps.values()) * 3,
-            lambda p=purchase, k=key: escrow.deposit_key(p.seller, p.session, k),
+            *[lambda p=purchase, k=key: escrow.deposit_key(p.seller, p.session, k)] * 4,
             lambda p=purchase, n=rows: p.owe(n),
         ]
         parties.now += float(DEADLINES[TradeState.PAID] if rng.random() < 0.02 else 1)

@@ -426,8 +426,8 @@ def test_weights_are_taken_as_they_were_announced(
     for number, piece in enumerate(pieces):
         shelf.upload(seller, adapter_id, number, piece)
     assert shelf.sealed(adapter_id) == sealed
-    with pytest.raises(TradeError, match="piece=9 is not allowed"):
-        shelf.piece(adapter_id, 9)
+    with pytest.raises(TradeError, match="piece=999 is not allowed"):
+        shelf.piece(adapter_id, 999)
 
 
 def test_a_seller_lists_so_many_adapters(parties: Parties) -> None:
@@ -752,11 +752,11 @@ def test_money_and_key_move_together_whatever_is_called(parties: Parties) -> Non
     reached = set()
     for _ in range(400):
         purchase = trades[rng.integers(len(trades))]
-        key = purchase.offer.key if rng.random() < 0.8 else bytes(32)
+        key = purchase.offer.key if rng.random() < 0.5 else bytes(32)
         rows = int(rng.integers(ROWS + 2))
         attempts = [
             *list(purchase.steps.values()) * 3,
-            lambda p=purchase, k=key: escrow.deposit_key(p.seller, p.session, k),
+            *[lambda p=purchase, k=key: escrow.deposit_key(p.seller, p.session, k)] * 4,
             lambda p=purchase, n=rows: p.owe(n),
         ]
         parties.now += float(DEADLINES[TradeState.PAID] if rng.random() < 0.02 else 1)

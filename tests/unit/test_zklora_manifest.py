@@ -360,7 +360,7 @@ def test_the_scale_follows_peft(manifest: AdapterManifest, use_rslora: bool, sca
         contributor_certificate=manifest.contributor_certificate,
     )
     assert offer.scale == scale
-    assert offer.budget_rows == 2  # an eighth of 20
+    assert offer.budget_rows == 1  # at least
 
 
 POINT = "80" + "00" * 47
@@ -386,6 +386,9 @@ def many_points(document: dict[str, Any]) -> list[dict[str, Any]]:
         (lambda m: m.update(adapter=None), "adapter=None"),
         (lambda m: m.update(price=-1), "price=-1 is not allowed: an integer, 0 to"),
         (lambda m: m.update(price=1.0), r"price=1\.0"),
+        (lambda m: m.update(price_per_row=-1), "price_per_row=-1 is not allowed: an integer, 0 to"),
+        (lambda m: m.update(price_per_row=2**50), "price_per_row="),  # of nine: no number of JSON
+        (lambda m: m.update(price_per_row=1), "price_per_row=1 is not allowed: 0, since escrow"),
         (lambda m: m.update(price=True), "price=True"),
         (lambda m: m.update(price=2**53), "price="),
         (lambda m: m.update(price=10**400), "price="),

@@ -77,7 +77,7 @@ class Session:
         check_names("rows_left", list(self.rows_left), manifest)
         self.sid = manifest.session_id(self.nonce_u, self.nonce_c)
         self.transcript = Transcript()
-        self._rows, self._signed = Counter[str](), 0
+        self._rows = Counter[str]()
 
     def deposit(self, escrow: EscrowClient, rows: int) -> None:
         """Have a deposit locked that covers so many rows of every module, at the manifest's price.
@@ -126,9 +126,8 @@ class Session:
     def _sign_for(self, module: str, rows: int) -> dict[str, Any] | None:
         """Return a signed running total, if rows have a price and these are not covered yet."""
         needed = self._rows[module] + rows
-        if not self._manifest.price_per_row or needed <= self._signed:
+        if not self._manifest.price_per_row or needed <= max(self._rows.values(), default=0):
             return None
-        self._signed = needed
         return sign_rows(self._identity, self._manifest.adapter_id, self.sid, needed).to_json()
 
     def close(self) -> ClosedSession:

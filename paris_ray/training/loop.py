@@ -37,6 +37,7 @@ from paris_ray.training.spending import Spending
 from paris_ray.training.trackers import Trackers
 
 ROWS_EVERY_S = 30.0  # rows are written between checkpoints too, for whoever watches
+UNMEASURED = "unmeasured"  # a last row whose measures the process that goes on will add
 LOGGED = {"samples_seen", "loss", "learning_rate"}  # in every row of the metrics
 
 
@@ -315,6 +316,8 @@ class TrainingLoop:
     def _leave(self, done: int, loss: Tensor, ending: ParisError) -> None:
         """Checkpoint at once: there may be seconds left. Who goes on validates what is due."""
         self._check_finite(done, loss)
+        if self._validation_is_due():
+            self.timings[-1][UNMEASURED] = True
         self._save(done)
         raise ending
 
@@ -344,9 +347,9 @@ class TrainingLoop:
         self._rows_written_at = time.monotonic()
 
     def _tracked(self) -> list[dict[str, Any]]:
-        """Return what trackers are shown: every row once, when it is whole."""
+        """Return what trackers are shown, which keep it: every row once, when it is whole."""
         rows = [m | t for m, t in zip(self.metrics, self.timings, strict=True)]
-        return rows[:-1] if self._validation_is_due() else rows
+        return rows[:-1] if rows and rows[-1].get(UNMEASURED) else rows
 
     def _resume(self) -> int:
         samples_seen = checkpoint.restore(self.folder, self.state, identity=self.identity)
@@ -357,6 +360,8 @@ class TrainingLoop:
         self.trackers.open(self._tracked())
         if samples_seen is None:
             return 0
+        if self.timings:
+            self.timings[-1].pop(UNMEASURED, None)
         step = samples_seen // self.config.batch_size
         if self.metrics and self.metrics[-1]["samples_seen"] == samples_seen and self._validate():
             self._save(step)

@@ -28,7 +28,8 @@ def grid_files(names: Iterable[str]) -> Mapping[str, str]:
     Args:
         names: Of the files in a model's folder.
     """
-    found, present = {}, set(names)
+    found: dict[int, str] = {}
+    present = set(names)
     for name in present:
         if match := _STEP.fullmatch(name):
             found[int(match[1])] = name

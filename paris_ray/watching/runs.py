@@ -140,7 +140,7 @@ class WatchedRun:
         for part in LISTED:
             for name, stamp in (self.folder / part).stamps().items():
                 yield f"{part}/{name}", stamp
-        single = SINGLE
+        single: tuple[str, ...] = SINGLE
         if self.folder.exists(METRICS) or self.folder.exists(PROGRESS):  # of an adapter
             single += ADAPTER_FILES
             for name, stamp in (self.folder / SAMPLES).stamps().items():

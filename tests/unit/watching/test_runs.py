@@ -220,7 +220,7 @@ def test_all_kinds_of_models_are_in_the_order_of_training() -> None:
         "experts/expert_12/metrics.jsonl",
         "router/progress.json",
         "seed/metrics.jsonl",
-        "distilled/student/manifest.json",
+        "distilled/student/expert_0/metrics.jsonl",
         "experts/other/metrics.jsonl",
     ]
     names = [place.name for place in places(files, 2)]

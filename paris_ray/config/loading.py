@@ -17,7 +17,7 @@ from paris_ray.artifacts import absolute_uri
 from paris_ray.config.checks import check, check_lora_run
 from paris_ray.config.conversion import from_dict, to_dict
 from paris_ray.config.corpus import with_own_labels
-from paris_ray.config.fleet import FleetConfig
+from paris_ray.config.fleet import FleetConfig, GpuConfig
 from paris_ray.config.lora import LoRARun
 from paris_ray.config.sections import Config
 from paris_ray.errors import ConfigError
@@ -108,10 +108,8 @@ def _declared(root: type[Any], keys: Sequence[str]) -> Any:
         keys = keys[2:]  # what one expert overrides has the types that it has for all
     declared: Any = root
     for key in keys:
-        key, _, index = key.partition("[")  # `gpus[0]` is one of a list
         if is_dataclass(declared):
             declared = {f.name: f.type for f in fields(declared)}.get(key, Any)
-            declared = (*get_args(declared), Any)[0] if index else declared
         else:
             declared = get_args(declared)[1] if get_origin(declared) is dict else Any
     return declared
@@ -221,6 +219,10 @@ def with_fleet(config: Config, path: str) -> Config:
     """
     with _explained(FleetConfig, f"fleet={path!r}"):
         given = _read_yaml(path, (), "fleet")
+        values: Any = OmegaConf.to_container(given)
+        gpus = values.get("gpus")
+        for i, gpu in enumerate(gpus if isinstance(gpus, list) else ()):
+            from_dict(GpuConfig, gpu, f"fleet={path!r}: gpus[{i}]")  # tells of which it is
         fleet = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(config.fleet), given))
     assert isinstance(fleet, FleetConfig)
     changed = replace(config, fleet=fleet)

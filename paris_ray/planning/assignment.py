@@ -143,7 +143,7 @@ class _Search:
 
     def _choices(self, job: int) -> list[int]:
         """Return machines for a job, the one that ends it first first; of equal ones only one."""
-        unlike = {}
+        unlike: dict[tuple[int, float], int] = {}
         for machine, kind in enumerate(self.machines):
             if self._is_allowed(job, machine):
                 unlike.setdefault((kind, self.loads[machine]), machine)

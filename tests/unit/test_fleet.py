@@ -45,8 +45,8 @@ def test_a_file_replaces_what_it_gives_and_nothing_else(config: Config, tmp_path
     ("text", "told"),
     [
         ("fleet: {}", "unknown key 'fleet'; allowed here: num_images, cluster_rows, deadline_days"),
-        ("gpus: [{nam: A40}]", r"unknown key 'gpus\[0\].nam'; allowed here: name, count"),
-        ("gpus: [{memory_gb: much}]", r"gpus\[0\].memory_gb: Value 'much'"),
+        ("gpus: [{nam: A40}]", r"gpus\[0\]: unknown key 'nam'; allowed here: name, count"),
+        ("gpus: [{memory_gb: much}]", r"gpus\[0\]: memory_gb: Value 'much'"),
         ("[]", "does not hold a mapping"),
         ("gpus: [", "fleet.yaml' is not YAML"),
         (gpu(count=0), r"fleet.gpus\[0\].count=0 is not allowed: > 0"),
@@ -117,7 +117,7 @@ def test_what_does_not_fit_is_not_put_there_and_the_reason_is_told(
     result = plan(of(config, tmp_path, text))
     assert result.schedule is not None
     assert {a.gpu for a in result.schedule.assignments if a.name != "router"} == {"large 1"}
-    told = r"needs 17.8 GB in bfloat16; would with accumulation_steps=16"
+    told = r"needs 17.8 GB in bfloat16; would with accumulation_steps=32"
     assert f"expert 0-7: does not fit: {told}" in render(result)
 
 

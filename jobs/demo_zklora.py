@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 # Who may connect to whom.
 CLIENTS_OF = {"escrow": ("contributor", "user"), "contributor": ("user",)}
 ADAPTER = "adapter"  # where jobs.verify_lora leaves the weights, in the folder of a purchase
-BUDGET_ROWS = 64  # two pictures at two noise levels, more than a quarter of the worth
+BUDGET_ROWS = 64  # two pictures at two noise levels
 PRICE = 100
 READY_TIMEOUT_S = 120
 # Cross-attention sees rows of patches and of words, more than the budget of a session has.

@@ -36,7 +36,7 @@ MAX_EXPERT = 2**16
 MAX_SEALED_BYTES = 200 * 2**20
 MAX_COUNT = 2**53 - 1  # exact in every reader of JSON
 MIN_ALPHA = 1e-6
-# With so few rows a thief has about a quarter of an adapter's worth: docs/zklora.md.
+# Few: what a thief has by then, `bench_zklora.py share` measures.
 BUDGET_DIVISOR = 64
 # Delivered factors are float32, in which every 15-bit integer times 2^-exponent must be normal.
 MIN_EXPONENT, MAX_EXPONENT = -112, 126

@@ -146,9 +146,9 @@ class WatchedRun:
             for name, stamp in (self.folder / SAMPLES).stamps().items():
                 yield f"{SAMPLES}/{name}", stamp
         for name in single:
-            stamp = self.folder.stamp(name)
-            if stamp is not None:
-                yield name, stamp
+            written = self.folder.stamp(name)
+            if written is not None:
+                yield name, written
 
     def overview(self) -> dict[str, Any]:
         """Return how far everything is, as JSON."""

@@ -144,16 +144,16 @@ def _say_what_leaks(arguments: argparse.Namespace, folder: Path) -> None:
     if worth.gain <= 0:
         logger.warning("budget: %d rows. The adapter does not lower the loss of --pictures", rows)
         return
-    asked, chosen = (worth.thief(rows, chooses=chooses) for chooses in (False, True))
+    thief, choosing = (worth.thief(rows, chooses=chooses) for chooses in (False, True))
     logger.info(
         "budget: %d rows. A thief who sees them all has %.0f%% of the gain (%.4g of the loss), "
         "with chosen rows %.0f%%; its relative error is %.2f, with chosen rows %.2f",
         rows,
-        100 * asked.share,
+        100 * thief.share,
         worth.gain,
-        100 * chosen.share,
-        asked.error,
-        chosen.error,
+        100 * choosing.share,
+        thief.error,
+        choosing.error,
     )
 
 

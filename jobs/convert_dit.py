@@ -21,8 +21,8 @@ from typing import get_args
 import safetensors.torch
 
 from jobs.command import fail
-from paris_ray.artifacts import Folder
 from paris_ray.errors import ArtifactError, ParisError
+from paris_ray.folders import Folder
 from paris_ray.models.convert import (
     CLIP_WIDTH,
     IMAGENET_CLASSES,

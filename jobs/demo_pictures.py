@@ -9,9 +9,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from paris_ray import reports
-from paris_ray.artifacts import Folder
 from paris_ray.bundle import load_bundle
 from paris_ray.embeddings import read_table
+from paris_ray.folders import Folder
 from paris_ray.sampling import generate
 from paris_ray.sampling.sampler import sample, sampling_options
 

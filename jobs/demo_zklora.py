@@ -23,9 +23,10 @@ from jobs.contribute_lora import OFFERS
 from jobs.local_cluster import LOOPBACK, LocalCluster
 from jobs.parties import CLIENTS
 from jobs.processes import run_job, service, stop_on_sigterm
-from paris_ray.artifacts import MANIFEST, Folder, read_manifest
+from paris_ray.artifacts import MANIFEST, read_manifest
 from paris_ray.config import load, with_absolute_paths
 from paris_ray.errors import ParisError
+from paris_ray.folders import Folder
 from paris_ray.identity import CERTIFICATE, Identity
 from paris_ray.receipts import RECEIPT, Receipt
 from paris_ray.run import BUNDLE, Run

@@ -27,9 +27,9 @@ from pathlib import Path
 
 from jobs.command import log_to_stdout, reported
 from jobs.parties import certificate
-from paris_ray.artifacts import Folder
 from paris_ray.config import Config, load, packaged_configs, with_absolute_paths
 from paris_ray.errors import ConfigError
+from paris_ray.folders import Folder
 from paris_ray.identity import Identity, public_key_of
 from paris_ray.signatures import KEY
 

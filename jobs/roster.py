@@ -29,8 +29,8 @@ from jobs.command import (
     refuse_unreachable,
     reported,
 )
-from paris_ray.artifacts import Folder
 from paris_ray.config import Config, load, local_paths, packaged_configs, with_absolute_paths
+from paris_ray.folders import Folder
 from paris_ray.identity import Identity
 
 if TYPE_CHECKING:

@@ -29,8 +29,8 @@ from jobs.parties import (
     parse_escrow,
     paths_of,
 )
-from paris_ray.artifacts import absolute_uri
 from paris_ray.errors import ParisError
+from paris_ray.folders import absolute_uri
 from paris_ray.identity import Identity
 from paris_ray.receipts import RECEIPT
 from paris_ray.zklora.manifest import AdapterManifest

@@ -41,7 +41,7 @@ def main() -> None:
 def _watch(arguments: argparse.Namespace) -> None:
     # Imported only now: --help is quick.
     from paris_ray.api_keys import read_keys
-    from paris_ray.artifacts import Folder
+    from paris_ray.folders import Folder
     from paris_ray.watching.runs import WatchedRun
     from paris_ray.watching.server import listen, serve, watch_app
 

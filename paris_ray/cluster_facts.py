@@ -10,8 +10,9 @@ from typing import Annotated
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
-from paris_ray.artifacts import Folder, VerifiedFolder
+from paris_ray.artifacts import VerifiedFolder
 from paris_ray.errors import BundleError
+from paris_ray.folders import Folder
 
 FILE = "clusters.json"
 MAX_WORDS, MAX_WORD_LENGTH = 20, 100

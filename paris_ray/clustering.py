@@ -14,10 +14,10 @@ import safetensors.numpy
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 
-from paris_ray.artifacts import Folder
 from paris_ray.config import ClusterConfig
 from paris_ray.embeddings import TEXT_EMBEDDING
 from paris_ray.errors import ArtifactError, ConfigError
+from paris_ray.folders import Folder
 from paris_ray.seeding import derive_seed
 
 WEIGHTS = "centroids.safetensors"

@@ -30,8 +30,8 @@ import safetensors.numpy
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 
-from paris_ray.artifacts import Folder, fault_of
 from paris_ray.errors import ArtifactError
+from paris_ray.folders import Folder, fault_of
 
 Column = NDArray[np.generic] | Sequence[str] | Sequence[bytes]
 LATENTS, LATENTS_FLIPPED = "latents", "latents_flipped"

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from paris_ray import cluster_facts
-from paris_ray.artifacts import Folder, VerifiedFolder, open_finished, read_manifest
+from paris_ray.artifacts import VerifiedFolder, open_finished, read_manifest
 from paris_ray.bundle import (
     CONFIG,
     MODEL_INDEX,
@@ -27,6 +27,7 @@ from paris_ray.encoders.autoencoder import VAE_FILES
 from paris_ray.encoders.clip import TEXT_ENCODER, TEXT_ENCODER_FILES, TOKENIZER, tokenizer_files
 from paris_ray.encoders.hub import HUB_NAME
 from paris_ray.encoders.text import MODEL_FILES
+from paris_ray.folders import Folder
 from paris_ray.run import (
     CLUSTERS,
     DISTILLED,

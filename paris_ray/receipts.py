@@ -14,8 +14,8 @@ from datetime import datetime
 from enum import StrEnum
 from typing import Any, NamedTuple
 
-from paris_ray.artifacts import Folder
 from paris_ray.errors import ReceiptError, SignatureError
+from paris_ray.folders import Folder
 from paris_ray.signatures import SignedDocument, Signer
 
 RECEIPT = "receipt.json"

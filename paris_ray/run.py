@@ -2,9 +2,10 @@
 
 from collections.abc import Sequence
 
-from paris_ray.artifacts import Folder, VerifiedFolder, open_finished, read_manifest
+from paris_ray.artifacts import VerifiedFolder, open_finished, read_manifest
 from paris_ray.config import Config, run_folder
 from paris_ray.errors import ArtifactError
+from paris_ray.folders import Folder
 
 EMBEDDINGS, ENCODERS, CLUSTERS, SHARD = "embeddings", "encoders", "clusters", "shard"
 SEED, EXPERT, ROUTER, EVALUATION, BUNDLE = "seed", "expert", "router", "evaluation", "bundle"

@@ -26,8 +26,8 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from paris_ray.artifacts import Folder
 from paris_ray.errors import ArtifactError, LockError
+from paris_ray.folders import Folder
 
 logger = logging.getLogger("paris_ray")
 

@@ -1,4 +1,4 @@
-"""How many bytes of which files a process reads and writes, as `artifacts.Folder` sees them."""
+"""How many bytes of which files a process reads and writes, as `folders.Folder` sees them."""
 
 import threading
 from collections import Counter

@@ -20,9 +20,9 @@ from ray.serve import Application
 from ray.serve.config import AutoscalingConfig
 
 from paris_ray import trials
-from paris_ray.artifacts import absolute_uri
 from paris_ray.bundle import Dtype
 from paris_ray.errors import ConfigError
+from paris_ray.folders import absolute_uri
 from paris_ray.loopback import is_loopback
 from paris_ray.sampling.engine import Limits
 from paris_ray.storage import is_uri

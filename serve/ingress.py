@@ -13,9 +13,9 @@ from pydantic import BaseModel
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
-from paris_ray.artifacts import Folder
 from paris_ray.bundle import CONFIG, Bundle
 from paris_ray.encoders.inspection import load_text_inspector
+from paris_ray.folders import Folder
 from paris_ray.sampling.engine import Limits
 from paris_ray.sampling.sampler import sampling_options
 from serve import metrics, pictures

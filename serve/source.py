@@ -4,9 +4,9 @@ import hashlib
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from paris_ray.artifacts import Folder
 from paris_ray.bundle import Bundle, Dtype, bundle_digest, load_bundle
 from paris_ray.errors import BundleError
+from paris_ray.folders import Folder
 from paris_ray.models.peft_layout import ADAPTER_WEIGHTS
 from paris_ray.pictures import LoRARecord
 from paris_ray.receipts import file_sha256

@@ -18,7 +18,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import BertConfig, BertModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from jobs.local_cluster import LOOPBACK_ONLY, SERVE_EDGE, SERVE_PATIENCE
-from paris_ray.artifacts import Folder, VerifiedFolder, publish
+from paris_ray.artifacts import VerifiedFolder, publish
 from paris_ray.bundle import (
     Bundle,
     BundleFacts,
@@ -33,6 +33,7 @@ from paris_ray.config import (
 )
 from paris_ray.encoders.codec import PatchPCA
 from paris_ray.export import write_bundle
+from paris_ray.folders import Folder
 from paris_ray.models import Expert, Router
 from paris_ray.models.lora import Adapter
 from paris_ray.models.peft_layout import save_adapter

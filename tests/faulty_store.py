@@ -12,7 +12,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Literal
 
 from jobs.local_cluster import LOOPBACK
-from paris_ray.artifacts import Folder
+from paris_ray.folders import Folder
 from tests.s3_server import BUCKET, REGION
 
 Fault = Literal["500", "503", "reset", "cut", "hang", "slow"]

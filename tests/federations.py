@@ -11,11 +11,12 @@ import numpy as np
 import safetensors.torch
 import torch
 
-from paris_ray.artifacts import Folder, publish, read_manifest
+from paris_ray.artifacts import publish, read_manifest
 from paris_ray.clustering import fit_clustering
 from paris_ray.config import CodecConfig, Config, load
 from paris_ray.embeddings import to_table, write_null_text, write_part
 from paris_ray.encoders.codec import PatchPCA
+from paris_ray.folders import Folder
 from paris_ray.identity import Identity
 from paris_ray.models import Expert
 from paris_ray.roster.federation import Site, found, join, submit

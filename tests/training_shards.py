@@ -8,10 +8,11 @@ import numpy as np
 import torch
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from paris_ray.artifacts import METRICS, Folder
+from paris_ray.artifacts import METRICS
 from paris_ray.config import ExpertConfig, TrainingConfig
 from paris_ray.embeddings import to_table, write_null_text, write_part
 from paris_ray.encoders.clip import ClipText
+from paris_ray.folders import Folder
 from paris_ray.run import EXPERT_WEIGHTS
 from paris_ray.training.expert import ExpertData, train_expert
 from paris_ray.training.loop import Progress

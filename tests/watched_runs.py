@@ -5,9 +5,10 @@ from dataclasses import asdict, replace
 
 import numpy as np
 
-from paris_ray.artifacts import PROGRESS, RESOLVED_CONFIG, SAMPLES, TIMINGS, Folder, publish
+from paris_ray.artifacts import PROGRESS, RESOLVED_CONFIG, SAMPLES, TIMINGS, publish
 from paris_ray.cluster_facts import ClusterFacts, write_clusters
 from paris_ray.config import Config, FleetConfig, GpuConfig, load, to_yaml
+from paris_ray.folders import Folder
 from paris_ray.models import Expert
 from paris_ray.reports import picture_grid, png_bytes
 from paris_ray.run import EXPERT, ROUTER

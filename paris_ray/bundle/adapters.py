@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from paris_ray.artifacts import MANIFEST, Folder, VerifiedFolder, read_manifest
+from paris_ray.artifacts import MANIFEST, VerifiedFolder, read_manifest
 from paris_ray.bundle.links import check_links
 from paris_ray.config import ExpertConfig
 from paris_ray.errors import BundleError, ReceiptError
+from paris_ray.folders import Folder
 from paris_ray.models import Expert
 from paris_ray.models.lora import Adapter, attach, merge
 from paris_ray.models.peft_layout import (

@@ -5,14 +5,7 @@ from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
 from paris_ray import cluster_facts
-from paris_ray.artifacts import (
-    IN_PROGRESS,
-    MANIFEST,
-    Folder,
-    VerifiedFolder,
-    open_finished,
-    read_manifest,
-)
+from paris_ray.artifacts import IN_PROGRESS, MANIFEST, VerifiedFolder, open_finished, read_manifest
 from paris_ray.bundle.admissions import ADMISSIONS, admission_names
 from paris_ray.bundle.facts import CONFIG, MODEL_INDEX, read_facts, read_integer
 from paris_ray.bundle.history import History, read_history
@@ -24,6 +17,7 @@ from paris_ray.encoders import autoencoder, clip, codec
 from paris_ray.encoders.autoencoder import VAE_FILES
 from paris_ray.encoders.clip import TEXT_ENCODER, TEXT_ENCODER_FILES, TOKENIZER
 from paris_ray.errors import BundleError
+from paris_ray.folders import Folder
 from paris_ray.run import BUNDLE, CLUSTERS, EXPERT_WEIGHTS, MODEL_CONFIG, ROUTER_WEIGHTS, SEED
 
 CODECS = {"vae": VAE_FILES, "codec": (codec.CONFIG, codec.WEIGHTS)}

@@ -1,7 +1,7 @@
 """Links in a folder from a stranger."""
 
-from paris_ray.artifacts import Folder
 from paris_ray.errors import BundleError
+from paris_ray.folders import Folder
 
 
 def check_links(folder: Folder) -> None:

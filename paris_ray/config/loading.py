@@ -13,7 +13,6 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
-from paris_ray.artifacts import absolute_uri
 from paris_ray.config.checks import check, check_lora_run
 from paris_ray.config.conversion import from_dict, to_dict
 from paris_ray.config.corpus import with_own_labels
@@ -21,6 +20,7 @@ from paris_ray.config.fleet import FleetConfig, GpuConfig
 from paris_ray.config.lora import LoRARun
 from paris_ray.config.sections import Config
 from paris_ray.errors import ConfigError
+from paris_ray.folders import absolute_uri
 from paris_ray.json_documents import MAX_NESTING
 
 LORA = "lora"  # the one packaged configuration that is a LoRARun

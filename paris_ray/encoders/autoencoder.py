@@ -11,11 +11,12 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from torch import Tensor
 
-from paris_ray.artifacts import Folder, VerifiedFolder
+from paris_ray.artifacts import VerifiedFolder
 from paris_ray.encoders.hub import model_folder
 from paris_ray.encoders.pixels import to_uint8, to_unit_range
 from paris_ray.encoders.pretrained import check_sizes, load_strictly, require_package
 from paris_ray.errors import BundleError
+from paris_ray.folders import Folder
 
 CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
 VAE_FILES = (CONFIG, WEIGHTS)

@@ -17,7 +17,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from paris_ray.artifacts import Folder, parse_json
 from paris_ray.encoders.pretrained import (
     load_transformer,
     read_weights,
@@ -25,6 +24,7 @@ from paris_ray.encoders.pretrained import (
     tokenizing,
 )
 from paris_ray.errors import BundleError
+from paris_ray.folders import Folder, parse_json
 from paris_ray.models import TextConditioning
 
 TEXT_ENCODER, TOKENIZER = "text_encoder", "tokenizer"

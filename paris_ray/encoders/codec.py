@@ -12,11 +12,12 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from torch import Tensor
 
-from paris_ray.artifacts import Folder, VerifiedFolder
+from paris_ray.artifacts import VerifiedFolder
 from paris_ray.config import CodecConfig
 from paris_ray.encoders.autoencoder import AutoencoderKLCodec
 from paris_ray.encoders.pixels import to_uint8, to_unit_range
 from paris_ray.errors import BundleError, CorpusError
+from paris_ray.folders import Folder
 
 WEIGHTS = "codec.safetensors"
 CONFIG = "config.json"

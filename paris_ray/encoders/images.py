@@ -16,12 +16,12 @@ from timm.data.config import resolve_model_data_config
 from torch import Tensor
 from torch.nn import functional
 
-from paris_ray.artifacts import Folder, parse_json
 from paris_ray.config import FeaturesConfig
 from paris_ray.encoders.hub import model_folder
 from paris_ray.encoders.pixels import to_unit_range
 from paris_ray.encoders.pretrained import load_strictly, read_weights
 from paris_ray.errors import BundleError, ConfigError
+from paris_ray.folders import Folder, parse_json
 
 WEIGHTS = "open_clip_model.safetensors"
 CONFIG = "open_clip_config.json"

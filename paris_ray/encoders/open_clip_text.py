@@ -7,10 +7,10 @@ from open_clip.tokenizer import SimpleTokenizer
 from open_clip.transformer import ResidualAttentionBlock
 from torch import Tensor, nn
 
-from paris_ray.artifacts import Folder
 from paris_ray.encoders.clip import PREFIX, TOKENIZER, write_text_tower
 from paris_ray.encoders.images import load_open_clip
 from paris_ray.errors import ConfigError
+from paris_ray.folders import Folder
 
 START_OF_TEXT, END_OF_TEXT = "<|startoftext|>", "<|endoftext|>"
 # Activations of open_clip, as they print, and what transformers calls them.

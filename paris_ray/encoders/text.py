@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from paris_ray.artifacts import Folder, VerifiedFolder, parse_json
+from paris_ray.artifacts import VerifiedFolder
 from paris_ray.config import TextConfig
 from paris_ray.encoders.clip import (
     CONFIG,
@@ -31,6 +31,7 @@ from paris_ray.encoders.pretrained import (
     tokenizing,
 )
 from paris_ray.errors import BundleError, ConfigError
+from paris_ray.folders import Folder, parse_json
 from paris_ray.models import TextConditioning
 
 MODEL_FILES = ("config.json", "model.safetensors", "tokenizer.json")

@@ -13,10 +13,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from paris_ray.artifacts import Folder, VerifiedFolder
+from paris_ray.artifacts import VerifiedFolder
 from paris_ray.config import LoRAConfig
 from paris_ray.config.lora import require
 from paris_ray.errors import BundleError, ConfigError
+from paris_ray.folders import Folder
 from paris_ray.models.lora import Adapter, LowRankUpdate, find_targets
 
 LORA = "lora"  # the kind of artefact that `jobs.train_lora` publishes

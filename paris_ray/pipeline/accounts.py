@@ -15,10 +15,10 @@ from typing import NamedTuple, TypeVar
 import pyarrow as pa
 import ray
 
-from paris_ray.artifacts import Folder
 from paris_ray.config import FILTERS, Config
 from paris_ray.corpora import QuarantinedRow
 from paris_ray.embeddings import num_rows, opened_part, part_names, read_parts, write_part
+from paris_ray.folders import Folder
 from paris_ray.run import Run
 
 # Of tasks that read and write: small, since they share a small machine with the encoders' actors;

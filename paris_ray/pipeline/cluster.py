@@ -10,13 +10,7 @@ import pyarrow as pa
 import ray
 from numpy.typing import NDArray
 
-from paris_ray.artifacts import (
-    Folder,
-    Manifest,
-    hashed_names,
-    publish,
-    read_manifest,
-)
+from paris_ray.artifacts import Manifest, hashed_names, publish, read_manifest
 from paris_ray.cluster_facts import (
     MAX_WORD_LENGTH,
     TOLD_PICTURES,
@@ -45,6 +39,7 @@ from paris_ray.embeddings import (
     write_part,
 )
 from paris_ray.errors import ConfigError
+from paris_ray.folders import Folder
 from paris_ray.pipeline.file_list import digests_of, list_files
 from paris_ray.pipeline.stage import Stage, federation_parent
 from paris_ray.pipeline.tasks import gather

@@ -9,13 +9,14 @@ import ray
 import torch
 from numpy.typing import NDArray
 
-from paris_ray.artifacts import Folder, VerifiedFolder
+from paris_ray.artifacts import VerifiedFolder
 from paris_ray.bundle import Bundle
 from paris_ray.clustering import FEATURE_COLUMNS
 from paris_ray.config import Config
 from paris_ray.embeddings import num_rows, part_names, read_rows
 from paris_ray.encoders.images import OPEN_CLIP_FILES, JointEmbedding, load_features
 from paris_ray.export import open_student, open_trained_parts
+from paris_ray.folders import Folder
 from paris_ray.models import TextConditioning
 from paris_ray.pipeline.cluster import clusters_of
 from paris_ray.reports import thumbnail

@@ -14,7 +14,6 @@ from typing import Any, ClassVar, Protocol
 import numpy as np
 import ray
 
-from paris_ray.artifacts import Folder
 from paris_ray.clustering import nearest
 from paris_ray.config import Config, FiltersConfig
 from paris_ray.duplicates import (
@@ -33,6 +32,7 @@ from paris_ray.duplicates import (
     similar_to_earlier,
 )
 from paris_ray.embeddings import PICTURE_HASH, read_part, tensor_column
+from paris_ray.folders import Folder
 from paris_ray.pipeline.accounts import FILES_A_TASK, TASK_CPUS, files_by_shard, in_groups
 from paris_ray.pipeline.moving import (
     PLACE,

@@ -9,7 +9,7 @@ import numpy as np
 import ray
 from numpy.typing import NDArray
 
-from paris_ray.artifacts import Folder, Manifest, VerifiedFolder
+from paris_ray.artifacts import Manifest, VerifiedFolder
 from paris_ray.config import Config
 from paris_ray.corpora import (
     Corpus,
@@ -28,6 +28,7 @@ from paris_ray.encoders.clip import TEXT_ENCODER, TOKENIZER, ClipText
 from paris_ray.encoders.codec import PatchPCA, load_codec
 from paris_ray.encoders.text import TextEncoder, load_text_encoder, write_text_encoder
 from paris_ray.errors import ConfigError, CorpusError
+from paris_ray.folders import Folder
 from paris_ray.pipeline.progress import ProgressFile, Task, follow
 from paris_ray.pipeline.quarantine import BadRows
 from paris_ray.pipeline.stage import Stage, federation_parent

@@ -13,11 +13,12 @@ import numpy as np
 import ray
 import torch
 
-from paris_ray.artifacts import Folder, Manifest, VerifiedFolder, read_manifest
+from paris_ray.artifacts import Manifest, VerifiedFolder, read_manifest
 from paris_ray.bundle import load_expert
 from paris_ray.config import Config
 from paris_ray.evaluation.denoising import cluster_losses
 from paris_ray.evaluation.summary import headline
+from paris_ray.folders import Folder
 from paris_ray.pipeline.drawing import Split, draw
 from paris_ray.pipeline.measuring import measure
 from paris_ray.pipeline.stage import Stage

@@ -16,11 +16,12 @@ from typing import Any
 
 import ray
 
-from paris_ray.artifacts import METRICS, SAMPLES, Folder, VerifiedFolder, read_manifest
+from paris_ray.artifacts import METRICS, SAMPLES, VerifiedFolder, read_manifest
 from paris_ray.bundle import load_expert
 from paris_ray.config import Config, expert_setup
 from paris_ray.devices import resolve_device
 from paris_ray.errors import SpendingCapError, TrainingError
+from paris_ray.folders import Folder
 from paris_ray.models import Expert
 from paris_ray.models.flops import text_length
 from paris_ray.pipeline.placement import on_reserved_device, placed

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 import pyarrow as pa
 import ray
 
-from paris_ray.artifacts import Folder, hashed_names
+from paris_ray.artifacts import hashed_names
 from paris_ray.embeddings import write_part
+from paris_ray.folders import Folder
 from paris_ray.pipeline.accounts import FILES_A_TASK, TASK_CPUS, in_groups
 
 FILE_LIST = "_files.parquet"  # who reads a folder as one table passes over such names

@@ -15,13 +15,10 @@ import ray
 import torch
 
 from paris_ray.artifacts import (
-    LOCKS,
     METRICS,
     SAMPLES,
-    Folder,
     Manifest,
     VerifiedFolder,
-    absolute_uri,
     canonical_json,
     sha256_hex,
 )
@@ -31,6 +28,7 @@ from paris_ray.corpora import corpus_version, open_corpus
 from paris_ray.corpora.paths import corpus_path
 from paris_ray.encoders.clip import TEXT_ENCODER, TOKENIZER
 from paris_ray.errors import ArtifactError, ConfigError, CorpusError
+from paris_ray.folders import LOCKS, Folder, absolute_uri
 from paris_ray.models import Expert
 from paris_ray.models.lora import find_targets
 from paris_ray.models.peft_layout import EXPERT_DIGEST, LORA

@@ -10,7 +10,7 @@ import pyarrow as pa
 import ray
 from numpy.typing import NDArray
 
-from paris_ray.artifacts import REPORT, Folder, read_manifest
+from paris_ray.artifacts import REPORT, read_manifest
 from paris_ray.clustering import FEATURE_COLUMNS
 from paris_ray.config import Config
 from paris_ray.corpora import compositions
@@ -27,6 +27,7 @@ from paris_ray.evaluation.summary import (
     mean_with_interval,
     retrieval_summary,
 )
+from paris_ray.folders import Folder
 from paris_ray.pipeline.cluster import clusters_of
 from paris_ray.pipeline.drawing import Drawn, Split, chosen_rows, split_folder
 from paris_ray.reports import decode_thumbnails, png_bytes

@@ -17,10 +17,11 @@ import pyarrow as pa
 import ray
 from numpy.typing import NDArray
 
-from paris_ray.artifacts import Folder, canonical_json, sha256_hex
+from paris_ray.artifacts import canonical_json, sha256_hex
 from paris_ray.config import FILTERS, Config, identity
 from paris_ray.corpora import QuarantinedRow
 from paris_ray.embeddings import part_names, read_part, write_part
+from paris_ray.folders import Folder
 from paris_ray.pipeline.accounts import (
     TASK_CPUS,
     Account,

@@ -13,9 +13,10 @@ from typing import Any, NamedTuple
 import ray
 from ray.util import metrics
 
-from paris_ray.artifacts import PROGRESS, Folder
+from paris_ray.artifacts import PROGRESS
 from paris_ray.config import TrainingConfig
 from paris_ray.errors import ArtifactError
+from paris_ray.folders import Folder
 from paris_ray.pipeline.placement import why_waiting
 from paris_ray.pipeline.tasks import POLL_INTERVAL_S, ended
 from paris_ray.training.loop import Progress

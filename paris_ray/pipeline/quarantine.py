@@ -3,9 +3,9 @@
 from collections import Counter
 from collections.abc import Container, Mapping
 
-from paris_ray.artifacts import Folder
 from paris_ray.corpora import REASONS, QuarantinedRow
 from paris_ray.embeddings import part_names, read_parts
+from paris_ray.folders import Folder
 
 SHOWN = 200  # characters: a stranger's file name or caption may be of any length
 

@@ -11,13 +11,14 @@ import pyarrow as pa
 import ray
 from numpy.typing import NDArray
 
-from paris_ray.artifacts import REPORT, TIMINGS, Folder, VerifiedFolder, read_manifest
+from paris_ray.artifacts import REPORT, TIMINGS, VerifiedFolder, read_manifest
 from paris_ray.cluster_facts import read_clusters
 from paris_ray.clustering import FEATURE_COLUMNS, Clustering, unit_length
 from paris_ray.config import Config
 from paris_ray.corpora import QuarantinedRow, Shard, open_corpus
 from paris_ray.embeddings import part_names, read_parts, tensor_column
 from paris_ray.errors import CorpusError
+from paris_ray.folders import Folder
 from paris_ray.pipeline.accounts import shard_of
 from paris_ray.pipeline.stage import PART
 from paris_ray.run import CLUSTERS, EMBEDDINGS, Run

@@ -7,9 +7,10 @@ from typing import Any
 
 import ray
 
-from paris_ray.artifacts import METRICS, Folder, parse_json, read_manifest
+from paris_ray.artifacts import METRICS, read_manifest
 from paris_ray.config import Config
 from paris_ray.errors import ConfigError
+from paris_ray.folders import Folder, parse_json
 from paris_ray.models.flops import text_length
 from paris_ray.pipeline.placement import on_reserved_device, placed
 from paris_ray.pipeline.progress import ProgressFile, Task, follow

@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 from PIL import Image
 from ray.util import metrics
 
-from paris_ray.artifacts import Folder
 from paris_ray.config import FILTERS, SCORES, Config
 from paris_ray.corpora import DecodedRow, HeldOut, QuarantinedRow, Shard, decode_row, open_corpus
 from paris_ray.corpora.filters import filters_of_rows
@@ -35,6 +34,7 @@ from paris_ray.embeddings import (
     to_table,
     write_part,
 )
+from paris_ray.folders import Folder
 from paris_ray.pipeline.accounts import TASK_CPUS, Account, part_name, write_account
 from paris_ray.reports import png_bytes, thumbnail
 from paris_ray.run import Run

@@ -16,9 +16,10 @@ from typing import Any
 
 import ray
 
-from paris_ray.artifacts import MANIFEST, Folder, canonical_json, read_manifest, sha256_hex
+from paris_ray.artifacts import MANIFEST, canonical_json, read_manifest, sha256_hex
 from paris_ray.config import Config, identity, run_folder, with_overrides
 from paris_ray.errors import TrainingError
+from paris_ray.folders import Folder
 from paris_ray.pipeline.evaluate import evaluate
 from paris_ray.pipeline.prepare import encode
 from paris_ray.pipeline.stages import run

@@ -10,20 +10,11 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from paris_ray.artifacts import (
-    CHECKPOINT,
-    LEDGER,
-    METRICS,
-    PROGRESS,
-    SAMPLES,
-    SPENT,
-    TIMINGS,
-    Folder,
-    absolute_uri,
-)
+from paris_ray.artifacts import CHECKPOINT, LEDGER, METRICS, PROGRESS, SAMPLES, SPENT, TIMINGS
 from paris_ray.config import ExpertConfig, RouterConfig, TrainingConfig
 from paris_ray.devices import device_name, resolve_device
 from paris_ray.errors import ArtifactError
+from paris_ray.folders import Folder, absolute_uri
 from paris_ray.models.flops import training_flops_per_image
 from paris_ray.run import EXPERT_WEIGHTS, MODEL_CONFIG, ROUTER_WEIGHTS, Run
 from paris_ray.traffic import Traffic

@@ -12,8 +12,6 @@ from typing import Any, Literal
 
 from paris_ray.artifacts import (
     IN_PROGRESS,
-    LOCKS,
-    Folder,
     Manifest,
     VerifiedFolder,
     canonical_json,
@@ -29,6 +27,7 @@ from paris_ray.cluster_facts import write_clusters
 from paris_ray.config import MAX_EXPERTS, Config, identity
 from paris_ray.errors import ArtifactError, BundleError, ConfigError
 from paris_ray.export import MODEL_CARD, middle_caption, write_bundle
+from paris_ray.folders import LOCKS, Folder
 from paris_ray.model_card import with_roster
 from paris_ray.roster.newcomer import Newcomer, check_encoders, describe
 from paris_ray.roster.refit import Method, Refitted, refit, with_outputs, write_router

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from paris_ray.artifacts import MANIFEST, Folder, read_manifest
+from paris_ray.artifacts import MANIFEST, read_manifest
 from paris_ray.bundle import Bundle
 from paris_ray.bundle.history import Rows, origins
 from paris_ray.embeddings import (
@@ -27,6 +27,7 @@ from paris_ray.embeddings import (
     tensor_column,
 )
 from paris_ray.errors import ArtifactError, ConfigError
+from paris_ray.folders import Folder
 from paris_ray.run import EXPERT, EXPERT_WEIGHTS, SHARD, Run
 from paris_ray.seeding import numpy_generator
 from paris_ray.training.data import LatentDataset

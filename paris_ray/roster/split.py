@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pyarrow as pa
 
-from paris_ray.artifacts import LOCKS, Folder, canonical_json, find_finished, publish, sha256_hex
+from paris_ray.artifacts import canonical_json, find_finished, publish, sha256_hex
 from paris_ray.clustering import FEATURE_COLUMNS, Clustering, fit_clustering, unit_length
 from paris_ray.config import Config, identity
 from paris_ray.embeddings import (
@@ -19,6 +19,7 @@ from paris_ray.embeddings import (
     write_part,
 )
 from paris_ray.errors import ConfigError
+from paris_ray.folders import LOCKS, Folder
 from paris_ray.roster.sample import Shard
 from paris_ray.run import SHARD, Run
 from paris_ray.run_lock import locked

@@ -16,8 +16,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from paris_ray.artifacts import CHECKPOINT, Folder, canonical_json, fault_of, sha256_hex
+from paris_ray.artifacts import CHECKPOINT, canonical_json, sha256_hex
 from paris_ray.errors import ArtifactError
+from paris_ray.folders import Folder, fault_of
 from paris_ray.training.ema import ExponentialMovingAverage
 
 logger = logging.getLogger("paris_ray")

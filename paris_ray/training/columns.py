@@ -17,9 +17,9 @@ from typing import IO
 import numpy as np
 from numpy.typing import NDArray
 
-from paris_ray.artifacts import Folder
 from paris_ray.embeddings import stream_column
 from paris_ray.errors import TrainingError
+from paris_ray.folders import Folder
 from paris_ray.storage import disk_is_full
 
 

@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from paris_ray.artifacts import Folder
 from paris_ray.config import FeaturesConfig
 from paris_ray.encoders.images import preprocess, register_packaged_models, save_open_clip
 from paris_ray.errors import ConfigError
+from paris_ray.folders import Folder
 from paris_ray.seeding import torch_generator
 from paris_ray.training.data import BatchOrder
 from paris_ray.training.loop import OnProgress, ProgressClock, build_seeded

@@ -15,7 +15,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from paris_ray.artifacts import Folder
 from paris_ray.config import ExpertConfig, TrainingConfig
 from paris_ray.diffusion import sample_times
 from paris_ray.embeddings import (
@@ -29,6 +28,7 @@ from paris_ray.embeddings import (
     read_null_text,
 )
 from paris_ray.errors import ConfigError, TrainingError
+from paris_ray.folders import Folder
 from paris_ray.seeding import derive_seed, numpy_generator, torch_generator
 from paris_ray.training.columns import map_column
 

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from paris_ray.artifacts import Folder
 from paris_ray.config import ExpertConfig, TrainingConfig
 from paris_ray.devices import resolve_device
 from paris_ray.diffusion import denoising_loss, sample_path
+from paris_ray.folders import Folder
 from paris_ray.models import Expert, TextConditioning
 from paris_ray.training.data import Batch, MixedOrder, batches, load_dataset
 from paris_ray.training.loop import OnProgress, build_seeded

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from paris_ray.artifacts import METRICS, TIMINGS, Folder, parse_json
+from paris_ray.artifacts import METRICS, TIMINGS
 from paris_ray.config import TrainingConfig
 from paris_ray.devices import (
     autocast,
@@ -25,6 +25,7 @@ from paris_ray.devices import (
     resolve_precision,
 )
 from paris_ray.errors import ParisError, TrainingError
+from paris_ray.folders import Folder, parse_json
 from paris_ray.seeding import derive_seed
 from paris_ray.training import checkpoint
 from paris_ray.training.checkpoint import TrainingState

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from paris_ray.artifacts import Folder
 from paris_ray.config import LoRAConfig, TrainingConfig, identity
 from paris_ray.diffusion import denoising_loss, sample_path
+from paris_ray.folders import Folder
 from paris_ray.models import Expert
 from paris_ray.models.lora import Adapter, attach
 from paris_ray.models.peft_layout import save_adapter

@@ -3,8 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from paris_ray.artifacts import Folder
 from paris_ray.errors import ConfigError
+from paris_ray.folders import Folder
 from paris_ray.training.tensorboard import AXIS, CLOCK
 
 EXPERIMENT = "paris_ray"

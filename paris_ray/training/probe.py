@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from paris_ray.artifacts import Folder
 from paris_ray.config import Config, Stage, TrainingConfig
 from paris_ray.devices import device_name, memory_bytes, resolve_device, resolve_precision
 from paris_ray.diffusion import router_logits, sample_path
+from paris_ray.folders import Folder
 from paris_ray.models import Expert, Router, TextConditioning
 from paris_ray.models.flops import text_length
 from paris_ray.seeding import torch_generator

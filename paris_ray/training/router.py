@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from paris_ray.artifacts import Folder
 from paris_ray.config import RouterConfig, TrainingConfig
 from paris_ray.devices import resolve_device
 from paris_ray.diffusion import router_logits, sample_path
+from paris_ray.folders import Folder
 from paris_ray.models import Router, TextConditioning
 from paris_ray.training.data import Batch, LatentDataset, batches, load_dataset
 from paris_ray.training.loop import OnProgress, build_seeded

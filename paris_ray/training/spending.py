@@ -2,9 +2,10 @@
 
 from time import monotonic
 
-from paris_ray.artifacts import SPENT, Folder
+from paris_ray.artifacts import SPENT
 from paris_ray.config import TrainingConfig
 from paris_ray.errors import ArtifactError, SpendingCapError
+from paris_ray.folders import Folder
 
 NOTE_INTERVAL_S = 10.0  # so much at most is not known of a process that was killed
 SECONDS_PER_HOUR = 3600

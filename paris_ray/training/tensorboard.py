@@ -8,8 +8,9 @@ import io
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from paris_ray.artifacts import EVENTS, Folder
+from paris_ray.artifacts import EVENTS
 from paris_ray.errors import ConfigError
+from paris_ray.folders import Folder
 
 TENSORBOARD = f"tensorboard/{EVENTS}"
 AXIS, CLOCK = "samples_seen", "unix_time"

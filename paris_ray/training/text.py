@@ -5,10 +5,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from paris_ray.artifacts import Folder, VerifiedFolder
+from paris_ray.artifacts import VerifiedFolder
 from paris_ray.encoders.clip import TEXT_ENCODER, TOKENIZER, ClipText
 from paris_ray.encoders.text import load_text_encoder
 from paris_ray.errors import TrainingError
+from paris_ray.folders import Folder
 from paris_ray.models import TextConditioning
 from paris_ray.training.data import LatentDataset
 

@@ -8,8 +8,9 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, Self
 
-from paris_ray.artifacts import Folder, sha256_hex
+from paris_ray.artifacts import sha256_hex
 from paris_ray.config import TrainingConfig
+from paris_ray.folders import Folder
 from paris_ray.training.mlflow_run import MlflowRun
 from paris_ray.training.tensorboard import EventFile
 from paris_ray.training.wandb_run import WandbRun

@@ -9,11 +9,11 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from paris_ray.artifacts import Folder
 from paris_ray.config import Precision, TrainingConfig, identity, unlike_fields
 from paris_ray.devices import resolve_device, resolve_precision
 from paris_ray.encoders.pretrained import read_weights
 from paris_ray.errors import BundleError, ConfigError
+from paris_ray.folders import Folder
 from paris_ray.models import Expert, Router
 from paris_ray.models.flops import training_flops_per_image
 from paris_ray.models.release import read_document, write_document

@@ -5,8 +5,8 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from paris_ray.artifacts import Folder
 from paris_ray.evaluation.denoising import denoising_losses
+from paris_ray.folders import Folder
 from paris_ray.models import Expert, TextConditioning
 from paris_ray.training.data import LatentDataset, load_dataset
 

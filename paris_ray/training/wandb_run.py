@@ -8,8 +8,8 @@ one run.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from paris_ray.artifacts import Folder
 from paris_ray.errors import ConfigError
+from paris_ray.folders import Folder
 from paris_ray.training.tensorboard import AXIS, CLOCK
 
 

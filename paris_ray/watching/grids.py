@@ -6,8 +6,9 @@ from collections.abc import Iterable, Mapping
 
 from PIL import Image, UnidentifiedImageError
 
-from paris_ray.artifacts import SAMPLES, Folder
+from paris_ray.artifacts import SAMPLES
 from paris_ray.errors import ArtifactError
+from paris_ray.folders import Folder
 from paris_ray.reports import png_bytes
 
 COLUMNS = 8  # of a grid

@@ -3,7 +3,7 @@
 import math
 from typing import Any
 
-from paris_ray.artifacts import Folder, Stamp
+from paris_ray.folders import Folder, Stamp
 from paris_ray.json_documents import load_json
 
 MAX_BYTES_PER_LOOK = 8 << 20  # of a long file the next look reads on

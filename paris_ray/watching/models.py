@@ -5,17 +5,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from paris_ray.artifacts import (
-    MANIFEST,
-    METRICS,
-    PROGRESS,
-    RESOLVED_CONFIG,
-    TIMINGS,
-    Folder,
-    Stamp,
-)
+from paris_ray.artifacts import MANIFEST, METRICS, PROGRESS, RESOLVED_CONFIG, TIMINGS
 from paris_ray.config import read_values
 from paris_ray.errors import ArtifactError, ConfigError
+from paris_ray.folders import Folder, Stamp
 from paris_ray.run import FEW_STEP, STUDENT
 from paris_ray.watching.curves import AXIS, RATE, RESUMES, Curves, Point, compute_seconds, curves
 from paris_ray.watching.grids import grid_files

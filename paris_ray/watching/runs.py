@@ -15,14 +15,13 @@ from paris_ray.artifacts import (
     RESOLVED_CONFIG,
     SAMPLES,
     TIMINGS,
-    Folder,
-    Stamp,
     VerifiedFolder,
 )
 from paris_ray.cluster_facts import FILE as CLUSTERS_FILE
 from paris_ray.cluster_facts import ClusterFacts, read_clusters
 from paris_ray.embeddings import opened_part, part_names
 from paris_ray.errors import ArtifactError, BundleError
+from paris_ray.folders import Folder, Stamp
 from paris_ray.storage import is_uri
 from paris_ray.watching.grids import preview, read_grid
 from paris_ray.watching.lines import GrowingRows, number

@@ -310,10 +310,9 @@ class Escrow:
         self._journal.execute(f"UPDATE trades SET {column} = ? WHERE session = ?", value, session)
 
     def _trade(self, session: str) -> Trade:
-        *terms, state, since, reason = self._journal.first(
-            f"SELECT {COLUMNS} FROM trades WHERE session = ?", session
-        )
-        return Trade(*terms, TradeState(state), since, reason)
+        row = self._journal.first(f"SELECT {COLUMNS} FROM trades WHERE session = ?", session)
+        values = dict(zip(Trade.__dataclass_fields__, row, strict=True))
+        return Trade(**values | {"state": TradeState(values["state"])})
 
     def _opening_fault(self, adapter_id: str, key: bytes) -> str | None:
         """Return why a key does not open what was committed, if so.

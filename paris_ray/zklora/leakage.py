@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
-from paris_ray.artifacts import Folder
+from paris_ray.folders import Folder
 from paris_ray.zklora.fixed_point import (
     Floats,
     Int16,
@@ -89,12 +89,14 @@ class Span:
         self._basis = basis
         return new
 
-    def outside(self, x: Floats) -> Directions:
+    def outside(self, x: Floats | Int16) -> Directions:
         """Return the part of rows `(rows, d_in)` that is orthogonal to the span."""
         return x - (x @ self._basis.T) @ self._basis
 
 
-def predicted_error(span: Span, inputs: Floats, module: QuantisedModule | None = None) -> float:
+def predicted_error(
+    span: Span, inputs: Floats | Int16, module: QuantisedModule | None = None
+) -> float:
     """Return how far off a thief is on inputs that it never asked for.
 
     It is the energy outside the span: least squares gives the smallest map that fits the answers,
@@ -122,7 +124,7 @@ def stolen(module: QuantisedModule, span: Span) -> QuantisedModule:
     return quantise(a - span.outside(a.T).T, b)
 
 
-def chosen_rows(inputs: Floats, count: int) -> Int16:
+def chosen_rows(inputs: Floats | Int16, count: int) -> Int16:
     """Return the rows that teach most: directions of the largest energy of real inputs, in order.
 
     Whoever has the base has such inputs, so that any user can ask for these.

@@ -12,9 +12,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from paris_ray.artifacts import Folder
 from paris_ray.bundle import Bundle
 from paris_ray.errors import ArtifactError
+from paris_ray.folders import Folder
 from paris_ray.identity import Identity, write_new
 from paris_ray.receipts import file_sha256
 from paris_ray.signatures import SignedDocument

@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from paris_ray.artifacts import Folder, canonical_json
+from paris_ray.artifacts import canonical_json
 from paris_ray.errors import ArtifactError, ProtocolError
+from paris_ray.folders import Folder
 from paris_ray.receipts import DIGEST
 from paris_ray.zklora.fixed_point import MAX_EXPONENT, Int16, Int64
 

@@ -22,9 +22,10 @@ from typing import Any
 import psutil
 
 from jobs.command import ray_session
-from paris_ray.artifacts import Folder, read_manifest
+from paris_ray.artifacts import read_manifest
 from paris_ray.config import Config, load
 from paris_ray.evaluation.summary import headline
+from paris_ray.folders import Folder
 from paris_ray.run import EVALUATION, SHARD, Run
 
 # ray reads its authentication mode when it is imported, so only functions import it here, after

@@ -25,11 +25,11 @@ from bench_solvers import quickstart_run
 from torch import Tensor
 
 from jobs.admit_expert import open_look
-from paris_ray.artifacts import Folder
 from paris_ray.bundle import Bundle, load_bundle
 from paris_ray.config import TrainingConfig
 from paris_ray.diffusion import denoising_loss, sample_path
 from paris_ray.embeddings import read_null_text, read_rows, write_null_text, write_part
+from paris_ray.folders import Folder
 from paris_ray.models import Expert, TextConditioning
 from paris_ray.models.release import write_document
 from paris_ray.roster.admission.copies import read_shard

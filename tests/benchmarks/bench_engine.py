@@ -21,11 +21,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from paris_ray.artifacts import Folder
 from paris_ray.bundle import Bundle, load_bundle
 from paris_ray.config import LoRAConfig
 from paris_ray.diffusion import num_evaluations
 from paris_ray.exactness import MOST_TRIED
+from paris_ray.folders import Folder
 from paris_ray.models import layers, lora
 from paris_ray.models.lora import Adapter
 from paris_ray.models.peft_layout import save_adapter

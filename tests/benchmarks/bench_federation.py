@@ -18,7 +18,7 @@ from typing import Any
 import safetensors.numpy
 import torch
 
-from paris_ray.artifacts import Folder, VerifiedFolder
+from paris_ray.artifacts import VerifiedFolder
 from paris_ray.bundle.weights import StoredModel
 from paris_ray.config import TrainingConfig, load
 from paris_ray.embeddings import (
@@ -28,6 +28,7 @@ from paris_ray.embeddings import (
     read_table,
     write_part,
 )
+from paris_ray.folders import Folder
 from paris_ray.models import Router, TextConditioning
 from paris_ray.roster.federation import shared_rows
 from paris_ray.roster.federation.statistics import fitted_head, router_statistics

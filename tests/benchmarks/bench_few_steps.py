@@ -29,10 +29,11 @@ from bench_solvers import (
     rmse,
 )
 
-from paris_ray.artifacts import Folder, VerifiedFolder
+from paris_ray.artifacts import VerifiedFolder
 from paris_ray.bundle import load_expert
 from paris_ray.config import Objective
 from paris_ray.export import open_student, open_trained_parts
+from paris_ray.folders import Folder
 from paris_ray.models import Expert
 from paris_ray.run import STUDENT, Run
 from paris_ray.sampling.sampler import sample_one_expert, sampling_options

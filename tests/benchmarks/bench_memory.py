@@ -14,10 +14,10 @@ import psutil
 import safetensors.torch
 import torch
 
-from paris_ray.artifacts import Folder
 from paris_ray.bundle import load_bundle
 from paris_ray.bundle.weights import Dtype
 from paris_ray.config import ExpertConfig, RouterConfig
+from paris_ray.folders import Folder
 from paris_ray.models import Expert, Router
 from paris_ray.models.release import write_document
 from paris_ray.run import EXPERT_WEIGHTS, MODEL_CONFIG, ROUTER_WEIGHTS

@@ -19,8 +19,9 @@ from pathlib import Path
 from statistics import fmean
 
 from jobs.command import ray_session
-from paris_ray.artifacts import LEDGER, RESOLVED_CONFIG, TIMINGS, Folder
+from paris_ray.artifacts import LEDGER, RESOLVED_CONFIG, TIMINGS
 from paris_ray.config import Config, FleetConfig, GpuConfig, load, with_fleet
+from paris_ray.folders import Folder
 from paris_ray.planning import Plan, ledger_of, plan
 from paris_ray.planning.schedule import job_of, slots
 from paris_ray.planning.simulation import Next, equal_split, first_come, planned, simulate

@@ -19,9 +19,9 @@ import torch
 from bench_solvers import quickstart_run
 from torch import Tensor
 
-from paris_ray.artifacts import Folder
 from paris_ray.bundle import load_bundle
 from paris_ray.diffusion import router_logits, sample_path
+from paris_ray.folders import Folder
 from paris_ray.models import TextConditioning
 from paris_ray.roster.changes import Change, Options, Roster
 from paris_ray.roster.newcomer import Newcomer

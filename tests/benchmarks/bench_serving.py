@@ -79,11 +79,12 @@ def write_paper_bundle(source: str, folder: Path) -> None:
     import numpy as np
     import safetensors.torch
 
-    from paris_ray.artifacts import Folder, VerifiedFolder, publish
+    from paris_ray.artifacts import VerifiedFolder, publish
     from paris_ray.bundle import Bundle, load_bundle
     from paris_ray.config import CodecConfig, ExpertConfig, RouterConfig, SamplingConfig
     from paris_ray.encoders.codec import PatchPCA
     from paris_ray.export import write_bundle
+    from paris_ray.folders import Folder
     from paris_ray.models import Expert, Router
     from paris_ray.models.release import write_document
     from paris_ray.run import BUNDLE, EXPERT_WEIGHTS, ROUTER_WEIGHTS

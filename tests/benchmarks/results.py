@@ -24,9 +24,10 @@ from typing import Any
 
 from sections import check_sections, write_section
 
-from paris_ray.artifacts import TIMINGS, Folder, read_manifest
+from paris_ray.artifacts import TIMINGS, read_manifest
 from paris_ray.config import load
 from paris_ray.evaluation.summary import comparison, headline
+from paris_ray.folders import Folder
 from paris_ray.run import EVALUATION, ROUTER, Run
 
 _IS_ASIDE = re.compile(r"# |.*\(raylet\)")  # a title, or what Ray says of processes that end

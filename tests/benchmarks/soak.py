@@ -260,9 +260,9 @@ def random_adapters(bundle: str, folder: Path) -> list[str]:
     """Write two adapters of a bundle's expert 0; return their paths."""
     import torch
 
-    from paris_ray.artifacts import Folder
     from paris_ray.bundle import load_bundle
     from paris_ray.config import LoRAConfig
+    from paris_ray.folders import Folder
     from paris_ray.models.lora import Adapter
     from paris_ray.models.peft_layout import save_adapter
 

@@ -16,8 +16,9 @@ import pytest
 import yaml
 
 from jobs.local_cluster import free_port
-from paris_ray.artifacts import Folder, publish
+from paris_ray.artifacts import publish
 from paris_ray.cluster_facts import ClusterFacts, write_clusters
+from paris_ray.folders import Folder
 from paris_ray.run import BUNDLE
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")

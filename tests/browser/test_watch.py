@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from paris_ray.artifacts import Folder
+from paris_ray.folders import Folder
 from tests.s3_server import BUCKET, s3_server
 from tests.watched_runs import HOSTILE, NUM_PICTURES, captions, train_one, write_run
 

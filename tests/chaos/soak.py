@@ -33,9 +33,10 @@ from pathlib import Path
 import psutil
 
 from jobs.command import ray_session
-from paris_ray.artifacts import METRICS, Folder
+from paris_ray.artifacts import METRICS
 from paris_ray.config import Config, load
 from paris_ray.errors import ParisError
+from paris_ray.folders import Folder
 from paris_ray.run import CLUSTERS, Run
 from tests.chaos.runs import NUM_EXPERTS, OPTIONS, digests, workers
 from tests.faulty_store import Fault, FaultyStore, faulty_store, folder_at

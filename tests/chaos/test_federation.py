@@ -15,10 +15,11 @@ from pathlib import Path
 import pytest
 
 from jobs.local_cluster import LocalCluster
-from paris_ray.artifacts import Folder, read_manifest
+from paris_ray.artifacts import read_manifest
 from paris_ray.bundle import load_bundle
 from paris_ray.config import Config, load
 from paris_ray.embeddings import read_table
+from paris_ray.folders import Folder
 from paris_ray.identity import Identity
 from paris_ray.run import BUNDLE, CLUSTERS, ENCODERS, EXPERT_WEIGHTS, Run
 from paris_ray.sampling import generate

@@ -14,9 +14,10 @@ import psutil
 import pytest
 import ray
 
-from paris_ray.artifacts import METRICS, Folder
+from paris_ray.artifacts import METRICS
 from paris_ray.config import Config
 from paris_ray.errors import TrainingError
+from paris_ray.folders import Folder
 from paris_ray.run import EXPERT_WEIGHTS, Run
 from tests.chaos.runs import NUM_EXPERTS, another_node, digests, meanwhile, workers
 from tests.chaos.trainings import STEPS, Inputs, result, start, write_shards
@@ -32,7 +33,7 @@ TRAIN = """
 import sys
 from pathlib import Path
 import psutil
-from paris_ray.artifacts import Folder
+from paris_ray.folders import Folder
 from tests.chaos.trainings import OBJECTIVES, Inputs
 
 def note(progress):

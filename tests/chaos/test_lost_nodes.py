@@ -20,9 +20,10 @@ from safetensors import safe_open
 
 from jobs.local_cluster import LocalCluster
 from paris_ray import run_lock
-from paris_ray.artifacts import CHECKPOINT, LOCKS, PROGRESS, Folder, read_manifest
+from paris_ray.artifacts import CHECKPOINT, PROGRESS, read_manifest
 from paris_ray.config import Config
 from paris_ray.errors import LockError
+from paris_ray.folders import LOCKS, Folder
 from paris_ray.run import EMBEDDINGS, EXPERT_WEIGHTS, Run
 from tests.chaos.runs import NUM_EXPERTS, another_node, digests, meanwhile, workers
 from tests.long_tests import chaos

@@ -20,10 +20,11 @@ from typing import Any, Literal
 import numpy as np
 from transformers import BertModel  # noqa: F401 -- slow: once, and not in every process
 
-from paris_ray.artifacts import CHECKPOINT, SAMPLES, Folder
+from paris_ray.artifacts import CHECKPOINT, SAMPLES
 from paris_ray.bundle import load_bundle
 from paris_ray.config import ExpertConfig, LoRAConfig, RouterConfig, TrainingConfig
 from paris_ray.embeddings import to_table, write_null_text, write_part
+from paris_ray.folders import Folder
 from paris_ray.models import Expert
 from paris_ray.sampling.sampler import sampling_options
 from paris_ray.sampling.teacher import EnsembleTeacher

@@ -33,8 +33,9 @@ def _each(read: Callable[[Path], object], paths: Sequence[Path]) -> None:
 
 def _write_bundle(folder: Path) -> None:
     """Ours, without the manifest: a stranger can compute digests."""
-    from paris_ray.artifacts import MANIFEST, Folder
+    from paris_ray.artifacts import MANIFEST
     from paris_ray.cluster_facts import ClusterFacts, write_clusters
+    from paris_ray.folders import Folder
     from tests import conftest
 
     with tempfile.TemporaryDirectory() as parts:
@@ -69,7 +70,8 @@ def _draw(folder: Path, _: Any) -> None:
 
 def _write_published(folder: Path) -> str:
     """A finished artefact, of which only the manifest is changed; returns its digest."""
-    from paris_ray.artifacts import Folder, publish
+    from paris_ray.artifacts import publish
+    from paris_ray.folders import Folder
 
     for name in ("weights.bin", "deep/er/more.bin"):
         Folder(folder).write(name, name.encode())
@@ -78,7 +80,8 @@ def _write_published(folder: Path) -> str:
 
 
 def _open_published(folder: Path, digest: str) -> None:
-    from paris_ray.artifacts import Folder, find_finished, open_finished, read_manifest
+    from paris_ray.artifacts import find_finished, open_finished, read_manifest
+    from paris_ray.folders import Folder
 
     source = open_finished(Folder(folder), "things")
     for name in ("weights.bin", "deep/er/more.bin"):
@@ -92,9 +95,9 @@ def _open_published(folder: Path, digest: str) -> None:
 
 
 def _write_adapter(folder: Path) -> Any:
-    from paris_ray.artifacts import Folder
     from paris_ray.bundle import load_bundle
     from paris_ray.config import LoRAConfig
+    from paris_ray.folders import Folder
     from paris_ray.models.lora import Adapter
     from paris_ray.models.peft_layout import save_adapter
     from tests import conftest
@@ -122,7 +125,7 @@ def _adapt(folder: Path, bundle: Any) -> None:
 
 def _write_receipt(folder: Path) -> Any:
     """Returns the buyer, whose receipts are believed."""
-    from paris_ray.artifacts import Folder
+    from paris_ray.folders import Folder
     from paris_ray.receipts import RECEIPT
     from tests.unit import test_receipts
 
@@ -135,8 +138,8 @@ def _read_receipt(folder: Path, buyer: Any) -> None:
 
     Links are looked for as where adapters are read.
     """
-    from paris_ray.artifacts import Folder
     from paris_ray.bundle.links import check_links
+    from paris_ray.folders import Folder
     from paris_ray.receipts import KIND, RECEIPT, Receipt
     from paris_ray.signatures import SignedDocument
 
@@ -165,9 +168,10 @@ def _write_history(folder: Path) -> Any:
 
 
 def _tell_history(folder: Path, weights: Any) -> None:
-    from paris_ray.artifacts import Folder, VerifiedFolder
+    from paris_ray.artifacts import VerifiedFolder
     from paris_ray.bundle.history import read_history
     from paris_ray.bundle.links import check_links
+    from paris_ray.folders import Folder
     from paris_ray.model_card import with_roster
 
     check_links(Folder(folder))
@@ -180,8 +184,8 @@ def _tell_history(folder: Path, weights: Any) -> None:
 
 def _write_verdict(folder: Path) -> Any:
     """On an expert of these digests; returns who signs."""
-    from paris_ray.artifacts import Folder
     from paris_ray.bundle import admissions
+    from paris_ray.folders import Folder
     from paris_ray.signatures import SignedDocument
     from tests.unit import test_receipts
 
@@ -211,10 +215,10 @@ def _read_verdict(folder: Path, signer: Any) -> None:
 
     Links are looked for as where bundles are opened.
     """
-    from paris_ray.artifacts import Folder
     from paris_ray.bundle.admissions import KIND, admission_names, parse_admission
     from paris_ray.bundle.links import check_links
     from paris_ray.errors import BundleError
+    from paris_ray.folders import Folder
     from paris_ray.signatures import SignedDocument
 
     check_links(Folder(folder))
@@ -241,7 +245,7 @@ def _write_federation(folder: Path) -> Any:
 
 
 def _read_federation(folder: Path, federation: Any) -> None:
-    from paris_ray.artifacts import Folder
+    from paris_ray.folders import Folder
     from paris_ray.roster.federation.terms import read_federation
 
     key = federation.coordinator.public_key
@@ -262,7 +266,7 @@ def _write_submission(folder: Path) -> Any:
 
 
 def _read_submission(folder: Path, beside: Any) -> None:
-    from paris_ray.artifacts import Folder
+    from paris_ray.folders import Folder
     from paris_ray.roster.federation.parts import open_router
     from paris_ray.roster.federation.receive import admitted, receive
     from paris_ray.roster.federation.shared_rows import read_rows
@@ -282,9 +286,9 @@ def _read_submission(folder: Path, beside: Any) -> None:
 
 def _signed_anew(folder: Path, kind: str, signer: Any) -> None:
     """List the files as they are, if the document can be signed at all: no digest refuses them."""
-    from paris_ray.artifacts import Folder
     from paris_ray.bundle.links import check_links
     from paris_ray.errors import FederationError
+    from paris_ray.folders import Folder
     from tests.federations import resign
 
     check_links(Folder(folder))

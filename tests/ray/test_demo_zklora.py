@@ -15,9 +15,9 @@ from PIL import Image
 
 from jobs.demo_pictures import NIGHT_TINT, at_night
 from jobs.processes import run_job, service
-from paris_ray.artifacts import Folder
 from paris_ray.embeddings import to_table, write_part
 from paris_ray.errors import ParisError
+from paris_ray.folders import Folder
 from paris_ray.identity import Identity
 from paris_ray.reports import png_bytes
 from tests.long_tests import chaos

@@ -11,10 +11,11 @@ import pyarrow.parquet as pq
 import pytest
 import safetensors.torch
 
-from paris_ray.artifacts import MANIFEST, Folder, read_manifest
+from paris_ray.artifacts import MANIFEST, read_manifest
 from paris_ray.bundle import load_bundle
 from paris_ray.config import Config, DistillationConfig
 from paris_ray.errors import ArtifactError, ConfigError
+from paris_ray.folders import Folder
 from paris_ray.run import (
     BUNDLE,
     DISTILLED,

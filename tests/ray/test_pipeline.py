@@ -18,12 +18,13 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from jobs.command import mendable
-from paris_ray.artifacts import MANIFEST, REPORT, Folder, Manifest, read_manifest
+from paris_ray.artifacts import MANIFEST, REPORT, Manifest, read_manifest
 from paris_ray.bundle import load_bundle
 from paris_ray.config import Config
 from paris_ray.corpora import list_shards
 from paris_ray.embeddings import NULL_TEXT, part_names, read_table, tensor_column
 from paris_ray.errors import ArtifactError, CorpusError, TrainingError
+from paris_ray.folders import Folder
 from paris_ray.planning.ledger import read_ledger
 from paris_ray.run import (
     CLUSTERS,

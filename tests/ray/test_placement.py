@@ -11,9 +11,9 @@ import pytest
 import ray
 from ray.cluster_utils import Cluster
 
-from paris_ray.artifacts import Folder
 from paris_ray.config import TrainingConfig, expert_setup, load
 from paris_ray.errors import ConfigError
+from paris_ray.folders import Folder
 from paris_ray.pipeline.placement import on_reserved_device, placed, why_waiting
 from paris_ray.pipeline.progress import Task, watch
 

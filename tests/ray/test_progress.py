@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from paris_ray.artifacts import PROGRESS, Folder
+from paris_ray.artifacts import PROGRESS
 from paris_ray.config import load
 from paris_ray.encoders.codec import PatchPCA
+from paris_ray.folders import Folder
 from paris_ray.pipeline.progress import ProgressFile
 from paris_ray.pipeline.shards import ENDED, QUARANTINED, in_the_first
 from paris_ray.run import Run

@@ -13,8 +13,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from paris_ray.artifacts import Folder
 from paris_ray.errors import BudgetError, BundleError, VerificationError
+from paris_ray.folders import Folder
 from paris_ray.identity import Identity
 from paris_ray.receipts import Receipt
 from paris_ray.signatures import SignedDocument

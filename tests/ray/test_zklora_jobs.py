@@ -18,9 +18,9 @@ from PIL import Image
 from torch import nn
 
 from jobs.local_cluster import free_port
-from paris_ray.artifacts import Folder
 from paris_ray.bundle import Bundle, load_bundle
 from paris_ray.config import LoRAConfig
+from paris_ray.folders import Folder
 from paris_ray.identity import CERTIFICATE, KEY, Identity
 from paris_ray.models.lora import Adapter
 from paris_ray.models.peft_layout import save_adapter

@@ -18,7 +18,6 @@ import torch
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from paris_ray.artifacts import Folder
 from paris_ray.bundle import Bundle, load_bundle
 from paris_ray.config import LoRAConfig
 from paris_ray.errors import (
@@ -32,6 +31,7 @@ from paris_ray.errors import (
     VerificationError,
 )
 from paris_ray.evaluation.denoising import denoising_losses
+from paris_ray.folders import Folder
 from paris_ray.identity import Identity
 from paris_ray.models.lora import Adapter
 from paris_ray.models.peft_layout import save_adapter

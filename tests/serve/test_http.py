@@ -19,11 +19,12 @@ import pytest
 from PIL import Image
 
 from jobs.replay import main as replay
-from paris_ray.artifacts import Folder, publish
+from paris_ray.artifacts import publish
 from paris_ray.bundle import Bundle
 from paris_ray.bundle.history import EXPORTED
 from paris_ray.cluster_facts import ClusterFacts, write_clusters
 from paris_ray.errors import ConfigError
+from paris_ray.folders import Folder
 from paris_ray.run import BUNDLE
 from paris_ray.sampling import generate
 from tests.credentials import Authority

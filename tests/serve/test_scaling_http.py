@@ -20,9 +20,10 @@ from ray import serve
 from ray.serve.context import _get_global_client
 from ray.serve.schema import ServeDeploySchema
 
-from paris_ray.artifacts import Folder, VerifiedFolder, publish
+from paris_ray.artifacts import VerifiedFolder, publish
 from paris_ray.bundle import Bundle, bundle_digest, load_bundle
 from paris_ray.export import write_bundle
+from paris_ray.folders import Folder
 from paris_ray.pictures import read_picture
 from paris_ray.roster.refit import with_outputs, write_router
 from paris_ray.run import BUNDLE

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from paris_ray.artifacts import MANIFEST, Folder, VerifiedFolder, publish
+from paris_ray.artifacts import MANIFEST, VerifiedFolder, publish
 from paris_ray.bundle import load_bundle
 from paris_ray.bundle.admissions import (
     ADMISSIONS,
@@ -29,6 +29,7 @@ from paris_ray.bundle.admissions import (
 from paris_ray.bundle.history import EXPORTED
 from paris_ray.errors import BundleError
 from paris_ray.export import write_bundle
+from paris_ray.folders import Folder
 from paris_ray.identity import Identity
 from paris_ray.model_card import with_roster
 from paris_ray.run import BUNDLE, EXPERT_WEIGHTS, MODEL_CONFIG

@@ -17,7 +17,6 @@ from paris_ray.artifacts import (
     PROGRESS,
     RESOLVED_CONFIG,
     TIMINGS,
-    Folder,
     Manifest,
     VerifiedFolder,
     find_finished,
@@ -26,6 +25,7 @@ from paris_ray.artifacts import (
     read_manifest,
 )
 from paris_ray.errors import ArtifactError
+from paris_ray.folders import Folder
 
 IDENTITY: dict[str, Any] = {"config_digest": "c", "parents": {"corpus": "p"}}
 

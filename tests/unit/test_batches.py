@@ -15,12 +15,12 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional
 
-from paris_ray.artifacts import Folder
 from paris_ray.bundle import Bundle, load_bundle
 from paris_ray.bundle.texts import Texts
 from paris_ray.config import LoRAConfig
 from paris_ray.errors import BundleError, ParisError
 from paris_ray.exactness import MOST_TRIED
+from paris_ray.folders import Folder
 from paris_ray.models import EncodedText, TextConditioning
 from paris_ray.models.layers import Linear, PatchEmbed, apply_linear
 from paris_ray.models.lora import Adapter, adapted_samples

@@ -10,12 +10,13 @@ import pytest
 import safetensors.torch
 import torch
 
-from paris_ray.artifacts import Folder, Manifest, VerifiedFolder, publish
+from paris_ray.artifacts import Manifest, VerifiedFolder, publish
 from paris_ray.bundle import MODEL_INDEX, Bundle, load_bundle
 from paris_ray.config import CodecConfig, TextConfig, load
 from paris_ray.diffusion import predict_velocity
 from paris_ray.errors import BundleError
 from paris_ray.export import codec_name, text_encoder_name, write_bundle
+from paris_ray.folders import Folder
 from paris_ray.model_card import model_card
 from paris_ray.models import Expert
 from paris_ray.models.release import write_document

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from paris_ray.artifacts import MANIFEST, Folder, VerifiedFolder, publish
+from paris_ray.artifacts import MANIFEST, VerifiedFolder, publish
 from paris_ray.bundle import load_bundle
 from paris_ray.bundle.history import (
     EXPORTED,
@@ -24,6 +24,7 @@ from paris_ray.bundle.history import (
     write_history,
 )
 from paris_ray.errors import BundleError
+from paris_ray.folders import Folder
 from paris_ray.identity import Identity
 from paris_ray.run import BUNDLE
 

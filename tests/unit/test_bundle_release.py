@@ -17,10 +17,10 @@ import pytest
 import safetensors.torch
 import torch
 
-from paris_ray.artifacts import Folder
 from paris_ray.bundle import Bundle, load_bundle
 from paris_ray.config import QUALITIES, SamplingConfig
 from paris_ray.errors import ArtifactError, BundleError, ConfigError
+from paris_ray.folders import Folder
 from paris_ray.models import Expert
 from paris_ray.run import EXPERT_WEIGHTS, ROUTER_WEIGHTS
 from paris_ray.sampling import generate

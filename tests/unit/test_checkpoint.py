@@ -9,8 +9,9 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from paris_ray.artifacts import CHECKPOINT, Folder
+from paris_ray.artifacts import CHECKPOINT
 from paris_ray.errors import ArtifactError
+from paris_ray.folders import Folder
 from paris_ray.training import checkpoint
 from paris_ray.training.checkpoint import TrainingState
 from paris_ray.training.ema import ExponentialMovingAverage

@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from paris_ray.artifacts import Folder
 from paris_ray.clustering import Clustering, Nuisance, fit_clustering, random_clusters
 from paris_ray.config import ClusterConfig
 from paris_ray.errors import ConfigError
+from paris_ray.folders import Folder
 
 CONFIG = ClusterConfig(num_clusters=4, num_fine=32, iterations=20, max_imbalance=1.25)
 

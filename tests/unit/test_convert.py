@@ -16,9 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from paris_ray.artifacts import Folder, VerifiedFolder
+from paris_ray.artifacts import VerifiedFolder
 from paris_ray.bundle import load_expert
 from paris_ray.errors import BundleError, ConfigError
+from paris_ray.folders import Folder
 from paris_ray.models import Expert, ExpertConfig
 from paris_ray.models.convert import Conversion, convert_dit, read_dit
 from paris_ray.training.loop import build_seeded

@@ -10,13 +10,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from paris_ray.artifacts import CHECKPOINT, METRICS, Folder, VerifiedFolder, canonical_json
+from paris_ray.artifacts import CHECKPOINT, METRICS, VerifiedFolder, canonical_json
 from paris_ray.bundle import Bundle, load_bundle, load_expert
 from paris_ray.config import ExpertConfig, Objective, TrainingConfig, check_distillation, load
 from paris_ray.devices import autocast
 from paris_ray.diffusion import predict_velocity, router_logits, sample_path
 from paris_ray.errors import ArtifactError, ConfigError, RoutingError
 from paris_ray.export import student_sampling
+from paris_ray.folders import Folder
 from paris_ray.model_card import distilled_card
 from paris_ray.models import Expert, TextConditioning
 from paris_ray.run import EXPERT_WEIGHTS, FEW_STEP, STUDENT

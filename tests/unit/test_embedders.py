@@ -6,13 +6,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from paris_ray.artifacts import Folder, VerifiedFolder
+from paris_ray.artifacts import VerifiedFolder
 from paris_ray.config import CodecConfig, Config, load
 from paris_ray.embeddings import write_null_text
 from paris_ray.encoders.autoencoder import copy_autoencoder_kl
 from paris_ray.encoders.clip import ClipText, copy_clip
 from paris_ray.encoders.codec import PatchPCA, load_codec
 from paris_ray.encoders.text import MiniLM, write_text_encoder
+from paris_ray.folders import Folder
 from paris_ray.pipeline.embed import actor_pools
 from paris_ray.pipeline.embedders import (
     Encoders,

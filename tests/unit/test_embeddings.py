@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from paris_ray.artifacts import Folder
 from paris_ray.embeddings import read_part, to_table, write_part
+from paris_ray.folders import Folder
 
 
 @pytest.mark.parametrize("axis", [1, 2, 3])

@@ -11,7 +11,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from paris_ray.artifacts import Folder, VerifiedFolder
+from paris_ray.artifacts import VerifiedFolder
 from paris_ray.config import CodecConfig, FeaturesConfig, TextConfig
 from paris_ray.encoders.codec import PatchPCA, load_codec
 from paris_ray.encoders.images import (
@@ -32,6 +32,7 @@ from paris_ray.encoders.text import (
     text_encoder_folder,
 )
 from paris_ray.errors import BundleError, ConfigError
+from paris_ray.folders import Folder
 from paris_ray.models import TextConditioning
 from paris_ray.training.contrastive import train_open_clip
 from paris_ray.training.loop import Progress

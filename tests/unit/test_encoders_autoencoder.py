@@ -10,7 +10,7 @@ import safetensors.torch
 import torch
 from diffusers import AutoencoderKL
 
-from paris_ray.artifacts import Folder, VerifiedFolder
+from paris_ray.artifacts import VerifiedFolder
 from paris_ray.encoders.autoencoder import (
     CONFIG,
     DECODE_BATCH,
@@ -20,6 +20,7 @@ from paris_ray.encoders.autoencoder import (
 )
 from paris_ray.encoders.codec import load_codec
 from paris_ray.errors import ArtifactError, BundleError, ConfigError
+from paris_ray.folders import Folder
 from paris_ray.seeding import torch_generator
 
 PICTURES = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), dtype=np.uint8)

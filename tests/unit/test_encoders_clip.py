@@ -14,7 +14,7 @@ import safetensors.torch
 import torch
 from transformers import BertConfig, BertModel, CLIPConfig, CLIPModel, CLIPTextModel
 
-from paris_ray.artifacts import Folder, VerifiedFolder, publish, read_manifest
+from paris_ray.artifacts import VerifiedFolder, publish, read_manifest
 from paris_ray.config import TextConfig
 from paris_ray.encoders.clip import (
     TEXT_ENCODER_FILES,
@@ -27,6 +27,7 @@ from paris_ray.encoders.images import register_packaged_models, save_open_clip
 from paris_ray.encoders.open_clip_text import write_clip_from_open_clip
 from paris_ray.encoders.text import MiniLM, load_text_encoder, write_text_encoder
 from paris_ray.errors import ArtifactError, BundleError, ConfigError
+from paris_ray.folders import Folder
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 START, END = 49406, 49407

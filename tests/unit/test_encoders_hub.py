@@ -11,7 +11,6 @@ import safetensors.torch
 import timm
 import torch
 
-from paris_ray.artifacts import Folder
 from paris_ray.config import FeaturesConfig
 from paris_ray.encoders.hub import model_folder
 from paris_ray.encoders.images import (
@@ -26,6 +25,7 @@ from paris_ray.encoders.images import (
     save_open_clip,
 )
 from paris_ray.errors import BundleError, ConfigError
+from paris_ray.folders import Folder
 
 ARCHITECTURE = "test_vit"
 PICTURES = np.random.default_rng(0).integers(0, 256, (4, 48, 48, 3), dtype=np.uint8)

@@ -11,7 +11,6 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from paris_ray.artifacts import Folder
 from paris_ray.config import ClipConfig, CorpusConfig, FiltersConfig, PoolConfig, load
 from paris_ray.corpora import DecodedRow, decode_row, open_corpus
 from paris_ray.encoders.images import register_packaged_models, save_open_clip
@@ -19,6 +18,7 @@ from paris_ray.encoders.scores import RowScores, nsfw
 from paris_ray.encoders.scores.aesthetic import AestheticHead
 from paris_ray.encoders.scores.nsfw import NsfwModel
 from paris_ray.errors import BundleError, ConfigError
+from paris_ray.folders import Folder
 from paris_ray.pipeline.embedders import RowScorer
 
 CPU = torch.device("cpu")

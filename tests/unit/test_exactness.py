@@ -14,7 +14,6 @@ from torch.nn import functional
 from transformers.activations import GELUActivation, QuickGELUActivation
 from transformers.models.bert.modeling_bert import BertLayer
 
-from paris_ray.artifacts import Folder
 from paris_ray.bundle import Bundle
 from paris_ray.config import ExpertConfig, LoRAConfig
 from paris_ray.encoders.clip import ClipText
@@ -25,6 +24,7 @@ from paris_ray.exactness import (
     rows_are_independent,
     texts_are_independent,
 )
+from paris_ray.folders import Folder
 from paris_ray.models import Expert, TextConditioning
 from paris_ray.models.lora import Adapter, LowRankUpdate, attach_all
 

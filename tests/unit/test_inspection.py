@@ -4,10 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from paris_ray.artifacts import Folder, VerifiedFolder
+from paris_ray.artifacts import VerifiedFolder
 from paris_ray.bundle import Bundle
 from paris_ray.encoders.inspection import TextInspector, is_blank, load_text_inspector
 from paris_ray.errors import BundleError
+from paris_ray.folders import Folder
 
 
 def inspector(bundle: Bundle) -> TextInspector:

@@ -4,9 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from paris_ray.artifacts import LEDGER, Folder, publish
+from paris_ray.artifacts import LEDGER, publish
 from paris_ray.config import Config, TrainingConfig, load, load_lora
 from paris_ray.errors import ArtifactError
+from paris_ray.folders import Folder
 from paris_ray.models.flops import training_flops_per_image
 from paris_ray.pipeline.stage import Stage
 from paris_ray.planning import ledger_of

@@ -17,10 +17,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from paris_ray.artifacts import Folder, VerifiedFolder, publish
+from paris_ray.artifacts import VerifiedFolder, publish
 from paris_ray.config import LoRAConfig
 from paris_ray.config.lora import DEFAULT_TARGETS
 from paris_ray.errors import ArtifactError, BundleError, ConfigError
+from paris_ray.folders import Folder
 from paris_ray.models import Expert, ExpertConfig, Router, RouterConfig
 from paris_ray.models.lora import Adapter, LoRALinear, attach, merge
 from paris_ray.models.peft_layout import (

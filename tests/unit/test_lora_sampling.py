@@ -11,10 +11,11 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from paris_ray.artifacts import MANIFEST, Folder, publish
+from paris_ray.artifacts import MANIFEST, publish
 from paris_ray.bundle import Bundle, load_bundle
 from paris_ray.config import LoRAConfig
 from paris_ray.errors import ArtifactError, BundleError, ConfigError, ParisError
+from paris_ray.folders import Folder
 from paris_ray.models.lora import Adapter
 from paris_ray.models.peft_layout import (
     ADAPTER_CONFIG,

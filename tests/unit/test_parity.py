@@ -11,9 +11,10 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from paris_ray.artifacts import Folder, VerifiedFolder
+from paris_ray.artifacts import VerifiedFolder
 from paris_ray.bundle import Bundle, BundleFacts
 from paris_ray.config import ExpertConfig, RouterConfig, SamplingConfig
+from paris_ray.folders import Folder
 from paris_ray.models import Expert, Router, TextConditioning
 from paris_ray.models.release import write_document
 from paris_ray.run import EXPERT_WEIGHTS, MODEL_CONFIG, ROUTER_WEIGHTS

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from paris_ray.artifacts import Folder
 from paris_ray.config import RouterConfig
 from paris_ray.embeddings import write_null_text
+from paris_ray.folders import Folder
 from paris_ray.models import Router, TextConditioning
 from paris_ray.training.data import LatentDataset, load_dataset
 from paris_ray.training.router import train_router

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from paris_ray import run_lock
-from paris_ray.artifacts import Folder
 from paris_ray.errors import ArtifactError, LockError
+from paris_ray.folders import Folder
 from paris_ray.run_lock import Claim, locked
 from tests.s3_server import BUCKET, s3_server
 from tests.serve.waiting import wait_until
@@ -24,7 +24,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 HOLD = """
 import sys, time
 from paris_ray import run_lock
-from paris_ray.artifacts import Folder
+from paris_ray.folders import Folder
 run_lock.HEARTBEAT_S = 0.1
 with run_lock.locked(Folder(sys.argv[1]), sys.argv[1]):
     print("held", flush=True)
@@ -33,7 +33,7 @@ with run_lock.locked(Folder(sys.argv[1]), sys.argv[1]):
 FOLLOW = """
 import signal, sys, time
 from paris_ray import run_lock
-from paris_ray.artifacts import Folder
+from paris_ray.folders import Folder
 from paris_ray.errors import LockError
 signal.signal(signal.SIGINT, signal.SIG_IGN)
 signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
@@ -51,7 +51,7 @@ RACE = """
 import sys
 from pathlib import Path
 from paris_ray import run_lock
-from paris_ray.artifacts import Folder
+from paris_ray.folders import Folder
 from paris_ray.errors import LockError
 run_lock.HEARTBEAT_S, run_lock.POLL_S = 0.01, 0.005
 inside, won = Path(sys.argv[2]), 0

@@ -14,10 +14,11 @@ from pydantic import ValidationError
 from ray.serve._private.build_app import build_app
 from ray.serve.schema import ServeDeploySchema
 
-from paris_ray.artifacts import Folder, publish
+from paris_ray.artifacts import publish
 from paris_ray.bundle import Bundle
 from paris_ray.errors import BundleError, ConfigError, RoutingError
 from paris_ray.export import write_bundle
+from paris_ray.folders import Folder
 from paris_ray.models import TextConditioning
 from paris_ray.run import BUNDLE
 from paris_ray.sampling.guidance import KeyedText

@@ -14,12 +14,12 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from paris_ray.artifacts import Folder
 from paris_ray.config import Config, FiltersConfig, load
 from paris_ray.corpora import REASONS, HeldOut, QuarantinedRow, list_shards, open_corpus
 from paris_ray.corpora.perceptual_hash import perceptual_hashes
 from paris_ray.embeddings import column_names, part_names, read_table, stream_column
 from paris_ray.errors import CorpusError
+from paris_ray.folders import Folder
 from paris_ray.pipeline import report
 from paris_ray.pipeline.accounts import (
     Account,

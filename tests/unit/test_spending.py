@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 
 from jobs.command import EXIT_CAP_REACHED, EXIT_USER_ERROR, fail, reported
-from paris_ray.artifacts import CHECKPOINT, SPENT, Folder
+from paris_ray.artifacts import CHECKPOINT, SPENT
 from paris_ray.config import RESOURCE_KEYS, TrainingConfig, load
 from paris_ray.errors import ArtifactError, ConfigError, SpendingCapError, TrainingError
+from paris_ray.folders import Folder
 from paris_ray.run import EXPERT_WEIGHTS
 from paris_ray.training import spending
 from paris_ray.training.loop import Progress

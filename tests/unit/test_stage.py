@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 
 from paris_ray import run_lock
-from paris_ray.artifacts import LOCKS, MANIFEST, Folder
+from paris_ray.artifacts import MANIFEST
 from paris_ray.config import Config, load, load_lora
 from paris_ray.errors import LockError
+from paris_ray.folders import LOCKS, Folder
 from paris_ray.pipeline.stage import Stage
 from paris_ray.run import Run
 from paris_ray.run_lock import Claim

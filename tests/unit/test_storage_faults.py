@@ -17,12 +17,13 @@ import numpy as np
 import pytest
 from fsspec.implementations.memory import MemoryFile
 
-from paris_ray.artifacts import CHECKPOINT, Folder, VerifiedFolder, publish
+from paris_ray.artifacts import CHECKPOINT, VerifiedFolder, publish
 from paris_ray.bundle import load_bundle
 from paris_ray.corpora import QuarantinedRow
 from paris_ray.embeddings import opened_part, part_names, read_table, to_table, write_part
 from paris_ray.errors import ArtifactError, ParisError, TrainingError
 from paris_ray.export import write_bundle
+from paris_ray.folders import Folder
 from paris_ray.pipeline.accounts import Account, write_account
 from paris_ray.training.data import load_dataset
 from tests.faulty_store import Fault, faulty_store, folder_at

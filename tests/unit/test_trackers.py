@@ -12,9 +12,10 @@ from typing import Any
 
 import pytest
 
-from paris_ray.artifacts import METRICS, Folder, publish
+from paris_ray.artifacts import METRICS, publish
 from paris_ray.config import TrainingConfig, load
 from paris_ray.errors import ConfigError, TrainingError
+from paris_ray.folders import Folder
 from paris_ray.training.loop import Progress
 from paris_ray.training.trackers import Trackers
 from tests.training_shards import TRAINING, Stop, stop_at, train, write_shard

@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from paris_ray.artifacts import METRICS, Folder, VerifiedFolder
+from paris_ray.artifacts import METRICS, VerifiedFolder
 from paris_ray.bundle import Bundle
 from paris_ray.config import (
     ExpertConfig,
@@ -31,6 +31,7 @@ from paris_ray.config import (
 )
 from paris_ray.embeddings import to_table, write_null_text, write_part
 from paris_ray.errors import ArtifactError, ConfigError, TrainingError
+from paris_ray.folders import Folder
 from paris_ray.models import Expert
 from paris_ray.models.lora import attach
 from paris_ray.models.peft_layout import ADAPTER_WEIGHTS, load_adapter

@@ -15,9 +15,9 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from paris_ray.artifacts import Folder
 from paris_ray.embeddings import ROWS_PER_GROUP, to_table, write_null_text, write_part
 from paris_ray.errors import ArtifactError, ConfigError, TrainingError
+from paris_ray.folders import Folder
 from paris_ray.training.data import Batch, MixedOrder, batches, load_dataset
 from paris_ray.training.prefetch import draw_ahead
 from tests.training_shards import (

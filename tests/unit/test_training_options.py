@@ -18,20 +18,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor
 from torch._dynamo.utils import counters
 
-from paris_ray.artifacts import (
-    CHECKPOINT,
-    EVENTS,
-    METRICS,
-    TIMINGS,
-    Folder,
-    VerifiedFolder,
-    publish,
-)
+from paris_ray.artifacts import CHECKPOINT, EVENTS, METRICS, TIMINGS, VerifiedFolder, publish
 from paris_ray.bundle import load_expert
 from paris_ray.config import ExpertConfig, Precision, RouterConfig, TrainingConfig
 from paris_ray.devices import autocast, peak_flops, peak_flops_of, resolve_precision
 from paris_ray.diffusion import denoising_loss, sample_path
 from paris_ray.errors import ArtifactError, BundleError, ConfigError, TrainingError
+from paris_ray.folders import Folder
 from paris_ray.models import Expert, TextConditioning
 from paris_ray.models.convert import convert_dit
 from paris_ray.models.lora import Adapter, LoRAConfig, attach

@@ -10,9 +10,10 @@ import pytest
 import safetensors.torch
 import torch
 
-from paris_ray.artifacts import CHECKPOINT, METRICS, Folder, VerifiedFolder
+from paris_ray.artifacts import CHECKPOINT, METRICS, VerifiedFolder
 from paris_ray.bundle import load_expert
 from paris_ray.evaluation.denoising import denoising_losses
+from paris_ray.folders import Folder
 from paris_ray.models import Expert, TextConditioning
 from paris_ray.training.data import load_dataset
 from paris_ray.training.validation import MAX_ROWS, NOISE_LEVELS, held_out_validation

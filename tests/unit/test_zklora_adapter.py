@@ -19,9 +19,10 @@ from hypothesis.extra.numpy import arrays
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from paris_ray.artifacts import MANIFEST, Folder, VerifiedFolder, read_manifest
+from paris_ray.artifacts import MANIFEST, VerifiedFolder, read_manifest
 from paris_ray.config import ExpertConfig, LoRAConfig
 from paris_ray.errors import ArtifactError, BundleError, ParisError, VerificationError
+from paris_ray.folders import Folder
 from paris_ray.identity import Identity
 from paris_ray.models import Expert
 from paris_ray.models.lora import Adapter

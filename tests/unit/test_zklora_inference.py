@@ -16,12 +16,12 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from paris_ray.artifacts import Folder
 from paris_ray.bundle import Bundle, load_bundle
 from paris_ray.config import LoRAConfig
 from paris_ray.diffusion import denoising_loss, sample_path
 from paris_ray.errors import BundleError, ConfigError, ParisError, ProtocolError
 from paris_ray.evaluation.denoising import denoising_losses
+from paris_ray.folders import Folder
 from paris_ray.models import Expert, ExpertConfig, TextConditioning
 from paris_ray.models.lora import Adapter, LowRankUpdate, attach
 from paris_ray.models.peft_layout import save_adapter

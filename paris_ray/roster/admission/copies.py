@@ -10,10 +10,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from paris_ray.artifacts import Folder
 from paris_ray.embeddings import read_rows, tensor_column
 from paris_ray.errors import ArtifactError
 from paris_ray.evaluation.memorisation import memorisation
+from paris_ray.folders import Folder
 from paris_ray.roster.admission.drawings import Look, draw
 from paris_ray.roster.admission.limits import Limits
 from paris_ray.roster.admission.panel import Panel, spread_rows

@@ -9,11 +9,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from paris_ray.artifacts import MANIFEST, Folder, read_manifest
+from paris_ray.artifacts import MANIFEST, read_manifest
 from paris_ray.bundle import Bundle
 from paris_ray.diffusion import predict_velocity
 from paris_ray.embeddings import LATENTS, num_rows, part_names, read_rows, tensor_column
 from paris_ray.errors import BundleError
+from paris_ray.folders import Folder
 from paris_ray.models import Expert, TextConditioning
 from paris_ray.run import EXPERT, EXPERT_WEIGHTS, Run
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from paris_ray import __version__
-from paris_ray.artifacts import Folder, VerifiedFolder
+from paris_ray.artifacts import VerifiedFolder
 from paris_ray.bundle import Bundle
 from paris_ray.bundle.admissions import (
     KIND,
@@ -21,6 +21,7 @@ from paris_ray.bundle.admissions import (
 from paris_ray.bundle.links import check_links
 from paris_ray.bundle.parts import load_expert
 from paris_ray.errors import BundleError
+from paris_ray.folders import Folder
 from paris_ray.models import Expert
 from paris_ray.roster.admission.agreement import check_agreement
 from paris_ray.roster.admission.copies import Shard, check_copies

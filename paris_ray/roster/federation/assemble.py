@@ -9,7 +9,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from paris_ray.artifacts import MANIFEST, Folder, VerifiedFolder, publish, read_manifest
+from paris_ray.artifacts import MANIFEST, VerifiedFolder, publish, read_manifest
 from paris_ray.bundle import Bundle, BundleFacts, load_bundle
 from paris_ray.cluster_facts import FILE as CLUSTERS_FILE
 from paris_ray.cluster_facts import ClusterFacts, read_clusters, write_clusters
@@ -24,6 +24,7 @@ from paris_ray.export import (
     text_encoder_name,
     write_bundle,
 )
+from paris_ray.folders import Folder
 from paris_ray.roster.federation.card import federated_card
 from paris_ray.roster.federation.handover import LINE, LINE_RULE
 from paris_ray.roster.federation.parts import has_part

@@ -4,11 +4,12 @@ import logging
 from collections.abc import Sequence
 from dataclasses import replace
 
-from paris_ray.artifacts import Folder, open_finished, read_manifest
+from paris_ray.artifacts import open_finished, read_manifest
 from paris_ray.clustering import WEIGHTS as CENTROIDS
 from paris_ray.config import Config, expert_setup, local_paths
 from paris_ray.errors import ConfigError, FederationError
 from paris_ray.export import public_name
+from paris_ray.folders import Folder
 from paris_ray.roster.federation.handover import begin_handover, hand_over
 from paris_ray.roster.federation.terms import (
     NAMED_MODELS,

@@ -5,9 +5,10 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from paris_ray.artifacts import Folder, VerifiedFolder, find_finished, publish
+from paris_ray.artifacts import VerifiedFolder, find_finished, publish
 from paris_ray.config import Config, to_yaml, with_absolute_paths, with_overrides
 from paris_ray.errors import ConfigError, FederationError
+from paris_ray.folders import Folder
 from paris_ray.roster.federation.parts import has_part
 from paris_ray.roster.federation.terms import Terms, read_federation, shared_part
 from paris_ray.run import FEDERATION, SEED

@@ -6,9 +6,10 @@ A stranger's expert enters a bundle through `admitted` alone.
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from paris_ray.artifacts import Folder, VerifiedFolder
+from paris_ray.artifacts import VerifiedFolder
 from paris_ray.config import Config, expert_setup
 from paris_ray.errors import FederationError, ParisError
+from paris_ray.folders import Folder
 from paris_ray.roster.federation.handover import read_handover
 from paris_ray.roster.federation.parts import open_expert
 from paris_ray.roster.federation.submit import (

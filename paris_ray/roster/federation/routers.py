@@ -9,10 +9,11 @@ from typing import Any, Literal
 
 import torch
 
-from paris_ray.artifacts import Folder, VerifiedFolder, canonical_json, sha256_hex
+from paris_ray.artifacts import VerifiedFolder, canonical_json, sha256_hex
 from paris_ray.config import Config
 from paris_ray.embeddings import NULL_TEXT
 from paris_ray.errors import FederationError, ParisError
+from paris_ray.folders import Folder
 from paris_ray.roster.federation.parts import CPU, open_router
 from paris_ray.roster.federation.receive import Received
 from paris_ray.roster.federation.shared_rows import read_rows, write_shard

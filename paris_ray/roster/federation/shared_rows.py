@@ -10,7 +10,7 @@ import safetensors.numpy
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 
-from paris_ray.artifacts import Folder, VerifiedFolder
+from paris_ray.artifacts import VerifiedFolder
 from paris_ray.bundle.weights import read_header
 from paris_ray.embeddings import (
     LATENTS,
@@ -22,6 +22,7 @@ from paris_ray.embeddings import (
     write_part,
 )
 from paris_ray.errors import FederationError
+from paris_ray.folders import Folder
 from paris_ray.seeding import numpy_generator
 from paris_ray.training.data import LatentDataset
 

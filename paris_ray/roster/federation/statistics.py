@@ -20,11 +20,12 @@ from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn import functional
 
-from paris_ray.artifacts import Folder, VerifiedFolder
+from paris_ray.artifacts import VerifiedFolder
 from paris_ray.bundle.weights import read_header
 from paris_ray.config import TrainingConfig
 from paris_ray.diffusion import router_features, sample_path
 from paris_ray.errors import FederationError
+from paris_ray.folders import Folder
 from paris_ray.models import Router, TextConditioning
 from paris_ray.seeding import torch_generator
 from paris_ray.training.data import LatentDataset, batches

@@ -18,10 +18,11 @@ from typing import Annotated, Literal
 from pydantic import ConfigDict, Field, TypeAdapter
 
 from paris_ray import cluster_facts
-from paris_ray.artifacts import Folder, VerifiedFolder, open_finished, read_manifest
+from paris_ray.artifacts import VerifiedFolder, open_finished, read_manifest
 from paris_ray.config import MAX_EXPERTS, Config
 from paris_ray.embeddings import num_rows, part_names
 from paris_ray.errors import ArtifactError, FederationError
+from paris_ray.folders import Folder
 from paris_ray.roster.federation import shared_rows
 from paris_ray.roster.federation import statistics as router_facts
 from paris_ray.roster.federation.handover import (

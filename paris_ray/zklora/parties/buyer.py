@@ -22,9 +22,10 @@ import numpy as np
 import ray
 from numpy.typing import NDArray
 
-from paris_ray.artifacts import Folder, sha256_hex
+from paris_ray.artifacts import sha256_hex
 from paris_ray.bundle import load_bundle
 from paris_ray.errors import BudgetError, ConfigError
+from paris_ray.folders import Folder
 from paris_ray.identity import Identity, public_key_of
 from paris_ray.receipts import RECEIPT, Receipt, State
 from paris_ray.zklora.inference import NumericsLog

@@ -12,8 +12,9 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from paris_ray.artifacts import Folder, canonical_json
+from paris_ray.artifacts import canonical_json
 from paris_ray.errors import ArtifactError, ProtocolError, SignatureError, VerificationError
+from paris_ray.folders import Folder
 from paris_ray.signatures import SignedDocument
 from paris_ray.zklora.fixed_point import Int16, Int64
 from paris_ray.zklora.manifest import AdapterManifest

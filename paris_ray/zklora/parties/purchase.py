@@ -12,8 +12,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from paris_ray.artifacts import Folder, canonical_json, read_manifest, sha256_hex
+from paris_ray.artifacts import canonical_json, read_manifest, sha256_hex
 from paris_ray.errors import ArtifactError, TradeError
+from paris_ray.folders import Folder
 from paris_ray.identity import Identity, public_key_of
 from paris_ray.models.peft_layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS, LORA
 from paris_ray.receipts import (

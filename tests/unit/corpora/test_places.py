@@ -16,12 +16,12 @@ from typing import Any
 
 import pytest
 
-from paris_ray.artifacts import Folder
 from paris_ray.config import CorpusConfig, load
 from paris_ray.corpora import corpus_version, not_fetched, open_corpus
 from paris_ray.corpora.paths import list_files
 from paris_ray.corpora.places import RemotePath, place
 from paris_ray.errors import ArtifactError, ConfigError, CorpusError
+from paris_ray.folders import Folder
 from paris_ray.storage import joined_uri
 from tests.corpus_files import png, read_all, write_files, write_tar
 from tests.small_corpora import LAYOUTS, rows_of

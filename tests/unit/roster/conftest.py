@@ -8,12 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from paris_ray.artifacts import Folder, publish, read_manifest
+from paris_ray.artifacts import publish, read_manifest
 from paris_ray.bundle import Bundle
 from paris_ray.cluster_facts import ClusterFacts, write_clusters
 from paris_ray.config import Config, load
 from paris_ray.embeddings import to_table, write_null_text, write_part
 from paris_ray.export import write_bundle
+from paris_ray.folders import Folder
 from paris_ray.roster.changes import Roster
 from paris_ray.run import BUNDLE, ENCODERS, EXPERT, SHARD, Run
 from tests.conftest import NUM_EXPERTS, open_parts

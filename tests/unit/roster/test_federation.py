@@ -9,11 +9,12 @@ import pytest
 import safetensors.torch
 import torch
 
-from paris_ray.artifacts import Folder, publish, read_manifest
+from paris_ray.artifacts import publish, read_manifest
 from paris_ray.bundle import Bundle
 from paris_ray.config import load
 from paris_ray.embeddings import NULL_TEXT, write_null_text
 from paris_ray.errors import ConfigError, FederationError
+from paris_ray.folders import Folder
 from paris_ray.identity import Identity
 from paris_ray.roster.federation import SITE_CONFIG, Site, assemble, found, join, submit
 from paris_ray.roster.federation.shared_rows import write_shard

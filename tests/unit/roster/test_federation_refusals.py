@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from paris_ray.artifacts import Folder, read_manifest
+from paris_ray.artifacts import read_manifest
 from paris_ray.config import ExpertConfig
 from paris_ray.errors import FederationError
+from paris_ray.folders import Folder
 from paris_ray.models import Expert
 from paris_ray.models.release import read_document
 from paris_ray.roster.federation import assemble, join

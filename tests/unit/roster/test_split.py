@@ -7,9 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from paris_ray.artifacts import Folder, publish, read_manifest
+from paris_ray.artifacts import publish, read_manifest
 from paris_ray.embeddings import read_part, read_table, to_table, write_part
 from paris_ray.errors import ArtifactError, ConfigError
+from paris_ray.folders import Folder
 from paris_ray.roster.sample import Shard
 from paris_ray.roster.split import split
 from paris_ray.run import SHARD, Run

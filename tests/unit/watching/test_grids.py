@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from paris_ray.artifacts import Folder
 from paris_ray.errors import ArtifactError
+from paris_ray.folders import Folder
 from paris_ray.reports import picture_grid, png_bytes
 from paris_ray.watching import grids
 from paris_ray.watching.grids import MAX_GRIDS, grid_files, preview, read_grid

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from paris_ray.artifacts import Folder
+from paris_ray.folders import Folder
 from paris_ray.traffic import recorded
 from paris_ray.watching import lines
 from paris_ray.watching.lines import GrowingRows, number

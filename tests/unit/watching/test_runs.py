@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from paris_ray.artifacts import METRICS, PROGRESS, RESOLVED_CONFIG, TIMINGS, Folder
+from paris_ray.artifacts import METRICS, PROGRESS, RESOLVED_CONFIG, TIMINGS
+from paris_ray.folders import Folder
 from paris_ray.traffic import recorded
 from paris_ray.watching.models import places
 from paris_ray.watching.runs import WatchedRun, differences, flattened, forecast, router_facts

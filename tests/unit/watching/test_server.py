@@ -12,8 +12,9 @@ import pytest
 import uvicorn
 
 from paris_ray.api_keys import Key
-from paris_ray.artifacts import METRICS, Folder
+from paris_ray.artifacts import METRICS
 from paris_ray.errors import ConfigError
+from paris_ray.folders import Folder
 from paris_ray.watching.runs import WatchedRun
 from paris_ray.watching.server import listen, watch_app
 from tests.watched_runs import SECRET, grid_of, write_run

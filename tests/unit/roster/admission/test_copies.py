@@ -8,10 +8,10 @@ import pyarrow as pa
 import pytest
 import torch
 
-from paris_ray.artifacts import Folder
 from paris_ray.bundle import Bundle
 from paris_ray.embeddings import to_table, write_part
 from paris_ray.errors import ArtifactError, EvaluationError
+from paris_ray.folders import Folder
 from paris_ray.roster.admission.copies import Shard, check_copies, read_shard
 from paris_ray.roster.admission.limits import Limits
 from tests.admission_panels import (

@@ -254,6 +254,7 @@ def soak(minutes: float, root: Path, disk: Path, temporary: Path) -> bool:
             here = replace(config, run_dir=place.folder.uri, prepared_from=str(prepared))
             attempts.append(train(here, trouble, failures))
             rounds[place.name] += 1
+            print(f"- round {rounds.total()}, {place.name}: {attempts[-1]} runs", flush=True)
             other += outcome(config, place.direct) != wanted
             if rounds.total() == FIRST_ROUNDS * len(places):
                 before = held()

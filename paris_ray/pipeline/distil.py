@@ -25,6 +25,7 @@ from paris_ray.config import (
 )
 from paris_ray.evaluation.summary import comparison
 from paris_ray.export import open_student, open_trained_parts, student_sampling, write_bundle
+from paris_ray.ledger import Taken
 from paris_ray.model_card import distilled_card
 from paris_ray.pipeline.evaluate import evaluate
 from paris_ray.pipeline.experts import train_and_draw
@@ -32,7 +33,6 @@ from paris_ray.pipeline.export import expert_manifests, started_from
 from paris_ray.pipeline.placement import on_reserved_device, placed
 from paris_ray.pipeline.progress import Task, follow
 from paris_ray.pipeline.stage import Stage, start_parent
-from paris_ray.planning.ledger import Taken
 from paris_ray.run import (
     BUNDLE,
     CLUSTERS,

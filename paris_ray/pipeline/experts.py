@@ -22,19 +22,19 @@ from paris_ray.config import Config, expert_setup
 from paris_ray.devices import resolve_device
 from paris_ray.errors import SpendingCapError, TrainingError
 from paris_ray.folders import Folder
+from paris_ray.ledger import Taken, bytes_by_category, describe
 from paris_ray.models import Expert
 from paris_ray.models.flops import text_length
 from paris_ray.pipeline.placement import on_reserved_device, placed
 from paris_ray.pipeline.progress import ProgressFile, Task, watch
 from paris_ray.pipeline.samples import SampleGrid
 from paris_ray.pipeline.stage import Stage, start_parent
-from paris_ray.planning.ledger import Taken, bytes_by_category, describe, taken_by_training
 from paris_ray.run import EXPERT, EXPERT_WEIGHTS, SEED, SHARD, Run
 from paris_ray.seeding import derive_seed
 from paris_ray.traffic import recorded
 from paris_ray.training.expert import ExpertData, train_expert
 from paris_ray.training.isolation import isolated
-from paris_ray.training.spending import seconds_spent
+from paris_ray.training.spending import seconds_spent, taken_by_training
 
 logger = logging.getLogger("paris_ray")
 

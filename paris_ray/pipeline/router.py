@@ -11,16 +11,16 @@ from paris_ray.artifacts import METRICS, read_manifest
 from paris_ray.config import Config
 from paris_ray.errors import ConfigError
 from paris_ray.folders import Folder, parse_json
+from paris_ray.ledger import Taken, bytes_by_category
 from paris_ray.models.flops import text_length
 from paris_ray.pipeline.placement import on_reserved_device, placed
 from paris_ray.pipeline.progress import ProgressFile, Task, follow
 from paris_ray.pipeline.stage import Stage, start_parent
-from paris_ray.planning.ledger import Taken, bytes_by_category, taken_by_training
 from paris_ray.run import CLUSTERS, ROUTER, ROUTER_WEIGHTS, Run
 from paris_ray.seeding import derive_seed
 from paris_ray.traffic import recorded
 from paris_ray.training.router import train_router as train
-from paris_ray.training.spending import seconds_spent
+from paris_ray.training.spending import seconds_spent, taken_by_training
 
 logger = logging.getLogger("paris_ray")
 

@@ -12,11 +12,11 @@ import ray
 
 from paris_ray.artifacts import read_manifest
 from paris_ray.config import Config
+from paris_ray.ledger import Taken
 from paris_ray.pipeline.experts import train_and_draw
 from paris_ray.pipeline.placement import on_reserved_device, placed
 from paris_ray.pipeline.progress import Task, follow
 from paris_ray.pipeline.stage import Stage, start_parent
-from paris_ray.planning.ledger import Taken
 from paris_ray.run import CLUSTERS, EXPERT_WEIGHTS, SEED, Run
 from paris_ray.seeding import derive_seed
 from paris_ray.training.expert import ExpertData

@@ -22,7 +22,7 @@ from paris_ray.artifacts import (
 from paris_ray.config import Config, LoRARun, TrainingConfig, digest, run_folder, to_yaml
 from paris_ray.errors import ArtifactError
 from paris_ray.folders import LOCKS, Folder
-from paris_ray.planning.ledger import Taken, taken_by_job, write_taken
+from paris_ray.ledger import Taken, taken_by_job, write_taken
 from paris_ray.run import FEDERATION
 from paris_ray.run_lock import HeldLock, locked
 

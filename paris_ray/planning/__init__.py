@@ -10,7 +10,7 @@ repeat half a checkpoint's interval each time (durations.py). Who trains what is
 assignment.py, and simulation.py lets a run go by with machines taken away at random.
 Not planned are prepare (encoding and clustering), sample grids and evaluation.
 
-What a run has taken in the end is in its ledger (ledger.py), which accounting.py puts beside what
+What a run has taken in the end is in its ledger (paris_ray/ledger.py), which accounting.py puts beside what
 the papers tell.
 """
 

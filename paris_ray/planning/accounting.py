@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from paris_ray.artifacts import LEDGER, MANIFEST, read_manifest
 from paris_ray.config import Config
 from paris_ray.errors import ArtifactError
-from paris_ray.planning.ledger import Taken, read_ledger
+from paris_ray.ledger import Taken, read_ledger
 from paris_ray.planning.tables import number, scaled, table
 from paris_ray.run import CLUSTERS, Run
 

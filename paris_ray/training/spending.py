@@ -3,12 +3,14 @@
 from time import monotonic
 
 from paris_ray.artifacts import SPENT
-from paris_ray.config import TrainingConfig
+from paris_ray.config import ExpertConfig, RouterConfig, TrainingConfig
+from paris_ray.devices import device_name, resolve_device
 from paris_ray.errors import ArtifactError, SpendingCapError
 from paris_ray.folders import Folder
+from paris_ray.ledger import SECONDS_PER_HOUR, Bytes, Taken
+from paris_ray.models.flops import training_flops_per_image
 
 NOTE_INTERVAL_S = 10.0  # so much at most is not known of a process that was killed
-SECONDS_PER_HOUR = 3600
 
 
 class Spending:
@@ -69,6 +71,36 @@ def seconds_spent(folder: Folder) -> float:
     if not isinstance(seconds, int | float) or not seconds >= 0:
         raise ArtifactError(f"{folder.uri}/{SPENT} is damaged: delete it to count from 0")
     return float(seconds)
+
+
+def taken_by_training(
+    model: ExpertConfig | RouterConfig,
+    training: TrainingConfig,
+    *,
+    text_length: int,
+    samples: int,
+    seconds: float,
+    moved: Bytes,
+) -> Taken:
+    """Return what a training took, told by its own process.
+
+    Args:
+        model: What was trained.
+        training: How.
+        text_length: Text tokens a caption.
+        samples: That it saw.
+        seconds: That all of its processes took.
+        moved: What was read and written.
+    """
+    hours, price = seconds / SECONDS_PER_HOUR, training.dollars_per_hour
+    return Taken(
+        hours=hours,
+        device=device_name(resolve_device(training.device)),
+        samples=samples,
+        flops=samples * training_flops_per_image(model, text_length),
+        dollars=None if price is None else hours * price,
+        bytes=moved,
+    )
 
 
 def _in_dollars(hours: float, price: float | None) -> str:

@@ -25,7 +25,7 @@ from paris_ray.corpora import list_shards
 from paris_ray.embeddings import NULL_TEXT, part_names, read_table, tensor_column
 from paris_ray.errors import ArtifactError, CorpusError, TrainingError
 from paris_ray.folders import Folder
-from paris_ray.planning.ledger import read_ledger
+from paris_ray.ledger import read_ledger
 from paris_ray.run import (
     CLUSTERS,
     EMBEDDINGS,

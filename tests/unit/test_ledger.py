@@ -8,17 +8,12 @@ from paris_ray.artifacts import LEDGER, publish
 from paris_ray.config import Config, TrainingConfig, load, load_lora
 from paris_ray.errors import ArtifactError
 from paris_ray.folders import Folder
+from paris_ray.ledger import Taken, read_ledger, taken_by_job, write_taken
 from paris_ray.models.flops import training_flops_per_image
 from paris_ray.pipeline.stage import Stage
 from paris_ray.planning import ledger_of
-from paris_ray.planning.ledger import (
-    Taken,
-    read_ledger,
-    taken_by_job,
-    taken_by_training,
-    write_taken,
-)
 from paris_ray.run import CLUSTERS, Run
+from paris_ray.training.spending import taken_by_training
 
 MOVED = {"read": {"shard": 3_000_000}, "written": {"weights": 2_000_000, "other experts": 0}}
 

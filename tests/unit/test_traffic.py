@@ -9,7 +9,7 @@ import pytest
 from paris_ray.artifacts import open_finished, publish
 from paris_ray.config import load
 from paris_ray.folders import Folder
-from paris_ray.planning.ledger import OTHER_EXPERTS, bytes_by_category, describe
+from paris_ray.ledger import OTHER_EXPERTS, bytes_by_category, describe
 from paris_ray.run import Run
 from paris_ray.traffic import Traffic, recorded
 

@@ -11,11 +11,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from paris_ray.artifacts import CHECKPOINT, LEDGER, METRICS, PROGRESS, SAMPLES, SPENT, TIMINGS
-from paris_ray.config import ExpertConfig, RouterConfig, TrainingConfig
-from paris_ray.devices import device_name, resolve_device
 from paris_ray.errors import ArtifactError
 from paris_ray.folders import Folder, absolute_uri
-from paris_ray.models.flops import training_flops_per_image
 from paris_ray.run import EXPERT_WEIGHTS, MODEL_CONFIG, ROUTER_WEIGHTS, Run
 from paris_ray.traffic import Traffic
 
@@ -61,36 +58,6 @@ class Taken:
     flops: int = 0
     dollars: float | None = None
     bytes: Bytes = field(default_factory=dict)
-
-
-def taken_by_training(
-    model: ExpertConfig | RouterConfig,
-    training: TrainingConfig,
-    *,
-    text_length: int,
-    samples: int,
-    seconds: float,
-    moved: Bytes,
-) -> Taken:
-    """Return what a training took, told by its own process.
-
-    Args:
-        model: What was trained.
-        training: How.
-        text_length: Text tokens a caption.
-        samples: That it saw.
-        seconds: That all of its processes took.
-        moved: What was read and written.
-    """
-    hours, price = seconds / SECONDS_PER_HOUR, training.dollars_per_hour
-    return Taken(
-        hours=hours,
-        device=device_name(resolve_device(training.device)),
-        samples=samples,
-        flops=samples * training_flops_per_image(model, text_length),
-        dollars=None if price is None else hours * price,
-        bytes=moved,
-    )
 
 
 def taken_by_job(folder: Folder, seconds: float) -> Taken:

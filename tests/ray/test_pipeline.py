@@ -18,7 +18,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from jobs.command import mendable
-from paris_ray.artifacts import MANIFEST, REPORT, Manifest, read_manifest
+from paris_ray.artifacts import REPORT, Manifest, read_manifest
 from paris_ray.bundle import load_bundle
 from paris_ray.config import Config
 from paris_ray.corpora import list_shards

@@ -378,7 +378,7 @@ def many_points(document: dict[str, Any]) -> list[dict[str, Any]]:
         (lambda m: m.pop("price"), "field 'price' is missing"),
         (lambda m: m.update(note=""), "field 'note' is unknown"),
         (lambda m: m.update(protocol="paris_ray zklora 0"), "protocol='paris_ray zklora 0'"),
-        (lambda m: m.update(protocol=["paris_ray zklora 1"]), "protocol="),
+        (lambda m: m.update(protocol=["paris_ray zklora 2"]), "protocol="),
         (lambda m: m.update(adapter=""), "adapter=''"),
         (lambda m: m.update(adapter="../x"), r"adapter='\.\./x'"),
         (lambda m: m.update(adapter="x\n"), "adapter="),

@@ -152,7 +152,7 @@ def _report(outcome: "Outcome", trial: "Trial", identity: Identity) -> None:
         print(f"\n{outcome.verdict}, after {outcome.without.size} losses: gain {100 * gain:.1f} %")
     for module in receipt.modules:
         if module.peak_to_rms > PEAK_TO_RMS:
-            print(f"{module.name}: inputs with outliers, rounding may be above 5e-4")
+            print(f"{module.name}: inputs with outliers, updates may be off by more than 1e-3")
     totals = ", ".join(
         f"{name} {f'{value:,.1f}'.removesuffix('.0')}" for name, value in receipt.totals.items()
     )

@@ -70,7 +70,8 @@ class ModuleFacts:
         rows: Rows that the proofs cover, over all sessions.
         proof_bytes: Size of the proofs.
         peak_to_rms: Largest absolute value of the inputs over their root mean square.
-        input_error: Relative root-mean-square error of rounding the inputs to int16.
+        input_error: Relative root-mean-square error of the inputs that were answered: rounded to
+            int16, the last bit drawn.
     """
 
     name: str

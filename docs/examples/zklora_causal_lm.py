@@ -78,7 +78,8 @@ def try_and_buy(
     folder: Path, user: Identity, manifest_file: Path, contributor: Address, escrow: Address
 ) -> Tensor:
     """Do all that a user does; return the logits `(tokens, vocabulary)` with the LoRA."""
-    started, model, numerics = time.perf_counter(), load_base(folder), NumericsLog()
+    started, model = time.perf_counter(), load_base(folder)
+    numerics = NumericsLog(last_bits_drawn=True)
     manifest = AdapterManifest.read(manifest_file)
     if manifest.base != base_of_file(folder / "base" / "model.safetensors"):
         sys.exit("the LoRA is for another base")

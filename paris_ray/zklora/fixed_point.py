@@ -131,10 +131,13 @@ def quantise(A: Floats, B: Floats) -> QuantisedModule:
 def quantise_rows(x: Floats) -> tuple[Int16, int]:
     """Return inputs `(rows, d_in)` as int16, and the exponent: x is the integers * 2^-exponent.
 
+    Zeros get the smallest unit: whoever answers may draw last bits, which must mean nothing then.
+
     Raises:
         ParisError: if a value is not finite.
     """
-    return _to_int16(x, "x")
+    integers, exponent = _to_int16(x, "x")
+    return integers, exponent if integers.any() else MAX_EXPONENT
 
 
 def _to_int16(values: Floats, name: str, lost: int = 0) -> tuple[Int16, int]:

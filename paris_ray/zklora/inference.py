@@ -25,8 +25,13 @@ from paris_ray.zklora.fixed_point import (
 )
 from paris_ray.zklora.manifest import ModuleTerms
 
-# Above this, 16 bits are too few for small inputs: the relative error may exceed 5e-4.
+# Above this, 16 bits are too few for small inputs: the relative error of an update may exceed 5e-4,
+# or 1e-3 where the last bit of the inputs is drawn.
 PEAK_TO_RMS = 16.0
+
+# Mean square of what drawing the last bit changes, in units of it: each is another in half of the
+# cases.
+DRAWN_BIT = 0.5
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -45,7 +50,7 @@ class ModuleNumerics:
     Attributes:
         rows: How many rows were asked for, in all calls.
         peak_to_rms: Largest entry over root mean square, of the call where it was highest.
-        input_error: Relative RMS error of the rounded inputs, of the worst call.
+        input_error: Relative RMS error of the inputs that were answered, of the worst call.
         seconds: Waiting for the updates, in all calls.
     """
 
@@ -58,11 +63,16 @@ class ModuleNumerics:
 class NumericsLog:
     """What the receipt reports of the numbers, filled in by an adapted model.
 
+    Args:
+        last_bits_drawn: Whoever answers draws the last bit of every input, as the contributor of a
+            session does: what is to be expected of that is part of the error.
+
     Attributes:
         modules: By the name of the module; those that were asked for nothing are missing.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, last_bits_drawn: bool = False) -> None:
+        self._drawn = DRAWN_BIT if last_bits_drawn else 0.0
         self.modules: dict[str, ModuleNumerics] = {}
 
     def to_json(self) -> dict[str, dict[str, float]]:
@@ -88,6 +98,7 @@ class NumericsLog:
         """
         rms = _rms(x) or 1.0  # all zero: exact
         error = _rms(np.ldexp(rounded.astype(np.float64), -exponent) - x)
+        error = float(np.hypot(error, np.ldexp(np.sqrt(self._drawn), -exponent)))
         seen = self.modules.setdefault(name, ModuleNumerics())
         seen.rows += len(x)
         seen.peak_to_rms = max(seen.peak_to_rms, float(np.abs(x).max()) / rms)

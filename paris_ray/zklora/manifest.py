@@ -25,7 +25,7 @@ from paris_ray.zklora.transcript import session_id
 
 MANIFEST = "zklora.json"
 KIND = "manifest"
-PROTOCOL = "paris_ray zklora 1"
+PROTOCOL = "paris_ray zklora 2"
 
 MAX_POINTS = 2**17  # of all modules; checking one takes a tenth of a millisecond
 MAX_BYTES = 24 * 2**20  # of the file: as many modules, points and characters fit

@@ -222,7 +222,7 @@ def test_a_purchase(  # noqa: PLR0915
 
     def start_seller() -> Job:
         wares = ("--bundle", tiny_bundle_path, "--expert", EXPERT, "--adapter", adapter)
-        terms = ("--price", PRICE, "--budget-rows", BUDGET, *trusted)
+        terms = ("--price", PRICE, "--budget-rows", BUDGET, "--max-rows-per-user", BUDGET, *trusted)
         place = ("--home", seller.folder, "--listen", seller_at, "--clients", certificates[1])
         job = start("contribute_lora", *wares, *terms, *place)
         job.wait_for(lambda: "contributor ready" in job.said())
@@ -252,9 +252,8 @@ def test_a_purchase(  # noqa: PLR0915
         assert sum("raylet" in process.name() for process in tree) == 1
     assert in_memory(family, wanted) == 0
     raylets = [process for process in others if "raylet" in process.name()]
-    assert (
-        in_memory([others[0], *raylets], wanted) == len(wanted) // 2
-    )  # the search finds what is there
+    # The search finds what is there: at least the integers, which the store has.
+    assert in_memory([others[0], *raylets], wanted) >= len(wanted) // 2
     assert in_files(user.folder, wanted) == 0
 
     if killed:

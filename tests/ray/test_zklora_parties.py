@@ -307,7 +307,7 @@ def test_a_purchase_from_the_manifest_to_the_weights(market: Market, bought: Pur
     }
     assert found == {name: (t.dimensions, rows, True) for name, t in manifest.terms.items()}
     assert all(1 < part.peak_to_rms < 16 for part in receipt.modules)
-    assert all(0 < part.input_error < 5e-4 for part in receipt.modules)
+    assert all(0 < part.input_error < 8e-4 for part in receipt.modules)  # the last bit is drawn
     assert receipt.totals.keys() >= {"seconds", "verify_seconds"}
     assert all(total > 0 for total in receipt.totals.values())
     for stage in ("multi-party inference", "proofs", "verification", "purchase"):
@@ -360,8 +360,10 @@ def test_what_was_tried_is_what_was_bought(market: Market, bought: Purchase) -> 
     latents = bundle.codec.encode(bought.trial.pictures)
     text = bundle.encode_text(CAPTIONS)
     served = bundle.expert(EXPERT, lora="style")
-    losses = denoising_losses(served, latents, text, LEVELS, seed=0).numpy()
-    np.testing.assert_allclose(outcome.with_adapter, losses, rtol=1e-3)
+    for i in range(len(CAPTIONS)):  # one by one, each with a noise of its own
+        picture = latents[i : i + 1], text.rows(slice(i, i + 1)), LEVELS
+        losses = denoising_losses(served, *picture, seed=i).numpy()
+        np.testing.assert_allclose(outcome.with_adapter[:, i : i + 1], losses, rtol=1e-3)
     assert np.abs(outcome.with_adapter / outcome.without - 1).max() > 0.01
 
 
@@ -379,7 +381,7 @@ def test_the_bought_adapter_is_served_with_its_receipt_alone(
         application()
     with pytest.raises(ReceiptError):
         application(receipt_key=market.notary.public_key)
-    with pytest.raises(ReceiptError, match=r"base\.expert"):
+    with pytest.raises(ReceiptError, match=r"base\.digest=.*expert 0 here"):
         application(receipt_key=bought.user.public_key, expert=0)
 
 

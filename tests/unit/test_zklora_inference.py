@@ -29,8 +29,16 @@ from paris_ray.sampling import generate
 from paris_ray.seeding import torch_generator
 from paris_ray.zklora.adapter import quantise_adapter, read_peft
 from paris_ray.zklora.commitment import commit
-from paris_ray.zklora.fixed_point import Int16, Int64, QuantisedModule, evaluate, quantise
+from paris_ray.zklora.fixed_point import (
+    Int16,
+    Int64,
+    QuantisedModule,
+    evaluate,
+    quantise,
+    quantise_rows,
+)
 from paris_ray.zklora.inference import PEAK_TO_RMS, NumericsLog, adapt, count_rows
+from paris_ray.zklora.leakage import draw_last_bits, row_seeds
 from paris_ray.zklora.manifest import ModuleTerms
 
 Randomise = Callable[[nn.Module, int], nn.Module]
@@ -47,6 +55,7 @@ EVERY_LINEAR = (
     "final_layer.linear",
 )
 SCALE = 2.0
+A_ROW = np.ones((1024, 1))
 
 
 class Contributor:
@@ -122,7 +131,17 @@ def outliers(generator: np.random.Generator, shape: tuple[int, int], ratio: floa
     return values.clip(-peak, peak)
 
 
-def delta_error(seed: int, rows: int, d_in: int, r: int, d_out: int, ratio: float) -> float:
+class Drawing(Contributor):
+    """Draws the last bit of every input, as the contributor of a session does."""
+
+    def evaluate(self, name: str, x: Int16, exponent: int) -> Int64:
+        self.drawn = draw_last_bits(x, row_seeds(b"secret", name, x))
+        return super().evaluate(name, self.drawn, exponent)
+
+
+def delta_error(
+    seed: int, rows: int, d_in: int, r: int, d_out: int, ratio: float, kind: type = Contributor
+) -> float:
     """Relative RMS error of a module's whole update against float64."""
     generator = np.random.default_rng(seed)
     x = outliers(generator, (rows, d_in), ratio) * 10.0 ** generator.integers(-6, 6)
@@ -130,8 +149,8 @@ def delta_error(seed: int, rows: int, d_in: int, r: int, d_out: int, ratio: floa
     B = outliers(generator, (r, d_out), ratio) * 10.0 ** generator.integers(-4, 1)
     model = nn.Sequential(nn.Linear(d_in, d_out, bias=False, dtype=torch.float64))
     nn.init.zeros_(model[0].weight)
-    modules, numerics = {"0": quantise(A, B)}, NumericsLog()
-    view = adapt(model, modules, SCALE, Contributor(modules).evaluate, numerics)
+    modules = {"0": quantise(A, B)}
+    view = adapt(model, modules, SCALE, kind(modules).evaluate)
     seen = view(torch.from_numpy(x))
     return relative(seen, torch.from_numpy(SCALE * x @ A @ B))
 
@@ -149,6 +168,28 @@ def test_the_update_is_that_of_floats_within_5e_4(
     seed: int, rows: int, d_in: int, r: int, d_out: int, ratio: float
 ) -> None:
     assert delta_error(seed, rows, d_in, r, d_out, ratio) <= 5e-4
+    assert delta_error(seed, rows, d_in, r, d_out, ratio, Drawing) <= 1e-3
+
+
+def test_a_drawn_last_bit_is_part_of_the_error() -> None:
+    modules, numerics = {"0": quantise(A_ROW, np.ones((1, 2)))}, NumericsLog(last_bits_drawn=True)
+    contributor = Drawing(modules)
+    view = adapt(nn.Sequential(nn.Linear(1024, 2)), modules, 1.0, contributor.evaluate, numerics)
+    x = np.random.default_rng(0).standard_normal((64, 1024))
+    view(torch.from_numpy(x).float())
+    _, exponent = quantise_rows(x.astype(np.float32))
+    error = np.ldexp(contributor.drawn.astype(float), -exponent) - x
+    measured = np.sqrt(np.mean(error**2) / np.mean(x**2))
+    assert numerics.modules["0"].input_error == pytest.approx(measured, rel=0.01)
+
+
+def test_inputs_that_are_all_zero_have_no_update_even_if_last_bits_are_drawn() -> None:
+    modules = {"0": quantise(A_ROW, np.ones((1, 2)))}
+    contributor, numerics = Drawing(modules), NumericsLog(last_bits_drawn=True)
+    model = nn.Sequential(nn.Linear(1024, 2, bias=False))
+    view = adapt(model, modules, 1.0, contributor.evaluate, numerics)
+    assert not view(torch.zeros(3, 1024)).any() and contributor.drawn.any()
+    assert numerics.modules["0"].input_error < 1e-9
 
 
 def test_outliers_are_reported() -> None:

@@ -39,10 +39,10 @@ from paris_ray.zklora import sealing
 from paris_ray.zklora.commitment import ModuleOpening, commit, open_commitments
 from paris_ray.zklora.field import ORDER
 from paris_ray.zklora.fixed_point import quantise
+from paris_ray.zklora.listings import PIECE_BYTES
 from paris_ray.zklora.manifest import (
     MAX_BYTES,
     MAX_POINTS,
-    MAX_SEALED_BYTES,
     AdapterManifest,
     Base,
     build_manifest,
@@ -378,7 +378,7 @@ def many_points(document: dict[str, Any]) -> list[dict[str, Any]]:
         (lambda m: m.pop("price"), "field 'price' is missing"),
         (lambda m: m.update(note=""), "field 'note' is unknown"),
         (lambda m: m.update(protocol="paris_ray zklora 0"), "protocol='paris_ray zklora 0'"),
-        (lambda m: m.update(protocol=["paris_ray zklora 1"]), "protocol="),
+        (lambda m: m.update(protocol=["paris_ray zklora 2"]), "protocol="),
         (lambda m: m.update(adapter=""), "adapter=''"),
         (lambda m: m.update(adapter="../x"), r"adapter='\.\./x'"),
         (lambda m: m.update(adapter="x\n"), "adapter="),
@@ -527,8 +527,9 @@ def test_the_largest_manifest_can_be_read_and_sold(
     assert 2 * 16 * MAX_MODULES == MAX_POINTS
     assert len(json.dumps(envelope, indent=2)) <= MAX_BYTES
     room = LIMITS.requests.header_bytes
-    assert MAX_BYTES + MAX_SEALED_BYTES + room <= LIMITS.requests.of("list_adapter") <= 2**28
-    assert MAX_SEALED_BYTES + room <= LIMITS.answers.of("sealed")
+    assert MAX_BYTES + room <= LIMITS.requests.of("list_adapter") <= 2**28
+    for sizes, kind in ((LIMITS.requests, "upload"), (LIMITS.answers, "sealed")):
+        assert PIECE_BYTES + room <= sizes.of(kind)  # the weights come in pieces
 
 
 # Sealed weights.

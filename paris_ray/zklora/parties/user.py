@@ -132,7 +132,7 @@ class BaseUser:
         """
         latents = self._bundle.codec.encode(pictures)
         text, expert = self._bundle.encode_text(captions), self._expert()
-        manifest, numerics = self._manifest, NumericsLog()
+        manifest, numerics = self._manifest, NumericsLog(last_bits_drawn=True)
         losses: tuple[list[Tensor], list[Tensor]] = [], []
         with Channel(self._identity, self._peer, manifest.contributor_certificate) as channel:
             session = self._session = Session(channel, self._identity, manifest, nonce)

@@ -230,7 +230,7 @@ class WatchedModel:
             "batch_size": batch_size,
             "eta_s": self.eta_s,
             "written_at": max(written) / 1e9 if written else None,
-            "compute_s": round(self.compute_s, 1),
+            "compute_s": round(self.compute_s, 3),
             "resumes": number(last.get(RESUMES)) or 0,
             "grids": list(self.grids),
         } | {name: number(last.get(name)) for name in names}

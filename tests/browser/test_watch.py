@@ -22,8 +22,12 @@ pytestmark = pytest.mark.browser
 REPOSITORY = Path(__file__).parents[2]
 Open = Callable[..., "sync_api.Page"]
 KEY = "s3cret"
-# A pixel of a canvas, after the picture has been drawn.
-PIXEL_OF_LIGHTBOX = """canvas => [...canvas.getContext('2d').getImageData(3, 3, 1, 1).data]"""
+# A pixel of a canvas, by a copy: a browser warns of whoever reads the canvas itself twice.
+PIXEL_OF_LIGHTBOX = """canvas => {
+    const copy = new OffscreenCanvas(1, 1).getContext('2d');
+    copy.drawImage(canvas, 3, 3, 1, 1, 0, 0, 1, 1);
+    return [...copy.getImageData(0, 0, 1, 1).data];
+}"""
 
 
 @contextmanager
@@ -113,6 +117,8 @@ def test_it_shows_how_far_all_is(open_watch: Open, runs: tuple[Path, Path]) -> N
         assert "waiting" in line_of(page, "Expert 2").inner_text()
         assert "2 of 4" in page.locator("#overview .facts").inner_text()
         assert "$" in page.locator("#overview .facts").inner_text()
+        heads = page.locator("#overview thead th").all_inner_texts()
+        assert "Memory" in heads and "MFU" not in heads  # which no model tells
         cards = page.locator("#clusters article")
         assert cards.count() == 3
         assert HOSTILE in cards.first.inner_text()  # as text
@@ -137,6 +143,10 @@ def test_curves_are_drawn_over_steps_samples_and_time(
         points = curves_of(page, "loss").first.get_attribute("points").split()
         assert len(points) == 6
         assert loss.locator("text").filter(has_text="step 5").count() == 1
+        loss.locator("svg").focus()
+        for key, read in (("ArrowRight", ["Expert 0", "Expert 1"]), ("End", ["Expert 0"])):
+            page.keyboard.press(key)  # at the end, one was trained no longer
+            assert loss.locator(".tip span:not(.dot)").all_inner_texts() == read
         page.locator("[name=axis]").select_option("samples")
         loss.locator("text").filter(has_text="samples").first.wait_for()
         page.locator("[name=axis]").select_option("seconds")
@@ -187,6 +197,9 @@ def test_all_samples_are_a_gallery_and_one_is_seen_pixel_by_pixel(
         page.locator("[name=model]").select_option("expert-1")
         page.get_by_role("rowheader", name=captions(1)[0]).wait_for()
         assert page.locator("#samples thead th").all_inner_texts() == ["Caption", "step 4"]
+        page.wait_for_function("document.querySelectorAll('.single [data-drawn]').length === 16")
+        first, second = (page.locator("#samples tbody tr").nth(i).bounding_box() for i in (0, 1))
+        assert first["y"] == second["y"] and first["x"] < second["x"]  # there is room for both
 
 
 def test_two_runs_are_compared(open_watch: Open, runs: tuple[Path, Path]) -> None:
@@ -197,8 +210,10 @@ def test_two_runs_are_compared(open_watch: Open, runs: tuple[Path, Path]) -> Non
         assert curves_of(page, "loss").count() == 4
         galleries = page.locator("#samples table")
         assert galleries.count() == 2
-        differences = page.locator("#settings tbody tr").all_inner_texts()
-        assert "seed\t0\t1" in differences
+        seed = page.get_by_role("rowheader", name="seed", exact=True)
+        seed.wait_for()  # this table is drawn last
+        rows = page.locator("#settings tbody tr")
+        assert rows.filter(has=seed).all_inner_texts() == ["seed\t0\t1"]
         first, second = (page.locator("#overview h3").nth(i).inner_text() for i in (0, 1))
         assert first.endswith("/mine") and second.endswith("/other")
 

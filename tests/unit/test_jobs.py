@@ -119,7 +119,8 @@ def test_a_dry_run_prints_the_plan_and_starts_nothing(tmp_path: Path) -> None:
     result = run([sys.executable, "-c", check, *arguments])
     assert result.returncode == 0, result.stderr
     assert re.search(r"^expert 0-7 +605,970,448 ", result.stdout, re.MULTILINE)
-    assert re.search(r"^8 x A40, 48 GB\n  expert 0-7: fits$", result.stdout, re.MULTILINE)
+    fits = r"^8 x A40, 48 GB\n  expert 0-7: fits, in bfloat16$"
+    assert re.search(fits, result.stdout, re.MULTILINE)
     assert not run_dir.exists()
     peak_bytes = 1024 * int(result.stdout.splitlines()[-1])
     assert peak_bytes < 4 * 605_970_448, "one XL/2 expert in float32 would take as much"

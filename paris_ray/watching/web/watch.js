@@ -8,6 +8,7 @@ const IDLE_POLL_MS = 10000; // where all is finished
 const LATE_S = 300; // without news, something may be wrong
 const GRID_COLUMNS = 8; // of a sample grid
 const HEIGHT = 220;
+const TICK_WIDTH = 140; // of its words, and room around them
 const MARGIN = { left: 52, right: 10, top: 8, bottom: 24 };
 const STORE = "paris_ray watch";
 const NAMES = {
@@ -20,6 +21,8 @@ const NAMES = {
 const ORDER = Object.keys(NAMES);
 const NOISY = ["loss", "router_loss"]; // of one batch each, so that a mean says more
 const FEW_POINTS = 50; // of which a mean would come late
+// How far greys are from the panel, from 0 to 1: what is no expert has no hue.
+const FADES = { router: 1, student: 0.5, "few-step": 0.75 };
 const FIRST_NAMES = { final: "trained", without: "without adapter" };
 
 const $ = (selector, root = document) => root.querySelector(selector);
@@ -94,10 +97,13 @@ const UNITS = {
 const gridName = (grid) => FIRST_NAMES[grid] ?? `step ${whole(Number(grid))}`;
 
 /** Give a node the colour of a model: experts share out the hues, others are grey. */
-function coloured(node, { expert }, numExperts) {
+function coloured(node, { expert, name }, numExperts) {
   node.classList.add("of");
   node.style.setProperty("--hue", (25 + (360 * (expert ?? 0)) / Math.max(1, numExperts)) % 360);
-  if (expert === null) node.style.setProperty("--chroma", "0");
+  if (expert === null) {
+    node.style.setProperty("--chroma", "0");
+    node.style.setProperty("--fade", FADES[name] ?? 0);
+  }
   return node;
 }
 
@@ -234,7 +240,9 @@ function drawOverview() {
     const head = ["Model", "State", "Step", "Samples", "Loss", "Held out", "Rate", "MFU", "Memory",
       "Computed", ...(run.dollars_per_hour === null ? [] : ["Cost"]), "Left"];
     const rows = run.models.map((model) => overviewRow(model, run));
-    const what = inScroll("How far each model is", table(head, rows));
+    const known = head.map((_, column) => column < 2 || rows.some((row) => row[column] !== DASH));
+    const [shownHead, ...shown] = [head, ...rows].map((row) => row.filter((_, i) => known[i]));
+    const what = inScroll("How far each model is", table(shownHead, shown));
     return [totals(run), what, stages(run)];
   });
 }
@@ -465,7 +473,7 @@ class Chart {
       nodes.push(drawn("line", { class: "grid", ...ends }),
         drawn("text", place, this.inWords(value)));
     }
-    for (const tick of ticks(...this.x, Math.max(2, Math.floor(this.width / 110)))) {
+    for (const tick of ticks(...this.x, Math.max(2, Math.floor(this.width / TICK_WIDTH)))) {
       const x = this.#across(tick);
       const anchor = x > this.width - 60 ? "end" : tick === this.x[0] ? "start" : "middle";
       nodes.push(drawn("text", { x, y: HEIGHT - 7, "text-anchor": anchor }, axisWords(tick)));
@@ -499,7 +507,7 @@ class Chart {
   }
 
   #key(event) {
-    const step = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
+    const step = { ArrowLeft: -1, ArrowRight: 1, Home: -Infinity, End: Infinity }[event.key];
     if (step === undefined) return;
     event.preventDefault();
     const width = this.width - MARGIN.left - MARGIN.right;
@@ -512,7 +520,8 @@ class Chart {
     const share = (at - MARGIN.left) / (this.width - MARGIN.left - MARGIN.right);
     this.at = Math.min(1, Math.max(0, share));
     const x = this.x[0] + this.at * (this.x[1] - this.x[0]);
-    const rows = this.lines.map(({ shown, model, run }) => {
+    const going = this.lines.filter(({ shown }) => x <= shown.at(-1)[0] + 1e-9 * this.x[1]);
+    const rows = going.map(({ shown, model, run }) => {
       const [, value] = shown.reduce((best, point) =>
         (Math.abs(point[0] - x) < Math.abs(best[0] - x) ? point : best));
       const dot = coloured(element("span", { className: "dot" }), model, numExperts());
@@ -582,7 +591,8 @@ const gridsOf = (run, name) => run.models.find((model) => model.name === name)?.
 function gallery(run, i, name) {
   const grids = gridsOf(run, name);
   if (grids.length === 0) return hint("This run has none of it yet.");
-  const node = table(["Caption", ...grids.map(gridName)], [], { className: "gallery" });
+  const className = grids.length === 1 ? "gallery single" : "gallery";
+  const node = table(["Caption", ...grids.map(gridName)], [], { className });
   const region = inScroll(`Samples of ${name}`, node);
   fillGallery(node, region, { i, name, grids }).catch(complain);
   return region;

@@ -10,8 +10,8 @@ repeat half a checkpoint's interval each time (durations.py). Who trains what is
 assignment.py, and simulation.py lets a run go by with machines taken away at random.
 Not planned are prepare (encoding and clustering), sample grids and evaluation.
 
-What a run has taken in the end is in its ledger (paris_ray/ledger.py), which accounting.py puts beside what
-the papers tell.
+What a run has taken in the end is in its ledger (paris_ray/ledger.py), which accounting.py puts
+beside what the papers tell.
 """
 
 from paris_ray.planning.accounting import ledger_of

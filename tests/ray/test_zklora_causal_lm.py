@@ -213,9 +213,7 @@ def test_contributors_of_disjoint_modules_are_tried_together(
         verify_named(part.claims(manifest))
     first, second = (session.contributor.manifest for session in sessions)
     assert not first.terms.keys() & second.terms.keys()
-    with pytest.raises(
-        SignatureError, match=f"the close is signed by .* not by {second.contributor}"
-    ):
+    with pytest.raises(SignatureError, match=f"is signed by .*, not by {second.contributor}"):
         evidence[0].claims(second)
     with pytest.raises(BundleError, match="UpdatedLinear is not allowed"):
         sessions[0].adapt(view)  # nobody else may answer for a module of the view

@@ -15,7 +15,7 @@ from ray.util import metrics
 
 from paris_ray.artifacts import PROGRESS
 from paris_ray.config import TrainingConfig
-from paris_ray.errors import ArtifactError
+from paris_ray.errors import ArtifactError, SpendingCapError
 from paris_ray.folders import Folder
 from paris_ray.pipeline.placement import why_waiting
 from paris_ray.pipeline.tasks import POLL_INTERVAL_S, ended
@@ -106,8 +106,7 @@ def watch(
             finished, pending = ray.wait(pending, timeout=POLL_INTERVAL_S)
             for result in finished:
                 error = _error_of(result)
-                told = "done" if error is None else f"FAILED: {error}"
-                logger.info("%s: %s", names[result], told)
+                logger.info("%s: %s", names[result], _end_of(error))
                 yield names[result], error
             if pending and time.monotonic() - printed_at > PRINT_INTERVAL_S:
                 printed_at = time.monotonic()
@@ -133,6 +132,12 @@ def _warn_of_waiting(tasks: Mapping[str, Task]) -> set[str]:
             logger.warning("%s: %s", name, reason)
             waiting.add(name)
     return waiting
+
+
+def _end_of(error: Exception | None) -> str:
+    if error is None:
+        return "done"
+    return f"{'stopped' if isinstance(error, SpendingCapError) else 'FAILED'}: {error}"
 
 
 def _error_of(result: "ray.ObjectRef[Any]") -> Exception | None:

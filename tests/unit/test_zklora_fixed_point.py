@@ -191,7 +191,7 @@ def test_no_rows_give_no_outputs() -> None:
         (1.99998, 2**14, 13),  # 32767.7 would round up to 2^15
         (-1.99998, -(2**14), 13),
         (3 * 2.0**-20, 3 * 2**13, 33),
-        (0.0, 0, 0),
+        (0.0, 0, MAX_EXPONENT),  # whatever is drawn as the last bit means nothing
     ],
 )
 def test_the_largest_entry_uses_fifteen_bits(peak: float, integer: int, exponent: int) -> None:

@@ -22,6 +22,7 @@ pytestmark = pytest.mark.browser
 REPOSITORY = Path(__file__).parents[2]
 Open = Callable[..., "sync_api.Page"]
 KEY = "s3cret"
+LEFT_EDGES = "all => all.map(text => text.getBBox().x)"
 # A pixel of a canvas, by a copy: a browser warns of whoever reads the canvas itself twice.
 PIXEL_OF_LIGHTBOX = """canvas => {
     const copy = new OffscreenCanvas(1, 1).getContext('2d');
@@ -143,6 +144,8 @@ def test_curves_are_drawn_over_steps_samples_and_time(
         points = curves_of(page, "loss").first.get_attribute("points").split()
         assert len(points) == 6
         assert loss.locator("text").filter(has_text="step 5").count() == 1
+        words = page.locator(".chart text").evaluate_all(LEFT_EDGES)
+        assert min(words) >= 0  # none is cut off
         loss.locator("svg").focus()
         for key, read in (("ArrowRight", ["Expert 0", "Expert 1"]), ("End", ["Expert 0"])):
             page.keyboard.press(key)  # at the end, one was trained no longer

@@ -9,7 +9,7 @@ const LATE_S = 300; // without news, something may be wrong
 const GRID_COLUMNS = 8; // of a sample grid
 const HEIGHT = 220;
 const TICK_WIDTH = 140; // of its words, and room around them
-const MARGIN = { left: 52, right: 10, top: 8, bottom: 24 };
+const MARGIN = { left: 60, right: 10, top: 8, bottom: 24 };
 const STORE = "paris_ray watch";
 const NAMES = {
   loss: "Training loss", router_loss: "Training loss of the router",

@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from paris_ray.artifacts import (
     IN_PROGRESS,
@@ -22,9 +22,11 @@ from paris_ray.artifacts import (
 from paris_ray.config import Config, LoRARun, TrainingConfig, digest, run_folder, to_yaml
 from paris_ray.errors import ArtifactError
 from paris_ray.folders import LOCKS, Folder
-from paris_ray.planning.ledger import Taken, taken_by_job, write_taken
 from paris_ray.run import FEDERATION
 from paris_ray.run_lock import HeldLock, locked
+
+if TYPE_CHECKING:
+    from paris_ray.planning.ledger import Taken
 
 logger = logging.getLogger("paris_ray")
 
@@ -142,7 +144,7 @@ class Stage:
         facts: Mapping[str, Any],
         *,
         files: Mapping[str, str] | None = None,
-        taken: Taken | None = None,
+        taken: "Taken | None" = None,
     ) -> Manifest:
         """Write the resolved configuration and the manifest, and say what was made.
 
@@ -168,8 +170,11 @@ class Stage:
         logger.info("%s: finished (%s)", self.kind, self.folder.uri)
         return manifest
 
-    def _note(self, taken: Taken | None) -> None:
+    def _note(self, taken: "Taken | None") -> None:
         """Write what it took into the ledger, before it counts as finished."""
+        # Imported only now: it imports torch, and the tasks of prepare do without.
+        from paris_ray.planning.ledger import taken_by_job, write_taken
+
         home, place = self._home
         seconds = time.perf_counter() - self._began
         write_taken(home, place or self.kind, taken or taken_by_job(self.folder, seconds))

@@ -39,7 +39,8 @@ if TYPE_CHECKING:
 # Who may connect to whom.
 CLIENTS_OF = {"escrow": ("contributor", "user"), "contributor": ("user",)}
 ADAPTER = "adapter"  # where jobs.verify_lora leaves the weights, in the folder of a purchase
-BUDGET_ROWS = 64  # two pictures at two noise levels
+BUDGET_ROWS = 64  # four pictures at one noise level
+LEVEL = 0.5  # pairs of one level vary less than those of several, so fewer of them decide
 PRICE = 100
 READY_TIMEOUT_S = 120
 # Cross-attention sees rows of patches and of words, more than the budget of a session has.
@@ -110,6 +111,11 @@ class _Demo:
             self._say(f"bought already, kept: {self._purchase}")
         else:
             self._trade()
+        if not self._is_bought(key):
+            raise ParisError(
+                f"the user did not buy: what {BUDGET_ROWS} rows show is not clear, or not as much "
+                f"as --min-gain={self._min_gain}"
+            )
         self._draw(key)
         self._say_what_there_is(key)
 
@@ -221,6 +227,7 @@ class _Demo:
             f"--manifest={self._folder / 'contributor' / OFFERS / self._lora.name / OFFER}",
             f"--pictures={self._held_out}",
             f"--output={self._purchase}",
+            f"--levels={LEVEL}",
             f"--min-gain={self._min_gain}",
         )
 

@@ -367,9 +367,9 @@ def test_damaged_weights_are_not_copied(made: Made, tmp_path: Path) -> None:
 
 def _die_at(write: int, made: Made, output: str) -> None:
     """Retire an expert in a process that is killed before it writes for so many a time."""
-    import paris_ray.artifacts as artifacts
+    import paris_ray.folders as folders
 
-    written, real = 0, artifacts.replacing
+    written, real = 0, folders.replacing
 
     def replacing(target: Path) -> Any:
         nonlocal written
@@ -379,7 +379,7 @@ def _die_at(write: int, made: Made, output: str) -> None:
             written += 1
         return real(target)
 
-    artifacts.replacing = replacing  # type: ignore[assignment]
+    folders.replacing = replacing  # type: ignore[assignment]
     roster = made.roster()
     roster.write(roster.retire(1), output, QUICK)
 

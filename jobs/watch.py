@@ -9,6 +9,7 @@ nothing. The address that it prints is this machine's; from elsewhere use a tunn
 """
 
 import argparse
+import math
 from pathlib import Path
 
 from jobs.command import log_to_stdout, refuse_unreachable, reported
@@ -53,7 +54,7 @@ def _watch(arguments: argparse.Namespace) -> None:
             raise ConfigError(f"{name}={place!r} does not exist: a run folder, or s3://...")
     keys = None if arguments.api_key_file is None else read_keys(arguments.api_key_file)
     price = arguments.dollars_per_hour
-    if price is not None and not price >= 0:
+    if price is not None and not 0 <= price < math.inf:
         raise ConfigError(f"--dollars-per-hour={price} is not allowed: 0 or more")
     runs = [WatchedRun(place, dollars_per_hour=price) for place in places.values()]
     listener = listen(arguments.host, arguments.port, keyless=keys is None, usual_port=USUAL_PORT)

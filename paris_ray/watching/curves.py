@@ -79,7 +79,7 @@ def _elapsed(timings: Rows) -> dict[float, float]:
         return {}
     samples, at, row = known[0]
     rate = number(row.get(RATE))
-    began = at - (samples / rate if rate else 0.0)
+    began = at - ((rate and number(samples / rate)) or 0.0)
     return {samples: round(at - began, 3) for samples, at, _ in known}
 
 
@@ -98,7 +98,7 @@ def compute_seconds(timings: Rows) -> float:
     for row in timings:
         samples, rate = number(row.get(AXIS)), number(row.get(RATE))
         if samples and rate and rate > 0:
-            seconds += max(0.0, samples - before) / rate
+            seconds += number(max(0.0, samples - before) / rate) or 0.0
             before = samples
     return seconds
 

@@ -4,7 +4,7 @@ import io
 import re
 from collections.abc import Iterable, Mapping
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from paris_ray.artifacts import SAMPLES
 from paris_ray.errors import ArtifactError
@@ -77,7 +77,7 @@ def _opened(payload: bytes, source: str) -> Image.Image:
     """Return a picture of which only the head has been read."""
     try:
         picture = Image.open(io.BytesIO(payload), formats=["PNG"])
-    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ArtifactError(f"{source} is no PNG file: {error}") from None
     if picture.width * picture.height > MAX_PIXELS:
         raise ArtifactError(

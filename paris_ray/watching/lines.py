@@ -1,12 +1,13 @@
 """Files of JSON lines that somebody else is writing: each line is read once."""
 
-import math
 from typing import Any
+from zlib import crc32
 
 from paris_ray.folders import Folder, Stamp
 from paris_ray.json_documents import load_json
 
 MAX_BYTES_PER_LOOK = 8 << 20  # of a long file the next look reads on
+MAX_NUMBER = 2**53  # beyond it neighbours are equal to a browser, which then counts without end
 
 
 class GrowingRows:
@@ -28,6 +29,11 @@ class GrowingRows:
         self.rows: list[dict[str, Any]] = []
         self._stamp: Stamp | None = None
         self._offset, self._last_line = 0, b""
+
+    @property
+    def version(self) -> str:
+        """What changes with the rows, also where they became others of the same number."""
+        return f"{len(self.rows)}-{crc32(self._last_line):x}"
 
     def look(self, stamp: Stamp | None) -> bool:
         """Read what is new; return whether there was anything, or the file began anew.
@@ -86,10 +92,7 @@ def _parsed(line: bytes) -> dict[str, Any] | None:
 
 
 def number(value: object) -> float | None:
-    """Return a value if it is a finite number, else None: files may say anything."""
+    """Return a value if it is a number that is not too large, else None: files may say anything."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
-    try:
-        return value if math.isfinite(value) else None
-    except OverflowError:  # an integer beyond all floats
-        return None
+    return value if abs(value) <= MAX_NUMBER else None

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from paris_ray.artifacts import MANIFEST, METRICS, PROGRESS, RESOLVED_CONFIG, TIMINGS
+from paris_ray.artifacts import MANIFEST, METRICS, PROGRESS, RESOLVED_CONFIG, SPENT, TIMINGS
 from paris_ray.config import read_values
 from paris_ray.errors import ArtifactError, ConfigError
 from paris_ray.folders import Folder, Stamp
@@ -133,11 +133,13 @@ class WatchedModel:
         self.place = place
         self.folder = run / place.folder if place.folder else run
         self.stamps: Mapping[str, Stamp] = {}
+        self.grids: Mapping[str, str] = {}  # the files of its sample grids, by step
         self.settings: Mapping[str, Any] = {}
-        self.compute_s = 0.0  # that its device computed
         self._metrics = GrowingRows(self.folder, METRICS)
         self._timings = GrowingRows(self.folder, TIMINGS)
         self._progress: Mapping[str, Any] = {}
+        self._spent: Mapping[str, Any] = {}
+        self._rows_s = 0.0  # that its device computed, by its rows
         self._read: dict[str, Stamp | None] = {}
         self._latest: dict[str, Any] = {}  # of everything that its rows tell
         self._finished = False
@@ -154,38 +156,45 @@ class WatchedModel:
             ArtifactError: if a file cannot be read.
         """
         self.stamps, self._finished = stamps, finished
+        self.grids = grid_files(stamps)
         changed = self._metrics.look(stamps.get(METRICS))
         if self._timings.look(stamps.get(TIMINGS)) or changed:
             self._latest = {}
             for row in (*self._metrics.rows, *self._timings.rows):
                 self._latest |= row
-            self.compute_s = compute_seconds(self._timings.rows)
-        if self._changed(PROGRESS):
-            self._progress = self._object(PROGRESS)
-        if RESOLVED_CONFIG not in stamps:
+            self._rows_s = compute_seconds(self._timings.rows)
+        self._progress = self._object(PROGRESS, self._progress)
+        self._spent = self._object(SPENT, self._spent)
+        own = stamps.get(RESOLVED_CONFIG)
+        if own is None:
             self.settings = settings
-        elif self._changed(RESOLVED_CONFIG):
+        elif own != self._read.get(RESOLVED_CONFIG):
             self.settings = read_settings(self.folder)
+            self._read[RESOLVED_CONFIG] = own
 
-    def _changed(self, name: str) -> bool:
+    def _object(self, name: str, known: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return what a small JSON file says; nothing where it is damaged or just gone.
+
+        Args:
+            name: Of the file; what could not be read of it is tried again by the next look.
+            known: What it said the last time, if it did not change.
+        """
         stamp = self.stamps.get(name)
-        if name in self._read and self._read[name] == stamp:
-            return False
-        self._read[name] = stamp
-        return True
-
-    def _object(self, name: str) -> Mapping[str, Any]:
-        """Return what a small JSON file says; nothing where it is damaged or just gone."""
+        if stamp == self._read.get(name):
+            return known
         try:
-            value = self.folder.read_json(name) if name in self.stamps else {}
+            value = {} if stamp is None else self.folder.read_json(name)
         except ArtifactError:
+            self._read[name] = None
             return {}
+        self._read[name] = stamp
         return value if isinstance(value, dict) else {}
 
     @property
-    def grids(self) -> Mapping[str, str]:
-        """The files of its sample grids, by step."""
-        return grid_files(self.stamps)
+    def compute_s(self) -> float:
+        """Seconds that its device was held: of all its processes, or else those of its rows."""
+        spent = number(self._spent.get("seconds"))
+        return self._rows_s if spent is None else spent
 
     @property
     def state(self) -> str:
@@ -208,13 +217,14 @@ class WatchedModel:
     def batch_size(self) -> float | None:
         """Samples of a step; None: not known yet."""
         step, seen = (number(self._progress.get(key)) for key in ("step", AXIS))
-        return seen / step if step and seen else number(self.training("batch_size"))
+        return number(seen / step) if step and seen else number(self.training("batch_size"))
 
     def overview(self) -> dict[str, Any]:
         """Return how far it is, as JSON."""
         last = self._last()
         batch_size, seen = self.batch_size, number(last.get(AXIS))
-        step = round(seen / batch_size) if seen and batch_size else None
+        steps = number(seen / batch_size) if seen and batch_size else None
+        step = None if steps is None else round(steps)
         num_steps = step if self._finished else number(self._progress.get("num_steps"))
         names = ("loss", "held_out_loss", "held_out_loss_others", RATE, "mfu", "memory_bytes")
         written = [stamp.modified_ns for name, stamp in self.stamps.items() if name in _TOLD]
@@ -223,7 +233,7 @@ class WatchedModel:
             "title": self.place.title,
             "expert": self.place.expert,
             "state": self.state,
-            "version": f"{len(self._metrics.rows)}-{len(self._timings.rows)}-{seen}",
+            "version": f"{self._metrics.version}-{self._timings.version}-{seen}",
             "step": step,
             "num_steps": num_steps,
             "samples_seen": seen,
@@ -256,8 +266,13 @@ _TOLD = frozenset({METRICS, TIMINGS, PROGRESS})
 
 
 def read_settings(folder: Folder) -> Mapping[str, Any]:
-    """Return the resolved configuration in a folder as plain values; none if it is damaged."""
+    """Return the resolved configuration in a folder as plain values; none if it is damaged.
+
+    Raises:
+        ArtifactError: if it cannot be read.
+    """
+    payload = folder.read(RESOLVED_CONFIG)
     try:
-        return read_values(folder.read(RESOLVED_CONFIG).decode())
-    except (ArtifactError, ConfigError, UnicodeDecodeError):
+        return read_values(payload.decode())
+    except (ConfigError, UnicodeDecodeError):
         return {}

@@ -3,9 +3,8 @@
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import chain, islice
-from statistics import median
 from typing import Any
 
 from paris_ray.artifacts import (
@@ -14,6 +13,7 @@ from paris_ray.artifacts import (
     PROGRESS,
     RESOLVED_CONFIG,
     SAMPLES,
+    SPENT,
     TIMINGS,
     VerifiedFolder,
 )
@@ -23,6 +23,7 @@ from paris_ray.embeddings import opened_part, part_names
 from paris_ray.errors import ArtifactError, BundleError
 from paris_ray.folders import Folder, Stamp
 from paris_ray.storage import is_uri
+from paris_ray.watching.facts import flattened, forecast, router_facts, stage_told
 from paris_ray.watching.grids import preview, read_grid
 from paris_ray.watching.lines import GrowingRows, number
 from paris_ray.watching.models import Place, WatchedModel, places, read_settings
@@ -32,6 +33,7 @@ logger = logging.getLogger(__name__)
 LOCAL_INTERVAL_S, STORE_INTERVAL_S = 1.0, 5.0  # between looks, however many pages ask
 MAX_CAPTIONS, MAX_CAPTION_LENGTH = 16, 300
 MAX_PREVIEWS = 64  # that are kept
+MAX_STAGES = 100  # that are told, the last
 LISTED = ("seed", "experts", "router", "distilled/student", "distilled/few_step")
 CLUSTERS = f"clusters/{CLUSTERS_FILE}"
 ROUTER, SETTINGS = f"router/{MANIFEST}", f"clusters/{RESOLVED_CONFIG}"
@@ -39,6 +41,7 @@ SINGLE = (TIMINGS, CLUSTERS, SETTINGS)
 ADAPTER_FILES = (
     METRICS,
     PROGRESS,
+    SPENT,
     MANIFEST,
     RESOLVED_CONFIG,
     "samples.png",
@@ -51,7 +54,8 @@ class WatchedRun:
 
     Args:
         location: Path or URI of it.
-        dollars_per_hour: What a device costs; None: what the run's `fleet` says, if that is one.
+        dollars_per_hour: What a device costs; None: what the run's `training` says or, if it says
+            nothing, its `fleet`, if that is of one kind.
         clock: Seconds; a parameter for tests.
     """
 
@@ -75,7 +79,7 @@ class WatchedRun:
         self._router: Mapping[str, Any] = {}
         self._captions: dict[str, list[str]] = {}
         self._previews: dict[tuple[str, Stamp], bytes] = {}
-        self._lock = threading.RLock()
+        self._lock, self._preview_lock = threading.RLock(), threading.Lock()
 
     def look(self) -> None:
         """Read what changed, unless somebody just did; what cannot be read becomes `problem`."""
@@ -104,8 +108,11 @@ class WatchedRun:
             except ArtifactError as error:
                 problems.append(str(error))
                 stamps.pop(name, None)
-        self._stages.look(stamps.get(TIMINGS))
-        self._look_at_models(stamps)
+        try:
+            self._stages.look(stamps.get(TIMINGS))
+        except ArtifactError as error:
+            problems.append(str(error))
+        problems += self._look_at_models(stamps)
         self._stamps = stamps
         return problems
 
@@ -117,22 +124,27 @@ class WatchedRun:
 
         def clusters(present: bool) -> None:
             self._clusters = _read_clusters(self.folder) if present else []
+            self._captions.clear()  # there may be other shards now
 
         def router(present: bool) -> None:
             self._router = _facts(self.folder / "router") if present else {}
 
         return {SETTINGS: settings, CLUSTERS: clusters, ROUTER: router}
 
-    def _look_at_models(self, stamps: Mapping[str, Stamp]) -> None:
+    def _look_at_models(self, stamps: Mapping[str, Stamp]) -> Iterator[str]:
+        """Let each model read what changed of it; yield what could not be read."""
         found = places(stamps, len(self._clusters))
         known = self.models
         self.models = {
             place.name: known.get(place.name) or WatchedModel(self.folder, place) for place in found
         }
-        for model in self.models.values():
-            folder = f"{model.place.folder}/" if model.place.folder else ""
-            own = {n.removeprefix(folder): s for n, s in stamps.items() if n.startswith(folder)}
-            model.look(own, finished=model.place.manifest in stamps, settings=self._settings)
+        own = _by_folder(stamps, {place.folder for place in found})
+        for place, model in zip(found, self.models.values(), strict=True):
+            finished = place.manifest in stamps
+            try:
+                model.look(own[place.folder], finished=finished, settings=self._settings)
+            except ArtifactError as error:
+                yield str(error)
 
     def _listing(self) -> Iterator[tuple[str, Stamp]]:
         """Yield the stamps of all files that are looked at; large folders are not listed."""
@@ -153,17 +165,17 @@ class WatchedRun:
         """Return how far everything is, as JSON."""
         with self._lock:
             self.look()
-            price = self._price()
             models = [model.overview() for model in self.models.values()]
+            rows = self._stages.rows[-MAX_STAGES:]
             return {
                 "name": self.folder.uri.rstrip("/").rpartition("/")[2],
                 "place": self.folder.uri,
                 "problem": self.problem,
-                "stages": [row for row in map(_stage, self._stages.rows) if row is not None],
+                "stages": [stage for row in rows if (stage := stage_told(row)) is not None],
                 "models": models,
                 "clusters": _version(self._stamps.get(CLUSTERS)),
                 "router": _version(self._stamps.get(ROUTER)),
-                "dollars_per_hour": price,
+                "dollars_per_hour": self._price(),
                 "forecast": forecast(models),
             }
 
@@ -171,10 +183,19 @@ class WatchedRun:
         """Return the price of a device by the hour; None where it is not known."""
         if self._dollars_per_hour is not None:
             return self._dollars_per_hour
-        fleet = self._settings.get("fleet")
+        settings = self._newest_settings()
+        training, fleet = settings.get("training"), settings.get("fleet")
+        price = number(training.get("dollars_per_hour")) if isinstance(training, dict) else None
+        if price is not None:
+            return price
         gpus = fleet.get("gpus") if isinstance(fleet, dict) else None
         known = [gpu for gpu in gpus or () if isinstance(gpu, dict)]
         return number(known[0].get("dollars_per_hour")) if len(known) == 1 else None
+
+    def _newest_settings(self) -> Mapping[str, Any]:
+        """Return the configuration of the first model that has one, or else of the clusters."""
+        own = (model.settings for model in self.models.values() if model.settings)
+        return next(own, self._settings)
 
     def model(self, name: str) -> WatchedModel | None:
         """Return a model by the name that the overview has told; None: there is none."""
@@ -185,9 +206,9 @@ class WatchedRun:
     def curves(self, model: WatchedModel) -> dict[str, Any]:
         """Return a model's curves, as JSON."""
         with self._lock:
-            drawn = model.curves()
+            drawn, batch_size = model.curves(), model.batch_size
         return {
-            "batch_size": model.batch_size,
+            "batch_size": batch_size,
             "series": {name: list(map(list, points)) for name, points in drawn.series.items()},
             "resumes": [list(place) for place in drawn.resumes],
         }
@@ -210,8 +231,7 @@ class WatchedRun:
         """Return the configuration of the run as flat `section.key: value`."""
         with self._lock:
             self.look()
-            own = (model.settings for model in self.models.values() if model.settings)
-            return flattened(next(own, self._settings))
+            return flattened(self._newest_settings())
 
     def captions(self, place: Place) -> list[str]:
         """Return what a model's grids draw, picture by picture; empty where it is not known.
@@ -221,12 +241,12 @@ class WatchedRun:
         """
         if place.shard is None:
             return []
-        if place.shard not in self._captions:
-            found = _first_captions(self.folder / place.shard)
-            if not found:
-                return []  # not yet: it is asked again
-            self._captions[place.shard] = found
-        return self._captions[place.shard]
+        known = self._captions.get(place.shard)
+        if known is None:
+            known = _first_captions(self.folder / place.shard)
+            if known:  # else not yet: it is asked again
+                self._captions[place.shard] = known
+        return known
 
     def grid(self, model: WatchedModel, told: str, *, small: bool) -> bytes | None:
         """Return a sample grid as PNG; None: there is none.
@@ -239,99 +259,35 @@ class WatchedRun:
         Raises:
             ArtifactError: if it is damaged or too large.
         """
-        name = model.grids.get(told)
-        if name is None:
-            return None
+        with self._lock:
+            name = model.grids.get(told)
+            if name is None:
+                return None
+            key = (f"{model.folder.uri}/{name}", model.stamps[name])
         if not small:
             return read_grid(model.folder, name)
-        key = (f"{model.folder.uri}/{name}", model.stamps[name])
-        known = self._previews.get(key)
-        if known is None:
-            known = preview(read_grid(model.folder, name), key[0])
-            while len(self._previews) >= MAX_PREVIEWS:
-                self._previews.pop(next(iter(self._previews)), None)
-            self._previews[key] = known
-        return known
+        with self._preview_lock:  # one at a time: some take hundreds of megabytes
+            known = self._previews.get(key)
+            if known is None:
+                known = preview(read_grid(model.folder, name), key[0])
+                while len(self._previews) >= MAX_PREVIEWS:
+                    self._previews.pop(next(iter(self._previews)))
+                self._previews[key] = known
+            return known
 
 
-def forecast(models: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return what was computed and what is left, of what an overview tells of models.
-
-    Experts that have not begun are taken to need as long as the others do, and as many to be
-    trained at a time as are now.
-
-    Returns:
-        `computed_s`, and `left_s` of devices together and `eta_s` until all is trained; these two
-        are None where nothing is known, and 0 where nothing is left.
-    """
-    computed = sum(model["compute_s"] for model in models)
-    running = [m for m in models if m["state"] == "training"]
-    waiting = [m for m in models if m["state"] == "waiting"]
-    if not running and not waiting:
-        return {"computed_s": computed, "left_s": 0.0, "eta_s": 0.0}
-    known = [m["eta_s"] for m in running if m["eta_s"] is not None]
-    lengths = [
-        m["compute_s"] + (m["eta_s"] or 0)
-        for m in models
-        if m["expert"] is not None and (m["state"] == "finished" or m["eta_s"] is not None)
-    ]
-    if len(known) < len(running) or (waiting and not lengths):
-        return {"computed_s": computed, "left_s": None, "eta_s": None}
-    left = sum(known) + (len(waiting) * median(lengths) if waiting else 0.0)
-    at_once = max(1, len(running))
-    return {"computed_s": computed, "left_s": left, "eta_s": max([*known, left / at_once])}
-
-
-def router_facts(facts: Mapping[str, Any]) -> dict[str, Any]:
-    """Return of a router's facts what is drawn: by noise level, and in bins of confidence."""
-    held_out = facts.get("held_out")
-    levels = held_out.get("levels") if isinstance(held_out, dict) else None
-    right = facts.get("right_cluster")
-    told: dict[str, Any] = {}
-    if isinstance(right, dict):
-        told["right_cluster"] = {t: number(share) for t, share in _by_level(right)}
-    if isinstance(held_out, dict) and isinstance(levels, dict):
-        told |= {key: number(held_out.get(key)) for key in ("rows", "temperature")}
-        told["levels"] = {t: _level(row) for t, row in _by_level(levels) if isinstance(row, dict)}
-    return told
-
-
-def _by_level(values: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    return [(t, value) for t, value in islice(values.items(), 32) if isinstance(t, str)]
-
-
-def _level(row: Mapping[str, Any]) -> dict[str, Any]:
-    names = ("accuracy", "prototype_accuracy", "ece", "ece_calibrated", "nll_calibrated")
-    bins, told = row.get("reliability"), {name: number(row.get(name)) for name in names}
-    if not isinstance(bins, dict):
-        return told
-    columns = ("counts", "confidence", "accuracy")
-    lists = {c: bins[c][:64] for c in columns if isinstance(bins.get(c), list)}
-    return told | {"reliability": {c: [number(v) for v in values] for c, values in lists.items()}}
-
-
-def flattened(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return nested settings as `section.key: value`, values as text."""
-    flat: dict[str, Any] = {}
-    for key, value in settings.items():
-        if isinstance(value, dict) and value:
-            flat |= flattened(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"[:120]] = str(value)[:200]
-    return flat
-
-
-def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[list[str | None]]:
-    """Return `[key, value, value]` of every setting in which two runs differ; None: not there."""
-    keys = sorted(one.keys() | other.keys())
-    return [[key, one.get(key), other.get(key)] for key in keys if one.get(key) != other.get(key)]
-
-
-def _stage(row: Mapping[str, Any]) -> dict[str, Any] | None:
-    name, seconds = row.get("stage"), number(row.get("seconds"))
-    if not isinstance(name, str) or seconds is None:
-        return None
-    return {"stage": name[:80], "seconds": seconds, "failed": row.get("failed") is True}
+def _by_folder(
+    stamps: Mapping[str, Stamp], folders: Iterable[str]
+) -> Mapping[str, Mapping[str, Stamp]]:
+    """Return the files in each folder, by their names there; the empty folder has all."""
+    inner: dict[str, dict[str, Stamp]] = {folder: {} for folder in folders}
+    for name, stamp in stamps.items():
+        parts = name.split("/")
+        for depth in range(len(parts)):
+            files = inner.get("/".join(parts[:depth]))
+            if files is not None:
+                files["/".join(parts[depth:])] = stamp
+    return inner
 
 
 def _version(stamp: Stamp | None) -> str | None:

@@ -9,6 +9,7 @@ import json
 import logging
 import socket
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from importlib import resources
 from typing import Any
 
@@ -24,8 +25,9 @@ from paris_ray.api_keys import Key, digest_of
 from paris_ray.artifacts import sha256_hex
 from paris_ray.errors import ConfigError, ParisError
 from paris_ray.loopback import is_loopback, why_not_local
+from paris_ray.watching.facts import differences
 from paris_ray.watching.models import WatchedModel
-from paris_ray.watching.runs import WatchedRun, differences
+from paris_ray.watching.runs import WatchedRun
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +36,9 @@ MAX_CONNECTIONS = 64
 KEEP_ALIVE_S = 10
 PAGE = {"/": "index.html", "/watch.js": "watch.js", "/watch.css": "watch.css"}
 TYPES = {"html": "text/html", "js": "text/javascript", "css": "text/css"}
+# What browsers say of requests that no other page has sent. Others could not read the answers, but
+# keep the server busy while their visitor looks at them.
+OWN_PAGE = ("same-origin", "none")
 SECURITY_HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
@@ -54,16 +59,17 @@ def watch_app(runs: Sequence[WatchedRun], keys: Sequence[Key] | None) -> ASGIApp
         runs: One run, or two to be compared.
         keys: Whoever has one of them is answered; None: this machine alone is.
     """
+    by_number = {str(number): run for number, run in enumerate(runs)}
     routes = [
         *(Route(path, _page(name)) for path, name in PAGE.items()),
         Route("/api/state", lambda request: _json(request, _state(runs))),
         Route("/api/differences", lambda request: _json(request, _differences(runs))),
-        Route("/api/runs/{run:int}/clusters", _of_run(runs, WatchedRun.clusters)),
-        Route("/api/runs/{run:int}/router", _of_run(runs, WatchedRun.router)),
-        Route("/api/runs/{run:int}/curves/{model}", _of_model(runs, _curves)),
-        Route("/api/runs/{run:int}/captions/{model}", _of_model(runs, _captions)),
-        Route("/api/runs/{run:int}/grids/{model}/{grid}", _of_model(runs, _grid)),
-        Route("/api/runs/{run:int}/grids/{model}/{grid}/small", _of_model(runs, _small_grid)),
+        Route("/api/runs/{run}/clusters", _of_run(by_number, WatchedRun.clusters)),
+        Route("/api/runs/{run}/router", _of_run(by_number, WatchedRun.router)),
+        Route("/api/runs/{run}/curves/{model}", _of_model(by_number, _curves)),
+        Route("/api/runs/{run}/captions/{model}", _of_model(by_number, _captions)),
+        Route("/api/runs/{run}/grids/{model}/{grid}", _of_model(by_number, _grid)),
+        Route("/api/runs/{run}/grids/{model}/{grid}/small", _of_model(by_number, _small_grid)),
     ]
     handlers = {HTTPException: _refused, ParisError: _unreadable}
     return Gate(Starlette(routes=routes, exception_handlers=handlers), keys)  # type: ignore[arg-type]
@@ -98,15 +104,19 @@ class Gate:
         await (refusal or self._app)(scope, receive, send_with_headers)
 
     def _refusal(self, connection: HTTPConnection) -> Response | None:
+        # Of the request alone: an address that Starlette puts together has the Host header in it.
+        is_page = connection.scope["path"] in PAGE
         if self._keys is None:
             client = connection.client.host if connection.client else ""
             version = connection.scope["http_version"]
             reason = why_not_local(client, connection.headers, version)
-            if reason is None:
+            if reason is not None:
+                message = f"Without --api-key-file only this machine is answered ({reason})"
+                return JSONResponse({"error": message}, 403)
+            if is_page or connection.headers.get("sec-fetch-site", "none") in OWN_PAGE:
                 return None
-            message = f"Without --api-key-file only this machine is answered ({reason})"
-            return JSONResponse({"error": message}, 403)
-        if connection.url.path in PAGE or self._holds_key(connection):
+            return JSONResponse({"error": "Only the page of this server may ask"}, 403)
+        if is_page or self._holds_key(connection):
             return None
         headers = {"WWW-Authenticate": "Bearer"}
         message = "Send the API key as 'Authorization: Bearer KEY'"
@@ -127,13 +137,13 @@ def _page(name: str) -> Callable[[Request], Response]:
 
 
 def _of_run(
-    runs: Sequence[WatchedRun], tell: Callable[[WatchedRun], Mapping[str, Any]]
+    runs: Mapping[str, WatchedRun], tell: Callable[[WatchedRun], Mapping[str, Any]]
 ) -> Callable[[Request], Response]:
     return lambda request: _json(request, tell(_run(runs, request)))
 
 
 def _of_model(
-    runs: Sequence[WatchedRun], answer: Callable[[Request, WatchedRun, WatchedModel], Response]
+    runs: Mapping[str, WatchedRun], answer: Callable[[Request, WatchedRun, WatchedModel], Response]
 ) -> Callable[[Request], Response]:
     def endpoint(request: Request) -> Response:
         run = _run(runs, request)
@@ -145,11 +155,11 @@ def _of_model(
     return endpoint
 
 
-def _run(runs: Sequence[WatchedRun], request: Request) -> WatchedRun:
-    number = request.path_params["run"]
-    if number >= len(runs):
+def _run(runs: Mapping[str, WatchedRun], request: Request) -> WatchedRun:
+    run = runs.get(request.path_params["run"])
+    if run is None:
         raise HTTPException(404, "there is no such run")
-    return runs[number]
+    return run
 
 
 def _state(runs: Sequence[WatchedRun]) -> dict[str, Any]:
@@ -226,13 +236,13 @@ def listen(host: str, port: int | None, *, keyless: bool, usual_port: int) -> so
     for candidate in (usual_port, 0) if port is None else (port,):
         try:
             return socket.create_server((host, candidate), family=family)
-        except (OSError, OverflowError) as error:
+        except (OSError, OverflowError, TypeError) as error:  # the last of no name of a host
             problem = error
     raise ConfigError(f"--host={host!r} --port={port} cannot be listened on: {problem}")
 
 
 def serve(app: ASGIApp, listener: socket.socket) -> None:
-    """Answer until the process is interrupted."""
+    """Answer until the process is interrupted, which returns after Ctrl-C."""
     config = uvicorn.Config(
         app,
         log_level="warning",
@@ -242,4 +252,5 @@ def serve(app: ASGIApp, listener: socket.socket) -> None:
         proxy_headers=False,
         ws="none",
     )
-    uvicorn.Server(config).run(sockets=[listener])
+    with suppress(KeyboardInterrupt):  # which uvicorn raises again when it has ended
+        uvicorn.Server(config).run(sockets=[listener])

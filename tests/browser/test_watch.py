@@ -1,7 +1,9 @@
 """The page that watches trainings, in a real browser, from `jobs.watch` to the pixels."""
 
+import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -235,6 +237,35 @@ def test_what_is_trained_meanwhile_appears(open_watch: Open, tmp_path: Path) -> 
         )
         train_one(run, 2, stop=6)
         line_of(page, "Expert 2").filter(has_text="6 / 12").wait_for()
+
+
+def test_a_damaged_grid_is_told_as_long_as_it_is_missing(
+    open_watch: Open, runs: tuple[Path, Path], tmp_path: Path
+) -> None:
+    shutil.copytree(runs[0], tmp_path / "run")
+    Folder(tmp_path / "run").write("experts/expert_0/samples/step-000004.png", b"no picture")
+    with watching(str(tmp_path / "run")) as url:
+        page = open_watch(url, expected="status of 503")
+        told = page.get_by_role("alert").filter(has_text="step-000004.png is no PNG file")
+        told.wait_for()
+        for _ in range(2):  # the first may have been on its way already
+            page.wait_for_event("requestfinished", lambda asked: "api/state" in asked.url)
+        assert told.is_visible()
+        page.wait_for_function(
+            "count => document.querySelectorAll('[data-drawn]').length === count",
+            arg=2 * NUM_PICTURES,  # of the other checkpoints
+        )
+
+
+def test_losses_of_any_size_are_drawn(open_watch: Open, tmp_path: Path) -> None:
+    """An axis from 2^53 - 2 to 2^53 has steps that no such number can be added."""
+    rows = [{"samples_seen": 8 * i, "loss": 2**53 - 2 * (i % 2)} for i in range(1, 5)]
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    Folder(tmp_path).write("experts/expert_0/metrics.jsonl", text.encode())
+    with watching(str(tmp_path)) as url:
+        page = open_watch(url)
+        page.locator("[name=axis]").select_option("samples")
+        page.locator(".chart[data-name=loss] .curve").first.wait_for(state="attached")
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -180,6 +180,7 @@ const view = { ...DEFAULTS, ...recalled() };
 const pictures = new Pictures();
 let runs = []; // as /api/state tells
 let curves = new Map(); // by run and model: { version, batch_size, series, resumes }
+const troubles = new Map(); // what of the gallery could not be had, by its path
 const seen = {}; // versions of what has been drawn
 
 function recalled() {
@@ -559,11 +560,9 @@ function ticks(low, high, count) {
   const rough = (high - low) / count || 1;
   const unit = 10 ** Math.floor(Math.log10(rough));
   const step = unit * [1, 2, 5, 10].find((factor) => factor * unit >= rough);
-  const found = [];
-  for (let tick = Math.ceil(low / step) * step; tick <= high + step * 1e-6; tick += step) {
-    found.push(Number(tick.toPrecision(12)));
-  }
-  return found;
+  const first = Math.ceil(low / step); // counted: a step may be lost in a tick that is much larger
+  return Array.from({ length: count + 2 }, (_, i) => Number(((first + i) * step).toPrecision(12)))
+    .filter((tick) => tick <= high + step * 1e-6);
 }
 
 /* -- Samples --------------------------------------------------------------------------------- */
@@ -576,6 +575,7 @@ function drawSamples() {
   const chosen = (drawing.find(({ name }) => name === view.model) ?? first)?.name;
   const grids = runs.map((run) => gridsOf(run, chosen));
   ifChanged("samples", [chosen ?? null, drawing.map(({ name }) => name), grids], () => {
+    troubles.clear();
     const select = $("#samples select");
     select.replaceChildren(...drawing.map(({ name, title }) =>
       element("option", { value: name, textContent: title })));
@@ -594,13 +594,14 @@ function gallery(run, i, name) {
   const className = grids.length === 1 ? "gallery single" : "gallery";
   const node = table(["Caption", ...grids.map(gridName)], [], { className });
   const region = inScroll(`Samples of ${name}`, node);
-  fillGallery(node, region, { i, name, grids }).catch(complain);
+  fillGallery(node, region, { i, name, grids });
   return region;
 }
 
 async function fillGallery(node, region, place) {
   const { i, name, grids } = place;
-  const { captions } = await api.json(`api/runs/${i}/captions/${name}`);
+  const path = `api/runs/${i}/captions/${name}`;
+  const { captions } = await api.json(path).catch(missing(path, { captions: [] }));
   const count = captions.length || 2 * GRID_COLUMNS;
   const names = Array.from({ length: count }, (_, k) => captions[k] ?? `picture ${k + 1}`);
   const cellOf = (caption, k, grid, column) => element("button", { type: "button",
@@ -615,12 +616,19 @@ async function fillGallery(node, region, place) {
       watcher.unobserve(target);
       const column = target.cellIndex - 1;
       const path = `api/runs/${i}/grids/${name}/${grids[column]}/small`;
-      fillColumn(path, cells.map((cellsOfRow) => cellsOfRow[column])).catch(complain);
+      fillColumn(path, cells.map((cellsOfRow) => cellsOfRow[column])).catch(missing(path));
     }
   }, { root: region, rootMargin: "0px 400px" });
   for (const head of node.querySelectorAll("thead th:not(:first-child)")) watcher.observe(head);
   region.scrollLeft = region.scrollWidth; // the latest
 }
+
+/** Return what keeps an error on the page as long as its gallery, which is drawn without it. */
+const missing = (path, instead) => (error) => {
+  troubles.set(path, error.message);
+  complain(error);
+  return instead;
+};
 
 async function fillColumn(path, cells) {
   const url = await pictures.get(path);
@@ -781,7 +789,8 @@ async function look() {
   await redraw("router", runs.map(({ router }) => router), drawRouter);
   const states = runs.map(({ models }) => models.map(({ name, state }) => [name, state]));
   await redraw("settings", states, drawDifferences);
-  $("#alert").textContent = runs.map(({ problem }) => problem).filter(Boolean).join(" ");
+  const problems = [...runs.map(({ problem }) => problem), ...new Set(troubles.values())];
+  $("#alert").textContent = problems.filter(Boolean).join(" ");
 }
 
 /** Draw a part that has to be asked for; where that fails, the next look tries again. */

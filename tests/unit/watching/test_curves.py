@@ -50,6 +50,12 @@ def test_what_is_no_number_of_a_known_form_is_left_out() -> None:
     assert curves(rows, []).series == {}
 
 
+def test_a_rate_of_almost_nothing_makes_no_time_without_end() -> None:
+    timings = [{"samples_seen": 8, "unix_time": NOON, "samples_per_second": 1e-300}]
+    assert curves([{"samples_seen": 8, "loss": 1.0}], timings).series["loss"] == [(8, 0.0, 1.0)]
+    assert compute_seconds(timings) == 0.0
+
+
 def test_the_number_of_curves_is_bounded() -> None:
     row = {"samples_seen": 8, **{f"measure_{i}": 1.0 for i in range(100)}}
     assert len(curves([row], []).series) == MAX_SERIES

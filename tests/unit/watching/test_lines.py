@@ -70,6 +70,15 @@ def test_a_training_that_went_back_is_read_anew(folder: Folder, later: int) -> N
     assert look(rows) and rows.rows == []
 
 
+def test_the_version_changes_with_rows_of_the_same_number(folder: Folder) -> None:
+    rows, versions = GrowingRows(folder, NAME), []
+    for n in (1, 2, 2):
+        folder.write(NAME, text({"n": n}))
+        look(rows)
+        versions.append(rows.version)
+    assert versions[0] != versions[1] == versions[2]
+
+
 def test_damaged_lines_are_left_out(folder: Folder) -> None:
     deep = b"[" * 100_000
     folder.write(NAME, b"\xff\n" + deep + b"\nnull\n[1]\n\n" + text({"a": 1}))
@@ -99,8 +108,8 @@ def test_an_endless_line_is_skipped(folder: Folder, monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize(
     ("value", "expected"),
-    [(1, 1), (0.5, 0.5), (True, None), ("1", None), (None, None), (10**400, None)]
+    [(1, 1), (0.5, 0.5), (True, None), ("1", None), (None, None), (10**400, None), (-1e16, None)]
     + [(float(word), None) for word in ("nan", "inf", "-inf")],
 )
-def test_a_number_is_finite(value: object, expected: float | None) -> None:
+def test_a_number_is_finite_and_not_too_large(value: object, expected: float | None) -> None:
     assert number(value) == expected

@@ -2,16 +2,22 @@
 
 import json
 import shutil
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from paris_ray.artifacts import METRICS, PROGRESS, RESOLVED_CONFIG, TIMINGS
+from paris_ray.artifacts import METRICS, PROGRESS, RESOLVED_CONFIG, SPENT, TIMINGS
+from paris_ray.config import load, to_yaml
+from paris_ray.errors import ArtifactError
 from paris_ray.folders import Folder
 from paris_ray.traffic import recorded
+from paris_ray.watching import runs
+from paris_ray.watching.facts import differences, flattened, forecast, router_facts
 from paris_ray.watching.models import places
-from paris_ray.watching.runs import WatchedRun, differences, flattened, forecast, router_facts
+from paris_ray.watching.runs import MAX_STAGES, WatchedRun
 from tests.watched_runs import (
     DOLLARS_PER_HOUR,
     NUM_PICTURES,
@@ -106,7 +112,8 @@ def test_a_look_reads_small_files_that_changed_and_no_others(run: Folder) -> Non
     with recorded() as first:
         watched.overview()
     names = {uri.rpartition("/")[2] for uri in first.read}
-    assert names <= {METRICS, TIMINGS, PROGRESS, RESOLVED_CONFIG, "clusters.json", "manifest.json"}
+    known = {METRICS, TIMINGS, PROGRESS, SPENT, RESOLVED_CONFIG, "clusters.json", "manifest.json"}
+    assert names <= known
     clock.now += 10
     with recorded() as second:
         watched.overview()
@@ -162,6 +169,104 @@ def test_damage_is_told_and_hides_nothing_else(run: Folder) -> None:
     (run / "clusters").delete("clusters.json")
     clock.now += 10
     assert watched.overview()["problem"] is None
+
+
+def test_a_file_that_cannot_be_read_hides_no_other_model(
+    run: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def open_others(folder: Folder, name: str) -> Any:
+        if is_away and folder.uri.endswith("expert_0"):
+            raise ArtifactError(f"{folder.uri}/{name} cannot be read")
+        return opened(folder, name)
+
+    opened, is_away = Folder.open, True
+    monkeypatch.setattr(Folder, "open", open_others)
+    watched, clock = watch(run)
+    overview = watched.overview()
+    assert "expert_0/metrics.jsonl cannot be read" in overview["problem"]
+    assert models_of(watched)["expert-1"]["step"] == 6
+    is_away = False
+    clock.now += 10
+    assert models_of(watched)["expert-0"]["step"] == 12
+    assert watched.overview()["problem"] is None
+    assert watched.model("expert-0").settings  # which were away too
+
+
+def test_what_is_paid_for_is_what_all_processes_took(run: Folder) -> None:
+    """Also what was trained since the checkpoint that a killed process left."""
+    first, second = run / "experts/expert_0", run / "experts/expert_1"
+    first.write_json(SPENT, {"seconds": 5000.0})
+    second.delete(SPENT)  # of a version that had none
+    watched, _ = watch(run)
+    models = models_of(watched)
+    assert models["expert-0"]["compute_s"] == 5000.0
+    assert 0 < models["expert-1"]["compute_s"] < 5000.0
+    assert watched.overview()["forecast"]["computed_s"] > 5000.0
+
+
+def test_the_price_is_the_trainings_own_or_else_the_fleets(run: Folder) -> None:
+    assert watch(run)[0].overview()["dollars_per_hour"] == DOLLARS_PER_HOUR
+    own = to_yaml(load("quickstart", ["training.dollars_per_hour=7"]))
+    (run / "experts/expert_0").write(RESOLVED_CONFIG, own.encode())
+    assert watch(run)[0].overview()["dollars_per_hour"] == 7
+    given = WatchedRun(run.uri, dollars_per_hour=0.0)
+    assert given.overview()["dollars_per_hour"] == 0
+
+
+def test_numbers_without_measure_leave_an_overview(run: Folder) -> None:
+    folder = run / "experts/expert_1"
+    folder.write_json(PROGRESS, {"step": 1e-300, "samples_seen": 1e9, "eta_s": 1e999})
+    row = {"samples_seen": 1e9, "unix_time": 1.0, "samples_per_second": 1e-308}
+    folder.write(TIMINGS, json.dumps(row).encode() + b"\n")
+    watched, _ = watch(run)
+    assert json.dumps(watched.overview(), allow_nan=False)
+    assert json.dumps(watched.curves(watched.model("expert-1")), allow_nan=False)
+
+
+def test_of_many_stages_the_last_are_told(run: Folder) -> None:
+    rows = [{"stage": f"stage {i}", "seconds": 1.0} for i in range(MAX_STAGES + 5)]
+    run.write(TIMINGS, "".join(json.dumps(row) + "\n" for row in rows).encode())
+    stages = watch(run)[0].overview()["stages"]
+    assert len(stages) == MAX_STAGES and stages[-1]["stage"] == rows[-1]["stage"]
+
+
+def test_captions_of_other_clusters_are_read_anew(run: Folder) -> None:
+    watched, clock = watch(run)
+    place = watched.model("expert-0").place
+    assert watched.captions(place) == captions(0)
+    shards = (run / "clusters/shards").local_path
+    shutil.rmtree(shards / "cluster=0")
+    shutil.copytree(shards / "cluster=1", shards / "cluster=0")
+    assert watched.captions(place) == captions(0)  # nothing tells of it yet
+    facts = (run / "clusters").read("clusters.json")
+    (run / "clusters").write("clusters.json", facts + b" ")
+    clock.now += 10
+    watched.overview()
+    assert watched.captions(place) == captions(1)
+
+
+def test_one_preview_is_made_at_a_time(written: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    at_once, most = [], []
+
+    def slow(payload: bytes, _source: str) -> bytes:
+        at_once.append(payload)
+        most.append(len(at_once))
+        time.sleep(0.02)
+        at_once.remove(payload)
+        return payload
+
+    monkeypatch.setattr(runs, "preview", slow)
+    watched, _ = watch(Folder(written))
+    model = watched.model("expert-0")
+    asked = [
+        threading.Thread(target=watched.grid, args=(model, told), kwargs={"small": True})
+        for told in [*model.grids] * 3
+    ]
+    for thread in asked:
+        thread.start()
+    for thread in asked:
+        thread.join()
+    assert most == [1] * len(model.grids)  # each once
 
 
 def model_at(state: str, expert: int | None, compute_s: float, eta_s: float | None) -> Any:

@@ -1,7 +1,11 @@
 """The page's server: what is answered, to whom, and what cannot be asked for."""
 
 import hashlib
+import re
+import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -11,14 +15,17 @@ import httpx
 import pytest
 import uvicorn
 
+from jobs import watch as watch_job
 from paris_ray.api_keys import Key
 from paris_ray.artifacts import METRICS
 from paris_ray.errors import ConfigError
 from paris_ray.folders import Folder
+from paris_ray.watching import server as watch_server
 from paris_ray.watching.runs import WatchedRun
 from paris_ray.watching.server import listen, watch_app
 from tests.watched_runs import SECRET, grid_of, write_run
 
+REPOSITORY = Path(__file__).parents[3]
 KEYS = (Key(name="alice", sha256=hashlib.sha256(b"s3cret").hexdigest()),)
 
 
@@ -98,6 +105,7 @@ def test_a_grid_is_the_file(url: str) -> None:
         "/api/runs/0/captions/expert-99",
         "/api/runs/1/clusters",
         "/api/runs/-1/clusters",
+        pytest.param(f"/api/runs/{'9' * 5000}/clusters", id="a run of 5000 digits"),
         "/../ray_token",
         "/watch.js/../../models.py",
         "/web/watch.js",
@@ -141,6 +149,31 @@ async def test_without_keys_only_this_machine_is_answered(
 
 
 @pytest.mark.anyio
+@pytest.mark.parametrize(
+    ("site", "status"),
+    [("same-origin", 200), ("none", 200), ("same-site", 403), ("cross-site", 403)],
+)
+async def test_other_pages_in_the_browser_keep_nothing_busy(
+    run: Folder, site: str, status: int
+) -> None:
+    async with client_of(run) as client:
+        headers = {"Sec-Fetch-Site": site}
+        assert (await client.get("/api/state", headers=headers)).status_code == status
+        assert (await client.get("/", headers=headers)).status_code == 200  # by a link
+
+
+@pytest.mark.anyio
+async def test_what_needs_no_key_is_told_by_the_path_alone(run: Folder) -> None:
+    """An address put together with the Host header may have another one."""
+    async with client_of(run, KEYS, "192.0.2.7") as client:
+        for path in ("/%09", "/watch%0A.js"):  # which parsers of addresses leave out
+            assert (await client.get(path)).status_code == 401, path
+        for host in ("x/watch.js?", "x/?"):
+            refused = await client.get("/api/state", headers={"Host": host})
+            assert refused.status_code == 401, host
+
+
+@pytest.mark.anyio
 async def test_with_keys_the_run_is_told_to_their_holders(run: Folder) -> None:
     async with client_of(run, KEYS, "192.0.2.7") as client:
         assert (await client.get("/")).status_code == 200  # the page asks for the key
@@ -170,6 +203,41 @@ def test_the_usual_port_gives_way_and_an_asked_for_one_does_not() -> None:
             assert other.getsockname()[1] != port
         with pytest.raises(ConfigError, match=f"--port={port} cannot be listened on"):
             listen("127.0.0.1", port, keyless=True, usual_port=0)
+
+
+@pytest.mark.parametrize("host", ["..", "\u00e9" * 100])
+def test_a_host_that_is_no_name_is_refused(host: str) -> None:
+    with pytest.raises(ConfigError, match=r"--host='.*' --port=0 cannot be listened on"):
+        listen(host, 0, keyless=False, usual_port=0)
+
+
+def test_ctrl_c_ends_it_quietly(run: Folder) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-m", "jobs.watch", run.uri, "--port", "0"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=REPOSITORY,
+    ) as server:
+        assert server.stdout is not None
+        told = re.search(r"http://127\.0\.0\.1:\d+/", server.stdout.readline())
+        assert told is not None
+        assert httpx.get(told[0]).status_code == 200  # it is being served
+        server.send_signal(signal.SIGINT)
+        _, complaints = server.communicate(timeout=60)
+    assert (server.returncode, complaints) == (0, "")
+
+
+@pytest.mark.parametrize("price", ["inf", "nan", "-1"])
+def test_a_price_that_is_none_is_refused(
+    run: Folder, price: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["watch", run.uri, f"--dollars-per-hour={price}"])
+    monkeypatch.setattr(watch_job, "log_to_stdout", lambda: None)
+    monkeypatch.setattr(watch_server, "serve", lambda *_: None)
+    with pytest.raises(SystemExit):
+        watch_job.main()
+    assert "--dollars-per-hour=" in capsys.readouterr().err
 
 
 def test_a_damaged_file_is_an_error_in_words(run: Folder, tmp_path: Path) -> None:

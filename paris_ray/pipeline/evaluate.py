@@ -26,8 +26,9 @@ from paris_ray.pipeline.tasks import ended, gather
 from paris_ray.run import DISTILLED, EMBEDDINGS, ENCODERS, EVALUATION, EXPERT, FEW_STEP, Run
 from paris_ray.seeding import derive_seed
 from paris_ray.training.data import load_dataset
-from paris_ray.training.tensorboard import AXIS, CLOCK, TENSORBOARD, event_file
+from paris_ray.training.tensorboard import TENSORBOARD, event_file
 from paris_ray.training.text import text_reader
+from paris_ray.training.tracked_rows import AXIS, CLOCK
 from paris_ray.training.validation import NOISE_LEVELS
 
 logger = logging.getLogger("paris_ray")

@@ -270,7 +270,6 @@ class TrainingLoop:
             "resumes": self._resumes,
         }
         self.timings.append(seen | {"unix_time": time.time()} | measured)
-        self.spending.note()
         if time.monotonic() - self._rows_written_at > ROWS_EVERY_S:
             self._write_rows()
 
@@ -309,6 +308,7 @@ class TrainingLoop:
 
     def _ending(self, done: int, notice: PreemptionNotice) -> ParisError | None:
         """Return why training ends after a step that is not the last; None if it goes on."""
+        self.spending.note()
         if notice.given:
             told = f"SIGTERM came: step {done} is in the checkpoint, run again to go on"
             return TrainingError(told)

@@ -1,11 +1,10 @@
 """Metrics as a run of MLflow, on a tracking server or wherever else its URI leads."""
 
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 from paris_ray.errors import ConfigError
 from paris_ray.folders import Folder
-from paris_ray.training.tensorboard import AXIS, CLOCK
+from paris_ray.training.tracked_rows import AXIS, CLOCK, Rows, numbers_of, require
 
 EXPERIMENT = "paris_ray"
 TAG = "paris_ray.training"  # by which a resumed training finds its run
@@ -25,19 +24,14 @@ class MlflowRun:
     """
 
     def __init__(self, uri: str, folder: Folder, run_id: str) -> None:
-        try:
-            import mlflow  # noqa: F401
-        except ModuleNotFoundError:
-            raise ConfigError(
-                f"mlflow={uri!r} needs the package mlflow-skinny: pip install 'paris_ray[mlflow]'"
-            ) from None
+        require("mlflow", f"mlflow={uri!r}", "mlflow-skinny", "mlflow")
         self._uri, self._tag = uri, run_id
         self._name = "/".join(folder.uri.rstrip("/").split("/")[-3:])
         self._client: Any = None
         self._run = ""
         self._shown = 0
 
-    def open(self, rows: Sequence[Mapping[str, Any]]) -> None:
+    def open(self, rows: Rows) -> None:
         """Begin, or go on after rows; raises ConfigError if that is refused."""
         from mlflow import MlflowClient
 
@@ -71,15 +65,14 @@ class MlflowRun:
                     raise
         return str(known.experiment_id)
 
-    def write(self, rows: Sequence[Mapping[str, Any]]) -> None:
+    def write(self, rows: Rows) -> None:
         """Show the rows that it has not been shown."""
         from mlflow.entities import Metric
 
         metrics = [
             Metric(name, float(value), int(1000 * row[CLOCK]), int(row[AXIS]))
             for row in rows[self._shown :]
-            for name, value in row.items()
-            if name not in (AXIS, CLOCK) and value is not None
+            for name, value in numbers_of(row).items()
         ]
         for first in range(0, len(metrics), BATCH):
             self._client.log_batch(self._run, metrics=metrics[first : first + BATCH])

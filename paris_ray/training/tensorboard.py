@@ -5,15 +5,12 @@ be stored like any other file.
 """
 
 import io
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
 from paris_ray.artifacts import EVENTS
-from paris_ray.errors import ConfigError
 from paris_ray.folders import Folder
+from paris_ray.training.tracked_rows import AXIS, CLOCK, Rows, numbers_of, require
 
 TENSORBOARD = f"tensorboard/{EVENTS}"
-AXIS, CLOCK = "samples_seen", "unix_time"
 
 
 class EventFile:
@@ -27,13 +24,13 @@ class EventFile:
     """
 
     def __init__(self, folder: Folder) -> None:
-        require_tensorboard()
+        require("tensorboard", "tensorboard=true", "tensorboard", "paris")
         self._folder = folder
 
-    def open(self, rows: Sequence[Mapping[str, Any]]) -> None:
+    def open(self, rows: Rows) -> None:
         """The file needs no beginning: it is written whole."""
 
-    def write(self, rows: Sequence[Mapping[str, Any]]) -> None:
+    def write(self, rows: Rows) -> None:
         """Show all rows so far."""
         self._folder.write(TENSORBOARD, event_file(rows))
 
@@ -41,23 +38,8 @@ class EventFile:
         """A file that was written whole needs no end."""
 
 
-def require_tensorboard() -> None:
-    """Raise ConfigError, saying what to install, unless the package `tensorboard` is there."""
-    try:
-        import tensorboard  # noqa: F401
-    except ModuleNotFoundError:
-        raise ConfigError(
-            "tensorboard=true needs the package tensorboard: pip install 'paris_ray[paris]'"
-        ) from None
-
-
-def event_file(rows: Iterable[Mapping[str, Any]]) -> bytes:
-    """Return an event file with a scalar for each number of each row.
-
-    Args:
-        rows: `samples_seen`, which is the horizontal axis, `unix_time` and numbers by name; None
-            where there is none.
-    """
+def event_file(rows: Rows) -> bytes:
+    """Return an event file with a scalar for each number of each row."""
     from tensorboard.compat.proto.event_pb2 import Event
     from tensorboard.compat.proto.summary_pb2 import Summary
     from tensorboard.summary.writer.record_writer import RecordWriter
@@ -66,11 +48,7 @@ def event_file(rows: Iterable[Mapping[str, Any]]) -> bytes:
     writer = RecordWriter(buffer)
     writer.write(Event(file_version="brain.Event:2").SerializeToString())
     for row in rows:
-        values = [
-            Summary.Value(tag=name, simple_value=value)
-            for name, value in row.items()
-            if name not in (AXIS, CLOCK) and value is not None
-        ]
+        values = [Summary.Value(tag=n, simple_value=v) for n, v in numbers_of(row).items()]
         event = Event(wall_time=row[CLOCK], step=row[AXIS], summary=Summary(value=values))
         writer.write(event.SerializeToString())
     return buffer.getvalue()

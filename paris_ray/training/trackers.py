@@ -5,20 +5,18 @@ a checkpoint: a training that is killed then takes back nothing that it has show
 """
 
 import logging
-from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, Self
 
 from paris_ray.artifacts import sha256_hex
 from paris_ray.config import TrainingConfig
+from paris_ray.errors import ConfigError
 from paris_ray.folders import Folder
 from paris_ray.training.mlflow_run import MlflowRun
 from paris_ray.training.tensorboard import EventFile
+from paris_ray.training.tracked_rows import Rows
 from paris_ray.training.wandb_run import WandbRun
 
 logger = logging.getLogger("paris_ray")
-
-# The horizontal axis `samples_seen`, `unix_time`, and numbers by name; None where there is none.
-Rows = Sequence[Mapping[str, Any]]
 
 
 class Tracker(Protocol):
@@ -70,8 +68,14 @@ class Trackers:
         Raises:
             ConfigError: if one of them cannot be reached.
         """
-        for tracker in self._trackers:
-            tracker.open(rows)
+        asked, self._trackers = self._trackers, []
+        for tracker in asked:
+            try:
+                tracker.open(rows)
+            except ConfigError:
+                self._each("close")  # those that have begun
+                raise
+            self._trackers.append(tracker)
 
     def write(self, rows: Rows) -> None:
         """Show all rows so far."""

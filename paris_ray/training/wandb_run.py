@@ -5,12 +5,11 @@ in the model's own folder or, where that is in a store, in the process's working
 one run.
 """
 
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 from paris_ray.errors import ConfigError
 from paris_ray.folders import Folder
-from paris_ray.training.tensorboard import AXIS, CLOCK
+from paris_ray.training.tracked_rows import AXIS, CLOCK, Rows, numbers_of, require
 
 
 class WandbRun:
@@ -26,17 +25,12 @@ class WandbRun:
     """
 
     def __init__(self, project: str, folder: Folder, run_id: str) -> None:
-        try:
-            import wandb  # noqa: F401
-        except ModuleNotFoundError:
-            raise ConfigError(
-                f"wandb={project!r} needs the package wandb: pip install 'paris_ray[wandb]'"
-            ) from None
+        require("wandb", f"wandb={project!r}", "wandb", "wandb")
         self._project, self._folder, self._run_id = project, folder, run_id
         self._run: Any = None
         self._shown = 0
 
-    def open(self, rows: Sequence[Mapping[str, Any]]) -> None:
+    def open(self, rows: Rows) -> None:
         """Begin, or go on after rows; raises ConfigError if that is refused."""
         import wandb
 
@@ -49,6 +43,8 @@ class WandbRun:
                 group=group.rpartition("/")[2],
                 dir=self._folder.uri if self._folder.is_local else None,
                 resume="allow",
+                # Else a run that an earlier task of this process has left open would get all.
+                reinit="create_new",
                 # Numbers alone: no terminal, no code, nothing of the machine.
                 settings=wandb.Settings(
                     console="off",
@@ -63,13 +59,14 @@ class WandbRun:
                 f"wandb={self._project!r} cannot be logged to: {error} (WANDB_API_KEY, or "
                 "WANDB_MODE=offline)"
             ) from error
-        self._shown = len(rows)
+        # An offline run cannot know whether there is one of its name; rows are not shown twice.
+        is_new = not (self._run.offline or self._run.resumed)
+        self._shown = 0 if is_new else len(rows)
 
-    def write(self, rows: Sequence[Mapping[str, Any]]) -> None:
+    def write(self, rows: Rows) -> None:
         """Show the rows that it has not been shown."""
         for row in rows[self._shown :]:
-            values = {n: v for n, v in row.items() if n not in (AXIS, CLOCK) and v is not None}
-            self._run.log(values | {"_timestamp": row[CLOCK]}, step=row[AXIS])
+            self._run.log(numbers_of(row) | {"_timestamp": row[CLOCK]}, step=row[AXIS])
         self._shown = len(rows)
 
     def close(self) -> None:

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,20 @@ def test_a_finished_training_has_no_cap(shard: Folder, tmp_path: Path, clock: Cl
     output, caps = Folder(tmp_path / "whole"), {"max_hours": EVERY_STEP.steps * STEP_S / 3600}
     first = trained(shard, output, clock, **caps)
     assert trained(shard, output, clock, **caps) == first
+
+
+def test_what_a_killed_process_had_trained_counts_between_logs_too(
+    shard: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(spending, "monotonic", count(step=STEP_S).__next__)  # on, whoever looks
+
+    def killed(*_: Any) -> None:
+        raise Stop
+
+    config = replace(TRAINING, log_every=1000, checkpoint_every=1000, sample_every=3)
+    with pytest.raises(Stop):
+        train(shard, Folder(tmp_path / "killed"), config=config, draw_samples=killed)
+    assert seconds_spent(Folder(tmp_path / "killed")) >= STEP_S
 
 
 def test_what_a_killed_process_had_trained_counts(

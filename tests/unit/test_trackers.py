@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from paris_ray.config import TrainingConfig, load
 from paris_ray.errors import ConfigError, TrainingError
 from paris_ray.folders import Folder
 from paris_ray.training.loop import Progress
+from paris_ray.training.tensorboard import EventFile
 from paris_ray.training.trackers import Trackers
 from tests.training_shards import TRAINING, Stop, stop_at, train, write_shard
 
@@ -103,6 +105,39 @@ def test_its_files_are_no_part_of_the_result(shard: Folder, tmp_path: Path) -> N
     assert len(digests) == 1
 
 
+@pytest.mark.usefixtures("wandb_offline")
+def test_a_run_that_was_left_open_gets_nothing_of_the_next(tmp_path: Path) -> None:
+    """As by a training that found its cap reached, in a process that goes on to another's."""
+    folders = [Folder(tmp_path / name) for name in ("left", "next")]
+    for folder in folders:
+        folder.local_path.mkdir()
+    left, following = (Trackers(TrainingConfig(wandb="p"), folder, "x") for folder in folders)
+    with left:
+        left.open([])
+        with following:
+            following.open([])
+            following.write(ROWS)
+    assert [[row["_step"] for row in logged_by_wandb(f)] for f in folders] == [[], [8, 16]]
+
+
+@pytest.mark.parametrize(
+    ("offline", "resumed", "shown"), [(False, False, [8, 16]), (False, True, []), (True, False, [])]
+)
+def test_a_new_run_is_shown_earlier_rows_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, offline: bool, resumed: bool, shown: list[int]
+) -> None:
+    """Such as of a training that begins to show its rows half way; offline nobody can know."""
+    wandb = pytest.importorskip("wandb", reason="wandb is not installed")
+    steps: list[int] = []
+    run = SimpleNamespace(offline=offline, resumed=resumed, finish=lambda: None)
+    run.log = lambda _values, step: steps.append(step)
+    monkeypatch.setattr(wandb, "init", lambda **_: run)
+    with Trackers(TrainingConfig(wandb="p"), Folder(tmp_path), "x") as trackers:
+        trackers.open(ROWS)
+        trackers.write(ROWS)
+    assert steps == shown
+
+
 # -- MLflow ----------------------------------------------------------------------------------------
 
 
@@ -175,6 +210,18 @@ def test_an_unreachable_place_is_refused_at_the_start(tmp_path: Path, mlflow_uri
     trackers = Trackers(TrainingConfig(mlflow="no-such-scheme://here"), Folder(tmp_path), "x")
     with pytest.raises(ConfigError, match="mlflow='no-such-scheme://here' cannot be logged to"):
         trackers.open([])
+
+
+def test_where_one_cannot_begin_those_that_have_are_ended(
+    tmp_path: Path, mlflow_uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended: list[object] = []
+    monkeypatch.setattr(EventFile, "close", lambda tracker: ended.append(tracker))
+    config = TrainingConfig(tensorboard=True, mlflow="no-such-scheme://here")
+    trackers = Trackers(config, Folder(tmp_path), "x")
+    with pytest.raises(ConfigError, match="cannot be logged to"):
+        trackers.open([])
+    assert len(ended) == 1
 
 
 def test_a_place_that_is_lost_on_the_way_costs_no_training(

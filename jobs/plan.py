@@ -16,7 +16,14 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-from jobs.command import log_to_stdout, parser, ray_session, refuse_absent_config, reported
+from jobs.command import (
+    log_to_stdout,
+    parser,
+    ray_session,
+    refuse_absent_config,
+    refuse_unreachable,
+    reported,
+)
 from paris_ray.config import Config, load, to_yaml, with_fleet
 from paris_ray.errors import ArtifactError
 
@@ -29,20 +36,25 @@ def main() -> None:
     options.add_argument("--json", metavar="FILE", help="write the plan there, for machines")
     options.add_argument("--ledger", action="store_true", help="what the run of run_dir took")
     arguments = options.parse_intermixed_args()
+    if arguments.ledger and (arguments.fleet or arguments.probe or arguments.json):
+        options.error("--ledger tells of what is finished: not with --fleet, --probe or --json")
     log_to_stdout()
     with reported():
         refuse_absent_config(arguments.config)
         config = load(arguments.config, arguments.overrides)
+        # paris_ray.planning is imported only now: it imports torch, and --help is quick.
+        if arguments.ledger:
+            from paris_ray.planning import ledger_of
+
+            refuse_unreachable({"run_dir": config.run_dir})
+            print(ledger_of(config))
+            return
         if arguments.fleet is not None:
             config = with_fleet(config, arguments.fleet)
         if arguments.probe:
             config = _probed(config, arguments.address)
-        # Imported only now: they import torch, and --help is quick.
-        from paris_ray.planning import document, ledger_of, plan, render
+        from paris_ray.planning import document, plan, render
 
-        if arguments.ledger:
-            print(ledger_of(config))
-            return
         planned = plan(config)
         if arguments.json is not None:
             _write(Path(arguments.json), json.dumps(document(planned), indent=2))

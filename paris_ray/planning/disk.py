@@ -57,7 +57,7 @@ def run_bytes(
     Args:
         config: The run.
         num_rows: Rows of the corpus.
-        num_parameters: Of all experts and the router.
+        num_parameters: Of the seed, all experts and the router.
         num_students: Distilled models.
     """
     table = num_rows * sum(size or 0 for size in row_bytes(config).values())

@@ -72,6 +72,12 @@ def test_a_run_without_a_ledger_has_taken_nothing_that_is_known(tmp_path: Path) 
     assert result.stderr.startswith(f"error: {tmp_path} has no ledger/: no stage of it has")
 
 
+def test_a_ledger_is_not_planned(tmp_path: Path) -> None:
+    result = run_job("plan", f"run_dir={tmp_path}", "--ledger", "--json", str(tmp_path / "it"))
+    assert result.returncode == 2
+    assert "--ledger tells of what is finished: not with --fleet" in result.stderr
+
+
 def test_a_study_lists_its_arms() -> None:
     result = run_job("study", "--small", "--dry-run")
     assert result.returncode == 0

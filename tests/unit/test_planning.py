@@ -344,6 +344,8 @@ def test_experts_wait_for_the_seed_and_it_counts_no_parameters() -> None:
     without = plan(load("quickstart", ["seed_training.steps=0"]))
     with_seed = plan(load("quickstart", ["seed_training.steps=10"]))
     assert with_seed.num_parameters == without.num_parameters
+    more = sum(with_seed.run_bytes.values()) - sum(without.run_bytes.values())
+    assert more == (5 + 1) * 4 * with_seed.trainings[0].num_parameters  # its folder; the bundle
     assert [t.name for t in with_seed.trainings] == ["seed", *(t.name for t in without.trainings)]
     assert "\nseed " in render(with_seed)
     assert "\nseed " not in render(without)

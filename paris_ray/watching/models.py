@@ -1,124 +1,16 @@
 """One trained model of a run, as far as its files tell: how far, how fast, at what cost."""
 
-import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
-from paris_ray.artifacts import MANIFEST, METRICS, PROGRESS, RESOLVED_CONFIG, SPENT, TIMINGS
+from paris_ray.artifacts import METRICS, PROGRESS, RESOLVED_CONFIG, SPENT, TIMINGS
 from paris_ray.config import read_values
 from paris_ray.errors import ArtifactError, ConfigError
 from paris_ray.folders import Folder, Stamp
-from paris_ray.run import FEW_STEP, STUDENT
 from paris_ray.watching.curves import AXIS, RATE, RESUMES, Curves, Point, compute_seconds, curves
 from paris_ray.watching.grids import grid_files
 from paris_ray.watching.lines import GrowingRows, number
-
-MAX_EXPERTS = 1024  # that a page can tell apart
-_EXPERT = re.compile(r"experts/expert_(\d{1,4})/")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Place:
-    """Where a model of a run is.
-
-    Attributes:
-        name: What it is called in addresses.
-        title: What people call it.
-        folder: Its folder, relative to the run; empty: the run is nothing else.
-        manifest: Name of the file whose being there means that it is finished, from the run.
-        section: Of the configuration, that its training has.
-        shard: The folder of rows whose first captions its grids draw; None: it draws none.
-        expert: Its number, of an expert.
-    """
-
-    name: str
-    title: str
-    folder: str
-    manifest: str
-    section: str
-    shard: str | None
-    expert: int | None = None
-
-
-def _shard(cluster: int) -> str:
-    return f"clusters/shards/cluster={cluster}"
-
-
-def expert_place(k: int) -> Place:
-    """Return the place of an expert."""
-    folder = f"experts/expert_{k}"
-    return Place(
-        name=f"expert-{k}",
-        title=f"Expert {k}",
-        folder=folder,
-        manifest=f"{folder}/{MANIFEST}",
-        section="training",
-        shard=_shard(k),
-        expert=k,
-    )
-
-
-def _student_place(name: str, title: str, section: str) -> Place:
-    folder = f"distilled/{name}"
-    return Place(
-        name=name.replace("_", "-"),
-        title=title,
-        folder=f"{folder}/expert_0",
-        manifest=f"{folder}/{MANIFEST}",
-        section=section,
-        shard=_shard(0),
-    )
-
-
-SEED_PLACE = Place(
-    name="seed",
-    title="Seed",
-    folder="seed",
-    manifest=f"seed/{MANIFEST}",
-    section="seed_training",
-    shard=_shard(0),
-)
-ROUTER_PLACE = Place(
-    name="router",
-    title="Router",
-    folder="router",
-    manifest=f"router/{MANIFEST}",
-    section="router_training",
-    shard=None,
-)
-STUDENTS = (
-    _student_place(STUDENT, "Student", "distil_training"),
-    _student_place(FEW_STEP, "Few-step student", "few_step_training"),
-)
-ADAPTER_PLACE = Place(
-    name="adapter",
-    title="Adapter",
-    folder="",
-    manifest=MANIFEST,
-    section="training",
-    shard="embeddings",
-)
-
-
-def places(names: Iterable[str], num_experts: int) -> list[Place]:
-    """Return the models of a run, in the order in which they are trained.
-
-    Args:
-        names: Of the files that there are, relative to the run.
-        num_experts: How many experts there will be at least, present or not.
-    """
-    names = list(names)
-    numbers = {int(match[1]) for name in names if (match := _EXPERT.match(name))}
-    numbers |= set(range(num_experts))
-    others = (SEED_PLACE, ROUTER_PLACE, *STUDENTS)
-    seed, *rest = (
-        [place] if any(name.startswith(f"{place.folder}/") for name in names) else []
-        for place in others
-    )
-    adapter = [] if METRICS not in names and PROGRESS not in names else [ADAPTER_PLACE]
-    experts = [expert_place(k) for k in sorted(numbers)[:MAX_EXPERTS]]
-    return [*adapter, *seed, *experts, *(place for found in rest for place in found)]
+from paris_ray.watching.places import Place
 
 
 class WatchedModel:

@@ -3,7 +3,7 @@
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain, islice
 from typing import Any
 
@@ -26,7 +26,8 @@ from paris_ray.storage import is_uri
 from paris_ray.watching.facts import flattened, forecast, router_facts, stage_told
 from paris_ray.watching.grids import preview, read_grid
 from paris_ray.watching.lines import GrowingRows, number
-from paris_ray.watching.models import Place, WatchedModel, places, read_settings
+from paris_ray.watching.models import WatchedModel, read_settings
+from paris_ray.watching.places import MAX_EXPERTS, Place, places
 
 logger = logging.getLogger(__name__)
 
@@ -131,9 +132,17 @@ class WatchedRun:
 
         return {SETTINGS: settings, CLUSTERS: clusters, ROUTER: router}
 
+    def _experts(self) -> Sequence[int]:
+        """Return the numbers of the experts that there will be: a federation's site trains some."""
+        federation = self._settings.get("federation")
+        told = federation.get("experts") if isinstance(federation, dict) else None
+        own = told if isinstance(told, list) else []
+        own = [k for k in own if isinstance(k, int) and 0 <= k < MAX_EXPERTS]
+        return own or range(len(self._clusters))
+
     def _look_at_models(self, stamps: Mapping[str, Stamp]) -> Iterator[str]:
         """Let each model read what changed of it; yield what could not be read."""
-        found = places(stamps, len(self._clusters))
+        found = places(stamps, self._experts())
         known = self.models
         self.models = {
             place.name: known.get(place.name) or WatchedModel(self.folder, place) for place in found

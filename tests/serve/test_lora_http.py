@@ -152,8 +152,8 @@ def test_a_bought_adapter_is_deployed_with_its_opened_receipt_alone(
         base_digest=tiny_bundle.weights_digest(f"expert_{EXPERT}"),
         expert=EXPERT,
         router_digest=None,
-        state="PAID",
-        sessions=(SessionFacts(session=digest, mode="exact", transcript_root=digest),),
+        state="RELEASED",
+        sessions=(SessionFacts(session=digest, transcript_root=digest),),
         weights_sha256=file_sha256(Folder(tmp_path), ADAPTER_WEIGHTS),
         config_sha256=file_sha256(Folder(tmp_path), ADAPTER_CONFIG),
         integers_sha256=digest,
@@ -175,7 +175,9 @@ def test_a_bought_adapter_is_deployed_with_its_opened_receipt_alone(
     Folder(tmp_path).write_json(RECEIPT, paid.sign(buyer))
     with pytest.raises(ReceiptError, match=f"receipt_key={buyer.public_key}: set that only if"):
         deploy(receipt_key=None)
-    with pytest.raises(ReceiptError, match="state='PAID' is not allowed here: 'OPENED' is needed"):
+    with pytest.raises(
+        ReceiptError, match="state='RELEASED' is not allowed here: 'OPENED' is needed"
+    ):
         deploy()
     Folder(tmp_path).write_json(RECEIPT, replace(paid, state="OPENED").sign(buyer))
     deploy()

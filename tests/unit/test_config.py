@@ -132,6 +132,7 @@ def test_unknown_keys_and_wrong_types_are_refused(override: str, fragments: list
         ("text.path", "null"),
         ("sampling.guidance_scale", "-4"),
         ("training.epochs", "0"),
+        ("training.epochs", ".inf"),
         ("sampling.router_temperature", "-1"),
         ("fleet.num_images", "0"),
         ("features.checkpoint", "null"),

@@ -295,7 +295,10 @@ def test_a_pattern_that_matches_nothing_is_told(tmp_path: Path) -> None:
             open_corpus(config).shards()
 
 
-@pytest.mark.parametrize("key", ["corpus.path", "run_dir", "training.init_from"])
+@pytest.mark.parametrize(
+    "key",
+    ["corpus.path", "run_dir", "training.init_from", "experts.1.training.init_from"],
+)
 @pytest.mark.parametrize(
     "uri", ["s3://name:se/cret@bucket/a", "https://bucket/a?X-Amz-Signature=secret"]
 )

@@ -16,7 +16,7 @@ from paris_ray.folders import Folder
 from paris_ray.models import Expert, TextConditioning
 from paris_ray.reports import picture_grid, png_bytes
 from paris_ray.run import CODEC_FOLDERS
-from paris_ray.sampling.sampler import sample_one_expert
+from paris_ray.sampling.generation import sample_one_expert
 
 NUM_SAMPLES = 16
 GRID_PIXELS = 128  # smaller pictures are enlarged to this height, to be seen

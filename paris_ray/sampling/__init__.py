@@ -1,5 +1,5 @@
 """Drawing pictures from a bundle."""
 
-from paris_ray.sampling.sampler import generate
+from paris_ray.sampling.generation import generate
 
 __all__ = ["generate"]

@@ -36,7 +36,8 @@ from paris_ray.export import open_student, open_trained_parts
 from paris_ray.folders import Folder
 from paris_ray.models import Expert
 from paris_ray.run import STUDENT, Run
-from paris_ray.sampling.sampler import sample_one_expert, sampling_options
+from paris_ray.sampling.generation import sample_one_expert
+from paris_ray.sampling.sampler import sampling_options
 from paris_ray.sampling.teacher import EnsembleTeacher
 from paris_ray.seeding import derive_seed
 from paris_ray.training.distil import OBJECTIVES

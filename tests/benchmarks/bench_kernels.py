@@ -30,7 +30,7 @@ from paris_ray.config import ExpertConfig
 from paris_ray.devices import autocast, resolve_precision
 from paris_ray.models import Expert
 from paris_ray.models.conditioning import TextConditioning
-from paris_ray.sampling.sampler import sample_one_expert
+from paris_ray.sampling.generation import sample_one_expert
 from paris_ray.training.ema import ExponentialMovingAverage
 
 BATCH = 4

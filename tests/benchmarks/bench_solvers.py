@@ -28,7 +28,8 @@ from paris_ray.models import TextConditioning
 from paris_ray.pipeline.drawing import chosen_rows
 from paris_ray.reports import thumbnail
 from paris_ray.run import Run
-from paris_ray.sampling.sampler import SamplingOptions, sample, sampling_options
+from paris_ray.sampling.generation import sample
+from paris_ray.sampling.sampler import SamplingOptions, sampling_options
 from paris_ray.seeding import derive_seed
 
 STEPS = (2, 3, 4, 5, 6, 8)

@@ -28,6 +28,7 @@ from paris_ray.models.peft_layout import save_adapter
 from paris_ray.sampling import generate
 from paris_ray.sampling.calls import ROUTER, Call, ExpertCall, RouterCall
 from paris_ray.sampling.engine import Engine, Event, Failed, Finished, Limits, Ticket
+from paris_ray.sampling.generation import sample_one_expert
 from paris_ray.sampling.guidance import KeyedText
 from paris_ray.sampling.local import LocalModels
 from paris_ray.sampling.sampler import (
@@ -37,7 +38,6 @@ from paris_ray.sampling.sampler import (
     Step,
     advance,
     initial_noise,
-    sample_one_expert,
     sampling_options,
     start_denoising,
 )

@@ -23,7 +23,8 @@ from paris_ray.models.release import write_document
 from paris_ray.pipeline.export import started_from
 from paris_ray.run import BUNDLE, EXPERT, EXPERT_WEIGHTS, SEED, Run
 from paris_ray.sampling import generate
-from paris_ray.sampling.sampler import initial_noise, sample, sampling_options
+from paris_ray.sampling.generation import sample
+from paris_ray.sampling.sampler import initial_noise, sampling_options
 
 PROMPTS = ["a red cat", "blue dog", ""]
 SEEDS = [3, 14, 15]

@@ -24,9 +24,10 @@ from paris_ray.folders import Folder
 from paris_ray.models import Expert
 from paris_ray.run import EXPERT_WEIGHTS, ROUTER_WEIGHTS
 from paris_ray.sampling import generate
+from paris_ray.sampling.generation import sample
 from paris_ray.sampling.guidance import guided_velocity
 from paris_ray.sampling.local import LocalModels
-from paris_ray.sampling.sampler import Samples, sample, sampling_options
+from paris_ray.sampling.sampler import Samples, sampling_options
 from tests.expert_calls import answer_alone, first_expert_calls
 
 PROMPTS = ["a red cat", "blue dog"]

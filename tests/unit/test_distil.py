@@ -22,8 +22,9 @@ from paris_ray.model_card import distilled_card
 from paris_ray.models import Expert, TextConditioning
 from paris_ray.run import EXPERT_WEIGHTS, FEW_STEP, STUDENT
 from paris_ray.sampling import generate
+from paris_ray.sampling.generation import sample, sample_one_expert
 from paris_ray.sampling.routing import expert_weights
-from paris_ray.sampling.sampler import initial_noise, sample, sample_one_expert, sampling_options
+from paris_ray.sampling.sampler import initial_noise, sampling_options
 from paris_ray.sampling.teacher import EnsembleTeacher
 from paris_ray.training.data import Batch
 from paris_ray.training.distil import (

@@ -18,13 +18,8 @@ from paris_ray.folders import Folder
 from paris_ray.models import Expert, Router, TextConditioning
 from paris_ray.models.release import write_document
 from paris_ray.run import EXPERT_WEIGHTS, MODEL_CONFIG, ROUTER_WEIGHTS
-from paris_ray.sampling.sampler import (
-    Samples,
-    SamplingError,
-    initial_noise,
-    sample,
-    sampling_options,
-)
+from paris_ray.sampling.generation import sample
+from paris_ray.sampling.sampler import Samples, SamplingError, initial_noise, sampling_options
 from tests.reference import PlainExpert, PlainRouter, plain_sample
 
 TOLERANCE = 1e-4

@@ -20,17 +20,11 @@ from paris_ray.diffusion import predict_velocity, router_logits, sampling_times
 from paris_ray.errors import ParisError, RoutingError
 from paris_ray.models import EncodedText, Expert, TextConditioning
 from paris_ray.sampling import generate
+from paris_ray.sampling.generation import sample, sample_one_expert
 from paris_ray.sampling.guidance import KeyedText, TextCache, guided_velocity
 from paris_ray.sampling.local import LocalModels
 from paris_ray.sampling.routing import Routing, parse_routing
-from paris_ray.sampling.sampler import (
-    Samples,
-    SamplingError,
-    initial_noise,
-    sample,
-    sample_one_expert,
-    sampling_options,
-)
+from paris_ray.sampling.sampler import Samples, SamplingError, initial_noise, sampling_options
 from paris_ray.sampling.solvers import integrate, solve
 
 PROMPTS = ["a red cat", "blue dog", "a green square"]
@@ -160,7 +154,7 @@ def test_more_prompts_than_a_batch_keep_their_seeds(
     tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = generate(tiny_bundle, PROMPTS, seed=5)
-    monkeypatch.setattr("paris_ray.sampling.sampler.MAX_BATCH", 2)
+    monkeypatch.setattr("paris_ray.sampling.generation.MAX_BATCH", 2)
     parts = generate(tiny_bundle, PROMPTS, seed=5)
     assert [image.tobytes() for image in parts] == [image.tobytes() for image in whole]
 

@@ -21,8 +21,8 @@ from paris_ray.export import write_bundle
 from paris_ray.folders import Folder
 from paris_ray.models import TextConditioning
 from paris_ray.run import BUNDLE
+from paris_ray.sampling.generation import MAX_BATCH
 from paris_ray.sampling.guidance import KeyedText
-from paris_ray.sampling.sampler import MAX_BATCH
 from serve.app import AppArgs, ScaledOptions, build
 from serve.errors import describe_violation
 from serve.expert import TextArrays

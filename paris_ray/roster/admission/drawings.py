@@ -13,7 +13,7 @@ from paris_ray.models import Expert
 from paris_ray.roster.admission.limits import Limits
 from paris_ray.roster.admission.panel import Panel
 from paris_ray.roster.admission.readings import Check
-from paris_ray.sampling.sampler import sample_one_expert
+from paris_ray.sampling.generation import sample_one_expert
 from paris_ray.seeding import derive_seed
 
 NAME = "drawings"

@@ -4,10 +4,11 @@ from typing import Any
 
 from paris_ray.errors import ConfigError
 from paris_ray.folders import Folder
-from paris_ray.training.tracked_rows import AXIS, CLOCK, Rows, numbers_of, require
+from paris_ray.training.tracked_rows import AXIS, CLOCK, Rows, numbers_of, require, rows_after
 
 EXPERIMENT = "paris_ray"
 TAG = "paris_ray.training"  # by which a resumed training finds its run
+IN_ALL_ROWS = "loss"
 BATCH = 900  # numbers at a time; MLflow takes at most 1000
 
 
@@ -29,10 +30,10 @@ class MlflowRun:
         self._name = "/".join(folder.uri.rstrip("/").split("/")[-3:])
         self._client: Any = None
         self._run = ""
-        self._shown = 0
+        self._shown = -1  # the last place on the axis
 
     def open(self, rows: Rows) -> None:
-        """Begin, or go on after rows; raises ConfigError if that is refused."""
+        """Begin, or go on; raises ConfigError if that is refused."""
         from mlflow import MlflowClient
 
         try:
@@ -42,6 +43,8 @@ class MlflowRun:
             if runs:
                 self._run = runs[0].info.run_id
                 self._client.update_run(self._run, status="RUNNING")
+                known = self._client.get_metric_history(self._run, IN_ALL_ROWS)
+                self._shown = max((each.step for each in known), default=-1)
             else:
                 run = self._client.create_run(
                     experiment, run_name=self._name, tags={TAG: self._tag}
@@ -49,7 +52,6 @@ class MlflowRun:
                 self._run = run.info.run_id
         except Exception as error:  # its own, and those of what carries its requests
             raise ConfigError(f"mlflow={self._uri!r} cannot be logged to: {error}") from error
-        self._shown = len(rows) if runs else 0
 
     def _experiment(self) -> str:
         """Return the id of the experiment, made by whichever training comes first."""
@@ -71,12 +73,12 @@ class MlflowRun:
 
         metrics = [
             Metric(name, float(value), int(1000 * row[CLOCK]), int(row[AXIS]))
-            for row in rows[self._shown :]
+            for row in rows_after(self._shown, rows)
             for name, value in numbers_of(row).items()
         ]
         for first in range(0, len(metrics), BATCH):
             self._client.log_batch(self._run, metrics=metrics[first : first + BATCH])
-        self._shown = len(rows)
+        self._shown = max((metric.step for metric in metrics), default=self._shown)
 
     def close(self) -> None:
         """End the run, until it is taken up again."""

@@ -16,6 +16,15 @@ def numbers_of(row: Mapping[str, Any]) -> dict[str, Any]:
     return {n: v for n, v in row.items() if n not in (AXIS, CLOCK) and v is not None}
 
 
+def rows_after(shown: int, rows: Rows) -> Rows:
+    """Return the rows beyond a place on the axis, up to which a tracker has been shown all.
+
+    It is not told by their number: a training that is killed while it writes its checkpoint has
+    shown more than the process that goes on knows of.
+    """
+    return [row for row in rows if row[AXIS] > shown]
+
+
 def require(module: str, setting: str, package: str, extra: str) -> None:
     """Raise ConfigError, saying what to install, unless a module can be imported.
 

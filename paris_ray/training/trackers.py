@@ -1,7 +1,7 @@
 """Who else is shown the metrics of a training: TensorBoard, Weights & Biases, MLflow.
 
 Each has its file, which imports its package when it is asked for. All are shown rows when there is
-a checkpoint: a training that is killed then takes back nothing that it has shown.
+a checkpoint, and none twice: a training that is killed then takes back nothing that it has shown.
 """
 
 import logging
@@ -23,7 +23,7 @@ class Tracker(Protocol):
     """What a training shows its metrics to."""
 
     def open(self, rows: Rows) -> None:
-        """Begin, or go on after `rows`, which an earlier process of this training has shown."""
+        """Begin, or go on; `rows` are those that an earlier process of this training had."""
 
     def write(self, rows: Rows) -> None:
         """Show all rows so far: of those that it has been shown nothing changes."""
@@ -63,7 +63,7 @@ class Trackers:
         self._each("close")
 
     def open(self, rows: Rows) -> None:
-        """Begin, or go on after rows that an earlier process has shown.
+        """Begin, or go on; `rows` are those that an earlier process had.
 
         Raises:
             ConfigError: if one of them cannot be reached.

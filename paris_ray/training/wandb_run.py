@@ -9,7 +9,7 @@ from typing import Any
 
 from paris_ray.errors import ConfigError
 from paris_ray.folders import Folder
-from paris_ray.training.tracked_rows import AXIS, CLOCK, Rows, numbers_of, require
+from paris_ray.training.tracked_rows import AXIS, CLOCK, Rows, numbers_of, require, rows_after
 
 
 class WandbRun:
@@ -28,10 +28,10 @@ class WandbRun:
         require("wandb", f"wandb={project!r}", "wandb", "wandb")
         self._project, self._folder, self._run_id = project, folder, run_id
         self._run: Any = None
-        self._shown = 0
+        self._shown = -1  # the last place on the axis
 
     def open(self, rows: Rows) -> None:
-        """Begin, or go on after rows; raises ConfigError if that is refused."""
+        """Begin, or go on; raises ConfigError if that is refused."""
         import wandb
 
         group, _, name = self._folder.uri.rstrip("/").rpartition("/")
@@ -59,15 +59,15 @@ class WandbRun:
                 f"wandb={self._project!r} cannot be logged to: {error} (WANDB_API_KEY, or "
                 "WANDB_MODE=offline)"
             ) from error
-        # An offline run cannot know whether there is one of its name; rows are not shown twice.
-        is_new = not (self._run.offline or self._run.resumed)
-        self._shown = 0 if is_new else len(rows)
+        # Offline nobody knows what there is already; rows are not shown twice.
+        last = rows[-1][AXIS] if rows else -1
+        self._shown = last if self._run.offline else self._run.step - 1
 
     def write(self, rows: Rows) -> None:
         """Show the rows that it has not been shown."""
-        for row in rows[self._shown :]:
+        for row in rows_after(self._shown, rows):
             self._run.log(numbers_of(row) | {"_timestamp": row[CLOCK]}, step=row[AXIS])
-        self._shown = len(rows)
+            self._shown = row[AXIS]
 
     def close(self) -> None:
         """End the run, or this process's part of it."""

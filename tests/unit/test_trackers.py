@@ -17,6 +17,7 @@ from paris_ray.artifacts import METRICS, publish
 from paris_ray.config import TrainingConfig, load
 from paris_ray.errors import ConfigError, TrainingError
 from paris_ray.folders import Folder
+from paris_ray.training import checkpoint
 from paris_ray.training.loop import Progress
 from paris_ray.training.tensorboard import EventFile
 from paris_ray.training.trackers import Trackers
@@ -121,15 +122,15 @@ def test_a_run_that_was_left_open_gets_nothing_of_the_next(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("offline", "resumed", "shown"), [(False, False, [8, 16]), (False, True, []), (True, False, [])]
+    ("offline", "step", "shown"), [(False, 0, [8, 16]), (False, 9, [16]), (True, 0, [])]
 )
-def test_a_new_run_is_shown_earlier_rows_too(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, offline: bool, resumed: bool, shown: list[int]
+def test_a_run_is_shown_what_it_lacks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, offline: bool, step: int, shown: list[int]
 ) -> None:
     """Such as of a training that begins to show its rows half way; offline nobody can know."""
     wandb = pytest.importorskip("wandb", reason="wandb is not installed")
     steps: list[int] = []
-    run = SimpleNamespace(offline=offline, resumed=resumed, finish=lambda: None)
+    run = SimpleNamespace(offline=offline, step=step, finish=lambda: None)
     run.log = lambda _values, step: steps.append(step)
     monkeypatch.setattr(wandb, "init", lambda **_: run)
     with Trackers(TrainingConfig(wandb="p"), Folder(tmp_path), "x") as trackers:
@@ -163,6 +164,23 @@ def logged_by_mlflow(uri: str, name: str) -> list[list[tuple[int, float]]]:
 def test_mlflow_is_shown_every_row_once(shard: Folder, tmp_path: Path, mlflow_uri: str) -> None:
     output = Folder(tmp_path / "expert_0")
     train_with_a_kill(shard, output, replace(TRAINING, mlflow=mlflow_uri))
+    (shown,) = logged_by_mlflow(mlflow_uri, "loss")
+    assert shown == [(row["samples_seen"], row["loss"]) for row in rows_of(output)]
+
+
+def test_a_kill_in_the_middle_of_a_checkpoint_shows_nothing_twice(
+    shard: Folder, tmp_path: Path, mlflow_uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*_: object, **__: object) -> None:
+        raise Stop
+
+    output, config = Folder(tmp_path / "expert_0"), replace(TRAINING, mlflow=mlflow_uri)
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoint, "save", killed)
+        with pytest.raises(Stop):
+            train(shard, output, config=config)
+    assert logged_by_mlflow(mlflow_uri, "loss") != [[]]
+    train(shard, output, config=config)
     (shown,) = logged_by_mlflow(mlflow_uri, "loss")
     assert shown == [(row["samples_seen"], row["loss"]) for row in rows_of(output)]
 

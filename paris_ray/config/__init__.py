@@ -3,7 +3,7 @@
 Unknown keys, wrong types and values that are not allowed are refused with the allowed ones.
 """
 
-from paris_ray.config.checks import check, check_distillation, check_model, check_place
+from paris_ray.config.checks import check, check_distillation
 from paris_ray.config.conversion import (
     digest,
     expert_setup,
@@ -47,6 +47,7 @@ from paris_ray.config.models import (
     RouterConfig,
     unlike_fields,
 )
+from paris_ray.config.section_checks import check_model, check_place
 from paris_ray.config.sections import RESOURCE_KEYS, Config
 from paris_ray.config.training import Precision, TrainingConfig
 

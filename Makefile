@@ -13,7 +13,8 @@ help:
 	@echo "make fuzz         2,000 cases against the HTTP interface, 10,000 changes of what ZKLoRA's strangers send,"
 	@echo "                  10,000 of each kind of file that strangers make: hours"
 	@echo "make chaos        what make test has a short form of: trainings, workers, nodes, parties of ZKLoRA that are killed,"
-	@echo "                  an application that changes under load, also with HAProxy, unsafe starts, stores that fail"
+	@echo "                  an application that changes under load, also with HAProxy, unsafe starts, stores that fail, a whole run on S3,"
+	@echo "                  caps, a study in small"
 	@echo "make soak         half an hour of load, cancels and kills of serving (needs the quickstart's bundle), and half an hour of"
 	@echo "                  trainings that are killed and whose storage fails (needs root, for a small disk); MINUTES=30"
 	@echo "make bench        write the numbers of docs/results.md and docs/zklora.md"
@@ -46,9 +47,11 @@ fuzz: $(VENV)/test
 	$(PY) -m tests.fuzz --mutations 10000
 
 chaos: $(VENV)/test
-	CHAOS=1 $(PY) -m pytest tests/ray/test_demo_zklora.py tests/ray/test_zklora_jobs.py
+	CHAOS=1 $(PY) -m pytest tests/ray/test_demo_zklora.py tests/ray/test_zklora_jobs.py \
+		tests/ray/test_caps.py tests/ray/test_s3.py tests/ray/test_study.py
 	CHAOS=1 $(PY) -m pytest tests/chaos
-	CHAOS=1 $(PY) -m pytest tests/serve/test_gate_http.py tests/serve/test_scaling_http.py
+	CHAOS=1 $(PY) -m pytest tests/serve/test_gate_http.py tests/serve/test_scaling_http.py \
+		tests/serve/test_relay.py tests/serve/test_release_http.py
 	CHAOS=1 RAY_SERVE_ENABLE_HA_PROXY=1 $(PY) -m pytest tests/serve/test_scaling_http.py
 
 MINUTES ?= 30

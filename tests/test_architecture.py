@@ -88,3 +88,17 @@ def test_the_readmes_commands_exist(target: str) -> None:
     assert f"\n{target}:" in makefile
     documents = [REPOSITORY / "README.md", *(REPOSITORY / "docs").glob("*.md")]
     assert any(f"make {target}" in document.read_text() for document in documents)
+
+
+def test_what_make_test_leaves_out_make_chaos_runs() -> None:
+    _, _, chaos = (REPOSITORY / "Makefile").read_text().partition("\nchaos:")
+    recipe = chaos.partition("\n\n")[0]
+    long = [
+        path
+        for path in (REPOSITORY / "tests").rglob("test_*.py")
+        if "from tests.long_tests import" in path.read_text() and path != Path(__file__)
+    ]
+    assert len(long) > 8
+    for path in long:
+        place = path.relative_to(REPOSITORY)
+        assert str(place) in recipe or f" {place.parent}\n" in f"{recipe}\n", place

@@ -159,7 +159,7 @@ def test_curves_are_drawn_over_steps_samples_and_time(
         page.get_by_label("logarithmic losses").check()
         page.get_by_role("button", name="Expert 0").click()
         page.wait_for_function(
-            "document.querySelectorAll('[data-name=loss] .curve:not(.raw)').length === 1"
+            "() => document.querySelectorAll('[data-name=loss] .curve:not(.raw)').length === 1"
         )
         page.reload()  # what was chosen is remembered
         curves_of(page, "loss").first.wait_for(state="attached")
@@ -202,7 +202,9 @@ def test_all_samples_are_a_gallery_and_one_is_seen_pixel_by_pixel(
         page.locator("[name=model]").select_option("expert-1")
         page.get_by_role("rowheader", name=captions(1)[0]).wait_for()
         assert page.locator("#samples thead th").all_inner_texts() == ["Caption", "step 4"]
-        page.wait_for_function("document.querySelectorAll('.single [data-drawn]').length === 16")
+        page.wait_for_function(
+            "() => document.querySelectorAll('.single [data-drawn]').length === 16"
+        )
         first, second = (page.locator("#samples tbody tr").nth(i).bounding_box() for i in (0, 1))
         assert first["y"] == second["y"] and first["x"] < second["x"]  # there is room for both
 
@@ -211,7 +213,9 @@ def test_two_runs_are_compared(open_watch: Open, runs: tuple[Path, Path]) -> Non
     with watching(*map(str, runs)) as url:
         page = open_watch(url)
         page.get_by_text("mine is drawn solid, other dashed.").wait_for()
-        page.wait_for_function("document.querySelectorAll('[data-name=loss] .second').length === 2")
+        page.wait_for_function(
+            "() => document.querySelectorAll('[data-name=loss] .second').length === 2"
+        )
         assert curves_of(page, "loss").count() == 4
         galleries = page.locator("#samples table")
         assert galleries.count() == 2
@@ -292,7 +296,7 @@ def test_whoever_has_a_key_may_watch(
         page.keyboard.press("Enter")
         drawn_cells(page).first.wait_for()
         assert page.get_by_label("API key").is_hidden()
-        page.wait_for_function("document.getElementById('alert').textContent === ''")
+        page.wait_for_function("() => document.getElementById('alert').textContent === ''")
 
 
 def test_a_run_in_a_bucket_is_watched(open_watch: Open, runs: tuple[Path, Path]) -> None:

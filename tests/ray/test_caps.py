@@ -12,8 +12,9 @@ from jobs.command import EXIT_CAP_REACHED
 from paris_ray.artifacts import MANIFEST, SPENT
 from paris_ray.config import Config
 from paris_ray.run import EXPERT_WEIGHTS, Run
+from tests.long_tests import chaos
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, chaos]
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 

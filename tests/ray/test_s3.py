@@ -11,9 +11,10 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 
+from tests.long_tests import chaos
 from tests.s3_server import BUCKET, SECRET, S3Server, s3_server
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, chaos]
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 RUN = "runs/shapes"

@@ -19,8 +19,9 @@ from paris_ray.sampling.generation import sample_one_expert
 from paris_ray.sampling.sampler import sampling_options
 from paris_ray.study.forms import SMALL_FORM
 from paris_ray.study.plan import AGREE, study_config
+from tests.long_tests import chaos
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, chaos]
 
 FORM = replace(
     SMALL_FORM,

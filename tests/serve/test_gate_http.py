@@ -457,6 +457,7 @@ def keys(tmp_path: Path) -> dict[str, str]:
     return {"api_key_file": str(tmp_path / "key")}
 
 
+@chaos
 def test_unsafe_applications_are_refused(
     tiny_bundle_path: Path, keys: dict[str, str], tmp_path: Path
 ) -> None:

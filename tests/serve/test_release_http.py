@@ -15,6 +15,7 @@ from PIL import Image
 from paris_ray.bundle import Bundle, load_bundle
 from paris_ray.bundle.history import EXPORTED
 from paris_ray.sampling import generate
+from tests.long_tests import chaos
 
 pytestmark = [pytest.mark.serve, pytest.mark.usefixtures("replica_threads")]
 
@@ -90,6 +91,7 @@ def test_separate_experts_draw_what_generate_draws(url: str, release_bundle: Bun
         np.testing.assert_array_equal(drawn(url, **body), expected(release_bundle, **body))
 
 
+@chaos
 def test_arguments_of_a_single_gpu_draw_the_same(start_app: Start, release_path: Path) -> None:
     args = {"colocated": True, "offload": True, "dtype": "bfloat16", "device": "cpu"}
     app = start_app("release-colocated", bundle=str(release_path), **args)

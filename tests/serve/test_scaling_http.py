@@ -187,6 +187,7 @@ def kept_dead(
         killer.join()
 
 
+@chaos
 def test_where_an_expert_stays_dead_the_seed_draws_and_the_answer_names_it(
     deploy: Callable[..., str],
     kill_replicas: Callable[[str, str], int],

@@ -17,6 +17,7 @@ from paris_ray.config import (
     load,
     local_paths,
     packaged_configs,
+    packaged_recipes,
     with_absolute_paths,
 )
 from paris_ray.errors import ArtifactError, ConfigError, ParisError, SpendingCapError
@@ -59,8 +60,9 @@ def parser(description: str, *, dry_run: bool = True) -> argparse.ArgumentParser
     result = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    names = ", ".join(packaged_configs())
-    result.add_argument("--config", default="quickstart", help=f"a YAML file, or one of: {names}")
+    names, recipes = ", ".join(packaged_configs()), ", ".join(packaged_recipes())
+    told = f"a YAML file, or one of: {names}; +NAME adds a recipe, as quickstart+muon: {recipes}"
+    result.add_argument("--config", default="quickstart", help=told)
     result.add_argument(
         "--address", help="Ray cluster; default: RAY_ADDRESS, else a Ray of its own"
     )

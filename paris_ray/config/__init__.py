@@ -31,6 +31,7 @@ from paris_ray.config.loading import (
     load_lora,
     local_paths,
     packaged_configs,
+    packaged_recipes,
     read_values,
     run_folder,
     with_absolute_paths,
@@ -47,6 +48,7 @@ from paris_ray.config.models import (
     RouterConfig,
     unlike_fields,
 )
+from paris_ray.config.recipes import RecipeConfig, synced_blocks
 from paris_ray.config.sections import RESOURCE_KEYS, Config
 from paris_ray.config.training import Precision, TrainingConfig
 
@@ -79,6 +81,7 @@ __all__ = [
     "PoolConfig",
     "Precision",
     "Preset",
+    "RecipeConfig",
     "RouterConfig",
     "SamplingConfig",
     "SolverName",
@@ -98,8 +101,10 @@ __all__ = [
     "load_lora",
     "local_paths",
     "packaged_configs",
+    "packaged_recipes",
     "read_values",
     "run_folder",
+    "synced_blocks",
     "to_dict",
     "to_yaml",
     "unlike_fields",

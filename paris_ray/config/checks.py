@@ -25,6 +25,7 @@ from paris_ray.config.models import (
     RouterConfig,
     unlike_fields,
 )
+from paris_ray.config.recipes import refused_recipe
 from paris_ray.config.sections import Config
 from paris_ray.config.training import TrainingConfig
 from paris_ray.errors import ConfigError
@@ -38,7 +39,12 @@ def _require(holds: bool, field_name: str, value: object, allowed: str) -> None:
         raise ConfigError(f"{field_name}={value!r} is not allowed: {allowed}")
 
 
-def _check_training(name: str, training: TrainingConfig, corpus: CorpusConfig) -> None:
+def _check_training(
+    name: str, training: TrainingConfig, corpus: CorpusConfig, expert: ExpertConfig | None = None
+) -> None:
+    """Check a training; `expert` is what learns from data in it, None: something else learns."""
+    for field, value, allowed in refused_recipe(training, expert):
+        _require(False, f"{name}.{field}", value, allowed)
     counts = ("batch_size", "accumulation_steps", "log_every", "checkpoint_every")
     least = 0 if name == "seed_training" else 1
     _require(training.steps >= least, f"{name}.steps", training.steps, f"at least {least}")
@@ -126,7 +132,8 @@ def _check_experts(config: Config) -> dict[str, ExpertConfig]:
         allowed = f"0 to {num_clusters - 1}, as cluster.num_clusters={num_clusters}"
         _require(exists and index == str(int(index)), "experts", index, allowed)
         setup = expert_setup(config, int(index))
-        _check_training(f"experts.{index}.training", setup.training, config.corpus)
+        name = f"experts.{index}.training"
+        _check_training(name, setup.training, config.corpus, setup.expert)
         same = setup.expert.text_embed_dim == config.expert.text_embed_dim
         name, width = f"experts.{index}.expert", config.expert.text_embed_dim
         allowed = f"{width}, since all experts read one text encoder"
@@ -137,7 +144,7 @@ def _check_experts(config: Config) -> dict[str, ExpertConfig]:
 
 def _check_seed(config: Config) -> None:
     """Check that every expert can start from the seed, before that is trained."""
-    _check_training("seed_training", config.seed_training, config.corpus)
+    _check_training("seed_training", config.seed_training, config.corpus, config.expert)
     if not config.seed_training.steps:
         return
     for index in config.experts:
@@ -416,7 +423,7 @@ def check(config: Config) -> None:
     for key in ("steps", "batch_size", "max_images"):
         value = getattr(config.features, key)
         _require(value >= 1, f"features.{key}", value, "at least 1")
-    _check_training("training", config.training, config.corpus)
+    _check_training("training", config.training, config.corpus, config.expert)
     _check_training("router_training", config.router_training, config.corpus)
     _check_students(config)
     _check_shapes(config)
@@ -445,5 +452,8 @@ def check_lora_run(run: LoRARun) -> None:
     for key in (*SCORES, "max_similarity"):
         value = getattr(given.filters, key)
         _require(value is None, f"corpus.filters.{key}", value, "null, a LoRA has no such model")
+    optimizer = run.training.hidden_optimizer
+    allowed = "adamw: the factors of a LoRA are no hidden matrices"
+    _require(optimizer == "adamw", "training.hidden_optimizer", optimizer, allowed)
     start = run.training.init_from
     _require(start is None, "training.init_from", start, "null, a LoRA starts from the expert")

@@ -1,6 +1,6 @@
 """A configuration from YAML and `key=value` overrides, and the paths in it."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass, replace
 from functools import reduce
@@ -24,6 +24,7 @@ from paris_ray.folders import absolute_uri
 from paris_ray.json_documents import MAX_NESTING
 
 LORA = "lora"  # the one packaged configuration that is a LoRARun
+RECIPES, RECIPE_SIGN = "recipes", "+"  # the folder in configs/, and what stands before each
 MAX_VALUES = 100_000  # of a file; ours have some hundred
 EXPERTS = "experts"  # the section of what differs for single experts
 
@@ -35,6 +36,31 @@ def packaged_configs() -> list[str]:
     folder = resources.files("paris_ray") / "configs"
     names = {entry.name for entry in folder.iterdir()} - {f"{LORA}.yaml"}
     return sorted(name.removesuffix(".yaml") for name in names if name.endswith(".yaml"))
+
+
+def packaged_recipes() -> list[str]:
+    """Return the names of recipes that `load` adds to a configuration."""
+    folder = resources.files("paris_ray") / "configs" / RECIPES
+    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir())
+
+
+def _read_with_recipes(given: str) -> list[DictConfig]:
+    """Return what `quickstart+muon` names: a configuration and recipes that are added to it.
+
+    Raises:
+        ConfigError: if there is no such recipe, or another than `_read_yaml` says.
+    """
+    if Path(given).is_file():  # whose name may have a + in it
+        return [_read_yaml(given, packaged_configs())]
+    name, *recipes = given.split(RECIPE_SIGN)
+    documents = [_read_yaml(name, packaged_configs())]
+    for recipe in recipes:
+        if recipe not in packaged_recipes():
+            raise ConfigError(
+                f"config={given!r}: {recipe!r} is no recipe; one of {', '.join(packaged_recipes())}"
+            )
+        documents.append(_read_yaml(f"{RECIPES}/{recipe}", [f"{RECIPES}/{recipe}"]))
+    return documents
 
 
 def _read_yaml(name_or_path: str, packaged: Sequence[str], option: str = "config") -> DictConfig:
@@ -180,14 +206,15 @@ def load(name_or_path: str, overrides: Sequence[str] = ()) -> Config:
     """Return the typed configuration of a YAML file with `key=value` overrides.
 
     Args:
-        name_or_path: A packaged name (`quickstart`) or the path of a YAML file.
+        name_or_path: A packaged name (`quickstart`) or the path of a YAML file, and recipes that
+            are added to it (`quickstart+muon`).
         overrides: For example `["training.steps=50", "corpus.kind=image_folder"]`. What is text
             is taken as it stands, but `null` where text may be absent; the rest is read as YAML.
 
     Raises:
         ConfigError: for an unknown key, a wrong type or a value that is not allowed.
     """
-    config = _load(Config, name_or_path, packaged_configs(), overrides)
+    config = _load(Config, name_or_path, _read_with_recipes, overrides)
     config = replace(config, corpus=with_own_labels(config.corpus))
     check(config)
     return config
@@ -236,17 +263,20 @@ def load_lora(name_or_path: str = LORA, overrides: Sequence[str] = ()) -> LoRARu
     Raises:
         ConfigError: for an unknown key, a wrong type or a value that is not allowed.
     """
-    run = _load(LoRARun, name_or_path, [LORA], overrides)
+    run = _load(LoRARun, name_or_path, lambda given: [_read_yaml(given, [LORA])], overrides)
     check_lora_run(run)
     return run
 
 
 def _load(
-    root: type[Root], name_or_path: str, packaged: Sequence[str], overrides: Sequence[str]
+    root: type[Root],
+    given: str,
+    read: Callable[[str], Sequence[DictConfig]],
+    overrides: Sequence[str],
 ) -> Root:
-    with _explained(root, f"config={name_or_path!r} or an override"):
-        changes, document = _read_overrides(root, overrides), _read_yaml(name_or_path, packaged)
-        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(root), document, changes))
+    with _explained(root, f"config={given!r} or an override"):
+        parts = [OmegaConf.structured(root), *read(given), _read_overrides(root, overrides)]
+        config = OmegaConf.to_object(OmegaConf.merge(*parts))
     assert isinstance(config, root)
     return config
 

@@ -190,7 +190,11 @@ class Expert(nn.Module):
         return projection(pooled).view(len(pooled), self.grid**2, -1)
 
     def forward(
-        self, latents: Tensor, timesteps: Tensor, text: TextConditioning | Tensor | EncodedText
+        self,
+        latents: Tensor,
+        timesteps: Tensor,
+        text: TextConditioning | Tensor | EncodedText,
+        hidden: list[Tensor] | None = None,
     ) -> Tensor:
         """Return what `config.prediction` names.
 
@@ -198,6 +202,7 @@ class Expert(nn.Module):
             latents: `(B, C, H, W)` noisy latents.
             timesteps: `(B,)` in [0, 1000], 1000 = pure noise.
             text: A conditioning, its `text_embeddings (B, L, D)`, or `encode_text`'s result.
+            hidden: Receives the tokens `(B, N, d)` after every block.
 
         Returns:
             `(B, C, H, W)`. With `prediction="preconditioned"` latents must already have unit
@@ -219,5 +224,7 @@ class Expert(nn.Module):
                 encoded.mask,
                 recompute=self.gradient_checkpointing,
             )
+            if hidden is not None:
+                hidden.append(x)
         x = self.final_layer(x, time_embedding)  # (B, N, p * p * C)
         return unpatchify(x, self.grid, self.config.patch_size)

@@ -37,7 +37,8 @@ class Batch(NamedTuple):
     """What one step trains on.
 
     `latents` and `noise` are `(B, C, H, W)`, `t (B,)` in [0, 1], `clusters (B,)`; `text` is
-    `(B, D)` sentence vectors, `(B, 1 + L, D)` with token states, or `(B, L)` token ids.
+    `(B, D)` sentence vectors, `(B, 1 + L, D)` with token states, or `(B, L)` token ids. What only
+    a recipe reads is None without it: `negatives (B, C, H, W)`, velocities of other rows.
     """
 
     latents: Tensor
@@ -45,18 +46,23 @@ class Batch(NamedTuple):
     t: Tensor
     text: Tensor
     clusters: Tensor
+    negatives: Tensor | None = None
 
     def to(self, device: torch.device) -> "Batch":
         """Return the batch on a device; the copy of pinned memory is not waited for."""
-        return Batch(*(part.to(device, non_blocking=True) for part in self))
+        return self._each(lambda part: part.to(device, non_blocking=True))
 
     def pin(self) -> "Batch":
         """Return the batch in memory that a GPU can copy from while it computes."""
-        return Batch(*(part.pin_memory() for part in self))
+        return self._each(Tensor.pin_memory)
 
     def split(self, count: int) -> "list[Batch]":
         """Return `count` equal parts of the batch."""
-        return [Batch(*parts) for parts in zip(*(p.chunk(count) for p in self), strict=True)]
+        parts = [[None] * count if part is None else part.chunk(count) for part in self]
+        return [Batch(*each) for each in zip(*parts, strict=True)]
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+        return Batch(*(None if part is None else change(part) for part in self))
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,7 @@
 """A configuration from YAML and `key=value` overrides, and the paths in it."""
 
-from collections.abc import Callable, Iterator, Sequence
+import json
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass, replace
 from functools import reduce
@@ -44,23 +45,26 @@ def packaged_recipes() -> list[str]:
     return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir())
 
 
-def _read_with_recipes(given: str) -> list[DictConfig]:
-    """Return what `quickstart+muon` names: a configuration and recipes that are added to it.
+def recipe_overrides(recipes: str) -> list[str]:
+    """Return what recipes joined by `+` change of a configuration, as overrides.
 
     Raises:
-        ConfigError: if there is no such recipe, or another than `_read_yaml` says.
+        ConfigError: if there is no such recipe.
     """
-    if Path(given).is_file():  # whose name may have a + in it
-        return [_read_yaml(given, packaged_configs())]
-    name, *recipes = given.split(RECIPE_SIGN)
-    documents = [_read_yaml(name, packaged_configs())]
-    for recipe in recipes:
+    overrides = []
+    for recipe in recipes.split(RECIPE_SIGN):
         if recipe not in packaged_recipes():
             raise ConfigError(
-                f"config={given!r}: {recipe!r} is no recipe; one of {', '.join(packaged_recipes())}"
+                f"recipe={recipe!r} is not allowed: one of {', '.join(packaged_recipes())}"
             )
-        documents.append(_read_yaml(f"{RECIPES}/{recipe}", [f"{RECIPES}/{recipe}"]))
-    return documents
+        name = f"{RECIPES}/{recipe}"
+        sections: Any = OmegaConf.to_container(_read_yaml(name, [name]))
+        overrides += [
+            f"{section}.{key}={value if isinstance(value, str) else json.dumps(value)}"
+            for section, values in sections.items()
+            for key, value in values.items()
+        ]
+    return overrides
 
 
 def _read_yaml(name_or_path: str, packaged: Sequence[str], option: str = "config") -> DictConfig:
@@ -214,7 +218,10 @@ def load(name_or_path: str, overrides: Sequence[str] = ()) -> Config:
     Raises:
         ConfigError: for an unknown key, a wrong type or a value that is not allowed.
     """
-    config = _load(Config, name_or_path, _read_with_recipes, overrides)
+    if RECIPE_SIGN in name_or_path and not Path(name_or_path).is_file():
+        name_or_path, _, recipes = name_or_path.partition(RECIPE_SIGN)
+        overrides = [*recipe_overrides(recipes), *overrides]
+    config = _load(Config, name_or_path, packaged_configs(), overrides)
     config = replace(config, corpus=with_own_labels(config.corpus))
     check(config)
     return config
@@ -263,20 +270,17 @@ def load_lora(name_or_path: str = LORA, overrides: Sequence[str] = ()) -> LoRARu
     Raises:
         ConfigError: for an unknown key, a wrong type or a value that is not allowed.
     """
-    run = _load(LoRARun, name_or_path, lambda given: [_read_yaml(given, [LORA])], overrides)
+    run = _load(LoRARun, name_or_path, [LORA], overrides)
     check_lora_run(run)
     return run
 
 
 def _load(
-    root: type[Root],
-    given: str,
-    read: Callable[[str], Sequence[DictConfig]],
-    overrides: Sequence[str],
+    root: type[Root], name_or_path: str, packaged: Sequence[str], overrides: Sequence[str]
 ) -> Root:
-    with _explained(root, f"config={given!r} or an override"):
-        parts = [OmegaConf.structured(root), *read(given), _read_overrides(root, overrides)]
-        config = OmegaConf.to_object(OmegaConf.merge(*parts))
+    with _explained(root, f"config={name_or_path!r} or an override"):
+        changes, document = _read_overrides(root, overrides), _read_yaml(name_or_path, packaged)
+        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(root), document, changes))
     assert isinstance(config, root)
     return config
 

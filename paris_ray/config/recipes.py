@@ -37,7 +37,8 @@ def synced_blocks(recipe: RecipeConfig, num_layers: int) -> tuple[int, int]:
     if recipe.layersync_blocks is not None:
         early, late = recipe.layersync_blocks
         return early, late
-    return max(1, round(num_layers / 3)), round(2 * num_layers / 3)
+    early = max(1, round(num_layers / 3))
+    return early, max(early + 1, round(2 * num_layers / 3))
 
 
 def refused_recipe(recipe: RecipeConfig, expert: ExpertConfig | None) -> Iterator[Refusal]:

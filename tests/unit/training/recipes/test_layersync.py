@@ -51,7 +51,7 @@ def test_hidden_tokens_are_kept_for_those_who_ask_alone() -> None:
 def test_blocks_are_a_third_and_two_thirds_unless_named() -> None:
     off = TrainingConfig()
     assert [synced_blocks(off, depth) for depth in (2, 3, 4, 12, 24)] == [
-        (1, 1),  # refused: there is no later block
+        (1, 2),
         (1, 2),
         (1, 3),
         (4, 8),

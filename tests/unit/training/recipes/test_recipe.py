@@ -174,7 +174,7 @@ def test_recipes_add_up_and_unknown_ones_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         load("quickstart+muons")
     assert str(caught.value) == (
-        f"config='quickstart+muons': 'muons' is no recipe; one of {', '.join(packaged_recipes())}"
+        f"recipe='muons' is not allowed: one of {', '.join(packaged_recipes())}"
     )
     own = tmp_path / "a+b.yaml"
     own.write_text(to_yaml(load("quickstart", ["seed=9"])))

@@ -49,7 +49,7 @@ from paris_ray.config.models import (
     RouterConfig,
     unlike_fields,
 )
-from paris_ray.config.recipes import RecipeConfig, synced_blocks
+from paris_ray.config.recipes import RecipeConfig, aligned_block, synced_blocks
 from paris_ray.config.sections import RESOURCE_KEYS, Config
 from paris_ray.config.training import Precision, TrainingConfig
 
@@ -90,6 +90,7 @@ __all__ = [
     "TextConfig",
     "TimeGrid",
     "TrainingConfig",
+    "aligned_block",
     "check",
     "check_distillation",
     "check_model",

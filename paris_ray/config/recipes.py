@@ -24,6 +24,9 @@ class RecipeConfig:
     layersync_weight: float = 0.0  # of the likeness of an early block to a later one; 0: off
     # [the one that learns, the one it learns from]; null: those after a third and two thirds
     layersync_blocks: tuple[int, int] | None = None
+    alignment_weight: float = 0.0  # of the likeness of a block to the picture's features; 0: off
+    alignment_block: int | None = None  # whose tokens; null: that after a third
+    alignment_share: float = 0.33  # first share of the steps, after which it stops
     t_shift: float = 1.0  # above 1: drawn times are moved towards noise
     min_snr_gamma: float | None = None  # limit of a DDPM expert's weight by time; null: no weight
 
@@ -31,14 +34,31 @@ class RecipeConfig:
 # A field that is off says nothing of a result: runs of before it was there stay what they are.
 OFF = {field.name: field.default for field in fields(RecipeConfig)}
 
+ONLY_FROM_DATA = (
+    "contrastive_weight",
+    "layersync_weight",
+    "alignment_weight",
+    "t_shift",
+    "min_snr_gamma",
+)
+
 
 def synced_blocks(recipe: RecipeConfig, num_layers: int) -> tuple[int, int]:
     """Return which block learns from which with LayerSync, counted from 1."""
     if recipe.layersync_blocks is not None:
         early, late = recipe.layersync_blocks
         return early, late
-    early = max(1, round(num_layers / 3))
+    early = _after_a_third(num_layers)
     return early, max(early + 1, round(2 * num_layers / 3))
+
+
+def aligned_block(recipe: RecipeConfig, num_layers: int) -> int:
+    """Return the block that is aligned to features of pictures, counted from 1."""
+    return recipe.alignment_block or _after_a_third(num_layers)
+
+
+def _after_a_third(num_layers: int) -> int:
+    return max(1, round(num_layers / 3))
 
 
 def refused_recipe(recipe: RecipeConfig, expert: ExpertConfig | None) -> Iterator[Refusal]:
@@ -53,8 +73,11 @@ def refused_recipe(recipe: RecipeConfig, expert: ExpertConfig | None) -> Iterato
         yield "muon_rate", recipe.muon_rate, "> 0"
     if not 0 <= recipe.contrastive_weight < 1:
         yield "contrastive_weight", recipe.contrastive_weight, "0 <= x < 1"
-    if not 0 <= recipe.layersync_weight < math.inf:
-        yield "layersync_weight", recipe.layersync_weight, "at least 0"
+    for name in ("layersync_weight", "alignment_weight"):
+        if not 0 <= getattr(recipe, name) < math.inf:
+            yield name, getattr(recipe, name), "at least 0"
+    if not 0 < recipe.alignment_share <= 1:
+        yield "alignment_share", recipe.alignment_share, "0 < x <= 1"
     if not 0 < recipe.t_shift < math.inf:
         yield "t_shift", recipe.t_shift, "> 0; 1: not moved"
     gamma = recipe.min_snr_gamma
@@ -64,7 +87,7 @@ def refused_recipe(recipe: RecipeConfig, expert: ExpertConfig | None) -> Iterato
 
 
 def _refused_elsewhere(recipe: RecipeConfig) -> Iterator[Refusal]:
-    for name in ("contrastive_weight", "layersync_weight", "t_shift", "min_snr_gamma"):
+    for name in ONLY_FROM_DATA:
         value, off = getattr(recipe, name), OFF[name]
         if value != off:
             said = "null" if off is None else f"{off:g}"
@@ -78,6 +101,9 @@ def _refused_of(recipe: RecipeConfig, expert: ExpertConfig) -> Iterator[Refusal]
     if recipe.min_snr_gamma is not None and not ddpm:
         allowed = f"null for expert.prediction={expert.prediction}: it weighs the loss of epsilon"
         yield "min_snr_gamma", recipe.min_snr_gamma, allowed
+    block = recipe.alignment_block
+    if block is not None and not 1 <= block <= expert.num_layers:
+        yield "alignment_block", block, f"1 to expert.num_layers={expert.num_layers}, or null"
     if recipe.layersync_weight:
         yield from _refused_blocks(recipe, expert.num_layers)
 

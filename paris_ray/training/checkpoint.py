@@ -6,7 +6,7 @@ is pickled, and no generator state is needed: generators derive from the step (`
 
 import logging
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -49,9 +49,9 @@ class TrainingState:
         """Return all parameters, the model's first."""
         return [*self.model.parameters(), *self.heads.parameters()]
 
-    def named_moments(self) -> Iterator[tuple[str, nn.Parameter, dict[nn.Parameter, Any]]]:
+    def named_moments(self) -> Iterator[tuple[str, Tensor, MutableMapping[Tensor, Any]]]:
         """Yield every optimised parameter with its name and where its optimizer keeps moments."""
-        names = {parameter: name for name, parameter in self.model.named_parameters()}
+        names: dict[Tensor, str] = {p: name for name, p in self.model.named_parameters()}
         names |= {p: f"{HEADS}{name}" for name, p in self.heads.named_parameters()}
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:

@@ -15,8 +15,9 @@ from paris_ray.devices import resolve_device
 from paris_ray.diffusion import denoising_loss, sample_path
 from paris_ray.folders import Folder
 from paris_ray.models import Expert, TextConditioning
+from paris_ray.seeding import build_seeded
 from paris_ray.training.data import Batch, MixedOrder, batches, load_dataset
-from paris_ray.training.loop import OnProgress, build_seeded
+from paris_ray.training.loop import OnProgress
 from paris_ray.training.recipes import recipe_of
 from paris_ray.training.schedule import with_steps
 from paris_ray.training.text import text_reader
@@ -94,7 +95,8 @@ def train_expert(
         ConfigError: if the configuration does not fit the shard or what it starts from.
     """
     shared = () if data.shared is None else (data.shared,)
-    dataset = load_dataset([*data.shards, *shared])
+    with_features = lesson is None and config.alignment_weight > 0
+    dataset = load_dataset([*data.shards, *shared], with_features=with_features)
     num_own = int((dataset.clusters < len(data.shards)).sum())
     config = with_steps(config, num_own)
     order, inputs = None, {**data.digests, **(lesson.identity if lesson else {}), "seed": seed}
@@ -106,7 +108,8 @@ def train_expert(
     encode = text_reader(dataset, text_encoder, resolve_device(config.device))
 
     batch = batches(dataset, config, seed=seed, purpose="batch", expert=expert_config, order=order)
-    recipe = recipe_of(config, expert_config)
+    num_features = 0 if dataset.features is None else dataset.features.shape[1]
+    recipe = recipe_of(config, expert_config, num_features, seed)
 
     def draw(step: int) -> Batch:
         return (lesson or recipe).prepare(step / config.steps, batch(step))

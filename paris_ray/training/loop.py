@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,6 @@ from paris_ray.devices import (
 )
 from paris_ray.errors import ParisError, TrainingError
 from paris_ray.folders import Folder, parse_json
-from paris_ray.seeding import derive_seed
 from paris_ray.training import checkpoint
 from paris_ray.training.checkpoint import TrainingState
 from paris_ray.training.data import Batch
@@ -67,16 +66,6 @@ Loss = Callable[[Batch], Tensor]
 OnAverage = Callable[[dict[str, Tensor], int], None]
 # Returns measures of the averaged state, by name.
 Measure = Callable[[dict[str, Tensor]], Mapping[str, float]]
-
-
-Model = TypeVar("Model")
-
-
-def build_seeded(build: Callable[[], Model], seed: int) -> Model:
-    """Return a model with the initial weights of a seed; the global generator is left alone."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive_seed(seed, "initialise"))
-        return build()
 
 
 class ProgressClock:

@@ -7,10 +7,12 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from paris_ray.config import ExpertConfig, TrainingConfig, synced_blocks
+from paris_ray.config import ExpertConfig, TrainingConfig, aligned_block, synced_blocks
 from paris_ray.diffusion import ask, sample_path
 from paris_ray.models import Expert, TextConditioning
+from paris_ray.seeding import build_seeded, derive_seed
 from paris_ray.training.data import Batch
+from paris_ray.training.recipes.alignment import Alignment, new_projector
 from paris_ray.training.recipes.contrastive_flow import ContrastiveFlow
 from paris_ray.training.recipes.layersync import LayerSync
 from paris_ray.training.recipes.min_snr import MinSnr
@@ -49,8 +51,18 @@ class Recipe:
         return sum((term for term in terms if term is not None), answer.loss())
 
 
-def recipe_of(config: TrainingConfig, expert: ExpertConfig) -> Recipe:
-    """Return the techniques that a configuration names, for an expert."""
+def recipe_of(
+    config: TrainingConfig, expert: ExpertConfig, num_features: int = 0, seed: int = 0
+) -> Recipe:
+    """Return the techniques that a configuration names, for an expert.
+
+    Args:
+        config: Names them.
+        expert: The expert's architecture.
+        num_features: Width of the image features that batches have; 0: they have none, and so
+            nothing is aligned to them.
+        seed: Decides the first weights of what is trained beside the expert.
+    """
     techniques: list[Technique] = []
     if config.t_shift != 1:
         techniques.append(ShiftedTime(config.t_shift))
@@ -61,4 +73,11 @@ def recipe_of(config: TrainingConfig, expert: ExpertConfig) -> Recipe:
     if config.layersync_weight:
         blocks = synced_blocks(config, expert.num_layers)
         techniques.append(LayerSync(config.layersync_weight, *blocks))
+    if config.alignment_weight and num_features:
+        block = aligned_block(config, expert.num_layers)
+        width, heads_seed = expert.hidden_size, derive_seed(seed, "projector")
+        projector = build_seeded(lambda: new_projector(width, num_features), heads_seed)
+        techniques.append(
+            Alignment(config.alignment_weight, block, config.alignment_share, projector)
+        )
     return Recipe(techniques)

@@ -8,7 +8,7 @@ arXiv:2502.16982, section 2.2): so rate, schedule and weight decay are those of 
 from collections.abc import Iterable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from paris_ray.config import TrainingConfig
@@ -46,7 +46,7 @@ def optimizers(modules: Iterable[nn.Module], config: TrainingConfig) -> tuple[Op
     return adamw, muon
 
 
-def _hidden_matrices(modules: Iterable[nn.Module]) -> list[nn.Parameter]:
+def _hidden_matrices(modules: Iterable[nn.Module]) -> list[Tensor]:
     """Return the weights of linear layers in the blocks, `layers` of experts and routers."""
     return [
         linear.weight

@@ -98,6 +98,9 @@ def check_model(name: str, model: ExpertConfig | RouterConfig) -> None:
     if isinstance(model, ExpertConfig):
         widths = {"text_embed_dim": 1, "text_hidden_size": 1}
         _check_epsilon(name, model)
+        adapter, silent = model.text_adapter, model.text_injection == "spatial"
+        allowed = "false for text_injection=spatial, which reads no tokens"
+        _require(not (adapter and silent), f"{name}.text_adapter", adapter, allowed)
     else:
         count, allowed = model.num_experts, f"between 1 and {MAX_EXPERTS}"
         _require(1 <= count <= MAX_EXPERTS, f"{name}.num_experts", count, allowed)

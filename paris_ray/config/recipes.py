@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
-from paris_ray.config.models import ExpertConfig
+from paris_ray.config.models import OFF_IN_MODELS, ExpertConfig
 
 Refusal = tuple[str, object, str]
 
@@ -32,7 +32,7 @@ class RecipeConfig:
 
 
 # A field that is off says nothing of a result: runs of before it was there stay what they are.
-OFF = {field.name: field.default for field in fields(RecipeConfig)}
+OFF = OFF_IN_MODELS | {field.name: field.default for field in fields(RecipeConfig)}
 
 ONLY_FROM_DATA = (
     "contrastive_weight",

@@ -25,6 +25,7 @@ from paris_ray.models.layers import (
     run_block,
     unpatchify,
 )
+from paris_ray.models.text_adapter import TextAdapter
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +144,7 @@ class Expert(nn.Module):
             self.pooled_text_proj = self._spatial_projection()
         self.layers: Any = nn.ModuleList(ExpertBlock(config) for _ in range(config.num_layers))
         self.final_layer = ExpertFinalLayer(config)
+        self.text_adapter = TextAdapter(config) if config.text_adapter else None
         self.gradient_checkpointing = False
         if not self.pos_embed.is_meta:
             self.initialise()
@@ -164,6 +166,8 @@ class Expert(nn.Module):
         for block in self.layers:
             block.initialise()
         self.final_layer.initialise()
+        if self.text_adapter is not None:
+            self.text_adapter.initialise()
 
     def encode_text(self, text: TextConditioning | Tensor) -> EncodedText:
         """Return what does not depend on the noisy latents, to be computed once per image.
@@ -179,9 +183,11 @@ class Expert(nn.Module):
         )
         if self.config.text_injection == "spatial":
             return EncodedText((), None, self._spatial(self.text_proj, pooled))
-        context = self.text_proj(embeddings)
-        keys_values = tuple(block.cross_attn.keys_values(context) for block in self.layers)
         mask = text.text_mask if self.config.text_padding_mask else None
+        context = self.text_proj(embeddings)
+        if self.text_adapter is not None:
+            context = self.text_adapter(context, mask)
+        keys_values = tuple(block.cross_attn.keys_values(context) for block in self.layers)
         if self.config.text_injection == "cross_attention":
             return EncodedText(keys_values, mask, None)
         return EncodedText(keys_values, mask, self._spatial(self.pooled_text_proj, pooled))

@@ -141,10 +141,10 @@ class Attention(nn.Module):
         self.register_state_dict_post_hook(_to_released_names)
         self.register_load_state_dict_pre_hook(_from_released_names)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """`(B, N, d) -> (B, N, d)`."""
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """`x (B, N, d)`, `mask (B, N)`, False at tokens that none attends to -> `(B, N, d)`."""
         query, key, value = self._split(self.in_proj(x), 3).unbind(dim=1)
-        return self._merge(_attend(query, key, value))
+        return self._merge(_attend(query, key, value, mask))
 
     def _split(self, x: Tensor, parts: int) -> Tensor:
         """`(B, N, parts * d) -> (B, parts, heads, N, c)`."""

@@ -98,6 +98,9 @@ def check_model(name: str, model: ExpertConfig | RouterConfig) -> None:
     if isinstance(model, ExpertConfig):
         widths = {"text_embed_dim": 1, "text_hidden_size": 1}
         _check_epsilon(name, model)
+        rotary = model.blocks == "released" or model.hidden_size // model.num_heads % 4 == 0
+        allowed = "released, unless hidden_size / num_heads is a multiple of 4"
+        _require(rotary, f"{name}.blocks", model.blocks, allowed)
         adapter, silent = model.text_adapter, model.text_injection == "spatial"
         allowed = "false for text_injection=spatial, which reads no tokens"
         _require(not (adapter and silent), f"{name}.text_adapter", adapter, allowed)

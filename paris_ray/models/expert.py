@@ -25,6 +25,7 @@ from paris_ray.models.layers import (
     run_block,
     unpatchify,
 )
+from paris_ray.models.modern import ModernAttention, ModernCrossAttention
 from paris_ray.models.text_adapter import TextAdapter
 
 
@@ -62,18 +63,25 @@ def _concatenate(parts: list[Tensor | None]) -> Tensor | None:
     return torch.cat(present) if present else None
 
 
+def _norm(config: ExpertConfig) -> nn.Module:
+    """Return the norm before attention, MLP and output, whose scale and shift time decides."""
+    norm = nn.RMSNorm if config.blocks == "modern" else nn.LayerNorm
+    return norm(config.hidden_size, eps=config.layer_norm_eps, elementwise_affine=False)
+
+
 class ExpertBlock(nn.Module):
     """Gated self-attention, un-gated cross-attention (if any), gated MLP."""
 
     def __init__(self, config: ExpertConfig) -> None:
         super().__init__()
-        d = config.hidden_size
-        self.norm = nn.LayerNorm(d, eps=config.layer_norm_eps, elementwise_affine=False)
+        d, modern = config.hidden_size, config.blocks == "modern"
+        self.norm = _norm(config)
         self.scale_shift_table = nn.Parameter(torch.zeros(6, d))
-        self.attn = Attention(d, config.num_heads)
+        self.attn = (ModernAttention if modern else Attention)(d, config.num_heads)
         self.cross_attn: CrossAttention | None = None
         if config.text_injection != "spatial":
-            self.cross_attn = CrossAttention(d, config.num_heads)
+            cross_attention = ModernCrossAttention if modern else CrossAttention
+            self.cross_attn = cross_attention(d, config.num_heads)
         self.mlp = feed_forward(d, config.mlp_ratio)
 
     def initialise(self) -> None:
@@ -100,7 +108,7 @@ class ExpertFinalLayer(nn.Module):
     def __init__(self, config: ExpertConfig) -> None:
         super().__init__()
         d = config.hidden_size
-        self.norm = nn.LayerNorm(d, eps=config.layer_norm_eps, elementwise_affine=False)
+        self.norm = _norm(config)
         self.scale_shift_table = nn.Parameter(torch.zeros(2, d))
         self.linear = Linear(d, config.patch_size**2 * config.in_channels)
 

@@ -168,7 +168,7 @@ class TrainingLoop:
         peak = peak_flops(self.device)
         self.peak_rate = peak / flops_per_image if peak and flops_per_image else None
         self.trackers = Trackers(config, folder, identity)
-        heads = heads or nn.Module()
+        heads = nn.Module() if heads is None else heads
         ema_device = torch.device("cpu") if config.ema_device == "cpu" else None
         ema = ExponentialMovingAverage(model, config.ema_decay, ema_device)
         self.state = TrainingState(model, ema, optimizers([model, heads], config), heads)

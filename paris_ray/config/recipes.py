@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import Literal
 
 from paris_ray.config.models import OFF_IN_MODELS, ExpertConfig
 
@@ -23,7 +23,7 @@ class RecipeConfig:
     contrastive_weight: float = 0.0  # of the distance to other rows' velocities; 0: off
     layersync_weight: float = 0.0  # of the likeness of an early block to a later one; 0: off
     # [the one that learns, the one it learns from]; null: those after a third and two thirds
-    layersync_blocks: tuple[int, int] | None = None
+    layersync_blocks: list[int] | None = None
     alignment_weight: float = 0.0  # of the likeness of a block to the picture's features; 0: off
     alignment_block: int | None = None  # whose tokens; null: that after a third
     alignment_share: float = 0.33  # first share of the steps, after which it stops
@@ -109,8 +109,9 @@ def _refused_of(recipe: RecipeConfig, expert: ExpertConfig) -> Iterator[Refusal]
 
 
 def _refused_blocks(recipe: RecipeConfig, num_layers: int) -> Iterator[Refusal]:
-    early, late = synced_blocks(recipe, num_layers)
+    given = recipe.layersync_blocks
+    pair = given is None or len(given) == 2
+    early, late = synced_blocks(recipe, num_layers) if pair else (0, 0)
     if not 1 <= early < late <= num_layers:
-        blocks: Any = recipe.layersync_blocks
         allowed = f"two of expert.num_layers={num_layers} blocks from 1, the earlier one first"
-        yield "layersync_blocks", blocks if blocks is None else list(blocks), allowed
+        yield "layersync_blocks", given, allowed

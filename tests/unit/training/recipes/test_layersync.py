@@ -57,4 +57,4 @@ def test_blocks_are_a_third_and_two_thirds_unless_named() -> None:
         (4, 8),
         (8, 16),
     ]
-    assert synced_blocks(TrainingConfig(layersync_blocks=(2, 4)), 12) == (2, 4)
+    assert synced_blocks(TrainingConfig(layersync_blocks=[2, 4]), 12) == (2, 4)

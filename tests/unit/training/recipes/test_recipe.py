@@ -207,6 +207,11 @@ def test_recipes_add_up_and_unknown_ones_are_refused(tmp_path: Path) -> None:
             "from 1, the earlier one first",
         ),
         (
+            ["training.layersync_weight=.1", "training.layersync_blocks=[1,2,3]"],
+            "training.layersync_blocks=[1, 2, 3] is not allowed: two of expert.num_layers=4 blocks "
+            "from 1, the earlier one first",
+        ),
+        (
             ["training.layersync_weight=.1", "expert.num_layers=1"],
             "training.layersync_blocks=None is not allowed: two of expert.num_layers=1 blocks "
             "from 1, the earlier one first",

@@ -40,14 +40,15 @@ def test_an_ablation_is_printed_kept_and_written_on_demand(
     second = run_ablation(config, FORM, RECIPES, command="a test", output=page)
     assert second == first
     assert {path: path.stat().st_mtime_ns for path in runs.rglob("manifest.json")} == finished
-    assert json.loads(page.with_suffix(".json").read_text()) == first
+    written = json.loads(page.with_suffix(".json").read_text())
+    assert written == json.loads(json.dumps(first))
     assert "| `muon+layersync` | `base` | 1 | 256 |" in page.read_text()
     broken = Run(load_arm(config, "base.0")).evaluation
     whole = broken.read("manifest.json")
     broken.write("manifest.json", whole.replace(b'"config_digest": "', b'"config_digest": "0'))
     with pytest.raises(TrainingError, match=r"1 of 4 arms failed: base\.0: .*another config"):
         run_ablation(config, FORM, RECIPES, command="a test")
-    again = run_ablation(config, FORM, RECIPES, command="a test", known=first)
+    again = run_ablation(config, FORM, RECIPES, command="a test", known=written)
     assert again == first
 
 

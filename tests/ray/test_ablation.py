@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -38,10 +39,10 @@ def test_an_ablation_is_printed_kept_and_written_on_demand(
     finished = {path: path.stat().st_mtime_ns for path in runs.rglob("manifest.json")}
     page = tmp_path / "ablation.md"
     second = run_ablation(config, FORM, RECIPES, command="a test", output=page)
-    assert second == first
+    assert as_written(second) == as_written(first)
     assert {path: path.stat().st_mtime_ns for path in runs.rglob("manifest.json")} == finished
     written = json.loads(page.with_suffix(".json").read_text())
-    assert written == json.loads(json.dumps(first))
+    assert written == as_written(first)
     assert "| `muon+layersync` | `base` | 1 | 256 |" in page.read_text()
     broken = Run(load_arm(config, "base.0")).evaluation
     whole = broken.read("manifest.json")
@@ -49,7 +50,12 @@ def test_an_ablation_is_printed_kept_and_written_on_demand(
     with pytest.raises(TrainingError, match=r"1 of 4 arms failed: base\.0: .*another config"):
         run_ablation(config, FORM, RECIPES, command="a test")
     again = run_ablation(config, FORM, RECIPES, command="a test", known=written)
-    assert again == first
+    assert as_written(again) == written
+
+
+def as_written(ablation: dict[str, Any]) -> Any:
+    """An ablation as its file has it, without tuples."""
+    return json.loads(json.dumps(ablation))
 
 
 def load_arm(config: Config, name: str) -> Config:

@@ -89,7 +89,7 @@ def test_an_ablation_lists_its_arms() -> None:
     names = [line.split()[0] for line in result.stdout.splitlines()]
     assert names == ["base-x0.5.0", "base.0", "muon-x0.5.0", "muon.0"]
     for option, value, allowed in (
-        ("--recipes", "moon", "recipe='moon' is not allowed: one of contrastive_flow, "),
+        ("--recipes", "moon", "recipe='moon' is not allowed: one of alignment, "),
         ("--write", "ablation.txt", "--write='ablation.txt' is not allowed: a name that ends in"),
         ("--seeds", "0", "--seeds=0 is not allowed: at least 1"),
     ):

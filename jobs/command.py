@@ -1,6 +1,7 @@
 """What all jobs share: arguments, logging, a Ray to run on, and errors that a person can read."""
 
 import argparse
+import json
 import logging
 import os
 import secrets
@@ -9,6 +10,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from jobs.local_cluster import LOOPBACK_ONLY
 from paris_ray.config import (
@@ -17,6 +19,7 @@ from paris_ray.config import (
     load,
     local_paths,
     packaged_configs,
+    packaged_recipes,
     with_absolute_paths,
 )
 from paris_ray.errors import ArtifactError, ConfigError, ParisError, SpendingCapError
@@ -59,8 +62,9 @@ def parser(description: str, *, dry_run: bool = True) -> argparse.ArgumentParser
     result = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    names = ", ".join(packaged_configs())
-    result.add_argument("--config", default="quickstart", help=f"a YAML file, or one of: {names}")
+    names, recipes = ", ".join(packaged_configs()), ", ".join(packaged_recipes())
+    told = f"a YAML file, or one of: {names}; +NAME adds a recipe, as quickstart+muon: {recipes}"
+    result.add_argument("--config", default="quickstart", help=told)
     result.add_argument(
         "--address", help="Ray cluster; default: RAY_ADDRESS, else a Ray of its own"
     )
@@ -163,6 +167,24 @@ def refuse_absent_config(config: str) -> None:
             "in: that has the .yaml files of the folder itself, and nothing that .gitignore or "
             ".rayignore names; put it there, or give an absolute path on the head node"
         )
+
+
+def earlier_arms(known: Path | None) -> dict[str, Any]:
+    """Return what an earlier comparison of arms wrote, given as `--known`.
+
+    Raises:
+        ConfigError: if it cannot be read.
+    """
+    if known is None:
+        return {}
+    try:
+        found = json.loads(known.read_bytes())
+        _ = [arm["digest"] for arm in found["arms"]]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ConfigError(
+            f"--known={str(known)!r} is not allowed: a .json of this job and version ({error!r})"
+        ) from None
+    return dict(found)
 
 
 def refuse_unreachable(paths: Mapping[str, str]) -> None:

@@ -13,13 +13,12 @@ docs/training.md says more.
 """
 
 import argparse
-import json
 import shlex
 import sys
 from pathlib import Path
-from typing import Any
 
 from jobs.command import (
+    earlier_arms,
     log_to_stdout,
     parser,
     ray_session,
@@ -56,7 +55,7 @@ def _study(arguments: argparse.Namespace) -> None:
     if arguments.known is not None:
         places["--known"] = str(arguments.known)
     refuse_relative_paths(local_paths(config) | places)
-    known = _known(arguments.known)
+    known = earlier_arms(arguments.known)
     if output.suffix != ".md":
         raise ConfigError(f"--output={str(output)!r} is not allowed: a name that ends in .md")
     if arguments.dry_run:
@@ -72,20 +71,6 @@ def _study(arguments: argparse.Namespace) -> None:
         told = [given for given in sys.argv[1:] if not given.startswith("run_dir=")]
         command = shlex.join(["python", "-m", "jobs.study", *told])
         run_study(with_absolute_paths(config), form, output.resolve(), command=command, known=known)
-
-
-def _known(path: Path | None) -> dict[str, Any]:
-    """Return what an earlier study wrote; raises ConfigError if it cannot be read."""
-    if path is None:
-        return {}
-    try:
-        study = json.loads(path.read_bytes())
-        _ = [arm["digest"] for arm in study["arms"]]
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise ConfigError(
-            f"--known={str(path)!r} is not allowed: a study.json of this version ({error!r})"
-        ) from None
-    return dict(study)
 
 
 if __name__ == "__main__":

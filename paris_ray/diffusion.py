@@ -81,6 +81,19 @@ def sample_times(
     return t
 
 
+def signal_to_noise(t: Tensor) -> Tensor:
+    """Return `((1 - t) / t)^2`, the ratio of signal to noise in x_t, infinite at t = 0."""
+    return ((1 - t) / t) ** 2
+
+
+def shift_times(t: Tensor, shift: float) -> Tensor:
+    """Return times whose ratio of signal to noise is less by `shift` squared; both ends stay.
+
+    Source: Esser et al. 2024 (arXiv:2403.03206), equation 23.
+    """
+    return shift * t / (1 + (shift - 1) * t)
+
+
 def sampling_times(num_inference_steps: int, grid: TimeGrid = "linspace") -> Tensor:
     """Return the `(num_inference_steps + 1,)` times of a sample, from 1 down to 0.
 
@@ -133,7 +146,11 @@ def _from_cosine_time(s: Tensor, offset: float) -> Tensor:
 
 
 def predict_velocity(
-    expert: Expert, latents: Tensor, t: Tensor, text: TextConditioning | EncodedText
+    expert: Expert,
+    latents: Tensor,
+    t: Tensor,
+    text: TextConditioning | EncodedText,
+    hidden: list[Tensor] | None = None,
 ) -> Tensor:
     """Return the expert's velocity `(B, C, H, W)` at `latents`, whatever the network predicts.
 
@@ -146,25 +163,30 @@ def predict_velocity(
         latents: `(B, C, H, W)` noisy latents x_t.
         t: `(B,)` in [0, 1].
         text: Conditioning of the same batch, or what `Expert.encode_text` made of it.
+        hidden: Receives the tokens after every block, as from `Expert.forward`.
     """
     time = _per_sample(t, latents)
     if expert.config.prediction == "epsilon":
-        noise = _predict_noise(expert, latents, t, text)
+        noise = _predict_noise(expert, latents, t, text, hidden)
         return velocity_of_noise(noise, latents, time, expert.config)
     if expert.config.prediction == "velocity":
-        return expert(latents, TIME_SCALE * t, text).to(latents.dtype)
+        return expert(latents, TIME_SCALE * t, text, hidden).to(latents.dtype)
     variance = _path_variance(time)
-    output = expert(latents / variance.sqrt(), TIME_SCALE * t, text).to(latents.dtype)
+    output = expert(latents / variance.sqrt(), TIME_SCALE * t, text, hidden).to(latents.dtype)
     return (2 * time - 1) / variance * latents - output / variance.sqrt()
 
 
 def _predict_noise(
-    expert: Expert, latents: Tensor, t: Tensor, text: TextConditioning | EncodedText
+    expert: Expert,
+    latents: Tensor,
+    t: Tensor,
+    text: TextConditioning | EncodedText,
+    hidden: list[Tensor] | None,
 ) -> Tensor:
     """Return what a DDPM expert takes for the noise in x_t, `(B, C, H, W)`."""
     scaled = latents / _path_variance(_per_sample(t, latents)).sqrt()
     timesteps = TIME_SCALE * _cosine_time(t, expert.config.cosine_offset)
-    return expert(scaled, timesteps, text).to(latents.dtype)
+    return expert(scaled, timesteps, text, hidden).to(latents.dtype)
 
 
 def velocity_of_noise(noise: Tensor, latents: Tensor, t: Tensor, config: ExpertConfig) -> Tensor:
@@ -185,21 +207,67 @@ def velocity_of_noise(noise: Tensor, latents: Tensor, t: Tensor, config: ExpertC
     return noise - clean
 
 
-def denoising_loss(expert: Expert, path: PathSample, text: TextConditioning) -> Tensor:
-    """Return the expert's training loss, a scalar: mean squared error of what it predicts.
+class Answer(NamedTuple):
+    """What an expert answered at points of the path, beside what it is to answer.
+
+    Attributes:
+        output: `(B, C, H, W)` velocities, or the noise of a DDPM expert.
+        target: The same of the data.
+        weights: `(B, 1, 1, 1)` of the squared errors, or None: all alike.
+        hidden: `(B, N, d)` tokens after every block; none where nobody asked for them.
+    """
+
+    output: Tensor
+    target: Tensor
+    weights: Tensor | None = None
+    hidden: tuple[Tensor, ...] = ()
+
+    def loss(self) -> Tensor:
+        """Return the training loss, a scalar: the weighted mean squared error."""
+        return self.distance_to(self.target)
+
+    def weighted(self, weights: Tensor | None) -> "Answer":
+        """Return the answer with errors that are also multiplied by `weights (B,)`, if given."""
+        if weights is None:
+            return self
+        each = _per_sample(weights, self.output)
+        return self._replace(weights=each if self.weights is None else each * self.weights)
+
+    def distance_to(self, target: Tensor) -> Tensor:
+        """Return the weighted mean squared distance of the output to a target, a scalar."""
+        error = (self.output - target) ** 2
+        return (error if self.weights is None else error * self.weights).mean()
+
+
+def ask(
+    expert: Expert, path: PathSample, text: TextConditioning, *, with_hidden: bool = False
+) -> Answer:
+    """Return what an expert answers at points of the path, as its training loss compares it.
 
     A preconditioned expert's velocity error is weighted by D = (1 - t)^2 + t^2, which makes its
     network output a unit-variance target at every t. A DDPM expert is compared in its noise.
+
+    Args:
+        expert: The network.
+        path: The points.
+        text: Conditioning of the same batch.
+        with_hidden: Whether the answer has the tokens between blocks.
     """
     time = _per_sample(path.t, path.x_t)
+    hidden: list[Tensor] | None = [] if with_hidden else None
     if expert.config.prediction == "epsilon":
         noise = path.x_t + (1 - time) * path.velocity
-        error = (_predict_noise(expert, path.x_t, path.t, text) - noise) ** 2
-        return error.mean()
-    error = (predict_velocity(expert, path.x_t, path.t, text) - path.velocity) ** 2
-    if expert.config.prediction == "preconditioned":
-        error = error * _path_variance(time)
-    return error.mean()
+        found = _predict_noise(expert, path.x_t, path.t, text, hidden)
+        return Answer(found, noise, None, tuple(hidden or ()))
+    found = predict_velocity(expert, path.x_t, path.t, text, hidden)
+    weighted = expert.config.prediction == "preconditioned"
+    weights = _path_variance(time) if weighted else None
+    return Answer(found, path.velocity, weights, tuple(hidden or ()))
+
+
+def denoising_loss(expert: Expert, path: PathSample, text: TextConditioning) -> Tensor:
+    """Return the expert's training loss, a scalar: mean squared error of what it predicts."""
+    return ask(expert, path, text).loss()
 
 
 def router_logits(router: Router, latents: Tensor, t: Tensor, text: TextConditioning) -> Tensor:

@@ -36,7 +36,7 @@ from paris_ray.folders import Folder, fault_of
 Column = NDArray[np.generic] | Sequence[str] | Sequence[bytes]
 LATENTS, LATENTS_FLIPPED = "latents", "latents_flipped"
 TEXT_EMBEDDING, TOKEN_IDS = "text_embedding", "token_ids"
-PICTURE_HASH = "phash"
+FEATURES, PICTURE_HASH = "features", "phash"
 ATTRIBUTE = "attribute."
 NULL_TEXT = "null_text.safetensors"
 ROWS_PER_GROUP = 1024  # of a file that is written

@@ -5,7 +5,8 @@ a checkpoint needs no generator state: `samples_seen` says which generator comes
 """
 
 import hashlib
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
@@ -17,6 +18,18 @@ def derive_seed(seed: int, purpose: str, *indices: int) -> int:
     """Return a 63-bit seed that depends on every argument and on nothing else."""
     text = "/".join([str(seed), purpose, *map(str, indices)])
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+
+
+Model = TypeVar("Model")
+
+
+def build_seeded(build: Callable[[], Model], seed: int) -> Model:
+    """Return a model with the initial weights of a seed; the global generator is left alone."""
+    import torch  # here, as below
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed(seed, "initialise"))
+        return build()
 
 
 def torch_generator(seed: int, purpose: str, *indices: int) -> "torch.Generator":

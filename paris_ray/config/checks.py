@@ -30,7 +30,8 @@ def _check_experts(config: Config) -> dict[str, ExpertConfig]:
         allowed = f"0 to {num_clusters - 1}, as cluster.num_clusters={num_clusters}"
         require(exists and index == str(int(index)), "experts", index, allowed)
         setup = expert_setup(config, int(index))
-        check_training(f"experts.{index}.training", setup.training, config.corpus)
+        name = f"experts.{index}.training"
+        check_training(name, setup.training, config.corpus, setup.expert)
         same = setup.expert.text_embed_dim == config.expert.text_embed_dim
         name, width = f"experts.{index}.expert", config.expert.text_embed_dim
         allowed = f"{width}, since all experts read one text encoder"
@@ -41,7 +42,7 @@ def _check_experts(config: Config) -> dict[str, ExpertConfig]:
 
 def _check_seed(config: Config) -> None:
     """Check that every expert can start from the seed, before that is trained."""
-    check_training("seed_training", config.seed_training, config.corpus)
+    check_training("seed_training", config.seed_training, config.corpus, config.expert)
     if not config.seed_training.steps:
         return
     for index in config.experts:
@@ -199,7 +200,7 @@ def check(config: Config) -> None:
     for key in ("steps", "batch_size", "max_images"):
         value = getattr(config.features, key)
         require(value >= 1, f"features.{key}", value, "at least 1")
-    check_training("training", config.training, config.corpus)
+    check_training("training", config.training, config.corpus, config.expert)
     check_training("router_training", config.router_training, config.corpus)
     _check_students(config)
     _check_shapes(config)
@@ -228,5 +229,8 @@ def check_lora_run(run: LoRARun) -> None:
     for key in (*SCORES, "max_similarity"):
         value = getattr(given.filters, key)
         require(value is None, f"corpus.filters.{key}", value, "null, a LoRA has no such model")
+    optimizer = run.training.hidden_optimizer
+    allowed = "adamw: the factors of a LoRA are no hidden matrices"
+    require(optimizer == "adamw", "training.hidden_optimizer", optimizer, allowed)
     start = run.training.init_from
     require(start is None, "training.init_from", start, "null, a LoRA starts from the expert")

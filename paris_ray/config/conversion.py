@@ -10,6 +10,7 @@ from paris_ray.artifacts import canonical_json, sha256_hex
 from paris_ray.config.fleet import FleetConfig
 from paris_ray.config.lora import LoRARun
 from paris_ray.config.models import ExpertConfig
+from paris_ray.config.recipes import OFF
 from paris_ray.config.sections import RESOURCE_KEYS, Config
 from paris_ray.config.training import TrainingConfig
 from paris_ray.errors import ConfigError
@@ -83,18 +84,22 @@ def expert_setup(config: Config, index: int) -> Config:
     )
 
 
-def _without_resources(value: Any) -> Any:
+def _decisive(value: Any) -> Any:
     if not isinstance(value, dict):
         return value
-    return {k: _without_resources(v) for k, v in value.items() if k not in RESOURCE_KEYS}
+    return {k: _decisive(v) for k, v in value.items() if not _says_nothing(k, v)}
+
+
+def _says_nothing(key: str, value: Any) -> bool:
+    return key in RESOURCE_KEYS or (key in OFF and value == OFF[key])
 
 
 def identity(section: Any) -> dict[str, Any]:
-    """Return what of a section decides results: all but `RESOURCE_KEYS`.
+    """Return what of a section decides results: all but `RESOURCE_KEYS` and recipes that are off.
 
     Where and how fast a stage runs does not count: a run may be continued on other machines.
     """
-    values: dict[str, Any] = _without_resources(to_dict(section))
+    values: dict[str, Any] = _decisive(to_dict(section))
     return values
 
 

@@ -1,5 +1,6 @@
 """A configuration from YAML and `key=value` overrides, and the paths in it."""
 
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass, replace
@@ -24,6 +25,7 @@ from paris_ray.folders import absolute_uri
 from paris_ray.json_documents import MAX_NESTING
 
 LORA = "lora"  # the one packaged configuration that is a LoRARun
+RECIPES, RECIPE_SIGN = "recipes", "+"  # the folder in configs/, and what stands before each
 MAX_VALUES = 100_000  # of a file; ours have some hundred
 EXPERTS = "experts"  # the section of what differs for single experts
 
@@ -35,6 +37,34 @@ def packaged_configs() -> list[str]:
     folder = resources.files("paris_ray") / "configs"
     names = {entry.name for entry in folder.iterdir()} - {f"{LORA}.yaml"}
     return sorted(name.removesuffix(".yaml") for name in names if name.endswith(".yaml"))
+
+
+def packaged_recipes() -> list[str]:
+    """Return the names of recipes that `load` adds to a configuration."""
+    folder = resources.files("paris_ray") / "configs" / RECIPES
+    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir())
+
+
+def recipe_overrides(recipes: str) -> list[str]:
+    """Return what recipes joined by `+` change of a configuration, as overrides.
+
+    Raises:
+        ConfigError: if there is no such recipe.
+    """
+    overrides = []
+    for recipe in recipes.split(RECIPE_SIGN):
+        if recipe not in packaged_recipes():
+            raise ConfigError(
+                f"recipe={recipe!r} is not allowed: one of {', '.join(packaged_recipes())}"
+            )
+        name = f"{RECIPES}/{recipe}"
+        sections: Any = OmegaConf.to_container(_read_yaml(name, [name]))
+        overrides += [
+            f"{section}.{key}={value if isinstance(value, str) else json.dumps(value)}"
+            for section, values in sections.items()
+            for key, value in values.items()
+        ]
+    return overrides
 
 
 def _read_yaml(name_or_path: str, packaged: Sequence[str], option: str = "config") -> DictConfig:
@@ -180,13 +210,17 @@ def load(name_or_path: str, overrides: Sequence[str] = ()) -> Config:
     """Return the typed configuration of a YAML file with `key=value` overrides.
 
     Args:
-        name_or_path: A packaged name (`quickstart`) or the path of a YAML file.
+        name_or_path: A packaged name (`quickstart`) or the path of a YAML file, and recipes that
+            are added to it (`quickstart+muon`).
         overrides: For example `["training.steps=50", "corpus.kind=image_folder"]`. What is text
             is taken as it stands, but `null` where text may be absent; the rest is read as YAML.
 
     Raises:
         ConfigError: for an unknown key, a wrong type or a value that is not allowed.
     """
+    if RECIPE_SIGN in name_or_path and not Path(name_or_path).is_file():
+        name_or_path, _, recipes = name_or_path.partition(RECIPE_SIGN)
+        overrides = [*recipe_overrides(recipes), *overrides]
     config = _load(Config, name_or_path, packaged_configs(), overrides)
     config = replace(config, corpus=with_own_labels(config.corpus))
     check(config)

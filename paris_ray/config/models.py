@@ -25,6 +25,9 @@ MODEL_LIMITS = {
 MAX_TEXT_WIDTH = 65_536
 MAX_EXPERTS = 1024
 
+# Values of fields that say nothing where they are off: models of before they were there have none.
+OFF_IN_MODELS: dict[str, Any] = {"blocks": "released", "text_adapter": False}
+
 # Fields that two models may differ in while their tensors fit.
 FREE_FIELDS = frozenset(
     {
@@ -56,6 +59,9 @@ class ExpertConfig:
     text_injection: Literal["cross_attention", "spatial", "both"] = "cross_attention"
     text_hidden_size: int = 256  # width of the spatial text projection
     text_padding_mask: bool = False  # cross-attention skips padding; the release attends to it
+    # modern: RMSNorm, normed queries and keys, rotary positions; the release has none of them
+    blocks: Literal["released", "modern"] = "released"
+    text_adapter: bool = False  # a transformer block between the text's states and cross-attention
     layer_norm_eps: float = 1e-6
     prediction: Literal["velocity", "preconditioned", "epsilon"] = "velocity"
     # Of an expert with prediction=epsilon (HDDM, arXiv 2603.06741):

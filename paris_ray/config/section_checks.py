@@ -20,6 +20,7 @@ from paris_ray.config.models import (
     ExpertConfig,
     RouterConfig,
 )
+from paris_ray.config.recipes import refused_recipe
 from paris_ray.config.training import TrainingConfig
 from paris_ray.errors import ConfigError
 from paris_ray.storage import holds_keys, without_keys
@@ -33,17 +34,22 @@ def require(holds: bool, field_name: str, value: object, allowed: str) -> None:
         raise ConfigError(f"{field_name}={value!r} is not allowed: {allowed}")
 
 
-def check_training(name: str, training: TrainingConfig, corpus: CorpusConfig) -> None:
+def check_training(
+    name: str, training: TrainingConfig, corpus: CorpusConfig, expert: ExpertConfig | None = None
+) -> None:
     """Check how a model is trained.
 
     Args:
         name: Of the section.
         training: What it says.
         corpus: Whose captions are trained on.
+        expert: What learns from data in it; None: something else learns.
 
     Raises:
         ConfigError: naming the field, its value and what is allowed.
     """
+    for field, value, allowed in refused_recipe(training, expert):
+        require(False, f"{name}.{field}", value, allowed)
     counts = ("batch_size", "accumulation_steps", "log_every", "checkpoint_every")
     least = 0 if name == "seed_training" else 1
     require(training.steps >= least, f"{name}.steps", training.steps, f"at least {least}")
@@ -98,6 +104,12 @@ def check_model(name: str, model: ExpertConfig | RouterConfig) -> None:
     if isinstance(model, ExpertConfig):
         widths = {"text_embed_dim": 1, "text_hidden_size": 1}
         _check_epsilon(name, model)
+        rotary = model.blocks == "released" or model.hidden_size // model.num_heads % 4 == 0
+        allowed = "released, unless hidden_size / num_heads is a multiple of 4"
+        require(rotary, f"{name}.blocks", model.blocks, allowed)
+        adapter, silent = model.text_adapter, model.text_injection == "spatial"
+        allowed = "false for text_injection=spatial, which reads no tokens"
+        require(not (adapter and silent), f"{name}.text_adapter", adapter, allowed)
     else:
         count, allowed = model.num_experts, f"between 1 and {MAX_EXPERTS}"
         require(1 <= count <= MAX_EXPERTS, f"{name}.num_experts", count, allowed)

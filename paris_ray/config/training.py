@@ -3,11 +3,13 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from paris_ray.config.recipes import RecipeConfig
+
 Precision = Literal["auto", "float32", "bfloat16"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class TrainingConfig:
+class TrainingConfig(RecipeConfig):
     """One training loop. Steps are optimiser steps; progress is counted in samples seen."""
 
     steps: int = 600

@@ -25,6 +25,8 @@ from paris_ray.models.layers import (
     run_block,
     unpatchify,
 )
+from paris_ray.models.modern import ModernAttention, ModernCrossAttention
+from paris_ray.models.text_adapter import TextAdapter
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,18 +63,25 @@ def _concatenate(parts: list[Tensor | None]) -> Tensor | None:
     return torch.cat(present) if present else None
 
 
+def _norm(config: ExpertConfig) -> nn.Module:
+    """Return the norm before attention, MLP and output, whose scale and shift time decides."""
+    norm = nn.RMSNorm if config.blocks == "modern" else nn.LayerNorm
+    return norm(config.hidden_size, eps=config.layer_norm_eps, elementwise_affine=False)
+
+
 class ExpertBlock(nn.Module):
     """Gated self-attention, un-gated cross-attention (if any), gated MLP."""
 
     def __init__(self, config: ExpertConfig) -> None:
         super().__init__()
-        d = config.hidden_size
-        self.norm = nn.LayerNorm(d, eps=config.layer_norm_eps, elementwise_affine=False)
+        d, modern = config.hidden_size, config.blocks == "modern"
+        self.norm = _norm(config)
         self.scale_shift_table = nn.Parameter(torch.zeros(6, d))
-        self.attn = Attention(d, config.num_heads)
+        self.attn = (ModernAttention if modern else Attention)(d, config.num_heads)
         self.cross_attn: CrossAttention | None = None
         if config.text_injection != "spatial":
-            self.cross_attn = CrossAttention(d, config.num_heads)
+            cross_attention = ModernCrossAttention if modern else CrossAttention
+            self.cross_attn = cross_attention(d, config.num_heads)
         self.mlp = feed_forward(d, config.mlp_ratio)
 
     def initialise(self) -> None:
@@ -99,7 +108,7 @@ class ExpertFinalLayer(nn.Module):
     def __init__(self, config: ExpertConfig) -> None:
         super().__init__()
         d = config.hidden_size
-        self.norm = nn.LayerNorm(d, eps=config.layer_norm_eps, elementwise_affine=False)
+        self.norm = _norm(config)
         self.scale_shift_table = nn.Parameter(torch.zeros(2, d))
         self.linear = Linear(d, config.patch_size**2 * config.in_channels)
 
@@ -143,6 +152,7 @@ class Expert(nn.Module):
             self.pooled_text_proj = self._spatial_projection()
         self.layers: Any = nn.ModuleList(ExpertBlock(config) for _ in range(config.num_layers))
         self.final_layer = ExpertFinalLayer(config)
+        self.text_adapter = TextAdapter(config) if config.text_adapter else None
         self.gradient_checkpointing = False
         if not self.pos_embed.is_meta:
             self.initialise()
@@ -164,6 +174,8 @@ class Expert(nn.Module):
         for block in self.layers:
             block.initialise()
         self.final_layer.initialise()
+        if self.text_adapter is not None:
+            self.text_adapter.initialise()
 
     def encode_text(self, text: TextConditioning | Tensor) -> EncodedText:
         """Return what does not depend on the noisy latents, to be computed once per image.
@@ -179,9 +191,11 @@ class Expert(nn.Module):
         )
         if self.config.text_injection == "spatial":
             return EncodedText((), None, self._spatial(self.text_proj, pooled))
-        context = self.text_proj(embeddings)
-        keys_values = tuple(block.cross_attn.keys_values(context) for block in self.layers)
         mask = text.text_mask if self.config.text_padding_mask else None
+        context = self.text_proj(embeddings)
+        if self.text_adapter is not None:
+            context = self.text_adapter(context, mask)
+        keys_values = tuple(block.cross_attn.keys_values(context) for block in self.layers)
         if self.config.text_injection == "cross_attention":
             return EncodedText(keys_values, mask, None)
         return EncodedText(keys_values, mask, self._spatial(self.pooled_text_proj, pooled))
@@ -190,7 +204,11 @@ class Expert(nn.Module):
         return projection(pooled).view(len(pooled), self.grid**2, -1)
 
     def forward(
-        self, latents: Tensor, timesteps: Tensor, text: TextConditioning | Tensor | EncodedText
+        self,
+        latents: Tensor,
+        timesteps: Tensor,
+        text: TextConditioning | Tensor | EncodedText,
+        hidden: list[Tensor] | None = None,
     ) -> Tensor:
         """Return what `config.prediction` names.
 
@@ -198,6 +216,7 @@ class Expert(nn.Module):
             latents: `(B, C, H, W)` noisy latents.
             timesteps: `(B,)` in [0, 1000], 1000 = pure noise.
             text: A conditioning, its `text_embeddings (B, L, D)`, or `encode_text`'s result.
+            hidden: Receives the tokens `(B, N, d)` after every block.
 
         Returns:
             `(B, C, H, W)`. With `prediction="preconditioned"` latents must already have unit
@@ -219,5 +238,7 @@ class Expert(nn.Module):
                 encoded.mask,
                 recompute=self.gradient_checkpointing,
             )
+            if hidden is not None:
+                hidden.append(x)
         x = self.final_layer(x, time_embedding)  # (B, N, p * p * C)
         return unpatchify(x, self.grid, self.config.patch_size)

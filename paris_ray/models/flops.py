@@ -81,10 +81,15 @@ def _trunk_macs(config: ExpertConfig | RouterConfig) -> int:
     d, tokens = config.hidden_size, num_tokens(config)
     patch_values = config.patch_size**2 * config.in_channels
     patches = (config.input_size // config.patch_size) ** 2
-    attention = 4 * tokens * d * d + 2 * tokens * tokens * d
-    mlp = 2 * tokens * d * int(d * config.mlp_ratio)
     embeddings = patches * patch_values * d + FREQUENCY_DIM * d + d * d
-    return embeddings + config.num_layers * (attention + mlp)
+    return embeddings + config.num_layers * _block_macs(config, tokens)
+
+
+def _block_macs(config: ExpertConfig | RouterConfig, tokens: int) -> int:
+    """Self-attention and MLP of one block on so many tokens."""
+    d = config.hidden_size
+    attention = 4 * tokens * d * d + 2 * tokens * tokens * d
+    return attention + 2 * tokens * d * int(d * config.mlp_ratio)
 
 
 def _expert_macs(config: ExpertConfig, text_length: int) -> int:
@@ -95,6 +100,8 @@ def _expert_macs(config: ExpertConfig, text_length: int) -> int:
         shared += config.text_hidden_size * (config.text_embed_dim + tokens * d)
     if config.text_injection == "spatial":
         return shared
+    if config.text_adapter:
+        shared += _block_macs(config, text_length)
     products = 2 * tokens * d * d + 2 * text_length * d * d + 2 * tokens * text_length * d
     return shared + text_length * config.text_embed_dim * d + config.num_layers * products
 

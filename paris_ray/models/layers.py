@@ -141,10 +141,10 @@ class Attention(nn.Module):
         self.register_state_dict_post_hook(_to_released_names)
         self.register_load_state_dict_pre_hook(_from_released_names)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """`(B, N, d) -> (B, N, d)`."""
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """`x (B, N, d)`, `mask (B, N)`, False at tokens that none attends to -> `(B, N, d)`."""
         query, key, value = self._split(self.in_proj(x), 3).unbind(dim=1)
-        return self._merge(_attend(query, key, value))
+        return self._merge(attend(query, key, value, mask))
 
     def _split(self, x: Tensor, parts: int) -> Tensor:
         """`(B, N, parts * d) -> (B, parts, heads, N, c)`."""
@@ -166,12 +166,15 @@ class CrossAttention(Attention):
         self, x: Tensor, keys_values: Tensor, mask: Tensor | None = None
     ) -> Tensor:
         """`x (B, N, d)`, what `keys_values` returned, `mask (B, L)` or None -> `(B, N, d)`."""
-        query = self._split(self.in_proj.rows(x, 0, self.hidden_size), 1)[:, 0]
         key, value = keys_values.unbind(dim=1)
-        return self._merge(_attend(query, key, value, mask))
+        return self._merge(attend(self._query(x), key, value, mask))
+
+    def _query(self, x: Tensor) -> Tensor:
+        """`(B, N, d) -> (B, heads, N, c)`."""
+        return self._split(self.in_proj.rows(x, 0, self.hidden_size), 1)[:, 0]
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
+def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
     """Scaled dot-product attention of `(B, heads, N, c)`; `mask (B, L)` is False at padding.
 
     Training on a CPU runs it in float32 even under autocast: the fused bfloat16 backward pass there

@@ -11,7 +11,14 @@ from dataclasses import fields
 from types import MappingProxyType
 from typing import Any, TypeVar
 
-from paris_ray.config import ExpertConfig, RouterConfig, check_model, from_dict, to_dict
+from paris_ray.config import (
+    OFF_IN_MODELS,
+    ExpertConfig,
+    RouterConfig,
+    check_model,
+    from_dict,
+    to_dict,
+)
 from paris_ray.errors import ConfigError
 
 OURS = "paris_ray"
@@ -48,8 +55,8 @@ _FIXED: Mapping[type, Mapping[str, object]] = {
 
 
 def write_document(config: ExpertConfig | RouterConfig) -> dict[str, Any]:
-    """Return the `config.json` of a model."""
-    ours = to_dict(config)
+    """Return the `config.json` of a model; what is off in it is left out, as in those of before."""
+    ours = {k: v for k, v in to_dict(config).items() if (k, v) not in OFF_IN_MODELS.items()}
     spellings = _SPELLINGS[type(config)]
     public = {names[0]: ours.pop(field) for field, names in spellings.items()}
     if isinstance(config, ExpertConfig):

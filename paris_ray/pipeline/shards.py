@@ -26,6 +26,7 @@ from paris_ray.corpora.labels import label_names
 from paris_ray.corpora.perceptual_hash import perceptual_hashes
 from paris_ray.embeddings import (
     ATTRIBUTE,
+    FEATURES,
     LATENTS,
     LATENTS_FLIPPED,
     PICTURE_HASH,
@@ -48,7 +49,7 @@ QUARANTINED, ENDED = "quarantined", "ended"
 FILTERED = "filtered."  # and the name of the filter
 BUSY = "busy."  # and the name of an encoder: seconds that it computed
 # Of text a batch has one of the two; mirrored latents only if training wants them.
-TENSORS = (LATENTS, LATENTS_FLIPPED, "features", TEXT_EMBEDDING, TOKEN_IDS)
+TENSORS = (LATENTS, LATENTS_FLIPPED, FEATURES, TEXT_EMBEDDING, TOKEN_IDS)
 # What filters ask for comes on top.
 STORED = (*TENSORS, PICTURE_HASH, *map(score_name, SCORES))
 CAPTION = "caption"

@@ -8,7 +8,7 @@ from typing import Any
 from paris_ray.config import Config
 from paris_ray.diffusion import num_evaluations
 from paris_ray.models.flops import step_macs, text_length, training_flops_per_image
-from paris_ray.study.plan import Arm
+from paris_ray.study.arms import Arm
 
 TARGET = 0.8  # attribute accuracy of the headline
 KEPT = (
@@ -123,19 +123,21 @@ class Row:
     training_flops: float
 
 
-def _mean(values: Iterable[float]) -> float:
+def mean(values: Iterable[float]) -> float:
+    """Return the mean of one number or more."""
     numbers = list(values)
     return sum(numbers) / len(numbers)
 
 
-def _spread(values: Sequence[float]) -> Spread:
-    return Spread(mean=_mean(values), low=min(values), high=max(values))
+def spread(values: Sequence[float]) -> Spread:
+    """Return the spread of one number or more."""
+    return Spread(mean=mean(values), low=min(values), high=max(values))
 
 
 def _spread_if_known(values: Sequence[float | None]) -> Spread | None:
     """Return the spread of numbers; None if one was not measured."""
     known = [value for value in values if value is not None]
-    return _spread(known) if len(known) == len(values) else None
+    return spread(known) if len(known) == len(values) else None
 
 
 def mean_if_known(values: Sequence[float | None]) -> float | None:
@@ -149,7 +151,7 @@ def accuracy(drawn: Mapping[str, Any], split: str) -> float:
     return float(drawn[split]["attributes"]["all"]["mean"])
 
 
-def _pixel_error(drawn: Mapping[str, Any], split: str) -> float:
+def pixel_error(drawn: Mapping[str, Any], split: str) -> float:
     """Return the root mean squared error in levels of 255; pixels were in [-1, 1]."""
     return float(drawn[split]["squared_error"]["mean"]) ** 0.5 * 127.5
 
@@ -177,15 +179,15 @@ def _row(seeds: Sequence[Mapping[str, Any]], drawing: str) -> Row:
         seed_share=arm["seed_steps"] / arm["total_steps"],
         samples=arm["samples"],
         seeds=len(seeds),
-        held_out=_spread([accuracy(each, "held_out") for each in drawn]),
-        held_out_interval=(_mean(x["low"] for x in held_out), _mean(x["high"] for x in held_out)),
-        shown=_spread([accuracy(each, "shown") for each in drawn]),
-        held_out_error=_spread([_pixel_error(each, "held_out") for each in drawn]),
-        shown_error=_spread([_pixel_error(each, "shown") for each in drawn]),
+        held_out=spread([accuracy(each, "held_out") for each in drawn]),
+        held_out_interval=(mean(x["low"] for x in held_out), mean(x["high"] for x in held_out)),
+        shown=spread([accuracy(each, "shown") for each in drawn]),
+        held_out_error=spread([pixel_error(each, "held_out") for each in drawn]),
+        shown_error=spread([pixel_error(each, "shown") for each in drawn]),
         held_out_frechet=_spread_if_known([each["held_out"].get("frechet") for each in drawn]),
         shown_frechet=_spread_if_known([each["shown"].get("frechet") for each in drawn]),
-        experts_asked=_mean(each["experts_asked"] for each in drawn),
-        flops_per_picture=_mean(each["flops_per_picture"] for each in drawn),
+        experts_asked=mean(each["experts_asked"] for each in drawn),
+        flops_per_picture=mean(each["flops_per_picture"] for each in drawn),
         training_flops=arm["training_flops"],
     )
 
@@ -198,7 +200,8 @@ class Reached:
     """When a curve reaches a target.
 
     Attributes:
-        samples: Between two measured points as on a straight line; None if it never does.
+        samples: Between two measured points as on a straight line, in what the curve runs over;
+            None if it never does.
         at_most: Whether the first point is above already, so that fewer may do.
         best: The highest value of the curve.
     """
@@ -226,17 +229,23 @@ def samples_until(points: Sequence[tuple[float, float]], target: float) -> Reach
     return Reached(samples=None, at_most=False, best=best)
 
 
-def curves(arms: Sequence[Mapping[str, Any]]) -> dict[str, dict[int, list[tuple[float, float]]]]:
+def curves(
+    arms: Sequence[Mapping[str, Any]], axis: str = "samples"
+) -> dict[str, dict[int, list[tuple[float, float]]]]:
     """Return of every recipe and seed the points `(samples, held-out accuracy)`, in order.
 
     Seeds of which a shorter or a longer training is missing are left out.
+
+    Args:
+        arms: With `samples` among their tables, or not.
+        axis: What curves run over: `samples`, or another number of the arms.
     """
     found: dict[str, dict[int, list[tuple[float, float]]]] = {}
     for arm in arms:
         if "samples" in arm["tables"]:
             right = accuracy(arm["drawn"][arm["routing"]], "held_out")
             of_seed = found.setdefault(arm["recipe"], {}).setdefault(arm["seed"], [])
-            of_seed.append((arm["samples"], right))
+            of_seed.append((arm[axis], right))
     return {recipe: _whole_curves(seeds) for recipe, seeds in found.items()}
 
 
@@ -248,9 +257,9 @@ def _whole_curves(
 
 
 def mean_curve(seeds: Mapping[int, Sequence[tuple[float, float]]]) -> list[tuple[float, float]]:
-    """Return the mean over seeds of curves with the same samples."""
+    """Return the mean over seeds of curves, point by point."""
     return [
-        (points[0][0], _mean(value for _, value in points))
+        (mean(x for x, _ in points), mean(value for _, value in points))
         for points in zip(*seeds.values(), strict=True)
     ]
 

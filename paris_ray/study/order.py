@@ -3,8 +3,9 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from paris_ray.study.arms import FULL, ONE_MODEL, TOP_1, TOP_2
 from paris_ray.study.numbers import accuracy, mean_if_known
-from paris_ray.study.plan import DENSE, FULL, ONE_MODEL, PAPER, SCRATCH, SEEDED, TOP_1, TOP_2
+from paris_ray.study.plan import DENSE, PAPER, SCRATCH, SEEDED
 
 # FID-50K of B/2, lower is better: Paris, arXiv 2510.03434.
 PUBLISHED = {ONE_MODEL: 29.64, TOP_1: 30.60, TOP_2: 22.60, FULL: 47.89}

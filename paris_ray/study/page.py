@@ -1,6 +1,6 @@
 """The page of a study: Markdown and pictures of nothing but its numbers."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -130,7 +130,7 @@ def _intro(study: Mapping[str, Any]) -> str:
     paper = f"; `{PAPER}` also clusters what the paper clusters"
     return (
         f"Written by `{study['command']}`, the {study['form']} form; nothing here is typed. "
-        f"{len(arms)} runs, seeds {_range(arm['seed'] for arm in arms)}; {study['samples']:,} "
+        f"{len(arms)} runs, seeds {spelt_range(arm['seed'] for arm in arms)}; {study['samples']:,} "
         "samples in every arm, but for those of the curve. "
         f"Drawn: {drawn['held_out']['captions']} captions that were held out and "
         f"{drawn['shown']['captions']} that were trained on. *Right*: all attributes of the "
@@ -140,7 +140,8 @@ def _intro(study: Mapping[str, Any]) -> str:
     )
 
 
-def _range(numbers: Any) -> str:
+def spelt_range(numbers: Iterable[int]) -> str:
+    """Return the least and the greatest of numbers in words."""
     found = sorted(set(numbers))
     return str(found[0]) if len(found) == 1 else f"{found[0]} to {found[-1]}"
 
@@ -156,7 +157,7 @@ def _headline(reached: Mapping[str, Any], arms: Sequence[Mapping[str, Any]]) -> 
         ]
         for recipe, found in reached.items()
     ]
-    return f"{_markdown([head, *cells])}\n\n{_comparison(rows(arms, 'experts'))}"
+    return f"{markdown_table([head, *cells])}\n\n{_comparison(rows(arms, 'experts'))}"
 
 
 def _reached(found: Mapping[str, Any]) -> str:
@@ -213,7 +214,7 @@ def _table(found: Sequence[Row], name: str) -> str:
     head += ["95 % over captions", "trained-on right", "RMSE held-out", "RMSE trained-on"]
     head += ["Frechet held-out", "Frechet trained-on"]
     head += ["experts a step", "MFLOP a picture", "training TFLOP"]
-    return _markdown([head, *map(_cells, found)])
+    return markdown_table([head, *map(_cells, found)])
 
 
 def _cells(row: Row) -> list[str]:
@@ -274,7 +275,7 @@ def _paris(orders: Sequence[Mapping[str, Any]]) -> str:
         for order in orders
     ]
     summary = [_paris_summary(order) for order in orders]
-    return "\n\n".join([intro, _markdown([head, *cells]), "\n".join(summary)])
+    return "\n\n".join([intro, markdown_table([head, *cells]), "\n".join(summary)])
 
 
 def _paris_summary(order: Mapping[str, Any]) -> str:
@@ -287,7 +288,8 @@ def _paris_summary(order: Mapping[str, Any]) -> str:
     return f"- `{order['arm']}`, {order['measure']}: {whole or said}."
 
 
-def _markdown(cells: Sequence[Sequence[str]]) -> str:
+def markdown_table(cells: Sequence[Sequence[str]]) -> str:
+    """Return rows of cells, of which the first is the head, as Markdown."""
     head, *body = cells
     lines = [head, ["---"] * len(head), *body]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -6,8 +6,8 @@ is pickled, and no generator state is needed: generators derive from the step (`
 
 import logging
 import zlib
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import safetensors.torch
@@ -23,6 +23,7 @@ from paris_ray.training.ema import ExponentialMovingAverage
 
 logger = logging.getLogger("paris_ray")
 
+HEADS = "heads/"  # before names of what is trained beside the model
 _CHECKSUM = "crc32"  # in the header
 _UNCHECKED = {"identity", "samples_seen"}  # the header of checkpoints that have none
 
@@ -31,21 +32,39 @@ _UNCHECKED = {"identity", "samples_seen"}  # the header of checkpoints that have
 class TrainingState:
     """Everything that changes while training.
 
-    `model` holds what is trained, which may be a part of what is run: of an expert with an adapter,
-    the adapter.
+    Attributes:
+        model: What is trained, which may be a part of what is run: of an expert with an adapter,
+            the adapter.
+        ema: Its average.
+        optimizers: Of all parameters, each in one of them.
+        heads: What is trained beside the model, without an average.
     """
 
     model: nn.Module
     ema: ExponentialMovingAverage
-    optimizer: Optimizer
+    optimizers: Sequence[Optimizer]
+    heads: nn.Module = field(default_factory=nn.Module)
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Return all parameters, the model's first."""
+        return [*self.model.parameters(), *self.heads.parameters()]
+
+    def named_moments(self) -> Iterator[tuple[str, Tensor, MutableMapping[Tensor, Any]]]:
+        """Yield every optimised parameter with its name and where its optimizer keeps moments."""
+        names: dict[Tensor, str] = {p: name for name, p in self.model.named_parameters()}
+        names |= {p: f"{HEADS}{name}" for name, p in self.heads.named_parameters()}
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    yield names[parameter], parameter, optimizer.state
 
 
 def _optimizer_tensors(state: TrainingState) -> dict[str, Tensor]:
-    """Name the optimizer's moments after the parameters they belong to."""
+    """Name the optimizers' moments after the parameters they belong to."""
     return {
         f"optimizer/{name}/{moment}": value
-        for name, parameter in state.model.named_parameters()
-        for moment, value in state.optimizer.state[parameter].items()
+        for name, parameter, moments in state.named_moments()
+        for moment, value in moments[parameter].items()
     }
 
 
@@ -60,6 +79,7 @@ def save(folder: Folder, state: TrainingState, *, identity: str, samples_seen: i
     """
     tensors = {f"model/{name}": value for name, value in state.model.state_dict().items()}
     tensors |= {f"ema/{name}": value for name, value in state.ema.state.items()}
+    tensors |= {f"{HEADS}{name}": value for name, value in state.heads.state_dict().items()}
     tensors |= _optimizer_tensors(state)
     contiguous = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
     # Nothing that grows: a header of more than 100 MB is refused.
@@ -87,13 +107,13 @@ def restore(folder: Folder, state: TrainingState, *, identity: str) -> int | Non
         )
     state.model.load_state_dict(_under("model/", tensors))
     state.ema.load(_under("ema/", tensors))
-    for name, parameter in state.model.named_parameters():
-        moments = _under(f"optimizer/{name}/", tensors)
-        if moments:
-            state.optimizer.state[parameter] = {
-                # A copy, since these are mapped; "step" too: a fused optimizer reads it there.
-                moment: value.to(parameter.device, copy=True)
-                for moment, value in moments.items()
+    state.heads.load_state_dict(_under(HEADS, tensors))
+    for name, parameter, moments in state.named_moments():
+        saved = _under(f"optimizer/{name}/", tensors)
+        if saved:
+            # A copy, since these are mapped; "step" too: a fused optimizer reads it there.
+            moments[parameter] = {
+                moment: value.to(parameter.device, copy=True) for moment, value in saved.items()
             }
     return int(header["samples_seen"])
 

@@ -19,9 +19,9 @@ from paris_ray.config import FeaturesConfig
 from paris_ray.encoders.images import preprocess, register_packaged_models, save_open_clip
 from paris_ray.errors import ConfigError
 from paris_ray.folders import Folder
-from paris_ray.seeding import torch_generator
+from paris_ray.seeding import build_seeded, torch_generator
 from paris_ray.training.data import BatchOrder
-from paris_ray.training.loop import OnProgress, ProgressClock, build_seeded
+from paris_ray.training.loop import OnProgress, ProgressClock
 
 MAX_ROTATION = 0.2  # radians
 MAX_SCALE = 0.15  # share

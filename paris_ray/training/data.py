@@ -18,6 +18,7 @@ from torch import Tensor
 from paris_ray.config import ExpertConfig, TrainingConfig
 from paris_ray.diffusion import sample_times
 from paris_ray.embeddings import (
+    FEATURES,
     LATENTS,
     LATENTS_FLIPPED,
     TEXT_EMBEDDING,
@@ -37,7 +38,9 @@ class Batch(NamedTuple):
     """What one step trains on.
 
     `latents` and `noise` are `(B, C, H, W)`, `t (B,)` in [0, 1], `clusters (B,)`; `text` is
-    `(B, D)` sentence vectors, `(B, 1 + L, D)` with token states, or `(B, L)` token ids.
+    `(B, D)` sentence vectors, `(B, 1 + L, D)` with token states, or `(B, L)` token ids. What only
+    a recipe reads is None without it: `negatives (B, C, H, W)`, velocities of other rows, and
+    `features (B, F)` of the pictures.
     """
 
     latents: Tensor
@@ -45,18 +48,24 @@ class Batch(NamedTuple):
     t: Tensor
     text: Tensor
     clusters: Tensor
+    negatives: Tensor | None = None
+    features: Tensor | None = None
 
     def to(self, device: torch.device) -> "Batch":
         """Return the batch on a device; the copy of pinned memory is not waited for."""
-        return Batch(*(part.to(device, non_blocking=True) for part in self))
+        return self._each(lambda part: part.to(device, non_blocking=True))
 
     def pin(self) -> "Batch":
         """Return the batch in memory that a GPU can copy from while it computes."""
-        return Batch(*(part.pin_memory() for part in self))
+        return self._each(Tensor.pin_memory)
 
     def split(self, count: int) -> "list[Batch]":
         """Return `count` equal parts of the batch."""
-        return [Batch(*parts) for parts in zip(*(p.chunk(count) for p in self), strict=True)]
+        parts = [[None] * count if part is None else part.chunk(count) for part in self]
+        return [Batch._make(each) for each in zip(*parts, strict=True)]
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+        return Batch._make(None if part is None else change(part) for part in self)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +79,7 @@ class LatentDataset:
             token ids of V caption variants.
         null_text: `(D,)`, `(1 + L, D)` or `(L,)`, the same of the empty string.
         clusters: `(N,)` int64, the cluster that each row is of.
+        features: `(N, F)` of the pictures, or None where nobody asked for them.
     """
 
     latents: NDArray[np.generic]
@@ -77,6 +87,7 @@ class LatentDataset:
     text: NDArray[np.generic]
     null_text: Tensor
     clusters: Tensor
+    features: NDArray[np.generic] | None = None
 
     def __len__(self) -> int:
         return len(self.latents)
@@ -125,7 +136,11 @@ class LatentDataset:
             mirrored = torch.rand(len(index), generator=generator) < 0.5
             flipped = self.latents_flipped[index[mirrored].numpy()].astype(np.float32)
             latents[mirrored] = torch.from_numpy(flipped)
-        return Batch(latents, noise, t, text, self.clusters[index])
+        batch = Batch(latents, noise, t, text, self.clusters[index])
+        if self.features is None:
+            return batch
+        features = self.features[index.numpy()].astype(np.float32)
+        return batch._replace(features=torch.from_numpy(features))
 
     def draw_text(
         self, index: Tensor, config: TrainingConfig, generator: torch.Generator
@@ -150,18 +165,24 @@ class LatentDataset:
         return torch.multinomial(weights, count, replacement=True, generator=generator)
 
 
-def load_dataset(shards: Sequence[Folder]) -> LatentDataset:
+def load_dataset(shards: Sequence[Folder], *, with_features: bool = False) -> LatentDataset:
     """Open shards; the position of a shard in the sequence is its cluster.
 
+    Args:
+        shards: Their folders.
+        with_features: Whether batches have the pictures' features.
+
     Raises:
-        TrainingError: if a shard is empty or unlike the first, has no text, or does not fit into
-            the temporary folder.
+        TrainingError: if a shard is empty or unlike the first, has no text, or no features where
+            they are wanted, or does not fit into the temporary folder.
         ArtifactError: if a shard has no files.
     """
     columns = column_names(shards[0])
     text = next((name for name in (TEXT_EMBEDDING, TOKEN_IDS) if name in columns), None)
     if text is None:
         raise TrainingError(f"shard {shards[0].uri} has neither {TEXT_EMBEDDING} nor {TOKEN_IDS}")
+    if with_features and FEATURES not in columns:
+        raise TrainingError(f"shard {shards[0].uri} has no {FEATURES}: alignment_weight needs them")
     counts = [_count_rows(shard) for shard in shards]
     flipped = map_column(shards, LATENTS_FLIPPED) if LATENTS_FLIPPED in columns else None
     return LatentDataset(
@@ -170,6 +191,7 @@ def load_dataset(shards: Sequence[Folder]) -> LatentDataset:
         text=map_column(shards, text),
         null_text=torch.from_numpy(read_null_text(shards[0])),
         clusters=torch.from_numpy(np.repeat(np.arange(len(shards)), counts)),
+        features=map_column(shards, FEATURES) if with_features else None,
     )
 
 

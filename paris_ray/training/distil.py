@@ -28,9 +28,9 @@ from paris_ray.folders import Folder
 from paris_ray.models import Expert, Router, TextConditioning
 from paris_ray.models.release import write_document
 from paris_ray.run import MODEL_CONFIG, ROUTER_WEIGHTS
+from paris_ray.seeding import build_seeded
 from paris_ray.training.data import Batch
 from paris_ray.training.expert import Lesson
-from paris_ray.training.loop import build_seeded
 
 ROUTED = -1  # in place of a row's cluster: the target is the routed mixture
 

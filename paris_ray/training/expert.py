@@ -15,8 +15,10 @@ from paris_ray.devices import resolve_device
 from paris_ray.diffusion import denoising_loss, sample_path
 from paris_ray.folders import Folder
 from paris_ray.models import Expert, TextConditioning
+from paris_ray.seeding import build_seeded
 from paris_ray.training.data import Batch, MixedOrder, batches, load_dataset
-from paris_ray.training.loop import OnProgress, build_seeded
+from paris_ray.training.loop import OnProgress
+from paris_ray.training.recipes import recipe_of
 from paris_ray.training.schedule import with_steps
 from paris_ray.training.text import text_reader
 from paris_ray.training.trainer import DrawSamples, train_model
@@ -86,14 +88,15 @@ def train_expert(
         text_encoder: Folder with the run's encoders; needed if the shard holds token ids.
         draw_samples: Called every `config.sample_every` steps but the last, with the averaged
             expert in evaluation mode, which is good only during the call, and the steps done.
-        lesson: What it learns; None: the velocity of the data.
+        lesson: What it learns; None: the velocity of the data, by the recipe of `config`.
 
     Raises:
         TrainingError: if the shard is empty or the loss stops being finite.
         ConfigError: if the configuration does not fit the shard or what it starts from.
     """
     shared = () if data.shared is None else (data.shared,)
-    dataset = load_dataset([*data.shards, *shared])
+    with_features = lesson is None and config.alignment_weight > 0
+    dataset = load_dataset([*data.shards, *shared], with_features=with_features)
     num_own = int((dataset.clusters < len(data.shards)).sum())
     config = with_steps(config, num_own)
     order, inputs = None, {**data.digests, **(lesson.identity if lesson else {}), "seed": seed}
@@ -105,15 +108,24 @@ def train_expert(
     encode = text_reader(dataset, text_encoder, resolve_device(config.device))
 
     batch = batches(dataset, config, seed=seed, purpose="batch", expert=expert_config, order=order)
+    num_features = 0 if dataset.features is None else dataset.features.shape[1]
+    recipe = recipe_of(config, expert_config, num_features, seed)
 
     def draw(step: int) -> Batch:
-        return lesson.prepare(step / config.steps, batch(step)) if lesson else batch(step)
+        return (lesson or recipe).prepare(step / config.steps, batch(step))
+
+    def loss(batch: Batch) -> Tensor:
+        text = encode(batch.text)
+        if lesson is not None:
+            return lesson_loss(expert, batch, text, lesson)
+        return recipe.loss(expert, batch, text)
 
     train_model(
         expert,
         draw,
-        lambda batch: expert_loss(expert, batch, encode(batch.text), lesson),
+        loss,
         config,
+        heads=recipe.heads,
         inputs=inputs,
         text_length=dataset.text_length,
         output=output,
@@ -123,22 +135,18 @@ def train_expert(
     )
 
 
-def expert_loss(
-    expert: Expert, batch: Batch, text: TextConditioning, lesson: Lesson | None = None
-) -> Tensor:
+def lesson_loss(expert: Expert, batch: Batch, text: TextConditioning, lesson: Lesson) -> Tensor:
     """Return the loss of a batch, a scalar; 0 for an expert that answers what the lesson says.
 
     Args:
         expert: The network.
-        batch: What `lesson.prepare` returned, if there is a lesson.
+        batch: What `lesson.prepare` returned.
         text: Its conditioning.
-        lesson: What is learnt; None: the velocity of the data.
+        lesson: What is learnt.
     """
     path = sample_path(batch.latents, batch.noise, batch.t)
-    if lesson is not None:
-        with torch.no_grad():
-            velocity = lesson.target(expert, path.x_t, path.t, text, batch.clusters)
-        # torch 2.9 would use casts of the weights that were made here, without gradient, below.
-        torch.clear_autocast_cache()
-        path = path._replace(velocity=velocity)
-    return denoising_loss(expert, path, text)
+    with torch.no_grad():
+        velocity = lesson.target(expert, path.x_t, path.t, text, batch.clusters)
+    # torch 2.9 would use casts of the weights that were made here, without gradient, below.
+    torch.clear_autocast_cache()
+    return denoising_loss(expert, path._replace(velocity=velocity), text)

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,13 +26,13 @@ from paris_ray.devices import (
 )
 from paris_ray.errors import ParisError, TrainingError
 from paris_ray.folders import Folder, parse_json
-from paris_ray.seeding import derive_seed
 from paris_ray.training import checkpoint
 from paris_ray.training.checkpoint import TrainingState
 from paris_ray.training.data import Batch
 from paris_ray.training.ema import ExponentialMovingAverage
 from paris_ray.training.preemption import PreemptionNotice
 from paris_ray.training.prefetch import draw_ahead
+from paris_ray.training.recipes.muon import MULTIPLE, optimizers
 from paris_ray.training.schedule import learning_rate
 from paris_ray.training.spending import Spending
 from paris_ray.training.trackers import Trackers
@@ -66,16 +66,6 @@ Loss = Callable[[Batch], Tensor]
 OnAverage = Callable[[dict[str, Tensor], int], None]
 # Returns measures of the averaged state, by name.
 Measure = Callable[[dict[str, Tensor]], Mapping[str, float]]
-
-
-Model = TypeVar("Model")
-
-
-def build_seeded(build: Callable[[], Model], seed: int) -> Model:
-    """Return a model with the initial weights of a seed; the global generator is left alone."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive_seed(seed, "initialise"))
-        return build()
 
 
 class ProgressClock:
@@ -149,6 +139,7 @@ class TrainingLoop:
             a step at which the process is ended may be left out.
         measure: Called at the first log after every `config.validate_every` steps, and at the end;
             what it returns joins the metrics. It must depend on the averaged state alone.
+        heads: What is optimised and checkpointed beside the model, and not averaged.
 
     Raises:
         ConfigError: if `config` asks for a tracker that cannot be had (`trackers`).
@@ -167,6 +158,7 @@ class TrainingLoop:
         flops_per_image: float | None = None,
         on_average: OnAverage | None = None,
         measure: Measure | None = None,
+        heads: nn.Module | None = None,
     ) -> None:
         self.draw, self.loss, self.config = draw, loss, config
         self.folder, self.identity = folder, identity
@@ -176,17 +168,10 @@ class TrainingLoop:
         peak = peak_flops(self.device)
         self.peak_rate = peak / flops_per_image if peak and flops_per_image else None
         self.trackers = Trackers(config, folder, identity)
-        optimizer = torch.optim.AdamW(
-            [p for p in model.parameters() if p.requires_grad],
-            lr=config.learning_rate,
-            betas=config.betas,
-            eps=config.adam_eps,
-            weight_decay=config.weight_decay,
-            fused=True,
-        )
+        heads = nn.Module() if heads is None else heads
         ema_device = torch.device("cpu") if config.ema_device == "cpu" else None
         ema = ExponentialMovingAverage(model, config.ema_decay, ema_device)
-        self.state = TrainingState(model, ema, optimizer)
+        self.state = TrainingState(model, ema, optimizers([model, heads], config), heads)
         self.spending = Spending(folder, config)
         self.metrics: list[dict[str, Any]] = []
         self.timings: list[dict[str, Any]] = []
@@ -239,16 +224,18 @@ class TrainingLoop:
 
     def _step(self, step: int, batch: Batch) -> Tensor:
         """Do one optimiser step; return the loss, the mean over the parts of the batch."""
-        for group in self.state.optimizer.param_groups:
-            group["lr"] = learning_rate(step, self.config)
-        self.state.optimizer.zero_grad(set_to_none=True)
+        for optimizer in self.state.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, self.config) * group.get(MULTIPLE, 1.0)
+            optimizer.zero_grad(set_to_none=True)
         num_parts = self.config.accumulation_steps
         losses = [
             self._backward(part, num_parts) for part in batch.to(self.device).split(num_parts)
         ]
         if self.config.max_grad_norm is not None:
-            nn.utils.clip_grad_norm_(self.state.model.parameters(), self.config.max_grad_norm)
-        self.state.optimizer.step()
+            nn.utils.clip_grad_norm_(self.state.parameters(), self.config.max_grad_norm)
+        for optimizer in self.state.optimizers:
+            optimizer.step()
         self.state.ema.update(self.state.model, step)
         return torch.stack(losses).sum()
 
@@ -328,7 +315,7 @@ class TrainingLoop:
 
         A finite loss does not tell: the gradients that came of it have changed the weights since.
         """
-        parameters = list(self.state.model.parameters())
+        parameters = self.state.parameters()
         gradients = [p.grad for p in parameters if p.grad is not None]
         _finite("loss", loss, done)
         _finite("norm of the gradients", nn.utils.get_total_norm(gradients), done)

@@ -18,8 +18,8 @@ from paris_ray.models.flops import text_length
 from paris_ray.seeding import torch_generator
 from paris_ray.storage import temporary_folder
 from paris_ray.training.data import Batch
-from paris_ray.training.expert import expert_loss
 from paris_ray.training.loop import Loss, Progress, TrainingLoop
+from paris_ray.training.recipes import recipe_of
 from paris_ray.training.trainer import set_block_options
 
 NUM_BATCHES = 4  # that are drawn once, and trained on in turn
@@ -61,9 +61,11 @@ def probe_machine(config: Config, stages: Sequence[Stage], seconds: float) -> Pr
     torch.set_num_threads(config.training.threads)
     device = resolve_device(config.training.device)
     expert, router = Expert(config.expert), Router(config.router)
+    recipe = recipe_of(config.training, config.expert)
 
     def learn_velocity(batch: Batch) -> Tensor:
-        return expert_loss(expert, batch, TextConditioning.from_vectors(batch.text))
+        drawn, text = recipe.prepare(0.0, batch), TextConditioning.from_vectors(batch.text)
+        return recipe.loss(expert, drawn, text)
 
     def learn_cluster(batch: Batch) -> Tensor:
         path, text = sample_path(batch.latents, batch.noise, batch.t), batch.text

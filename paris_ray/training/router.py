@@ -14,8 +14,9 @@ from paris_ray.devices import resolve_device
 from paris_ray.diffusion import router_logits, sample_path
 from paris_ray.folders import Folder
 from paris_ray.models import Router, TextConditioning
+from paris_ray.seeding import build_seeded
 from paris_ray.training.data import Batch, LatentDataset, batches, load_dataset
-from paris_ray.training.loop import OnProgress, build_seeded
+from paris_ray.training.loop import OnProgress
 from paris_ray.training.router_quality import Encode, held_out_quality, right_cluster
 from paris_ray.training.schedule import with_steps
 from paris_ray.training.text import text_reader

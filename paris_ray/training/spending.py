@@ -1,6 +1,6 @@
 """What a training has taken so far, over all processes that worked on it, and its caps."""
 
-from time import monotonic
+from time import monotonic, process_time
 
 from paris_ray.artifacts import SPENT
 from paris_ray.config import ExpertConfig, RouterConfig, TrainingConfig
@@ -30,6 +30,7 @@ class Spending:
     def __init__(self, folder: Folder, config: TrainingConfig) -> None:
         self.folder, self.config = folder, config
         self._earlier, self._began = seconds_spent(folder), monotonic()
+        self._cpu_earlier, self._cpu_began = cpu_seconds_spent(folder), process_time()
         self._noted_at = self._began
 
     @property
@@ -41,7 +42,9 @@ class Spending:
         """Write the seconds down, if it is time to."""
         now = monotonic()
         if at_once or now - self._noted_at >= NOTE_INTERVAL_S:
-            self.folder.write_json(SPENT, {"seconds": round(self.seconds, 3)})
+            cpu_seconds = self._cpu_earlier + process_time() - self._cpu_began
+            spent = {"seconds": self.seconds, "cpu_seconds": cpu_seconds}
+            self.folder.write_json(SPENT, {name: round(value, 3) for name, value in spent.items()})
             self._noted_at = now
 
     def cap_reached(self) -> SpendingCapError | None:
@@ -64,10 +67,19 @@ def seconds_spent(folder: Folder) -> float:
     Raises:
         ArtifactError: if the file that tells of them is damaged.
     """
+    return _spent(folder, "seconds", None)
+
+
+def cpu_seconds_spent(folder: Folder) -> float:
+    """Return the seconds that all threads of its processes computed; raises as `seconds_spent`."""
+    return _spent(folder, "cpu_seconds", 0.0)  # earlier code did not count them
+
+
+def _spent(folder: Folder, name: str, default: float | None) -> float:
     if not folder.exists(SPENT):
         return 0.0
     told = folder.read_json(SPENT)
-    seconds = told.get("seconds") if isinstance(told, dict) else None
+    seconds = told.get(name, default) if isinstance(told, dict) else None
     if not isinstance(seconds, int | float) or not seconds >= 0:
         raise ArtifactError(f"{folder.uri}/{SPENT} is damaged: delete it to count from 0")
     return float(seconds)

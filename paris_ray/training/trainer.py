@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import safetensors.torch
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from paris_ray.config import Precision, TrainingConfig, identity, unlike_fields
 from paris_ray.devices import resolve_device, resolve_precision
@@ -40,6 +40,7 @@ def train_model(
     on_progress: OnProgress,
     draw_samples: DrawSamples[Model] | None = None,
     validate: Callable[[Model], Mapping[str, float]] | None = None,
+    heads: nn.Module | None = None,
 ) -> Model:
     """Train a model, write its averaged weights in the released layout, and return that average.
 
@@ -56,6 +57,8 @@ def train_model(
             in evaluation mode, which is good only during the call, and the number of steps done.
         validate: Returns measures of such an average for the metrics, every
             `config.validate_every` steps and at the end.
+        heads: What the loss trains beside the model: no part of it, nor of what is written but the
+            checkpoint.
 
     Raises:
         TrainingError: if the loss or the state stops being finite.
@@ -91,6 +94,7 @@ def train_model(
         flops_per_image=training_flops_per_image(model.config, text_length),
         on_average=pass_on,
         measure=measure,
+        heads=None if heads is None else heads.to(device),
     )
     average = loop.run()
     weights = {name: value.cpu().contiguous() for name, value in average.items()}

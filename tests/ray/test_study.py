@@ -18,7 +18,7 @@ from paris_ray.run import EMBEDDINGS, EVALUATION, Run
 from paris_ray.sampling.generation import sample_one_expert
 from paris_ray.sampling.sampler import sampling_options
 from paris_ray.study.forms import SMALL_FORM
-from paris_ray.study.plan import AGREE, study_config
+from paris_ray.study.plan import AGREE, study_arms, study_config
 from tests.long_tests import chaos
 
 pytestmark = [pytest.mark.ray, chaos]
@@ -113,14 +113,16 @@ def test_a_second_call_keeps_everything_and_says_the_same(page: Path, config: Co
 
 def test_known_arms_are_not_run_again(page: Path, config: Config, tmp_path: Path) -> None:
     """Nor is anything prepared for them; an arm that is drawn otherwise now is another."""
-    from paris_ray.pipeline.study import plan_arms, run_study
+    from paris_ray.pipeline.arms import plan_arms
+    from paris_ray.pipeline.study import run_study
 
     known, elsewhere = json.loads(page.with_suffix(".json").read_text()), tmp_path / "runs"
     moved = replace(config, run_dir=str(elsewhere))
     run_study(moved, FORM, tmp_path / "study.md", command="a test", known=known)
     assert (tmp_path / "study.json").read_text() == page.with_suffix(".json").read_text()
     assert not elsewhere.exists()
-    more = plan_arms(study_config(moved), replace(FORM, temperatures=(8.0, 9.0)))
+    moved, form = study_config(moved), replace(FORM, temperatures=(8.0, 9.0))
+    more = plan_arms(moved, study_arms(moved, form))
     digests = {arm["digest"] for arm in known["arms"]}
     new = {arm.arm.name for arm in more if arm.digest not in digests}
     assert new == {"scratch-image"}

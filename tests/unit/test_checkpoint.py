@@ -25,7 +25,7 @@ def new_state() -> TrainingState:
     optimizer = torch.optim.AdamW(model.parameters())
     model(torch.ones(1, 2)).sum().backward()
     optimizer.step()
-    return TrainingState(model, ExponentialMovingAverage(model, 0.9), optimizer)
+    return TrainingState(model, ExponentialMovingAverage(model, 0.9), [optimizer])
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ from paris_ray.errors import BundleError, ConfigError
 from paris_ray.folders import Folder
 from paris_ray.models import Expert, ExpertConfig
 from paris_ray.models.convert import Conversion, convert_dit, read_dit
-from paris_ray.training.loop import build_seeded
+from paris_ray.seeding import build_seeded
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 WIDTH, DEPTH, HEADS, GRID, CHANNELS, CLASSES = 32, 3, 4, 3, 4, 5

@@ -36,7 +36,7 @@ from paris_ray.training.distil import (
     velocities,
     write_single_router,
 )
-from paris_ray.training.expert import ExpertData, Lesson, expert_loss, train_expert
+from paris_ray.training.expert import ExpertData, Lesson, lesson_loss, train_expert
 from paris_ray.training.loop import OnProgress
 from tests.training_shards import EXPERT, TRAINING, Stop, carry_on, stop_at, write_shard
 
@@ -110,8 +110,8 @@ def test_a_student_equal_to_its_teacher_has_no_loss(
 ) -> None:
     lesson = velocities(teacher_of(tiny_bundle), routed_share=0.5)
     batch = batch._replace(clusters=torch.ones(4, dtype=torch.long))
-    assert expert_loss(tiny_bundle.expert(1), batch, text, lesson) < 1e-9
-    assert expert_loss(tiny_bundle.expert(0), batch, text, lesson) > 0
+    assert lesson_loss(tiny_bundle.expert(1), batch, text, lesson) < 1e-9
+    assert lesson_loss(tiny_bundle.expert(0), batch, text, lesson) > 0
 
 
 def test_a_student_that_predicts_noise_is_taught_the_noise_of_the_velocity(
@@ -121,8 +121,8 @@ def test_a_student_that_predicts_noise_is_taught_the_noise_of_the_velocity(
     ddpm, other = (randomised(Expert(config), seed) for seed in (1, 2))
     lesson = velocities(PlainTeacher([ddpm]), routed_share=1.0)
     batch = lesson.prepare(0.0, batch._replace(t=torch.tensor([0.9, 0.75, 0.5, 0.25])))
-    assert expert_loss(ddpm, batch, text, lesson) < 1e-9
-    assert expert_loss(other, batch, text, lesson) > 1e-2
+    assert lesson_loss(ddpm, batch, text, lesson) < 1e-9
+    assert lesson_loss(other, batch, text, lesson) > 1e-2
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
@@ -133,7 +133,7 @@ def test_a_student_of_as_many_steps_learns_the_guided_velocity(
     for guidance_scale, equal in ((1.0, True), (3.0, False)):
         options = {"num_inference_steps": 4, "guidance_scale": guidance_scale}
         lesson = OBJECTIVES[objective](teacher_of(single, **options), 4, 4)
-        loss = expert_loss(single.expert(0), lesson.prepare(0.0, batch), text, lesson)
+        loss = lesson_loss(single.expert(0), lesson.prepare(0.0, batch), text, lesson)
         assert (loss < 1e-9) == equal
 
 
@@ -185,7 +185,9 @@ class LinearFlow(nn.Module):
     ) -> Tensor:
         return latents * (1 - (1 - self.RATE / 6) ** num_steps) * 6 / num_steps
 
-    def forward(self, latents: Tensor, timesteps: Tensor, text: TextConditioning) -> Tensor:
+    def forward(
+        self, latents: Tensor, timesteps: Tensor, text: TextConditioning, hidden: None = None
+    ) -> Tensor:
         steps_left = torch.tensor([3, 1, 2])[(timesteps * 6 / 1000).round().long() % 3]
         return self.mean_velocity(latents, timesteps, text, steps_left.view(-1, 1, 1, 1))
 
@@ -245,7 +247,7 @@ def test_no_gradient_flows_through_targets_and_none_is_lost(
     for taught in (lesson, replace(lesson, target=lambda *_: fixed)):
         student.zero_grad()
         with autocast(torch.device("cpu"), dtype):
-            loss = expert_loss(student, batch, text, taught)
+            loss = lesson_loss(student, batch, text, taught)
         loss.backward()
         gradients.append({n: p.grad for n, p in student.named_parameters() if p.requires_grad})
     torch.testing.assert_close(*gradients)

@@ -89,6 +89,21 @@ def test_a_study_lists_its_arms() -> None:
     assert "--output='study.txt' is not allowed: a name that ends in .md" in refused.stderr
 
 
+def test_an_ablation_lists_its_arms() -> None:
+    result = run_job("ablate", "--recipes", "muon", "--seeds", "1", "--dry-run")
+    assert (result.returncode, result.stderr) == (0, "")
+    names = [line.split()[0] for line in result.stdout.splitlines()]
+    assert names == ["base-x0.5.0", "base.0", "muon-x0.5.0", "muon.0"]
+    for option, value, allowed in (
+        ("--recipes", "moon", "recipe='moon' is not allowed: one of alignment, "),
+        ("--write", "ablation.txt", "--write='ablation.txt' is not allowed: a name that ends in"),
+        ("--seeds", "0", "--seeds=0 is not allowed: at least 1"),
+    ):
+        refused = run_job("ablate", option, value, "--dry-run")
+        assert refused.returncode == 2
+        assert refused.stderr.startswith(f"error: {allowed}")
+
+
 def test_a_corpus_is_inspected_without_ray(tmp_path: Path) -> None:
     path, page = write_parquet(tmp_path / "corpus", rows_of(5)), tmp_path / "page.html"
     result = run_job("inspect", f"corpus.path={path}", "--output", str(page))
@@ -101,7 +116,9 @@ def test_a_corpus_is_inspected_without_ray(tmp_path: Path) -> None:
     assert absent.stderr.startswith("error: ") and absent.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize("verb", [*VERBS, "quickstart", "study", "distil", "inspect", "roster"])
+@pytest.mark.parametrize(
+    "verb", [*VERBS, "quickstart", "study", "ablate", "distil", "inspect", "roster"]
+)
 def test_help_shows_the_command(verb: str) -> None:
     result = run_job(verb, "--help")
     assert result.returncode == 0

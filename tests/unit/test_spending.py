@@ -1,6 +1,7 @@
 """Caps of what a training may take: it is saved and ended, and goes on to the same bytes."""
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
@@ -16,7 +17,7 @@ from paris_ray.folders import Folder
 from paris_ray.run import EXPERT_WEIGHTS
 from paris_ray.training import spending
 from paris_ray.training.loop import Progress
-from paris_ray.training.spending import seconds_spent
+from paris_ray.training.spending import cpu_seconds_spent, seconds_spent
 from tests.training_shards import TRAINING, Stop, carry_on, stop_at, train, write_shard
 
 STEP_S = 900.0  # of the clock below: between two logs, two steps
@@ -32,6 +33,35 @@ class Clock:
 
     def tick(self, progress: Progress) -> None:
         self.now += STEP_S
+
+
+def test_cpu_seconds_of_killed_processes_count_too(
+    shard: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of other processes alone those before this one: each counts from where it began."""
+    computed, output = [100.0], Folder(tmp_path / "output")
+    monkeypatch.setattr(spending, "process_time", lambda: computed[0])
+
+    def compute(progress: Progress) -> None:
+        computed[0] += 7.0
+        if progress.step == 6:
+            raise Stop
+
+    with pytest.raises(Stop):
+        train(shard, output, on_progress=compute)
+    assert cpu_seconds_spent(output) == 14.0  # at the checkpoint of step 4
+    computed[0] = 0.0
+    train(shard, output, on_progress=compute_on(computed))
+    assert cpu_seconds_spent(output) == 14.0 + 4 * 7.0
+    output.write_json(SPENT, {"seconds": 5.0})  # of earlier code
+    assert (cpu_seconds_spent(output), seconds_spent(output)) == (0.0, 5.0)
+
+
+def compute_on(computed: list[float]) -> Callable[[Progress], None]:
+    def compute(progress: Progress) -> None:
+        computed[0] += 7.0
+
+    return compute
 
 
 @pytest.fixture

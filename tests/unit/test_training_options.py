@@ -30,12 +30,12 @@ from paris_ray.models.convert import convert_dit
 from paris_ray.models.lora import Adapter, LoRAConfig, attach
 from paris_ray.models.release import write_document
 from paris_ray.run import EXPERT_WEIGHTS, MODEL_CONFIG
+from paris_ray.seeding import build_seeded
 from paris_ray.training.data import Batch, batches, load_dataset
 from paris_ray.training.loop import (
     Progress,
     ProgressClock,
     TrainingLoop,
-    build_seeded,
 )
 from paris_ray.training.router import train_router
 from paris_ray.training.schedule import learning_rate, with_steps

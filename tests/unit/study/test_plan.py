@@ -8,8 +8,9 @@ import pytest
 from paris_ray.config import load, with_overrides
 from paris_ray.errors import ConfigError
 from paris_ray.models.flops import forward_macs, step_macs, text_length
+from paris_ray.study.arms import Arm
 from paris_ray.study.forms import FULL_FORM, SMALL_FORM, Form
-from paris_ray.study.plan import CONTROLS, Arm, equal_flops_drawings, study_arms, study_config
+from paris_ray.study.plan import CONTROLS, equal_flops_drawings, study_arms, study_config
 
 FORMS = [FULL_FORM, SMALL_FORM]
 

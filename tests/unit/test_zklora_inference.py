@@ -16,16 +16,12 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from paris_ray.bundle import Bundle, load_bundle
 from paris_ray.config import LoRAConfig
 from paris_ray.diffusion import denoising_loss, sample_path
-from paris_ray.errors import BundleError, ConfigError, ParisError, ProtocolError
+from paris_ray.errors import BundleError, ParisError, ProtocolError
 from paris_ray.evaluation.denoising import denoising_losses
-from paris_ray.folders import Folder
 from paris_ray.models import Expert, ExpertConfig, TextConditioning
 from paris_ray.models.lora import Adapter, LowRankUpdate, attach
-from paris_ray.models.peft_layout import save_adapter
-from paris_ray.sampling import generate
 from paris_ray.seeding import torch_generator
 from paris_ray.zklora.adapter import quantise_adapter, read_peft
 from paris_ray.zklora.commitment import commit
@@ -427,51 +423,6 @@ def test_the_loss_is_that_of_training(
             path = sample_path(latents[i : i + 1], one, torch.tensor([t]))
             expected = denoising_loss(expert, path, text.rows(slice(i, i + 1)))
             torch.testing.assert_close(losses[level, i], expected, rtol=1e-4, atol=1e-5)
-
-
-# Pictures.
-
-
-def draw(bundle: Bundle, lora: str | None) -> NDArray[np.int64]:
-    images = generate(
-        bundle, ["a red cat", "a blue dog"], num_inference_steps=3, guidance_scale=2.0,
-        routing="full", lora=lora,
-    )  # fmt: skip
-    return np.stack([np.asarray(image) for image in images]).astype(np.int64)
-
-
-def test_pictures_are_drawn_with_a_view(
-    release_path: Path, randomised: Randomise, tmp_path: Path
-) -> None:
-    bundle = load_bundle(str(release_path))
-    adapter = make_adapter(bundle.expert(1), randomised, "in_proj", "out_proj")
-    modules = integers_of(adapter)
-    save_adapter(dequantised(adapter, modules), Folder(tmp_path))
-    bundle.add_lora("peft", str(tmp_path), expert=1)
-    contributor = Contributor(modules)
-
-    def other(name: str, x: Int16, exponent: int) -> Int64:
-        return -evaluate(modules[name], x)
-
-    bundle.add_view("ours", 1, lambda e: adapt(e, modules, SCALE, contributor.evaluate))
-    bundle.add_view("other", 1, lambda e: adapt(e, modules, SCALE, other))
-    assert bundle.loras == {"peft": 1, "ours": 1, "other": 1}
-    plain, theirs, ours = (draw(bundle, name) for name in (None, "peft", "ours"))
-    assert abs(ours - theirs).max() <= 1
-    assert {name for name, _ in contributor.calls} == set(modules)
-    for different in (plain, draw(bundle, "other")):
-        assert (abs(ours - different) > 1).mean() > 0.01
-    assert np.array_equal(draw(bundle, None), plain)
-
-
-@pytest.mark.parametrize("expert", [-1, 3])
-def test_a_view_of_no_expert_or_of_a_known_name_is_refused(release_path: Path, expert: int) -> None:
-    bundle = load_bundle(str(release_path))
-    with pytest.raises(BundleError, match=f"expert={expert} is not allowed: 0 to 2"):
-        bundle.add_view("mine", expert, lambda e: e)
-    bundle.add_view("mine", 0, lambda e: e)
-    with pytest.raises(ConfigError, match="lora='mine' is not allowed: there is one"):
-        bundle.add_view("mine", 0, lambda e: e)
 
 
 # Language models.

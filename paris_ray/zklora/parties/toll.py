@@ -69,16 +69,18 @@ class Toll:
         if not self._manifest.price_per_row:
             return
         assert self._escrow is not None
+        account = self._account(session, self._escrow)
         with self._lock:
-            account = self._account(session, self._escrow)
-            needed = account.rows[module] + rows
-            if seq < account.calls or needed <= account.signed:
+            needed, covered = account.rows[module] + rows, account.signed
+            if seq < account.calls or needed <= covered:
                 return
-            signed = None if by_user is None else SignedDocument.from_json(by_user)
-            adapter_id = self._manifest.adapter_id
-            if signed is None or signed_rows(signed, user, adapter_id, session) < needed:
-                raise TradeError(f"{needed} rows must be signed for, {account.signed} are")
-            account.signed = self._escrow.owe(session, signed).rows
+        signed = None if by_user is None else SignedDocument.from_json(by_user)
+        adapter_id = self._manifest.adapter_id
+        if signed is None or signed_rows(signed, user, adapter_id, session) < needed:
+            raise TradeError(f"{needed} rows must be signed for, {covered} are")
+        taken = self._escrow.owe(session, signed).rows
+        with self._lock:  # never while the escrow is asked: it may be slow, and other buyers wait
+            account.signed = max(account.signed, taken)
 
     def answered(self, session: str, seq: int, module: str, rows: int) -> None:
         """Count a call that was answered."""
@@ -95,7 +97,11 @@ class Toll:
         return 0 if account is None else account.signed * self._manifest.price_per_row
 
     def _account(self, session: str, escrow: EscrowClient) -> _Account:
-        if session not in self._accounts:
-            calls, rows = self._journal.asked(session)
-            self._accounts[session] = _Account(calls, rows, escrow.trade(session).rows)
-        return self._accounts[session]
+        with self._lock:
+            if session in self._accounts:
+                return self._accounts[session]
+        signed = escrow.trade(session).rows
+        with self._lock:
+            if session not in self._accounts:
+                self._accounts[session] = _Account(*self._journal.asked(session), signed)
+            return self._accounts[session]

@@ -168,15 +168,23 @@ def adapt(
     A call of the view raises ParisError if the inputs of a module are not finite, and ProtocolError
     if an answer has another shape or dtype.
     """
-    if not modules:
-        raise BundleError("the adapter has no modules")
     view = share(model)
-    found = dict(view.named_modules())
-    for name, terms in modules.items():
-        base = _check_linear(name, found.get(name), terms)
-        update = _update(name, terms, scale, evaluate, numerics or NumericsLog())
+    for name, base in check_fits(view, modules).items():
+        update = _update(name, modules[name], scale, evaluate, numerics or NumericsLog())
         view.set_submodule(name, UpdatedLinear(base, update))
     return view
+
+
+def check_fits(model: nn.Module, modules: Mapping[str, Terms]) -> dict[str, nn.Module]:
+    """Return the modules of a model, on any device, that an adapter is for.
+
+    Raises:
+        BundleError: as `adapt`.
+    """
+    if not modules:
+        raise BundleError("the adapter has no modules")
+    found = dict(model.named_modules())
+    return {name: _check_linear(name, found.get(name), terms) for name, terms in modules.items()}
 
 
 def _check_linear(name: str, module: nn.Module | None, terms: Terms) -> nn.Module:

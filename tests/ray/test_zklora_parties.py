@@ -43,10 +43,11 @@ from paris_ray.zklora.escrow import Escrow, open_journal
 from paris_ray.zklora.fixed_point import Int16, QuantisedModule, evaluate
 from paris_ray.zklora.inference import adapt
 from paris_ray.zklora.journal import Journal
+from paris_ray.zklora.language import base_of_model
 from paris_ray.zklora.leakage import SEED_BYTES, draw_last_bits
 from paris_ray.zklora.ledger import OPENING_BALANCE, SQLiteLedger
 from paris_ray.zklora.manifest import MANIFEST, AdapterManifest, Base, build_manifest
-from paris_ray.zklora.offer import AskedTerms, Offer, base_of_expert, base_of_file, open_offer
+from paris_ray.zklora.offer import AskedTerms, Offer, base_of_expert, open_offer
 from paris_ray.zklora.parties.buyer import Buyer, Outcome, Trial
 from paris_ray.zklora.parties.channel import Channel
 from paris_ray.zklora.parties.connection import Peer
@@ -68,6 +69,7 @@ from paris_ray.zklora.parties.user import verify_evidence
 from paris_ray.zklora.proof import prove, verify_named
 from paris_ray.zklora.sealing import check_opening, seal
 from paris_ray.zklora.sequential import Verdict, Wanted
+from paris_ray.zklora.subjects import PictureSubject
 from paris_ray.zklora.trade import TradeState, sign_rows
 from paris_ray.zklora.transcript import (
     Call,
@@ -133,18 +135,20 @@ class Market:
     def rows_left(self) -> dict[str, int]:
         return dict(result(self.contribution.gateway.rows_left.remote()))
 
+    def subject(self, **changes: Any) -> PictureSubject:
+        """Return the expert, and what losses are compared on."""
+        pictures = np.random.default_rng(1).integers(0, 256, (2, 32, 32, 3), np.uint8)
+        examples = {"pictures": pictures, "captions": CAPTIONS, "noise": LEVELS}
+        return PictureSubject(**{"bundle": self.bundle, "expert": EXPERT} | examples | changes)
+
     def trial(self, user: Identity, output: Path, **changes: Any) -> Trial:
         """Return what a user does who wants all: losses and the weights."""
-        pictures = np.random.default_rng(1).integers(0, 256, (2, 32, 32, 3), np.uint8)
         wanted: dict[str, Any] = {
-            "bundle": self.bundle,
+            "subject": self.subject(),
             "peer": self.contribution.address,
             "manifest": self.service.folder / MANIFEST,
             "identity": user.folder,
             "output": output,
-            "pictures": pictures,
-            "captions": CAPTIONS,
-            "levels": LEVELS,
             "escrow": self.escrow.address,
             "escrow_certificate": self.notary.certificate,
         }
@@ -357,7 +361,7 @@ def test_what_was_tried_is_what_was_bought(market: Market, bought: Purchase) -> 
     """Losses with the opened weights are those of the trial."""
     bundle, outcome = load_bundle(market.bundle), bought.outcome
     bundle.add_lora("style", str(outcome.adapter), receipt_key=bought.user.public_key)
-    latents = bundle.codec.encode(bought.trial.pictures)
+    latents = bundle.codec.encode(market.subject().pictures)
     text = bundle.encode_text(CAPTIONS)
     served = bundle.expert(EXPERT, lora="style")
     for i in range(len(CAPTIONS)):  # one by one, each with a noise of its own
@@ -464,14 +468,16 @@ def test_a_trial_cannot_be_changed_when_it_is_resumed(
     trial = market.trial(user, tmp_path)
     with pytest.raises(Interrupted):
         Buyer(trial, Impatient()).run()
-    changed: tuple[dict[str, Any], ...] = (
-        {"pictures": trial.pictures[::-1]},
-        {"captions": ("a dog", "a cat")},
-        {"levels": (0.5,)},
-        {"threads": 2},
-    )
-    for changes in changed:
-        with pytest.raises(ConfigError, match=f"another {next(iter(changes))}"):
+    pictures = market.subject().pictures
+    assert pictures is not None
+    changed: dict[str, dict[str, Any]] = {
+        "pictures": {"subject": market.subject(pictures=pictures[::-1])},
+        "captions": {"subject": market.subject(captions=("a dog", "a cat"))},
+        "levels": {"subject": market.subject(noise=(0.5,))},
+        "threads": {"threads": 2},
+    }
+    for what, changes in changed.items():
+        with pytest.raises(ConfigError, match=f"another {what}"):
             Buyer(replace(trial, **changes)).run()
     assert Buyer(replace(trial, escrow=None)).run().receipt.state == "VERIFIED"
 
@@ -490,7 +496,7 @@ def test_a_base_that_the_adapter_is_not_for_is_refused(
         (parts / name).symlink_to(tiny_parts / source)
     bundle = write_parts(parts, tmp_path / "bundle")
     before = market.rows_left()
-    trial = market.trial(user, tmp_path / "out", bundle=str(bundle))
+    trial = market.trial(user, tmp_path / "out", subject=market.subject(bundle=str(bundle)))
     with pytest.raises(ProtocolError, match="base: the adapter is for another expert 1"):
         Buyer(trial).run()
     assert market.rows_left() == before
@@ -514,9 +520,9 @@ def test_a_user_who_asks_for_too_much_can_ask_again(
     levels = tuple(np.linspace(0, 1, BUDGET // TOKENS + 1))
     for _ in range(2):
         with pytest.raises(BudgetError, match=f"and {min(market.rows_left().values())} are left"):
-            Buyer(market.trial(user, tmp_path, levels=levels)).run()
+            Buyer(market.trial(user, tmp_path, subject=market.subject(noise=levels))).run()
     with pytest.raises(ConfigError, match=r"levels=1\.5 is not allowed"):
-        Buyer(market.trial(user, tmp_path, levels=(1.5,))).run()
+        market.subject(noise=(1.5,))
     nonce = (tmp_path / "nonce.json").read_bytes()
     assert Buyer(market.trial(user, tmp_path, escrow=None)).run().receipt.state == "VERIFIED"
     assert (tmp_path / "nonce.json").read_bytes() == nonce
@@ -1540,7 +1546,7 @@ def language_model(tmp_path_factory: pytest.TempPathFactory) -> Model:
     )
     adapted = peft.get_peft_model(GPT2LMHeadModel.from_pretrained(folder / "base"), lora).eval()
     adapted.save_pretrained(folder / "lora")
-    digest = base_of_file(folder / "base" / "model.safetensors")
+    digest = base_of_model(folder / "base")
     return Model(base, adapted, folder / "lora", digest)
 
 

@@ -27,7 +27,7 @@ from paris_ray.zklora.session_records import (
 from paris_ray.zklora.transcript import (
     CLOSE,
     Call,
-    Transcript,
+    Log,
     check_digest,
     check_request,
     closing_statement,
@@ -188,9 +188,13 @@ class SessionJournal:
         if last >= 0 and not self._calls.is_answered(session.sid, last):
             raise ProtocolError(f"call {last} has no answer yet: send it again")
 
-    def transcript(self, sid: str) -> Transcript:
-        """Return all answered calls of a session, with their arrays."""
-        return self._calls.transcript(sid)
+    def rows(self, sid: str, module: str) -> tuple[Int16, Int64]:
+        """Return all answered rows of a module in a session, as `CallTable.rows` does."""
+        return self._calls.rows(sid, module)
+
+    def log(self, sid: str) -> Log:
+        """Return what is signed of a session whose calls are answered."""
+        return self._calls.log(sid)
 
     def close(
         self, sid: str, user: str, by_user: SignedDocument, contributor: Signer

@@ -62,7 +62,7 @@ class InProcessSession:
         )
 
     def evaluate(self, name: str, x: Int16, exponent: int) -> Int64:
-        contributor, seq = self.contributor, len(self.transcript.calls)
+        contributor, seq = self.contributor, len(self.transcript)
         module = contributor.openings[name].module
         y = contributor.journal.record_call(
             self.sid, self.user.public_key, seq, name, exponent, x, lambda: evaluate(module, x)
@@ -82,11 +82,11 @@ class InProcessSession:
         signed = contributor.journal.close(
             self.sid, self.user.public_key, by_user, contributor.identity
         ).signed
-        nonce_v, recorded = new_nonce(), contributor.journal.transcript(self.sid)
+        nonce_v, recorded = new_nonce(), contributor.journal.log(self.sid)
         proofs = {}
         for name, opening in contributor.openings.items():
-            context = proof_context(manifest.adapter_id, self.sid, recorded.log.root, name, nonce_v)
-            proofs[name] = prove(opening, *recorded.rows(name), context)
+            context = proof_context(manifest.adapter_id, self.sid, recorded.root, name, nonce_v)
+            proofs[name] = prove(opening, *contributor.journal.rows(self.sid, name), context)
         closed = ClosedSession(self.sid, *self.nonces, *signed, nonce_v, self.transcript)
         return Evidence(closed, proofs)
 

@@ -576,7 +576,7 @@ def test_answers_hold_no_weights(market: Market, user: Identity) -> None:
     sent = [t.tobytes() for answer in channel.answers for t in answer.tensors.values()]
     assert not [w for w, b in spellings(modules).items() if any(b in part for part in sent)]
     for name, module in modules.items():  # exact integers, those of the committed weights
-        x, y = evidence.rows[name]
+        x, y = evidence.closed.transcript.rows(name)
         assert np.array_equal(evaluate(module, x), y)
         assert np.array_equal(x, session.transcript.rows(name)[0])
 
@@ -611,6 +611,10 @@ def tried(market: Market) -> Tried:
         return Tried(user, session.close())
 
 
+def calls_of(transcript: Transcript) -> list[Call]:
+    return [transcript.call(seq) for seq in range(len(transcript))]
+
+
 def fetch(market: Market, tried: Tried, tamper: Tamper = lambda answer: answer) -> Evidence:
     with channel_to(market.contribution, market.manifest, tried.user, Tampering) as channel:
         channel.tamper = tamper
@@ -639,7 +643,7 @@ def test_honest_evidence_is_accepted(market: Market, tried: Tried, tmp_path: Pat
     check(market, evidence)
     verify_evidence(evidence, market.manifest, lambda *done: progress.append(done))
     assert progress[-1] == (len(TARGETS), len(TARGETS))
-    assert {len(x) for x, _ in evidence.rows.values()} == {6}
+    assert set(evidence.closed.transcript.log.rows.values()) == {6}
     evidence.closed.save(tmp_path)
     save_evidence(evidence, tmp_path)
     loaded = load_evidence(ClosedSession.load(tmp_path), tmp_path)
@@ -706,7 +710,7 @@ def test_a_part_left_out_of_evidence_is_found_before_anything_is_verified(
 ) -> None:
     evidence = fetch(market, tried)
     name, *others = evidence.proofs
-    calls = evidence.closed.transcript.calls
+    calls = calls_of(evidence.closed.transcript)
     first = calls[0]
     longer = Call(0, first.module, 9, np.repeat(first.x, 2, 0), np.repeat(first.y, 2, 0))
     changed = {
@@ -770,7 +774,7 @@ def test_proofs_of_something_else_are_refused(market: Market, tried: Tried) -> N
     # Other rows that both have signed: what every proof is bound to differs.
     calls = [
         Call(c.seq, c.module, c.exponent, c.x, c.y + (c.module == second))
-        for c in closed.transcript.calls
+        for c in calls_of(closed.transcript)
     ]
     lie = resigned(market, tried.user, replace(closed, transcript=Transcript(calls)))
     with pytest.raises(VerificationError, match=everything):
@@ -895,7 +899,7 @@ def test_another_users_session_does_not_exist(
     mine = {"session": session.sid}
     by_thief = SignedDocument.sign("close", statement, thief).to_json()
     by_user = SignedDocument.sign("close", statement, user).to_json()
-    call = {"seq": len(session.transcript.calls), "module": name, "exponent": 0}
+    call = {"seq": len(session.transcript), "module": name, "exponent": 0}
     with market.channel(thief) as other:
         for kind, fields, tensors in (
             ("call", mine | call, {"x": rows_for(market.manifest, name, 1)}),
@@ -917,7 +921,7 @@ def test_a_session_ends_where_the_parties_disagree(
     call_all(session, market.manifest, 1)
     adapter_id, mine = market.manifest.adapter_id, {"session": session.sid}
     honest = closing_statement(session.sid, adapter_id, session.transcript.log)
-    shorter = Transcript(session.transcript.calls[:-1])
+    shorter = Transcript(calls_of(session.transcript)[:-1])
     for wrong in (
         closing_statement(session.sid, adapter_id, shorter.log),
         honest | {"root": "0" * 64},
@@ -1610,7 +1614,7 @@ def test_the_life_of_a_budget(  # noqa: PLR0915
     with channel_to(contribution, manifest, alice) as channel:  # closed before, proved after
         evidence = fetch_evidence(channel, manifest, closed)
         verify_named(evidence.claims(manifest))
-        assert {len(x) for x, _ in evidence.rows.values()} == {tokens.numel()}
+        assert set(evidence.closed.transcript.log.rows.values()) == {tokens.numel()}
     assert "rows left: 1" in contribution.status()
     contribution.close()
 

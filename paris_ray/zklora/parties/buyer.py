@@ -252,14 +252,13 @@ class Buyer:
     def _infer(self, num_examples: int) -> None:
         trial = self._trial
         reference = self._user.try_adapter.remote(
-            num_examples, self._nonce(), trial.wanted, trial.escrow
+            num_examples, self._session_folder, self._nonce(), trial.wanted, trial.escrow
         )
         total = num_examples * len(self.manifest.modules)
         while not ray.wait([reference], timeout=POLL_S)[0]:
             self._show("multi-party inference", result(self._user.num_calls.remote()), total)
         found = result(reference)
         self._show("multi-party inference", total, total)
-        found.closed.save(self._session_folder)
         self._session.write_json(
             RESULT,
             {

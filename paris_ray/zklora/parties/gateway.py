@@ -19,6 +19,7 @@ from ray.util.metrics import Counter, Gauge
 from paris_ray.errors import ConfigError, ParisError, ProtocolError, TradeError
 from paris_ray.identity import Identity
 from paris_ray.signatures import SignedDocument
+from paris_ray.zklora.fixed_point import Int16, Int64
 from paris_ray.zklora.leakage import INPUTS, draw_last_bits, row_seeds
 from paris_ray.zklora.learned import describe_leak
 from paris_ray.zklora.manifest import MANIFEST, AdapterManifest
@@ -255,12 +256,11 @@ class LoRAGateway:
 
     def _make_evidence(self, session: SessionRecord, count: Callable[[int], None]) -> Message:
         start = time.perf_counter()
-        transcript = self._journal.transcript(session.sid)
-        claims = {
-            name: (*transcript.rows(name), session.proof_context(name))
-            for name in self._manifest.terms
-        }
-        proofs = prove_all(self._openings[0], claims, count)
+
+        def claim(name: str) -> tuple[Int16, Int64, bytes]:
+            return *self._journal.rows(session.sid, name), session.proof_context(name)
+
+        proofs = prove_all(self._openings[0], list(self._manifest.terms), claim, count)
         self._metrics.proved(proofs)
         seconds = time.perf_counter() - start
         self._say(session.sid, session.user, f"proofs are done, {seconds:.1f} s")

@@ -8,6 +8,7 @@ with Channel(identity, address, manifest.contributor_certificate) as channel:
 """
 
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -56,6 +57,7 @@ class Session:
         manifest: The pinned one.
         nonce: The user's; the same one returns to the same session after an interruption. None:
             a new session.
+        rows: File of what is asked and answered, begun anew; None: one without a name.
 
     Raises:
         ProtocolError: if the contributor refuses.
@@ -67,6 +69,7 @@ class Session:
         identity: Identity,
         manifest: AdapterManifest,
         nonce: str | None = None,
+        rows: Path | None = None,
     ) -> None:
         self._channel, self._identity, self._manifest = channel, identity, manifest
         self.nonce_u = nonce or new_nonce()
@@ -76,7 +79,7 @@ class Session:
         self.rows_left = _row_counts(answer.get("rows_left"), manifest)
         check_names("rows_left", list(self.rows_left), manifest)
         self.sid = manifest.session_id(self.nonce_u, self.nonce_c)
-        self.transcript = Transcript()
+        self.transcript = Transcript(path=rows)
         self._rows = Counter[str]()
 
     def deposit(self, escrow: EscrowClient, rows: int) -> None:
@@ -106,7 +109,7 @@ class Session:
             TradeError: if the deposit does not cover them.
             ProtocolError: if the answer has another shape or dtype.
         """
-        seq = len(self.transcript.calls)
+        seq = len(self.transcript)
         owed = self._sign_for(module, len(x))
         request = CallRequest(
             session=self.sid, seq=seq, module=module, exponent=exponent, owed=owed
@@ -137,9 +140,8 @@ class Session:
             VerificationError: if a module of the adapter was never tried.
             ProtocolError: if the contributor has another log.
         """
-        called = {call.module for call in self.transcript.calls}
         for terms in self._manifest.modules:
-            if terms.name not in called:
+            if not self._rows[terms.name]:
                 raise VerificationError(f"{terms.name}: no row was computed: none can be proved")
         statement = closing_statement(self.sid, self._manifest.adapter_id, self.transcript.log)
         by_user = SignedDocument.sign(CLOSE, statement, self._identity)

@@ -1,9 +1,10 @@
 """The base-model user on Ray: its base, run with the contributor's updates, and verified."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import ray
@@ -19,14 +20,15 @@ from paris_ray.zklora.inference import NumericsLog, adapt, count_rows
 from paris_ray.zklora.manifest import AdapterManifest
 from paris_ray.zklora.parties.channel import Channel
 from paris_ray.zklora.parties.escrow import EscrowClient
-from paris_ray.zklora.parties.evidence import ClosedSession, Evidence, Progress
-from paris_ray.zklora.parties.results import result
+from paris_ray.zklora.parties.evidence import Evidence, Progress
+from paris_ray.zklora.parties.results import in_chunks
 from paris_ray.zklora.parties.session import Session
 from paris_ray.zklora.proof import Claim, proof_equation
 from paris_ray.zklora.sequential import Wanted
 from paris_ray.zklora.subjects import Subject
+from paris_ray.zklora.transcript import ROWS
 
-MODULES_AT_ONCE = 8
+MODULES_AT_ONCE = 4  # that one task checks
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -34,14 +36,12 @@ class TrialResult:
     """What multi-party inference on one's own base gave.
 
     Attributes:
-        closed: The session, signed by both.
         without: `(levels, examples)` losses of the base.
         with_adapter: The same with the adapter.
         numerics: What rounding meant for the inputs.
         num_bytes: Sent and received.
     """
 
-    closed: ClosedSession
     without: NDArray[np.float32]
     with_adapter: NDArray[np.float32]
     numerics: NumericsLog
@@ -77,7 +77,7 @@ class BaseUser:
 
     def num_calls(self) -> int:
         """Return how many calls were answered so far: one a module is all that is needed."""
-        return 0 if self._session is None else len(self._session.transcript.calls)
+        return 0 if self._session is None else len(self._session.transcript)
 
     def rows_an_example(self) -> int:
         """Return how many rows of a module one example takes at most, at all levels."""
@@ -91,6 +91,7 @@ class BaseUser:
     def try_adapter(
         self,
         num_examples: int,
+        folder: Path,
         nonce: str,
         wanted: Wanted | None,
         escrow: tuple[str, int] | None,
@@ -101,6 +102,7 @@ class BaseUser:
 
         Args:
             num_examples: How many there are at most.
+            folder: Where the closed session is written, with its rows.
             nonce: Names the session: with the same one, an interrupted trial goes on.
             wanted: What decides; None: all examples are tried.
             escrow: Host and port; None: rows are free.
@@ -114,7 +116,9 @@ class BaseUser:
         numerics = NumericsLog(last_bits_drawn=True)
         losses: tuple[list[Tensor], list[Tensor]] = [], []
         with Channel(self._identity, self._peer, manifest.contributor_certificate) as channel:
-            session = self._session = Session(channel, self._identity, manifest, nonce)
+            session = self._session = Session(
+                channel, self._identity, manifest, nonce, folder / ROWS
+            )
             if escrow is not None and manifest.price_per_row:
                 self._deposit(session, escrow, num_examples * self.rows_an_example())
             view = adapt(scorer.model, manifest.terms, manifest.scale, session.evaluate, numerics)
@@ -124,9 +128,9 @@ class BaseUser:
                 without, with_adapter = (torch.cat(found, 1).numpy() for found in losses)
                 if wanted is not None and wanted.verdict(without, with_adapter).is_clear:
                     break
-            closed = session.close()
+            session.close().save(folder)
         num_bytes = channel.traffic.bytes_sent + channel.traffic.bytes_received
-        return TrialResult(closed, without, with_adapter, numerics, num_bytes)
+        return TrialResult(without, with_adapter, numerics, num_bytes)
 
     def _deposit(self, session: Session, escrow: tuple[str, int], rows: int) -> None:
         certificate = self._manifest.escrow_certificate
@@ -174,14 +178,12 @@ def verify_evidence(
         VerificationError: if something is left out, or naming the modules that do not hold.
     """
     claims = evidence.claims(manifest)
-    names = list(claims)
     equations: dict[str, Equation] = {}
-    waiting = []
-    for start in range(0, len(names), MODULES_AT_ONCE):
-        chunk = {name: claims[name] for name in names[start : start + MODULES_AT_ONCE]}
-        waiting.append(check_proofs.remote(chunk))
-    while waiting:
-        ready, waiting = ray.wait(waiting)
-        equations |= result(ready[0])
-        on_progress(len(equations), len(names))
+
+    def check(chunk: Sequence[str]) -> Any:
+        return check_proofs.remote({name: claims[name] for name in chunk})
+
+    for checked in in_chunks(check, list(claims), MODULES_AT_ONCE):
+        equations |= checked
+        on_progress(len(equations), len(claims))
     check_equations(equations, "the proof")

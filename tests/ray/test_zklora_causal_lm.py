@@ -16,6 +16,7 @@ from paris_ray.errors import BudgetError, BundleError, SignatureError
 from paris_ray.identity import Identity
 from paris_ray.signatures import SignedDocument
 from paris_ray.zklora.adapter import read_peft
+from paris_ray.zklora.calls import Request
 from paris_ray.zklora.fixed_point import Int16, Int64, evaluate
 from paris_ray.zklora.inference import adapt, count_rows
 from paris_ray.zklora.language import base_of_model
@@ -64,8 +65,12 @@ class InProcessSession:
     def evaluate(self, name: str, x: Int16, exponent: int) -> Int64:
         contributor, seq = self.contributor, len(self.transcript)
         module = contributor.openings[name].module
-        y = contributor.journal.record_call(
-            self.sid, self.user.public_key, seq, name, exponent, x, lambda: evaluate(module, x)
+        (y,) = contributor.journal.record_calls(
+            self.sid,
+            self.user.public_key,
+            seq,
+            [Request(name, exponent, x)],
+            lambda: [evaluate(module, x)],
         )
         self.transcript.append(Call(seq, name, exponent, x, y))
         return y

@@ -569,7 +569,9 @@ def test_answers_hold_no_weights(market: Market, user: Identity) -> None:
         evidence = session.verify()
     kinds = [answer.kind for answer in channel.answers if answer.kind != WORKING]
     assert kinds == ["opened", *["answer"] * 2 * len(manifest.modules), "closed", "evidence"]
-    assert all(a.tensors.keys() == {"y", "seeds"} for a in channel.answers if a.kind == "answer")
+    assert all(
+        a.tensors.keys() == {"0.y", "0.seeds"} for a in channel.answers if a.kind == "answer"
+    )
     numbers = range(len(manifest.modules))
     assert channel.answers[-1].tensors.keys() == {f"{i}.proof" for i in numbers}
     modules = {name: opening.module for name, opening in market.offer.openings().items()}
@@ -842,9 +844,9 @@ def test_a_session_goes_on_over_a_new_connection(
         x = rows_for(manifest, name, 2)
         first = session.evaluate(name, x, 3)
         channel.close()
-        call = {"session": session.sid, "seq": i, "module": name, "exponent": 3}
+        call = {"session": session.sid, "seq": i, "modules": [name], "exponent": 3}
         for _ in range(2):  # the answer was lost: asked again, paid once
-            assert np.array_equal(channel.request("call", call, {"x": x}).tensors["y"], first)
+            assert np.array_equal(channel.request("call", call, {"x": x}).tensors["0.y"], first)
     channel.close()
     session.verify()
     after = market.rows_left()
@@ -870,8 +872,8 @@ def test_a_gap_is_refused_and_other_bytes_end_the_session(
     x = rows_for(market.manifest, name, 2)
 
     def call(seq: int, x: Int16 = x, exponent: int = 3, module: str = name) -> Any:
-        fields = {"session": session.sid, "seq": seq, "module": module, "exponent": exponent}
-        return channel.request("call", fields, {"x": x}).tensors["y"]
+        fields = {"session": session.sid, "seq": seq, "modules": [module], "exponent": exponent}
+        return channel.request("call", fields, {"x": x}).tensors["0.y"]
 
     for seq in (1, 7, -1, 2**31):
         with pytest.raises(ProtocolError, match=f"seq={seq} is not allowed"):
@@ -899,7 +901,7 @@ def test_another_users_session_does_not_exist(
     mine = {"session": session.sid}
     by_thief = SignedDocument.sign("close", statement, thief).to_json()
     by_user = SignedDocument.sign("close", statement, user).to_json()
-    call = {"seq": len(session.transcript), "module": name, "exponent": 0}
+    call = {"seq": len(session.transcript), "modules": [name], "exponent": 0}
     with market.channel(thief) as other:
         for kind, fields, tensors in (
             ("call", mine | call, {"x": rows_for(market.manifest, name, 1)}),
@@ -944,7 +946,7 @@ def test_a_session_ends_where_the_parties_disagree(
 
 DIGEST = "0" * 64
 OPEN = {"adapter_id": DIGEST, "nonce_u": DIGEST}
-CALL = {"session": DIGEST, "seq": 0, "module": "a", "exponent": 0}
+CALL = {"session": DIGEST, "seq": 0, "modules": ["a"], "exponent": 0}
 MALFORMED: dict[str, tuple[str, dict[str, Any], str]] = {
     "another adapter": ("open", OPEN, "adapter_id=0"),
     "a short nonce": ("open", OPEN | {"nonce_u": "00"}, "OpenRequest: nonce_u"),
@@ -961,13 +963,15 @@ MALFORMED: dict[str, tuple[str, dict[str, Any], str]] = {
     "a huge exponent": ("call", CALL | {"exponent": 2**70}, "the adapter has none"),
     "a missing module": (
         "call",
-        {k: v for k, v in CALL.items() if k != "module"},
-        "CallRequest: module",
+        {k: v for k, v in CALL.items() if k != "modules"},
+        "CallRequest: modules",
     ),
-    "a list for a module": ("call", CALL | {"module": ["a"]}, "CallRequest: module"),
+    "a text for modules": ("call", CALL | {"modules": "a"}, "CallRequest: modules"),
+    "no modules": ("call", CALL | {"modules": []}, "CallRequest: modules"),
+    "a list for a module": ("call", CALL | {"modules": [["a"]]}, "CallRequest: modules"),
     "a module like SQL": (
         "call",
-        CALL | {"module": "a'; DROP TABLE budgets; --"},
+        CALL | {"modules": ["a'; DROP TABLE budgets; --"]},
         "the adapter has none",
     ),
     "a list for a statement": (
@@ -1001,7 +1005,7 @@ def test_rows_of_another_shape_or_type_are_refused(
     market: Market, session: Session, channel: Channel
 ) -> None:
     name, d_in = "layers.0.attn.in_proj", 32
-    call = {"session": session.sid, "seq": 0, "module": name, "exponent": 0}
+    call = {"session": session.sid, "seq": 0, "modules": [name], "exponent": 0}
     before = market.rows_left()
     for tensors in (
         {},
@@ -1019,8 +1023,15 @@ def test_rows_of_another_shape_or_type_are_refused(
         with pytest.raises(ParisError) as refused:
             channel.request("call", call, tensors)
         assert "internal error" not in str(refused.value)
+    few = {"x": np.zeros((2, d_in), np.int16)}
+    with pytest.raises(ProtocolError, match="modules of one request must differ"):
+        channel.request("call", call | {"modules": [name, name]}, few)
+    with pytest.raises(ProtocolError, match="has inputs of another width than"):
+        channel.request("call", call | {"modules": [name, "layers.0.mlp.2"]}, few)
     with pytest.raises(ProtocolError, match="the adapter has none"):
-        channel.request("call", call | {"module": "no"}, {"x": np.zeros((2, d_in), np.int16)})
+        channel.request(
+            "call", call | {"modules": [name, "no"]}, {"x": np.zeros((2, d_in), np.int16)}
+        )
     assert market.rows_left() == before
     lowest = np.full((1, d_in), -(2**15), np.int16)  # int16's own extremes are fine
     assert session.evaluate(name, lowest, 0).shape == (1, 96)
@@ -1091,9 +1102,12 @@ class Swindler:
         fields, asked = request.fields, request.tensors["x"]
         seeds = np.zeros((len(asked), SEED_BYTES), np.uint8)
         x = draw_last_bits(asked, seeds)
-        y = evaluate(self.openings[fields["module"]].module, x)
-        self.transcript.append(Call(fields["seq"], fields["module"], fields["exponent"], x, y))
-        return Message("answer", tensors={"y": y, "seeds": seeds})
+        tensors = {}
+        for i, name in enumerate(fields["modules"]):
+            y = evaluate(self.openings[name].module, x)
+            self.transcript.append(Call(fields["seq"] + i, name, fields["exponent"], x, y))
+            tensors |= {f"{i}.y": y, f"{i}.seeds": seeds}
+        return Message("answer", tensors=tensors)
 
     def close(self, request: Message) -> Message:
         sid = request.fields["session"]
@@ -1440,7 +1454,12 @@ def test_rows_are_paid_for_before_they_are_answered(dear_market: Market, user: I
             session.evaluate(module, rows_for(manifest, module, 3), 0)
         assert escrow.trade(session.sid).rows == 3
         x = rows_for(manifest, name, 2)
-        call = {"session": session.sid, "seq": len(manifest.terms), "module": name, "exponent": 0}
+        call = {
+            "session": session.sid,
+            "seq": len(manifest.terms),
+            "modules": [name],
+            "exponent": 0,
+        }
         stranger = sign_rows(dear_market.crowd.one(), manifest.adapter_id, session.sid, 5)
         too_few = sign_rows(user, manifest.adapter_id, session.sid, 4)
         for owed in (None, too_few.to_json()):

@@ -16,6 +16,7 @@ import pytest
 from paris_ray.errors import ArtifactError, BudgetError, ProtocolError, SignatureError
 from paris_ray.identity import Identity
 from paris_ray.signatures import SignedDocument
+from paris_ray.zklora.calls import Request
 from paris_ray.zklora.session_records import SessionState
 from paris_ray.zklora.sessions import SCHEMA_VERSION, SessionJournal
 from paris_ray.zklora.transcript import Call, Log, Transcript, closing_statement, proof_context
@@ -58,7 +59,14 @@ def record(
     module: str = "m",
     exponent: int = 11,
 ) -> np.ndarray:
-    return journal.record_call(sid, user, seq, module, exponent, x, compute or (lambda: answers(x)))
+    (answer,) = journal.record_calls(
+        sid,
+        user,
+        seq,
+        [Request(module, exponent, x)],
+        lambda: [(compute or (lambda: answers(x)))()],
+    )
+    return answer
 
 
 def refuse() -> np.ndarray:
@@ -93,6 +101,37 @@ def test_a_repeated_call_is_answered_from_the_journal(journal: SessionJournal, p
     record(journal, 1, rows(1))
     np.testing.assert_array_equal(record(journal, 0, rows(2), compute=refuse), answer)
     assert left(journal) == {"m": 7, "n": 10}
+
+
+def test_calls_of_one_request_are_paid_together_or_not_at_all(journal: SessionJournal):
+    x = rows(2)
+    both = [Request("m", 11, x), Request("n", 11, x + 1)]
+
+    def compute() -> list[np.ndarray]:
+        return [answers(request.x) for request in both]
+
+    for _ in range(2):
+        found = journal.record_calls(SID, USER, 0, both, compute)
+        np.testing.assert_array_equal(found, compute())
+    assert left(journal) == {"m": 8, "n": 8} and journal.log(SID).calls == 2
+    record(journal, 2, rows(7), module="n")
+    more = [Request("m", 11, rows(2)), Request("n", 11, rows(2))]
+    with pytest.raises(BudgetError, match="n has 1 rows left, 2 are asked for"):
+        journal.record_calls(SID, USER, 3, more, lambda: [refuse()])
+    with pytest.raises(BudgetError, match="n has 1 rows left, 2 are asked for"):
+        journal.check_turn(SID, USER, 3, ["m", "n"], 2)
+    assert left(journal) == {"m": 8, "n": 1} and journal.session(SID, USER).calls == 3
+    # Known ones bring no new ones with them, which nobody would have paid for.
+    with pytest.raises(ProtocolError, match="seq=1 is not allowed: the next call is 3"):
+        journal.record_calls(SID, USER, 1, [both[1], more[1], more[0]], lambda: [refuse()])
+    with pytest.raises(ProtocolError, match="seq=2 is not allowed: the next call is 3"):
+        journal.check_turn(SID, USER, 2, ["n", "m"], 7)
+    with pytest.raises(ProtocolError, match="does not exist for user"):
+        journal.check_turn(SID, STRANGER, 3, ["m"], 1)
+    with pytest.raises(ProtocolError, match="9 rows are not allowed: 8 a call"):
+        journal.check_turn(SID, USER, 3, ["m"], 9)
+    with pytest.raises(ProtocolError, match="call 1 was sent again with other content"):
+        journal.record_calls(SID, USER, 0, [both[0], both[0]], lambda: [refuse()])
 
 
 @pytest.mark.parametrize(
@@ -192,6 +231,7 @@ KILLED = """
 import os, sys
 from pathlib import Path
 import numpy as np
+from paris_ray.zklora.calls import Request
 from paris_ray.zklora.sessions import SessionJournal
 
 path, sid, user, when = sys.argv[1:]
@@ -201,9 +241,9 @@ x = np.arange(6, dtype=np.int16).reshape(2, 3)
 def compute():
     if when == "before the answer":
         os._exit(9)
-    return x.astype(np.int64) @ np.arange(15).reshape(3, 5)
+    return [x.astype(np.int64) @ np.arange(15).reshape(3, 5)]
 
-journal.record_call(sid, user, 0, "m", 11, x, compute)
+journal.record_calls(sid, user, 0, [Request("m", 11, x)], compute)
 os._exit(9)
 """
 

@@ -8,6 +8,7 @@ with Channel(identity, address, manifest.contributor_certificate) as channel:
 """
 
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,9 @@ from paris_ray.zklora.parties.evidence import (
     fetch_evidence,
 )
 from paris_ray.zklora.parties.messages import (
+    MAX_ANSWERED,
+    MAX_ASKED,
+    MAX_ROWS,
     CallRequest,
     CloseRequest,
     EndRequest,
@@ -91,44 +95,60 @@ class Session:
         escrow.open_trade(self._manifest.adapter_id, self.sid, self.nonce_u, self.nonce_c, rows)
 
     def evaluate(self, module: str, x: Int16, exponent: int) -> Int64:
-        """Return the exact update of some rows, after signing for them if they have a price.
+        """Return the exact update of some rows of one module, as `evaluate_all` does."""
+        return self.evaluate_all([module], x, exponent)[0]
 
-        The last bit of every entry is drawn by the contributor; the rows as they were answered
-        become part of the transcript.
+    def evaluate_all(self, modules: Sequence[str], x: Int16, exponent: int) -> list[Int64]:
+        """Return the exact updates of modules that share their inputs, in one round trip.
+
+        Rows are signed for first, if they have a price; so many that no message may hold them take
+        several. The last bit of every entry is drawn by the contributor, of each module anew; the
+        rows as they were answered become part of the transcript.
 
         Args:
-            module: Its name.
+            modules: Their names; inputs must have one width.
             x: `(rows, d_in)` int16.
             exponent: The inputs are `x * 2^-exponent`.
 
         Returns:
-            `(rows, d_out)` int64.
+            `(rows, d_out)` int64 of each.
 
         Raises:
             BudgetError: if fewer rows are left, over all users.
             TradeError: if the deposit does not cover them.
-            ProtocolError: if the answer has another shape or dtype.
+            ProtocolError: if an answer has another shape or dtype.
         """
+        widths = [self._manifest.module(name).commitment.d_out for name in modules]
+        most = min(MAX_ROWS, MAX_ASKED // (2 * x.shape[1]), MAX_ANSWERED // (8 * sum(widths)))
+        at_once = max(1, most)
+        parts = [
+            self._ask(modules, x[first : first + at_once], exponent)
+            for first in range(0, max(1, len(x)), at_once)
+        ]
+        return [np.concatenate(part) for part in zip(*parts, strict=True)]
+
+    def _ask(self, modules: Sequence[str], x: Int16, exponent: int) -> list[Int64]:
         seq = len(self.transcript)
-        owed = self._sign_for(module, len(x))
+        owed = self._sign_for(modules, len(x))
         request = CallRequest(
-            session=self.sid, seq=seq, module=module, exponent=exponent, owed=owed
+            session=self.sid, seq=seq, modules=list(modules), exponent=exponent, owed=owed
         )
         answer = self._channel.request("call", request.model_dump(), {"x": x})
-        _, _, d_out = self._manifest.module(module).dimensions
-        forms: dict[str, Form] = {
-            "y": (np.int64, (len(x), d_out)),
-            "seeds": (np.uint8, (len(x), SEED_BYTES)),
-        }
+        forms: dict[str, Form] = {}
+        for i, name in enumerate(modules):
+            d_out = self._manifest.module(name).commitment.d_out
+            forms[f"{i}.y"] = (np.int64, (len(x), d_out))
+            forms[f"{i}.seeds"] = (np.uint8, (len(x), SEED_BYTES))
         tensors = tensors_of(answer, forms)
-        y, drawn = tensors["y"], draw_last_bits(x, tensors["seeds"])
-        self.transcript.append(Call(seq, module, exponent, drawn, y))
-        self._rows[module] += len(x)
-        return y
+        for i, name in enumerate(modules):
+            drawn = draw_last_bits(x, tensors[f"{i}.seeds"])
+            self.transcript.append(Call(seq + i, name, exponent, drawn, tensors[f"{i}.y"]))
+            self._rows[name] += len(x)
+        return [tensors[f"{i}.y"] for i in range(len(modules))]
 
-    def _sign_for(self, module: str, rows: int) -> dict[str, Any] | None:
+    def _sign_for(self, modules: Sequence[str], rows: int) -> dict[str, Any] | None:
         """Return a signed running total, if rows have a price and these are not covered yet."""
-        needed = self._rows[module] + rows
+        needed = max(self._rows[name] for name in modules) + rows
         if not self._manifest.price_per_row or needed <= max(self._rows.values(), default=0):
             return None
         return sign_rows(self._identity, self._manifest.adapter_id, self.sid, needed).to_json()

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from paris_ray.errors import VerificationError
 from paris_ray.identity import Identity
 from paris_ray.zklora.curve import Equation, check_equations
-from paris_ray.zklora.inference import NumericsLog, adapt, count_rows
+from paris_ray.zklora.inference import Calls, NumericsLog, Together, adapt, trace_calls
 from paris_ray.zklora.manifest import AdapterManifest
 from paris_ray.zklora.parties.channel import Channel
 from paris_ray.zklora.parties.escrow import EscrowClient
@@ -81,12 +82,16 @@ class BaseUser:
 
     def rows_an_example(self) -> int:
         """Return how many rows of a module one example takes at most, at all levels."""
+        return max(self._calls.rows.values())
+
+    @cached_property
+    def _calls(self) -> Calls:
         scorer = self._scorer
 
         def score(view: nn.Module) -> Tensor:
             return scorer.losses(view, scorer.largest)
 
-        return max(count_rows(scorer.model, self._manifest.terms, score).values())
+        return trace_calls(scorer.model, self._manifest.terms, score)
 
     def try_adapter(
         self,
@@ -121,7 +126,8 @@ class BaseUser:
             )
             if escrow is not None and manifest.price_per_row:
                 self._deposit(session, escrow, num_examples * self.rows_an_example())
-            view = adapt(scorer.model, manifest.terms, manifest.scale, session.evaluate, numerics)
+            ask = Together(session.evaluate_all, self._calls.together)
+            view = adapt(scorer.model, manifest.terms, manifest.scale, ask, numerics)
             for number in range(num_examples):
                 for model, found in zip((scorer.model, view), losses, strict=True):
                     found.append(scorer.losses(model, number))

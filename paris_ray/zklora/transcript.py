@@ -327,12 +327,18 @@ class Transcript:
         result = cls()
         try:
             result._keep(os.open(folder / ROWS, os.O_RDONLY))
+            size = os.fstat(result._file).st_size
             for seq, values in enumerate(Folder(str(folder)).read_json(CALLS)):
                 entry = Entry(**values)
+                numbers = (entry.rows, entry.d_in, entry.d_out)
+                if any(type(number) is not int or not 1 <= number <= size for number in numbers):
+                    raise ValueError(f"call {seq} is {numbers!r:.80} in size")
                 result._check_next(seq, entry)
                 result._note(entry, b"")
+                if result._offsets[-1] > size:  # before memory is taken for it
+                    raise ValueError(f"{ROWS} ends in call {seq}")
                 result._digests[-1] = result.call(seq).digest
-            if (size := os.fstat(result._file).st_size) != result._offsets[-1]:
+            if size != result._offsets[-1]:
                 raise ValueError(f"{ROWS} has {size} bytes, not {result._offsets[-1]}")
         except (OSError, ValueError, TypeError, OverflowError) as error:
             raise ArtifactError(f"{folder} holds no transcript: {error}") from None

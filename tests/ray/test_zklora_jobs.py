@@ -272,7 +272,7 @@ def test_a_purchase(  # noqa: PLR0915
     assert buyer.finish() == 0, buyer.said()
     receipt = receipt_of(user)
     assert receipt.state == "OPENED" and receipt.adapter_id == manifest.adapter_id
-    assert len(receipt.sessions) == 1
+    assert receipt.session is not None
     assert receipt.escrow_statement is not None
     statement = SignedDocument.from_json(receipt.escrow_statement)
     assert statement.check("escrow", escrow.public_key)["state"] == "SETTLED"

@@ -302,7 +302,7 @@ def test_a_purchase_from_the_manifest_to_the_weights(market: Market, bought: Pur
     assert receipt == Receipt.read(Folder(str(bought.trial.output)), bought.user.public_key)
     assert (receipt.state, receipt.adapter_id) == ("OPENED", manifest.adapter_id)
     assert (receipt.price, receipt.escrow) == (PRICE, market.notary.public_key)
-    assert len(receipt.sessions) == 1
+    assert receipt.session is not None
     rows = len(LEVELS) * len(CAPTIONS) * TOKENS
     assert bought.rows == dict.fromkeys(manifest.terms, rows)
     found = {
@@ -324,8 +324,9 @@ def test_the_price_went_from_the_buyer_to_the_seller(market: Market, bought: Pur
     statement = bought.outcome.receipt.escrow_statement
     assert statement is not None
     signed = SignedDocument.from_json(statement).check("escrow", market.notary.public_key)
-    first = bought.outcome.receipt.sessions[0]
-    assert (signed["state"], signed["session"]) == ("SETTLED", first.session)
+    session = bought.outcome.receipt.session
+    assert session is not None
+    assert (signed["state"], signed["session"]) == ("SETTLED", session.session)
     assert (signed["buyer"], signed["price"]) == (bought.user.public_key, PRICE)
 
 

@@ -3,6 +3,7 @@
     nonce.json    names the session, before it is opened
     plan.json     what is tried
     session/      what both signed, rows, proofs, results
+    zklora.json   the pinned manifest
     receipt.json  how far the purchase is
     adapter/      the bought weights, in PEFT's layout
 
@@ -27,11 +28,12 @@ from paris_ray.folders import Folder
 from paris_ray.identity import Identity, public_key_of
 from paris_ray.receipts import RECEIPT, Receipt, State
 from paris_ray.zklora.inference import NumericsLog
-from paris_ray.zklora.manifest import AdapterManifest
+from paris_ray.zklora.manifest import MANIFEST, AdapterManifest
 from paris_ray.zklora.parties.channel import Channel
 from paris_ray.zklora.parties.escrow import EscrowClient
 from paris_ray.zklora.parties.evidence import (
     EVIDENCE,
+    SESSION,
     ClosedSession,
     Evidence,
     fetch_evidence,
@@ -48,7 +50,6 @@ from paris_ray.zklora.transcript import new_nonce
 
 PLAN = "plan.json"
 NONCE = "nonce.json"
-SESSION = "session"
 RESULT = "result.json"
 ADAPTER = "adapter"
 POLL_S = 0.5
@@ -201,6 +202,8 @@ class Buyer:
             "threads": trial.threads,
         }
         if not self._folder.exists(PLAN):
+            # With it, the folder has all that `jobs.check_receipt` needs.
+            self._folder.write(MANIFEST, trial.manifest.read_bytes())
             self._folder.write_json(PLAN, wanted | {"num_examples": self._affordable_examples()})
         plan: dict[str, Any] = self._folder.read_json(PLAN)
         differ = [name for name, value in wanted.items() if plan.get(name) != value]

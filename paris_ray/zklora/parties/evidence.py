@@ -22,6 +22,7 @@ from paris_ray.zklora.parties.messages import ProveRequest, tensors_of
 from paris_ray.zklora.proof import Claim, Proof
 from paris_ray.zklora.transcript import CLOSE, Transcript, closing_statement, proof_context
 
+SESSION = "session"  # folder of one, in that of a purchase
 CLOSED = "closed.json"
 EVIDENCE = "evidence.safetensors"
 POLL_S = 0.5

@@ -76,7 +76,7 @@ def new_receipt(manifest: AdapterManifest) -> Receipt:
         expert=manifest.base.expert,
         router_digest=manifest.base.router_digest,
         state=State.COMMITTED.value,
-        sessions=(),
+        session=None,
         weights_sha256=None,
         config_sha256=None,
         integers_sha256=None,
@@ -117,7 +117,7 @@ def verified_facts(
         )
     closed = evidence.closed
     session = SessionFacts(session=closed.sid, transcript_root=closed.root)
-    return {"modules": tuple(modules), "sessions": (session,)}
+    return {"modules": tuple(modules), "session": session}
 
 
 def complete(

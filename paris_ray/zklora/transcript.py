@@ -248,7 +248,8 @@ class Transcript:
         Raises:
             ProtocolError: if its number is not the next, or its widths are not the module's.
         """
-        entry = Entry(call.module, call.exponent, *call.x.shape, call.y.shape[1])
+        widths = call.x.shape[1], call.y.shape[1]
+        entry = Entry(call.module, call.exponent, len(call.x), *widths)
         self._check_next(call.seq, entry)
         both = call.x.astype("<i2").tobytes() + call.y.astype("<i8").tobytes()
         if os.pwrite(self._file, both, self._offsets[-1]) != len(both):

@@ -1018,6 +1018,7 @@ def test_rows_of_another_shape_or_type_are_refused(
         {"x": np.zeros((2, 2, d_in), np.int16)},
         {"x": np.array(1, np.int16)},
         {"x": np.zeros((4097, d_in), np.int16)},
+        {"x": np.zeros((100_000, d_in), np.int16)},
         {"y": np.zeros((2, d_in), np.int16)},
         {"x": np.zeros((2, d_in), np.int16), "y": np.zeros((2, d_in), np.int16)},
     ):

@@ -29,7 +29,7 @@ from paris_ray.zklora.parties.connection import Peer
 from paris_ray.zklora.parties.escrow import EscrowClient
 from paris_ray.zklora.parties.frames import Message
 from paris_ray.zklora.parties.messages import (
-    MAX_ANSWERED,
+    MAX_CALLS_BYTES,
     CallRequest,
     CloseRequest,
     EndRequest,
@@ -233,9 +233,9 @@ class LoRAGateway:
             if other.commitment.d_in != d_in:
                 raise ProtocolError(f"{other.name} has inputs of another width than {modules[0]}")
         x: Int16 = tensors_of(message, {"x": (np.int16, (None, d_in))})["x"]
-        size = 8 * len(x) * sum(other.commitment.d_out for other in terms)
-        if size > MAX_ANSWERED and len(x) > 1:
-            raise ProtocolError(f"answers of {size} bytes are not allowed: {MAX_ANSWERED} at once")
+        size = len(x) * sum(other.row_bytes for other in terms)
+        if size > MAX_CALLS_BYTES:
+            raise ProtocolError(f"calls of {size} bytes are not allowed: {MAX_CALLS_BYTES} at once")
         return x
 
     def _end(self, user: str, message: Message) -> Message:

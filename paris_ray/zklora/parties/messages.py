@@ -14,7 +14,8 @@ Form = tuple[type[np.generic], tuple[int | None, ...]]
 """Type and shape of a tensor."""
 
 MAX_ROWS = 4096  # of one call
-MAX_ASKED, MAX_ANSWERED = 2**23, 2**26  # bytes of the rows of one request, and of its answers
+MAX_ASKED = 2**23  # bytes of the rows in one request
+MAX_CALLS_BYTES = 2**26  # of inputs and answers of all calls of one request
 
 DIGEST = Field(pattern="^[0-9a-f]{64}$")
 

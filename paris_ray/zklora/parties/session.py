@@ -31,8 +31,8 @@ from paris_ray.zklora.parties.evidence import (
     fetch_evidence,
 )
 from paris_ray.zklora.parties.messages import (
-    MAX_ANSWERED,
     MAX_ASKED,
+    MAX_CALLS_BYTES,
     MAX_ROWS,
     CallRequest,
     CloseRequest,
@@ -118,8 +118,8 @@ class Session:
             TradeError: if the deposit does not cover them.
             ProtocolError: if an answer has another shape or dtype.
         """
-        widths = [self._manifest.module(name).commitment.d_out for name in modules]
-        most = min(MAX_ROWS, MAX_ASKED // (2 * x.shape[1]), MAX_ANSWERED // (8 * sum(widths)))
+        row_bytes = sum(self._manifest.module(name).row_bytes for name in modules)
+        most = min(MAX_ROWS, MAX_ASKED // (2 * x.shape[1]), MAX_CALLS_BYTES // row_bytes)
         at_once = max(1, most)
         parts = [
             self._ask(modules, x[first : first + at_once], exponent)

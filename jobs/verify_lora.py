@@ -42,6 +42,7 @@ from paris_ray.zklora.sequential import ERROR_RATE, MIN_GAIN
 
 if TYPE_CHECKING:
     from paris_ray.zklora.parties.buyer import Outcome, Trial
+    from paris_ray.zklora.subjects import Subject
 
 PURCHASES = "purchases"
 
@@ -59,11 +60,14 @@ def main() -> int:
         parse_escrow(arguments)
         manifest = AdapterManifest.read(arguments.manifest)
         _say_what_is_offered(manifest)
+        subject = subject_of(arguments, manifest.base.expert, arguments.levels)
+        if not subject.num_examples:
+            raise ConfigError("--pictures or --texts is missing: what losses are compared on")
         with ray_session(arguments.address):
             # Imported only now: ray reads RAY_AUTH_MODE when it is imported, and --help is quick.
             from paris_ray.zklora.parties.buyer import Buyer
 
-            trial = _trial(arguments, peer, manifest)
+            trial = _trial(arguments, peer, manifest, subject)
             with _Bars() as bars:
                 outcome = Buyer(trial, bars.show).run()
             _report(outcome, trial, identity)
@@ -107,17 +111,18 @@ def _say_what_is_offered(manifest: AdapterManifest) -> None:
 
 
 def _trial(
-    arguments: argparse.Namespace, peer: tuple[str, int], manifest: AdapterManifest
+    arguments: argparse.Namespace,
+    peer: tuple[str, int],
+    manifest: AdapterManifest,
+    subject: "Subject",
 ) -> "Trial":
     from paris_ray.zklora.parties.buyer import Trial
     from paris_ray.zklora.sequential import Wanted
 
-    if arguments.pictures is None and arguments.texts is None:
-        raise ConfigError("--pictures or --texts is missing: what losses are compared on")
     name = f"{manifest.adapter}-{manifest.adapter_id[:8]}"
     output = arguments.output or arguments.home / PURCHASES / name
     return Trial(
-        subject=subject_of(arguments, manifest.base.expert, arguments.levels),
+        subject=subject,
         peer=peer,
         manifest=arguments.manifest,
         identity=arguments.home.resolve(),

@@ -143,7 +143,8 @@ def generate(model: nn.Module, use_cache: bool = True) -> list[int]:
 
 
 def test_the_users_side_needs_no_ray() -> None:
-    modules = "inference", "offer", "parties.session", "parties.purchase", "parties.escrow"
+    parties = "parties.session", "parties.purchase", "parties.escrow", "parties.checking"
+    modules = "inference", "offer", "subjects", *parties
     imports = "; ".join(f"import paris_ray.zklora.{name}" for name in modules)
     check = "import sys; assert 'ray' not in sys.modules, 'ray was imported'"
     subprocess.run([sys.executable, "-c", f"{imports}; {check}"], check=True, cwd=REPOSITORY)

@@ -1,5 +1,6 @@
 """Language models by folder: weights in one file or in shards, texts, and nothing else."""
 
+import argparse
 import json
 import shutil
 from pathlib import Path
@@ -11,6 +12,7 @@ from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
 from transformers import LlamaForCausalLM
 
+from jobs.parties import add_base, subject_of
 from paris_ray.errors import BundleError, ConfigError, ProtocolError
 from paris_ray.folders import Folder
 from paris_ray.receipts import file_sha256
@@ -183,6 +185,21 @@ def test_an_adapter_of_another_architecture_does_not_fit(llama: Path, tmp_path: 
     with pytest.raises(BundleError, match="the model has no module of this name"):
         check_fits(language.skeleton(llama), modules)
     check_fits(language.skeleton(tmp_path / "gpt2"), modules)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--base", "/m", "--pictures", "/p"), "--pictures needs --bundle"),
+        (("--bundle", "/b", "--texts", "/t"), "--texts needs --base"),
+        (("--base", "/m", "--texts", "/absent"), "texts=/absent cannot be read"),
+    ],
+)
+def test_options_that_do_not_go_together_are_named(options: tuple[str, ...], said: str) -> None:
+    parser = argparse.ArgumentParser()
+    add_base(parser, "losses")
+    with pytest.raises(ConfigError, match=said):
+        subject_of(parser.parse_args(options), None)
 
 
 def test_a_tokenizer_that_is_none_is_an_error_for_people(copied: Path) -> None:

@@ -27,10 +27,7 @@ from paris_ray.zklora.manifest import (
     build_manifest,
     default_budget,
 )
-from paris_ray.zklora.sealing import seal, unseal
-
-SEALED = "sealed.bin"
-KEY = "key.bin"
+from paris_ray.zklora.sealing import KEY, SEALED, seal, unseal
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

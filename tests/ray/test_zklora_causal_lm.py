@@ -150,6 +150,15 @@ def test_the_users_side_needs_no_ray() -> None:
     subprocess.run([sys.executable, "-c", f"{imports}; {check}"], check=True, cwd=REPOSITORY)
 
 
+def test_processes_that_hold_no_model_import_no_torch() -> None:
+    """Each of Ray's workers would take seconds, and hundreds of megabytes, for it."""
+    imports = "; ".join(
+        f"import paris_ray.zklora.parties.{name}" for name in ("workers", "verifying", "gateway")
+    )
+    check = "import sys; assert 'torch' not in sys.modules, 'torch was imported'"
+    subprocess.run([sys.executable, "-c", f"{imports}; {check}"], check=True, cwd=REPOSITORY)
+
+
 def test_the_terms_have_the_dimensions_of_conv1d(base: GPT2LMHeadModel, tmp_path: Path) -> None:
     with_lora(base, tmp_path / "lora", *ATTENTION, *MLP)
     terms = offered(tmp_path, "lora").manifest.terms

@@ -65,7 +65,7 @@ from paris_ray.zklora.parties.purchase import buy, integers_digest
 from paris_ray.zklora.parties.results import result
 from paris_ray.zklora.parties.server import serve
 from paris_ray.zklora.parties.session import Session
-from paris_ray.zklora.parties.user import verify_evidence
+from paris_ray.zklora.parties.verifying import verify_evidence
 from paris_ray.zklora.proof import prove, verify_named
 from paris_ray.zklora.sealing import check_opening, seal
 from paris_ray.zklora.sequential import Verdict, Wanted

@@ -43,7 +43,8 @@ from paris_ray.zklora.parties.evidence import (
 from paris_ray.zklora.parties.purchase import Receipts, complete, new_receipt, verified_facts
 from paris_ray.zklora.parties.results import result
 from paris_ray.zklora.parties.session import Session
-from paris_ray.zklora.parties.user import BaseUser, verify_evidence
+from paris_ray.zklora.parties.user import BaseUser
+from paris_ray.zklora.parties.verifying import verify_evidence
 from paris_ray.zklora.sequential import Verdict, Wanted
 from paris_ray.zklora.subjects import Subject
 from paris_ray.zklora.transcript import new_nonce

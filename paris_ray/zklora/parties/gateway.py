@@ -24,7 +24,6 @@ from paris_ray.zklora.fixed_point import Int16, Int64
 from paris_ray.zklora.leakage import INPUTS, draw_last_bits, row_seeds
 from paris_ray.zklora.learned import describe_leak
 from paris_ray.zklora.manifest import MANIFEST, AdapterManifest
-from paris_ray.zklora.offer import KEY, SEALED
 from paris_ray.zklora.parties.connection import Peer
 from paris_ray.zklora.parties.escrow import EscrowClient
 from paris_ray.zklora.parties.frames import Message
@@ -42,6 +41,7 @@ from paris_ray.zklora.parties.proving import Proving, evidence, prove_all
 from paris_ray.zklora.parties.results import result
 from paris_ray.zklora.parties.server import Server, serve
 from paris_ray.zklora.parties.toll import Toll
+from paris_ray.zklora.sealing import KEY, SEALED
 from paris_ray.zklora.session_records import SessionRecord, SessionState
 from paris_ray.zklora.sessions import SessionJournal
 from paris_ray.zklora.trade import TradeState

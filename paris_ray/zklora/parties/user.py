@@ -1,30 +1,21 @@
 """The base-model user on Ray: its base, run with the contributor's updates, and verified."""
 
-import time
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import ray
 import torch
 from numpy.typing import NDArray
-from ray.util.metrics import Histogram
 from torch import Tensor, nn
 
-from paris_ray.errors import VerificationError
 from paris_ray.identity import Identity
-from paris_ray.zklora.curve import Equation, check_equations
 from paris_ray.zklora.inference import Calls, NumericsLog, Together, adapt, trace_calls
 from paris_ray.zklora.manifest import AdapterManifest
 from paris_ray.zklora.parties.channel import Channel
 from paris_ray.zklora.parties.escrow import EscrowClient
-from paris_ray.zklora.parties.evidence import Evidence, Progress
-from paris_ray.zklora.parties.results import in_chunks
 from paris_ray.zklora.parties.session import Session
-from paris_ray.zklora.proof import Claim, proof_equation
 from paris_ray.zklora.sequential import Wanted
 from paris_ray.zklora.subjects import Subject
 from paris_ray.zklora.transcript import ROWS
@@ -143,53 +134,3 @@ class BaseUser:
         assert certificate is not None
         with EscrowClient(self._identity, escrow, certificate) as client:
             session.deposit(client, rows)
-
-
-@ray.remote(num_cpus=1)
-def check_proofs(claims: Mapping[str, Claim]) -> dict[str, Equation]:
-    """Return the equation of each proof; they are checked together.
-
-    Raises:
-        VerificationError: naming a module whose proof is malformed.
-    """
-    seconds = Histogram(
-        "paris_zklora_verify_seconds",
-        "Time to check a module's proof, without the multiplication that all share.",
-        boundaries=[0.003, 0.01, 0.03, 0.1, 0.3, 1, 3],
-    )
-    equations = {}
-    for name, claim in claims.items():
-        start = time.perf_counter()
-        try:
-            equations[name] = proof_equation(*claim)
-        except VerificationError as error:
-            raise VerificationError(f"{name}: {error}") from None
-        seconds.observe(time.perf_counter() - start)
-    return equations
-
-
-def verify_evidence(
-    evidence: Evidence,
-    manifest: AdapterManifest,
-    on_progress: Progress = lambda done, total: None,
-) -> None:
-    """Check every proof of a session: tasks over chunks of modules, then one multiplication.
-
-    Args:
-        evidence: Rows and proofs.
-        manifest: The pinned one.
-        on_progress: Is told how many modules are done, and of how many.
-
-    Raises:
-        VerificationError: if something is left out, or naming the modules that do not hold.
-    """
-    claims = evidence.claims(manifest)
-    equations: dict[str, Equation] = {}
-
-    def check(chunk: Sequence[str]) -> Any:
-        return check_proofs.remote({name: claims[name] for name in chunk})
-
-    for checked in in_chunks(check, list(claims), MODULES_AT_ONCE):
-        equations |= checked
-        on_progress(len(equations), len(claims))
-    check_equations(equations, "the proof")

@@ -17,7 +17,7 @@ from paris_ray.zklora.parties.channel import Channel
 from paris_ray.zklora.parties.escrow import EscrowClient
 from paris_ray.zklora.parties.session import Session
 from paris_ray.zklora.sequential import Wanted
-from paris_ray.zklora.subjects import Subject
+from paris_ray.zklora.subjects import Scorer, Subject
 from paris_ray.zklora.transcript import ROWS
 
 MODULES_AT_ONCE = 4  # that one task checks
@@ -63,7 +63,7 @@ class BaseUser:
         device: str,
     ) -> None:
         torch.set_num_threads(threads)
-        self._scorer, self._manifest = subject.load(device), manifest
+        self._subject, self._device, self._manifest = subject, device, manifest
         self._identity, self._peer = Identity.load(identity), peer
         self._session: Session | None = None
 
@@ -74,6 +74,10 @@ class BaseUser:
     def rows_an_example(self) -> int:
         """Return how many rows of a module one example takes at most, at all levels."""
         return max(self._calls.rows.values())
+
+    @cached_property
+    def _scorer(self) -> Scorer:  # not when it is made: what is raised there, Ray would wrap
+        return self._subject.load(self._device)
 
     @cached_property
     def _calls(self) -> Calls:

@@ -1,4 +1,4 @@
-"""The base-model user on Ray: its base, run with the contributor's updates, and verified."""
+"""The base-model user on Ray: its base, run with the contributor's updates."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,8 +19,6 @@ from paris_ray.zklora.parties.session import Session
 from paris_ray.zklora.sequential import Wanted
 from paris_ray.zklora.subjects import Scorer, Subject
 from paris_ray.zklora.transcript import ROWS
-
-MODULES_AT_ONCE = 4  # that one task checks
 
 
 @dataclass(frozen=True, eq=False, slots=True)

@@ -1,7 +1,6 @@
 """The base-model user on Ray: its base, run with the contributor's updates."""
 
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -64,6 +63,7 @@ class BaseUser:
         self._subject, self._device, self._manifest = subject, device, manifest
         self._identity, self._peer = Identity.load(identity), peer
         self._session: Session | None = None
+        self._loaded: tuple[Scorer, Calls] | None = None
 
     def num_calls(self) -> int:
         """Return how many calls were answered so far: one a module is all that is needed."""
@@ -71,20 +71,21 @@ class BaseUser:
 
     def rows_an_example(self) -> int:
         """Return how many rows of a module one example takes at most, at all levels."""
-        return max(self._calls.rows.values())
+        return max(self._load()[1].rows.values())
 
-    @cached_property
-    def _scorer(self) -> Scorer:  # not when it is made: what is raised there, Ray would wrap
-        return self._subject.load(self._device)
+    def _load(self) -> tuple[Scorer, Calls]:
+        """Return the base, and what an example asks for.
 
-    @cached_property
-    def _calls(self) -> Calls:
-        scorer = self._scorer
+        Not when the actor is made: what is raised there, Ray would wrap.
+        """
+        if self._loaded is None:
+            scorer = self._subject.load(self._device)
 
-        def score(view: nn.Module) -> Tensor:
-            return scorer.losses(view, scorer.largest)
+            def score(view: nn.Module) -> Tensor:
+                return scorer.losses(view, scorer.largest)
 
-        return trace_calls(scorer.model, self._manifest.terms, score)
+            self._loaded = scorer, trace_calls(scorer.model, self._manifest.terms, score)
+        return self._loaded
 
     def try_adapter(
         self,
@@ -110,7 +111,7 @@ class BaseUser:
             TradeError: if the deposit for all of it is not covered.
             ParisError: if the contributor refuses or says what does not fit.
         """
-        scorer, manifest = self._scorer, self._manifest
+        (scorer, calls), manifest = self._load(), self._manifest
         numerics = NumericsLog(last_bits_drawn=True)
         losses: tuple[list[Tensor], list[Tensor]] = [], []
         with Channel(self._identity, self._peer, manifest.contributor_certificate) as channel:
@@ -119,7 +120,7 @@ class BaseUser:
             )
             if escrow is not None and manifest.price_per_row:
                 self._deposit(session, escrow, num_examples * self.rows_an_example())
-            ask = Together(session.evaluate_all, self._calls.together)
+            ask = Together(session.evaluate_all, calls.together)
             view = adapt(scorer.model, manifest.terms, manifest.scale, ask, numerics)
             for number in range(num_examples):
                 for model, found in zip((scorer.model, view), losses, strict=True):

@@ -8,6 +8,9 @@ rows means.
     python -m jobs.contribute_lora --bundle runs/quickstart/bundle --expert 3 --adapter loras/mine \
         --listen 127.0.0.1:7444 --price 100 --budget-rows 64 \
         --escrow 127.0.0.1:7443 --escrow-certificate runs/zklora/escrow/certificate.pem
+
+    python -m jobs.contribute_lora --base models/gpt2 --adapter loras/verse \
+        --listen 127.0.0.1:7444 --texts held_out.txt
 """
 
 import argparse
@@ -22,6 +25,7 @@ from typing import TYPE_CHECKING
 from jobs.command import fail, log_to_stdout, ray_session, refuse_relative_paths
 from jobs.parties import (
     add_address,
+    add_base,
     add_escrow,
     add_home,
     add_service,
@@ -31,6 +35,7 @@ from jobs.parties import (
     parse_escrow,
     paths_of,
     positive,
+    subject_of,
 )
 from paris_ray.errors import ConfigError, ParisError
 from paris_ray.identity import Identity
@@ -38,6 +43,7 @@ from paris_ray.zklora.manifest import MANIFEST, AdapterManifest
 
 if TYPE_CHECKING:
     from paris_ray.zklora.parties.contributor import Contribution
+    from paris_ray.zklora.subjects import Subject
 
 OFFERS = "offers"
 STATUS_S = 60.0
@@ -52,13 +58,18 @@ def main() -> int:
     arguments = _parser().parse_args()
     log_to_stdout()
     try:
-        refuse_relative_paths(paths_of(arguments, "bundle", "base", "adapter", "home", "pictures"))
+        refuse_relative_paths(
+            paths_of(arguments, "bundle", "base", "adapter", "home", "pictures", "texts")
+        )
         parse_escrow(arguments)
         identity = Identity.load_or_create(arguments.home)
         clients = client_certificates(arguments.clients, arguments.home)
         host, port = address("--listen", arguments.listen)
-        folder, manifest = _offer(arguments, identity)
-        _say_what_leaks(arguments, folder)
+        if (arguments.bundle is None) != (arguments.expert is None):
+            raise ConfigError("--bundle and --expert go together: an expert is one of a bundle")
+        subject = subject_of(arguments, arguments.expert)
+        folder, manifest = _offer(arguments, identity, subject)
+        _say_what_leaks(subject, folder)
         with ray_session(arguments.address):
             # Imported only now: ray reads RAY_AUTH_MODE when it is imported, and --help is quick.
             from paris_ray.zklora.parties.contributor import Contribution, Service
@@ -88,24 +99,18 @@ def main() -> int:
     return 0
 
 
-def _offer(arguments: argparse.Namespace, identity: Identity) -> tuple[Path, AdapterManifest]:
+def _offer(
+    arguments: argparse.Namespace, identity: Identity, subject: "Subject"
+) -> tuple[Path, AdapterManifest]:
     """Return the folder of the offer and its manifest; both are made if there are none."""
     # Imported only now: they import torch, and --help is quick.
-    from paris_ray.bundle import load_bundle
     from paris_ray.zklora.adapter import read_peft
-    from paris_ray.zklora.offer import AskedTerms, base_of_expert, base_of_file, open_offer
+    from paris_ray.zklora.inference import check_fits
+    from paris_ray.zklora.offer import AskedTerms, open_offer
 
-    if (arguments.bundle is None) != (arguments.expert is None):
-        raise ConfigError("--bundle and --expert go together: an expert is one of a bundle")
-    if arguments.pictures is not None and arguments.bundle is None:
-        raise ConfigError("--pictures needs --bundle: they are measured on an expert of one")
-    if arguments.bundle is not None:
-        base = base_of_expert(load_bundle(arguments.bundle), arguments.expert)
-    else:
-        base = base_of_file(arguments.base)
     name = arguments.name or arguments.adapter.resolve().name
     terms = AskedTerms(
-        base=base,
+        base=subject.base(),
         name=name,
         price=arguments.price,
         price_per_row=arguments.price_per_row,
@@ -113,10 +118,12 @@ def _offer(arguments: argparse.Namespace, identity: Identity) -> tuple[Path, Ada
         escrow_certificate=arguments.escrow_certificate,
     )
     folder = (arguments.home / OFFERS / name).resolve()
-    return folder, open_offer(folder, identity, read_peft(arguments.adapter), terms).manifest
+    manifest = open_offer(folder, identity, read_peft(arguments.adapter), terms).manifest
+    check_fits(subject.skeleton(), manifest.terms)
+    return folder, manifest
 
 
-def _say_what_leaks(arguments: argparse.Namespace, folder: Path) -> None:
+def _say_what_leaks(subject: "Subject", folder: Path) -> None:
     """Log what a thief would have who saw the whole budget: of the adapter's worth, if it is known.
 
     Real inputs are kept in the folder of the offer, so that the service can tell what was learned.
@@ -126,23 +133,25 @@ def _say_what_leaks(arguments: argparse.Namespace, folder: Path) -> None:
 
     offer = load_offer(folder)
     rows, modules = offer.manifest.budget_rows, offer.modules()
-    if arguments.pictures is None:
+    if not subject.num_examples:
         asked, chosen = assumed_errors(modules, rows)
         logger.info(
             "budget: %d rows. If the spectrum of inputs falls as 1/i, a thief who sees them all "
-            "predicts updates with a relative error of %.2f, with chosen rows %.2f; --pictures "
-            "would tell what part of the adapter's worth that is",
+            "predicts updates with a relative error of %.2f, with chosen rows %.2f; --pictures or "
+            "--texts would tell what part of the adapter's worth that is",
             rows,
             asked,
             chosen,
         )
         return
-    from paris_ray.zklora.parties.examples import measure_worth
+    from paris_ray.zklora.share import Worth
 
-    worth = measure_worth(arguments.bundle, arguments.pictures, modules, offer.manifest)
+    worth = Worth(subject, modules, offer.manifest.scale)
     save_inputs(folder / INPUTS, worth.inputs)
     if worth.gain <= 0:
-        logger.warning("budget: %d rows. The adapter does not lower the loss of --pictures", rows)
+        logger.warning(
+            "budget: %d rows. The adapter does not lower the loss of your examples", rows
+        )
         return
     thief, choosing = (worth.thief(rows, chooses=chooses) for chooses in (False, True))
     logger.info(
@@ -176,11 +185,7 @@ def _parser() -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    base = result.add_mutually_exclusive_group(required=True)
-    base.add_argument("--bundle", help="the model folder whose expert is adapted")
-    base.add_argument(
-        "--base", type=Path, metavar="FILE", help="the safetensors of any other model"
-    )
+    add_base(result, "measures what part of the LoRA's gain the budget gives away")
     result.add_argument("--expert", type=int, metavar="K", help="number of the expert in --bundle")
     result.add_argument(
         "--adapter", type=Path, required=True, metavar="DIR", help="the LoRA, in PEFT's layout"
@@ -209,12 +214,6 @@ def _parser() -> argparse.ArgumentParser:
         type=int,
         metavar="N",
         help="of them, what one user may see; default: a quarter",
-    )
-    result.add_argument(
-        "--pictures",
-        metavar="DIR",
-        help="captioned pictures that the LoRA was not trained on, a folder with metadata.jsonl: "
-        "measures what part of the LoRA's gain the budget gives away",
     )
     add_escrow(result, "who holds key and payment; default: the LoRA is tried, not sold")
     result.add_argument(

@@ -5,9 +5,14 @@ import hashlib
 import ssl
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from paris_ray.errors import ConfigError, SignatureError
+from paris_ray.folders import absolute_uri
 from paris_ray.identity import CERTIFICATE, KEY, Identity, public_key_of
+
+if TYPE_CHECKING:
+    from paris_ray.zklora.subjects import Subject
 
 HOMES = Path("runs/zklora")
 CLIENTS = "clients"
@@ -45,6 +50,73 @@ def add_service(parser: argparse.ArgumentParser, listen: str | None = None) -> N
     )
 
 
+def add_base(parser: argparse.ArgumentParser, examples: str) -> None:
+    """Add the options for the base, and for examples that it is tried on.
+
+    Args:
+        parser: Of the job.
+        examples: What the examples are for.
+    """
+    base = parser.add_mutually_exclusive_group(required=True)
+    base.add_argument("--bundle", help="your own copy of the model folder whose expert is adapted")
+    base.add_argument(
+        "--base",
+        type=Path,
+        metavar="DIR",
+        help="your own folder of a causal language model of transformers: config.json, "
+        "tokenizer.json, safetensors in one or several shards; no code of it runs",
+    )
+    parser.add_argument(
+        "--pictures",
+        metavar="DIR",
+        help=f"with --bundle: captioned pictures, a folder with metadata.jsonl: {examples}",
+    )
+    parser.add_argument(
+        "--texts",
+        type=Path,
+        metavar="FILE",
+        help=f"with --base: held-out texts, one a line: {examples}",
+    )
+
+
+def subject_of(
+    arguments: argparse.Namespace, expert: int | None, levels: Sequence[float] | None = None
+) -> "Subject":
+    """Return the base that the options name, with its examples, if there are any.
+
+    Args:
+        arguments: With the options of `add_base`.
+        expert: Number of the expert, with --bundle.
+        levels: Noise levels of pictures; None: the usual ones.
+
+    Raises:
+        ConfigError: if options do not go together, or examples cannot be read.
+    """
+    # Imported only now: it imports torch, and --help is quick.
+    from paris_ray.zklora.subjects import (
+        LEVELS,
+        PictureSubject,
+        TextSubject,
+        read_pictures,
+        read_texts,
+    )
+
+    if arguments.bundle is None:
+        if arguments.pictures is not None:
+            raise ConfigError("--pictures needs --bundle: they are for an expert of one")
+        texts = () if arguments.texts is None else read_texts(arguments.texts)
+        return TextSubject(folder=arguments.base.resolve(), texts=texts)
+    if arguments.texts is not None:
+        raise ConfigError("--texts needs --base: they are for a language model")
+    bundle, levels = absolute_uri(arguments.bundle), LEVELS if levels is None else levels
+    if arguments.pictures is None:
+        return PictureSubject(bundle=bundle, expert=expert, noise=levels)
+    pictures, captions = read_pictures(arguments.pictures, bundle)
+    return PictureSubject(
+        bundle=bundle, expert=expert, pictures=pictures, captions=captions, noise=levels
+    )
+
+
 def add_escrow(parser: argparse.ArgumentParser, purpose: str) -> None:
     """Add the options for the escrow, which go together."""
     parser.add_argument("--escrow", metavar="HOST:PORT", help=purpose)
@@ -70,7 +142,7 @@ def parse_escrow(arguments: argparse.Namespace) -> None:
 
 
 def add_compute(parser: argparse.ArgumentParser) -> None:
-    """Add the options for threads and GPUs of whoever runs an expert."""
+    """Add the options for threads and GPUs of whoever runs a base."""
     parser.add_argument(
         "--threads", type=positive, default=1, metavar="N", help="torch threads of a process"
     )
@@ -79,7 +151,7 @@ def add_compute(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=0,
         metavar="N",
-        help="GPUs for your expert; default: the CPU",
+        help="GPUs for your base; default: the CPU",
     )
 
 

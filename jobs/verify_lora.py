@@ -1,6 +1,6 @@
 r"""Try a LoRA that its contributor does not show, verify what it did, pay, and receive it.
 
-Pins the manifest, compares losses with and without the LoRA on your own expert and pictures, checks
+Pins the manifest, compares losses with and without the LoRA on your own base and examples, checks
 a zero-knowledge proof of every module, pays through the escrow, opens the weights and compares them
 with those that were proved. Run it again to continue after an interruption. docs/zklora.md says
 what is proved.
@@ -8,6 +8,9 @@ what is proved.
     python -m jobs.verify_lora --bundle runs/quickstart/bundle --peer 127.0.0.1:7444 \
         --manifest zklora.json --pictures PICTURES \
         --escrow 127.0.0.1:7443 --escrow-certificate runs/zklora/escrow/certificate.pem
+
+    python -m jobs.verify_lora --base models/gpt2 --peer 127.0.0.1:7444 \
+        --manifest zklora.json --texts held_out.txt
 """
 
 import argparse
@@ -21,6 +24,7 @@ from tqdm import tqdm
 from jobs.command import fail, log_to_stdout, ray_session, refuse_relative_paths
 from jobs.parties import (
     add_address,
+    add_base,
     add_compute,
     add_escrow,
     add_home,
@@ -28,9 +32,9 @@ from jobs.parties import (
     describe,
     parse_escrow,
     paths_of,
+    subject_of,
 )
-from paris_ray.errors import ParisError
-from paris_ray.folders import absolute_uri
+from paris_ray.errors import ConfigError, ParisError
 from paris_ray.identity import Identity
 from paris_ray.receipts import RECEIPT
 from paris_ray.zklora.manifest import AdapterManifest
@@ -38,6 +42,7 @@ from paris_ray.zklora.sequential import ERROR_RATE, MIN_GAIN
 
 if TYPE_CHECKING:
     from paris_ray.zklora.parties.buyer import Outcome, Trial
+    from paris_ray.zklora.subjects import Subject
 
 PURCHASES = "purchases"
 
@@ -47,7 +52,7 @@ def main() -> int:
     arguments = _parser().parse_args()
     log_to_stdout()
     try:
-        names = ("bundle", "manifest", "pictures", "home", "output")
+        names = ("bundle", "base", "manifest", "pictures", "texts", "home", "output")
         refuse_relative_paths(paths_of(arguments, *names))
         identity = Identity.load_or_create(arguments.home)
         print(f"user: {describe(identity)}", flush=True)
@@ -55,11 +60,14 @@ def main() -> int:
         parse_escrow(arguments)
         manifest = AdapterManifest.read(arguments.manifest)
         _say_what_is_offered(manifest)
+        subject = subject_of(arguments, manifest.base.expert, arguments.levels)
+        if not subject.num_examples:
+            raise ConfigError("--pictures or --texts is missing: what losses are compared on")
         with ray_session(arguments.address):
             # Imported only now: ray reads RAY_AUTH_MODE when it is imported, and --help is quick.
             from paris_ray.zklora.parties.buyer import Buyer
 
-            trial = _trial(arguments, peer, manifest)
+            trial = _trial(arguments, peer, manifest, subject)
             with _Bars() as bars:
                 outcome = Buyer(trial, bars.show).run()
             _report(outcome, trial, identity)
@@ -103,24 +111,22 @@ def _say_what_is_offered(manifest: AdapterManifest) -> None:
 
 
 def _trial(
-    arguments: argparse.Namespace, peer: tuple[str, int], manifest: AdapterManifest
+    arguments: argparse.Namespace,
+    peer: tuple[str, int],
+    manifest: AdapterManifest,
+    subject: "Subject",
 ) -> "Trial":
     from paris_ray.zklora.parties.buyer import Trial
-    from paris_ray.zklora.parties.examples import read_pictures
     from paris_ray.zklora.sequential import Wanted
 
-    pictures, captions = read_pictures(arguments.pictures, arguments.bundle)
     name = f"{manifest.adapter}-{manifest.adapter_id[:8]}"
     output = arguments.output or arguments.home / PURCHASES / name
     return Trial(
-        bundle=absolute_uri(arguments.bundle),
+        subject=subject,
         peer=peer,
         manifest=arguments.manifest,
         identity=arguments.home.resolve(),
         output=output.resolve(),
-        pictures=pictures,
-        captions=captions,
-        levels=arguments.levels,
         wanted=None
         if arguments.any_gain
         else Wanted(min_gain=arguments.min_gain, error_rate=arguments.error_rate),
@@ -143,8 +149,8 @@ def _report(outcome: "Outcome", trial: "Trial", identity: Identity) -> None:
             f"{module.name:40} {size:>16} {module.rows:>6} {module.proof_bytes:>6} B "
             f"{module.peak_to_rms:>9.1f}"
         )
-    print(f"\n{'noise level':12} {'loss without':>13} {'loss with':>10}")
-    losses = zip(trial.levels, outcome.without, outcome.with_adapter, strict=True)
+    print(f"\n{'':12} {'loss without':>13} {'loss with':>10}")
+    losses = zip(trial.subject.levels, outcome.without, outcome.with_adapter, strict=True)
     for level, without, with_adapter in losses:
         print(f"{level:<12} {without.mean():>13.4f} {with_adapter.mean():>10.4f}")
     if outcome.verdict is not None:
@@ -158,8 +164,10 @@ def _report(outcome: "Outcome", trial: "Trial", identity: Identity) -> None:
     )
     print(f"\n{totals}\nreceipt {trial.output / RECEIPT}: {receipt.state}")
     if outcome.adapter is not None:
+        print(f"adapter {outcome.adapter}")
+    if outcome.adapter is not None and receipt.expert is not None:
         print(
-            f"adapter {outcome.adapter}\nto serve it, under `loras:` in serve/config.yaml:\n"
+            "to serve it, under `loras:` in serve/config.yaml:\n"
             f"  {receipt.adapter}: {{path: {outcome.adapter}, receipt_key: {identity.public_key}}}"
         )
 
@@ -168,7 +176,7 @@ def _parser() -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    result.add_argument("--bundle", required=True, help="your own copy of the model folder")
+    add_base(result, "losses with and without the LoRA")
     result.add_argument(
         "--peer", required=True, metavar="HOST:PORT", help="where the contributor listens"
     )
@@ -176,18 +184,12 @@ def _parser() -> argparse.ArgumentParser:
         "--manifest", required=True, type=Path, metavar="FILE", help="the contributor's zklora.json"
     )
     result.add_argument(
-        "--pictures",
-        required=True,
-        metavar="DIR",
-        help="captioned pictures, a folder with metadata.jsonl: losses with and without the LoRA",
-    )
-    result.add_argument(
         "--levels",
         type=float,
         nargs="+",
         default=[0.3, 0.7],
         metavar="T",
-        help="noise levels of the losses, between 0 and 1; default: %(default)s",
+        help="noise levels of the losses of pictures, between 0 and 1; default: %(default)s",
     )
     result.add_argument(
         "--min-gain",
@@ -205,7 +207,7 @@ def _parser() -> argparse.ArgumentParser:
         help="chance of a wrong decision either way; default: %(default)s",
     )
     result.add_argument(
-        "--any-gain", action="store_true", help="try all pictures, and buy whatever they show"
+        "--any-gain", action="store_true", help="try all examples, and buy whatever they show"
     )
     add_escrow(result, "buy through this escrow; default: verify only")
     result.add_argument(

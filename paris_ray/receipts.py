@@ -23,7 +23,6 @@ KIND = "receipt"
 ADAPTER_ID = "zklora_adapter_id"  # metadata of the weights of an adapter that was bought
 DIGEST = re.compile("[0-9a-f]{64}")
 MAX_MODULES = 4096  # of an adapter
-MAX_SESSIONS = 1  # in which it was tried
 MAX_TEXT = 512  # characters
 
 
@@ -42,12 +41,12 @@ class State(StrEnum):
 # What needs proofs.
 PROVEN = (State.VERIFIED, State.RELEASED, State.OPENED)
 # What a receipt cannot lack when it says that the weights were opened.
-OPENED_NEEDS = ("sessions", "weights_sha256", "config_sha256", "integers_sha256", "modules")
+OPENED_NEEDS = ("session", "weights_sha256", "config_sha256", "integers_sha256", "modules")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SessionFacts:
-    """One session in which the adapter was tried, and whose proofs hold.
+    """The session in which the adapter was tried, and whose proofs hold.
 
     Attributes:
         session: Its identity.
@@ -67,7 +66,7 @@ class ModuleFacts:
         d_in: Width of its input.
         r: Rank of its update.
         d_out: Width of its output.
-        rows: Rows that the proofs cover, over all sessions.
+        rows: Rows that the proofs cover, in all.
         proof_bytes: Size of the proofs.
         peak_to_rms: Largest absolute value of the inputs over their root mean square.
         input_error: Relative root-mean-square error of the inputs that were answered: rounded to
@@ -98,7 +97,7 @@ class Receipt:
         expert: Number of the expert that the base is; None: it is no expert of a bundle.
         router_digest: SHA-256 of the safetensors file of the router; None: there is none.
         state: How far the trade came, a `State`.
-        sessions: Those that were verified; the trade is about the first.
+        session: The one that was verified, which the trade is about; None before VERIFIED.
         weights_sha256: SHA-256 of `adapter_model.safetensors`; None before OPENED.
         config_sha256: SHA-256 of `adapter_config.json`, which holds the scale; None before OPENED.
         integers_sha256: SHA-256 of the integers that were proved, opened and written into that
@@ -120,7 +119,7 @@ class Receipt:
     expert: int | None
     router_digest: str | None
     state: str
-    sessions: tuple[SessionFacts, ...]
+    session: SessionFacts | None
     weights_sha256: str | None
     config_sha256: str | None
     integers_sha256: str | None
@@ -217,14 +216,14 @@ class Receipt:
     def _from_document(cls, document: Mapping[str, Any], source: str) -> "Receipt":
         _check_document(document, source)
         fields = dict(document)
-        base, modules, sessions = (fields.pop(name) for name in ("base", "modules", "sessions"))
+        base, modules, session = (fields.pop(name) for name in ("base", "modules", "session"))
         return cls(
             **fields,
             base_digest=base["digest"],
             expert=base["expert"],
             router_digest=base["router_digest"],
             modules=tuple(ModuleFacts(**module) for module in modules),
-            sessions=tuple(SessionFacts(**session) for session in sessions),
+            session=None if session is None else SessionFacts(**session),
             source=source,
         )
 
@@ -236,8 +235,7 @@ class Receipt:
             "expert": document.pop("expert"),
             "router_digest": document.pop("router_digest"),
         }
-        for name in ("modules", "sessions"):
-            document[name] = list(document[name])
+        document["modules"] = list(document["modules"])
         return document
 
 
@@ -306,10 +304,7 @@ _FIELDS = {
     "adapter": _TEXT,
     "base": _MAPPING,
     "state": _Rule(lambda value: value in tuple(State), ", ".join(State)),
-    "sessions": _Rule(
-        lambda value: isinstance(value, list) and len(value) <= MAX_SESSIONS,
-        f"a list of at most {MAX_SESSIONS}",
-    ),
+    "session": _MAPPING.or_null(),
     "weights_sha256": _DIGEST.or_null(),
     "config_sha256": _DIGEST.or_null(),
     "integers_sha256": _DIGEST.or_null(),
@@ -344,11 +339,12 @@ _MODULE_FIELDS = {
 def _check_document(document: Mapping[str, Any], source: str) -> None:
     _check_fields(document, _FIELDS, f"{source}: ")
     _check_fields(document["base"], _BASE_FIELDS, f"{source}: base.")
-    _check_list(document["sessions"], _SESSION_FIELDS, "session", f"{source}: sessions")
+    if document["session"] is not None:
+        _check_fields(document["session"], _SESSION_FIELDS, f"{source}: session.")
     _check_list(document["modules"], _MODULE_FIELDS, "name", f"{source}: modules")
     _check_escrow(document["escrow_statement"], document["escrow"], source)
     if document["state"] in PROVEN:
-        for name in ("sessions", "modules"):
+        for name in ("session", "modules"):
             _require(bool(document[name]), f"{source}: {name} is empty: nothing was verified")
         for i, module in enumerate(document["modules"]):
             _require(module["rows"] > 0, f"{source}: modules[{i}].rows=0: it was not verified")

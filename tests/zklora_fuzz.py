@@ -39,7 +39,14 @@ from paris_ray.zklora.manifest import AdapterManifest, Base, build_manifest
 from paris_ray.zklora.parties.frames import Message, decode, encode
 from paris_ray.zklora.proof import prove, verify
 from paris_ray.zklora.sealing import NONCE, seal, unseal
-from paris_ray.zklora.transcript import Call, Transcript, closing_statement, proof_context
+from paris_ray.zklora.transcript import (
+    CALLS,
+    ROWS,
+    Call,
+    Transcript,
+    closing_statement,
+    proof_context,
+)
 
 DIGEST = "0f" * 32
 CONTEXT = proof_context(DIGEST, DIGEST, DIGEST, "layer", DIGEST)
@@ -279,16 +286,19 @@ def _closing(transcript: Transcript) -> dict[str, Any]:
 
 
 def transcript(folder: Path) -> Target:
-    """The file of all calls, against what was signed; harmless if it is read as the same calls."""
-    path, signed = folder / "transcript.safetensors", _closing(_transcript())
-    _transcript().save(path)
+    """Both files of all calls, against what was signed; harmless if they are read as the same."""
+    signed, files = _closing(_transcript()), (folder / CALLS, folder / ROWS)
+    _transcript().save(folder)
+    contents = [path.read_bytes() for path in files]
+    cut = len(contents[0])
 
     def read(changed: bytes) -> None:
-        path.write_bytes(changed)
-        if _closing(Transcript.load(path)) != signed:
+        for path, content in zip(files, (changed[:cut], changed[cut:]), strict=True):
+            path.write_bytes(content)
+        if _closing(Transcript.load(folder)) != signed:
             raise VerificationError("the transcript is not the one that was signed")
 
-    return Target(path.read_bytes(), read)
+    return Target(b"".join(contents), read)
 
 
 def frame(_: Path) -> Target:
@@ -298,7 +308,7 @@ def frame(_: Path) -> Target:
     differs from what was sent in what the layers above see, since no message has two frames.
     """
     x = _rows()
-    fields = {"session": DIGEST, "seq": 3, "module": "layer", "exponent": 9}
+    fields = {"session": DIGEST, "seq": 3, "modules": ["layer"], "exponent": 9}
     tensors = {"x": x, "y": evaluate(_module(), x), "some": np.ones((2, 1), np.float32)}
     payload = encode(Message("call", fields, tensors), 7)
 

@@ -2,7 +2,6 @@
 
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from threading import Lock
 from types import MappingProxyType
@@ -34,14 +33,6 @@ from paris_ray.receipts import file_sha256
 from paris_ray.run import CLUSTERS, EXPERT_WEIGHTS, MODEL_CONFIG, ROUTER_WEIGHTS, SEED
 
 MAX_RESIDENT = 2  # experts on the device with offload=True: those of top-2, the default
-
-
-@dataclass(frozen=True, slots=True)
-class View:
-    """An adapted expert of the caller's own making; see `Bundle.add_view`."""
-
-    expert: int
-    adapt: Callable[[Expert], Expert]
 
 
 class Bundle:
@@ -88,7 +79,7 @@ class Bundle:
         }
         self._router = StoredModel(Router, parts["router"], defaults=defaults)
         most = MAX_RESIDENT if offload else self.num_models
-        self._loras: dict[str, LoRA | View] = {}
+        self._loras: dict[str, LoRA] = {}
         self._resident = _Resident(self._load_expert, self._loras, most)
 
     @property
@@ -124,9 +115,9 @@ class Bundle:
     def mixes(self, lora: str | None) -> bool:
         """Return whether samples with this adapter can be in a batch with others.
 
-        A merged one has weights of its own, and a view of the caller's is a model of its own.
+        A merged one has weights of its own.
         """
-        return lora is None or _mixes(self._loras[lora])
+        return lora is None or not self._loras[lora].merged
 
     def add_lora(
         self,
@@ -157,7 +148,8 @@ class Bundle:
                 not OPENED, or is for other weights or another expert; or if a key is given, and
                 there is no receipt.
         """
-        self._check_new(name)
+        if name in self._loras:
+            raise ConfigError(f"lora={name!r} is not allowed: there is one of that name already")
         self._loras[name] = read_lora(
             path,
             self.expert_configs,
@@ -166,28 +158,6 @@ class Bundle:
             merged=merge,
             receipt_key=receipt_key,
         )
-
-    def add_view(self, name: str, expert: int, adapt: Callable[[Expert], Expert]) -> None:
-        """Make any view of an expert known under a name that requests can give as `lora`.
-
-        Args:
-            name: The name.
-            expert: Number of the expert.
-            adapt: Returns the view of an expert, and leaves the expert as it is; called each time
-                that the expert has been loaded.
-
-        Raises:
-            ConfigError: if there is one of that name.
-            BundleError: if there is no such expert.
-        """
-        self._check_new(name)
-        if not 0 <= expert < self.num_experts:
-            raise BundleError(f"expert={expert} is not allowed: 0 to {self.num_experts - 1}")
-        self._loras[name] = View(expert, adapt)
-
-    def _check_new(self, name: str) -> None:
-        if name in self._loras:
-            raise ConfigError(f"lora={name!r} is not allowed: there is one of that name already")
 
     @property
     def loras(self) -> dict[str, int]:
@@ -377,9 +347,7 @@ class _Resident:
     With an expert go its adapted views, which hold its weights too.
     """
 
-    def __init__(
-        self, load: Callable[[int], Expert], loras: Mapping[str, LoRA | View], most: int
-    ) -> None:
+    def __init__(self, load: Callable[[int], Expert], loras: Mapping[str, LoRA], most: int) -> None:
         self._load, self._loras, self._most = load, loras, most
         self._experts: OrderedDict[int, dict[str | tuple[str, ...] | None, Expert]] = OrderedDict()
         self._lock = Lock()
@@ -401,7 +369,7 @@ class _Resident:
             loras = {
                 name: lora
                 for name, lora in self._loras.items()
-                if isinstance(lora, LoRA) and lora.expert == index and _mixes(lora)
+                if lora.expert == index and not lora.merged
             }
             if not loras:
                 return expert
@@ -421,10 +389,6 @@ class _Resident:
             self._experts[index] = {None: self._load(index)}
         self._experts.move_to_end(index)
         return self._experts[index]
-
-
-def _mixes(lora: LoRA | View) -> bool:
-    return isinstance(lora, LoRA) and not lora.merged
 
 
 def load_expert(part: VerifiedFolder) -> Expert:

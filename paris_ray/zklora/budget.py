@@ -87,6 +87,18 @@ class RowBudget:
             raise ProtocolError(f"adapter_id={adapter_id!r} is not served here")
         return int(found[0][0])
 
+    def check(self, adapter_id: str, user: str, module: str, rows: int) -> None:
+        """Raise as `debit` would, without paying."""
+        query = "SELECT budget - spent FROM budgets WHERE adapter_id = ? AND module = ?"
+        found = self._journal.execute(query, adapter_id, module)
+        if not found:
+            raise ProtocolError(f"module={module!r} is not one of adapter {adapter_id}")
+        left = self._allowed(found[0][0], self._seen(adapter_id, user, module))
+        if rows > left:
+            most = self._max_rows_per_user
+            why = "" if most is None else f"; a user may see {most} of a module"
+            raise BudgetError(f"{module} has {left} rows left, {rows} are asked for{why}")
+
     def debit(self, adapter_id: str, user: str, module: str, rows: int) -> None:
         """Pay for rows that a user asks for; the caller's transaction decides whether it stays.
 
@@ -95,18 +107,9 @@ class RowBudget:
             ProtocolError: if the adapter has no such module.
         """
         with self._journal.transaction():
-            where = (adapter_id, module)
-            query = "SELECT budget - spent FROM budgets WHERE adapter_id = ? AND module = ?"
-            found = self._journal.execute(query, *where)
-            if not found:
-                raise ProtocolError(f"module={module!r} is not one of adapter {adapter_id}")
-            left = self._allowed(found[0][0], self._seen(adapter_id, user, module))
-            if rows > left:
-                most = self._max_rows_per_user
-                why = "" if most is None else f"; a user may see {most} of a module"
-                raise BudgetError(f"{module} has {left} rows left, {rows} are asked for{why}")
+            self.check(adapter_id, user, module, rows)
             update = "UPDATE budgets SET spent = spent + ? WHERE adapter_id = ? AND module = ?"
-            self._journal.execute(update, rows, *where)
+            self._journal.execute(update, rows, adapter_id, module)
             upsert = (
                 "INSERT INTO rows_seen VALUES (?, ?, ?, ?) "
                 "ON CONFLICT DO UPDATE SET rows = rows + excluded.rows"

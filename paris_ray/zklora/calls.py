@@ -8,9 +8,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from paris_ray.errors import ProtocolError
 from paris_ray.zklora.fixed_point import Int16, Int64
 from paris_ray.zklora.journal import Journal
-from paris_ray.zklora.transcript import Call, Log, Transcript
+from paris_ray.zklora.transcript import Call, Log
 
 CALL_TABLES = (
     """CREATE TABLE calls (
@@ -112,16 +113,24 @@ class CallTable:
         found = self._journal.execute(query, adapter_id, module)
         return [_matrix(x, "<i2", rows) for rows, x in found]
 
-    def transcript(self, sid: str) -> Transcript:
-        """Return all answered calls of a session, with their arrays."""
+    def rows(self, sid: str, module: str) -> tuple[Int16, Int64]:
+        """Return all answered rows of a module in a session, in the order of the calls.
+
+        Returns:
+            `(rows, d_in)` int16 and `(rows, d_out)` int64.
+
+        Raises:
+            ProtocolError: if the module was never called.
+        """
         query = (
-            "SELECT seq, module, exponent, rows, x, y FROM calls "
-            "WHERE sid = ? AND y IS NOT NULL ORDER BY seq"
+            "SELECT rows, x, y FROM calls "
+            "WHERE sid = ? AND module = ? AND y IS NOT NULL ORDER BY seq"
         )
-        return Transcript(
-            Call(seq, module, exponent, _matrix(x, "<i2", rows), _matrix(y, "<i8", rows))
-            for seq, module, exponent, rows, x, y in self._journal.execute(query, sid)
-        )
+        found = self._journal.execute(query, sid, module)
+        if not found:
+            raise ProtocolError(f"module={module!r} was never called in session {sid}")
+        x = np.concatenate([_matrix(x, "<i2", rows) for rows, x, _ in found])
+        return x, np.concatenate([_matrix(y, "<i8", rows) for rows, _, y in found])
 
 
 def _matrix(payload: bytes, dtype: str, rows: int) -> Any:

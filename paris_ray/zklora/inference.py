@@ -4,10 +4,11 @@ Each adapted module keeps its own product with the weights, and asks for the upd
 in exact integers. Any tree of torch modules will do: the experts, or a language model.
 """
 
-from collections.abc import Callable, Mapping
+import hashlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from time import perf_counter
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -168,15 +169,23 @@ def adapt(
     A call of the view raises ParisError if the inputs of a module are not finite, and ProtocolError
     if an answer has another shape or dtype.
     """
-    if not modules:
-        raise BundleError("the adapter has no modules")
     view = share(model)
-    found = dict(view.named_modules())
-    for name, terms in modules.items():
-        base = _check_linear(name, found.get(name), terms)
-        update = _update(name, terms, scale, evaluate, numerics or NumericsLog())
+    for name, base in check_fits(view, modules).items():
+        update = _update(name, modules[name], scale, evaluate, numerics or NumericsLog())
         view.set_submodule(name, UpdatedLinear(base, update))
     return view
+
+
+def check_fits(model: nn.Module, modules: Mapping[str, Terms]) -> dict[str, nn.Module]:
+    """Return the modules of a model, on any device, that an adapter is for.
+
+    Raises:
+        BundleError: as `adapt`.
+    """
+    if not modules:
+        raise BundleError("the adapter has no modules")
+    found = dict(model.named_modules())
+    return {name: _check_linear(name, found.get(name), terms) for name, terms in modules.items()}
 
 
 def _check_linear(name: str, module: nn.Module | None, terms: Terms) -> nn.Module:
@@ -235,10 +244,56 @@ def _check_answer(name: str, y: Int64, shape: tuple[int, int]) -> None:
         )
 
 
-def count_rows(
+class Together:
+    """Asks for the updates of modules that share one input at once: by one question, not by many.
+
+    Whoever runs a model has the inputs of the others when the first of them is called: queries,
+    keys and values of an attention, or the gate and the values of a gated layer.
+
+    Args:
+        evaluate_all: Is asked with the names of some modules, their common inputs `(rows, d_in)`
+            and the exponent; returns the integers of each.
+        groups: Modules that share their inputs, as `trace_calls` found them.
+    """
+
+    def __init__(
+        self,
+        evaluate_all: Callable[[Sequence[str], Int16, int], Sequence[Int64]],
+        groups: Iterable[Sequence[str]],
+    ) -> None:
+        self._evaluate_all = evaluate_all
+        self._groups = {name: group for group in groups for name in group}
+        self._early: dict[str, tuple[Int16, int, Int64]] = {}
+
+    def __call__(self, name: str, x: Int16, exponent: int) -> Int64:
+        """Return the update of a module, as `Evaluate` says; others of its group may follow."""
+        if (early := self._early.pop(name, None)) is not None:
+            asked, exponent_then, y = early
+            if exponent_then == exponent and np.array_equal(asked, x):
+                return y
+        names = [name, *(other for other in self._groups.get(name, ()) if other != name)]
+        y, *others = self._evaluate_all(names, x, exponent)
+        for other, theirs in zip(names[1:], others, strict=True):
+            self._early[other] = x, exponent, theirs
+        return y
+
+
+class Calls(NamedTuple):
+    """What a computation asks for.
+
+    Attributes:
+        rows: How many rows of each module; zero if it is not asked.
+        together: Modules that were asked with the same inputs throughout, in their order.
+    """
+
+    rows: dict[str, int]
+    together: list[tuple[str, ...]]
+
+
+def trace_calls(
     model: Model, modules: Mapping[str, Terms], run: Callable[[Model], object]
-) -> dict[str, int]:
-    """Return how many rows of each module a computation will ask for.
+) -> Calls:
+    """Return what a computation will ask for.
 
     Args:
         model: The model, with none of these modules adapted.
@@ -246,17 +301,26 @@ def count_rows(
         run: The computation; it is run on a view whose updates are all zero, so that it gives what
             it would without an adapter.
 
-    Returns:
-        Every module, at zero if it is not asked.
-
     Raises:
         BundleError: as `adapt`.
     """
-    counts = dict.fromkeys(modules, 0)
+    rows, inputs = dict.fromkeys(modules, 0), {name: hashlib.sha256() for name in modules}
 
-    def count(name: str, x: Int16, exponent: int) -> Int64:
-        counts[name] += len(x)
+    def trace(name: str, x: Int16, exponent: int) -> Int64:
+        rows[name] += len(x)
+        inputs[name].update(f"{exponent} {x.shape}\n".encode() + x.tobytes())
         return np.zeros((len(x), _dimensions(modules[name])[1]), np.int64)
 
-    run(adapt(model, modules, 1.0, count))
-    return counts
+    run(adapt(model, modules, 1.0, trace))
+    groups: dict[bytes, list[str]] = {}
+    for name in modules:
+        if rows[name]:
+            groups.setdefault(inputs[name].digest(), []).append(name)
+    return Calls(rows, [tuple(group) for group in groups.values()])
+
+
+def count_rows(
+    model: Model, modules: Mapping[str, Terms], run: Callable[[Model], object]
+) -> dict[str, int]:
+    """Return how many rows of each module a computation will ask for; see `trace_calls`."""
+    return trace_calls(model, modules, run).rows

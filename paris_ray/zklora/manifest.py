@@ -108,6 +108,11 @@ class ModuleTerms:
         """`d_in`, `r` and `d_out`."""
         return self.commitment.d_in, self.commitment.r, self.commitment.d_out
 
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of an input, and of its answer."""
+        return 2 * self.commitment.d_in + 8 * self.commitment.d_out
+
     @classmethod
     def of(cls, name: str, opening: ModuleOpening) -> "ModuleTerms":
         """Return what is said in public of a module that one has."""

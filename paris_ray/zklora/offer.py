@@ -16,7 +16,6 @@ from paris_ray.bundle import Bundle
 from paris_ray.errors import ArtifactError
 from paris_ray.folders import Folder
 from paris_ray.identity import Identity, write_new
-from paris_ray.receipts import file_sha256
 from paris_ray.signatures import SignedDocument
 from paris_ray.zklora.adapter import PeftAdapter, quantise_adapter
 from paris_ray.zklora.commitment import ModuleOpening, commit
@@ -28,10 +27,7 @@ from paris_ray.zklora.manifest import (
     build_manifest,
     default_budget,
 )
-from paris_ray.zklora.sealing import seal, unseal
-
-SEALED = "sealed.bin"
-KEY = "key.bin"
+from paris_ray.zklora.sealing import KEY, SEALED, seal, unseal
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -92,11 +88,6 @@ class Offer:
 def base_of_expert(bundle: Bundle, expert: int) -> Base:
     """Return what an adapter of one expert of a bundle is for."""
     return Base(bundle.weights_digest(f"expert_{expert}"), expert, bundle.weights_digest("router"))
-
-
-def base_of_file(path: Path) -> Base:
-    """Return what an adapter of any other model is for, by its safetensors file."""
-    return Base(file_sha256(Folder(str(path.parent)), path.name), None, None)
 
 
 def open_offer(folder: Path, identity: Identity, adapter: PeftAdapter, terms: AskedTerms) -> Offer:

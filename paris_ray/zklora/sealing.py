@@ -27,6 +27,8 @@ TAG_BYTES = 16
 # A nonce keeps apart what one key encrypts. A key here is random and encrypts one envelope.
 NONCE = bytes(12)
 
+SEALED, KEY = "sealed.bin", "key.bin"  # in the folder of an offer
+
 Tensors = Mapping[str, NDArray[Any]]
 
 

@@ -7,7 +7,7 @@ many there were; what a user keeps here without having paid for a row is bounded
 
 import json
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Self
 
@@ -27,7 +27,7 @@ from paris_ray.zklora.session_records import (
 from paris_ray.zklora.transcript import (
     CLOSE,
     Call,
-    Transcript,
+    Log,
     check_digest,
     check_request,
     closing_statement,
@@ -111,69 +111,107 @@ class SessionJournal:
         """Return a user's session; raises ProtocolError if the user has no such session."""
         return self._sessions.find(sid, user)
 
-    def record_call(
-        self,
-        sid: str,
-        user: str,
-        seq: int,
-        module: str,
-        exponent: int,
-        x: Int16,
-        compute: Callable[[], Int64],
-    ) -> Int64:
-        """Pay for the rows of a call, compute the answer and keep it.
-
-        A call that was answered is answered again from the journal; one whose computation failed
-        or was killed is computed without paying again.
+    def check_turn(self, sid: str, user: str, seq: int, modules: Sequence[str], rows: int) -> None:
+        """Raise as `record_calls` would, as far as that is known before any row is looked at.
 
         Args:
             sid: The session.
             user: Public key of the connection, in hexadecimal.
-            seq: Number of the call in the session.
-            module: Name of the module.
-            exponent: The inputs are `x * 2^-exponent`.
-            x: `(rows, d_in)` int16; its width is the caller's to check.
-            compute: Returns the answers `(rows, d_out)`; called after the rows were paid for.
-
-        Returns:
-            `(rows, d_out)` int64.
-
-        Raises:
-            BudgetError: if the module has fewer rows left; nothing is paid.
-            ProtocolError: if the call is malformed, not the next, not of this user's open session,
-                or was made before with other bytes, which ends the session.
+            seq: Number of the first call.
+            modules: Of the calls, in their order.
+            rows: How many each has.
         """
-        check_request(seq, module, exponent, x)
-        if len(x) > self._max_rows_per_call:
-            raise ProtocolError(f"{len(x)} rows are not allowed: {self._max_rows_per_call} a call")
-        answer = self._pay(sid, user, seq, Request(module, exponent, x))
-        if answer is not None:
-            return answer
-        return self._calls.answer(sid, Call(seq, module, exponent, x, compute()))
-
-    def _pay(self, sid: str, user: str, seq: int, request: Request) -> Int64 | None:
-        """Return the answer, or None if it is paid for and yet to be computed."""
+        if rows > self._max_rows_per_call:
+            raise ProtocolError(f"{rows} rows are not allowed: {self._max_rows_per_call} a call")
         with self._journal.transaction():
             session = self.session(sid, user)
-            if session.state == SessionState.ENDED:
-                session.require(SessionState.OPEN)
-            known = self._calls.find(sid, seq)
-            if known is None:
-                session.require(SessionState.OPEN)
-                self._check_answered(session)
-                if seq != session.calls:
-                    raise ProtocolError(
-                        f"seq={seq} is not allowed: the next call is {session.calls}"
-                    )
-                self.budget.debit(session.adapter_id, user, request.module, len(request.x))
-                self._calls.add(sid, seq, request)
-                self._sessions.count_call(sid)
-                return None
-            if known.asked == request.stored:
-                return known.y
-            reason = f"call {seq} was sent again with other content"
-            self._sessions.move(sid, SessionState.ENDED, reason=reason)
+            if self._is_new(session, seq, len(modules)):
+                for module in modules:
+                    self.budget.check(session.adapter_id, user, module, rows)
+
+    def record_calls(
+        self,
+        sid: str,
+        user: str,
+        seq: int,
+        requests: Sequence[Request],
+        compute: Callable[[], Sequence[Int64]],
+    ) -> list[Int64]:
+        """Pay for the rows of some calls, compute the answers and keep them.
+
+        Calls that were answered are answered again from the journal; where a computation failed or
+        was killed, it is done again without paying again.
+
+        Args:
+            sid: The session.
+            user: Public key of the connection, in hexadecimal.
+            seq: Number of the first call in the session.
+            requests: The calls; widths are the caller's to check.
+            compute: Returns the answers `(rows, d_out)` of all; called after they were paid for.
+
+        Returns:
+            `(rows, d_out)` int64 of each.
+
+        Raises:
+            BudgetError: if a module has fewer rows left; nothing is paid.
+            ProtocolError: if a call is malformed, not the next, not of this user's open session, or
+                was made before with other bytes, which ends the session.
+        """
+        for number, request in enumerate(requests, seq):
+            check_request(number, *request)
+            if len(request.x) > self._max_rows_per_call:
+                most = self._max_rows_per_call
+                raise ProtocolError(f"{len(request.x)} rows are not allowed: {most} a call")
+        known = self._pay(sid, user, seq, requests)
+        if all(y is not None for y in known):
+            return [y for y in known if y is not None]
+        calls = [
+            Call(number, *request, y)
+            for number, (request, y) in enumerate(zip(requests, compute(), strict=True), seq)
+        ]
+        with self._journal.transaction():
+            return [self._calls.answer(sid, call) for call in calls]
+
+    def _pay(
+        self, sid: str, user: str, seq: int, requests: Sequence[Request]
+    ) -> list[Int64 | None]:
+        """Return the answers; None of one that is paid for and yet to be computed."""
+        with self._journal.transaction():
+            session = self.session(sid, user)
+            if self._is_new(session, seq, len(requests)):
+                for number, request in enumerate(requests, seq):
+                    self.budget.debit(session.adapter_id, user, request.module, len(request.x))
+                    self._calls.add(sid, number, request)
+                    self._sessions.count_call(sid)
+                return [None] * len(requests)
+            answers: list[Int64 | None] = []
+            for number, request in enumerate(requests, seq):
+                known = self._calls.find(sid, number)
+                assert known is not None  # all calls below the session's count are there
+                if known.asked != request.stored:
+                    reason = f"call {number} was sent again with other content"
+                    self._sessions.move(sid, SessionState.ENDED, reason=reason)
+                    break
+                answers.append(known.y)
+            else:
+                return answers
         raise ProtocolError(f"session {sid} is ended: {reason}")
+
+    def _is_new(self, session: SessionRecord, seq: int, count: int) -> bool:
+        """Return whether calls are the next ones, and not earlier ones sent again.
+
+        Raises:
+            ProtocolError: if they are neither, or it is no time for them.
+        """
+        if session.state == SessionState.ENDED:
+            session.require(SessionState.OPEN)
+        if seq >= 0 and seq + count <= session.calls:
+            return False
+        session.require(SessionState.OPEN)
+        self._check_answered(session)
+        if seq != session.calls:
+            raise ProtocolError(f"seq={seq} is not allowed: the next call is {session.calls}")
+        return True
 
     def asked(self, sid: str) -> tuple[int, Counter[str]]:
         """Return how many calls of a session are paid for, and how many rows of each module."""
@@ -188,9 +226,13 @@ class SessionJournal:
         if last >= 0 and not self._calls.is_answered(session.sid, last):
             raise ProtocolError(f"call {last} has no answer yet: send it again")
 
-    def transcript(self, sid: str) -> Transcript:
-        """Return all answered calls of a session, with their arrays."""
-        return self._calls.transcript(sid)
+    def rows(self, sid: str, module: str) -> tuple[Int16, Int64]:
+        """Return all answered rows of a module in a session, as `CallTable.rows` does."""
+        return self._calls.rows(sid, module)
+
+    def log(self, sid: str) -> Log:
+        """Return what is signed of a session whose calls are answered."""
+        return self._calls.log(sid)
 
     def close(
         self, sid: str, user: str, by_user: SignedDocument, contributor: Signer

@@ -1,25 +1,22 @@
 """What part of an adapter's worth a thief has, who never pays but for the rows of the budget.
 
-Measured as the thief would: it solves for every module by least squares, puts what it found in
-place of the adapter, and draws with it. Its share is the part of the adapter's gain in held-out
-loss that it has so: what a buyer would lose by not paying.
+Measured as the thief would: it solves for every module by least squares, and puts what it found in
+place of the adapter. Its share is the part of the adapter's gain in held-out loss that it has so:
+what a buyer would lose by not paying.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
-from torch import Tensor
+import torch
 
 from paris_ray.errors import ConfigError
-from paris_ray.evaluation.denoising import denoising_losses
-from paris_ray.models import Expert, TextConditioning
 from paris_ray.seeding import numpy_generator
 from paris_ray.zklora.fixed_point import Int16, Int64, QuantisedModule, evaluate
 from paris_ray.zklora.inference import adapt
 from paris_ray.zklora.leakage import Span, chosen_rows, predicted_error, stolen
-
-KNOWN_SEED, HELD_OUT_SEED = 0, 1  # of the noise
+from paris_ray.zklora.subjects import Subject
 
 Inputs = Mapping[str, Int16]
 """Real inputs of every module, `(rows, d_in)` each."""
@@ -38,45 +35,39 @@ class Thief(NamedTuple):
 
 
 class Worth:
-    """An adapter on its base, with pictures on which it can be measured.
+    """An adapter on its base, with examples on which it can be measured.
 
     Args:
-        expert: The base.
+        subject: The base, and examples that the adapter was not trained on; half of them are known
+            to thieves.
         modules: The adapter.
         scale: Of its updates.
-        latents: `(B, C, H, W)` of pictures that it is for; half of them are known to thieves.
-        text: Their captions.
-        levels: Noise levels in [0, 1].
 
     Attributes:
         inputs: Of the modules, on the known half.
-        gain: By how much the adapter lowers the loss of the other half; perhaps not at all.
+        gain: By how much the adapter lowers the mean loss of the other half; perhaps not at all.
 
     Raises:
-        ConfigError: if there are fewer than two pictures.
+        ConfigError: if there are fewer than two examples.
+        ParisError: if base and examples do not fit, or the adapter does not fit the base.
     """
 
     def __init__(
-        self,
-        expert: Expert,
-        modules: Mapping[str, QuantisedModule],
-        scale: float,
-        latents: Tensor,
-        text: TextConditioning,
-        levels: Sequence[float],
+        self, subject: Subject, modules: Mapping[str, QuantisedModule], scale: float
     ) -> None:
-        if (known := len(latents) // 2) < 1:
-            raise ConfigError(f"pictures: {len(latents)} are not allowed: at least 2")
-        self._expert, self._modules, self._scale = expert, modules, scale
-        self._held_out = latents[known:], text.rows(slice(known, len(latents))), levels
+        if (count := subject.num_examples) < 2:
+            raise ConfigError(f"examples: {count} are not allowed: at least 2")
+        self._scorer, self._modules, self._scale = subject.load("cpu"), modules, scale
+        self._held_out = range(count // 2, count)
         recorded: dict[str, list[Int16]] = {name: [] for name in modules}
 
         def record(name: str, x: Int16, exponent: int) -> Int64:
             recorded[name].append(x)
             return evaluate(modules[name], x)
 
-        view = adapt(expert, modules, scale, record)
-        denoising_losses(view, latents[:known], text.rows(slice(0, known)), levels, seed=KNOWN_SEED)
+        view = adapt(self._scorer.model, modules, scale, record)
+        for number in range(count // 2):
+            self._scorer.losses(view, number)
         self.inputs: Inputs = {name: np.concatenate(rows) for name, rows in recorded.items()}
         self._without = self._loss(None)
         self.gain = self._without - self._loss(modules)
@@ -88,7 +79,7 @@ class Worth:
             rows: How many; fewer where there are no more inputs.
             chooses: It asks for the rows that teach most, instead of inputs at random.
         """
-        random = numpy_generator(KNOWN_SEED, "rows of a thief")
+        random = numpy_generator(0, "rows of a thief")
         theirs, errors = {}, []
         for name, module in self._modules.items():
             inputs = self.inputs[name]
@@ -102,9 +93,11 @@ class Worth:
         return Thief(share, float(np.mean(errors)))
 
     def _loss(self, modules: Mapping[str, QuantisedModule] | None) -> float:
-        view = self._expert
+        scorer = self._scorer
+        view = scorer.model
         if modules is not None:
             view = adapt(
                 view, modules, self._scale, lambda name, x, exponent: evaluate(modules[name], x)
             )
-        return float(denoising_losses(view, *self._held_out, seed=HELD_OUT_SEED).double().mean())
+        losses = [scorer.losses(view, number) for number in self._held_out]
+        return float(torch.cat(losses, 1).double().mean())

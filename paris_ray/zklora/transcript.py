@@ -4,8 +4,10 @@ Digests, identifiers and nonces are 32 bytes in lower-case hexadecimal.
 """
 
 import hashlib
-import json
+import os
 import secrets
+import tempfile
+import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +15,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from paris_ray.artifacts import canonical_json
 from paris_ray.errors import ArtifactError, ProtocolError
@@ -24,6 +24,7 @@ from paris_ray.zklora.fixed_point import MAX_EXPONENT, Int16, Int64
 
 LABEL = "paris_ray zklora"
 MAX_SEQ = 2**31 - 1
+ROWS, CALLS = "rows.bin", "calls.json"  # of a transcript in a folder
 CLOSE = "close"  # the kind of document that both parties sign
 
 
@@ -186,22 +187,60 @@ class Log(NamedTuple):
         return cls(digest.hexdigest(), len(calls), counts)
 
 
+class Entry(NamedTuple):
+    """A call whose arrays lie in a file.
+
+    Attributes:
+        module: Name of the module.
+        exponent: Of the inputs.
+        rows: How many there are.
+        d_in: Width of the inputs.
+        d_out: Width of the answers.
+    """
+
+    module: str
+    exponent: int
+    rows: int
+    d_in: int
+    d_out: int
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """Bytes of the inputs, and of the answers after them."""
+        return 2 * self.rows * self.d_in, 8 * self.rows * self.d_out
+
+
 class Transcript:
-    """Every call of a session, with its arrays.
+    """Every call of a session. Its arrays lie in a file, once; none is kept in memory.
 
     Args:
         calls: Those made so far.
+        path: The file, begun anew; None: one without a name, which ends with the transcript.
 
     Raises:
         ProtocolError: as `append` does.
     """
 
-    def __init__(self, calls: Iterable[Call] = ()) -> None:
-        self.calls: list[Call] = []
-        self._digests: list[bytes] = []
+    def __init__(self, calls: Iterable[Call] = (), path: Path | None = None) -> None:
+        if path is None:
+            descriptor, name = tempfile.mkstemp()
+            Path(name).unlink()
+        else:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
+        self._keep(descriptor)
+        self._entries: list[Entry] = []
+        self._offsets, self._digests = [0], list[bytes]()
         self._widths: dict[str, tuple[int, int]] = {}
         for call in calls:
             self.append(call)
+
+    def _keep(self, descriptor: int) -> None:
+        self._file = descriptor
+        weakref.finalize(self, os.close, descriptor)
+
+    def __len__(self) -> int:
+        return len(self._entries)
 
     def append(self, call: Call) -> None:
         """Add the next call.
@@ -209,19 +248,31 @@ class Transcript:
         Raises:
             ProtocolError: if its number is not the next, or its widths are not the module's.
         """
-        if call.seq != len(self.calls):
-            raise ProtocolError(f"seq={call.seq} is not allowed: the next is {len(self.calls)}")
         widths = call.x.shape[1], call.y.shape[1]
-        if widths != (known := self._widths.setdefault(call.module, widths)):
-            raise ProtocolError(f"call {call.seq}: {call.module} has widths {known}, not {widths}")
-        self.calls.append(call)
-        self._digests.append(call.digest)
+        entry = Entry(call.module, call.exponent, len(call.x), *widths)
+        self._check_next(call.seq, entry)
+        both = call.x.astype("<i2").tobytes() + call.y.astype("<i8").tobytes()
+        if os.pwrite(self._file, both, self._offsets[-1]) != len(both):
+            raise ArtifactError(f"call {call.seq} could not be written: is the disk full?")
+        self._note(entry, call.digest)
+
+    def _check_next(self, seq: int, entry: Entry) -> None:
+        if seq != len(self):
+            raise ProtocolError(f"seq={seq} is not allowed: the next is {len(self)}")
+        widths = entry.d_in, entry.d_out
+        if widths != (known := self._widths.setdefault(entry.module, widths)):
+            raise ProtocolError(f"call {seq}: {entry.module} has widths {known}, not {widths}")
+
+    def _note(self, entry: Entry, digest: bytes) -> None:
+        self._entries.append(entry)
+        self._offsets.append(self._offsets[-1] + sum(entry.sizes))
+        self._digests.append(digest)
 
     @property
     def log(self) -> Log:
         """What is signed of it; raises ProtocolError if there are no calls."""
-        calls = zip(self.calls, self._digests, strict=True)
-        return Log.of([(call.module, len(call.x), digest) for call, digest in calls])
+        calls = zip(self._entries, self._digests, strict=True)
+        return Log.of([(entry.module, entry.rows, digest) for entry, digest in calls])
 
     def rows(self, module: str) -> tuple[Int16, Int64]:
         """Return all inputs and answers of a module, stacked in the order of the calls.
@@ -232,42 +283,67 @@ class Transcript:
         Raises:
             ProtocolError: if the module was never called.
         """
-        calls = [call for call in self.calls if call.module == module]
-        if not calls:
+        numbers = [i for i, entry in enumerate(self._entries) if entry.module == module]
+        if not numbers:
             raise ProtocolError(f"module={module!r} was never called in this session")
-        return np.concatenate([c.x for c in calls]), np.concatenate([c.y for c in calls])
+        x, y = zip(*map(self._arrays, numbers), strict=True)
+        return np.concatenate(x), np.concatenate(y)
 
-    def save(self, path: Path) -> None:
-        """Write all calls into one safetensors file, which appears complete or not at all."""
-        header = [{"module": call.module, "exponent": call.exponent} for call in self.calls]
-        tensors: dict[str, NDArray[Any]] = {}
-        for call in self.calls:
-            tensors |= {f"{call.seq}.x": call.x, f"{call.seq}.y": call.y}
-        metadata = {"calls": canonical_json(header).decode()}
-        with Folder(path.parent).writing(path.name) as temporary:
-            save_file(tensors, temporary, metadata)
+    def call(self, seq: int) -> Call:
+        """Return a call with its arrays."""
+        entry = self._entries[seq]
+        return Call(seq, entry.module, entry.exponent, *self._arrays(seq))
+
+    def _place(self, seq: int) -> tuple[int, int]:
+        """Return how many bytes a call has in the file, and where."""
+        return sum(self._entries[seq].sizes), self._offsets[seq]
+
+    def _arrays(self, seq: int) -> tuple[Int16, Int64]:
+        entry = self._entries[seq]
+        both = os.pread(self._file, *self._place(seq))
+        x, y = both[: entry.sizes[0]], both[entry.sizes[0] :]
+        return (
+            np.frombuffer(x, "<i2").reshape(entry.rows, entry.d_in).astype(np.int16, copy=False),
+            np.frombuffer(y, "<i8").reshape(entry.rows, entry.d_out).astype(np.int64, copy=False),
+        )
+
+    def save(self, folder: Path) -> None:
+        """Write what `load` needs; the rows are copied only if they do not lie there already."""
+        target = folder / ROWS
+        mine = os.fstat(self._file)
+        if not target.exists() or not os.path.samestat(target.stat(), mine):
+            with Folder(str(folder)).writing(ROWS) as temporary, temporary.open("wb") as copy:
+                for seq in range(len(self)):
+                    copy.write(os.pread(self._file, *self._place(seq)))
+        os.fsync(self._file)
+        Folder(str(folder)).write_json(CALLS, [entry._asdict() for entry in self._entries])
 
     @classmethod
-    def load(cls, path: Path) -> "Transcript":
-        """Return the transcript in a file.
+    def load(cls, folder: Path) -> "Transcript":
+        """Return the transcript in a folder, after reading every row once.
 
         Raises:
-            ArtifactError: if the file is missing or holds none.
+            ArtifactError: if a file is missing, or they hold none.
         """
+        result = cls()
         try:
-            with safe_open(path, framework="numpy") as file:
-                return cls(
-                    Call(
-                        seq,
-                        call["module"],
-                        call["exponent"],
-                        file.get_tensor(f"{seq}.x"),
-                        file.get_tensor(f"{seq}.y"),
-                    )
-                    for seq, call in enumerate(json.loads(file.metadata()["calls"]))
-                )
-        except (OSError, SafetensorError, ValueError, LookupError, TypeError) as error:
-            raise ArtifactError(f"{path} holds no transcript: {error}") from None
+            result._keep(os.open(folder / ROWS, os.O_RDONLY))
+            size = os.fstat(result._file).st_size
+            for seq, values in enumerate(Folder(str(folder)).read_json(CALLS)):
+                entry = Entry(**values)
+                numbers = (entry.rows, entry.d_in, entry.d_out)
+                if any(type(number) is not int or not 1 <= number <= size for number in numbers):
+                    raise ValueError(f"call {seq} is {numbers!r:.80} in size")
+                result._check_next(seq, entry)
+                result._note(entry, b"")
+                if result._offsets[-1] > size:  # before memory is taken for it
+                    raise ValueError(f"{ROWS} ends in call {seq}")
+                result._digests[-1] = result.call(seq).digest
+            if size != result._offsets[-1]:
+                raise ValueError(f"{ROWS} has {size} bytes, not {result._offsets[-1]}")
+        except (OSError, ValueError, TypeError, OverflowError) as error:
+            raise ArtifactError(f"{folder} holds no transcript: {error}") from None
+        return result
 
 
 def closing_statement(sid: str, adapter_id: str, log: Log) -> dict[str, Any]:

@@ -31,6 +31,7 @@ from typing import Any
 import numpy as np
 from ezkl_backend import BindingEzkl
 from sections import write_section
+from zklora_language import measure_session
 from zklora_leaks import GOALS_HEAD, bench_decision, bench_leakage, bench_share, goal, table
 from zklora_published import LORA_MODULES, OTHER_SYSTEMS
 
@@ -171,6 +172,36 @@ def bench_modules(options: Any) -> str:
         met = [goal(what, cost[name] / unit, most, of) for what, name, most, unit, of in goals]
         parts.append(f"The goals, for {shape}:\n\n{table([*GOALS_HEAD, *met])}")
     return "\n\n".join(parts)
+
+
+LANGUAGE_MODULES = 64
+
+
+def bench_language(options: Any) -> str:
+    """Return what a session of a language model's LoRA costs both parties, and what it moves."""
+    shape, modules = (QUICK_SHAPE, 8) if options.quick else (LANGUAGE_SHAPE, LANGUAGE_MODULES)
+    found = measure_session(modules, shape.d_in, shape.r, shape.rows)
+    user, contributor = found["user"], found["contributor"]
+    cost, claim = measure(shape)
+    cost |= measure_verifier(claim)
+    rows = modules * shape.rows * (2 * shape.d_in + 8 * shape.d_out)
+    parties = [["", "CPU s", "peak memory of a process MB"], ["---"] * 3]
+    for party, costs in found.items():
+        parties.append([party, f"{costs['cpu']:.1f}", f"{costs['peak'] / 1e6:.0f}"])
+    peak = max(user["peak"], contributor["peak"]) / 1e6
+    goals = [
+        goal("offer to verified, both sides", user["cpu"] + contributor["cpu"], 45, "CPU-s"),
+        goal("peak memory of a process", peak, 800, "MB"),
+        goal("bytes moved, of those of the rows", 100 * user["bytes"] / rows, 105, "%"),
+        goal("prove a module", cost["prove"], 0.5, "CPU-s"),
+        goal(f"verify a module, one of {BATCH}", cost["verify_batched"], 0.03, "CPU-s"),
+    ]
+    head = (
+        f"{modules} modules of {shape}: {user['requests']:.0f} requests, {rows / 1e6:.0f} MB of "
+        f"rows, {user['bytes'] / 1e6:.0f} MB moved; {contributor['commit']:.1f} CPU-s for the "
+        f"commitments, {contributor['wall']:.0f} s in all"
+    )
+    return f"{head}:\n\n{table(parties)}\n\n{table([*GOALS_HEAD, *goals])}"
 
 
 ADAPTER = (("qkv", Shape(1152, 16, 3456, 256)), ("proj", Shape(1152, 16, 1152, 256)))
@@ -346,6 +377,7 @@ def _draw(folder: Path, name: str, label: str, costs: dict[int, Figures]) -> str
 
 SECTIONS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "modules": ("ZKLoRA: one module", bench_modules),
+    "language": ("ZKLoRA: a session of a language model's LoRA", bench_language),
     "adapter": ("ZKLoRA: a whole adapter, beside the paper's figures per module", bench_adapter),
     "ezkl": ("ZKLoRA: beside EZKL, in CPU seconds of all its threads", bench_ezkl),
     "weights": ("ZKLoRA: a million weights, beside other systems", bench_weights),

@@ -86,8 +86,8 @@ def bench_share(options: Any) -> str:
     from paris_ray.zklora.manifest import default_budget
     from paris_ray.zklora.share import Worth
 
-    expert, modules, scale, latents, text = found
-    worth = Worth(expert, modules, scale, latents, text, SHARE_LEVELS)
+    subject, modules, scale = found
+    worth = Worth(subject, modules, scale)
     counts = SHARE_ROWS[: 2 if options.quick else None]
     thieves = {
         chooses: [worth.thief(count, chooses=chooses) for count in counts]
@@ -109,24 +109,24 @@ def bench_share(options: Any) -> str:
 
 
 def _demo(options: Any) -> Any:
-    """Return expert, integers, scale, and the held-out pictures of the demo; None: not made."""
-    from paris_ray.bundle import load_bundle
+    """Return the demo's expert with held-out pictures, integers and scale; None: not made."""
     from paris_ray.zklora.adapter import quantise_adapter, read_peft
-    from paris_ray.zklora.parties.examples import read_pictures
+    from paris_ray.zklora.subjects import PictureSubject, read_pictures
 
     folder, location = options.demo, options.bundle
     if not (folder / "night" / "adapter_model.safetensors").exists():
         return None
     subject = json.loads((folder / "subject.json").read_text())
-    bundle, adapter = load_bundle(location), read_peft(folder / "night")
+    adapter = read_peft(folder / "night")
     pictures, captions = read_pictures(str(folder / "pictures" / "held_out"), location)
-    return (
-        bundle.expert(subject["expert"]),
-        quantise_adapter(adapter),
-        adapter.config.scale,
-        bundle.codec.encode(pictures),
-        bundle.encode_text(captions),
+    examples = PictureSubject(
+        bundle=location,
+        expert=subject["expert"],
+        pictures=pictures,
+        captions=captions,
+        noise=SHARE_LEVELS,
     )
+    return examples, quantise_adapter(adapter), adapter.config.scale
 
 
 NUM_NOISES = 32  # of every held-out picture: pairs to draw trials from
@@ -140,11 +140,15 @@ def bench_decision(options: Any) -> str:
     """Return how many pairs of losses a buyer needs, and how often it errs."""
     if (found := _demo(options)) is None:
         return f"not measured: {options.demo} has no adapter, `make demo-zklora` makes one"
+    from paris_ray.bundle import load_bundle
     from paris_ray.evaluation.denoising import denoising_losses
     from paris_ray.zklora.inference import adapt
     from paris_ray.zklora.sequential import ERROR_RATE, MIN_GAIN
 
-    expert, modules, scale, latents, text = found
+    subject, modules, scale = found
+    bundle = load_bundle(subject.bundle)
+    expert, latents = bundle.expert(subject.expert), bundle.codec.encode(subject.pictures)
+    text = bundle.encode_text(subject.captions)
     view = adapt(expert, modules, scale, lambda name, x, _: evaluate(modules[name], x))
     noises = 2 if options.quick else NUM_NOISES
     losses = [

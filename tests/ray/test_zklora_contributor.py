@@ -3,8 +3,10 @@
 import sqlite3
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -97,6 +99,47 @@ def rows(count: int, seed: int = 0) -> Int16:
 def call_all(session: Session, count: int = 2) -> None:
     for name in MODULES:
         session.evaluate(name, rows(count), 9)
+
+
+class Counting(Channel):
+    """A channel that counts its requests by their kind."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.kinds = Counter[str]()
+
+    def request(self, kind: str, *arguments: Any) -> Message:
+        self.kinds[kind] += 1
+        return super().request(kind, *arguments)
+
+
+def test_modules_with_the_same_inputs_take_one_round_trip(shop: Shop, user: Identity) -> None:
+    address = shop.contribution.address
+    x = rows(3)
+    with Counting(user, address, shop.manifest.contributor_certificate) as channel:
+        session = Session(channel, user, shop.manifest)
+        answers = session.evaluate_all(MODULES, x, 9)
+        again = session.evaluate_all(MODULES[::-1], x, 9)[::-1]
+        for first, second in zip(answers, again, strict=True):
+            np.testing.assert_array_equal(first, second)
+        assert channel.kinds["call"] == 2 and len(session.transcript) == 4
+        call = {"session": session.sid, "exponent": 9, "modules": list(MODULES)}
+        for seq, said in ((3, "the next call is 4"), (1, "sent again with other content")):
+            with pytest.raises(ProtocolError, match=said):
+                channel.request("call", call | {"seq": seq}, {"x": x})
+
+
+def test_what_no_message_holds_takes_several(
+    shop: Shop, channel: Channel, user: Identity, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = Session(channel, user, shop.manifest)
+    monkeypatch.setattr("paris_ray.zklora.parties.session.MAX_ASKED", 2 * 2 * WIDTH)
+    x = rows(5)
+    (whole,) = session.evaluate_all(MODULES[:1], x, 9)
+    assert len(whole) == 5 and len(session.transcript) == 3
+    np.testing.assert_array_equal(session.transcript.rows(MODULES[0])[1], whole)
+    call_all(session, 1)
+    session.verify()
 
 
 def test_a_user_sees_no_more_than_its_share(shop: Shop, user: Identity) -> None:

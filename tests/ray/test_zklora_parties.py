@@ -43,10 +43,11 @@ from paris_ray.zklora.escrow import Escrow, open_journal
 from paris_ray.zklora.fixed_point import Int16, QuantisedModule, evaluate
 from paris_ray.zklora.inference import adapt
 from paris_ray.zklora.journal import Journal
+from paris_ray.zklora.language import base_of_model
 from paris_ray.zklora.leakage import SEED_BYTES, draw_last_bits
 from paris_ray.zklora.ledger import OPENING_BALANCE, SQLiteLedger
 from paris_ray.zklora.manifest import MANIFEST, AdapterManifest, Base, build_manifest
-from paris_ray.zklora.offer import AskedTerms, Offer, base_of_expert, base_of_file, open_offer
+from paris_ray.zklora.offer import AskedTerms, Offer, base_of_expert, open_offer
 from paris_ray.zklora.parties.buyer import Buyer, Outcome, Trial
 from paris_ray.zklora.parties.channel import Channel
 from paris_ray.zklora.parties.connection import Peer
@@ -64,10 +65,11 @@ from paris_ray.zklora.parties.purchase import buy, integers_digest
 from paris_ray.zklora.parties.results import result
 from paris_ray.zklora.parties.server import serve
 from paris_ray.zklora.parties.session import Session
-from paris_ray.zklora.parties.user import verify_evidence
+from paris_ray.zklora.parties.verifying import verify_evidence
 from paris_ray.zklora.proof import prove, verify_named
 from paris_ray.zklora.sealing import check_opening, seal
 from paris_ray.zklora.sequential import Verdict, Wanted
+from paris_ray.zklora.subjects import PictureSubject
 from paris_ray.zklora.trade import TradeState, sign_rows
 from paris_ray.zklora.transcript import (
     Call,
@@ -133,18 +135,20 @@ class Market:
     def rows_left(self) -> dict[str, int]:
         return dict(result(self.contribution.gateway.rows_left.remote()))
 
+    def subject(self, **changes: Any) -> PictureSubject:
+        """Return the expert, and what losses are compared on."""
+        pictures = np.random.default_rng(1).integers(0, 256, (2, 32, 32, 3), np.uint8)
+        examples = {"pictures": pictures, "captions": CAPTIONS, "noise": LEVELS}
+        return PictureSubject(**{"bundle": self.bundle, "expert": EXPERT} | examples | changes)
+
     def trial(self, user: Identity, output: Path, **changes: Any) -> Trial:
         """Return what a user does who wants all: losses and the weights."""
-        pictures = np.random.default_rng(1).integers(0, 256, (2, 32, 32, 3), np.uint8)
         wanted: dict[str, Any] = {
-            "bundle": self.bundle,
+            "subject": self.subject(),
             "peer": self.contribution.address,
             "manifest": self.service.folder / MANIFEST,
             "identity": user.folder,
             "output": output,
-            "pictures": pictures,
-            "captions": CAPTIONS,
-            "levels": LEVELS,
             "escrow": self.escrow.address,
             "escrow_certificate": self.notary.certificate,
         }
@@ -298,7 +302,7 @@ def test_a_purchase_from_the_manifest_to_the_weights(market: Market, bought: Pur
     assert receipt == Receipt.read(Folder(str(bought.trial.output)), bought.user.public_key)
     assert (receipt.state, receipt.adapter_id) == ("OPENED", manifest.adapter_id)
     assert (receipt.price, receipt.escrow) == (PRICE, market.notary.public_key)
-    assert len(receipt.sessions) == 1
+    assert receipt.session is not None
     rows = len(LEVELS) * len(CAPTIONS) * TOKENS
     assert bought.rows == dict.fromkeys(manifest.terms, rows)
     found = {
@@ -320,8 +324,9 @@ def test_the_price_went_from_the_buyer_to_the_seller(market: Market, bought: Pur
     statement = bought.outcome.receipt.escrow_statement
     assert statement is not None
     signed = SignedDocument.from_json(statement).check("escrow", market.notary.public_key)
-    first = bought.outcome.receipt.sessions[0]
-    assert (signed["state"], signed["session"]) == ("SETTLED", first.session)
+    session = bought.outcome.receipt.session
+    assert session is not None
+    assert (signed["state"], signed["session"]) == ("SETTLED", session.session)
     assert (signed["buyer"], signed["price"]) == (bought.user.public_key, PRICE)
 
 
@@ -357,7 +362,7 @@ def test_what_was_tried_is_what_was_bought(market: Market, bought: Purchase) -> 
     """Losses with the opened weights are those of the trial."""
     bundle, outcome = load_bundle(market.bundle), bought.outcome
     bundle.add_lora("style", str(outcome.adapter), receipt_key=bought.user.public_key)
-    latents = bundle.codec.encode(bought.trial.pictures)
+    latents = bundle.codec.encode(market.subject().pictures)
     text = bundle.encode_text(CAPTIONS)
     served = bundle.expert(EXPERT, lora="style")
     for i in range(len(CAPTIONS)):  # one by one, each with a noise of its own
@@ -464,14 +469,16 @@ def test_a_trial_cannot_be_changed_when_it_is_resumed(
     trial = market.trial(user, tmp_path)
     with pytest.raises(Interrupted):
         Buyer(trial, Impatient()).run()
-    changed: tuple[dict[str, Any], ...] = (
-        {"pictures": trial.pictures[::-1]},
-        {"captions": ("a dog", "a cat")},
-        {"levels": (0.5,)},
-        {"threads": 2},
-    )
-    for changes in changed:
-        with pytest.raises(ConfigError, match=f"another {next(iter(changes))}"):
+    pictures = market.subject().pictures
+    assert pictures is not None
+    changed: dict[str, dict[str, Any]] = {
+        "pictures": {"subject": market.subject(pictures=pictures[::-1])},
+        "captions": {"subject": market.subject(captions=("a dog", "a cat"))},
+        "levels": {"subject": market.subject(noise=(0.5,))},
+        "threads": {"threads": 2},
+    }
+    for what, changes in changed.items():
+        with pytest.raises(ConfigError, match=f"another {what}"):
             Buyer(replace(trial, **changes)).run()
     assert Buyer(replace(trial, escrow=None)).run().receipt.state == "VERIFIED"
 
@@ -490,7 +497,7 @@ def test_a_base_that_the_adapter_is_not_for_is_refused(
         (parts / name).symlink_to(tiny_parts / source)
     bundle = write_parts(parts, tmp_path / "bundle")
     before = market.rows_left()
-    trial = market.trial(user, tmp_path / "out", bundle=str(bundle))
+    trial = market.trial(user, tmp_path / "out", subject=market.subject(bundle=str(bundle)))
     with pytest.raises(ProtocolError, match="base: the adapter is for another expert 1"):
         Buyer(trial).run()
     assert market.rows_left() == before
@@ -514,9 +521,9 @@ def test_a_user_who_asks_for_too_much_can_ask_again(
     levels = tuple(np.linspace(0, 1, BUDGET // TOKENS + 1))
     for _ in range(2):
         with pytest.raises(BudgetError, match=f"and {min(market.rows_left().values())} are left"):
-            Buyer(market.trial(user, tmp_path, levels=levels)).run()
+            Buyer(market.trial(user, tmp_path, subject=market.subject(noise=levels))).run()
     with pytest.raises(ConfigError, match=r"levels=1\.5 is not allowed"):
-        Buyer(market.trial(user, tmp_path, levels=(1.5,))).run()
+        market.subject(noise=(1.5,))
     nonce = (tmp_path / "nonce.json").read_bytes()
     assert Buyer(market.trial(user, tmp_path, escrow=None)).run().receipt.state == "VERIFIED"
     assert (tmp_path / "nonce.json").read_bytes() == nonce
@@ -563,14 +570,16 @@ def test_answers_hold_no_weights(market: Market, user: Identity) -> None:
         evidence = session.verify()
     kinds = [answer.kind for answer in channel.answers if answer.kind != WORKING]
     assert kinds == ["opened", *["answer"] * 2 * len(manifest.modules), "closed", "evidence"]
-    assert all(a.tensors.keys() == {"y", "seeds"} for a in channel.answers if a.kind == "answer")
+    assert all(
+        a.tensors.keys() == {"0.y", "0.seeds"} for a in channel.answers if a.kind == "answer"
+    )
     numbers = range(len(manifest.modules))
     assert channel.answers[-1].tensors.keys() == {f"{i}.proof" for i in numbers}
     modules = {name: opening.module for name, opening in market.offer.openings().items()}
     sent = [t.tobytes() for answer in channel.answers for t in answer.tensors.values()]
     assert not [w for w, b in spellings(modules).items() if any(b in part for part in sent)]
     for name, module in modules.items():  # exact integers, those of the committed weights
-        x, y = evidence.rows[name]
+        x, y = evidence.closed.transcript.rows(name)
         assert np.array_equal(evaluate(module, x), y)
         assert np.array_equal(x, session.transcript.rows(name)[0])
 
@@ -605,6 +614,10 @@ def tried(market: Market) -> Tried:
         return Tried(user, session.close())
 
 
+def calls_of(transcript: Transcript) -> list[Call]:
+    return [transcript.call(seq) for seq in range(len(transcript))]
+
+
 def fetch(market: Market, tried: Tried, tamper: Tamper = lambda answer: answer) -> Evidence:
     with channel_to(market.contribution, market.manifest, tried.user, Tampering) as channel:
         channel.tamper = tamper
@@ -633,7 +646,7 @@ def test_honest_evidence_is_accepted(market: Market, tried: Tried, tmp_path: Pat
     check(market, evidence)
     verify_evidence(evidence, market.manifest, lambda *done: progress.append(done))
     assert progress[-1] == (len(TARGETS), len(TARGETS))
-    assert {len(x) for x, _ in evidence.rows.values()} == {6}
+    assert set(evidence.closed.transcript.log.rows.values()) == {6}
     evidence.closed.save(tmp_path)
     save_evidence(evidence, tmp_path)
     loaded = load_evidence(ClosedSession.load(tmp_path), tmp_path)
@@ -700,7 +713,7 @@ def test_a_part_left_out_of_evidence_is_found_before_anything_is_verified(
 ) -> None:
     evidence = fetch(market, tried)
     name, *others = evidence.proofs
-    calls = evidence.closed.transcript.calls
+    calls = calls_of(evidence.closed.transcript)
     first = calls[0]
     longer = Call(0, first.module, 9, np.repeat(first.x, 2, 0), np.repeat(first.y, 2, 0))
     changed = {
@@ -764,7 +777,7 @@ def test_proofs_of_something_else_are_refused(market: Market, tried: Tried) -> N
     # Other rows that both have signed: what every proof is bound to differs.
     calls = [
         Call(c.seq, c.module, c.exponent, c.x, c.y + (c.module == second))
-        for c in closed.transcript.calls
+        for c in calls_of(closed.transcript)
     ]
     lie = resigned(market, tried.user, replace(closed, transcript=Transcript(calls)))
     with pytest.raises(VerificationError, match=everything):
@@ -832,9 +845,9 @@ def test_a_session_goes_on_over_a_new_connection(
         x = rows_for(manifest, name, 2)
         first = session.evaluate(name, x, 3)
         channel.close()
-        call = {"session": session.sid, "seq": i, "module": name, "exponent": 3}
+        call = {"session": session.sid, "seq": i, "modules": [name], "exponent": 3}
         for _ in range(2):  # the answer was lost: asked again, paid once
-            assert np.array_equal(channel.request("call", call, {"x": x}).tensors["y"], first)
+            assert np.array_equal(channel.request("call", call, {"x": x}).tensors["0.y"], first)
     channel.close()
     session.verify()
     after = market.rows_left()
@@ -860,8 +873,8 @@ def test_a_gap_is_refused_and_other_bytes_end_the_session(
     x = rows_for(market.manifest, name, 2)
 
     def call(seq: int, x: Int16 = x, exponent: int = 3, module: str = name) -> Any:
-        fields = {"session": session.sid, "seq": seq, "module": module, "exponent": exponent}
-        return channel.request("call", fields, {"x": x}).tensors["y"]
+        fields = {"session": session.sid, "seq": seq, "modules": [module], "exponent": exponent}
+        return channel.request("call", fields, {"x": x}).tensors["0.y"]
 
     for seq in (1, 7, -1, 2**31):
         with pytest.raises(ProtocolError, match=f"seq={seq} is not allowed"):
@@ -889,7 +902,7 @@ def test_another_users_session_does_not_exist(
     mine = {"session": session.sid}
     by_thief = SignedDocument.sign("close", statement, thief).to_json()
     by_user = SignedDocument.sign("close", statement, user).to_json()
-    call = {"seq": len(session.transcript.calls), "module": name, "exponent": 0}
+    call = {"seq": len(session.transcript), "modules": [name], "exponent": 0}
     with market.channel(thief) as other:
         for kind, fields, tensors in (
             ("call", mine | call, {"x": rows_for(market.manifest, name, 1)}),
@@ -911,7 +924,7 @@ def test_a_session_ends_where_the_parties_disagree(
     call_all(session, market.manifest, 1)
     adapter_id, mine = market.manifest.adapter_id, {"session": session.sid}
     honest = closing_statement(session.sid, adapter_id, session.transcript.log)
-    shorter = Transcript(session.transcript.calls[:-1])
+    shorter = Transcript(calls_of(session.transcript)[:-1])
     for wrong in (
         closing_statement(session.sid, adapter_id, shorter.log),
         honest | {"root": "0" * 64},
@@ -934,7 +947,7 @@ def test_a_session_ends_where_the_parties_disagree(
 
 DIGEST = "0" * 64
 OPEN = {"adapter_id": DIGEST, "nonce_u": DIGEST}
-CALL = {"session": DIGEST, "seq": 0, "module": "a", "exponent": 0}
+CALL = {"session": DIGEST, "seq": 0, "modules": ["a"], "exponent": 0}
 MALFORMED: dict[str, tuple[str, dict[str, Any], str]] = {
     "another adapter": ("open", OPEN, "adapter_id=0"),
     "a short nonce": ("open", OPEN | {"nonce_u": "00"}, "OpenRequest: nonce_u"),
@@ -951,13 +964,15 @@ MALFORMED: dict[str, tuple[str, dict[str, Any], str]] = {
     "a huge exponent": ("call", CALL | {"exponent": 2**70}, "the adapter has none"),
     "a missing module": (
         "call",
-        {k: v for k, v in CALL.items() if k != "module"},
-        "CallRequest: module",
+        {k: v for k, v in CALL.items() if k != "modules"},
+        "CallRequest: modules",
     ),
-    "a list for a module": ("call", CALL | {"module": ["a"]}, "CallRequest: module"),
+    "a text for modules": ("call", CALL | {"modules": "a"}, "CallRequest: modules"),
+    "no modules": ("call", CALL | {"modules": []}, "CallRequest: modules"),
+    "a list for a module": ("call", CALL | {"modules": [["a"]]}, "CallRequest: modules"),
     "a module like SQL": (
         "call",
-        CALL | {"module": "a'; DROP TABLE budgets; --"},
+        CALL | {"modules": ["a'; DROP TABLE budgets; --"]},
         "the adapter has none",
     ),
     "a list for a statement": (
@@ -991,7 +1006,7 @@ def test_rows_of_another_shape_or_type_are_refused(
     market: Market, session: Session, channel: Channel
 ) -> None:
     name, d_in = "layers.0.attn.in_proj", 32
-    call = {"session": session.sid, "seq": 0, "module": name, "exponent": 0}
+    call = {"session": session.sid, "seq": 0, "modules": [name], "exponent": 0}
     before = market.rows_left()
     for tensors in (
         {},
@@ -1003,14 +1018,22 @@ def test_rows_of_another_shape_or_type_are_refused(
         {"x": np.zeros((2, 2, d_in), np.int16)},
         {"x": np.array(1, np.int16)},
         {"x": np.zeros((4097, d_in), np.int16)},
+        {"x": np.zeros((100_000, d_in), np.int16)},
         {"y": np.zeros((2, d_in), np.int16)},
         {"x": np.zeros((2, d_in), np.int16), "y": np.zeros((2, d_in), np.int16)},
     ):
         with pytest.raises(ParisError) as refused:
             channel.request("call", call, tensors)
         assert "internal error" not in str(refused.value)
+    few = {"x": np.zeros((2, d_in), np.int16)}
+    with pytest.raises(ProtocolError, match="modules of one request must differ"):
+        channel.request("call", call | {"modules": [name, name]}, few)
+    with pytest.raises(ProtocolError, match="has inputs of another width than"):
+        channel.request("call", call | {"modules": [name, "layers.0.mlp.2"]}, few)
     with pytest.raises(ProtocolError, match="the adapter has none"):
-        channel.request("call", call | {"module": "no"}, {"x": np.zeros((2, d_in), np.int16)})
+        channel.request(
+            "call", call | {"modules": [name, "no"]}, {"x": np.zeros((2, d_in), np.int16)}
+        )
     assert market.rows_left() == before
     lowest = np.full((1, d_in), -(2**15), np.int16)  # int16's own extremes are fine
     assert session.evaluate(name, lowest, 0).shape == (1, 96)
@@ -1081,9 +1104,12 @@ class Swindler:
         fields, asked = request.fields, request.tensors["x"]
         seeds = np.zeros((len(asked), SEED_BYTES), np.uint8)
         x = draw_last_bits(asked, seeds)
-        y = evaluate(self.openings[fields["module"]].module, x)
-        self.transcript.append(Call(fields["seq"], fields["module"], fields["exponent"], x, y))
-        return Message("answer", tensors={"y": y, "seeds": seeds})
+        tensors = {}
+        for i, name in enumerate(fields["modules"]):
+            y = evaluate(self.openings[name].module, x)
+            self.transcript.append(Call(fields["seq"] + i, name, fields["exponent"], x, y))
+            tensors |= {f"{i}.y": y, f"{i}.seeds": seeds}
+        return Message("answer", tensors=tensors)
 
     def close(self, request: Message) -> Message:
         sid = request.fields["session"]
@@ -1430,7 +1456,12 @@ def test_rows_are_paid_for_before_they_are_answered(dear_market: Market, user: I
             session.evaluate(module, rows_for(manifest, module, 3), 0)
         assert escrow.trade(session.sid).rows == 3
         x = rows_for(manifest, name, 2)
-        call = {"session": session.sid, "seq": len(manifest.terms), "module": name, "exponent": 0}
+        call = {
+            "session": session.sid,
+            "seq": len(manifest.terms),
+            "modules": [name],
+            "exponent": 0,
+        }
         stranger = sign_rows(dear_market.crowd.one(), manifest.adapter_id, session.sid, 5)
         too_few = sign_rows(user, manifest.adapter_id, session.sid, 4)
         for owed in (None, too_few.to_json()):
@@ -1540,7 +1571,7 @@ def language_model(tmp_path_factory: pytest.TempPathFactory) -> Model:
     )
     adapted = peft.get_peft_model(GPT2LMHeadModel.from_pretrained(folder / "base"), lora).eval()
     adapted.save_pretrained(folder / "lora")
-    digest = base_of_file(folder / "base" / "model.safetensors")
+    digest = base_of_model(folder / "base")
     return Model(base, adapted, folder / "lora", digest)
 
 
@@ -1604,7 +1635,7 @@ def test_the_life_of_a_budget(  # noqa: PLR0915
     with channel_to(contribution, manifest, alice) as channel:  # closed before, proved after
         evidence = fetch_evidence(channel, manifest, closed)
         verify_named(evidence.claims(manifest))
-        assert {len(x) for x, _ in evidence.rows.values()} == {tokens.numel()}
+        assert set(evidence.closed.transcript.log.rows.values()) == {tokens.numel()}
     assert "rows left: 1" in contribution.status()
     contribution.close()
 

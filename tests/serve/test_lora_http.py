@@ -153,7 +153,7 @@ def test_a_bought_adapter_is_deployed_with_its_opened_receipt_alone(
         expert=EXPERT,
         router_digest=None,
         state="RELEASED",
-        sessions=(SessionFacts(session=digest, transcript_root=digest),),
+        session=SessionFacts(session=digest, transcript_root=digest),
         weights_sha256=file_sha256(Folder(tmp_path), ADAPTER_WEIGHTS),
         config_sha256=file_sha256(Folder(tmp_path), ADAPTER_CONFIG),
         integers_sha256=digest,

@@ -70,7 +70,7 @@ OPENED = Receipt(
     expert=EXPERT,
     router_digest="c" * 64,
     state="OPENED",
-    sessions=(SessionFacts(session="d" * 64, transcript_root="e" * 64),),
+    session=SessionFacts(session="d" * 64, transcript_root="e" * 64),
     weights_sha256="f" * 64,
     config_sha256="7" * 64,
     integers_sha256="0" * 64,
@@ -83,7 +83,7 @@ OPENED = Receipt(
     created="2026-01-31T12:00:00+00:00",
 )
 NOT_YET = dict.fromkeys((*OPENED_NEEDS, "expert", "router_digest", "escrow", "escrow_statement"))
-NOTHING: dict[str, Any] = {"state": "COMMITTED", "sessions": (), "modules": (), "totals": {}}
+NOTHING: dict[str, Any] = {"state": "COMMITTED", "session": None, "modules": (), "totals": {}}
 COMMITTED = replace(OPENED, **(NOT_YET | NOTHING))
 
 
@@ -117,7 +117,7 @@ def test_what_is_signed_is_read(receipt: Receipt, tmp_path: Path) -> None:
 def test_the_documents_fields() -> None:
     found = document()
     assert found.keys() == {
-        *("protocol", "adapter_id", "adapter", "base", "state", "sessions", "weights_sha256"),
+        *("protocol", "adapter_id", "adapter", "base", "state", "session", "weights_sha256"),
         *("config_sha256", "integers_sha256", "price", "contributor", "escrow"),
         *("escrow_statement", "modules", "totals", "created"),
     }
@@ -130,7 +130,7 @@ def places(found: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
     yield "", found
     yield r"base\.", found["base"]
     yield r"modules\[1\]\.", found["modules"][1]
-    yield r"sessions\[0\]\.", found["sessions"][0]
+    yield r"session\.", found["session"]
 
 
 def test_missing_and_unknown_fields_are_named(tmp_path: Path) -> None:
@@ -162,8 +162,8 @@ def test_missing_and_unknown_fields_are_named(tmp_path: Path) -> None:
         ("state", "opened"),
         ("state", None),
         ("state", ["OPENED"]),
-        ("sessions", None),
-        ("sessions", [{}] * 2),
+        ("session", []),
+        ("session", "d" * 64),
         ("weights_sha256", "g" * 64),
         ("config_sha256", 0),
         ("integers_sha256", ""),

@@ -38,6 +38,7 @@ from paris_ray.errors import (
     VerificationError,
 )
 from paris_ray.identity import Identity
+from paris_ray.zklora.calls import Request
 from paris_ray.zklora.parties.channel import Channel
 from paris_ray.zklora.parties.connection import Peer
 from paris_ray.zklora.parties.frames import (
@@ -698,8 +699,12 @@ def test_rows_whose_answer_was_lost_are_paid_once(parties: dict, tmp_path: Path)
 
     def handler(peer: Peer, message: Message) -> Message:
         x, seq = message.tensors["x"], message.fields["seq"]
-        y = journal.record_call(
-            sid, peer.public_key, seq, "m", 11, x, lambda: x.astype(np.int64) + len(requests)
+        (y,) = journal.record_calls(
+            sid,
+            peer.public_key,
+            seq,
+            [Request("m", 11, x)],
+            lambda: [x.astype(np.int64) + len(requests)],
         )
         requests.append(seq)
         if len(requests) == 1:

@@ -7,6 +7,7 @@ import pytest
 
 from paris_ray.config import LoRAConfig
 from paris_ray.identity import Identity
+from paris_ray.zklora.calls import Request
 from paris_ray.zklora.commitment import commit
 from paris_ray.zklora.fixed_point import Int16, QuantisedModule
 from paris_ray.zklora.leakage import save_inputs
@@ -58,7 +59,7 @@ def answer(
     journal.open_session(sid, manifest.adapter_id, USERS[user], sid, sid)
     for seq, (module, x) in enumerate(calls.items()):
         y = np.zeros((len(x), D_OUT), np.int64)
-        journal.record_call(sid, USERS[user], seq, module, 0, x, lambda y=y: y)
+        journal.record_calls(sid, USERS[user], seq, [Request(module, 0, x)], lambda y=y: [y])
 
 
 def unit_rows(d_in: int, *which: int) -> Int16:

@@ -13,7 +13,8 @@ from paris_ray.identity import Identity
 from paris_ray.zklora import commitment, evaluate, prove, verify
 from paris_ray.zklora.adapter import PeftAdapter
 from paris_ray.zklora.manifest import MANIFEST, Base
-from paris_ray.zklora.offer import KEY, SEALED, AskedTerms, load_offer, open_offer
+from paris_ray.zklora.offer import AskedTerms, load_offer, open_offer
+from paris_ray.zklora.sealing import KEY, SEALED
 
 TERMS = AskedTerms(base=Base("0f" * 32, None, None), name="ink", price=3)
 

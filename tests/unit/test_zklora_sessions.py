@@ -16,9 +16,10 @@ import pytest
 from paris_ray.errors import ArtifactError, BudgetError, ProtocolError, SignatureError
 from paris_ray.identity import Identity
 from paris_ray.signatures import SignedDocument
+from paris_ray.zklora.calls import Request
 from paris_ray.zklora.session_records import SessionState
 from paris_ray.zklora.sessions import SCHEMA_VERSION, SessionJournal
-from paris_ray.zklora.transcript import Log, closing_statement, proof_context
+from paris_ray.zklora.transcript import Call, Log, Transcript, closing_statement, proof_context
 
 ADAPTER, SID, OTHER_SID = "ad" * 32, "51" * 32, "52" * 32
 NONCE_U, NONCE_C, NONCE_V = "0a" * 32, "0c" * 32, "0f" * 32
@@ -58,7 +59,14 @@ def record(
     module: str = "m",
     exponent: int = 11,
 ) -> np.ndarray:
-    return journal.record_call(sid, user, seq, module, exponent, x, compute or (lambda: answers(x)))
+    (answer,) = journal.record_calls(
+        sid,
+        user,
+        seq,
+        [Request(module, exponent, x)],
+        lambda: [(compute or (lambda: answers(x)))()],
+    )
+    return answer
 
 
 def refuse() -> np.ndarray:
@@ -75,12 +83,15 @@ def test_calls_are_paid_answered_and_kept(journal: SessionJournal, path: Path):
     np.testing.assert_array_equal(record(journal, 1, second, module="n"), answers(second))
     assert left(journal) == {"m": 8, "n": 7}
     with SessionJournal(path) as restarted:
-        transcript = restarted.transcript(SID)
         assert left(restarted) == {"m": 8, "n": 7}
-        assert transcript.log == journal.transcript(SID).log
-    np.testing.assert_array_equal(transcript.rows("n")[0], second)
-    np.testing.assert_array_equal(transcript.rows("n")[1], answers(second))
-    assert [call.exponent for call in transcript.calls] == [11, 11]
+        assert restarted.log(SID) == journal.log(SID)
+        x, y = restarted.rows(SID, "n")
+        with pytest.raises(ProtocolError, match="'o' was never called"):
+            restarted.rows(SID, "o")
+    np.testing.assert_array_equal(x, second)
+    np.testing.assert_array_equal(y, answers(second))
+    asked = Transcript([Call(0, "m", 11, first, answers(first)), Call(1, "n", 11, x, y)])
+    assert journal.log(SID) == asked.log
 
 
 def test_a_repeated_call_is_answered_from_the_journal(journal: SessionJournal, path: Path):
@@ -90,6 +101,37 @@ def test_a_repeated_call_is_answered_from_the_journal(journal: SessionJournal, p
     record(journal, 1, rows(1))
     np.testing.assert_array_equal(record(journal, 0, rows(2), compute=refuse), answer)
     assert left(journal) == {"m": 7, "n": 10}
+
+
+def test_calls_of_one_request_are_paid_together_or_not_at_all(journal: SessionJournal):
+    x = rows(2)
+    both = [Request("m", 11, x), Request("n", 11, x + 1)]
+
+    def compute() -> list[np.ndarray]:
+        return [answers(request.x) for request in both]
+
+    for _ in range(2):
+        found = journal.record_calls(SID, USER, 0, both, compute)
+        np.testing.assert_array_equal(found, compute())
+    assert left(journal) == {"m": 8, "n": 8} and journal.log(SID).calls == 2
+    record(journal, 2, rows(7), module="n")
+    more = [Request("m", 11, rows(2)), Request("n", 11, rows(2))]
+    with pytest.raises(BudgetError, match="n has 1 rows left, 2 are asked for"):
+        journal.record_calls(SID, USER, 3, more, lambda: [refuse()])
+    with pytest.raises(BudgetError, match="n has 1 rows left, 2 are asked for"):
+        journal.check_turn(SID, USER, 3, ["m", "n"], 2)
+    assert left(journal) == {"m": 8, "n": 1} and journal.session(SID, USER).calls == 3
+    # Known ones bring no new ones with them, which nobody would have paid for.
+    with pytest.raises(ProtocolError, match="seq=1 is not allowed: the next call is 3"):
+        journal.record_calls(SID, USER, 1, [both[1], more[1], more[0]], lambda: [refuse()])
+    with pytest.raises(ProtocolError, match="seq=2 is not allowed: the next call is 3"):
+        journal.check_turn(SID, USER, 2, ["n", "m"], 7)
+    with pytest.raises(ProtocolError, match="does not exist for user"):
+        journal.check_turn(SID, STRANGER, 3, ["m"], 1)
+    with pytest.raises(ProtocolError, match="9 rows are not allowed: 8 a call"):
+        journal.check_turn(SID, USER, 3, ["m"], 9)
+    with pytest.raises(ProtocolError, match="call 1 was sent again with other content"):
+        journal.record_calls(SID, USER, 0, [both[0], both[0]], lambda: [refuse()])
 
 
 @pytest.mark.parametrize(
@@ -182,13 +224,14 @@ def test_a_failed_computation_is_answered_in_the_end(journal: SessionJournal):
     with pytest.raises(ZeroDivisionError):
         record(journal, 0, rows(2), compute=lambda: 1 // 0)
     np.testing.assert_array_equal(record(journal, 0, rows(2)), answers(rows(2)))
-    assert left(journal) == {"m": 8, "n": 10} and journal.transcript(SID).log.rows == {"m": 2}
+    assert left(journal) == {"m": 8, "n": 10} and journal.log(SID).rows == {"m": 2}
 
 
 KILLED = """
 import os, sys
 from pathlib import Path
 import numpy as np
+from paris_ray.zklora.calls import Request
 from paris_ray.zklora.sessions import SessionJournal
 
 path, sid, user, when = sys.argv[1:]
@@ -198,9 +241,9 @@ x = np.arange(6, dtype=np.int16).reshape(2, 3)
 def compute():
     if when == "before the answer":
         os._exit(9)
-    return x.astype(np.int64) @ np.arange(15).reshape(3, 5)
+    return [x.astype(np.int64) @ np.arange(15).reshape(3, 5)]
 
-journal.record_call(sid, user, 0, "m", 11, x, compute)
+journal.record_calls(sid, user, 0, [Request("m", 11, x)], compute)
 os._exit(9)
 """
 
@@ -216,7 +259,7 @@ def test_a_killed_process_neither_forgets_nor_repeats_a_payment(
         assert left(journal) == {"m": 8, "n": 10}
     compute = None if when == "before the answer" else refuse
     np.testing.assert_array_equal(record(journal, 0, rows(2), compute=compute), answers(rows(2)))
-    assert left(journal) == {"m": 8, "n": 10} and journal.transcript(SID).log.rows == {"m": 2}
+    assert left(journal) == {"m": 8, "n": 10} and journal.log(SID).rows == {"m": 2}
 
 
 def test_threads_of_two_journals_never_get_more_than_the_budget(path: Path):
@@ -248,9 +291,8 @@ def test_threads_of_two_journals_never_get_more_than_the_budget(path: Path):
 
     with ThreadPoolExecutor(8) as pool:
         paid = sum(pool.map(ask, range(sessions)))
-    kept = sum(
-        len(call.x) for i in range(sessions) for call in journals[0].transcript(f"{i:064x}").calls
-    )
+    asked = (journals[0].asked(f"{i:064x}") for i in range(sessions))
+    kept = sum(counts["m"] for _, counts in asked)
     assert paid == kept == sum(computed) == 25 - left(journals[0])["m"]
     assert left(journals[1])["m"] < 3  # nobody's question was that small, or it would be 0
 
@@ -265,7 +307,7 @@ def test_one_call_sent_over_many_connections_is_paid_once(journal: SessionJourna
     with ThreadPoolExecutor(6) as pool:
         for y in pool.map(ask, range(6)):
             np.testing.assert_array_equal(y, answers(rows(2)))
-    assert left(journal) == {"m": 8, "n": 10} and len(journal.transcript(SID).calls) == 1
+    assert left(journal) == {"m": 8, "n": 10} and journal.log(SID).calls == 1
 
 
 def test_of_two_answers_the_first_is_everybodys(journal: SessionJournal):
@@ -461,11 +503,11 @@ def test_a_session_closes_once_and_is_challenged_once(path: Path, parties: tuple
     ):
         with pytest.raises(ProtocolError, match="is OPEN: "):
             unsigned()
-    early = sign(journal.transcript(SID).log, identity)
+    early = sign(journal.log(SID), identity)
     record(journal, 1, rows(1), user=user)
     with pytest.raises(ProtocolError, match="statement differs"):
         journal.close(SID, user, early, seller)
-    log = journal.transcript(SID).log
+    log = journal.log(SID)
     signed = sign(log, identity)
     assert journal.close(SID, user, signed, seller).state is SessionState.CLOSED
     with SessionJournal(path) as restarted:
@@ -502,7 +544,7 @@ def test_what_is_not_signed_or_not_complete_does_not_close(path: Path, parties: 
     with pytest.raises(ProtocolError, match="empty log"):
         journal.close(SID, key, SignedDocument.sign("close", {"session": SID}, user), seller)
     record(journal, 0, rows(2), user=key)
-    log = journal.transcript(SID).log
+    log = journal.log(SID)
     by_user = sign(log, user)
     with pytest.raises(SignatureError, match="is signed by"):
         journal.close(SID, key, sign(log, seller), seller)

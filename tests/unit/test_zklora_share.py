@@ -1,10 +1,13 @@
 """The share of an adapter's worth that a thief has: between nothing seen and all."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import pytest
+import torch
 from torch import Tensor, nn
 
 from paris_ray.bundle import Bundle
@@ -17,7 +20,8 @@ from paris_ray.models.lora import Adapter, attach
 from paris_ray.models.peft_layout import save_adapter
 from paris_ray.zklora.adapter import quantise_adapter, read_peft
 from paris_ray.zklora.fixed_point import QuantisedModule
-from paris_ray.zklora.share import HELD_OUT_SEED, Worth
+from paris_ray.zklora.share import Worth
+from paris_ray.zklora.subjects import PictureSubject
 
 LEVELS = (0.3, 0.7)
 TOKENS = 16  # rows of each module that one picture takes at one level
@@ -27,20 +31,24 @@ CAPTIONS = ("a red cat", "a blue dog", "a red circle", "a green square")
 class Sold(NamedTuple):
     """An adapter that lowers the loss of the last pictures, as floats and as integers."""
 
+    subject: PictureSubject
     expert: Expert
     adapter: Adapter
     modules: Mapping[str, QuantisedModule]
     latents: Tensor
     text: TextConditioning
 
-    def worth(self, pictures: int = len(CAPTIONS)) -> Worth:
-        scale, text = self.adapter.config.scale, self.text.rows(slice(0, pictures))
-        return Worth(self.expert, self.modules, scale, self.latents[:pictures], text, LEVELS)
+    def worth(self, count: int = len(CAPTIONS)) -> Worth:
+        pictures = self.subject.pictures
+        assert pictures is not None
+        some = replace(self.subject, pictures=pictures[:count], captions=CAPTIONS[:count])
+        return Worth(some, self.modules, self.adapter.config.scale)
 
 
 @pytest.fixture(scope="module")
 def sold(
     tiny_bundle: Bundle,
+    tiny_bundle_path: Path,
     randomised: Callable[[nn.Module, int], nn.Module],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Sold:
@@ -51,7 +59,10 @@ def sold(
     save_adapter(adapter, Folder(folder))
     pictures = np.random.default_rng(0).integers(0, 256, (len(CAPTIONS), 32, 32, 3), np.uint8)
     latents, text = tiny_bundle.codec.encode(pictures), tiny_bundle.encode_text(CAPTIONS)
-    return Sold(expert, adapter, quantise_adapter(read_peft(folder)), latents, text)
+    subject = PictureSubject(
+        bundle=str(tiny_bundle_path), expert=1, pictures=pictures, captions=CAPTIONS, noise=LEVELS
+    )
+    return Sold(subject, expert, adapter, quantise_adapter(read_peft(folder)), latents, text)
 
 
 @pytest.fixture(scope="module")
@@ -62,11 +73,12 @@ def worth(sold: Sold) -> Worth:
 
 
 def test_the_gain_is_that_of_the_float_adapter_on_the_other_half(sold: Sold, worth: Worth) -> None:
-    held_out = sold.latents[2:], sold.text.rows(slice(2, 4)), LEVELS
-    without, with_adapter = (
-        denoising_losses(model, *held_out, seed=HELD_OUT_SEED).double().mean().item()
-        for model in (sold.expert, attach(sold.expert, sold.adapter))
-    )
+    def loss(model: Expert) -> float:
+        pictures = [(sold.latents[i : i + 1], sold.text.rows(slice(i, i + 1)), i) for i in (2, 3)]
+        losses = [denoising_losses(model, x, text, LEVELS, seed=i) for x, text, i in pictures]
+        return torch.cat(losses).double().mean().item()
+
+    without, with_adapter = loss(sold.expert), loss(attach(sold.expert, sold.adapter))
     assert worth.gain == pytest.approx(without - with_adapter, rel=1e-2)
 
 
@@ -96,5 +108,5 @@ def test_more_rows_teach_more_and_chosen_ones_most(worth: Worth) -> None:
 
 
 def test_a_worth_needs_pictures_that_thieves_do_not_know(sold: Sold) -> None:
-    with pytest.raises(ConfigError, match="pictures: 1 are not allowed: at least 2"):
+    with pytest.raises(ConfigError, match="examples: 1 are not allowed: at least 2"):
         sold.worth(1)

@@ -1,14 +1,17 @@
 """The log of a session: what its root binds, identifiers, the file."""
 
 import hashlib
+import json
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
 
 from paris_ray.errors import ArtifactError, ProtocolError
 from paris_ray.zklora.transcript import (
+    CALLS,
+    ROWS,
     Call,
     Transcript,
     closing_statement,
@@ -131,36 +134,67 @@ def test_identifiers_depend_on_everything_and_refuse_other_forms():
     assert new_nonce() != new_nonce()
 
 
-def test_a_transcript_survives_its_file(tmp_path: Path):
-    path = tmp_path / "transcript.safetensors"
-    transcript = Transcript([call(0, "m", 2), call(1, "n", 1)])
-    transcript.save(path)
-    transcript.append(call(2))
-    transcript.save(path)
-    loaded = Transcript.load(path)
+@pytest.mark.parametrize("named", [False, True])
+def test_a_transcript_survives_in_its_folder(tmp_path: Path, named: bool):
+    path = tmp_path / ROWS if named else None
+    calls = [call(0, "m", 2), call(1, "n", 1)]
+    transcript = Transcript(calls, path)
+    transcript.save(tmp_path)
+    third = call(2, "m")
+    transcript.append(third)
+    transcript.save(tmp_path)
+    loaded = Transcript.load(tmp_path)
+    assert loaded.log == transcript.log and len(loaded) == 3
+    np.testing.assert_array_equal(loaded.rows("m")[1], np.concatenate([calls[0].y, third.y]))
+    assert [loaded.call(seq).digest for seq in range(3)] == [c.digest for c in (*calls, third)]
+    assert sorted(file.name for file in tmp_path.iterdir()) == sorted([ROWS, CALLS])
+    rows = sum(c.x.nbytes + c.y.nbytes for c in (*calls, third))
+    assert (tmp_path / ROWS).stat().st_size == rows  # once
+    Transcript().save(tmp_path / "empty")
+    assert len(Transcript.load(tmp_path / "empty")) == 0
+
+
+def test_memory_does_not_grow_with_the_calls(tmp_path: Path):
+    """Of arrays that take 2 MB, a transcript of hundreds keeps none."""
+    x, y = np.zeros((64, 1024), np.int16), np.zeros((64, 4096), np.int64)
+    transcript = Transcript(path=tmp_path / ROWS)
+    tracemalloc.start()
+    for seq in range(100):
+        transcript.append(Call(seq, f"m{seq}", 0, x, y))
+    transcript.save(tmp_path)
+    loaded = Transcript.load(tmp_path)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
     assert loaded.log == transcript.log
-    assert [file.name for file in tmp_path.iterdir()] == [path.name]
-    Transcript().save(path)
-    assert Transcript.load(path).calls == []
+    assert peak < 8 * (x.nbytes + y.nbytes)
 
 
 def test_damaged_transcripts_are_refused(tmp_path: Path):
-    path = tmp_path / "transcript.safetensors"
     with pytest.raises(ArtifactError, match="holds no transcript"):
-        Transcript.load(path)
-    Transcript([call(0)]).save(path)
-    good, tensors = path.read_bytes(), load_file(path)
-    for metadata in (
-        None,
-        {"calls": "[1]"},
-        {"calls": "no"},
-        {"calls": '[{"module":"m"}]'},
-        {"calls": '[{"exponent":2,"module":"m"},{"exponent":2,"module":"m"}]'},
-        {"calls": '[{"exponent":"2","module":"m"}]'},
+        Transcript.load(tmp_path)
+    Transcript([call(0)]).save(tmp_path)
+    good = json.loads((tmp_path / CALLS).read_text())
+    for calls in (
+        3,
+        [1],
+        [{"module": "m"}],
+        [*good, *good],
+        [],
+        [good[0] | {"exponent": "2"}],
+        [good[0] | {"rows": -1}],
+        [good[0] | {"rows": 10**400}],
+        [good[0] | {"d_in": "3"}],
+        [good[0] | {"d_out": good[0]["d_out"] + 1}],
     ):
-        save_file(tensors, path, metadata)
+        (tmp_path / CALLS).write_text(json.dumps(calls))
         with pytest.raises(ArtifactError, match="holds no transcript"):
-            Transcript.load(path)
-    path.write_bytes(good[:-1])
-    with pytest.raises(ArtifactError, match="holds no transcript"):
-        Transcript.load(path)
+            Transcript.load(tmp_path)
+    (tmp_path / CALLS).write_text(json.dumps(good))
+    log = Transcript.load(tmp_path).log
+    rows = (tmp_path / ROWS).read_bytes()
+    for damaged in (rows[:-1], rows + b"0"):
+        (tmp_path / ROWS).write_bytes(damaged)
+        with pytest.raises(ArtifactError, match="holds no transcript"):
+            Transcript.load(tmp_path)
+    (tmp_path / ROWS).write_bytes(bytes([rows[0] ^ 1]) + rows[1:])
+    assert Transcript.load(tmp_path).log.root != log.root

@@ -3,6 +3,7 @@
     nonce.json    names the session, before it is opened
     plan.json     what is tried
     session/      what both signed, rows, proofs, results
+    zklora.json   the pinned manifest
     receipt.json  how far the purchase is
     adapter/      the bought weights, in PEFT's layout
 
@@ -12,7 +13,7 @@ for twice.
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -22,35 +23,34 @@ import numpy as np
 import ray
 from numpy.typing import NDArray
 
-from paris_ray.artifacts import sha256_hex
-from paris_ray.bundle import load_bundle
 from paris_ray.errors import BudgetError, ConfigError
 from paris_ray.folders import Folder
 from paris_ray.identity import Identity, public_key_of
 from paris_ray.receipts import RECEIPT, Receipt, State
 from paris_ray.zklora.inference import NumericsLog
-from paris_ray.zklora.manifest import AdapterManifest
+from paris_ray.zklora.manifest import MANIFEST, AdapterManifest
 from paris_ray.zklora.parties.channel import Channel
 from paris_ray.zklora.parties.escrow import EscrowClient
 from paris_ray.zklora.parties.evidence import (
     EVIDENCE,
+    SESSION,
     ClosedSession,
     Evidence,
     fetch_evidence,
     load_evidence,
     save_evidence,
 )
-from paris_ray.zklora.parties.examples import LEVELS
 from paris_ray.zklora.parties.purchase import Receipts, complete, new_receipt, verified_facts
 from paris_ray.zklora.parties.results import result
 from paris_ray.zklora.parties.session import Session
-from paris_ray.zklora.parties.user import BaseUser, check_base, verify_evidence
+from paris_ray.zklora.parties.user import BaseUser
+from paris_ray.zklora.parties.verifying import verify_evidence
 from paris_ray.zklora.sequential import Verdict, Wanted
+from paris_ray.zklora.subjects import Subject
 from paris_ray.zklora.transcript import new_nonce
 
 PLAN = "plan.json"
 NONCE = "nonce.json"
-SESSION = "session"
 RESULT = "result.json"
 ADAPTER = "adapter"
 POLL_S = 0.5
@@ -66,30 +66,24 @@ class Trial:
     """What a user wants to try, and with whom.
 
     Attributes:
-        bundle: Where the user's base is.
+        subject: The user's own base, and the examples of which losses are compared.
         peer: Host and port of the contributor.
         manifest: The file of the pinned manifest.
         identity: The user's folder with key and certificate.
         output: The purchase's own folder.
-        pictures: `(n, S, S, 3)`, of which losses are compared.
-        captions: One a picture.
-        levels: Noise levels of the losses.
-        wanted: What the losses must show for the adapter to be bought, after as few pictures as
-            make it clear; None: all pictures are tried, and it is bought whatever they show.
+        wanted: What the losses must show for the adapter to be bought, after as few examples as
+            make it clear; None: all examples are tried, and it is bought whatever they show.
         escrow: Host and port of the escrow; None: the adapter is tried and verified, not bought.
         escrow_certificate: That of the escrow that the user trusts, as PEM.
         threads: Torch threads.
-        num_gpus: GPUs for the user's own expert; 0 computes on the CPU.
+        num_gpus: GPUs for the user's own base; 0 computes on the CPU.
     """
 
-    bundle: str
+    subject: Subject
     peer: tuple[str, int]
     manifest: Path
     identity: Path
     output: Path
-    pictures: NDArray[np.uint8]
-    captions: Sequence[str]
-    levels: Sequence[float] = LEVELS
     wanted: Wanted | None = None
     escrow: tuple[str, int] | None = None
     escrow_certificate: str | None = None
@@ -103,7 +97,7 @@ class Outcome:
 
     Attributes:
         receipt: How far the purchase is.
-        without: `(levels, pictures)` losses of the base.
+        without: `(levels, examples)` losses of the base.
         with_adapter: The same with the adapter.
         verdict: What they show; None: nothing was wanted of them.
         adapter: The folder of the weights; None: they were not bought.
@@ -151,10 +145,10 @@ class Buyer:
         if self._receipts.receipt.escrow_statement is not None:
             logger.info("purchase: already finished, kept: %s", self._folder.uri)
             return self._outcome(bought=True)
-        check_base(load_bundle(self._trial.bundle), self.manifest)
+        self._trial.subject.check(self.manifest.base)
         plan = self._plan()
         if not self._session.exists(RESULT):
-            self._infer(plan["num_pictures"])
+            self._infer(plan["num_examples"])
         self._receipts.advance(State.INFERRED)
         evidence = self._prove()
         self._verify(evidence)
@@ -203,17 +197,17 @@ class Buyer:
         """Return what is tried, as decided when it was begun."""
         trial = self._trial
         wanted = {
-            "pictures": sha256_hex(trial.pictures.tobytes()),
-            "captions": list(trial.captions),
-            "levels": list(trial.levels),
+            **trial.subject.plan(),
             "wanted": None if trial.wanted is None else asdict(trial.wanted),
             # Others may compute other last bits, and a call that was sent is repeated exactly.
             "threads": trial.threads,
         }
         if not self._folder.exists(PLAN):
-            self._folder.write_json(PLAN, wanted | {"num_pictures": self._affordable_pictures()})
+            # With it, the folder has all that `jobs.check_receipt` needs.
+            self._folder.write(MANIFEST, trial.manifest.read_bytes())
+            self._folder.write_json(PLAN, wanted | {"num_examples": self._affordable_examples()})
         plan: dict[str, Any] = self._folder.read_json(PLAN)
-        differ = [name for name, value in wanted.items() if plan[name] != value]
+        differ = [name for name, value in wanted.items() if plan.get(name) != value]
         if differ:
             raise ConfigError(
                 f"output={self._folder.uri!r} is not allowed: a trial with another "
@@ -227,12 +221,9 @@ class Buyer:
             self._folder.write_json(NONCE, {"nonce": new_nonce()})
         return str(self._folder.read_json(NONCE)["nonce"])
 
-    def _affordable_pictures(self) -> int:
-        """Return how many pictures can be compared within the budget."""
+    def _affordable_examples(self) -> int:
+        """Return how many examples can be compared within the budget."""
         trial = self._trial
-        for level in trial.levels:
-            if not 0 <= level <= 1:
-                raise ConfigError(f"levels={level} is not allowed: noise levels between 0 and 1")
         session = Session(self._channel, self.identity, self.manifest, self._nonce())
         left, price = min(session.rows_left.values()), self.manifest.price_per_row
         logger.info(
@@ -245,14 +236,12 @@ class Buyer:
             if self._escrow is None:
                 raise ConfigError(f"escrow is missing: a row costs {price}, from a deposit there")
             left = min(left, self._escrow.balance() // price)
-        rows_a_picture = len(trial.levels) * result(self._user.rows_a_pair.remote())
-        affordable = left // rows_a_picture
-        if affordable < 1:
+        rows = result(self._user.rows_an_example.remote())
+        if left < rows:
             raise BudgetError(
-                f"a picture at {len(trial.levels)} noise levels takes {rows_a_picture} rows a "
-                f"module, and {left} are left: give fewer levels"
+                f"{trial.subject.example} takes {rows} rows a module, and {left} are left"
             )
-        return min(len(trial.pictures), affordable)
+        return min(trial.subject.num_examples, left // rows)
 
     @cached_property
     def _user(self) -> Any:
@@ -261,26 +250,19 @@ class Buyer:
         device = "cuda" if trial.num_gpus else "cpu"
         # Two calls at once: one computes, the other asks how far it is.
         return user.options(num_cpus=0, num_gpus=trial.num_gpus, max_concurrency=2).remote(
-            trial.bundle, self.manifest, trial.identity, trial.peer, trial.threads, device
+            trial.subject, self.manifest, trial.identity, trial.peer, trial.threads, device
         )
 
-    def _infer(self, num_pictures: int) -> None:
+    def _infer(self, num_examples: int) -> None:
         trial = self._trial
-        tried = slice(num_pictures)
         reference = self._user.try_adapter.remote(
-            trial.pictures[tried],
-            trial.captions[tried],
-            trial.levels,
-            self._nonce(),
-            trial.wanted,
-            trial.escrow,
+            num_examples, self._session_folder, self._nonce(), trial.wanted, trial.escrow
         )
-        total = num_pictures * len(self.manifest.modules)
+        total = num_examples * len(self.manifest.modules)
         while not ray.wait([reference], timeout=POLL_S)[0]:
             self._show("multi-party inference", result(self._user.num_calls.remote()), total)
         found = result(reference)
         self._show("multi-party inference", total, total)
-        found.closed.save(self._session_folder)
         self._session.write_json(
             RESULT,
             {

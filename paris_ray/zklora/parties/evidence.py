@@ -3,9 +3,8 @@
 import hashlib
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +15,6 @@ from paris_ray.artifacts import canonical_json
 from paris_ray.errors import ArtifactError, ProtocolError, SignatureError, VerificationError
 from paris_ray.folders import Folder
 from paris_ray.signatures import SignedDocument
-from paris_ray.zklora.fixed_point import Int16, Int64
 from paris_ray.zklora.manifest import AdapterManifest
 from paris_ray.zklora.parties.channel import Channel
 from paris_ray.zklora.parties.frames import Message
@@ -24,7 +22,7 @@ from paris_ray.zklora.parties.messages import ProveRequest, tensors_of
 from paris_ray.zklora.proof import Claim, Proof
 from paris_ray.zklora.transcript import CLOSE, Transcript, closing_statement, proof_context
 
-TRANSCRIPT = "transcript.safetensors"
+SESSION = "session"  # folder of one, in that of a purchase
 CLOSED = "closed.json"
 EVIDENCE = "evidence.safetensors"
 POLL_S = 0.5
@@ -62,7 +60,7 @@ class ClosedSession:
 
     def save(self, folder: Path) -> None:
         """Write the session into a folder of one's own, to go on after an interruption."""
-        self.transcript.save(folder / TRANSCRIPT)
+        self.transcript.save(folder)
         Folder(str(folder)).write_json(
             CLOSED,
             {
@@ -82,7 +80,7 @@ class ClosedSession:
         try:
             for name in ("by_user", "by_contributor"):
                 fields[name] = SignedDocument.from_json(fields[name])
-            return cls(**fields, transcript=Transcript.load(folder / TRANSCRIPT))
+            return cls(**fields, transcript=Transcript.load(folder))
         except (LookupError, TypeError, SignatureError) as error:
             raise ArtifactError(f"{folder / CLOSED} holds no session: {error}") from None
 
@@ -115,13 +113,7 @@ class Evidence:
     closed: ClosedSession
     proofs: dict[str, bytes]
 
-    @cached_property
-    def rows(self) -> dict[str, tuple[Int16, Int64]]:
-        """Inputs and outputs of each module, by its name: all of them, each proof's statement."""
-        transcript = self.closed.transcript
-        return {name: transcript.rows(name) for name in transcript.log.rows}
-
-    def claims(self, manifest: AdapterManifest) -> dict[str, Claim]:
+    def claims(self, manifest: AdapterManifest) -> "Claims":
         """Return what `verify_named` checks, after checking that nothing is left out.
 
         Raises:
@@ -129,22 +121,42 @@ class Evidence:
                 manifest, or a party has signed other rows.
             ParisError: as `ClosedSession.check`.
         """
-        closed, adapter_id = self.closed, manifest.adapter_id
-        closed.check(manifest)
+        self.closed.check(manifest)
         check_names("proofs", list(self.proofs), manifest)
-        check_names("rows", list(self.rows), manifest)
-        claims = {}
-        for terms in manifest.modules:
-            context = proof_context(adapter_id, closed.sid, closed.root, terms.name, closed.nonce_v)
-            proof = self.proofs[terms.name]
-            claims[terms.name] = (terms.commitment, *self.rows[terms.name], context, proof)
-        return claims
+        check_names("rows", list(self.closed.transcript.log.rows), manifest)
+        return Claims(self, manifest)
 
     @property
     def digest(self) -> str:
         """SHA-256 of all proofs, in hexadecimal."""
         named = {name: proof.hex() for name, proof in self.proofs.items()}
         return hashlib.sha256(canonical_json(named)).hexdigest()
+
+
+class Claims(Mapping[str, Claim]):
+    """What is checked of each module; its rows are read when it is asked for.
+
+    Args:
+        evidence: Of which nothing is left out.
+        manifest: The pinned one.
+    """
+
+    def __init__(self, evidence: Evidence, manifest: AdapterManifest) -> None:
+        self._evidence, self._manifest = evidence, manifest
+
+    def __len__(self) -> int:
+        return len(self._manifest.modules)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._manifest.terms)
+
+    def __getitem__(self, name: str) -> Claim:
+        closed, terms = self._evidence.closed, self._manifest.terms[name]
+        context = proof_context(
+            self._manifest.adapter_id, closed.sid, closed.root, name, closed.nonce_v
+        )
+        rows, proof = closed.transcript.rows(name), self._evidence.proofs[name]
+        return terms.commitment, *rows, context, proof
 
 
 def fetch_evidence(

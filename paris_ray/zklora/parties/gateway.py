@@ -7,7 +7,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,14 +19,16 @@ from ray.util.metrics import Counter, Gauge
 from paris_ray.errors import ConfigError, ParisError, ProtocolError, TradeError
 from paris_ray.identity import Identity
 from paris_ray.signatures import SignedDocument
+from paris_ray.zklora.calls import Request
+from paris_ray.zklora.fixed_point import Int16, Int64
 from paris_ray.zklora.leakage import INPUTS, draw_last_bits, row_seeds
 from paris_ray.zklora.learned import describe_leak
 from paris_ray.zklora.manifest import MANIFEST, AdapterManifest
-from paris_ray.zklora.offer import KEY, SEALED
 from paris_ray.zklora.parties.connection import Peer
 from paris_ray.zklora.parties.escrow import EscrowClient
 from paris_ray.zklora.parties.frames import Message
 from paris_ray.zklora.parties.messages import (
+    MAX_CALLS_BYTES,
     CallRequest,
     CloseRequest,
     EndRequest,
@@ -39,6 +41,7 @@ from paris_ray.zklora.parties.proving import Proving, evidence, prove_all
 from paris_ray.zklora.parties.results import result
 from paris_ray.zklora.parties.server import Server, serve
 from paris_ray.zklora.parties.toll import Toll
+from paris_ray.zklora.sealing import KEY, SEALED
 from paris_ray.zklora.session_records import SessionRecord, SessionState
 from paris_ray.zklora.sessions import SessionJournal
 from paris_ray.zklora.trade import TradeState
@@ -198,26 +201,42 @@ class LoRAGateway:
 
     def _call(self, user: str, message: Message) -> Message:
         request = CallRequest(**message.fields)
-        d_in, _, _ = self._manifest.module(request.module).dimensions
-        x = tensors_of(message, {"x": (np.int16, (None, d_in))})["x"]
-        session, seq, module = request.session, request.seq, request.module
-        # Not signed for in vain: the journal refuses what is more than the budget.
-        if len(x) <= self._budget.rows_left(self._manifest.adapter_id, user)[module]:
-            self._toll.collect(session, user, seq, module, len(x), request.owed)
-        seeds = row_seeds(self._secret, module, x)
-        drawn = draw_last_bits(x, seeds)
+        session, seq, modules = request.session, request.seq, request.modules
+        x = self._asked_rows(modules, message)
+        # Before anything is computed, or signed for in vain.
+        self._journal.check_turn(session, user, seq, modules, len(x))
+        self._toll.collect(session, user, seq, modules, len(x), request.owed)
+        seeds = [row_seeds(self._secret, module, x) for module in modules]
+        drawn = [draw_last_bits(x, seeds_of_one) for seeds_of_one in seeds]
         worker = self._workers[seq % len(self._workers)]
-        y = self._journal.record_call(
+        answers = self._journal.record_calls(
             session,
             user,
             seq,
-            module,
-            request.exponent,
-            drawn,
-            lambda: result(worker.evaluate.remote(module, drawn)),
+            [
+                Request(name, request.exponent, rows)
+                for name, rows in zip(modules, drawn, strict=True)
+            ],
+            lambda: result(worker.evaluate.remote(dict(zip(modules, drawn, strict=True)))),
         )
-        self._toll.answered(session, seq, module, len(x))
-        return Message("answer", tensors={"y": y, "seeds": seeds})
+        self._toll.answered(session, seq, modules, len(x))
+        tensors = {f"{i}.y": y for i, y in enumerate(answers)}
+        return Message("answer", tensors=tensors | {f"{i}.seeds": s for i, s in enumerate(seeds)})
+
+    def _asked_rows(self, modules: Sequence[str], message: Message) -> Int16:
+        """Return the rows of a request, if these modules may be asked for them at once."""
+        terms = [self._manifest.module(name) for name in modules]
+        if len(set(modules)) < len(modules):
+            raise ProtocolError("modules of one request must differ")
+        d_in = terms[0].commitment.d_in
+        for other in terms:
+            if other.commitment.d_in != d_in:
+                raise ProtocolError(f"{other.name} has inputs of another width than {modules[0]}")
+        x: Int16 = tensors_of(message, {"x": (np.int16, (None, d_in))})["x"]
+        size = len(x) * sum(other.row_bytes for other in terms)
+        if size > MAX_CALLS_BYTES:
+            raise ProtocolError(f"calls of {size} bytes are not allowed: {MAX_CALLS_BYTES} at once")
+        return x
 
     def _end(self, user: str, message: Message) -> Message:
         request = EndRequest.read(message)
@@ -255,12 +274,11 @@ class LoRAGateway:
 
     def _make_evidence(self, session: SessionRecord, count: Callable[[int], None]) -> Message:
         start = time.perf_counter()
-        transcript = self._journal.transcript(session.sid)
-        claims = {
-            name: (*transcript.rows(name), session.proof_context(name))
-            for name in self._manifest.terms
-        }
-        proofs = prove_all(self._openings[0], claims, count)
+
+        def claim(name: str) -> tuple[Int16, Int64, bytes]:
+            return *self._journal.rows(session.sid, name), session.proof_context(name)
+
+        proofs = prove_all(self._openings[0], list(self._manifest.terms), claim, count)
         self._metrics.proved(proofs)
         seconds = time.perf_counter() - start
         self._say(session.sid, session.user, f"proofs are done, {seconds:.1f} s")

@@ -13,6 +13,10 @@ from paris_ray.zklora.parties.frames import Message
 Form = tuple[type[np.generic], tuple[int | None, ...]]
 """Type and shape of a tensor."""
 
+MAX_ROWS = 4096  # of one call
+MAX_ASKED = 2**23  # bytes of the rows in one request
+MAX_CALLS_BYTES = 2**26  # of inputs and answers of all calls of one request
+
 DIGEST = Field(pattern="^[0-9a-f]{64}$")
 
 
@@ -50,14 +54,16 @@ class OpenRequest(_Fields):
 
 
 class CallRequest(_Fields):
-    """Ask for the update of some rows, the tensor `x`.
+    """Ask for the updates of some modules whose inputs are the same rows, the tensor `x`.
 
-    `owed` is the running total that is signed for, if it has grown.
+    Each module is a call of its own, of the numbers from `seq` on. The answer has the tensors `y`
+    and `seeds` of each, after its number among them. `owed` is the running total that is signed
+    for, if it has grown.
     """
 
     session: str = DIGEST
     seq: int
-    module: str
+    modules: list[str] = Field(min_length=1)
     exponent: int
     owed: dict[str, Any] | None = None
 

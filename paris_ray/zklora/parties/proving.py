@@ -2,16 +2,15 @@
 
 import logging
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import ray
 
 from paris_ray.errors import ParisError, ProtocolError
 from paris_ray.zklora.fixed_point import Int16, Int64
 from paris_ray.zklora.parties.frames import Message
-from paris_ray.zklora.parties.results import result
+from paris_ray.zklora.parties.results import in_chunks
 from paris_ray.zklora.parties.workers import prove_modules
 
 MODULES_AT_ONCE = 4  # that one task proves: enough to pay for its start, few enough to share out
@@ -78,27 +77,27 @@ class Proving:
 
 def prove_all(
     openings: Any,
-    claims: Mapping[str, tuple[Int16, Int64, bytes]],
+    names: Sequence[str],
+    claim: Callable[[str], tuple[Int16, Int64, bytes]],
     count: Callable[[int], None],
 ) -> dict[str, bytes]:
-    """Return the proof of each module.
+    """Return the proof of each module. Rows of a few modules are in memory at a time.
 
     Args:
         openings: Reference of the weights.
-        claims: Inputs, outputs and context by module.
+        names: Of the modules.
+        claim: Returns inputs, outputs and context of a module.
         count: Is told how many modules more are proved.
 
     Raises:
         ParisError: if outputs are not those of the weights.
     """
-    names, waiting = list(claims), []
+
+    def prove(chunk: Sequence[str]) -> Any:
+        return prove_modules.remote(openings, {name: claim(name) for name in chunk})
+
     proofs: dict[str, bytes] = {}
-    for start in range(0, len(names), MODULES_AT_ONCE):
-        chunk = {name: claims[name] for name in names[start : start + MODULES_AT_ONCE]}
-        waiting.append(prove_modules.remote(openings, chunk))
-    while waiting:
-        ready, waiting = ray.wait(waiting)
-        proved = result(ready[0])
+    for proved in in_chunks(prove, names, MODULES_AT_ONCE):
         proofs |= proved
         count(len(proved))
     return proofs

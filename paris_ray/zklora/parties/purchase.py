@@ -76,7 +76,7 @@ def new_receipt(manifest: AdapterManifest) -> Receipt:
         expert=manifest.base.expert,
         router_digest=manifest.base.router_digest,
         state=State.COMMITTED.value,
-        sessions=(),
+        session=None,
         weights_sha256=None,
         config_sha256=None,
         integers_sha256=None,
@@ -100,7 +100,7 @@ def verified_facts(
         evidence: Of the session.
         numerics: What was measured of the inputs.
     """
-    modules = []
+    modules, rows = [], evidence.closed.transcript.log.rows
     for terms in manifest.modules:
         seen = numerics.modules[terms.name]  # every module was called
         modules.append(
@@ -109,7 +109,7 @@ def verified_facts(
                 d_in=terms.commitment.d_in,
                 r=terms.commitment.r,
                 d_out=terms.commitment.d_out,
-                rows=len(evidence.rows[terms.name][0]),
+                rows=rows[terms.name],
                 proof_bytes=len(evidence.proofs[terms.name]),
                 peak_to_rms=seen.peak_to_rms,
                 input_error=seen.input_error,
@@ -117,7 +117,7 @@ def verified_facts(
         )
     closed = evidence.closed
     session = SessionFacts(session=closed.sid, transcript_root=closed.root)
-    return {"modules": tuple(modules), "sessions": (session,)}
+    return {"modules": tuple(modules), "session": session}
 
 
 def complete(

@@ -8,6 +8,8 @@ with Channel(identity, address, manifest.contributor_certificate) as channel:
 """
 
 from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,6 +31,9 @@ from paris_ray.zklora.parties.evidence import (
     fetch_evidence,
 )
 from paris_ray.zklora.parties.messages import (
+    MAX_ASKED,
+    MAX_CALLS_BYTES,
+    MAX_ROWS,
     CallRequest,
     CloseRequest,
     EndRequest,
@@ -56,6 +61,7 @@ class Session:
         manifest: The pinned one.
         nonce: The user's; the same one returns to the same session after an interruption. None:
             a new session.
+        rows: File of what is asked and answered, begun anew; None: one without a name.
 
     Raises:
         ProtocolError: if the contributor refuses.
@@ -67,6 +73,7 @@ class Session:
         identity: Identity,
         manifest: AdapterManifest,
         nonce: str | None = None,
+        rows: Path | None = None,
     ) -> None:
         self._channel, self._identity, self._manifest = channel, identity, manifest
         self.nonce_u = nonce or new_nonce()
@@ -76,7 +83,7 @@ class Session:
         self.rows_left = _row_counts(answer.get("rows_left"), manifest)
         check_names("rows_left", list(self.rows_left), manifest)
         self.sid = manifest.session_id(self.nonce_u, self.nonce_c)
-        self.transcript = Transcript()
+        self.transcript = Transcript(path=rows)
         self._rows = Counter[str]()
 
     def deposit(self, escrow: EscrowClient, rows: int) -> None:
@@ -88,44 +95,60 @@ class Session:
         escrow.open_trade(self._manifest.adapter_id, self.sid, self.nonce_u, self.nonce_c, rows)
 
     def evaluate(self, module: str, x: Int16, exponent: int) -> Int64:
-        """Return the exact update of some rows, after signing for them if they have a price.
+        """Return the exact update of some rows of one module, as `evaluate_all` does."""
+        return self.evaluate_all([module], x, exponent)[0]
 
-        The last bit of every entry is drawn by the contributor; the rows as they were answered
-        become part of the transcript.
+    def evaluate_all(self, modules: Sequence[str], x: Int16, exponent: int) -> list[Int64]:
+        """Return the exact updates of modules that share their inputs, in one round trip.
+
+        Rows are signed for first, if they have a price; so many that no message may hold them take
+        several. The last bit of every entry is drawn by the contributor, of each module anew; the
+        rows as they were answered become part of the transcript.
 
         Args:
-            module: Its name.
+            modules: Their names; inputs must have one width.
             x: `(rows, d_in)` int16.
             exponent: The inputs are `x * 2^-exponent`.
 
         Returns:
-            `(rows, d_out)` int64.
+            `(rows, d_out)` int64 of each.
 
         Raises:
             BudgetError: if fewer rows are left, over all users.
             TradeError: if the deposit does not cover them.
-            ProtocolError: if the answer has another shape or dtype.
+            ProtocolError: if an answer has another shape or dtype.
         """
-        seq = len(self.transcript.calls)
-        owed = self._sign_for(module, len(x))
+        row_bytes = sum(self._manifest.module(name).row_bytes for name in modules)
+        most = min(MAX_ROWS, MAX_ASKED // (2 * x.shape[1]), MAX_CALLS_BYTES // row_bytes)
+        at_once = max(1, most)
+        parts = [
+            self._ask(modules, x[first : first + at_once], exponent)
+            for first in range(0, max(1, len(x)), at_once)
+        ]
+        return [np.concatenate(part) for part in zip(*parts, strict=True)]
+
+    def _ask(self, modules: Sequence[str], x: Int16, exponent: int) -> list[Int64]:
+        seq = len(self.transcript)
+        owed = self._sign_for(modules, len(x))
         request = CallRequest(
-            session=self.sid, seq=seq, module=module, exponent=exponent, owed=owed
+            session=self.sid, seq=seq, modules=list(modules), exponent=exponent, owed=owed
         )
         answer = self._channel.request("call", request.model_dump(), {"x": x})
-        _, _, d_out = self._manifest.module(module).dimensions
-        forms: dict[str, Form] = {
-            "y": (np.int64, (len(x), d_out)),
-            "seeds": (np.uint8, (len(x), SEED_BYTES)),
-        }
+        forms: dict[str, Form] = {}
+        for i, name in enumerate(modules):
+            d_out = self._manifest.module(name).commitment.d_out
+            forms[f"{i}.y"] = (np.int64, (len(x), d_out))
+            forms[f"{i}.seeds"] = (np.uint8, (len(x), SEED_BYTES))
         tensors = tensors_of(answer, forms)
-        y, drawn = tensors["y"], draw_last_bits(x, tensors["seeds"])
-        self.transcript.append(Call(seq, module, exponent, drawn, y))
-        self._rows[module] += len(x)
-        return y
+        for i, name in enumerate(modules):
+            drawn = draw_last_bits(x, tensors[f"{i}.seeds"])
+            self.transcript.append(Call(seq + i, name, exponent, drawn, tensors[f"{i}.y"]))
+            self._rows[name] += len(x)
+        return [tensors[f"{i}.y"] for i in range(len(modules))]
 
-    def _sign_for(self, module: str, rows: int) -> dict[str, Any] | None:
+    def _sign_for(self, modules: Sequence[str], rows: int) -> dict[str, Any] | None:
         """Return a signed running total, if rows have a price and these are not covered yet."""
-        needed = self._rows[module] + rows
+        needed = max(self._rows[name] for name in modules) + rows
         if not self._manifest.price_per_row or needed <= max(self._rows.values(), default=0):
             return None
         return sign_rows(self._identity, self._manifest.adapter_id, self.sid, needed).to_json()
@@ -137,9 +160,8 @@ class Session:
             VerificationError: if a module of the adapter was never tried.
             ProtocolError: if the contributor has another log.
         """
-        called = {call.module for call in self.transcript.calls}
         for terms in self._manifest.modules:
-            if terms.name not in called:
+            if not self._rows[terms.name]:
                 raise VerificationError(f"{terms.name}: no row was computed: none can be proved")
         statement = closing_statement(self.sid, self._manifest.adapter_id, self.transcript.log)
         by_user = SignedDocument.sign(CLOSE, statement, self._identity)

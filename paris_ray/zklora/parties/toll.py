@@ -7,6 +7,7 @@ user who walks away has paid for what it saw, and for at most one call more.
 
 import threading
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from paris_ray.errors import ConfigError, TradeError
@@ -50,16 +51,22 @@ class Toll:
         self._lock = threading.Lock()
 
     def collect(
-        self, session: str, user: str, seq: int, module: str, rows: int, by_user: object
+        self,
+        session: str,
+        user: str,
+        seq: int,
+        modules: Sequence[str],
+        rows: int,
+        by_user: object,
     ) -> None:
-        """Have the rows of a call signed for, unless it was made before.
+        """Have the rows of some calls signed for, unless they were made before.
 
         Args:
             session: Its name.
             user: Public key of the connection, in hexadecimal.
-            seq: Number of the call.
-            module: That it asks.
-            rows: How many.
+            seq: Number of the first call.
+            modules: That the calls ask, in their order.
+            rows: How many of each.
             by_user: The running total that it came with, as JSON, or None.
 
         Raises:
@@ -69,24 +76,27 @@ class Toll:
         if not self._manifest.price_per_row:
             return
         assert self._escrow is not None
+        account = self._account(session, self._escrow)
         with self._lock:
-            account = self._account(session, self._escrow)
-            needed = account.rows[module] + rows
-            if seq < account.calls or needed <= account.signed:
+            needed = max(account.rows[module] for module in modules) + rows
+            covered = account.signed
+            if seq + len(modules) <= account.calls or needed <= covered:
                 return
-            signed = None if by_user is None else SignedDocument.from_json(by_user)
-            adapter_id = self._manifest.adapter_id
-            if signed is None or signed_rows(signed, user, adapter_id, session) < needed:
-                raise TradeError(f"{needed} rows must be signed for, {account.signed} are")
-            account.signed = self._escrow.owe(session, signed).rows
+        signed = None if by_user is None else SignedDocument.from_json(by_user)
+        adapter_id = self._manifest.adapter_id
+        if signed is None or signed_rows(signed, user, adapter_id, session) < needed:
+            raise TradeError(f"{needed} rows must be signed for, {covered} are")
+        taken = self._escrow.owe(session, signed).rows
+        with self._lock:  # never while the escrow is asked: it may be slow, and other buyers wait
+            account.signed = max(account.signed, taken)
 
-    def answered(self, session: str, seq: int, module: str, rows: int) -> None:
-        """Count a call that was answered."""
+    def answered(self, session: str, seq: int, modules: Sequence[str], rows: int) -> None:
+        """Count calls that were answered."""
         with self._lock:
             account = self._accounts.get(session)
             if account is not None and seq == account.calls:
-                account.calls += 1
-                account.rows[module] += rows
+                account.calls += len(modules)
+                account.rows.update(dict.fromkeys(modules, rows))
 
     def close(self, session: str) -> int:
         """Forget a session; return how many credits were signed for, as far as is known here."""
@@ -95,7 +105,11 @@ class Toll:
         return 0 if account is None else account.signed * self._manifest.price_per_row
 
     def _account(self, session: str, escrow: EscrowClient) -> _Account:
-        if session not in self._accounts:
-            calls, rows = self._journal.asked(session)
-            self._accounts[session] = _Account(calls, rows, escrow.trade(session).rows)
-        return self._accounts[session]
+        with self._lock:
+            if session in self._accounts:
+                return self._accounts[session]
+        signed = escrow.trade(session).rows
+        with self._lock:
+            if session not in self._accounts:
+                self._accounts[session] = _Account(*self._journal.asked(session), signed)
+            return self._accounts[session]

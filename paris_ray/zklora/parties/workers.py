@@ -28,9 +28,9 @@ class LoRAWorker:
     def __init__(self, openings: Mapping[str, ModuleOpening]) -> None:
         self._openings = openings
 
-    def evaluate(self, module: str, x: Int16) -> Int64:
-        """Return the exact update `(rows, d_out)` of some rows `(rows, d_in)`."""
-        return evaluate(self._openings[module].module, x)
+    def evaluate(self, rows: Mapping[str, Int16]) -> list[Int64]:
+        """Return the exact updates `(rows, d_out)` of some rows `(rows, d_in)` of each module."""
+        return [evaluate(self._openings[name].module, x) for name, x in rows.items()]
 
 
 @ray.remote(num_cpus=1, max_retries=PROVE_RETRIES)

@@ -227,7 +227,8 @@ class Transcript:
             Path(name).unlink()
         else:
             path.parent.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
+            path.unlink(missing_ok=True)  # who was interrupted may still write into the old one
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
         self._keep(descriptor)
         self._entries: list[Entry] = []
         self._offsets, self._digests = [0], list[bytes]()

@@ -154,6 +154,14 @@ def test_a_transcript_survives_in_its_folder(tmp_path: Path, named: bool):
     assert len(Transcript.load(tmp_path / "empty")) == 0
 
 
+def test_a_transcript_that_is_begun_anew_is_not_written_by_the_old_one(tmp_path: Path):
+    old = Transcript([call(0)], tmp_path / ROWS)
+    new = Transcript([call(0)], tmp_path / ROWS)
+    old.append(call(1))
+    new.save(tmp_path)
+    assert Transcript.load(tmp_path).log == new.log != old.log
+
+
 def test_memory_does_not_grow_with_the_calls(tmp_path: Path):
     """Of arrays that take 2 MB, a transcript of hundreds keeps none."""
     x, y = np.zeros((64, 1024), np.int16), np.zeros((64, 4096), np.int64)

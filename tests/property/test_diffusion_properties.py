@@ -87,7 +87,7 @@ class GaussianExpert:
         self.config, self.mean, self.std = config, mean, std
 
     def __call__(
-        self, x: torch.Tensor, timesteps: torch.Tensor, text: object = None
+        self, x: torch.Tensor, timesteps: torch.Tensor, text: object = None, hidden: object = None
     ) -> torch.Tensor:
         time = (timesteps / 1000).view(-1, 1, 1, 1)
         if self.config.prediction == "velocity":

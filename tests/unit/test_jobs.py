@@ -185,7 +185,8 @@ def test_a_dry_run_refuses_what_a_run_would_refuse(override: str, message: str) 
 def test_an_unknown_key_is_refused_with_the_allowed_ones() -> None:
     result = run_job("prepare", "training.stepz=5")
     assert result.returncode == 2
-    assert result.stderr.startswith("error: unknown key 'training.stepz'; allowed here: steps,")
+    assert result.stderr.startswith("error: unknown key 'training.stepz'; allowed here: ")
+    assert ", steps, " in result.stderr
 
 
 def test_an_unknown_config_is_refused_with_the_packaged_names() -> None:

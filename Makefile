@@ -48,7 +48,8 @@ fuzz: $(VENV)/test
 
 chaos: $(VENV)/test
 	CHAOS=1 $(PY) -m pytest tests/ray/test_demo_zklora.py tests/ray/test_zklora_jobs.py \
-		tests/ray/test_caps.py tests/ray/test_s3.py tests/ray/test_study.py
+		tests/ray/test_caps.py tests/ray/test_s3.py tests/ray/test_study.py \
+		tests/ray/test_zklora_parties.py tests/unit/test_zklora_docs.py
 	CHAOS=1 $(PY) -m pytest tests/chaos
 	CHAOS=1 $(PY) -m pytest tests/serve/test_gate_http.py tests/serve/test_scaling_http.py \
 		tests/serve/test_relay.py tests/serve/test_release_http.py

@@ -83,7 +83,8 @@ def interrupt_demo(run: Path, folder: Path) -> None:
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("interrupted", [False, pytest.param(True, marks=chaos)])
+@chaos
+@pytest.mark.parametrize("interrupted", [False, True])
 def test_a_demo_is_finished_once(finished_run: Path, tmp_path: Path, interrupted: bool) -> None:
     folder = tmp_path / "demo"
     if interrupted:

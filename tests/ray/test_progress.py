@@ -62,7 +62,7 @@ def test_encoders_and_writers_tell_ray_how_busy_they_are(ray_session: None, tmp_
     writer = ray.remote(ShardWriter).options(num_cpus=0.1).remote(config)
     (piece,) = encoders.__call__.options(num_returns="streaming").remote(batch)
     ray.get(writer.__call__.remote(piece))
-    deadline = time.monotonic() + 60  # processes report every ten seconds
+    deadline = time.monotonic() + 60  # processes report every second
     while True:
         found = Counter[str]()
         for labels, value in (prepare_metrics() - before).items():

@@ -79,6 +79,7 @@ from paris_ray.zklora.transcript import (
     proof_context,
 )
 from serve.app import AppArgs, LoRAOptions, build
+from tests.long_tests import chaos
 
 # peft says when it corrects the option for one layer; transformers renames something.
 pytestmark = [
@@ -438,6 +439,7 @@ class Impatient:
             raise Interrupted(stage)
 
 
+@chaos
 def test_a_user_who_is_interrupted_everywhere_pays_once(
     market: Market, bought: Purchase, user: Identity
 ) -> None:

@@ -77,7 +77,7 @@ def answered(scraped: Scrape, status: str) -> float:
 
 
 def scraped_when(true: Callable[[Scrape], bool]) -> Scrape:
-    """Return a scrape of which something is true; processes report every ten seconds."""
+    """Return a scrape of which something is true; processes report every second."""
     deadline = time.monotonic() + 90
     while not true(scraped := scrape()):
         assert time.monotonic() < deadline, {k: v for k, v in scraped.items() if "paris" in k}

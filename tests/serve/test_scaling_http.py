@@ -44,6 +44,7 @@ HEADERS = {"Authorization": f"Bearer {KEY}"}
 APP = "changing"
 INGRESS = {"num_replicas": 2 if CHAOS else 1}
 CLIENTS = 4 if CHAOS else 2  # so that rows of both bundles could be in a batch
+COLOCATED = not CHAOS  # a process of its own for every expert, twice, takes minutes to start
 
 
 class Load:
@@ -237,11 +238,11 @@ def change_under_load(deploy: Callable[..., str], before: Path, after: Path) -> 
     paths = {bundle_digest(str(path)): path for path in (before, after)}
     old, new = paths
     options = {"num_inference_steps": 20, "routing": "full"}
-    url = deploy(APP, bundle=str(before), ingress=INGRESS)
+    url = deploy(APP, bundle=str(before), ingress=INGRESS, colocated=COLOCATED)
     wait_for_application(APP)
     with Load(url, CLIENTS, {"prompt": "a cat", **options}) as load:
         load.wait_for_more(8)
-        deploy(APP, bundle=str(after), ingress=INGRESS)
+        deploy(APP, bundle=str(after), ingress=INGRESS, colocated=COLOCATED)
         wait_until(lambda: load.answers[-1][1].headers.get("x-paris-bundle") == new)
         wait_for_application(APP)
         load.wait_for_more(8)

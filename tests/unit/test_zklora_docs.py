@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.long_tests import chaos
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 GUIDE = (REPOSITORY / "docs" / "zklora.md").read_text()
 JOBS = ("jobs.check_receipt", "jobs.contribute_lora", "jobs.escrow", "jobs.verify_lora")
@@ -41,7 +43,7 @@ def test_the_python_of_the_core_runs() -> None:
 
 
 @pytest.mark.parametrize(
-    "section", ["modules", "leakage", pytest.param("language", marks=pytest.mark.ray)]
+    "section", ["modules", "leakage", pytest.param("language", marks=[pytest.mark.ray, chaos])]
 )
 def test_the_bench_prints_what_the_tables_have(section: str) -> None:
     result = subprocess.run(

@@ -3,6 +3,10 @@ PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 
+# Images of containers often forbid Python to keep what it compiled; every process would compile torch and Ray again,
+# which takes longer than all else that it does to start.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: help quickstart demo-zklora stop test lint fuzz chaos soak bench bench-data bench-filters study clean
 
 help:

@@ -116,7 +116,7 @@ class LocalCluster:
                 process.kill()
         psutil.wait_procs(alive, timeout=STOP_TIMEOUT_S)
         shutil.rmtree(temp_dir, ignore_errors=True)
-        self.state_file.unlink()
+        self.state_file.unlink(missing_ok=True)  # another stop may have ended first
         return bool(family)
 
     def _wait_until_up(self, process: "subprocess.Popen[bytes]") -> None:

@@ -1,7 +1,7 @@
-"""Whether an adapter is worth its price, decided after as few pairs of losses as the data allow.
+"""Whether an adapter is worth its price, decided after as few examples as the data allow.
 
-The evidence may be looked at after every pair, and the chance of a wrong decision stays below what
-was stated: it is an e-process, so that Ville's inequality bounds its maximum over all times.
+The evidence may be looked at after every example, and the chance of a wrong decision stays below
+what was stated: it is an e-process, so that Ville's inequality bounds its maximum over all times.
 
 Source: Robbins 1970 (Statistical methods related to the law of the iterated logarithm) and Lai 1976
 (On confidence sequences), for the mixture; Wang and Ramdas 2025 (Anytime-valid t-tests and
@@ -19,14 +19,15 @@ from paris_ray.errors import ConfigError
 
 ERROR_RATE = 0.05
 MIN_GAIN = 0.02
-# A priori, mean over standard deviation is normal with variance 1 / PRECISION.
-PRECISION = 0.05
+# A priori, mean over standard deviation is normal with variance 1 / PRECISION: a value above 0.02
+# would never let two examples decide, whatever they say, at ERROR_RATE.
+PRECISION = 0.01
 
 Losses = NDArray[np.floating]
 
 
 class Verdict(StrEnum):
-    """What the pairs so far say."""
+    """What the examples so far say."""
 
     WORTH = "worth it"
     NOT_WORTH = "not worth it"
@@ -34,7 +35,7 @@ class Verdict(StrEnum):
 
     @property
     def is_clear(self) -> bool:
-        """Whether no more pairs are needed."""
+        """Whether no more examples are needed."""
         return self is not Verdict.UNDECIDED
 
 
@@ -45,7 +46,7 @@ class Wanted:
     Attributes:
         min_gain: Relative; what the typical (geometric mean) loss must be lowered by.
         error_rate: Chance of WORTH if the true gain is less, and of NOT_WORTH if it is more, each
-            at most; however often one asks as pairs come in.
+            at most; however often one asks as examples come in.
 
     Raises:
         ConfigError: if the rate is not within (0, 0.5), or the gain not below 1.
@@ -63,13 +64,15 @@ class Wanted:
     def verdict(self, without: Losses, with_adapter: Losses) -> Verdict:
         """Return whether an adapter lowers the loss by as much as is wanted, or is to be tried on.
 
-        Ratios are compared, so that noise levels with large losses do not drown the others.
+        Ratios are compared, so that noise levels with large losses do not drown the others. An
+        example counts once, whatever its levels: they gain unlike, and are not independent.
 
         Args:
-            without: Losses of the base, one a picture and level, each above zero.
+            without: Losses of the base `(levels, examples)`, each above zero.
             with_adapter: Losses with the adapter, of the same shape.
         """
-        gains = np.log(without) - np.log(with_adapter) + math.log1p(-self.min_gain)
+        ratios = np.log(without) - np.log(with_adapter)
+        gains = ratios.mean(axis=0, dtype=np.float64) + math.log1p(-self.min_gain)
         # At a mean of zero either sign is reached first as often: half of 2 * error_rate each.
         if evidence(gains) < 1 / (2 * self.error_rate):
             return Verdict.UNDECIDED

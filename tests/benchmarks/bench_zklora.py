@@ -384,7 +384,7 @@ SECTIONS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "sweeps": ("ZKLoRA: CPU seconds against rows, rank and width", bench_sweeps),
     "leakage": ("ZKLoRA: errors of thieves, predicted and by least squares", bench_leakage),
     "share": ("ZKLoRA: what part of the demo's adapter a thief has", bench_share),
-    "decision": ("ZKLoRA: pairs of losses until a buyer decides", bench_decision),
+    "decision": ("ZKLoRA: losses until a buyer decides", bench_decision),
 }
 
 

@@ -10,8 +10,9 @@ from paris_ray.zklora.sequential import Verdict, Wanted, evidence
 
 
 def verdict(gains: list[float], **options: float) -> Verdict:
-    """Decide on pairs whose log ratios are these."""
-    return Wanted(**options).verdict(np.exp(np.array(gains)), np.ones(len(gains)))
+    """Decide on examples whose log ratios, at their one level, are these."""
+    ratios = np.array([gains])
+    return Wanted(**options).verdict(np.exp(ratios), np.ones_like(ratios))
 
 
 def test_evidence_is_the_mixture_of_likelihood_ratios() -> None:
@@ -57,6 +58,17 @@ def test_a_wrong_decision_is_as_rare_as_stated_however_often_one_looks(sign: int
                 errors += found is wrong
                 break
     assert errors / runs < 0.1
+
+
+def test_levels_that_gain_unlike_make_no_example_doubtful() -> None:
+    ratios = np.array([[0.95, 0.96, 0.94], [0.05, 0.06, 0.04]])
+    assert Wanted().verdict(np.exp(ratios), np.ones_like(ratios)) is Verdict.WORTH
+    assert verdict(list(ratios.flatten())) is Verdict.UNDECIDED
+
+
+def test_two_examples_that_agree_are_enough() -> None:
+    assert verdict([2.3, 2.4]) is Verdict.WORTH
+    assert verdict([2.3, 1.2]) is Verdict.UNDECIDED
 
 
 def test_a_clear_gain_and_a_clear_loss_are_seen_early() -> None:

@@ -24,12 +24,12 @@ import torch
 from jobs.command import fail, log_to_stdout
 from paris_ray.artifacts import VerifiedFolder, canonical_json
 from paris_ray.bundle import bundle_digest, load_bundle
-from paris_ray.bundle.admissions import VERDICT, parse_admission
 from paris_ray.config import load
 from paris_ray.encoders.images import OPEN_CLIP_FILES, load_features
 from paris_ray.errors import ParisError
 from paris_ray.folders import Folder
 from paris_ray.identity import Identity
+from paris_ray.model_folder.admissions import VERDICT, parse_admission
 from paris_ray.roster.admission.copies import read_shard
 from paris_ray.roster.admission.drawings import Look
 from paris_ray.roster.admission.page import verdict_page

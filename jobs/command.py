@@ -134,7 +134,7 @@ def fail(error: ParisError) -> int:
 def _print_plan(config: Config, verb: str) -> None:
     # Imported only now: they import torch, and --help is quick.
     from paris_ray.planning import plan, render
-    from paris_ray.sampling.routing import parse_routing
+    from paris_ray.sampling_options import parse_routing
 
     num_experts = config.cluster.num_clusters
     routing = parse_routing(config.sampling.routing, num_experts)

@@ -21,6 +21,7 @@ from typing import get_args
 import safetensors.torch
 
 from jobs.command import fail
+from paris_ray.config.release import write_document
 from paris_ray.errors import ArtifactError, ParisError
 from paris_ray.folders import Folder
 from paris_ray.models.convert import (
@@ -32,7 +33,6 @@ from paris_ray.models.convert import (
     read_dit,
 )
 from paris_ray.models.expert import Expert
-from paris_ray.models.release import write_document
 from paris_ray.run import EXPERT_WEIGHTS, MODEL_CONFIG
 
 NOTES = "conversion.txt"

@@ -14,7 +14,7 @@ from paris_ray.embeddings import read_table
 from paris_ray.folders import Folder
 from paris_ray.sampling import generate
 from paris_ray.sampling.generation import sample
-from paris_ray.sampling.sampler import sampling_options
+from paris_ray.sampling_options import sampling_options
 
 NIGHT_TINT = np.array([70, 90, 160])  # what white looks like by night
 NUM_HELD_OUT = 8  # half of all at most

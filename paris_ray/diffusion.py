@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from paris_ray.config import ExpertConfig, SolverName, TimeGrid, TrainingConfig
+from paris_ray.config import ExpertConfig, TimeGrid, TrainingConfig
 from paris_ray.models import EncodedText, Expert, Router, TextConditioning
 
 TIME_SCALE = 1000.0
@@ -107,14 +107,6 @@ def sampling_times(num_inference_steps: int, grid: TimeGrid = "linspace") -> Ten
         return torch.linspace(1.0, 0.0, num_inference_steps + 1)
     last = 1 / TIME_SCALE if grid == "flow-match-euler" else 1 / (2 * num_inference_steps - 1)
     return torch.cat([torch.linspace(1.0, last, num_inference_steps), torch.zeros(1)])
-
-
-def num_evaluations(solver: SolverName, num_inference_steps: int) -> int:
-    """Return how many velocities a sample asks for: one a step; of Heun's steps, two but the last.
-
-    This, and not the number of steps, is what a picture costs.
-    """
-    return 2 * num_inference_steps - 1 if solver == "heun" else num_inference_steps
 
 
 def _path_variance(t: Tensor) -> Tensor:

@@ -1,4 +1,8 @@
-"""The exceptions that users can meet; messages name the field, the value and what is allowed."""
+"""The exceptions that users can meet; messages name the field, the value and what is allowed.
+
+Those at the end are of a drawing that nothing was wrong with: they are no ParisError. They are here
+since they travel between processes, of which some never compute.
+"""
 
 
 class ParisError(ValueError):
@@ -71,3 +75,32 @@ class TradeError(ParisError):
 
 class PictureError(ParisError):
     """A file that is no picture, or carries no record of how it was drawn."""
+
+
+class SamplingError(RuntimeError):
+    """The experts gave latents that are no picture."""
+
+
+class ExpertsLostError(RuntimeError):
+    """No expert is left that could draw."""
+
+
+class QueueFullError(RuntimeError):
+    """There is no room for a request now.
+
+    Args:
+        reason: For a person.
+        position: How many pictures wait already.
+        retry_after_s: When there may be room.
+    """
+
+    def __init__(self, reason: str, position: int, retry_after_s: float) -> None:
+        super().__init__(reason)
+        self.reason, self.position, self.retry_after_s = reason, position, retry_after_s
+
+    def __reduce__(self) -> tuple[type["QueueFullError"], tuple[str, int, float]]:
+        return type(self), (self.reason, self.position, self.retry_after_s)
+
+
+class DeadlineError(RuntimeError):
+    """A request took longer than it was allowed to."""

@@ -17,17 +17,22 @@ from paris_ray.bundle import (
     Dtype,
     facts_to_json,
 )
-from paris_ray.bundle.admissions import ADMISSIONS, admission_names
-from paris_ray.bundle.history import EXPORTED, write_history
-from paris_ray.bundle.history import FILE as HISTORY
 from paris_ray.config import CodecConfig, Config, SamplingConfig, TextConfig
 from paris_ray.embeddings import num_rows, part_names, read_rows
-from paris_ray.encoders import codec
-from paris_ray.encoders.autoencoder import VAE_FILES
-from paris_ray.encoders.clip import TEXT_ENCODER, TEXT_ENCODER_FILES, TOKENIZER, tokenizer_files
+from paris_ray.encoders.folders import (
+    CODEC_FILES,
+    MINILM_FILES,
+    TEXT_ENCODER,
+    TEXT_ENCODER_FILES,
+    TOKENIZER,
+    VAE_FILES,
+    tokenizer_files,
+)
 from paris_ray.encoders.hub import HUB_NAME
-from paris_ray.encoders.text import MODEL_FILES
 from paris_ray.folders import Folder
+from paris_ray.model_folder.admissions import ADMISSIONS, admission_names
+from paris_ray.model_folder.history import EXPORTED, write_history
+from paris_ray.model_folder.history import FILE as HISTORY
 from paris_ray.run import (
     CLUSTERS,
     DISTILLED,
@@ -206,11 +211,11 @@ def _files_of(name: str, part: VerifiedFolder, num_experts: int) -> tuple[str, .
     if name == ADMISSIONS:
         return admission_names(part.folder, num_experts)
     if name == TEXT_ENCODER:
-        return MODEL_FILES if _is_minilm(part) else TEXT_ENCODER_FILES
+        return MINILM_FILES if _is_minilm(part) else TEXT_ENCODER_FILES
     return {
         "router": (MODEL_CONFIG, ROUTER_WEIGHTS),
         SEED: (MODEL_CONFIG, EXPERT_WEIGHTS),
-        "codec": (codec.CONFIG, codec.WEIGHTS),
+        "codec": CODEC_FILES,
         "vae": VAE_FILES,
         CLUSTERS: (cluster_facts.FILE,),
     }[name]

@@ -5,9 +5,9 @@ from types import MappingProxyType
 from typing import Any
 
 from paris_ray.bundle import Bundle
-from paris_ray.bundle.admissions import SignedAdmission
-from paris_ray.bundle.history import Entry, History, Rows
 from paris_ray.config import PRESETS, ExpertConfig, SamplingConfig
+from paris_ray.model_folder.admissions import SignedAdmission
+from paris_ray.model_folder.history import Entry, History, Rows
 
 TEMPLATE = """\
 # {name}

@@ -15,7 +15,7 @@ from PIL import Image, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from paris_ray.config import SolverName, TimeGrid
+from paris_ray.config import Dtype, SolverName, TimeGrid
 from paris_ray.errors import PictureError
 
 PictureFormat = Literal["png", "jpeg", "webp"]
@@ -87,7 +87,7 @@ class PictureRecord:
     software: str
     model: str
     bundle: str | None
-    dtype: Literal["float32", "bfloat16", "float16"] | None
+    dtype: Dtype | None
     prompt: str
     seed: int
     sampling: Sampling

@@ -20,7 +20,7 @@ from ray.serve import Application
 from ray.serve.config import AutoscalingConfig
 
 from paris_ray import trials
-from paris_ray.bundle import Dtype
+from paris_ray.config import Dtype
 from paris_ray.errors import ConfigError
 from paris_ray.folders import absolute_uri
 from paris_ray.loopback import is_loopback
@@ -29,6 +29,7 @@ from paris_ray.storage import is_uri
 from serve import gate
 from serve.expert import ExpertServer
 from serve.ingress import HttpOptions, Ingress
+from serve.opening import open_bundle
 from serve.routes import create_api
 from serve.sampler import Sampler
 from serve.scaling import EXPERT_PREFIX, SAMPLER
@@ -278,7 +279,7 @@ def build(args: AppArgs) -> Application:
             model.
     """
     source = _source(args).pinned()
-    bundle = source.open()
+    bundle = open_bundle(source)
     num_models = bundle.num_models if args.last_resort else bundle.num_experts
     # From here on each adapter tells its expert, so that an expert reads only its own.
     loras = [lora.pinned(bundle.loras[lora.name]) for lora in source.loras]

@@ -5,13 +5,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Literal
 
-from paris_ray.bundle import Bundle
-from paris_ray.diffusion import num_evaluations
 from paris_ray.encoders.inspection import TextInspector, TextReport, is_blank
 from paris_ray.errors import ParisError
+from paris_ray.model_folder.description import BundleDescription
 from paris_ray.pictures import PictureFormat, Sampling
-from paris_ray.sampling.routing import check_allowed_experts
-from paris_ray.sampling.sampler import SamplingOptions, sampling_options
+from paris_ray.sampling_options import (
+    SamplingOptions,
+    check_allowed_experts,
+    num_evaluations,
+    sampling_options,
+)
 from serve.drawing import DrawRequest
 from serve.errors import invalid
 from serve.schemas import (
@@ -43,14 +46,14 @@ class Served:
     """What one application offers.
 
     Attributes:
-        bundle: Only its description is read.
+        bundle: What it tells of itself.
         inspector: Of its text encoder.
         aliases: Other names of the model.
         max_size: The largest width and height to resize to; None: pictures are not resized.
         signer: Signs their files; None: they are not signed.
     """
 
-    bundle: Bundle
+    bundle: BundleDescription
     inspector: TextInspector
     aliases: Sequence[str]
     max_size: int | None

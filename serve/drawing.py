@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from paris_ray.sampling.sampler import SamplingOptions
+from paris_ray.sampling_options import SamplingOptions
 from serve.source import Origin
 
 Pixels = NDArray[np.uint8]
@@ -91,6 +91,18 @@ class Drawing:
 
 class OtherOriginError(RuntimeError):
     """A Sampler has another bundle, data type or adapter than what alone may draw a request."""
+
+
+class ExpertUnavailableError(RuntimeError):
+    """An expert is being replaced; the call may be made again."""
+
+
+class OtherVersionError(RuntimeError):
+    """Another bundle or other adapters than the picture was begun, or its request checked, with.
+
+    This is so while Serve replaces replicas, one deployment at its own pace: the picture can only
+    be drawn again from its beginning, by a Sampler of the experts' version.
+    """
 
 
 class RequestCancelledError(RuntimeError):

@@ -23,6 +23,9 @@ from paris_ray.sampling.guidance import KeyedText
 from paris_ray.sampling.local import LocalModels
 from serve import metrics
 from serve.coalescing import Coalescer
+from serve.drawing import ExpertUnavailableError, OtherVersionError
+from serve.measuring import compute
+from serve.opening import open_bundle
 from serve.source import BundleSource
 
 Floats = NDArray[np.float32]
@@ -91,18 +94,6 @@ def to_array(tensor: torch.Tensor) -> Floats:
     return array
 
 
-class ExpertUnavailableError(RuntimeError):
-    """An expert is being replaced; the call may be made again."""
-
-
-class OtherVersionError(RuntimeError):
-    """Another bundle or other adapters than the picture was begun, or its request checked, with.
-
-    This is so while Serve replaces replicas, one deployment at its own pace: the picture can only
-    be drawn again from its beginning, by a Sampler of the experts' version.
-    """
-
-
 class ExpertServer:
     """A deployment that holds one expert; any replica can answer any call.
 
@@ -117,7 +108,7 @@ class ExpertServer:
 
     def __init__(self, source: BundleSource, index: int, *, threads: int, max_rows: int) -> None:
         torch.set_num_threads(threads)
-        self._index, self._bundle, self._version = index, source.open(), source.version
+        self._index, self._bundle, self._version = index, open_bundle(source), source.version
         self._models = LocalModels(self._bundle, exact=source.exact)
         self._texts: OrderedDict[bytes, TextConditioning] = OrderedDict()
         self._asked = Coalescer(self._answer, size=_num_rows, most=max_rows)
@@ -178,7 +169,7 @@ class ExpertServer:
     async def _answer(self, asked: list[list[ExpertCall]]) -> list[list[Tensor]]:
         """Answer the calls of some questions together."""
         calls = [call for calls in asked for call in calls]
-        answers = iter(await asyncio.to_thread(metrics.compute, self._models.answer, calls))
+        answers = iter(await asyncio.to_thread(compute, self._models.answer, calls))
         return [[next(answers) for _ in calls] for calls in asked]
 
 

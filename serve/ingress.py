@@ -13,11 +13,11 @@ from pydantic import BaseModel
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
-from paris_ray.bundle import CONFIG, Bundle
 from paris_ray.encoders.inspection import load_text_inspector
 from paris_ray.folders import Folder
-from paris_ray.sampling.engine import Limits
-from paris_ray.sampling.sampler import sampling_options
+from paris_ray.model_folder.description import BundleDescription
+from paris_ray.model_folder.facts import CONFIG
+from paris_ray.sampling_options import sampling_options
 from serve import metrics, pictures
 from serve.access import Access, Frontage
 from serve.checking import Order, Served, check
@@ -41,7 +41,6 @@ from serve.source import BundleSource
 
 WEB = Path(__file__).parent / "web"
 PAGE = "index.html"
-LIMITS = Limits()
 RANDOM_SEEDS = 2**32  # seeds we draw: short for people, and exact as JavaScript numbers
 HEALTH_TIMEOUT_S = 5
 READY_TIMEOUT_S = 0.8  # so that it is answered within a second
@@ -55,7 +54,7 @@ class HttpOptions(BaseModel):
         max_size: The largest width and height that pictures are resized to; None: they are not.
         public_url: What links begin with; None: as the request for the picture was addressed.
         timeout_s: Seconds after which a request is given up.
-        max_pictures: The most pictures of one request: as many as a Sampler takes on.
+        max_pictures: The most pictures of one request: as many as a Sampler takes on; None: any.
         signing: By whom files are signed; None: they are not.
     """
 
@@ -63,7 +62,7 @@ class HttpOptions(BaseModel):
     max_size: int | None = 2048
     public_url: str | None = None
     timeout_s: float = 110
-    max_pictures: int = LIMITS.max_pictures
+    max_pictures: int | None = None
     signing: SigningOptions | None = None
 
 
@@ -83,7 +82,7 @@ class Caller(BaseModel):
     base_url: str
 
 
-def _expert_facts(bundle: Bundle) -> list[ExpertFacts]:
+def _expert_facts(bundle: BundleDescription) -> list[ExpertFacts]:
     """Return what a bundle tells of its experts."""
     names = [
         [name for name, at in bundle.loras.items() if at == k] for k in range(bundle.num_experts)
@@ -102,7 +101,7 @@ def _expert_facts(bundle: Bundle) -> list[ExpertFacts]:
 
 
 class Ingress:
-    """The deployment that HTTP requests reach; it holds no weights.
+    """The deployment that HTTP requests reach; it holds no weights, and needs no torch.
 
     Args:
         source: Where the bundle is; only its description and its tokenizer are read.
@@ -123,7 +122,7 @@ class Ingress:
         api_key_file: str | None,
         options: HttpOptions | None = None,
     ) -> None:
-        bundle = source.open()
+        bundle = source.describe()
         # Defaults that are not allowed must fail the deployment, not every request without its own.
         sampling_options(bundle)
         self.access, self.options = Access(api_key_file), options or HttpOptions()

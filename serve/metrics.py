@@ -7,17 +7,12 @@ send, nor who they are.
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import Any
 
 from ray.serve.metrics import Counter, Gauge, Histogram
-
-from paris_ray.sampling.calls import ROUTER, Call
-from paris_ray.sampling.engine import Engine
-
-Answers = TypeVar("Answers")
 
 # From a millisecond to ten minutes; finer where quantiles are looked at.
 SECONDS = [float(f"{digit}e{power}") for power in range(-3, 3) for digit in (1, 2, 5)]
@@ -170,33 +165,3 @@ WAITING_CALLS = Level("paris_waiting_calls", "Calls that wait for a model.", ("m
 FAILING = Level(
     "paris_failing_models", "1: the model did not answer when it was last asked.", ("model",)
 )
-
-
-def model_label(model: int) -> str:
-    """Return what the label `model` says: `router`, or the number of an expert."""
-    return "router" if model == ROUTER else str(model)
-
-
-def add_router_mass(expert_usage: Sequence[Sequence[float]]) -> None:
-    """Add the pictures of a request; `(n, K)`, rows sum to 1."""
-    for k, mass in enumerate(map(sum, zip(*expert_usage, strict=True))):
-        ROUTER_MASS.add(mass, model=str(k))
-
-
-def set_levels(engine: Engine) -> None:
-    """Tell what a Sampler has to do."""
-    ACTIVE.set(engine.num_active)
-    WAITING.set(engine.num_waiting)
-    STEPS_LEFT.set(engine.num_left)
-    failing = engine.failing
-    for model, count in engine.waiting_calls.items():
-        WAITING_CALLS.set(count, model=model_label(model))
-        FAILING.set(float(model in failing), model=model_label(model))
-
-
-def compute(answer: Callable[[Sequence[Call]], Answers], calls: Sequence[Call]) -> Answers:
-    """Return the answers to calls of one model, and measure what they cost."""
-    model = model_label(calls[0].model)
-    ROWS_COMPUTED.observe(sum(call.num_rows for call in calls), model=model)
-    with CALLS.time(model=model, part="compute"):
-        return answer(calls)

@@ -12,19 +12,18 @@ from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
-from paris_ray.errors import ParisError
-from paris_ray.sampling.engine import DeadlineError, QueueFullError
-from paris_ray.sampling.sampler import ExpertsLostError
+from paris_ray.errors import DeadlineError, ExpertsLostError, ParisError, QueueFullError
 from serve import metrics
 from serve.drawing import (
     Drawing,
     DrawRequest,
+    ExpertUnavailableError,
     OtherOriginError,
+    OtherVersionError,
     Partial,
     RequestCancelledError,
 )
 from serve.errors import ApiError, failed, retry_after, too_slow, unavailable
-from serve.expert import ExpertUnavailableError, OtherVersionError
 from serve.schemas import ErrorDetail
 
 logger = logging.getLogger(__name__)

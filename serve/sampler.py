@@ -23,7 +23,6 @@ from ray.exceptions import RayActorError
 from ray.serve.handle import DeploymentHandle
 from torch import Tensor
 
-from paris_ray.diffusion import num_evaluations
 from paris_ray.exactness import MOST_TRIED
 from paris_ray.sampling.calls import ROUTER, Call, ExpertCall
 from paris_ray.sampling.engine import (
@@ -38,16 +37,22 @@ from paris_ray.sampling.engine import (
 )
 from paris_ray.sampling.guidance import KeyedText
 from paris_ray.sampling.local import LocalModels
-from paris_ray.sampling.sampler import (
-    Denoising,
-    SamplingOptions,
-    initial_noise,
-    start_denoising,
-)
+from paris_ray.sampling.sampler import Denoising, initial_noise, start_denoising
+from paris_ray.sampling_options import SamplingOptions, num_evaluations
 from serve import metrics
 from serve.coalescing import Coalescer
-from serve.drawing import Drawing, DrawRequest, Partial, Pixels, RequestCancelledError
-from serve.expert import ExpertClient, ExpertUnavailableError, OtherVersionError
+from serve.drawing import (
+    Drawing,
+    DrawRequest,
+    ExpertUnavailableError,
+    OtherVersionError,
+    Partial,
+    Pixels,
+    RequestCancelledError,
+)
+from serve.expert import ExpertClient
+from serve.measuring import add_router_mass, compute, model_label, set_levels
+from serve.opening import open_bundle
 from serve.scaling import Reporter
 from serve.source import BundleSource, Origin
 
@@ -81,7 +86,7 @@ class Sampler:
         lanes: Sequence[int] = (),
     ) -> None:
         torch.set_num_threads(threads)
-        self._bundle, self._source, self._limits = source.open(), source, limits
+        self._bundle, self._source, self._limits = open_bundle(source), source, limits
         self._models = LocalModels(self._bundle, exact=source.exact)
         self._num_lanes = lanes
         self._experts = (
@@ -282,7 +287,7 @@ class Sampler:
                     metrics.STAGES.observe(drawn_s, stage="draw")
                     weights = [one.expert_weights[0].tolist() for one in samples]
                     usage = [one.expert_usage[0].tolist() for one in samples]
-                    metrics.add_router_mass(usage)
+                    add_router_mass(usage)
                     pictures = await self._decode([one.latents for one in samples])
                     yield Drawing(
                         pictures=pictures,
@@ -366,16 +371,14 @@ class Sampler:
         return min(seconds)
 
     async def _answer_here(self, calls: Sequence[Call]) -> list[Tensor]:
-        return await self._in(self._computing, metrics.compute, self._models.answer, calls)
+        return await self._in(self._computing, compute, self._models.answer, calls)
 
     async def _run_lane(
         self, models: Collection[int], ask: Answer, timeout_s: float | None
     ) -> None:
         while True:
             batch = await self._next_batch(models)
-            metrics.CALLS.observe(
-                batch.waited_s, model=metrics.model_label(batch.model), part="wait"
-            )
+            metrics.CALLS.observe(batch.waited_s, model=model_label(batch.model), part="wait")
             await self._compute(batch, ask, timeout_s)
             self._wake()
 
@@ -384,7 +387,7 @@ class Sampler:
 
         A batch that fails is computed in halves: only a request that is at fault is over.
         """
-        model = metrics.model_label(batch.model)
+        model = model_label(batch.model)
         try:
             with metrics.CALLS.time(model=model, part="answer"):
                 async with asyncio.timeout(timeout_s):
@@ -407,7 +410,7 @@ class Sampler:
         while True:
             await asyncio.sleep(EXPIRY_PERIOD_S)
             self._engine.expire(time.monotonic())
-            metrics.set_levels(self._engine)
+            set_levels(self._engine)
             self._wake()
 
     async def _next_batch(self, models: Collection[int]) -> Batch:

@@ -8,8 +8,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from paris_ray.bundle.history import Entry
 from paris_ray.config import MAX_EXPERTS, SolverName, TimeGrid
+from paris_ray.model_folder.history import Entry
 from paris_ray.pictures import PictureFormat
 
 MAX_PICTURES = 10

@@ -4,10 +4,12 @@ import hashlib
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from paris_ray.bundle import Bundle, Dtype, bundle_digest, load_bundle
+from paris_ray.config import Dtype
+from paris_ray.config.lora import ADAPTER_WEIGHTS
 from paris_ray.errors import BundleError
 from paris_ray.folders import Folder
-from paris_ray.models.peft_layout import ADAPTER_WEIGHTS
+from paris_ray.model_folder.description import BundleDescription
+from paris_ray.model_folder.layout import bundle_digest, describe_bundle
 from paris_ray.pictures import LoRARecord
 from paris_ray.receipts import file_sha256
 
@@ -122,24 +124,14 @@ class BundleSource(NamedTuple):
         """Return the source with the adapters of one expert alone."""
         return self._replace(loras=tuple(lora for lora in self.loras if lora.expert == index))
 
-    def open(self) -> Bundle:
-        """Return the bundle with its adapters.
+    def describe(self) -> BundleDescription:
+        """Return what the bundle tells of itself; it must be pinned, by which it has been opened.
 
         Raises:
-            BundleError: if there is none, or another one, or an adapter does not fit it or is
-                another one.
-            ReceiptError: if an adapter was bought, and its receipt does not allow it.
+            BundleError: if there is none, or another one.
         """
-        bundle = load_bundle(
-            self.uri, self.digest, dtype=self.dtype, device=self.device, offload=self.offload
-        )
+        loras = {}
         for lora in self.loras:
-            lora.check()
-            bundle.add_lora(
-                lora.name,
-                lora.uri,
-                expert=lora.expert,
-                merge=lora.merge,
-                receipt_key=lora.receipt_key,
-            )
-        return bundle
+            assert lora.expert is not None
+            loras[lora.name] = lora.expert
+        return describe_bundle(self.uri, self.digest, loras=loras)

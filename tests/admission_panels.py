@@ -18,9 +18,9 @@ from torch import Tensor
 
 from paris_ray.bundle import Bundle
 from paris_ray.config import ExpertConfig
+from paris_ray.config.release import write_document
 from paris_ray.folders import Folder
 from paris_ray.models import Expert
-from paris_ray.models.release import write_document
 from paris_ray.roster.admission.panel import HeldOut, Panel
 from paris_ray.run import EXPERT_WEIGHTS, MODEL_CONFIG
 

@@ -31,13 +31,13 @@ from paris_ray.config import (
     RouterConfig,
     SamplingConfig,
 )
+from paris_ray.config.release import write_document
 from paris_ray.encoders.codec import PatchPCA
 from paris_ray.export import write_bundle
 from paris_ray.folders import Folder
 from paris_ray.models import Expert, Router
 from paris_ray.models.lora import Adapter
 from paris_ray.models.peft_layout import save_adapter
-from paris_ray.models.release import write_document
 from paris_ray.run import BUNDLE, EXPERT_WEIGHTS, ROUTER_WEIGHTS
 from paris_ray.training.distil import write_single_router
 

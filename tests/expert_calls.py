@@ -8,7 +8,8 @@ from paris_ray.bundle import Bundle
 from paris_ray.models import TextConditioning
 from paris_ray.sampling.calls import Call, ExpertCall
 from paris_ray.sampling.local import LocalModels
-from paris_ray.sampling.sampler import SamplingOptions, Step, advance, start_denoising
+from paris_ray.sampling.sampler import Step, advance, start_denoising
+from paris_ray.sampling_options import SamplingOptions
 
 
 def first_expert_calls(

@@ -11,11 +11,12 @@ from itertools import count
 
 import torch
 
+from paris_ray.errors import ExpertsLostError
 from paris_ray.models import TextConditioning
 from paris_ray.sampling.calls import ROUTER, Call, ExpertCall, RouterCall
 from paris_ray.sampling.engine import Batch, Engine, Event, Failed, Finished, Ticket
 from paris_ray.sampling.guidance import KeyedText
-from paris_ray.sampling.sampler import Answers, Denoising, ExpertsLostError, Samples, Step
+from paris_ray.sampling.sampler import Answers, Denoising, Samples, Step
 
 NUM_EXPERTS = 3
 MOST_EVENTS = 1_000_000  # of a simulation

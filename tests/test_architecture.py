@@ -30,11 +30,25 @@ def test_the_core_imports_without_ray() -> None:
     ],
 )
 def test_prepare_starts_without_what_takes_seconds_to_import(modules: str, heavy: str) -> None:
-    imports = "; ".join(f"import paris_ray.pipeline.{name}" for name in modules.split())
-    check = (
-        f"import sys; found = set({heavy.split()}) & sys.modules.keys(); assert not found, found"
-    )
+    import_without([f"paris_ray.pipeline.{name}" for name in modules.split()], heavy.split())
+
+
+def import_without(modules: list[str], heavy: list[str]) -> None:
+    """Import modules in a process of their own; fail if something heavy comes with them."""
+    imports = "; ".join(f"import {name}" for name in modules)
+    check = f"import sys; found = set({heavy}) & sys.modules.keys(); assert not found, found"
     subprocess.run([sys.executable, "-c", f"{imports}; {check}"], check=True, cwd=REPOSITORY)
+
+
+# All of serve/ that an Ingress needs, Ray's proxy among them; the others compute, or deploy it all.
+COMPUTING = {"app", "coalescing", "expert", "measuring", "opening", "sampler"}
+OF_THE_INGRESS = {file.stem for file in (REPOSITORY / "serve").glob("*.py")} - COMPUTING
+
+
+def test_an_ingress_starts_without_what_it_never_computes_with() -> None:
+    modules = [f"serve.{name}" for name in sorted(OF_THE_INGRESS - {"__init__"})]
+    assert {"serve.ingress", "serve.routes", "serve.source"} <= set(modules)
+    import_without(modules, ["torch", "safetensors.torch", "transformers", "tokenizers", "einops"])
 
 
 def test_python_without_assertions_checks_as_much() -> None:

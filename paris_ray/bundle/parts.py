@@ -10,38 +10,40 @@ import torch
 
 from paris_ray.artifacts import VerifiedFolder
 from paris_ray.bundle.adapters import LoRA, read_lora
-from paris_ray.bundle.admissions import (
-    ADMISSIONS,
-    SignedAdmission,
-    admission_names,
-    read_admission,
-    read_verdict,
-)
-from paris_ray.bundle.facts import BundleFacts
-from paris_ray.bundle.history import EXPORTED, History
 from paris_ray.bundle.texts import Texts
-from paris_ray.bundle.weights import DTYPES, Dtype, StoredModel
-from paris_ray.cluster_facts import ClusterFacts, read_clusters
-from paris_ray.config import ExpertConfig, RouterConfig
+from paris_ray.bundle.weights import DTYPES, StoredModel, read_header
+from paris_ray.config import Dtype, ExpertConfig, RouterConfig
 from paris_ray.devices import resolve_device
 from paris_ray.encoders.codec import Codec, load_codec
+from paris_ray.encoders.folders import (
+    CODEC_WEIGHTS,
+    TEXT_ENCODER,
+    TEXT_ENCODER_WEIGHTS,
+    TOKENIZER,
+    VAE_WEIGHTS,
+)
 from paris_ray.encoders.text import TextEncoder, load_text_encoder
-from paris_ray.errors import BundleError, ConfigError, ParisError
+from paris_ray.errors import BundleError, ConfigError
+from paris_ray.model_folder.description import BundleDescription
+from paris_ray.model_folder.facts import BundleFacts
+from paris_ray.model_folder.history import EXPORTED, History
 from paris_ray.models import Expert, Router, TextConditioning
 from paris_ray.models.lora import attach_all
-from paris_ray.receipts import file_sha256
-from paris_ray.run import CLUSTERS, EXPERT_WEIGHTS, MODEL_CONFIG, ROUTER_WEIGHTS, SEED
+from paris_ray.run import MODEL_CONFIG
 
 MAX_RESIDENT = 2  # experts on the device with offload=True: those of top-2, the default
+ENCODER_WEIGHTS = {
+    "vae": VAE_WEIGHTS,
+    "codec": CODEC_WEIGHTS,
+    TEXT_ENCODER: TEXT_ENCODER_WEIGHTS,
+}
 
 
-class Bundle:
+class Bundle(BundleDescription):
     """Experts, router, codec and text encoder that belong together; each loads on first use.
 
     Args:
-        parts: By folder name: `expert_0` ... `expert_K-1`, `router`, `vae` or `codec`,
-            `text_encoder` and, for CLIP, `tokenizer`; `seed`, `clusters` and `admissions`, if there
-            are any.
+        parts: As of `BundleDescription`, like the next three.
         facts: What the bundle says of itself.
         history: What became of its experts.
         defaults: Values of fields that the models' `config.json` do not tell.
@@ -68,32 +70,25 @@ class Bundle:
     ) -> None:
         if dtype not in (None, *DTYPES):
             raise ConfigError(f"dtype={dtype!r} is not allowed: {', '.join(DTYPES)} or None")
-        self.parts, self.facts, self.history, self.offload = parts, facts, history, offload
-        self.num_experts = sum(name.startswith("expert_") for name in parts)
-        self._device_name = device
+        super().__init__(parts, facts, history=history, defaults=defaults)
+        self.offload, self._device_name = offload, device
         self._dtype = None if dtype is None else DTYPES[dtype]
-        names = [f"expert_{k}" for k in range(self.num_experts)]
-        names += [SEED] if SEED in parts else []
         self._experts = {
-            name: StoredModel(Expert, parts[name], defaults=defaults) for name in names
+            name: StoredModel(Expert, parts[name], defaults=defaults) for name in self._expert_names
         }
         self._router = StoredModel(Router, parts["router"], defaults=defaults)
         most = MAX_RESIDENT if offload else self.num_models
-        self._loras: dict[str, LoRA] = {}
-        self._resident = _Resident(self._load_expert, self._loras, most)
+        self._adapters: dict[str, LoRA] = {}
+        self._resident = _Resident(self._load_expert, self._adapters, most)
 
-    @property
-    def num_models(self) -> int:
-        """How many experts there are with the last resort, if there is one."""
-        return len(self._experts)
+    # A model keeps its own: no document is read twice.
+    def _expert_config(self, name: str) -> ExpertConfig:
+        config: ExpertConfig = self._experts[name].config
+        return config
 
-    @property
-    def last_resort(self) -> int | None:
-        """The number, after all others, of the seed that the experts started from; None: no seed.
-
-        It draws in the place of an expert that is lost: the router does not know of it.
-        """
-        return self.num_experts if SEED in self._experts else None
+    def _router_config(self) -> RouterConfig:
+        config: RouterConfig = self._router.config
+        return config
 
     def expert(self, index: int, lora: str | None = None) -> Expert:
         """Return expert `index`, or the last resort, with one of its adapters or as it is.
@@ -101,7 +96,7 @@ class Bundle:
         Raises:
             BundleError: if its configuration or weights do not fit.
         """
-        if lora is not None and self._loras[lora].expert != index:
+        if lora is not None and self.loras[lora] != index:
             raise ValueError(f"lora={lora!r} is not an adapter of expert {index}")
         return self._resident.get(index, lora)
 
@@ -117,7 +112,7 @@ class Bundle:
 
         A merged one has weights of its own.
         """
-        return lora is None or not self._loras[lora].merged
+        return lora is None or not self._adapters[lora].merged
 
     def add_lora(
         self,
@@ -148,9 +143,9 @@ class Bundle:
                 not OPENED, or is for other weights or another expert; or if a key is given, and
                 there is no receipt.
         """
-        if name in self._loras:
+        if name in self.loras:
             raise ConfigError(f"lora={name!r} is not allowed: there is one of that name already")
-        self._loras[name] = read_lora(
+        self._adapters[name] = read_lora(
             path,
             self.expert_configs,
             lambda index: self.weights_digest(f"expert_{index}"),
@@ -158,17 +153,7 @@ class Bundle:
             merged=merge,
             receipt_key=receipt_key,
         )
-
-    @property
-    def loras(self) -> dict[str, int]:
-        """Number of the expert of each adapter, by its name."""
-        return {name: lora.expert for name, lora in self._loras.items()}
-
-    def check_lora(self, name: str | None) -> None:
-        """Raise ParisError, with the names that there are, unless an adapter has this one."""
-        if name is not None and name not in self._loras:
-            allowed = ", ".join(map(repr, self._loras)) or "the bundle has none"
-            raise ParisError(f"lora={name!r} is not allowed: {allowed}")
+        self.loras[name] = self._adapters[name].expert
 
     def holds(self, index: int) -> bool:
         """Return whether expert `index` is loaded."""
@@ -210,9 +195,9 @@ class Bundle:
     @torch.inference_mode(False)
     def text_encoder(self) -> TextEncoder:
         """The text encoder; raises BundleError if it is damaged."""
-        text_encoder = self.parts["text_encoder"]
+        text_encoder = self.parts[TEXT_ENCODER]
         # Only CLIP's tokenizer has a folder of its own.
-        tokenizer = self.parts.get("tokenizer", text_encoder)
+        tokenizer = self.parts.get(TOKENIZER, text_encoder)
         return load_text_encoder(text_encoder, tokenizer).to(self.device)
 
     @cached_property
@@ -238,81 +223,6 @@ class Bundle:
             )
         return text
 
-    @property
-    def latent_shape(self) -> tuple[int, int, int]:
-        """Shape `(C, H, W)` of one picture's latents."""
-        return _latent_shape(self.router_config)
-
-    @property
-    def expert_configs(self) -> tuple[ExpertConfig, ...]:
-        """The architectures; raises BundleError if one reads other latents than the router."""
-        return tuple(self._configs.values())[: self.num_experts]
-
-    @cached_property
-    def _configs(self) -> dict[str, ExpertConfig]:
-        """The same by part, the seed's with them."""
-        configs = {name: expert.config for name, expert in self._experts.items()}
-        for name, config in configs.items():
-            shape = _latent_shape(config)
-            if shape != self.latent_shape:
-                raise BundleError(
-                    f"{name}/{MODEL_CONFIG}: latents of shape {shape}, "
-                    f"but the router reads {self.latent_shape}"
-                )
-        return configs
-
-    @cached_property
-    def router_config(self) -> RouterConfig:
-        """The router's architecture; raises BundleError if it is for another number of experts."""
-        config: RouterConfig = self._router.config
-        if config.num_experts != self.num_experts:
-            raise BundleError(
-                f"router/{MODEL_CONFIG}: num_experts={config.num_experts}, "
-                f"but the bundle has {self.num_experts} experts"
-            )
-        return config
-
-    @cached_property
-    def clusters(self) -> list[ClusterFacts]:
-        """What each expert was trained on; empty if the bundle does not tell.
-
-        Raises:
-            BundleError: if the file that tells is damaged.
-        """
-        part = self.parts.get(CLUSTERS)
-        return [] if part is None else read_clusters(part, self.num_experts)
-
-    @cached_property
-    def admissions(self) -> dict[int, SignedAdmission]:
-        """The verdicts on experts that came from strangers, by the expert's number.
-
-        Raises:
-            BundleError: if one is damaged, or is one of other weights than the expert's.
-        """
-        part = self.parts.get(ADMISSIONS)
-        if part is None:
-            return {}
-        verdicts = {}
-        for name in admission_names(part.folder, self.num_experts):
-            expert = name.removesuffix(".json")
-            where = f"{part.folder.uri}/{name}"
-            verdict = read_admission(read_verdict(part, name), where, self.parts[expert])
-            verdicts[int(expert.removeprefix("expert_"))] = verdict
-        return dict(sorted(verdicts.items()))
-
-    def weights_digest(self, part: str) -> str:
-        """Return the SHA-256 of the weights of an expert or the router, in hexadecimal.
-
-        It is the published one, or computed where nobody published any, which reads the file.
-
-        Args:
-            part: `router`, `seed`, or `expert_` and a number.
-        """
-        name = ROUTER_WEIGHTS if part == "router" else EXPERT_WEIGHTS
-        source = self.parts[part]
-        published = (source.digests or {}).get(name)
-        return published or file_sha256(source.folder, name)
-
     def num_parameters(self) -> tuple[tuple[int, ...], int]:
         """Return the number of parameters of every expert, and of the router."""
         models = tuple(expert.num_parameters() for expert in self._experts.values())
@@ -321,12 +231,18 @@ class Bundle:
     def check_headers(self) -> None:
         """Compare every model of a local bundle with its weights' header; no tensor is read.
 
+        Of codec and text encoder, which are compared when they load, it must be one at all.
+
         Raises:
             BundleError: naming the file, and the tensor that does not fit.
         """
         for expert in self._experts.values():
             expert.check_header(self._dtype)
         self._router.check_header(self._dtype)
+        for name, weights in ENCODER_WEIGHTS.items():
+            if name in self.parts:
+                folder = self.parts[name].folder
+                read_header(folder.local_path / weights, f"{folder.uri}/{weights}")
 
     @cached_property
     def texts(self) -> Texts:
@@ -394,7 +310,3 @@ class _Resident:
 def load_expert(part: VerifiedFolder) -> Expert:
     """Return the expert in a folder; raises BundleError if its weights do not fit its config."""
     return StoredModel(Expert, part).load(torch.device("cpu"))
-
-
-def _latent_shape(config: ExpertConfig | RouterConfig) -> tuple[int, int, int]:
-    return config.in_channels, config.input_size, config.input_size

@@ -5,21 +5,24 @@ from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Generic, Literal, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
 
 from paris_ray.artifacts import VerifiedFolder
-from paris_ray.config import ExpertConfig, RouterConfig
-from paris_ray.errors import BundleError, ConfigError
+from paris_ray.config import Dtype, ExpertConfig, RouterConfig
+from paris_ray.errors import BundleError
+from paris_ray.model_folder.description import read_config
 from paris_ray.models import Expert, Router
-from paris_ray.models.release import read_document
 from paris_ray.run import EXPERT_WEIGHTS, MODEL_CONFIG, ROUTER_WEIGHTS
 
-Dtype = Literal["float32", "bfloat16", "float16"]
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES: Mapping[Dtype, torch.dtype] = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
 STORED_DTYPES = ("F32", "BF16", "F16")  # as safetensors calls them
 
 Model = TypeVar("Model", Expert, Router)
@@ -67,12 +70,7 @@ class StoredModel(Generic[Model]):
         Raises:
             BundleError: naming the field that is missing or not allowed.
         """
-        where = f"{self._part.folder.uri}/{MODEL_CONFIG}"
-        document = self._part.read_json(MODEL_CONFIG)
-        try:
-            return read_document(self._config_class, document, where, defaults=self._defaults)
-        except ConfigError as error:
-            raise BundleError(str(error)) from None
+        return read_config(self._config_class, self._part, self._defaults)
 
     def num_parameters(self) -> int:
         """Return how many parameters the architecture has."""

@@ -9,6 +9,9 @@ from paris_ray.config.corpus import CorpusConfig
 from paris_ray.config.training import TrainingConfig
 from paris_ray.errors import ConfigError
 
+# What PEFT calls the files of an adapter.
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
 # Every projection of every attention; "mlp.0" and "mlp.2" are the others worth naming.
 DEFAULT_TARGETS = ("in_proj", "out_proj")
 MAX_RANK = 1024

@@ -5,6 +5,8 @@ from typing import Any, Literal
 
 from paris_ray.errors import ConfigError
 
+Dtype = Literal["float32", "bfloat16", "float16"]  # of the parameters of experts and router
+
 # (hidden_size, num_layers, num_heads) of the published DiT sizes; all have patch_size 2.
 PRESETS = {
     "S/2": (384, 12, 6),

@@ -12,14 +12,20 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from paris_ray.artifacts import VerifiedFolder
+from paris_ray.encoders.folders import (
+    CONFIG,
+    MAX_BLOCKS,
+    VAE_FILES,
+    VAE_WEIGHTS,
+    downsampling,
+    require_package,
+)
 from paris_ray.encoders.hub import model_folder
 from paris_ray.encoders.pixels import to_uint8, to_unit_range
-from paris_ray.encoders.pretrained import check_sizes, load_strictly, require_package
+from paris_ray.encoders.pretrained import check_sizes, load_strictly
 from paris_ray.errors import BundleError
 from paris_ray.folders import Folder
 
-CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
-VAE_FILES = (CONFIG, WEIGHTS)
 # Of Stable Diffusion 1 and 2; their older config.json does not state it (Rombach et al. 2022).
 SCALING_FACTOR = 0.18215
 LIMITS = {
@@ -28,7 +34,7 @@ LIMITS = {
     "norm_num_groups": 256,
 }
 PICTURE_LIMITS = {"sample_size": 8192}
-MAX_BLOCKS, MAX_CHANNELS, MAX_SCALING_FACTOR = 8, 2048, 1000
+MAX_CHANNELS, MAX_SCALING_FACTOR = 2048, 1000
 DECODE_BATCH = 4  # pictures; 64 of 256 x 256 pixels at once would need over 10 GB
 # What the later autoencoders of other models changed, and this codec does not know.
 EXPECTED = {
@@ -134,13 +140,8 @@ class AutoencoderKLCodec:
             )
         with torch.device("meta"):
             autoencoder: Any = AutoencoderKL(**architecture)
-        load_strictly(autoencoder, _read_weights(source), f"{where}/{WEIGHTS}")
+        load_strictly(autoencoder, _read_weights(source), f"{where}/{VAE_WEIGHTS}")
         return cls(autoencoder, size, document.get("scaling_factor", SCALING_FACTOR))
-
-
-def downsampling(block_out_channels: Sequence[int]) -> int:
-    """Return how many pixels a latent pixel spans: every block but the last halves."""
-    return int(2 ** (len(block_out_channels) - 1))
 
 
 def _checked(document: Any, where: str) -> dict[str, Any]:
@@ -182,9 +183,9 @@ def _checked_channels(document: Mapping[str, Any], where: str) -> list[int]:
 def _read_weights(source: VerifiedFolder) -> dict[str, Tensor]:
     """Return the tensors in float32, under the names of today's diffusers."""
     try:
-        stored = safetensors.torch.load_file(source.verified_file(WEIGHTS))
+        stored = safetensors.torch.load_file(source.verified_file(VAE_WEIGHTS))
     except (SafetensorError, OSError) as error:
-        raise BundleError(f"{source.folder.uri}/{WEIGHTS} is damaged: {error}") from None
+        raise BundleError(f"{source.folder.uri}/{VAE_WEIGHTS} is damaged: {error}") from None
     return {_renamed(name): value.float() for name, value in stored.items()}
 
 

@@ -17,64 +17,25 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from paris_ray.encoders.pretrained import (
-    load_transformer,
-    read_weights,
+from paris_ray.encoders.folders import (
+    CLIP_TYPES,
+    CONFIG,
+    TEXT_ENCODER,
+    TEXT_ENCODER_FILES,
+    TEXT_ENCODER_WEIGHTS,
+    TOKENIZER,
     require_package,
-    tokenizing,
+    tokenizer_files,
 )
+from paris_ray.encoders.pretrained import load_transformer, read_weights
+from paris_ray.encoders.tokenizers import ClipTokenizer
 from paris_ray.errors import BundleError
 from paris_ray.folders import Folder, parse_json
 from paris_ray.models import TextConditioning
 
-TEXT_ENCODER, TOKENIZER = "text_encoder", "tokenizer"
-CONFIG, WEIGHTS = "config.json", "model.safetensors"
-TEXT_ENCODER_FILES = (CONFIG, WEIGHTS)
-VOCABULARY_FILES = ("vocab.json", "merges.txt")
-TOKENIZER_CONFIG = "tokenizer_config.json"
-# What a tokenizer may consist of; tokenizer.json or both vocabulary files must be there.
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    *VOCABULARY_FILES,
-    TOKENIZER_CONFIG,
-    "special_tokens_map.json",
-)
-FILE_KEYS = frozenset(
-    {"vocab", "merges", "vocab_file", "merges_file", "tokenizer_file", "tokenizer_object"}
-)
 MAX_VOCAB_SIZE = 2**16  # token ids are kept in 16 bits
 PREFIX = "text_model."
 WORD_END = "</w>"  # ends a token that ends a word
-MODEL_TYPES = ("clip_text_model", "clip")
-
-
-class ClipTokenizer:
-    """CLIP's tokenizer: token ids, as many for every caption.
-
-    Args:
-        folder: Holds the tokenizer's files.
-        max_length: Number of tokens L that every caption is cut or padded to (77).
-
-    Raises:
-        BundleError: if a file is missing or damaged.
-    """
-
-    def __init__(self, folder: Path, max_length: int) -> None:
-        self.max_length, self._folder = max_length, folder
-        self.tokenizer = _read_tokenizer(folder)
-        self.end_of_text = int(self.tokenizer.eos_token_id)
-        self.num_ids = 1 + max(self.tokenizer.get_vocab().values())
-
-    def __call__(self, captions: Sequence[str]) -> NDArray[np.uint16]:
-        """Return token ids `(B, L)`, padded with the tokenizer's own padding token.
-
-        These are what is worth keeping of a corpus: 154 bytes a caption, its states are 118 kB.
-        """
-        with tokenizing(self._folder):
-            encoded = self.tokenizer(
-                list(captions), padding="max_length", truncation=True, max_length=self.max_length
-            )
-            return np.array(encoded["input_ids"], dtype=np.uint16)
 
 
 class ClipText:
@@ -182,61 +143,23 @@ def read_text_tower(folder: Path) -> tuple[Mapping[str, Any], dict[str, Tensor]]
             raise BundleError(f"text encoder folder {folder} lacks {name}")
     document = parse_json((folder / CONFIG).read_bytes(), where)
     model_type = document.get("model_type") if isinstance(document, dict) else None
-    if model_type not in MODEL_TYPES:
-        raise BundleError(
-            f"{where}: model_type={model_type!r}, expected {' or '.join(MODEL_TYPES)}"
-        )
+    if model_type not in CLIP_TYPES:
+        raise BundleError(f"{where}: model_type={model_type!r}, expected {' or '.join(CLIP_TYPES)}")
     architecture = document if model_type == "clip_text_model" else document.get("text_config")
     if not isinstance(architecture, dict):
         raise BundleError(f"{where}: text_config={architecture!r} is no mapping")
-    state = read_weights(folder / WEIGHTS)
+    state = read_weights(folder / TEXT_ENCODER_WEIGHTS)
     if not any(name.startswith(PREFIX) for name in state):
         state = {f"{PREFIX}{name}": value for name, value in state.items()}
     tower = {name: value for name, value in state.items() if _is_text_weight(name)}
     if not tower:
-        raise BundleError(f"{folder}/{WEIGHTS} holds no text tower")
+        raise BundleError(f"{folder}/{TEXT_ENCODER_WEIGHTS} holds no text tower")
     return architecture, tower
 
 
 def _is_text_weight(name: str) -> bool:
     # Old releases of transformers stored the positions 0..76 beside the weights.
     return name.startswith(PREFIX) and not name.endswith(".position_ids")
-
-
-def _read_tokenizer(folder: Path) -> Any:
-    tokenizer_files(Folder(folder))
-    _refuse_other_files(Folder(folder))
-    require_package("transformers", folder)
-    from transformers import CLIPTokenizer
-
-    with tokenizing(folder):
-        tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
-    if tokenizer.pad_token_id is None or tokenizer.eos_token_id is None:
-        raise BundleError(f"the tokenizer in {folder} has no padding or no end-of-text token")
-    return tokenizer
-
-
-def _refuse_other_files(folder: Folder) -> None:
-    """Refuse a configuration that names the tokenizer's files: they could be any of this machine.
-
-    transformers hands every key of it to the tokenizer's constructor.
-    """
-    if not folder.exists(TOKENIZER_CONFIG):
-        return
-    document, config = folder.read_json(TOKENIZER_CONFIG), f"{folder.uri}/{TOKENIZER_CONFIG}"
-    if not isinstance(document, dict):
-        raise BundleError(f"{config} does not hold a mapping")
-    for key in sorted(document.keys() & FILE_KEYS):
-        raise BundleError(f"{config}: {key} is not allowed: the tokenizer's files have fixed names")
-
-
-def tokenizer_files(folder: Folder) -> list[str]:
-    """Return which of TOKENIZER_FILES a folder has; raises BundleError if they do not suffice."""
-    names = [name for name in TOKENIZER_FILES if folder.exists(name)]
-    if "tokenizer.json" not in names and not set(VOCABULARY_FILES) <= set(names):
-        vocabulary = " and ".join(VOCABULARY_FILES)
-        raise BundleError(f"tokenizer folder {folder.uri} lacks tokenizer.json, or {vocabulary}")
-    return names
 
 
 def copy_clip(source: Path, target: Folder) -> None:
@@ -265,4 +188,4 @@ def write_text_tower(
     config = {**architecture, "architectures": ["CLIPTextModel"], "model_type": "clip_text_model"}
     (target / TEXT_ENCODER).write_json(CONFIG, config)
     payload = safetensors.torch.save(dict(state), metadata={"format": "pt"})
-    (target / TEXT_ENCODER).write(WEIGHTS, payload)
+    (target / TEXT_ENCODER).write(TEXT_ENCODER_WEIGHTS, payload)

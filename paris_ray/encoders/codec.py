@@ -15,12 +15,10 @@ from torch import Tensor
 from paris_ray.artifacts import VerifiedFolder
 from paris_ray.config import CodecConfig
 from paris_ray.encoders.autoencoder import AutoencoderKLCodec
+from paris_ray.encoders.folders import CODEC_WEIGHTS, CONFIG
 from paris_ray.encoders.pixels import to_uint8, to_unit_range
 from paris_ray.errors import BundleError, CorpusError
 from paris_ray.folders import Folder
-
-WEIGHTS = "codec.safetensors"
-CONFIG = "config.json"
 
 
 class Codec(Protocol):
@@ -121,7 +119,7 @@ class PatchPCA:
     def save(self, folder: Folder) -> None:
         """Write weights and configuration."""
         tensors = {"mean": self.mean, "components": self.components, "scale": self.scale}
-        folder.write(WEIGHTS, safetensors.torch.save(tensors))
+        folder.write(CODEC_WEIGHTS, safetensors.torch.save(tensors))
         folder.write_json(CONFIG, {"kind": "patch_pca", "patch_size": self.patch_size})
 
 
@@ -154,9 +152,9 @@ def load_codec(source: VerifiedFolder, image_size: int | None = None) -> Codec:
 
 
 def _load_patch_pca(source: VerifiedFolder) -> PatchPCA:
-    where = f"{source.folder.uri}/{WEIGHTS}"
+    where = f"{source.folder.uri}/{CODEC_WEIGHTS}"
     try:
-        tensors = safetensors.torch.load(source.read(WEIGHTS))
+        tensors = safetensors.torch.load(source.read(CODEC_WEIGHTS))
         mean, components, scale = (tensors[name] for name in ("mean", "components", "scale"))
     except (SafetensorError, KeyError) as error:
         raise BundleError(f"{where} is not a patch_pca codec: {error}") from None

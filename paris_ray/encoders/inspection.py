@@ -5,13 +5,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from paris_ray.artifacts import VerifiedFolder
-from paris_ray.encoders.clip import CONFIG, MODEL_TYPES, ClipTokenizer, tokenizer_files
-from paris_ray.encoders.text import MAX_TOKENS, read_tokenizer
+from paris_ray.encoders.folders import CLIP_TYPES, CONFIG, TOKENIZER_FILE, tokenizer_files
+from paris_ray.encoders.tokenizers import MAX_TOKENS, ClipTokenizer, read_tokenizer
 from paris_ray.errors import BundleError
 
 INVISIBLE = frozenset({"Cc", "Cf", "Mn", "Zl", "Zp", "Zs"})  # Unicode's categories
 BLANKS = frozenset("\u115f\u1160\u2800\u3164\uffa0")  # letters and symbols that show nothing
-TOKENIZER_FILE = "tokenizer.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +74,7 @@ def load_text_inspector(text_encoder: VerifiedFolder, tokenizer: VerifiedFolder)
     if model_type == "bert":
         fast = read_tokenizer(text_encoder.verified_file(TOKENIZER_FILE))
         return TextInspector(fast, MAX_TOKENS, fast.model.unk_token)
-    if model_type in MODEL_TYPES:
+    if model_type in CLIP_TYPES:
         tower = document.get("text_config", document)
         max_tokens = tower.get("max_position_embeddings") if isinstance(tower, dict) else None
         if not isinstance(max_tokens, int):
@@ -84,7 +83,7 @@ def load_text_inspector(text_encoder: VerifiedFolder, tokenizer: VerifiedFolder)
         folder = tokenizer.local_path(tokenizer_files(tokenizer.folder))
         fast = ClipTokenizer(folder, max_tokens).tokenizer.backend_tokenizer
         return TextInspector(fast, max_tokens, None)
-    allowed = ", ".join(("bert", *MODEL_TYPES))
+    allowed = ", ".join(("bert", *CLIP_TYPES))
     where = f"{text_encoder.folder.uri}/{CONFIG}"
     raise BundleError(f"{where}: model_type={model_type!r}, allowed: {allowed}")
 

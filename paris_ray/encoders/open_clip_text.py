@@ -7,7 +7,8 @@ from open_clip.tokenizer import SimpleTokenizer
 from open_clip.transformer import ResidualAttentionBlock
 from torch import Tensor, nn
 
-from paris_ray.encoders.clip import PREFIX, TOKENIZER, write_text_tower
+from paris_ray.encoders.clip import PREFIX, write_text_tower
+from paris_ray.encoders.folders import TOKENIZER
 from paris_ray.encoders.images import load_open_clip
 from paris_ray.errors import ConfigError
 from paris_ray.folders import Folder

@@ -1,9 +1,6 @@
 """Models made by others: checked before anything is allocated for them, and loaded completely."""
 
-from collections.abc import Iterator, Mapping
-from concurrent.futures import CancelledError
-from contextlib import contextmanager
-from importlib.util import find_spec
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +11,6 @@ from torch import Tensor, nn
 
 from paris_ray.errors import BundleError
 
-_PANICS = "pyo3_runtime"  # the module of their class, which cannot be imported
 ACTIVATIONS = ("gelu", "quick_gelu")
 # Far above any text encoder; a bundle from a stranger must not make us allocate terabytes.
 TRANSFORMER_LIMITS = {
@@ -25,29 +21,6 @@ TRANSFORMER_LIMITS = {
     "intermediate_size": 16_384,
     "max_position_embeddings": 8192,
 }
-
-
-def require_package(name: str, where: object) -> None:
-    """Raise BundleError, saying what to install, unless the package that reads `where` is there."""
-    if find_spec(name) is None:
-        raise BundleError(f"{where} needs {name}: pip install 'paris_ray[paris]'")
-
-
-@contextmanager
-def tokenizing(where: object) -> Iterator[None]:
-    """Raise BundleError for whatever a stranger's tokenizer makes its library raise.
-
-    That has no narrower class than Exception, and panics of its Rust are not even such. What is
-    not the tokenizer's fault passes: interrupts, cancellations, memory that is short.
-    """
-    try:
-        yield
-    except (MemoryError, CancelledError):
-        raise
-    except BaseException as error:
-        if not (isinstance(error, Exception) or type(error).__module__ == _PANICS):
-            raise
-        raise BundleError(f"the tokenizer in {where} is damaged: {error}") from None
 
 
 def check_sizes(sizes: Mapping[str, Any], limits: Mapping[str, int], where: str) -> None:

@@ -13,32 +13,24 @@ from torch.nn import functional
 
 from paris_ray.artifacts import VerifiedFolder
 from paris_ray.config import TextConfig
-from paris_ray.encoders.clip import (
+from paris_ray.encoders.clip import ClipText, copy_clip
+from paris_ray.encoders.folders import (
+    CLIP_TYPES,
     CONFIG,
-    MODEL_TYPES,
+    MINILM_FILES,
     TEXT_ENCODER,
     TEXT_ENCODER_FILES,
     TOKENIZER_FILES,
-    ClipText,
-    copy_clip,
+    require_package,
     tokenizer_files,
 )
 from paris_ray.encoders.hub import model_folder
-from paris_ray.encoders.pretrained import (
-    load_transformer,
-    read_weights,
-    require_package,
-    tokenizing,
-)
+from paris_ray.encoders.pretrained import load_transformer, read_weights
+from paris_ray.encoders.tokenizers import LENGTHS, MAX_TOKENS, read_tokenizer, tokenizing
 from paris_ray.errors import BundleError, ConfigError
 from paris_ray.folders import Folder, parse_json
 from paris_ray.models import TextConditioning
 
-MODEL_FILES = ("config.json", "model.safetensors", "tokenizer.json")
-# Numbers of tokens that a caption is padded to before it is encoded for a picture: few, so that
-# those that wait can be encoded together, and such that their products are of MANY_ROWS.
-LENGTHS = (16, 32, 64, 128)
-MAX_TOKENS = LENGTHS[-1]
 PADDING = -1  # in rows of token ids: no token's id, since a caption may spell [PAD]
 TOKEN_STATES = "token_states"  # our own field of config.json: `TextConfig.token_states`
 
@@ -215,22 +207,6 @@ def _padded(ids: Sequence[int], length: int) -> NDArray[np.int32]:
     return row
 
 
-def read_tokenizer(path: Path) -> Any:
-    """Return the `tokenizers.Tokenizer` in a file, which neither cuts nor pads.
-
-    Raises:
-        BundleError: if the file is damaged, or tokenizers is not installed.
-    """
-    require_package("tokenizers", path)
-    from tokenizers import Tokenizer
-
-    with tokenizing(path):
-        tokenizer = Tokenizer.from_file(str(path))
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    return tokenizer
-
-
 def _check_ids(tokenizer: Any, vocab_size: int, folder: Path) -> None:
     """Refuse a tokenizer of more words than the model, also those that it puts around a text."""
     with tokenizing(folder / "tokenizer.json"):
@@ -243,8 +219,8 @@ def _check_ids(tokenizer: Any, vocab_size: int, folder: Path) -> None:
 
 
 def check_model_files(folder: Path) -> None:
-    """Raise BundleError, naming what is missing, unless the folder holds all of MODEL_FILES."""
-    missing = [name for name in MODEL_FILES if not (folder / name).is_file()]
+    """Raise BundleError, naming what is missing, unless the folder holds all of MINILM_FILES."""
+    missing = [name for name in MINILM_FILES if not (folder / name).is_file()]
     if missing:
         raise BundleError(
             f"text encoder folder {folder} lacks {', '.join(missing)}; put the files of "
@@ -277,7 +253,7 @@ def copy_text_encoder(source: Path, target: Folder, token_states: int = 0) -> No
         ArtifactError: if `config.json` is not JSON.
     """
     check_model_files(source)
-    for name in MODEL_FILES:
+    for name in MINILM_FILES:
         target.write(name, (source / name).read_bytes())
     document = target.read_json(CONFIG)
     if token_states and isinstance(document, dict):
@@ -333,11 +309,11 @@ def load_text_encoder(text_encoder: VerifiedFolder, tokenizer: VerifiedFolder) -
     document = text_encoder.read_json(CONFIG)
     model_type = document.get("model_type") if isinstance(document, dict) else None
     if model_type == "bert":
-        return MiniLM(text_encoder.local_path(MODEL_FILES))
-    if model_type in MODEL_TYPES:
+        return MiniLM(text_encoder.local_path(MINILM_FILES))
+    if model_type in CLIP_TYPES:
         names = tokenizer_files(tokenizer.folder)
         return ClipText(text_encoder.local_path(TEXT_ENCODER_FILES), tokenizer.local_path(names))
-    allowed = ", ".join(("bert", *MODEL_TYPES))
+    allowed = ", ".join(("bert", *CLIP_TYPES))
     raise BundleError(
         f"{text_encoder.folder.uri}/{CONFIG}: model_type={model_type!r}, allowed: {allowed}"
     )

@@ -15,15 +15,13 @@ from torch import Tensor, nn
 
 from paris_ray.artifacts import VerifiedFolder
 from paris_ray.config import LoRAConfig
-from paris_ray.config.lora import require
+from paris_ray.config.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS, require
 from paris_ray.errors import BundleError, ConfigError
 from paris_ray.folders import Folder
 from paris_ray.models.lora import Adapter, LowRankUpdate, find_targets
 
 LORA = "lora"  # the kind of artefact that `jobs.train_lora` publishes
 EXPERT_DIGEST = "expert_sha256"  # of the weights that it was trained on, among its facts
-ADAPTER_CONFIG = "adapter_config.json"
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
 PICKLED_WEIGHTS = "adapter_model.bin"
 PEFT_PREFIX = "base_model.model."
 Factors = tuple[Tensor, Tensor]

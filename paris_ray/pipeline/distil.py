@@ -44,8 +44,8 @@ from paris_ray.run import (
     STUDENT,
     Run,
 )
-from paris_ray.sampling.sampler import sampling_options
 from paris_ray.sampling.teacher import EnsembleTeacher
+from paris_ray.sampling_options import sampling_options
 from paris_ray.seeding import derive_seed
 from paris_ray.training.distil import OBJECTIVES, velocities, write_single_router
 from paris_ray.training.expert import ExpertData, Lesson, train_expert

@@ -22,7 +22,8 @@ from paris_ray.pipeline.cluster import clusters_of
 from paris_ray.reports import thumbnail
 from paris_ray.run import Run
 from paris_ray.sampling.generation import sample, sample_one_expert
-from paris_ray.sampling.sampler import Samples, SamplingOptions, sampling_options
+from paris_ray.sampling.sampler import Samples
+from paris_ray.sampling_options import SamplingOptions, sampling_options
 from paris_ray.seeding import derive_seed, numpy_generator
 
 Split = Literal["shown", "held_out"]

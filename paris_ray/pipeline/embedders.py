@@ -24,10 +24,11 @@ from paris_ray.embeddings import (
     TOKEN_IDS,
     read_null_text,
 )
-from paris_ray.encoders.clip import TEXT_ENCODER, TOKENIZER, ClipTokenizer, tokenizer_files
 from paris_ray.encoders.codec import load_codec
+from paris_ray.encoders.folders import MINILM_FILES, TEXT_ENCODER, TOKENIZER, tokenizer_files
 from paris_ray.encoders.scores import RowScores
-from paris_ray.encoders.text import MODEL_FILES, MiniLM
+from paris_ray.encoders.text import MiniLM
+from paris_ray.encoders.tokenizers import ClipTokenizer
 from paris_ray.pipeline.shards import BUSY, Batch, caption_variants, in_the_first
 from paris_ray.run import Run
 from paris_ray.seeding import torch_generator
@@ -145,7 +146,7 @@ class _SentenceEncoder:
     def __init__(self, config: Config) -> None:
         folder = VerifiedFolder(Run(config).encoders / TEXT_ENCODER, None)
         device = resolve_device("auto" if config.text.pool.num_gpus else "cpu")
-        self.encoder = MiniLM(folder.local_path(MODEL_FILES)).to(device)
+        self.encoder = MiniLM(folder.local_path(MINILM_FILES)).to(device)
         self.batch_size = config.text.pool.batch_size
 
     def __call__(self, captions: Sequence[str]) -> NDArray[np.generic]:

@@ -24,8 +24,9 @@ from paris_ray.corpora import (
 )
 from paris_ray.embeddings import write_null_text
 from paris_ray.encoders.autoencoder import copy_autoencoder_kl
-from paris_ray.encoders.clip import TEXT_ENCODER, TOKENIZER, ClipText
+from paris_ray.encoders.clip import ClipText
 from paris_ray.encoders.codec import PatchPCA, load_codec
+from paris_ray.encoders.folders import TEXT_ENCODER, TOKENIZER
 from paris_ray.encoders.text import TextEncoder, load_text_encoder, write_text_encoder
 from paris_ray.errors import ConfigError, CorpusError
 from paris_ray.folders import Folder

@@ -26,7 +26,7 @@ from paris_ray.bundle import Bundle, load_bundle
 from paris_ray.config import CodecConfig, Config, CorpusConfig, LoRARun
 from paris_ray.corpora import corpus_version, open_corpus
 from paris_ray.corpora.paths import corpus_path
-from paris_ray.encoders.clip import TEXT_ENCODER, TOKENIZER
+from paris_ray.encoders.folders import TEXT_ENCODER, TOKENIZER
 from paris_ray.errors import ArtifactError, ConfigError, CorpusError
 from paris_ray.folders import LOCKS, Folder, absolute_uri
 from paris_ray.models import Expert

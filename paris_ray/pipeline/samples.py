@@ -9,8 +9,9 @@ from paris_ray.artifacts import VerifiedFolder
 from paris_ray.config import Config
 from paris_ray.devices import resolve_device
 from paris_ray.embeddings import TEXT_EMBEDDING, TOKEN_IDS, read_null_text, stream_column
-from paris_ray.encoders.clip import TEXT_ENCODER, TOKENIZER, ClipText
+from paris_ray.encoders.clip import ClipText
 from paris_ray.encoders.codec import load_codec
+from paris_ray.encoders.folders import TEXT_ENCODER, TOKENIZER
 from paris_ray.encoders.text import load_text_encoder
 from paris_ray.folders import Folder
 from paris_ray.models import Expert, TextConditioning

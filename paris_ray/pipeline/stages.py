@@ -8,7 +8,7 @@ from paris_ray.config import Config, run_folder
 from paris_ray.evaluation.summary import headline
 from paris_ray.pipeline.stage import StageTimer, watch_hint
 from paris_ray.run import EVALUATION, Run
-from paris_ray.sampling.routing import parse_routing
+from paris_ray.sampling_options import parse_routing
 
 logger = logging.getLogger("paris_ray")
 

@@ -21,14 +21,14 @@ from paris_ray.artifacts import (
     sha256_hex,
 )
 from paris_ray.bundle import Bundle, BundleFacts, bundle_digest, load_bundle
-from paris_ray.bundle.admissions import ADMISSIONS, VERDICT, parse_admission, verdict_name
-from paris_ray.bundle.history import Entry, Rows, check_whose, origins
 from paris_ray.cluster_facts import write_clusters
 from paris_ray.config import MAX_EXPERTS, Config, identity
 from paris_ray.errors import ArtifactError, BundleError, ConfigError
 from paris_ray.export import MODEL_CARD, middle_caption, write_bundle
 from paris_ray.folders import LOCKS, Folder
 from paris_ray.model_card import with_roster
+from paris_ray.model_folder.admissions import ADMISSIONS, VERDICT, parse_admission, verdict_name
+from paris_ray.model_folder.history import Entry, Rows, check_whose, origins
 from paris_ray.roster.newcomer import Newcomer, check_encoders, describe
 from paris_ray.roster.refit import Method, Refitted, refit, with_outputs, write_router
 from paris_ray.roster.sample import (
@@ -42,7 +42,7 @@ from paris_ray.roster.sample import (
 from paris_ray.roster.split import split
 from paris_ray.run import BUNDLE, CLUSTERS, ROUTER_WEIGHTS, Run
 from paris_ray.run_lock import locked
-from paris_ray.sampling.routing import parse_routing
+from paris_ray.sampling_options import parse_routing
 from paris_ray.seeding import derive_seed
 from paris_ray.signatures import Signer
 from paris_ray.storage import temporary_folder

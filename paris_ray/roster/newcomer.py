@@ -11,14 +11,14 @@ import torch
 
 from paris_ray.artifacts import MANIFEST, VerifiedFolder, open_finished, read_manifest
 from paris_ray.bundle import Bundle
-from paris_ray.bundle.admissions import VERDICT, read_verdict, require_admitted
-from paris_ray.bundle.links import check_links
 from paris_ray.bundle.weights import StoredModel
 from paris_ray.cluster_facts import MAX_WORD_LENGTH, TOLD_PICTURES, TOLD_WORDS, ClusterFacts
 from paris_ray.embeddings import column_names, read_rows
-from paris_ray.encoders.clip import TEXT_ENCODER, TOKENIZER
+from paris_ray.encoders.folders import TEXT_ENCODER, TOKENIZER
 from paris_ray.errors import ArtifactError, BundleError
 from paris_ray.folders import Folder
+from paris_ray.model_folder.admissions import VERDICT, read_verdict, require_admitted
+from paris_ray.model_folder.links import check_links
 from paris_ray.models import Expert
 from paris_ray.reports import count_words, telling_words
 from paris_ray.roster.sample import Shard

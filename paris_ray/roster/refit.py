@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from paris_ray.config import TrainingConfig
+from paris_ray.config.release import write_document
 from paris_ray.diffusion import TIME_SCALE, router_logits, router_text, sample_path
 from paris_ray.errors import ConfigError, TrainingError
 from paris_ray.folders import Folder
 from paris_ray.models import Router, TextConditioning
-from paris_ray.models.release import write_document
 from paris_ray.roster.sample import Sample
 from paris_ray.run import MODEL_CONFIG, ROUTER_WEIGHTS
 from paris_ray.seeding import torch_generator

@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 
 from paris_ray.artifacts import MANIFEST, read_manifest
 from paris_ray.bundle import Bundle
-from paris_ray.bundle.history import Rows, origins
 from paris_ray.embeddings import (
     LATENTS,
     LATENTS_FLIPPED,
@@ -28,6 +27,7 @@ from paris_ray.embeddings import (
 )
 from paris_ray.errors import ArtifactError, ConfigError
 from paris_ray.folders import Folder
+from paris_ray.model_folder.history import Rows, origins
 from paris_ray.run import EXPERT, EXPERT_WEIGHTS, SHARD, Run
 from paris_ray.seeding import numpy_generator
 from paris_ray.training.data import LatentDataset

@@ -12,15 +12,9 @@ from paris_ray.diffusion import sampling_times
 from paris_ray.models import EncodedText, Expert, TextConditioning
 from paris_ray.sampling.guidance import guided_velocity
 from paris_ray.sampling.local import LocalModels
-from paris_ray.sampling.sampler import (
-    Samples,
-    SamplingOptions,
-    advance,
-    initial_noise,
-    sampling_options,
-    start_denoising,
-)
+from paris_ray.sampling.sampler import Samples, advance, initial_noise, start_denoising
 from paris_ray.sampling.solvers import integrate, solve
+from paris_ray.sampling_options import SamplingOptions, sampling_options
 
 MAX_BATCH = 10  # pictures at once
 

@@ -1,87 +1,15 @@
 """Routing: from router logits to the weight of each expert, and to the velocity that they mix."""
 
-import math
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Collection
 
 import torch
 from torch import Tensor
 from torch.linalg import vector_norm
 from torch.nn import functional
 
-from paris_ray.errors import ParisError, RoutingError
+from paris_ray.sampling_options import Routing
 
-ALLOWED = (
-    "'top-1', 'top-2' ... 'top-K', 'full', 'threshold:x' or 'top-p:x' with 0 < x < 1, "
-    "or, of two experts or more, 'agree:x' with x > 0"
-)
-FULL = ("full", "full-ensemble")  # ours, and that of the model card of the release
 NEGLIGIBLE_WEIGHT = 1e-6
-MAX_DIGITS = 9  # int() of thousands of digits is slow or refused
-
-
-@dataclass(frozen=True, slots=True)
-class Routing:
-    """A parsed routing strategy.
-
-    Attributes:
-        kind: Which experts take part.
-        top_k: Their number, for `top-k` and `agree`.
-        threshold: The least router probability, for `threshold`.
-        top_p: The probability that the chosen ones have together at least, for `top-p`.
-        disagreement: The largest at which two experts are mixed, for `agree`.
-    """
-
-    kind: Literal["top-k", "full", "threshold", "top-p", "agree"]
-    top_k: int = 0
-    threshold: float = 0.0
-    top_p: float = 0.0
-    disagreement: float = 0.0
-
-
-def parse_routing(text: str, num_experts: int) -> Routing:
-    """Return the strategy that a text like `top-2` names.
-
-    Raises:
-        RoutingError: if there is no such strategy or too few experts for it.
-    """
-    name, _, argument = text.partition(":")
-    if text in FULL:
-        return Routing("full")
-    number = _number(argument)
-    if name == "threshold" and 0 < number < 1:
-        return Routing("threshold", threshold=number)
-    if name == "top-p" and 0 < number < 1:
-        return Routing("top-p", top_p=number)
-    if name == "agree" and 0 < number < math.inf and num_experts > 1:
-        return Routing("agree", top_k=2, disagreement=number)
-    count = text.removeprefix("top-")
-    if text.startswith("top-") and count.isascii() and count.isdigit():
-        if len(count) <= MAX_DIGITS and 1 <= int(count) <= num_experts:
-            return Routing("top-k", top_k=int(count))
-        raise RoutingError(f"routing={text!r} is not allowed: there are {num_experts} experts")
-    raise RoutingError(f"routing={text!r} is not allowed: use {ALLOWED}")
-
-
-def check_allowed_experts(allowed: Sequence[int] | None, num_experts: int) -> None:
-    """Refuse experts that there are not, and lists that are empty or name one twice.
-
-    Args:
-        allowed: Numbers of the experts that may draw; None: all.
-        num_experts: How many there are.
-
-    Raises:
-        ParisError: with what is allowed.
-    """
-    if allowed is None:
-        return
-    known = all(0 <= expert < num_experts for expert in allowed)
-    if not known or not allowed or len(set(allowed)) < len(allowed):
-        raise ParisError(
-            f"allowed_experts={list(allowed)} is not allowed: numbers from 0 to {num_experts - 1}, "
-            "at least one, each once"
-        )
 
 
 def without_experts(router_logits: Tensor, barred: Collection[int]) -> Tensor:
@@ -89,14 +17,6 @@ def without_experts(router_logits: Tensor, barred: Collection[int]) -> Tensor:
     if not barred:
         return router_logits
     return router_logits.index_fill(1, torch.tensor(sorted(barred)), -torch.inf)
-
-
-def _number(text: str) -> float:
-    """Return a number; NaN, which is in no range, if the text is none."""
-    try:
-        return float(text)
-    except ValueError:
-        return math.nan
 
 
 def expert_weights(router_logits: Tensor, routing: Routing) -> Tensor:

@@ -5,38 +5,22 @@ I/O, so one loop serves both drivers: `generation` answers the calls of its pict
 process, `engine` answers those of many requests together, wherever the models are.
 """
 
-from collections.abc import Generator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, get_args
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from paris_ray.bundle import Bundle
-from paris_ray.config import SolverName, TimeGrid
 from paris_ray.diffusion import sampling_times
-from paris_ray.errors import ParisError
+from paris_ray.errors import ExpertsLostError, SamplingError
 from paris_ray.models import TextConditioning
 from paris_ray.sampling.calls import Call, ExpertCall, RouterCall
 from paris_ray.sampling.guidance import KeyedText
-from paris_ray.sampling.routing import (
-    Routing,
-    check_allowed_experts,
-    expert_weights,
-    mix,
-    parse_routing,
-    without_experts,
-)
+from paris_ray.sampling.routing import expert_weights, mix, without_experts
 from paris_ray.sampling.solvers import proceed, solve
+from paris_ray.sampling_options import SamplingOptions
 from paris_ray.seeding import torch_generator
-
-
-class SamplingError(RuntimeError):
-    """The experts gave latents that are no picture."""
-
-
-class ExpertsLostError(RuntimeError):
-    """No expert is left that could draw."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,71 +69,8 @@ class Samples:
         return self.num_asked.float().mean(dim=1)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SamplingOptions:
-    """Checked options of one request.
-
-    `loras` names the adapter of an expert by its number; `allowed_experts` are those that may draw,
-    None: all.
-    """
-
-    num_inference_steps: int
-    guidance_scale: float
-    routing: Routing
-    router_temperature: float
-    solver: SolverName = "euler"
-    time_grid: TimeGrid = "linspace"
-    loras: Mapping[int, str] = field(default_factory=dict)
-    allowed_experts: frozenset[int] | None = None
-
-
 Answers = Sequence[Tensor | None]
 Denoising = Generator[Step, Answers, Samples]
-
-
-def sampling_options(
-    bundle: Bundle,
-    *,
-    num_inference_steps: int | None = None,
-    guidance_scale: float | None = None,
-    routing: str | None = None,
-    solver: str | None = None,
-    time_grid: str | None = None,
-    lora: str | None = None,
-    allowed_experts: Sequence[int] | None = None,
-) -> SamplingOptions:
-    """Fill in the bundle's defaults and check.
-
-    Raises:
-        ParisError: naming the option, its value and what is allowed.
-    """
-    defaults = bundle.facts.sampling
-    steps = defaults.num_inference_steps if num_inference_steps is None else num_inference_steps
-    scale = defaults.guidance_scale if guidance_scale is None else guidance_scale
-    if steps < 1:
-        raise ParisError(f"num_inference_steps={steps} is not allowed: at least 1")
-    if not 0 <= scale <= 100:
-        raise ParisError(f"guidance_scale={scale} is not allowed: between 0 and 100")
-    bundle.check_lora(lora)
-    check_allowed_experts(allowed_experts, bundle.num_experts)
-    return SamplingOptions(
-        num_inference_steps=steps,
-        guidance_scale=scale,
-        routing=parse_routing(routing or defaults.routing, bundle.num_experts),
-        router_temperature=defaults.router_temperature,
-        solver=_named(SolverName, "solver", solver or defaults.solver),
-        time_grid=_named(TimeGrid, "time_grid", time_grid or defaults.time_grid),
-        loras={} if lora is None else {bundle.loras[lora]: lora},
-        allowed_experts=None if allowed_experts is None else frozenset(allowed_experts),
-    )
-
-
-def _named(names: Any, option: str, value: str) -> Any:
-    """Return a value that is one of the names of a `Literal`; raises ParisError otherwise."""
-    if value not in get_args(names):
-        allowed = ", ".join(get_args(names))
-        raise ParisError(f"{option}={value!r} is not allowed: one of {allowed}")
-    return value
 
 
 def initial_noise(shape: Sequence[int], seeds: Sequence[int]) -> Tensor:

@@ -9,8 +9,8 @@ from paris_ray.diffusion import predict_velocity, router_logits
 from paris_ray.models import TextConditioning
 from paris_ray.sampling.guidance import guide
 from paris_ray.sampling.routing import expert_weights, mix
-from paris_ray.sampling.sampler import SamplingOptions
 from paris_ray.sampling.solvers import euler_step
+from paris_ray.sampling_options import SamplingOptions
 
 
 class EnsembleTeacher:

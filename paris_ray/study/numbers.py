@@ -6,8 +6,8 @@ from itertools import pairwise
 from typing import Any
 
 from paris_ray.config import Config
-from paris_ray.diffusion import num_evaluations
 from paris_ray.models.flops import step_macs, text_length, training_flops_per_image
+from paris_ray.sampling_options import num_evaluations
 from paris_ray.study.arms import Arm
 
 TARGET = 0.8  # attribute accuracy of the headline

@@ -23,10 +23,10 @@ import torch
 from torch import Tensor
 
 from paris_ray.config import ExpertConfig, Objective, RouterConfig
+from paris_ray.config.release import write_document
 from paris_ray.diffusion import predict_velocity
 from paris_ray.folders import Folder
 from paris_ray.models import Expert, Router, TextConditioning
-from paris_ray.models.release import write_document
 from paris_ray.run import MODEL_CONFIG, ROUTER_WEIGHTS
 from paris_ray.seeding import build_seeded
 from paris_ray.training.data import Batch

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from paris_ray.artifacts import VerifiedFolder
-from paris_ray.encoders.clip import TEXT_ENCODER, TOKENIZER, ClipText
+from paris_ray.encoders.clip import ClipText
+from paris_ray.encoders.folders import TEXT_ENCODER, TOKENIZER
 from paris_ray.encoders.text import load_text_encoder
 from paris_ray.errors import TrainingError
 from paris_ray.folders import Folder

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from paris_ray.config import Precision, TrainingConfig, identity, unlike_fields
+from paris_ray.config.release import read_document, write_document
 from paris_ray.devices import resolve_device, resolve_precision
 from paris_ray.encoders.pretrained import read_weights
 from paris_ray.errors import BundleError, ConfigError
 from paris_ray.folders import Folder
 from paris_ray.models import Expert, Router
 from paris_ray.models.flops import training_flops_per_image
-from paris_ray.models.release import read_document, write_document
 from paris_ray.run import EXPERT_WEIGHTS, MODEL_CONFIG, ROUTER_WEIGHTS
 from paris_ray.training.checkpoint import identity_digest
 from paris_ray.training.loop import Draw, Loss, OnProgress, TrainingLoop

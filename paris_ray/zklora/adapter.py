@@ -14,13 +14,12 @@ import torch
 from numpy.typing import NDArray
 
 from paris_ray.artifacts import VerifiedFolder, find_finished, publish
-from paris_ray.bundle.links import check_links
 from paris_ray.config import LoRAConfig
-from paris_ray.config.lora import require
+from paris_ray.config.lora import ADAPTER_WEIGHTS, require
 from paris_ray.errors import ArtifactError, BundleError, ParisError, VerificationError
 from paris_ray.folders import Folder
+from paris_ray.model_folder.links import check_links
 from paris_ray.models.peft_layout import (
-    ADAPTER_WEIGHTS,
     LORA,
     PEFT_PREFIX,
     naming_document,

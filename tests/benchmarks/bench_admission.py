@@ -27,11 +27,11 @@ from torch import Tensor
 from jobs.admit_expert import open_look
 from paris_ray.bundle import Bundle, load_bundle
 from paris_ray.config import TrainingConfig
+from paris_ray.config.release import write_document
 from paris_ray.diffusion import denoising_loss, sample_path
 from paris_ray.embeddings import read_null_text, read_rows, write_null_text, write_part
 from paris_ray.folders import Folder
 from paris_ray.models import Expert, TextConditioning
-from paris_ray.models.release import write_document
 from paris_ray.roster.admission.copies import read_shard
 from paris_ray.roster.admission.limits import Limits
 from paris_ray.roster.admission.panel import HeldOut, read_held_out

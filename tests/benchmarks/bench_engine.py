@@ -23,7 +23,6 @@ from torch.nn import functional
 
 from paris_ray.bundle import Bundle, load_bundle
 from paris_ray.config import LoRAConfig
-from paris_ray.diffusion import num_evaluations
 from paris_ray.exactness import MOST_TRIED
 from paris_ray.folders import Folder
 from paris_ray.models import layers, lora
@@ -33,12 +32,8 @@ from paris_ray.sampling.calls import ROUTER, ExpertCall
 from paris_ray.sampling.engine import Batch, Engine, Event, Finished, Limits, Ticket
 from paris_ray.sampling.guidance import KeyedText
 from paris_ray.sampling.local import LocalModels
-from paris_ray.sampling.sampler import (
-    SamplingOptions,
-    initial_noise,
-    sampling_options,
-    start_denoising,
-)
+from paris_ray.sampling.sampler import initial_noise, start_denoising
+from paris_ray.sampling_options import SamplingOptions, num_evaluations, sampling_options
 
 ARRIVALS = 300
 BUSY = 16  # pictures that are being drawn when another arrives

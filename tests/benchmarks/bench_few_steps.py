@@ -37,8 +37,8 @@ from paris_ray.folders import Folder
 from paris_ray.models import Expert
 from paris_ray.run import STUDENT, Run
 from paris_ray.sampling.generation import sample_one_expert
-from paris_ray.sampling.sampler import sampling_options
 from paris_ray.sampling.teacher import EnsembleTeacher
+from paris_ray.sampling_options import sampling_options
 from paris_ray.seeding import derive_seed
 from paris_ray.training.distil import OBJECTIVES
 from paris_ray.training.expert import ExpertData, train_expert

@@ -14,7 +14,8 @@ from bench_solvers import BATCH_SIZE, Captions, Pictures, open_run, read_caption
 
 from paris_ray.bundle import Bundle, load_bundle
 from paris_ray.sampling.local import LocalModels
-from paris_ray.sampling.sampler import Samples, advance, sampling_options, start_denoising
+from paris_ray.sampling.sampler import Samples, advance, start_denoising
+from paris_ray.sampling_options import sampling_options
 
 
 def draw_without(

@@ -15,11 +15,10 @@ import safetensors.torch
 import torch
 
 from paris_ray.bundle import load_bundle
-from paris_ray.bundle.weights import Dtype
-from paris_ray.config import ExpertConfig, RouterConfig
+from paris_ray.config import Dtype, ExpertConfig, RouterConfig
+from paris_ray.config.release import write_document
 from paris_ray.folders import Folder
 from paris_ray.models import Expert, Router
-from paris_ray.models.release import write_document
 from paris_ray.run import EXPERT_WEIGHTS, MODEL_CONFIG, ROUTER_WEIGHTS
 
 NUM_EXPERTS = 8

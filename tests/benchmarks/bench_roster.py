@@ -26,8 +26,8 @@ from paris_ray.models import TextConditioning
 from paris_ray.roster.changes import Change, Options, Roster
 from paris_ray.roster.newcomer import Newcomer
 from paris_ray.run import EXPERT_WEIGHTS, MODEL_CONFIG, Run
-from paris_ray.sampling.sampler import sampling_options
 from paris_ray.sampling.teacher import EnsembleTeacher
+from paris_ray.sampling_options import sampling_options
 from paris_ray.seeding import torch_generator
 from paris_ray.training.data import LatentDataset, load_dataset
 from paris_ray.training.router_quality import NOISE_LEVELS

@@ -23,6 +23,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import httpx
+import psutil
 from bench_engine import report
 from serving_load import CLIENTS, IMAGES, NUMBERS, Bench, Bodies, Load, ask, load, shoot
 
@@ -82,11 +83,11 @@ def write_paper_bundle(source: str, folder: Path) -> None:
     from paris_ray.artifacts import VerifiedFolder, publish
     from paris_ray.bundle import Bundle, load_bundle
     from paris_ray.config import CodecConfig, ExpertConfig, RouterConfig, SamplingConfig
+    from paris_ray.config.release import write_document
     from paris_ray.encoders.codec import PatchPCA
     from paris_ray.export import write_bundle
     from paris_ray.folders import Folder
     from paris_ray.models import Expert, Router
-    from paris_ray.models.release import write_document
     from paris_ray.run import BUNDLE, EXPERT_WEIGHTS, ROUTER_WEIGHTS
 
     given = load_bundle(source)
@@ -368,6 +369,21 @@ def ready(bench: Bench) -> None:
     report("B/2 on CPU: seconds until another replica is ready", seconds[1:], "<=", 3)
 
 
+def processes(bench: Bench) -> None:
+    """What the processes of an application take until they are ready, one of each kind."""
+    titles = ["ProxyActor", *(f"ServeReplica:bench:{name}" for name in ("Ingress", "Sampler"))]
+    with bench.application(warm=0):
+        children = psutil.Process().children(recursive=True)
+        running = {process: "".join(process.cmdline()) for process in children}
+        for title in [*titles, "ServeReplica:bench:Expert-0"]:
+            process = next(p for p, line in running.items() if line.startswith(f"ray::{title}"))
+            used, memory = process.cpu_times(), process.memory_full_info()
+            print(
+                f"- {title.rpartition(':')[2]}: {used.user + used.system:.1f} s of CPU, resident "
+                f"{memory.rss / 1e6:.0f} MB, of which {memory.uss / 1e6:.0f} MB its own"
+            )
+
+
 PARTS = {
     "batching": batching,
     "paper": paper,
@@ -379,6 +395,7 @@ PARTS = {
     "kills": kills,
     "scaling": scaling,
     "ready": ready,
+    "processes": processes,
 }
 
 

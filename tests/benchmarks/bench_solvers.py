@@ -21,7 +21,6 @@ from paris_ray.bundle import Bundle, load_bundle
 from paris_ray.config import SolverName, TimeGrid, load
 from paris_ray.corpora import compositions
 from paris_ray.corpora.labels import label_names
-from paris_ray.diffusion import num_evaluations
 from paris_ray.embeddings import ATTRIBUTE, read_rows
 from paris_ray.evaluation.attributes import Attributes, attribute_accuracy
 from paris_ray.models import TextConditioning
@@ -29,7 +28,7 @@ from paris_ray.pipeline.drawing import chosen_rows
 from paris_ray.reports import thumbnail
 from paris_ray.run import Run
 from paris_ray.sampling.generation import sample
-from paris_ray.sampling.sampler import SamplingOptions, sampling_options
+from paris_ray.sampling_options import SamplingOptions, num_evaluations, sampling_options
 from paris_ray.seeding import derive_seed
 
 STEPS = (2, 3, 4, 5, 6, 8)

@@ -33,6 +33,7 @@ from paris_ray.run import EVALUATION, ROUTER, Run
 _IS_ASIDE = re.compile(r"# |.*\(raylet\)")  # a title, or what Ray says of processes that end
 SERVING = ("batching", "paper", "skew", "cancelling", "clock")
 TOO_MUCH = ("overload", "capacity")
+REPLICAS = ("ready", "processes")
 HERE = Path(__file__).parent
 REPOSITORY = HERE.parents[1]
 LABELS = "an? (?P<object>.+) on an? (?P<colour>.+) background"  # of the captions of other_corpus
@@ -149,7 +150,7 @@ SECTIONS: dict[str, Callable[[Path], str]] = {
     "capacity": script("bench_serving.py", "--bundle", "{runs}/quickstart/bundle", *TOO_MUCH),
     "kills": script("bench_serving.py", "--bundle", "{runs}/quickstart/bundle", "kills"),
     "scaling": script("bench_serving.py", "--bundle", "{runs}/quickstart/bundle", "scaling"),
-    "replicas": script("bench_serving.py", "--bundle", "{runs}/quickstart/bundle", "ready"),
+    "replicas": script("bench_serving.py", "--bundle", "{runs}/quickstart/bundle", *REPLICAS),
     "plan": script("bench_plan.py", "--run-dir", "{runs}/quickstart", "--probe"),
     "models": script("bench_models.py"),
     "kernels": script("bench_kernels.py"),

@@ -26,8 +26,8 @@ from paris_ray.config import ExpertConfig, LoRAConfig, RouterConfig, TrainingCon
 from paris_ray.embeddings import to_table, write_null_text, write_part
 from paris_ray.folders import Folder
 from paris_ray.models import Expert
-from paris_ray.sampling.sampler import sampling_options
 from paris_ray.sampling.teacher import EnsembleTeacher
+from paris_ray.sampling_options import sampling_options
 from paris_ray.training.distil import velocities
 from paris_ray.training.expert import ExpertData, train_expert
 from paris_ray.training.loop import Progress

@@ -55,8 +55,8 @@ def _write_release(folder: Path) -> None:
 
 def _draw(folder: Path, _: Any) -> None:
     from paris_ray.bundle import load_bundle
+    from paris_ray.errors import SamplingError
     from paris_ray.sampling import generate
-    from paris_ray.sampling.sampler import SamplingError
 
     bundle = load_bundle(str(folder))
     assert isinstance(bundle.clusters, list)
@@ -138,8 +138,8 @@ def _read_receipt(folder: Path, buyer: Any) -> None:
 
     Links are looked for as where adapters are read.
     """
-    from paris_ray.bundle.links import check_links
     from paris_ray.folders import Folder
+    from paris_ray.model_folder.links import check_links
     from paris_ray.receipts import KIND, RECEIPT, Receipt
     from paris_ray.signatures import SignedDocument
 
@@ -160,7 +160,7 @@ def _read_receipt(folder: Path, buyer: Any) -> None:
 
 def _write_history(folder: Path) -> Any:
     """Returns the weights of the experts that it leads to."""
-    from paris_ray.bundle.history import FILE, write_history
+    from paris_ray.model_folder.history import FILE, write_history
     from tests.unit import test_bundle_history
 
     (folder / FILE).write_bytes(write_history(test_bundle_history.HISTORY))
@@ -169,10 +169,10 @@ def _write_history(folder: Path) -> Any:
 
 def _tell_history(folder: Path, weights: Any) -> None:
     from paris_ray.artifacts import VerifiedFolder
-    from paris_ray.bundle.history import read_history
-    from paris_ray.bundle.links import check_links
     from paris_ray.folders import Folder
     from paris_ray.model_card import with_roster
+    from paris_ray.model_folder.history import read_history
+    from paris_ray.model_folder.links import check_links
 
     check_links(Folder(folder))
     history = read_history(VerifiedFolder(Folder(folder), None), weights, None)
@@ -184,8 +184,8 @@ def _tell_history(folder: Path, weights: Any) -> None:
 
 def _write_verdict(folder: Path) -> Any:
     """On an expert of these digests; returns who signs."""
-    from paris_ray.bundle import admissions
     from paris_ray.folders import Folder
+    from paris_ray.model_folder import admissions
     from paris_ray.signatures import SignedDocument
     from tests.unit import test_receipts
 
@@ -215,10 +215,10 @@ def _read_verdict(folder: Path, signer: Any) -> None:
 
     Links are looked for as where bundles are opened.
     """
-    from paris_ray.bundle.admissions import KIND, admission_names, parse_admission
-    from paris_ray.bundle.links import check_links
     from paris_ray.errors import BundleError
     from paris_ray.folders import Folder
+    from paris_ray.model_folder.admissions import KIND, admission_names, parse_admission
+    from paris_ray.model_folder.links import check_links
     from paris_ray.signatures import SignedDocument
 
     check_links(Folder(folder))
@@ -286,9 +286,9 @@ def _read_submission(folder: Path, beside: Any) -> None:
 
 def _signed_anew(folder: Path, kind: str, signer: Any) -> None:
     """List the files as they are, if the document can be signed at all: no digest refuses them."""
-    from paris_ray.bundle.links import check_links
     from paris_ray.errors import FederationError
     from paris_ray.folders import Folder
+    from paris_ray.model_folder.links import check_links
     from tests.federations import resign
 
     check_links(Folder(folder))
@@ -357,7 +357,7 @@ def _write_byte_pairs(folder: Path) -> None:
 
 
 def _tokenize(folder: Path, _: Any) -> None:
-    from paris_ray.encoders.clip import ClipTokenizer
+    from paris_ray.encoders.tokenizers import ClipTokenizer
 
     def tokenize(path: Path) -> None:
         assert ClipTokenizer(path, 77)(PROMPTS).shape == (len(PROMPTS), 77)

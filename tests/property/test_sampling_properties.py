@@ -10,15 +10,10 @@ from torch import Tensor
 
 from paris_ray.diffusion import sampling_times
 from paris_ray.errors import RoutingError
-from paris_ray.sampling.routing import (
-    Routing,
-    disagreement,
-    expert_weights,
-    mix,
-    parse_routing,
-)
+from paris_ray.sampling.routing import disagreement, expert_weights, mix
 from paris_ray.sampling.sampler import initial_noise
 from paris_ray.sampling.solvers import euler_step
+from paris_ray.sampling_options import Routing, parse_routing
 
 LOGITS = st.integers(1, 8).flatmap(
     lambda count: st.lists(

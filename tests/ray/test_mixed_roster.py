@@ -95,7 +95,7 @@ def test_a_mixed_roster_becomes_a_bundle_that_draws(finished: Run) -> None:
 @pytest.mark.parametrize("routing", ["top-1", "full"])
 def test_every_expert_of_the_roster_gives_finite_latents(finished: Run, routing: str) -> None:
     from paris_ray.sampling.generation import sample
-    from paris_ray.sampling.sampler import sampling_options
+    from paris_ray.sampling_options import sampling_options
 
     bundle = load_bundle(finished.bundle.uri)
     text = bundle.encode_text([f"a picture number {i}" for i in range(6)])

@@ -16,7 +16,7 @@ from paris_ray.errors import ArtifactError, TrainingError
 from paris_ray.export import open_trained_parts
 from paris_ray.run import EMBEDDINGS, EVALUATION, Run
 from paris_ray.sampling.generation import sample_one_expert
-from paris_ray.sampling.sampler import sampling_options
+from paris_ray.sampling_options import sampling_options
 from paris_ray.study.forms import SMALL_FORM
 from paris_ray.study.plan import AGREE, study_arms, study_config
 from tests.long_tests import chaos

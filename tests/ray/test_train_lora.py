@@ -22,16 +22,12 @@ from PIL import Image, ImageDraw
 from paris_ray.artifacts import METRICS, Manifest, VerifiedFolder, read_manifest
 from paris_ray.bundle import Bundle
 from paris_ray.config import load_lora
+from paris_ray.config.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from paris_ray.embeddings import column_names, read_table
 from paris_ray.errors import ArtifactError, ConfigError, CorpusError
 from paris_ray.folders import Folder
 from paris_ray.models.lora import attach
-from paris_ray.models.peft_layout import (
-    ADAPTER_CONFIG,
-    ADAPTER_WEIGHTS,
-    EXPERT_DIGEST,
-    load_adapter,
-)
+from paris_ray.models.peft_layout import EXPERT_DIGEST, load_adapter
 
 pytestmark = pytest.mark.ray
 

@@ -15,13 +15,14 @@ import pytest
 from ray.exceptions import ActorDiedError
 
 from paris_ray.bundle import Bundle
+from paris_ray.errors import ExpertsLostError, QueueFullError
 from paris_ray.pictures import LoRARecord
 from paris_ray.sampling import generate
-from paris_ray.sampling.engine import Limits, QueueFullError
-from paris_ray.sampling.routing import Routing
-from paris_ray.sampling.sampler import ExpertsLostError, sampling_options
-from serve.drawing import Drawing, DrawRequest, Partial, RequestCancelledError
-from serve.expert import ExpertServer, Floats, MissingTexts, OtherVersionError, Question
+from paris_ray.sampling.engine import Limits
+from paris_ray.sampling_options import Routing, sampling_options
+from serve.drawing import Drawing, DrawRequest, OtherVersionError, Partial, RequestCancelledError
+from serve.expert import ExpertServer, Floats, MissingTexts, Question
+from serve.opening import open_bundle
 from serve.sampler import Sampler
 from serve.source import BundleSource, LoRASource, Origin
 
@@ -90,7 +91,7 @@ def draw(
             client="local",
             prompts=[prompt] * len(SEEDS),
             seeds=SEEDS,
-            options=sampling_options(source.open(), routing="full", **options),
+            options=sampling_options(open_bundle(source), routing="full", **options),
             timeout_s=60,
             **own,
         )
@@ -235,7 +236,7 @@ def test_a_drawing_tells_what_drew_it(
     source = BundleSource(str(tiny_bundle_path), dtype="bfloat16", loras=(lora,)).pinned()
     assert source.digest is not None
     sampler = Sampler(source, None, threads=1, limits=LIMITS)
-    opened = source.open()
+    opened = open_bundle(source)
 
     async def messages(lora: str | None) -> list[Partial | Drawing]:
         request = DrawRequest(
@@ -277,7 +278,7 @@ def test_a_request_checked_against_another_bundle_is_not_begun(
         client="local",
         prompts=["a cat"],
         seeds=[0],
-        options=replace(sampling_options(source.open()), **change),
+        options=replace(sampling_options(open_bundle(source)), **change),
         timeout_s=60,
     )
     with pytest.raises(OtherVersionError):
@@ -292,7 +293,7 @@ def test_a_bad_call_costs_its_own_request_alone(
     expected = [draw(source, handles, ["a cat"], guidance_scale=scale)[0] for scale in scales]
     handles[1].bad_scale = scales[2]
     sampler = Sampler(source, handles, threads=1, limits=LIMITS, lanes=[2] * len(handles))
-    bundle = source.open()
+    bundle = open_bundle(source)
 
     def request(scale: float) -> DrawRequest:
         options = sampling_options(bundle, routing="full", guidance_scale=scale)
@@ -331,7 +332,7 @@ def test_a_cancelled_request_does_not_wait_for_the_text_encoder(
         return encode(requests)
 
     monkeypatch.setattr(sampler, "_encode", slowly)
-    options = sampling_options(source.open(), routing="full")
+    options = sampling_options(open_bundle(source), routing="full")
     first, second = (
         DrawRequest(
             id=name, client="local", prompts=[name], seeds=[0], options=options, timeout_s=60

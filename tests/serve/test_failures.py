@@ -10,9 +10,8 @@ import httpx
 import pytest
 from ray import serve
 
-from paris_ray.sampling.engine import DeadlineError, QueueFullError
-from serve.drawing import Drawing, DrawRequest
-from serve.expert import ExpertUnavailableError
+from paris_ray.errors import DeadlineError, QueueFullError
+from serve.drawing import Drawing, DrawRequest, ExpertUnavailableError
 from serve.ingress import Ingress
 from serve.routes import create_api
 from serve.source import BundleSource

@@ -21,13 +21,14 @@ from PIL import Image
 from jobs.replay import main as replay
 from paris_ray.artifacts import publish
 from paris_ray.bundle import Bundle
-from paris_ray.bundle.history import EXPORTED
 from paris_ray.cluster_facts import ClusterFacts, write_clusters
 from paris_ray.errors import ConfigError
 from paris_ray.folders import Folder
+from paris_ray.model_folder.history import EXPORTED
 from paris_ray.run import BUNDLE
 from paris_ray.sampling import generate
 from tests.credentials import Authority
+from tests.serve.processes import maps_torch, processes
 
 pytestmark = pytest.mark.serve
 
@@ -643,3 +644,14 @@ def test_keys(start_app: Callable[..., str], tmp_path: Path) -> None:
         assert_error(refused, 403, "client", None)
         assert send("root", "DELETE", f"{IMAGES}/long?client=alice").status_code == 200
         assert events(response)[-1][1]["error"]["code"] == "cancelled"
+
+
+def test_no_process_on_the_way_to_a_sampler_holds_torch(client: httpx.Client) -> None:
+    """What is unpickled there counts, too: the application, requests, pictures and refusals."""
+    draw(client, prompt="a cat")
+    ingresses = processes("ServeReplica:separate:Ingress")
+    proxies, (sampler,) = processes("ProxyActor"), processes("ServeReplica:separate:Sampler")
+    assert len(ingresses) == 2
+    assert len(proxies) == 1
+    assert maps_torch(sampler)  # so the search finds it where it is
+    assert not [process.cmdline() for process in ingresses + proxies if maps_torch(process)]

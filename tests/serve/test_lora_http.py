@@ -19,9 +19,9 @@ from pydantic import ValidationError
 
 from jobs.replay import main as replay
 from paris_ray.bundle import Bundle
+from paris_ray.config.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from paris_ray.errors import BundleError, ReceiptError
 from paris_ray.folders import Folder
-from paris_ray.models.peft_layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from paris_ray.receipts import ADAPTER_ID, RECEIPT, ModuleFacts, Receipt, SessionFacts, file_sha256
 from paris_ray.sampling import generate
 from serve.app import AppArgs, build

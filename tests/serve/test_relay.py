@@ -20,10 +20,9 @@ import yaml
 from ray import serve
 
 from paris_ray.api_keys import digest_of
+from paris_ray.errors import QueueFullError
 from paris_ray.pictures import read_picture
-from paris_ray.sampling.engine import QueueFullError
-from serve.drawing import Drawing, DrawRequest, Partial
-from serve.expert import OtherVersionError
+from serve.drawing import Drawing, DrawRequest, OtherVersionError, Partial
 from serve.ingress import HttpOptions, Ingress
 from serve.routes import create_api
 from serve.source import BundleSource, Origin

@@ -13,9 +13,10 @@ import pytest
 from PIL import Image
 
 from paris_ray.bundle import Bundle, load_bundle
-from paris_ray.bundle.history import EXPORTED
+from paris_ray.model_folder.history import EXPORTED
 from paris_ray.sampling import generate
 from tests.long_tests import chaos
+from tests.serve.processes import maps_torch, processes
 
 pytestmark = [pytest.mark.serve, pytest.mark.usefixtures("replica_threads")]
 
@@ -98,3 +99,9 @@ def test_arguments_of_a_single_gpu_draw_the_same(start_app: Start, release_path:
     bundle = load_bundle(str(release_path), dtype="bfloat16")
     for body in BODIES:
         np.testing.assert_array_equal(drawn(app, **body), expected(bundle, **body))
+
+
+def test_clips_tokenizer_brings_no_torch_into_an_ingress(url: str) -> None:
+    assert drawn(url, **BODIES[0]).shape == (1, 32, 32, 3)
+    (ingress,) = processes("ServeReplica:release:Ingress")
+    assert not maps_torch(ingress)

@@ -11,7 +11,12 @@ import pytest
 
 from paris_ray.artifacts import MANIFEST, VerifiedFolder, publish
 from paris_ray.bundle import load_bundle
-from paris_ray.bundle.admissions import (
+from paris_ray.errors import BundleError
+from paris_ray.export import write_bundle
+from paris_ray.folders import Folder
+from paris_ray.identity import Identity
+from paris_ray.model_card import with_roster
+from paris_ray.model_folder.admissions import (
     ADMISSIONS,
     KIND,
     MAX_BYTES,
@@ -26,12 +31,7 @@ from paris_ray.bundle.admissions import (
     require_admitted,
     verdict_name,
 )
-from paris_ray.bundle.history import EXPORTED
-from paris_ray.errors import BundleError
-from paris_ray.export import write_bundle
-from paris_ray.folders import Folder
-from paris_ray.identity import Identity
-from paris_ray.model_card import with_roster
+from paris_ray.model_folder.history import EXPORTED
 from paris_ray.run import BUNDLE, EXPERT_WEIGHTS, MODEL_CONFIG
 from paris_ray.signatures import SignedDocument
 

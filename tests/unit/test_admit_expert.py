@@ -17,13 +17,13 @@ from jobs.admit_expert import EXIT_FLAGGED, PAGE, main, open_look
 from jobs.command import EXIT_USER_ERROR
 from paris_ray.artifacts import MANIFEST, VerifiedFolder, publish
 from paris_ray.bundle import bundle_digest, load_bundle
-from paris_ray.bundle.admissions import VERDICT, Admission, parse_admission, require_admitted
 from paris_ray.config import load
 from paris_ray.embeddings import to_table, write_part
 from paris_ray.encoders.images import register_packaged_models, save_open_clip
 from paris_ray.errors import BundleError
 from paris_ray.folders import Folder
 from paris_ray.identity import Identity
+from paris_ray.model_folder.admissions import VERDICT, Admission, parse_admission, require_admitted
 from paris_ray.roster.admission.panel import Panel, held_out_shards
 from paris_ray.roster.admission.readings import Check
 from paris_ray.roster.admission.verdict import Findings

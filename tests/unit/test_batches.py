@@ -18,7 +18,7 @@ from torch.nn import functional
 from paris_ray.bundle import Bundle, load_bundle
 from paris_ray.bundle.texts import Texts
 from paris_ray.config import LoRAConfig
-from paris_ray.errors import ParisError
+from paris_ray.errors import ExpertsLostError, ParisError
 from paris_ray.exactness import MOST_TRIED
 from paris_ray.folders import Folder
 from paris_ray.models import EncodedText, TextConditioning
@@ -33,14 +33,13 @@ from paris_ray.sampling.guidance import KeyedText
 from paris_ray.sampling.local import LocalModels
 from paris_ray.sampling.sampler import (
     Answers,
-    ExpertsLostError,
     Samples,
     Step,
     advance,
     initial_noise,
-    sampling_options,
     start_denoising,
 )
+from paris_ray.sampling_options import sampling_options
 from tests.expert_calls import answer_alone, first_expert_calls
 
 PROMPTS = ["a red cat", "a blue dog", "a green square", "circle", "", "a red cat " * 9]

@@ -13,7 +13,7 @@ import torch
 from paris_ray.artifacts import MANIFEST
 from paris_ray.bundle import Bundle, load_bundle, load_expert
 from paris_ray.cluster_facts import ClusterFacts
-from paris_ray.encoders.codec import WEIGHTS as CODEC_WEIGHTS
+from paris_ray.encoders.folders import CODEC_WEIGHTS
 from paris_ray.errors import ArtifactError, BundleError, ParisError
 from paris_ray.export import write_bundle
 from paris_ray.folders import Folder

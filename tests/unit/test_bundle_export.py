@@ -13,18 +13,19 @@ import torch
 from paris_ray.artifacts import Manifest, VerifiedFolder, publish
 from paris_ray.bundle import MODEL_INDEX, Bundle, load_bundle
 from paris_ray.config import CodecConfig, TextConfig, load
+from paris_ray.config.release import write_document
 from paris_ray.diffusion import predict_velocity
 from paris_ray.errors import BundleError
 from paris_ray.export import codec_name, text_encoder_name, write_bundle
 from paris_ray.folders import Folder
 from paris_ray.model_card import model_card
 from paris_ray.models import Expert
-from paris_ray.models.release import write_document
 from paris_ray.pipeline.export import started_from
 from paris_ray.run import BUNDLE, EXPERT, EXPERT_WEIGHTS, SEED, Run
 from paris_ray.sampling import generate
 from paris_ray.sampling.generation import sample
-from paris_ray.sampling.sampler import initial_noise, sampling_options
+from paris_ray.sampling.sampler import initial_noise
+from paris_ray.sampling_options import sampling_options
 
 PROMPTS = ["a red cat", "blue dog", ""]
 SEEDS = [3, 14, 15]

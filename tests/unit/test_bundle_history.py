@@ -11,7 +11,10 @@ import pytest
 
 from paris_ray.artifacts import MANIFEST, VerifiedFolder, publish
 from paris_ray.bundle import load_bundle
-from paris_ray.bundle.history import (
+from paris_ray.errors import BundleError
+from paris_ray.folders import Folder
+from paris_ray.identity import Identity
+from paris_ray.model_folder.history import (
     EXPORTED,
     FILE,
     MAX_BYTES,
@@ -23,9 +26,6 @@ from paris_ray.bundle.history import (
     read_history,
     write_history,
 )
-from paris_ray.errors import BundleError
-from paris_ray.folders import Folder
-from paris_ray.identity import Identity
 from paris_ray.run import BUNDLE
 
 

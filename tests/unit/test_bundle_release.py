@@ -27,7 +27,8 @@ from paris_ray.sampling import generate
 from paris_ray.sampling.generation import sample
 from paris_ray.sampling.guidance import guided_velocity
 from paris_ray.sampling.local import LocalModels
-from paris_ray.sampling.sampler import Samples, sampling_options
+from paris_ray.sampling.sampler import Samples
+from paris_ray.sampling_options import sampling_options
 from tests.expert_calls import answer_alone, first_expert_calls
 
 PROMPTS = ["a red cat", "blue dog"]

@@ -10,7 +10,8 @@ import torch
 
 from paris_ray.bundle import load_bundle
 from paris_ray.bundle.texts import Texts
-from paris_ray.encoders.text import LENGTHS, TextEncoder
+from paris_ray.encoders.text import TextEncoder
+from paris_ray.encoders.tokenizers import LENGTHS
 from paris_ray.exactness import MOST_TRIED
 from paris_ray.models import TextConditioning
 

@@ -24,8 +24,9 @@ from paris_ray.run import EXPERT_WEIGHTS, FEW_STEP, STUDENT
 from paris_ray.sampling import generate
 from paris_ray.sampling.generation import sample, sample_one_expert
 from paris_ray.sampling.routing import expert_weights
-from paris_ray.sampling.sampler import initial_noise, sampling_options
+from paris_ray.sampling.sampler import initial_noise
 from paris_ray.sampling.teacher import EnsembleTeacher
+from paris_ray.sampling_options import sampling_options
 from paris_ray.training.data import Batch
 from paris_ray.training.distil import (
     OBJECTIVES,

@@ -22,15 +22,8 @@ from paris_ray.encoders.images import (
     load_open_clip,
     preprocess,
 )
-from paris_ray.encoders.pretrained import tokenizing
-from paris_ray.encoders.text import (
-    LENGTHS,
-    MAX_TOKENS,
-    PADDING,
-    MiniLM,
-    copy_text_encoder,
-    text_encoder_folder,
-)
+from paris_ray.encoders.text import PADDING, MiniLM, copy_text_encoder, text_encoder_folder
+from paris_ray.encoders.tokenizers import LENGTHS, MAX_TOKENS, tokenizing
 from paris_ray.errors import BundleError, ConfigError
 from paris_ray.folders import Folder
 from paris_ray.models import TextConditioning

@@ -12,13 +12,12 @@ from diffusers import AutoencoderKL
 
 from paris_ray.artifacts import VerifiedFolder
 from paris_ray.encoders.autoencoder import (
-    CONFIG,
     DECODE_BATCH,
-    WEIGHTS,
     AutoencoderKLCodec,
     copy_autoencoder_kl,
 )
 from paris_ray.encoders.codec import load_codec
+from paris_ray.encoders.folders import CONFIG, VAE_WEIGHTS
 from paris_ray.errors import ArtifactError, BundleError, ConfigError
 from paris_ray.folders import Folder
 from paris_ray.seeding import torch_generator
@@ -135,7 +134,7 @@ def test_the_picture_size_decides_the_shape_of_latents(vae: Path) -> None:
 
 def test_weights_are_mapped(vae: Path) -> None:
     codec = load(vae)
-    assert str(vae / WEIGHTS) in Path("/proc/self/maps").read_text()
+    assert str(vae / VAE_WEIGHTS) in Path("/proc/self/maps").read_text()
     assert codec.autoencoder.decoder.conv_in.weight.isfinite().all()
 
 
@@ -160,17 +159,17 @@ def test_many_pictures_are_decoded_a_few_at_a_time(
 def test_attention_under_its_old_names_is_read(published: Path, vae: Path) -> None:
     """sd-vae-ft-mse was written before diffusers renamed it."""
     old_names = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
-    state = safetensors.torch.load_file(vae / WEIGHTS)
+    state = safetensors.torch.load_file(vae / VAE_WEIGHTS)
     for new, old in old_names.items():
         state = {name.replace(f".{new}.", f".{old}."): value for name, value in state.items()}
     assert sum("proj_attn" in name for name in state) == 4
-    safetensors.torch.save_file(state, vae / WEIGHTS)
+    safetensors.torch.save_file(state, vae / VAE_WEIGHTS)
     assert torch.equal(load(vae).encode(PICTURES), load(published).encode(PICTURES))
 
 
 def test_half_precision_weights_are_computed_in_float32(vae: Path) -> None:
-    state = safetensors.torch.load_file(vae / WEIGHTS)
-    safetensors.torch.save_file({n: v.half() for n, v in state.items()}, vae / WEIGHTS)
+    state = safetensors.torch.load_file(vae / VAE_WEIGHTS)
+    safetensors.torch.save_file({n: v.half() for n, v in state.items()}, vae / VAE_WEIGHTS)
     latents = load(vae).encode(PICTURES)
     assert latents.dtype == torch.float32
     assert load(vae).decode(latents.half()).shape == PICTURES.shape
@@ -178,7 +177,7 @@ def test_half_precision_weights_are_computed_in_float32(vae: Path) -> None:
 
 @pytest.mark.parametrize("change", ["missing", "left over", "misshapen", "damaged"])
 def test_weights_that_do_not_fit_are_refused(vae: Path, change: str) -> None:
-    state = safetensors.torch.load_file(vae / WEIGHTS)
+    state = safetensors.torch.load_file(vae / VAE_WEIGHTS)
     weight = state["decoder.conv_in.weight"]
     if change == "missing":
         del state["decoder.conv_in.weight"]
@@ -186,10 +185,10 @@ def test_weights_that_do_not_fit_are_refused(vae: Path, change: str) -> None:
         state["surplus"] = weight.clone()
     else:
         state["decoder.conv_in.weight"] = weight[:1].clone()
-    safetensors.torch.save_file(state, vae / WEIGHTS)
+    safetensors.torch.save_file(state, vae / VAE_WEIGHTS)
     if change == "damaged":
-        (vae / WEIGHTS).write_bytes((vae / WEIGHTS).read_bytes()[:-9])
-    with pytest.raises(BundleError, match=f"{WEIGHTS} (does not fit|is damaged)"):
+        (vae / VAE_WEIGHTS).write_bytes((vae / VAE_WEIGHTS).read_bytes()[:-9])
+    with pytest.raises(BundleError, match=f"{VAE_WEIGHTS} (does not fit|is damaged)"):
         load(vae)
 
 
@@ -232,7 +231,7 @@ def test_configurations_without_fields_are_refused(vae: Path, document: str) -> 
         load(vae)
 
 
-@pytest.mark.parametrize("name", [CONFIG, WEIGHTS])
+@pytest.mark.parametrize("name", [CONFIG, VAE_WEIGHTS])
 def test_a_missing_file_is_named(vae: Path, tmp_path: Path, name: str) -> None:
     (vae / name).unlink()
     with pytest.raises(ConfigError, match=f"codec.path='{vae}' lacks {name}"):
@@ -242,6 +241,6 @@ def test_a_missing_file_is_named(vae: Path, tmp_path: Path, name: str) -> None:
 
 
 def test_pickled_weights_do_not_count(vae: Path) -> None:
-    (vae / WEIGHTS).rename(vae / "diffusion_pytorch_model.bin")
-    with pytest.raises(ArtifactError, match=f"{WEIGHTS} does not exist"):
+    (vae / VAE_WEIGHTS).rename(vae / "diffusion_pytorch_model.bin")
+    with pytest.raises(ArtifactError, match=f"{VAE_WEIGHTS} does not exist"):
         load(vae)

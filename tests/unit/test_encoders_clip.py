@@ -16,13 +16,8 @@ from transformers import BertConfig, BertModel, CLIPConfig, CLIPModel, CLIPTextM
 
 from paris_ray.artifacts import VerifiedFolder, publish, read_manifest
 from paris_ray.config import TextConfig
-from paris_ray.encoders.clip import (
-    TEXT_ENCODER_FILES,
-    TOKENIZER_FILES,
-    ClipText,
-    copy_clip,
-    tokenizer_files,
-)
+from paris_ray.encoders.clip import ClipText, copy_clip
+from paris_ray.encoders.folders import TEXT_ENCODER_FILES, TOKENIZER_FILES, tokenizer_files
 from paris_ray.encoders.images import register_packaged_models, save_open_clip
 from paris_ray.encoders.open_clip_text import write_clip_from_open_clip
 from paris_ray.encoders.text import MiniLM, load_text_encoder, write_text_encoder

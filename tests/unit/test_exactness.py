@@ -17,7 +17,8 @@ from transformers.models.bert.modeling_bert import BertLayer
 from paris_ray.bundle import Bundle
 from paris_ray.config import ExpertConfig, LoRAConfig
 from paris_ray.encoders.clip import ClipText
-from paris_ray.encoders.text import LENGTHS, PADDING, MiniLM, TextEncoder, copy_text_encoder
+from paris_ray.encoders.text import PADDING, MiniLM, TextEncoder, copy_text_encoder
+from paris_ray.encoders.tokenizers import LENGTHS
 from paris_ray.exactness import (
     BATCH_SIZES,
     MOST_TRIED,

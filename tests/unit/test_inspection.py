@@ -1,5 +1,8 @@
 """What text encoders do not read: MiniLM's kind, CLIP's kind."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -42,6 +45,35 @@ def test_clip_knows_every_byte_and_reads_77_tokens(release_bundle: Bundle) -> No
     assert inspect("cat " * 75).unread == ""
     assert inspect("cat " * 76).unread == " cat "
     assert inspect("  ").is_empty
+
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+INSPECT = """
+import sys
+from paris_ray.encoders.inspection import load_text_inspector
+from paris_ray.model_folder.layout import describe_bundle
+from paris_ray.sampling_options import sampling_options
+bundle = describe_bundle(sys.argv[1], loras={"mine": 1})
+encoder = bundle.parts["text_encoder"]
+inspector = load_text_inspector(encoder, bundle.parts.get("tokenizer", encoder))
+options = sampling_options(bundle, routing="top-2", lora="mine")
+assert "torch" not in sys.modules
+print(inspector.inspect(sys.argv[2]).num_tokens, options.routing.top_k, options.loras)
+"""
+
+
+@pytest.mark.parametrize("encoder", ["minilm", "clip"])
+def test_a_request_is_checked_without_torch(
+    encoder: str, tiny_bundle: Bundle, release_bundle: Bundle
+) -> None:
+    bundle = {"minilm": tiny_bundle, "clip": release_bundle}[encoder]
+    path = bundle.parts["router"].folder.uri.rpartition("/")[0]
+    command = [sys.executable, "-c", INSPECT, path, "a red cat"]
+    told = subprocess.run(
+        command, check=True, cwd=REPOSITORY, env=os.environ, stdout=subprocess.PIPE, text=True
+    ).stdout
+    assert told.split()[:2] == [str(inspector(bundle).inspect("a red cat").num_tokens), "2"]
+    assert told.strip().endswith("{1: 'mine'}")
 
 
 def test_another_encoder_is_refused(tmp_path: Path) -> None:

@@ -23,8 +23,7 @@ from ray.exceptions import RayTaskError
 from jobs.command import mendable, parser, reported
 from jobs.quickstart import why_it_failed
 from paris_ray.config import load
-from paris_ray.encoders.autoencoder import VAE_FILES
-from paris_ray.encoders.clip import TEXT_ENCODER_FILES, tokenizer_files
+from paris_ray.encoders.folders import TEXT_ENCODER_FILES, VAE_FILES, tokenizer_files
 from paris_ray.encoders.images import TIMM_FILES
 from paris_ray.errors import ArtifactError, ConfigError
 from paris_ray.folders import Folder

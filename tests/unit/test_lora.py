@@ -19,14 +19,12 @@ from torch import Tensor, nn
 
 from paris_ray.artifacts import VerifiedFolder, publish
 from paris_ray.config import LoRAConfig
-from paris_ray.config.lora import DEFAULT_TARGETS
+from paris_ray.config.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS, DEFAULT_TARGETS
 from paris_ray.errors import ArtifactError, BundleError, ConfigError
 from paris_ray.folders import Folder
 from paris_ray.models import Expert, ExpertConfig, Router, RouterConfig
 from paris_ray.models.lora import Adapter, LoRALinear, attach, merge
 from paris_ray.models.peft_layout import (
-    ADAPTER_CONFIG,
-    ADAPTER_WEIGHTS,
     PICKLED_WEIGHTS,
     UNSUPPORTED_OPTIONS,
     load_adapter,

@@ -14,19 +14,15 @@ from torch import nn
 from paris_ray.artifacts import MANIFEST, publish
 from paris_ray.bundle import Bundle, load_bundle
 from paris_ray.config import LoRAConfig
+from paris_ray.config.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from paris_ray.errors import ArtifactError, BundleError, ConfigError, ParisError
 from paris_ray.folders import Folder
 from paris_ray.models.lora import Adapter
-from paris_ray.models.peft_layout import (
-    ADAPTER_CONFIG,
-    ADAPTER_WEIGHTS,
-    EXPERT_DIGEST,
-    save_adapter,
-)
+from paris_ray.models.peft_layout import EXPERT_DIGEST, save_adapter
 from paris_ray.sampling import generate
 from paris_ray.sampling.calls import ExpertCall
 from paris_ray.sampling.local import LocalModels
-from paris_ray.sampling.sampler import sampling_options
+from paris_ray.sampling_options import sampling_options
 from tests.expert_calls import answer_alone, first_expert_calls
 
 EXPERT = 1

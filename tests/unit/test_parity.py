@@ -14,12 +14,14 @@ from torch import Tensor, nn
 from paris_ray.artifacts import VerifiedFolder
 from paris_ray.bundle import Bundle, BundleFacts
 from paris_ray.config import ExpertConfig, RouterConfig, SamplingConfig
+from paris_ray.config.release import write_document
+from paris_ray.errors import SamplingError
 from paris_ray.folders import Folder
 from paris_ray.models import Expert, Router, TextConditioning
-from paris_ray.models.release import write_document
 from paris_ray.run import EXPERT_WEIGHTS, MODEL_CONFIG, ROUTER_WEIGHTS
 from paris_ray.sampling.generation import sample
-from paris_ray.sampling.sampler import Samples, SamplingError, initial_noise, sampling_options
+from paris_ray.sampling.sampler import Samples, initial_noise
+from paris_ray.sampling_options import sampling_options
 from tests.reference import PlainExpert, PlainRouter, plain_sample
 
 TOLERANCE = 1e-4

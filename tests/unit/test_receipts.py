@@ -15,10 +15,11 @@ from torch import nn
 from paris_ray.artifacts import publish, sha256_hex
 from paris_ray.bundle import Bundle, load_bundle
 from paris_ray.config import LoRAConfig
+from paris_ray.config.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from paris_ray.errors import BundleError, ReceiptError
 from paris_ray.folders import Folder
 from paris_ray.models.lora import Adapter
-from paris_ray.models.peft_layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS, LORA, save_adapter
+from paris_ray.models.peft_layout import LORA, save_adapter
 from paris_ray.receipts import (
     ADAPTER_ID,
     KIND,

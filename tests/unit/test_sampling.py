@@ -17,15 +17,15 @@ from torch import Tensor
 from paris_ray.bundle import Bundle, load_bundle
 from paris_ray.config import ExpertConfig, SolverName, TimeGrid
 from paris_ray.diffusion import predict_velocity, router_logits, sampling_times
-from paris_ray.errors import ParisError, RoutingError
+from paris_ray.errors import ParisError, RoutingError, SamplingError
 from paris_ray.models import EncodedText, Expert, TextConditioning
 from paris_ray.sampling import generate
 from paris_ray.sampling.generation import sample, sample_one_expert
 from paris_ray.sampling.guidance import KeyedText, TextCache, guided_velocity
 from paris_ray.sampling.local import LocalModels
-from paris_ray.sampling.routing import Routing, parse_routing
-from paris_ray.sampling.sampler import Samples, SamplingError, initial_noise, sampling_options
+from paris_ray.sampling.sampler import Samples, initial_noise
 from paris_ray.sampling.solvers import integrate, solve
+from paris_ray.sampling_options import Routing, parse_routing, sampling_options
 
 PROMPTS = ["a red cat", "blue dog", "a green square"]
 SEEDS = [3, 14, 15]

@@ -9,8 +9,9 @@ from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteSchedul
 from torch import Tensor
 
 from paris_ray.config import SolverName
-from paris_ray.diffusion import num_evaluations, sampling_times
+from paris_ray.diffusion import sampling_times
 from paris_ray.sampling.solvers import SOLVERS, integrate, proceed, solve
+from paris_ray.sampling_options import num_evaluations
 
 NAMES: tuple[SolverName, ...] = get_args(SolverName)
 MEAN, STD = 0.7, 0.4

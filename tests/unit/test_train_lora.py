@@ -29,12 +29,13 @@ from paris_ray.config import (
     packaged_configs,
     to_yaml,
 )
+from paris_ray.config.lora import ADAPTER_WEIGHTS
 from paris_ray.embeddings import to_table, write_null_text, write_part
 from paris_ray.errors import ArtifactError, ConfigError, TrainingError
 from paris_ray.folders import Folder
 from paris_ray.models import Expert
 from paris_ray.models.lora import attach
-from paris_ray.models.peft_layout import ADAPTER_WEIGHTS, load_adapter
+from paris_ray.models.peft_layout import load_adapter
 from paris_ray.training.loop import Progress
 from paris_ray.training.lora import train_lora
 from tests.training_shards import Stop, stop_at

@@ -15,11 +15,11 @@ from safetensors import safe_open
 from paris_ray.artifacts import CHECKPOINT, METRICS, TIMINGS, VerifiedFolder
 from paris_ray.bundle import load_expert
 from paris_ray.config import ExpertConfig, RouterConfig
+from paris_ray.config.release import read_document
 from paris_ray.devices import resolve_precision
 from paris_ray.embeddings import to_table, write_part
 from paris_ray.errors import ArtifactError, TrainingError
 from paris_ray.folders import Folder
-from paris_ray.models.release import read_document
 from paris_ray.run import EXPERT_WEIGHTS, MODEL_CONFIG
 from paris_ray.training.data import BatchOrder
 from paris_ray.training.expert import ExpertData, train_expert

@@ -21,6 +21,7 @@ from torch._dynamo.utils import counters
 from paris_ray.artifacts import CHECKPOINT, EVENTS, METRICS, TIMINGS, VerifiedFolder, publish
 from paris_ray.bundle import load_expert
 from paris_ray.config import ExpertConfig, Precision, RouterConfig, TrainingConfig
+from paris_ray.config.release import write_document
 from paris_ray.devices import autocast, peak_flops, peak_flops_of, resolve_precision
 from paris_ray.diffusion import denoising_loss, sample_path
 from paris_ray.errors import ArtifactError, BundleError, ConfigError, TrainingError
@@ -28,7 +29,6 @@ from paris_ray.folders import Folder
 from paris_ray.models import Expert, TextConditioning
 from paris_ray.models.convert import convert_dit
 from paris_ray.models.lora import Adapter, LoRAConfig, attach
-from paris_ray.models.release import write_document
 from paris_ray.run import EXPERT_WEIGHTS, MODEL_CONFIG
 from paris_ray.seeding import build_seeded
 from paris_ray.training.data import Batch, batches, load_dataset

@@ -21,14 +21,13 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from paris_ray.artifacts import MANIFEST, VerifiedFolder, read_manifest
 from paris_ray.config import ExpertConfig, LoRAConfig
+from paris_ray.config.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from paris_ray.errors import ArtifactError, BundleError, ParisError, VerificationError
 from paris_ray.folders import Folder
 from paris_ray.identity import Identity
 from paris_ray.models import Expert
 from paris_ray.models.lora import Adapter
 from paris_ray.models.peft_layout import (
-    ADAPTER_CONFIG,
-    ADAPTER_WEIGHTS,
     PICKLED_WEIGHTS,
     UNSUPPORTED_OPTIONS,
     load_adapter,

@@ -1,6 +1,6 @@
 """A verdict on a page, with pictures that the candidate drew."""
 
-from paris_ray.bundle.admissions import Admission, AdmissionCheck
+from paris_ray.model_folder.admissions import Admission, AdmissionCheck
 from paris_ray.reports import (
     definitions,
     inline_image,

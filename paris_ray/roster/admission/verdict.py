@@ -11,17 +11,17 @@ import torch
 from paris_ray import __version__
 from paris_ray.artifacts import VerifiedFolder
 from paris_ray.bundle import Bundle
-from paris_ray.bundle.admissions import (
+from paris_ray.bundle.parts import load_expert
+from paris_ray.errors import BundleError
+from paris_ray.folders import Folder
+from paris_ray.model_folder.admissions import (
     KIND,
     Admission,
     AdmissionCheck,
     AdmissionReading,
     admission_document,
 )
-from paris_ray.bundle.links import check_links
-from paris_ray.bundle.parts import load_expert
-from paris_ray.errors import BundleError
-from paris_ray.folders import Folder
+from paris_ray.model_folder.links import check_links
 from paris_ray.models import Expert
 from paris_ray.roster.admission.agreement import check_agreement
 from paris_ray.roster.admission.copies import Shard, check_copies

@@ -15,7 +15,7 @@ from paris_ray.cluster_facts import FILE as CLUSTERS_FILE
 from paris_ray.cluster_facts import ClusterFacts, read_clusters, write_clusters
 from paris_ray.clustering import WEIGHTS as CENTROIDS
 from paris_ray.config import Config, digest
-from paris_ray.encoders.clip import TEXT_ENCODER, TOKENIZER
+from paris_ray.encoders.folders import TEXT_ENCODER, TOKENIZER
 from paris_ray.errors import FederationError
 from paris_ray.export import (
     codec_name,

@@ -13,9 +13,9 @@ from typing import Annotated, Any, TypeVar
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from paris_ray.artifacts import VerifiedFolder, canonical_json, sha256_hex
-from paris_ray.bundle.links import check_links
 from paris_ray.errors import ArtifactError, BundleError, FederationError, SignatureError
 from paris_ray.folders import Folder, parse_json
+from paris_ray.model_folder.links import check_links
 from paris_ray.signatures import KEY, SignedDocument, Signer
 
 MAX_DOCUMENT_BYTES = 1 << 20

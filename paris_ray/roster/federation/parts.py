@@ -10,8 +10,8 @@ from paris_ray.bundle.weights import StoredModel
 from paris_ray.clustering import Clustering
 from paris_ray.config import Config, ExpertConfig, RouterConfig, identity
 from paris_ray.embeddings import read_null_text
-from paris_ray.encoders.clip import TEXT_ENCODER, TOKENIZER
 from paris_ray.encoders.codec import load_codec
+from paris_ray.encoders.folders import TEXT_ENCODER, TOKENIZER
 from paris_ray.encoders.text import load_text_encoder
 from paris_ray.errors import FederationError, ParisError
 from paris_ray.models import Expert, Router

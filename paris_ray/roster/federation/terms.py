@@ -20,7 +20,7 @@ from pydantic import ConfigDict, Field, TypeAdapter
 from paris_ray.artifacts import VerifiedFolder, canonical_json
 from paris_ray.clustering import WEIGHTS as CENTROIDS
 from paris_ray.config import MAX_EXPERTS, Config, check, from_dict, identity
-from paris_ray.encoders.clip import TEXT_ENCODER, TOKENIZER
+from paris_ray.encoders.folders import TEXT_ENCODER, TOKENIZER
 from paris_ray.errors import ConfigError, FederationError
 from paris_ray.export import public_name
 from paris_ray.folders import Folder

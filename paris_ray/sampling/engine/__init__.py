@@ -11,17 +11,15 @@ threads, no event loop, no Ray. `serve.sampler` drives it; tests drive it by sim
 
 from paris_ray.sampling.engine.lanes import Batch
 from paris_ray.sampling.engine.requests import Event, Failed, Finished, Previewed, Ticket
-from paris_ray.sampling.engine.scheduler import DeadlineError, Engine, Limits, QueueFullError
+from paris_ray.sampling.engine.scheduler import Engine, Limits
 
 __all__ = [
     "Batch",
-    "DeadlineError",
     "Engine",
     "Event",
     "Failed",
     "Finished",
     "Limits",
     "Previewed",
-    "QueueFullError",
     "Ticket",
 ]

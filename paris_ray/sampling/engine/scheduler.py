@@ -5,33 +5,13 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from paris_ray.errors import DeadlineError, ExpertsLostError, QueueFullError
 from paris_ray.sampling.calls import ROUTER
 from paris_ray.sampling.engine.lanes import Batch, Lane, Waiting
 from paris_ray.sampling.engine.requests import Event, Failed, Finished, Picture, Previewed, Ticket
 from paris_ray.sampling.engine.speed import Speed
 from paris_ray.sampling.engine.turns import Turns
-from paris_ray.sampling.sampler import Denoising, ExpertsLostError, Samples, advance
-
-
-class QueueFullError(RuntimeError):
-    """There is no room for a request now.
-
-    Args:
-        reason: For a person.
-        position: How many pictures wait already.
-        retry_after_s: When there may be room.
-    """
-
-    def __init__(self, reason: str, position: int, retry_after_s: float) -> None:
-        super().__init__(reason)
-        self.reason, self.position, self.retry_after_s = reason, position, retry_after_s
-
-    def __reduce__(self) -> tuple[type["QueueFullError"], tuple[str, int, float]]:
-        return type(self), (self.reason, self.position, self.retry_after_s)
-
-
-class DeadlineError(RuntimeError):
-    """A request took longer than it was allowed to."""
+from paris_ray.sampling.sampler import Denoising, Samples, advance
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

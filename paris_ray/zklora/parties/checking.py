@@ -8,10 +8,10 @@ the escrow's word, which checks it before it releases the key.
 from collections.abc import Iterator
 from pathlib import Path
 
+from paris_ray.config.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from paris_ray.errors import ReceiptError
 from paris_ray.folders import Folder
 from paris_ray.identity import public_key_of
-from paris_ray.models.peft_layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from paris_ray.receipts import DIGEST, RECEIPT, Receipt, State, file_sha256
 from paris_ray.signatures import SignedDocument
 from paris_ray.zklora.adapter import quantise_adapter, read_peft

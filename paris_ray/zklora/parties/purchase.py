@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from paris_ray.artifacts import canonical_json, read_manifest, sha256_hex
+from paris_ray.config.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from paris_ray.errors import ArtifactError, TradeError
 from paris_ray.folders import Folder
 from paris_ray.identity import Identity, public_key_of
-from paris_ray.models.peft_layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS, LORA
+from paris_ray.models.peft_layout import LORA
 from paris_ray.receipts import (
     ADAPTER_ID,
     RECEIPT,

@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from paris_ray.config import ExpertConfig, identity, load
+from paris_ray.config.release import read_document, write_document
 from paris_ray.devices import autocast
 from paris_ray.errors import ConfigError
 from paris_ray.folders import Folder
 from paris_ray.models import Expert, TextConditioning
 from paris_ray.models.modern import ModernAttention, rotate
-from paris_ray.models.release import read_document, write_document
 from tests.training_shards import GEOMETRY, Stop, stop_at, train, write_shard
 
 RELEASED = ExpertConfig(**GEOMETRY, hidden_size=16, num_layers=2, num_heads=2, text_embed_dim=4)

@@ -8,11 +8,11 @@ import torch
 from torch.nn import functional
 
 from paris_ray.config import ExpertConfig, identity, load, unlike_fields
+from paris_ray.config.release import read_document, write_document
 from paris_ray.errors import ConfigError
 from paris_ray.folders import Folder
 from paris_ray.models import Expert, TextConditioning
 from paris_ray.models.flops import forward_macs
-from paris_ray.models.release import read_document, write_document
 from tests.training_shards import GEOMETRY, TRAINING, Stop, stop_at, train, write_shard
 
 PLAIN = ExpertConfig(**GEOMETRY, hidden_size=16, num_layers=2, num_heads=2, text_embed_dim=4)

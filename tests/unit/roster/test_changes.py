@@ -15,19 +15,19 @@ import pytest
 
 from paris_ray.artifacts import IN_PROGRESS, MANIFEST, publish, read_manifest
 from paris_ray.bundle import Bundle, load_bundle
-from paris_ray.bundle.admissions import (
+from paris_ray.cluster_facts import ClusterFacts
+from paris_ray.errors import ArtifactError, BundleError, ConfigError, ParisError, RoutingError
+from paris_ray.export import write_bundle
+from paris_ray.folders import Folder
+from paris_ray.identity import Identity
+from paris_ray.model_folder.admissions import (
     KIND,
     VERDICT,
     Admission,
     AdmissionCheck,
     admission_document,
 )
-from paris_ray.bundle.history import Entry
-from paris_ray.cluster_facts import ClusterFacts
-from paris_ray.errors import ArtifactError, BundleError, ConfigError, ParisError, RoutingError
-from paris_ray.export import write_bundle
-from paris_ray.folders import Folder
-from paris_ray.identity import Identity
+from paris_ray.model_folder.history import Entry
 from paris_ray.roster.changes import Options, Roster
 from paris_ray.roster.newcomer import Newcomer
 from paris_ray.run import BUNDLE, ENCODERS, EXPERT_WEIGHTS, MODEL_CONFIG

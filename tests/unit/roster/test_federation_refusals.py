@@ -14,10 +14,10 @@ import safetensors.numpy
 
 from paris_ray.artifacts import read_manifest
 from paris_ray.config import ExpertConfig
+from paris_ray.config.release import read_document
 from paris_ray.errors import FederationError
 from paris_ray.folders import Folder
 from paris_ray.models import Expert
-from paris_ray.models.release import read_document
 from paris_ray.roster.federation import assemble, join
 from paris_ray.roster.federation.shared_rows import FILE as ROWS_FILE
 from paris_ray.roster.federation.statistics import FILE as STATISTICS

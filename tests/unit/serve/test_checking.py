@@ -9,7 +9,7 @@ from paris_ray.bundle import Bundle
 from paris_ray.config import Preset
 from paris_ray.errors import RoutingError
 from paris_ray.pictures import Sampling
-from paris_ray.sampling.sampler import sampling_options
+from paris_ray.sampling_options import sampling_options
 from serve.checking import Order, Served, check
 from serve.errors import ApiError
 from serve.schemas import MAX_BATCH_PICTURES, BatchesRequest, ImagesRequest

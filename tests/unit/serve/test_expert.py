@@ -11,14 +11,14 @@ import torch
 from paris_ray.bundle import Bundle, bundle_digest
 from paris_ray.sampling.calls import ExpertCall
 from paris_ray.sampling.local import LocalModels
-from paris_ray.sampling.sampler import sampling_options
+from paris_ray.sampling_options import sampling_options
+from serve.drawing import OtherVersionError
 from serve.expert import (
     MAX_TEXTS,
     ExpertClient,
     ExpertServer,
     Floats,
     MissingTexts,
-    OtherVersionError,
     Question,
 )
 from serve.source import BundleSource, LoRASource

@@ -9,11 +9,12 @@ import pytest
 import safetensors.torch
 
 from paris_ray.bundle import Bundle
+from paris_ray.config.lora import ADAPTER_WEIGHTS
 from paris_ray.errors import BundleError
-from paris_ray.models.peft_layout import ADAPTER_WEIGHTS
 from paris_ray.pictures import LoRARecord, read_picture
 from serve.checking import Served, check
 from serve.drawing import Drawing, Partial
+from serve.opening import open_bundle
 from serve.pictures import encode_all, encode_partial, headers, response
 from serve.schemas import ImageData, ImagesRequest
 from serve.source import BundleSource, LoRASource, Origin
@@ -81,11 +82,11 @@ def test_other_weights_at_the_place_of_an_adapter_are_another_version(
     own_lora: LoRASource, tiny_bundle_path: Path, tiny_bundle: Bundle
 ) -> None:
     source = BundleSource(str(tiny_bundle_path), loras=(own_lora,))
-    assert source.open().loras == {"mine": EXPERT}
+    assert open_bundle(source).loras == {"mine": EXPERT}
     double(Path(own_lora.uri))
     with pytest.raises(BundleError, match=rf"sha256=\w+ of .* is not allowed: {own_lora.sha256}"):
-        source.open()  # a replica that is restarted, or added
+        open_bundle(source)  # a replica that is restarted, or added
     again = source._replace(loras=(own_lora.pinned(EXPERT),))
-    assert again.open().loras == {"mine": EXPERT}
+    assert open_bundle(again).loras == {"mine": EXPERT}
     assert again.origin("mine") != source.origin("mine")
     assert again.of_expert(EXPERT).version != source.of_expert(EXPERT).version

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from paris_ray.bundle import load_bundle
-from paris_ray.encoders.text import LENGTHS
+from paris_ray.encoders.tokenizers import LENGTHS
 from paris_ray.models import TextConditioning
 from paris_ray.sampling import generate
 from paris_ray.sampling.engine import Limits
-from paris_ray.sampling.sampler import sampling_options
+from paris_ray.sampling_options import sampling_options
 from serve.drawing import Drawing, DrawRequest
 from serve.sampler import Sampler
 from serve.source import BundleSource

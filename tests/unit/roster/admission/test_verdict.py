@@ -8,10 +8,10 @@ import torch
 
 from paris_ray.artifacts import canonical_json
 from paris_ray.bundle import Bundle, load_bundle
-from paris_ray.bundle.admissions import parse_admission
 from paris_ray.errors import BundleError
 from paris_ray.folders import Folder
 from paris_ray.identity import Identity
+from paris_ray.model_folder.admissions import parse_admission
 from paris_ray.roster.admission.page import verdict_page
 from paris_ray.roster.admission.verdict import (
     Candidate,

@@ -16,19 +16,11 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from paris_ray.errors import DeadlineError, ExpertsLostError, QueueFullError
 from paris_ray.sampling.calls import ROUTER
-from paris_ray.sampling.engine import (
-    Batch,
-    DeadlineError,
-    Engine,
-    Failed,
-    Finished,
-    Limits,
-    Previewed,
-    QueueFullError,
-)
+from paris_ray.sampling.engine import Batch, Engine, Failed, Finished, Limits, Previewed
 from paris_ray.sampling.engine.lanes import LONGEST_RETRY_S
-from paris_ray.sampling.sampler import Denoising, ExpertsLostError
+from paris_ray.sampling.sampler import Denoising
 from tests.simulation import MODELS, NUM_EXPERTS, Picture, Request, Simulation, is_idle, reply, rows
 
 WIDE = Limits(max_batch_rows=1000, max_active_pictures=1000, max_waiting_pictures=1000)

@@ -14,7 +14,7 @@ from paris_ray.config import (
     from_dict,
     to_dict,
 )
-from paris_ray.encoders.autoencoder import MAX_BLOCKS, downsampling
+from paris_ray.encoders.folders import MAX_BLOCKS, downsampling
 from paris_ray.errors import BundleError, ConfigError
 
 CONFIG, MODEL_INDEX = "config.json", "model_index.json"

@@ -1,57 +1,60 @@
 """From a folder to a bundle: what must be there, what must not, and what must agree."""
 
 import re
-from collections.abc import Mapping, Sequence, Set
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence, Set
+from functools import partial
+from types import MappingProxyType
+from typing import Any, TypeVar
 
 from paris_ray import cluster_facts
 from paris_ray.artifacts import IN_PROGRESS, MANIFEST, VerifiedFolder, open_finished, read_manifest
-from paris_ray.bundle.admissions import ADMISSIONS, admission_names
-from paris_ray.bundle.facts import CONFIG, MODEL_INDEX, read_facts, read_integer
-from paris_ray.bundle.history import History, read_history
-from paris_ray.bundle.links import check_links
-from paris_ray.bundle.parts import Bundle
-from paris_ray.bundle.weights import Dtype, read_header
 from paris_ray.config import MAX_EXPERTS, MODEL_LIMITS
-from paris_ray.encoders import autoencoder, clip, codec
-from paris_ray.encoders.autoencoder import VAE_FILES
-from paris_ray.encoders.clip import TEXT_ENCODER, TEXT_ENCODER_FILES, TOKENIZER
+from paris_ray.encoders.folders import (
+    CODEC_FILES,
+    TEXT_ENCODER,
+    TEXT_ENCODER_FILES,
+    TOKENIZER,
+    VAE_FILES,
+)
 from paris_ray.errors import BundleError
 from paris_ray.folders import Folder
+from paris_ray.model_folder.admissions import ADMISSIONS, admission_names
+from paris_ray.model_folder.description import BundleDescription
+from paris_ray.model_folder.facts import CONFIG, MODEL_INDEX, read_facts, read_integer
+from paris_ray.model_folder.history import History, read_history
+from paris_ray.model_folder.links import check_links
 from paris_ray.run import BUNDLE, CLUSTERS, EXPERT_WEIGHTS, MODEL_CONFIG, ROUTER_WEIGHTS, SEED
 
-CODECS = {"vae": VAE_FILES, "codec": (codec.CONFIG, codec.WEIGHTS)}
-ENCODER_WEIGHTS = {
-    "vae": autoencoder.WEIGHTS,
-    "codec": codec.WEIGHTS,
-    TEXT_ENCODER: clip.WEIGHTS,
-}
+CODECS = {"vae": VAE_FILES, "codec": CODEC_FILES}
+Described = TypeVar("Described", bound=BundleDescription)
 
 
-def load_bundle(
-    path: str,
-    digest: str | None = None,
-    *,
-    dtype: Dtype | None = None,
-    device: str = "cpu",
-    offload: bool = False,
-) -> Bundle:
-    """Open a model folder in the layout of the public Paris release; no weights are read yet.
+def describe_bundle(
+    path: str, digest: str | None = None, *, loras: Mapping[str, int] = MappingProxyType({})
+) -> BundleDescription:
+    """Return what a bundle tells of itself, without what computes; see `read_model_folder`.
+
+    Args:
+        path: A path or a pyarrow.fs URI.
+        digest: Digest of the manifest of the only bundle that is wanted; None takes any.
+        loras: Number of the expert of each adapter that is used with it, by its name.
+    """
+    return read_model_folder(path, digest, partial(BundleDescription, loras=loras))
+
+
+def read_model_folder(path: str, digest: str | None, make: Callable[..., Described]) -> Described:
+    """Open a model folder in the layout of the public Paris release; no weights are read.
 
     Args:
         path: A path or a pyarrow.fs URI. Links that leave a local folder are refused, which the
             cache of the Hugging Face hub consists of: copy it with `cp -rL`.
         digest: Digest of the manifest of the only bundle that is wanted; None takes any.
-        dtype: Data type of experts and router: `float32`, `bfloat16` or `float16`; None keeps the
-            stored one.
-        device: Where all parts run: `cpu`, `cuda` or `auto`.
-        offload: Keep at most two experts on the device, the ones used last.
+        make: What to make of the arguments of `BundleDescription`, such as a bundle that computes.
 
     Raises:
         BundleError: if a file is missing or left over, a value is not allowed, or whoever writes
             the bundle has not finished.
         ArtifactError: if a file does not have the digest that the folder's manifest gives.
-        ConfigError: if `dtype` is not allowed.
     """
     folder = Folder(path)
     if not folder.exists(CONFIG):
@@ -66,20 +69,14 @@ def load_bundle(
     _check_index(source, defaults["num_experts"])
     parts = {name: source.part(name) for name in names}
     _check_tokenizer(source, parts)
-    bundle = Bundle(
+    made = make(
         parts,
         read_facts(document, parts.get("vae"), where),
         history=_read_history(source, parts, defaults["num_experts"]),
         defaults=defaults,
-        dtype=dtype,
-        device=device,
-        offload=offload,
     )
-    _check_models(bundle, document, where)
-    if folder.is_local and source.digests is None:
-        bundle.check_headers()
-        _check_encoder_headers(parts)
-    return bundle
+    _check_models(made, document, where)
+    return made
 
 
 def bundle_digest(path: str) -> str | None:
@@ -187,15 +184,7 @@ def _check_tokenizer(source: VerifiedFolder, parts: Mapping[str, VerifiedFolder]
         raise BundleError(f"{source.folder.uri} lacks {TOKENIZER}/, which {where} calls for")
 
 
-def _check_encoder_headers(parts: Mapping[str, VerifiedFolder]) -> None:
-    """Refuse damaged weights of codec and text encoder, which load later; no tensor is read."""
-    for name, weights in ENCODER_WEIGHTS.items():
-        if name in parts:
-            folder = parts[name].folder
-            read_header(folder.local_path / weights, f"{folder.uri}/{weights}")
-
-
-def _check_models(bundle: Bundle, document: Mapping[str, Any], where: str) -> None:
+def _check_models(bundle: BundleDescription, document: Mapping[str, Any], where: str) -> None:
     """Compare the fields that describe all models with the models' own."""
     if document.get("use_latents", True) is not True:
         raise BundleError(f"{where}: use_latents={document['use_latents']!r}, expected True")

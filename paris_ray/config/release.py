@@ -11,14 +11,9 @@ from dataclasses import fields
 from types import MappingProxyType
 from typing import Any, TypeVar
 
-from paris_ray.config import (
-    OFF_IN_MODELS,
-    ExpertConfig,
-    RouterConfig,
-    check_model,
-    from_dict,
-    to_dict,
-)
+from paris_ray.config.conversion import from_dict, to_dict
+from paris_ray.config.models import OFF_IN_MODELS, ExpertConfig, RouterConfig
+from paris_ray.config.section_checks import check_model
 from paris_ray.errors import ConfigError
 
 OURS = "paris_ray"

@@ -48,6 +48,7 @@ from paris_ray.config.models import (
     PRESETS,
     ExpertConfig,
     RouterConfig,
+    is_released,
     unlike_fields,
 )
 from paris_ray.config.recipes import HiddenOptimizer, RecipeConfig, aligned_block, synced_blocks
@@ -103,6 +104,7 @@ __all__ = [
     "expert_setup",
     "from_dict",
     "identity",
+    "is_released",
     "load",
     "load_lora",
     "local_paths",

@@ -49,9 +49,10 @@ from paris_ray.config.models import (
     Dtype,
     ExpertConfig,
     RouterConfig,
+    is_released,
     unlike_fields,
 )
-from paris_ray.config.recipes import RecipeConfig, aligned_block, synced_blocks
+from paris_ray.config.recipes import HiddenOptimizer, RecipeConfig, aligned_block, synced_blocks
 from paris_ray.config.section_checks import check_model, check_place
 from paris_ray.config.sections import RESOURCE_KEYS, Config
 from paris_ray.config.training import Precision, TrainingConfig
@@ -85,6 +86,7 @@ __all__ = [
     "LoRARun",
     "Objective",
     "PoolConfig",
+    "HiddenOptimizer",
     "Precision",
     "Preset",
     "RecipeConfig",
@@ -104,6 +106,7 @@ __all__ = [
     "expert_setup",
     "from_dict",
     "identity",
+    "is_released",
     "load",
     "load_lora",
     "local_paths",

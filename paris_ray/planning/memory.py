@@ -1,9 +1,11 @@
 """The memory of a GPU while a model trains on it."""
 
 from dataclasses import asdict, dataclass
+from functools import cache
 
-from paris_ray.config import ExpertConfig, RouterConfig, TrainingConfig
-from paris_ray.models.flops import CLIP_TEXT_LENGTH, num_tokens, parameter_count
+from paris_ray.config import ExpertConfig, HiddenOptimizer, RouterConfig, TrainingConfig
+from paris_ray.models.flops import CLIP_TEXT_LENGTH, num_tokens, outline, parameter_count
+from paris_ray.training.recipes.muon import num_moments
 
 FLOAT16, FLOAT32 = 2, 4  # bytes; bfloat16 has as many as float16
 # Layers of CLIP's text towers by their width: ViT-B and ViT-L, ViT-H, ViT-bigG.
@@ -17,7 +19,7 @@ class Memory:
 
     weights: int
     gradients: int
-    adam: int
+    optimizer: int
     ema: int
     autocast: int
     text_encoder: int
@@ -40,7 +42,7 @@ def training_memory(
 ) -> Memory:
     """Return the bytes that training takes on its GPU.
 
-    Of each parameter: 4 for the weight, 4 for its gradient, 8 for Adam's moments, 4 for the average
+    Of each parameter: 4 for the weight, 4 for its gradient, `optimizer_bytes`, 4 for the average
     (unless `ema_device=cpu`) and 2 for the bfloat16 copy that autocast multiplies with (unless
     `precision=float32`). The frozen text encoder and teachers are in float32. Activations:
     `activation_bytes` of the images that are on the GPU at once, `batch_size / accumulation_steps`.
@@ -63,13 +65,24 @@ def training_memory(
     return Memory(
         weights=FLOAT32 * count,
         gradients=FLOAT32 * count,
-        adam=2 * FLOAT32 * count,
+        optimizer=optimizer_bytes(model, training.hidden_optimizer),
         ema=FLOAT32 * count if training.ema_device == "model" else 0,
         autocast=FLOAT16 * count if autocast else 0,
         text_encoder=FLOAT32 * text_encoder_parameters,
         teachers=FLOAT32 * teacher_parameters,
         activations=training.batch_size // training.accumulation_steps * activations,
     )
+
+
+@cache
+def optimizer_bytes(model: ExpertConfig | RouterConfig, hidden_optimizer: HiddenOptimizer) -> int:
+    """Return what the optimisers of a model keep, on its GPU and in its checkpoint, in bytes.
+
+    Args:
+        model: The architecture.
+        hidden_optimizer: Of the matrices in its blocks; all else that is trained has AdamW.
+    """
+    return FLOAT32 * num_moments(outline(model), hidden_optimizer)
 
 
 def activation_bytes(
@@ -85,6 +98,11 @@ def activation_bytes(
     values are 2 w L d a block; the output layer keeps (8 + w) N d. With gradient checkpointing a
     block keeps its float32 input, 4 N d, and one block at a time is whole.
 
+    Modern blocks keep queries and keys also as they are normed, in float32 before the norm's weight
+    and in w bytes after it: v = 4 + w bytes a value more, and 4 for the copy in float32 if w is
+    less. That is 2 v N d for self-attention, and v N d + (v + w) L d for cross-attention. A text
+    adapter is a block of L tokens without cross-attention, which is never computed again.
+
     `torch.compile` keeps less, since it computes element-wise parts again.
 
     Args:
@@ -93,15 +111,22 @@ def activation_bytes(
         recompute: Whether gradient checkpointing is on.
         text_length: L.
     """
-    values = num_tokens(model) * model.hidden_size
-    reads_text = isinstance(model, ExpertConfig) and model.text_injection != "spatial"
-    in_products = 8 + 2 * model.mlp_ratio + 3 * reads_text
-    block = round((4 * FLOAT32 + width * in_products) * values)
-    text = 2 * width * text_length * model.hidden_size * reads_text
-    output = (2 * FLOAT32 + width) * values
+    expert = model if isinstance(model, ExpertConfig) else None
+    values, text_values = num_tokens(model) * model.hidden_size, text_length * model.hidden_size
+    reads_text = expert is not None and expert.text_injection != "spatial"
+    kept = 4 * FLOAT32 + width * (8 + 2 * model.mlp_ratio)  # of a value, without cross-attention
+    block = round((kept + 3 * width * reads_text) * values)
+    text = 2 * width * text_values * reads_text
+    if expert is not None and expert.blocks == "modern":
+        normed = FLOAT32 + width + (FLOAT32 if width < FLOAT32 else 0)
+        block += normed * (2 + reads_text) * values
+        text += (normed + width) * text_values * reads_text
+    rest = (2 * FLOAT32 + width) * values
+    if expert is not None and expert.text_adapter:
+        rest += round(kept * text_values)
     if recompute:
-        return model.num_layers * (FLOAT32 * values + text) + block + output
-    return model.num_layers * (block + text) + output
+        return model.num_layers * (FLOAT32 * values + text) + block + rest
+    return model.num_layers * (block + text) + rest
 
 
 def text_tower_parameters(width: int) -> int:

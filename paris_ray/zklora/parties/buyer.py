@@ -301,10 +301,9 @@ class Buyer:
         self._receipts.write(Folder(str(adapter)))
 
     def _totals(self) -> dict[str, float]:
-        seen = [self._channel.traffic]
+        exchanged = self._channel.traffic.total
         if self._escrow is not None:
-            seen.append(self._escrow.traffic)
-        exchanged = sum(traffic.bytes_sent + traffic.bytes_received for traffic in seen)
+            exchanged += self._escrow.num_bytes
         return {
             "seconds": time.perf_counter() - self._started,
             "bytes": self._session.read_json(RESULT)["bytes"] + exchanged,

@@ -72,6 +72,11 @@ class Traffic:
     bytes_sent: int = 0
     bytes_received: int = 0
 
+    @property
+    def total(self) -> int:
+        """Both together."""
+        return self.bytes_sent + self.bytes_received
+
 
 class Ended(ConnectionLost):
     """The other side ended the connection."""

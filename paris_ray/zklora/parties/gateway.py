@@ -25,7 +25,7 @@ from paris_ray.zklora.leakage import INPUTS, draw_last_bits, row_seeds
 from paris_ray.zklora.learned import describe_leak
 from paris_ray.zklora.manifest import MANIFEST, AdapterManifest
 from paris_ray.zklora.parties.connection import Peer
-from paris_ray.zklora.parties.escrow import EscrowClient
+from paris_ray.zklora.parties.escrow import LIMITS, EscrowClient
 from paris_ray.zklora.parties.frames import Message
 from paris_ray.zklora.parties.messages import (
     MAX_CALLS_BYTES,
@@ -50,6 +50,8 @@ from paris_ray.zklora.transcript import new_nonce
 ANSWER_WITHIN_S = 5.0  # until a user who waits for proofs is told how far they are
 SECRET = b"paris_ray zklora secret of last bits\n"
 MAX_NEWS = 1000
+# Users do not wait for each other's opening checks; one place is for whoever follows a dead actor.
+ESCROW_CONNECTIONS = LIMITS.connections_a_peer - 1
 SHORT = 8  # characters of a digest, enough to tell a few sessions apart
 
 logger = logging.getLogger("paris_ray")
@@ -324,6 +326,7 @@ def _connect_escrow(
         return None
     if manifest.escrow_certificate is None:
         raise ConfigError("escrow is not allowed: the manifest names none")
-    client = EscrowClient(identity, service.escrow, manifest.escrow_certificate)
+    certificate, connections = manifest.escrow_certificate, ESCROW_CONNECTIONS
+    client = EscrowClient(identity, service.escrow, certificate, connections=connections)
     client.list_adapter(signed, (service.folder / SEALED).read_bytes())
     return client

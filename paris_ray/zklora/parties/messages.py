@@ -1,4 +1,4 @@
-"""What user and contributor say to each other: the fields of every request, checked."""
+"""What parties say to each other, checked: the fields of requests, values, tensors."""
 
 from collections.abc import Mapping
 from typing import Any, Self
@@ -9,6 +9,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from paris_ray.errors import ProtocolError
 from paris_ray.zklora.parties.frames import Message
+
+Value = str | int | bytes | dict[str, Any]
+"""What a message of the escrow holds under a name; bytes may be larger than the others."""
 
 Form = tuple[type[np.generic], tuple[int | None, ...]]
 """Type and shape of a tensor."""
@@ -123,3 +126,35 @@ def _fits(shape: tuple[int, ...], allowed: tuple[int | None, ...]) -> bool:
     return len(shape) == len(allowed) and all(
         most in (None, length) for length, most in zip(shape, allowed, strict=True)
     )
+
+
+def message_of(kind: str, values: Mapping[str, Value]) -> Message:
+    """Return a message of values: bytes are its tensors, all others its fields."""
+    tensors = {
+        name: np.frombuffer(value, np.uint8)
+        for name, value in values.items()
+        if isinstance(value, bytes)
+    }
+    fields = {name: value for name, value in values.items() if name not in tensors}
+    return Message(kind, fields, tensors)
+
+
+def values_of(message: Message, types: Mapping[str, type]) -> list[Any]:
+    """Return the values of a message that `message_of` made, if they are those expected.
+
+    Args:
+        message: What the other side sent.
+        types: Of each value by its name, in the order in which they are returned.
+
+    Raises:
+        ProtocolError: if one is missing, of another type, or not expected.
+    """
+    fields = {name: kind for name, kind in types.items() if kind is not bytes}
+    if message.fields.keys() != fields.keys():
+        raise ProtocolError(f"{message.kind[:80]} has the fields {', '.join(fields) or 'none'}")
+    for name, kind in fields.items():
+        if type(message.fields[name]) is not kind:
+            raise ProtocolError(f"{name} of {message.kind[:80]} must be of type {kind.__name__}")
+    tensors = tensors_of(message, dict.fromkeys(types.keys() - fields, (np.uint8, (None,))))
+    found = {**message.fields, **{name: tensor.tobytes() for name, tensor in tensors.items()}}
+    return [found[name] for name in types]

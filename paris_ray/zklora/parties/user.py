@@ -129,7 +129,7 @@ class BaseUser:
                 if wanted is not None and wanted.verdict(without, with_adapter).is_clear:
                     break
             session.close().save(folder)
-        num_bytes = channel.traffic.bytes_sent + channel.traffic.bytes_received
+        num_bytes = channel.traffic.total
         return TrialResult(without, with_adapter, numerics, num_bytes)
 
     def _deposit(self, session: Session, escrow: tuple[str, int], rows: int) -> None:

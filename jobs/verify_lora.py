@@ -41,7 +41,8 @@ from paris_ray.zklora.manifest import AdapterManifest
 from paris_ray.zklora.sequential import ERROR_RATE, MIN_GAIN
 
 if TYPE_CHECKING:
-    from paris_ray.zklora.parties.buyer import Outcome, Trial
+    from paris_ray.zklora.parties.buyer import Outcome
+    from paris_ray.zklora.parties.user import Trial
     from paris_ray.zklora.subjects import Subject
 
 PURCHASES = "purchases"
@@ -116,7 +117,7 @@ def _trial(
     manifest: AdapterManifest,
     subject: "Subject",
 ) -> "Trial":
-    from paris_ray.zklora.parties.buyer import Trial
+    from paris_ray.zklora.parties.user import Trial
     from paris_ray.zklora.sequential import Wanted
 
     name = f"{manifest.adapter}-{manifest.adapter_id[:8]}"

@@ -48,7 +48,7 @@ from paris_ray.zklora.leakage import SEED_BYTES, draw_last_bits
 from paris_ray.zklora.ledger import OPENING_BALANCE, SQLiteLedger
 from paris_ray.zklora.manifest import MANIFEST, AdapterManifest, Base, build_manifest
 from paris_ray.zklora.offer import AskedTerms, Offer, base_of_expert, open_offer
-from paris_ray.zklora.parties.buyer import Buyer, Outcome, Trial
+from paris_ray.zklora.parties.buyer import Buyer, Outcome
 from paris_ray.zklora.parties.channel import Channel
 from paris_ray.zklora.parties.connection import Peer
 from paris_ray.zklora.parties.contributor import Contribution, Service
@@ -65,6 +65,7 @@ from paris_ray.zklora.parties.purchase import buy, integers_digest
 from paris_ray.zklora.parties.results import result
 from paris_ray.zklora.parties.server import serve
 from paris_ray.zklora.parties.session import Session
+from paris_ray.zklora.parties.user import Trial
 from paris_ray.zklora.parties.verifying import verify_evidence
 from paris_ray.zklora.proof import prove, verify_named
 from paris_ray.zklora.sealing import check_opening, seal

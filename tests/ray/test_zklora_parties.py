@@ -62,11 +62,10 @@ from paris_ray.zklora.parties.evidence import (
 )
 from paris_ray.zklora.parties.frames import Message
 from paris_ray.zklora.parties.purchase import buy, integers_digest
-from paris_ray.zklora.parties.results import result
 from paris_ray.zklora.parties.server import serve
 from paris_ray.zklora.parties.session import Session
 from paris_ray.zklora.parties.user import Trial
-from paris_ray.zklora.parties.verifying import verify_evidence
+from paris_ray.zklora.parties.workers import result, verify_evidence
 from paris_ray.zklora.proof import prove, verify_named
 from paris_ray.zklora.sealing import check_opening, seal
 from paris_ray.zklora.sequential import Verdict, Wanted
@@ -653,7 +652,7 @@ def test_honest_evidence_is_accepted(market: Market, tried: Tried, tmp_path: Pat
     evidence.closed.save(tmp_path)
     save_evidence(evidence, tmp_path)
     loaded = load_evidence(ClosedSession.load(tmp_path), tmp_path)
-    assert loaded.digest == evidence.digest
+    assert loaded.proofs == evidence.proofs
     check(market, loaded)
 
 

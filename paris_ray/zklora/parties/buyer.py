@@ -48,10 +48,9 @@ from paris_ray.zklora.parties.purchase import (
     receive,
     verified_facts,
 )
-from paris_ray.zklora.parties.results import result
 from paris_ray.zklora.parties.session import Session
 from paris_ray.zklora.parties.user import RESULT, BaseUser, Trial
-from paris_ray.zklora.parties.verifying import verify_evidence
+from paris_ray.zklora.parties.workers import result, verify_evidence
 from paris_ray.zklora.sequential import Verdict
 from paris_ray.zklora.trade import TradeState
 from paris_ray.zklora.transcript import new_nonce

@@ -8,8 +8,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from paris_ray.errors import ParisError
 from paris_ray.zklora.offer import load_offer
 from paris_ray.zklora.parties.gateway import LoRAGateway, Service
-from paris_ray.zklora.parties.results import result
-from paris_ray.zklora.parties.workers import LoRAWorker
+from paris_ray.zklora.parties.workers import LoRAWorker, result
 
 __all__ = ["Contribution", "Service"]
 

@@ -1,6 +1,5 @@
 """What a closed session leaves: the log that both parties signed, and the proofs of its rows."""
 
-import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -8,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
@@ -126,12 +126,6 @@ class Evidence:
         check_names("rows", list(self.closed.transcript.log.rows), manifest)
         return Claims(self, manifest)
 
-    @property
-    def digest(self) -> str:
-        """SHA-256 of all proofs, in hexadecimal."""
-        named = {name: proof.hex() for name, proof in self.proofs.items()}
-        return hashlib.sha256(canonical_json(named)).hexdigest()
-
 
 class Claims(Mapping[str, Claim]):
     """What is checked of each module; its rows are read when it is asked for.
@@ -157,6 +151,16 @@ class Claims(Mapping[str, Claim]):
         )
         rows, proof = closed.transcript.rows(name), self._evidence.proofs[name]
         return terms.commitment, *rows, context, proof
+
+
+def evidence_message(proofs: Mapping[str, bytes]) -> Message:
+    """Return the answer that has the proofs of all modules, by name."""
+    return Message("evidence", {"modules": list(proofs)}, _tensors(proofs))
+
+
+def _tensors(proofs: Mapping[str, bytes]) -> dict[str, NDArray[np.uint8]]:
+    """Return proofs as they are sent and kept: by their numbers, beside a list of their names."""
+    return {f"{i}.proof": np.frombuffer(proof, np.uint8) for i, proof in enumerate(proofs.values())}
 
 
 def fetch_evidence(
@@ -216,11 +220,9 @@ def _check_form(name: str, proof: bytes, manifest: AdapterManifest) -> None:
 
 def save_evidence(evidence: Evidence, folder: Path) -> None:
     """Write the proofs into the folder of the session, where `ClosedSession.save` put its rows."""
-    proofs = evidence.proofs.values()
-    tensors = {f"{i}.proof": np.frombuffer(proof, np.uint8) for i, proof in enumerate(proofs)}
     metadata = {"modules": json.dumps(list(evidence.proofs))}
     with Folder(str(folder)).writing(EVIDENCE) as path:
-        save_file(tensors, path, metadata)
+        save_file(_tensors(evidence.proofs), path, metadata)
 
 
 def load_evidence(closed: ClosedSession, folder: Path) -> Evidence:

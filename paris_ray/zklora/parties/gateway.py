@@ -9,6 +9,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from paris_ray.zklora.learned import describe_leak
 from paris_ray.zklora.manifest import MANIFEST, AdapterManifest
 from paris_ray.zklora.parties.connection import Peer
 from paris_ray.zklora.parties.escrow import LIMITS, EscrowClient
+from paris_ray.zklora.parties.evidence import Progress, evidence_message
 from paris_ray.zklora.parties.frames import Message
 from paris_ray.zklora.parties.messages import (
     MAX_CALLS_BYTES,
@@ -37,17 +39,16 @@ from paris_ray.zklora.parties.messages import (
     ReleaseRequest,
     tensors_of,
 )
-from paris_ray.zklora.parties.proving import Proving, evidence, prove_all
-from paris_ray.zklora.parties.results import result
+from paris_ray.zklora.parties.proving import Proofs
 from paris_ray.zklora.parties.server import Server, serve
 from paris_ray.zklora.parties.toll import Toll
+from paris_ray.zklora.parties.workers import prove_all, result
 from paris_ray.zklora.sealing import KEY, SEALED
 from paris_ray.zklora.session_records import SessionRecord, SessionState
 from paris_ray.zklora.sessions import SessionJournal
 from paris_ray.zklora.trade import TradeState
 from paris_ray.zklora.transcript import new_nonce
 
-ANSWER_WITHIN_S = 5.0  # until a user who waits for proofs is told how far they are
 SECRET = b"paris_ray zklora secret of last bits\n"
 MAX_NEWS = 1000
 # Users do not wait for each other's opening checks; one place is for whoever follows a dead actor.
@@ -107,8 +108,6 @@ class LoRAGateway:
         logging.basicConfig(level=logging.INFO)
         self._service = service
         self._workers, self._openings = workers, openings
-        self._proofs: dict[str, Proving] = {}
-        self._lock = threading.Lock()
         self._news: deque[str] = deque(maxlen=MAX_NEWS)
         self._metrics = _Metrics()
         self._operations: dict[str, Callable[[str, Message], Message]] = {
@@ -154,6 +153,7 @@ class LoRAGateway:
         # A signature that is never shown is as good as a file that is never lost.
         self._secret = self._identity.sign(SECRET + bytes.fromhex(manifest.adapter_id))
         self._toll = Toll(manifest, self._escrow, self._journal)
+        self._proofs = Proofs(len(manifest.modules))
         self._metrics.update(self._journal, manifest.adapter_id)
 
     def news(self) -> list[str]:
@@ -265,26 +265,20 @@ class LoRAGateway:
     def _prove(self, user: str, message: Message) -> Message:
         request = ProveRequest.read(message)
         session = self._journal.challenge(request.session, user, request.nonce_v)
-        with self._lock:
-            job = self._proofs.get(session.sid)
-            if job is None or job.may_be_repeated:
-                total, attempt = len(self._manifest.modules), 1 if job is None else job.attempt + 1
-                self._say(session.sid, user, f"challenged, {total} modules are proved")
-                job = Proving(total, lambda count: self._make_evidence(session, count), attempt)
-                self._proofs[session.sid] = job
-        return job.wait(ANSWER_WITHIN_S)
+        return self._proofs.answer(session.sid, partial(self._make_proofs, session))
 
-    def _make_evidence(self, session: SessionRecord, count: Callable[[int], None]) -> Message:
-        start = time.perf_counter()
+    def _make_proofs(self, session: SessionRecord, on_progress: Progress) -> Message:
+        names, start = list(self._manifest.terms), time.perf_counter()
+        self._say(session.sid, session.user, f"challenged, {len(names)} modules are proved")
 
         def claim(name: str) -> tuple[Int16, Int64, bytes]:
             return *self._journal.rows(session.sid, name), session.proof_context(name)
 
-        proofs = prove_all(self._openings[0], list(self._manifest.terms), claim, count)
+        proofs = prove_all(self._openings[0], names, claim, on_progress)
         self._metrics.proved(proofs)
         seconds = time.perf_counter() - start
         self._say(session.sid, session.user, f"proofs are done, {seconds:.1f} s")
-        return evidence(proofs)
+        return evidence_message(proofs)
 
     def _release(self, user: str, message: Message) -> Message:
         request = ReleaseRequest.read(message)

@@ -150,10 +150,10 @@ class Buyer:
         trial, named = self._trial, self.manifest.escrow_certificate
         if trial.escrow is None:
             return None
-        if named is None or named != trial.escrow_certificate:
+        if named is not None and named != trial.escrow_certificate:
             raise ConfigError(
-                "escrow_certificate is not allowed: the manifest names "
-                + ("no escrow" if named is None else f"the escrow {public_key_of(named)}")
+                "escrow_certificate is not allowed: the manifest names the escrow "
+                + public_key_of(named)
             )
         return EscrowClient(self.identity, trial.escrow, named)
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self, TypeVar
 
 from paris_ray.artifacts import canonical_json, sha256_hex
-from paris_ray.errors import ProtocolError
+from paris_ray.errors import ConfigError, ProtocolError
 from paris_ray.identity import Identity, public_key_of
 from paris_ray.json_documents import load_json
 from paris_ray.signatures import SignedDocument
@@ -46,7 +46,7 @@ OPERATIONS: Mapping[str, Mapping[str, type]] = {
         "nonce_contributor": str,
         "deposit_rows": int,
     },
-    "owe": {"session": str, "by_buyer": dict},
+    "owe": {"session": str, "by_buyer": SignedDocument},
     "pay": {"session": str},
     "deposit_key": {"session": str, "key": bytes},
     "key": {"session": str},
@@ -58,7 +58,7 @@ OPERATIONS: Mapping[str, Mapping[str, type]] = {
 }
 TRADE, DONE = "trade", "done"  # kinds of answers: how a trade stands, or one other value
 VALUE = "value"
-Kind = TypeVar("Kind", int, bytes, dict[str, Any])
+Kind = TypeVar("Kind", int, bytes, SignedDocument)
 
 logger = logging.getLogger(__name__)
 
@@ -85,8 +85,6 @@ class EscrowService:
         self._own: Mapping[str, Callable[..., Any]] = {
             "list_adapter": self._list_adapter,
             "upload": escrow.listings.upload,
-            "owe": self._owe,
-            "statement": self._statement,
         }
         self._closed = threading.Event()
         self._listing = threading.Lock()
@@ -133,12 +131,6 @@ class EscrowService:
         )
         return next_piece
 
-    def _owe(self, caller: str, session: str, by_buyer: dict[str, Any]) -> Trade:
-        return self._escrow.owe(caller, session, SignedDocument.from_json(by_buyer))
-
-    def _statement(self, caller: str, session: str) -> dict[str, Any]:
-        return self._escrow.statement(caller, session).to_json()
-
 
 def _signed_manifest(payload: bytes) -> SignedDocument:
     if len(payload) > MAX_BYTES:
@@ -157,11 +149,12 @@ class EscrowClient:
     Args:
         identity: Who calls.
         address: Host and port of the escrow.
-        certificate: That of the escrow, as PEM text: the one in the manifest.
+        certificate: That of the escrow, as PEM text: the one in the manifest, or None.
         timeout: Seconds until an answer begins; an opening check takes about one.
         connections: At most; the escrow has `LIMITS.connections_a_peer`.
 
     Raises:
+        ConfigError: if there is no certificate.
         SignatureError: if the certificate is not allowed.
     """
 
@@ -169,11 +162,13 @@ class EscrowClient:
         self,
         identity: Identity,
         address: tuple[str, int],
-        certificate: str,
+        certificate: str | None,
         timeout: float = 60,
         *,
         connections: int = 1,
     ) -> None:
+        if certificate is None:
+            raise ConfigError("escrow is not allowed: the manifest names none")
         self._escrow_key = public_key_of(certificate)
         self._channels = [
             Channel(identity, address, certificate, timeout, limits=LIMITS)
@@ -238,7 +233,7 @@ class EscrowClient:
 
     def owe(self, session: str, by_buyer: SignedDocument) -> Trade:
         """Show the buyer's word for rows, as the seller, before they are answered."""
-        return self._trade("owe", session, by_buyer=by_buyer.to_json())
+        return self._trade("owe", session, by_buyer=by_buyer)
 
     def pay(self, session: str) -> Trade:
         """Have the price locked, as the buyer."""
@@ -267,7 +262,7 @@ class EscrowClient:
             SignatureError: if it has not signed it.
             ProtocolError: if it speaks of another trade or adapter, or of none.
         """
-        statement = SignedDocument.from_json(self._value("statement", dict, session=session))
+        statement = self._value("statement", SignedDocument, session=session)
         trade = Trade.from_json(statement.check(STATEMENT, self._escrow_key))
         if (trade.session, trade.adapter_id) != (session, adapter_id):
             raise ProtocolError(

@@ -149,7 +149,15 @@ class LoRAGateway:
         )
         self._budget = self._journal.budget
         self._budget.add_adapter(manifest.adapter_id, manifest.terms, manifest.budget_rows)
-        self._escrow = _connect_escrow(service, signed, manifest, self._identity)
+        self._escrow: EscrowClient | None = None
+        if service.escrow is not None:
+            self._escrow = EscrowClient(
+                self._identity,
+                service.escrow,
+                manifest.escrow_certificate,
+                connections=ESCROW_CONNECTIONS,
+            )
+            self._escrow.list_adapter(signed, (service.folder / SEALED).read_bytes())
         # A signature that is never shown is as good as a file that is never lost.
         self._secret = self._identity.sign(SECRET + bytes.fromhex(manifest.adapter_id))
         self._toll = Toll(manifest, self._escrow, self._journal)
@@ -310,17 +318,3 @@ class _Metrics:
 
     def proved(self, proofs: Mapping[str, bytes]) -> None:
         self._proof_bytes.inc(sum(map(len, proofs.values())))
-
-
-def _connect_escrow(
-    service: Service, signed: SignedDocument, manifest: AdapterManifest, identity: Identity
-) -> EscrowClient | None:
-    """Return the escrow, with the sealed adapter deposited there."""
-    if service.escrow is None:
-        return None
-    if manifest.escrow_certificate is None:
-        raise ConfigError("escrow is not allowed: the manifest names none")
-    certificate, connections = manifest.escrow_certificate, ESCROW_CONNECTIONS
-    client = EscrowClient(identity, service.escrow, certificate, connections=connections)
-    client.list_adapter(signed, (service.folder / SEALED).read_bytes())
-    return client

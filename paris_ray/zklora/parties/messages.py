@@ -8,9 +8,10 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from paris_ray.errors import ProtocolError
+from paris_ray.signatures import SignedDocument
 from paris_ray.zklora.parties.frames import Message
 
-Value = str | int | bytes | dict[str, Any]
+Value = str | int | bytes | SignedDocument
 """What a message of the escrow holds under a name; bytes may be larger than the others."""
 
 Form = tuple[type[np.generic], tuple[int | None, ...]]
@@ -135,7 +136,11 @@ def message_of(kind: str, values: Mapping[str, Value]) -> Message:
         for name, value in values.items()
         if isinstance(value, bytes)
     }
-    fields = {name: value for name, value in values.items() if name not in tensors}
+    fields = {
+        name: value.to_json() if isinstance(value, SignedDocument) else value
+        for name, value in values.items()
+        if name not in tensors
+    }
     return Message(kind, fields, tensors)
 
 
@@ -148,13 +153,17 @@ def values_of(message: Message, types: Mapping[str, type]) -> list[Any]:
 
     Raises:
         ProtocolError: if one is missing, of another type, or not expected.
+        SignatureError: if one is to be a signed document, and has not the form of any.
     """
+    found: dict[str, Any] = dict(message.fields)
     fields = {name: kind for name, kind in types.items() if kind is not bytes}
     if message.fields.keys() != fields.keys():
         raise ProtocolError(f"{message.kind[:80]} has the fields {', '.join(fields) or 'none'}")
     for name, kind in fields.items():
-        if type(message.fields[name]) is not kind:
+        if kind is SignedDocument:
+            found[name] = SignedDocument.from_json(found[name])
+        elif type(found[name]) is not kind:
             raise ProtocolError(f"{name} of {message.kind[:80]} must be of type {kind.__name__}")
     tensors = tensors_of(message, dict.fromkeys(types.keys() - fields, (np.uint8, (None,))))
-    found = {**message.fields, **{name: tensor.tobytes() for name, tensor in tensors.items()}}
+    found |= {name: tensor.tobytes() for name, tensor in tensors.items()}
     return [found[name] for name in types]

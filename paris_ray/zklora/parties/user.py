@@ -114,7 +114,9 @@ class BaseUser:
                 channel, self._identity, manifest, nonce, folder / ROWS
             )
             if trial.escrow is not None and manifest.price_per_row:
-                self._deposit(session, trial.escrow, num_examples * self.rows_an_example())
+                certificate = manifest.escrow_certificate
+                with EscrowClient(self._identity, trial.escrow, certificate) as escrow:
+                    session.deposit(escrow, num_examples * self.rows_an_example())
             ask = Together(session.evaluate_all, calls.together)
             view = adapt(scorer.model, manifest.terms, manifest.scale, ask, numerics)
             for number in range(num_examples):
@@ -132,9 +134,3 @@ class BaseUser:
             "bytes": channel.traffic.total,
         }
         Folder(str(folder)).write_json(RESULT, outcome)
-
-    def _deposit(self, session: Session, escrow: tuple[str, int], rows: int) -> None:
-        certificate = self._manifest.escrow_certificate
-        assert certificate is not None
-        with EscrowClient(self._identity, escrow, certificate) as client:
-            session.deposit(client, rows)

@@ -129,35 +129,25 @@ def _say_what_leaks(subject: "Subject", offer: "Offer", folder: Path) -> None:
     rows, modules = offer.manifest.budget_rows, offer.modules()
     if not subject.num_examples:
         asked, chosen = assumed_errors(modules, rows)
-        logger.info(
-            "budget: %d rows. If the spectrum of inputs falls as 1/i, a thief who sees them all "
-            "predicts updates with a relative error of %.2f, with chosen rows %.2f; --pictures or "
-            "--texts would tell what part of the adapter's worth that is",
-            rows,
-            asked,
-            chosen,
+        said = (
+            "If the spectrum of inputs falls as 1/i, a thief who sees them all predicts updates "
+            f"with a relative error of {asked:.2f}, with chosen rows {chosen:.2f}; --pictures or "
+            "--texts would tell what part of the adapter's worth that is"
         )
-        return
-    from paris_ray.zklora.share import Worth
+    else:
+        from paris_ray.zklora.share import Worth
 
-    worth = Worth(subject, modules, offer.manifest.scale)
-    save_inputs(folder / INPUTS, worth.inputs)
-    if worth.gain <= 0:
-        logger.warning(
-            "budget: %d rows. The adapter does not lower the loss of your examples", rows
-        )
-        return
-    thief, choosing = (worth.thief(rows, chooses=chooses) for chooses in (False, True))
-    logger.info(
-        "budget: %d rows. A thief who sees them all has %.0f%% of the gain (%.4g of the loss), "
-        "with chosen rows %.0f%%; its relative error is %.2f, with chosen rows %.2f",
-        rows,
-        100 * thief.share,
-        worth.gain,
-        100 * choosing.share,
-        thief.error,
-        choosing.error,
-    )
+        worth = Worth(subject, modules, offer.manifest.scale)
+        save_inputs(folder / INPUTS, worth.inputs)
+        said = "The adapter does not lower the loss of your examples"
+        if worth.gain > 0:
+            thief, choosing = (worth.thief(rows, chooses=chooses) for chooses in (False, True))
+            said = (
+                f"A thief who sees them all has {thief.share:.0%} of the gain ({worth.gain:.4g} of "
+                f"the loss), with chosen rows {choosing.share:.0%}; its relative error is "
+                f"{thief.error:.2f}, with chosen rows {choosing.error:.2f}"
+            )
+    logger.info("budget: %d rows. %s", rows, said)
 
 
 def _serve(contribution: "Contribution") -> None:

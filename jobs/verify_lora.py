@@ -15,6 +15,8 @@ what is proved.
 
 import argparse
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -91,32 +93,24 @@ def main() -> None:
                 threads=arguments.threads,
                 num_gpus=arguments.num_gpus,
             )
-            with _Bars() as bars:
-                outcome = Buyer(trial, bars.show).run()
+            with _bars() as show:
+                outcome = Buyer(trial, show).run()
         _report(outcome, trial, identity)
 
 
-class _Bars:
-    """A progress bar a stage."""
+@contextmanager
+def _bars() -> Iterator[Callable[[str, int, int], None]]:
+    """Yield what shows how far a stage is: a progress bar each, one after the other."""
+    bars: dict[str, tqdm] = {}
+    with ExitStack() as last:
 
-    def __init__(self) -> None:
-        self._stage = ""
-        self._bar: tqdm | None = None
+        def show(stage: str, done: int, total: int) -> None:
+            if stage not in bars:
+                last.close()
+                bars[stage] = last.enter_context(tqdm(desc=stage, total=total, file=sys.stdout))
+            bars[stage].update(done - bars[stage].n)
 
-    def __enter__(self) -> "_Bars":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.close()
-
-    def show(self, stage: str, done: int, total: int) -> None:
-        """Move the bar of a stage, after closing that of another."""
-        if stage != self._stage:
-            self.__exit__()
-            self._stage, self._bar = stage, tqdm(desc=stage, total=total, file=sys.stdout)
-        if self._bar is not None:
-            self._bar.update(done - self._bar.n)
+        yield show
 
 
 def _say_what_is_offered(manifest: AdapterManifest) -> None:

@@ -46,12 +46,12 @@ from paris_ray.zklora.parties.frames import (
     Limits,
     Message,
     Sizes,
-    decode,
     encode,
     read_message,
 )
 from paris_ray.zklora.parties.server import Server, serve
 from paris_ray.zklora.sessions import SessionJournal
+from tests.frames import decode
 
 SMALL = Sizes(header_bytes=2000, frame_bytes=5000)
 HASTY = Limits(handshake_s=0.5, idle_s=0.5, frame_s=0.5)

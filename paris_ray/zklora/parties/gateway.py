@@ -7,7 +7,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -49,6 +49,7 @@ from paris_ray.zklora.sessions import SessionJournal
 from paris_ray.zklora.trade import TradeState
 from paris_ray.zklora.transcript import new_nonce
 
+REQUESTS = ("open", "call", "end", "close", "prove", "release")  # kinds
 SECRET = b"paris_ray zklora secret of last bits\n"
 MAX_NEWS = 1000
 # Users do not wait for each other's opening checks; one place is for whoever follows a dead actor.
@@ -106,18 +107,9 @@ class LoRAGateway:
 
     def __init__(self, service: Service, workers: list[Any], openings: list[Any]) -> None:
         logging.basicConfig(level=logging.INFO)
-        self._service = service
-        self._workers, self._openings = workers, openings
+        self._service, self._workers, self._openings = service, workers, openings
         self._news: deque[str] = deque(maxlen=MAX_NEWS)
         self._metrics = _Metrics()
-        self._operations: dict[str, Callable[[str, Message], Message]] = {
-            "open": self._open,
-            "call": self._call,
-            "end": self._end,
-            "close": self._close,
-            "prove": self._prove,
-            "release": self._release,
-        }
         self._server: Server | None = None
         if ray.get_runtime_context().was_current_actor_reconstructed:
             try:  # whatever is raised here, Ray would keep only the text of it
@@ -133,10 +125,8 @@ class LoRAGateway:
         """
         if self._server is None:
             self._load()
-            service = self._service
-            self._server = serve(
-                self._identity, service.host, service.port, service.clients, self._answer
-            )
+            where = self._service.host, self._service.port
+            self._server = serve(self._identity, *where, self._service.clients, self._answer)
         return self._server.address
 
     def _load(self) -> None:
@@ -144,19 +134,14 @@ class LoRAGateway:
         self._identity = Identity.load(service.identity)
         signed = SignedDocument.read(service.folder / MANIFEST)
         manifest = self._manifest = AdapterManifest.from_signed(signed)
-        self._journal = SessionJournal(
-            service.folder / "sessions.sqlite", max_rows_per_user=service.max_rows_per_user
-        )
+        path, most = service.folder / "sessions.sqlite", service.max_rows_per_user
+        self._journal = SessionJournal(path, max_rows_per_user=most)
         self._budget = self._journal.budget
         self._budget.add_adapter(manifest.adapter_id, manifest.terms, manifest.budget_rows)
         self._escrow: EscrowClient | None = None
         if service.escrow is not None:
-            self._escrow = EscrowClient(
-                self._identity,
-                service.escrow,
-                manifest.escrow_certificate,
-                connections=ESCROW_CONNECTIONS,
-            )
+            where = service.escrow, manifest.escrow_certificate
+            self._escrow = EscrowClient(self._identity, *where, connections=ESCROW_CONNECTIONS)
             self._escrow.list_adapter(signed, (service.folder / SEALED).read_bytes())
         # A signature that is never shown is as good as a file that is never lost.
         self._secret = self._identity.sign(SECRET + bytes.fromhex(manifest.adapter_id))
@@ -168,30 +153,35 @@ class LoRAGateway:
         """Return a line for each thing that happened since this was last asked."""
         return [self._news.popleft() for _ in range(len(self._news))]
 
-    def _say(self, sid: str, user: str, what: str) -> None:
-        left = self._budget.fewest_left(self._manifest.adapter_id)
-        line = f"session {sid[:SHORT]} of user {user[:SHORT]}: {what}; {left} rows left"
+    def _tell(self, line: str) -> None:
         logger.info("%s", line)
         self._news.append(line)
 
+    def _say(self, sid: str, user: str, what: str) -> None:
+        left = self._budget.fewest_left(self._manifest.adapter_id)
+        self._tell(f"session {sid[:SHORT]} of user {user[:SHORT]}: {what}; {left} rows left")
+
     def _say_what_is_learned(self) -> None:
-        line = describe_leak(self._journal, self._manifest, self._service.folder / INPUTS)
-        logger.info("%s", line)
-        self._news.append(line)
+        inputs = self._service.folder / INPUTS
+        self._tell(describe_leak(self._journal, self._manifest, inputs))
 
     def rows_left(self) -> dict[str, int]:
         """Return how many rows of each module may still be seen."""
         return self._budget.rows_left(self._manifest.adapter_id)
 
-    def sessions(self) -> dict[str, int]:
-        """Return the number of sessions in every state."""
-        return self._journal.sessions_by_state()
+    def status(self) -> str:
+        """Return rows left and sessions, in one line for people."""
+        counts = self._journal.sessions_by_state()
+        sessions = ", ".join(f"{count} {state}" for state, count in counts.items())
+        left = self._budget.fewest_left(self._manifest.adapter_id)
+        return f"rows left: {left} (fewest of a module); sessions: {sessions}"
 
     def _answer(self, peer: Peer, request: Message) -> Message:
-        if request.kind not in self._operations:
+        if request.kind not in REQUESTS:
             raise ProtocolError(f"there is no request {request.kind[:80]!r}")
+        operation: Callable[[str, Message], Message] = getattr(self, f"_{request.kind}")
         try:
-            return self._operations[request.kind](peer.public_key, request)
+            return operation(peer.public_key, request)
         finally:
             self._metrics.update(self._journal, self._manifest.adapter_id)
 
@@ -199,11 +189,9 @@ class LoRAGateway:
         request, manifest = OpenRequest.read(message), self._manifest
         if request.adapter_id != manifest.adapter_id:
             raise ProtocolError(f"adapter_id={request.adapter_id}: it is {manifest.adapter_id}")
-        nonce_c = new_nonce()
-        sid = manifest.session_id(request.nonce_u, nonce_c)
-        session = self._journal.open_session(
-            sid, manifest.adapter_id, user, request.nonce_u, nonce_c
-        )
+        nonces = request.nonce_u, new_nonce()
+        sid = manifest.session_id(*nonces)
+        session = self._journal.open_session(sid, manifest.adapter_id, user, *nonces)
         if session.sid == sid:
             self._say(sid, user, "opened")
         left = self._budget.rows_left(manifest.adapter_id, user)
@@ -217,17 +205,11 @@ class LoRAGateway:
         self._journal.check_turn(session, user, seq, modules, len(x))
         self._toll.collect(session, user, seq, modules, len(x), request.owed)
         seeds = [row_seeds(self._secret, module, x) for module in modules]
-        drawn = [draw_last_bits(x, seeds_of_one) for seeds_of_one in seeds]
+        drawn = {name: draw_last_bits(x, own) for name, own in zip(modules, seeds, strict=True)}
+        requests = [Request(name, request.exponent, rows) for name, rows in drawn.items()]
         worker = self._workers[seq % len(self._workers)]
         answers = self._journal.record_calls(
-            session,
-            user,
-            seq,
-            [
-                Request(name, request.exponent, rows)
-                for name, rows in zip(modules, drawn, strict=True)
-            ],
-            lambda: result(worker.evaluate.remote(dict(zip(modules, drawn, strict=True)))),
+            session, user, seq, requests, lambda: result(worker.evaluate.remote(drawn))
         )
         self._toll.answered(session, seq, modules, len(x))
         tensors = {f"{i}.y": y for i, y in enumerate(answers)}
@@ -264,9 +246,8 @@ class LoRAGateway:
         if before.state == SessionState.OPEN:
             rows = sum(by_contributor.document["rows"].values())
             owed = self._toll.close(session.sid)
-            self._say(
-                session.sid, user, f"closed, with {rows} rows in its log, {owed} credits for them"
-            )
+            what = f"closed, with {rows} rows in its log, {owed} credits for them"
+            self._say(session.sid, user, what)
             threading.Thread(target=self._say_what_is_learned, daemon=True).start()
         return Message("closed", {"statement": by_contributor.to_json()})
 
@@ -283,7 +264,7 @@ class LoRAGateway:
             return *self._journal.rows(session.sid, name), session.proof_context(name)
 
         proofs = prove_all(self._openings[0], names, claim, on_progress)
-        self._metrics.proved(proofs)
+        self._metrics.proof_bytes.inc(sum(map(len, proofs.values())))
         seconds = time.perf_counter() - start
         self._say(session.sid, session.user, f"proofs are done, {seconds:.1f} s")
         return evidence_message(proofs)
@@ -309,12 +290,9 @@ class _Metrics:
             "paris_zklora_rows_left", "Rows of the module with the fewest left in its budget."
         )
         self._sessions = Gauge("paris_zklora_sessions", "Sessions by state.", tag_keys=("state",))
-        self._proof_bytes = Counter("paris_zklora_proof_bytes", "Bytes of all proofs.")
+        self.proof_bytes = Counter("paris_zklora_proof_bytes", "Bytes of all proofs.")
 
     def update(self, journal: SessionJournal, adapter_id: str) -> None:
         self._rows_left.set(journal.budget.fewest_left(adapter_id))
         for state, count in journal.sessions_by_state().items():
             self._sessions.set(count, tags={"state": str(state)})
-
-    def proved(self, proofs: Mapping[str, bytes]) -> None:
-        self._proof_bytes.inc(sum(map(len, proofs.values())))

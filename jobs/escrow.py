@@ -12,7 +12,8 @@ import argparse
 import logging
 
 from jobs.command import described, log_to_stdout, reported, stop_signals
-from jobs.parties import ESCROW_PORT, LOOPBACK, Listener, add_home, add_service, describe
+from jobs.local_cluster import LOOPBACK
+from jobs.parties import ESCROW_PORT, Listener, add_home, add_service, describe
 from paris_ray.zklora.escrow import Escrow, open_journal
 from paris_ray.zklora.ledger import OPENING_BALANCE, SQLiteLedger
 from paris_ray.zklora.parties.escrow import EscrowService

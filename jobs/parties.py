@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 
 HOMES = Path("runs/zklora")
 CLIENTS = "clients"
-LOOPBACK = "127.0.0.1"
 ESCROW_PORT = 7443
 
 
@@ -139,20 +138,6 @@ def parse_escrow(arguments: argparse.Namespace) -> None:
     if arguments.escrow is not None:
         pem = certificate("--escrow-certificate", arguments.escrow_certificate)
         arguments.escrow, arguments.escrow_certificate = address("--escrow", arguments.escrow), pem
-
-
-def add_compute(parser: argparse.ArgumentParser) -> None:
-    """Add the options for threads and GPUs of whoever runs a base."""
-    parser.add_argument(
-        "--threads", type=positive, default=1, metavar="N", help="torch threads of a process"
-    )
-    parser.add_argument(
-        "--num-gpus",
-        type=float,
-        default=0,
-        metavar="N",
-        help="GPUs for your base; default: the CPU",
-    )
 
 
 def add_address(parser: argparse.ArgumentParser) -> None:

@@ -34,12 +34,12 @@ from jobs.command import (
 from jobs.parties import (
     add_address,
     add_base,
-    add_compute,
     add_escrow,
     add_home,
     address,
     describe,
     parse_escrow,
+    positive,
     subject_of,
 )
 from paris_ray.errors import ConfigError
@@ -202,7 +202,12 @@ def _parser() -> argparse.ArgumentParser:
         help=f"the purchase's folder; default: HOME/{PURCHASES}/NAME-ID",
     )
     add_home(result, "user")
-    add_compute(result)
+    result.add_argument(
+        "--threads", type=positive, default=1, metavar="N", help="torch threads of a process"
+    )
+    result.add_argument(
+        "--num-gpus", type=float, default=0, metavar="N", help="for your base; default: the CPU"
+    )
     add_address(result)
     return result
 

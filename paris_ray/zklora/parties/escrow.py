@@ -24,6 +24,7 @@ from paris_ray.zklora.parties.messages import Value, message_of, values_of
 from paris_ray.zklora.parties.server import serve
 from paris_ray.zklora.trade import Trade
 
+ANSWER_S = 60.0  # until an answer begins; an opening check takes about a second
 SWEEP_S = 1.0  # between two looks for deadlines that have passed
 # Weights come in pieces, announced by a manifest: nobody holds more memory than this, before or
 # after listing something.
@@ -150,7 +151,6 @@ class EscrowClient:
         identity: Who calls.
         address: Host and port of the escrow.
         certificate: That of the escrow, as PEM text: the one in the manifest, or None.
-        timeout: Seconds until an answer begins; an opening check takes about one.
         connections: At most; the escrow has `LIMITS.connections_a_peer`.
 
     Raises:
@@ -163,15 +163,13 @@ class EscrowClient:
         identity: Identity,
         address: tuple[str, int],
         certificate: str | None,
-        timeout: float = 60,
-        *,
         connections: int = 1,
     ) -> None:
         if certificate is None:
             raise ConfigError("escrow is not allowed: the manifest names none")
         self._escrow_key = public_key_of(certificate)
         self._channels = [
-            Channel(identity, address, certificate, timeout, limits=LIMITS)
+            Channel(identity, address, certificate, ANSWER_S, limits=LIMITS)
             for _ in range(connections)
         ]
         self._idle: queue.LifoQueue[Channel] = queue.LifoQueue()

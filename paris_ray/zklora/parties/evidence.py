@@ -200,7 +200,9 @@ def _await_proofs(
     while (answer := channel.request("prove", request)).kind != "evidence":
         done = answer.fields.get("done")
         if answer.kind != "proving" or type(done) is not int or not 0 <= done <= total:
-            raise ProtocolError(f"{answer.kind!r} with done={done!r} is no answer about proofs")
+            raise ProtocolError(
+                f"{answer.kind!r:.80} with done={done!r:.80} is no answer about proofs"
+            )
         if done > most:
             most, deadline = done, time.monotonic() + MODULES_WITHIN_S
         elif time.monotonic() > deadline:

@@ -141,7 +141,7 @@ class LoRAGateway:
         self._escrow: EscrowClient | None = None
         if service.escrow is not None:
             where = service.escrow, manifest.escrow_certificate
-            self._escrow = EscrowClient(self._identity, *where, connections=ESCROW_CONNECTIONS)
+            self._escrow = EscrowClient(self._identity, *where, ESCROW_CONNECTIONS)
             self._escrow.list_adapter(signed, (service.folder / SEALED).read_bytes())
         # A signature that is never shown is as good as a file that is never lost.
         self._secret = self._identity.sign(SECRET + bytes.fromhex(manifest.adapter_id))

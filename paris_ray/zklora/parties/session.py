@@ -209,5 +209,5 @@ def _row_counts(counts: object, manifest: AdapterManifest) -> dict[str, int]:
     check_names("rows_left", list(counts), manifest)
     for name, count in counts.items():
         if type(count) is not int or count < 0:
-            raise ProtocolError(f"{name}: {count!r} is no number of rows")
+            raise ProtocolError(f"{name}: {count!r:.80} is no number of rows")
     return counts

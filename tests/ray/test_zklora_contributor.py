@@ -121,7 +121,7 @@ def test_modules_with_the_same_inputs_take_one_round_trip(shop: Shop, user: Iden
         for first, second in zip(answers, again, strict=True):
             np.testing.assert_array_equal(first, second)
         assert channel.kinds["call"] == 2 and len(session.transcript) == 4
-        call = {"session": session.sid, "exponent": 9, "modules": list(MODULES)}
+        call = {"session": session.sid, "exponent": 9, "modules": list(MODULES), "owed": None}
         for seq, said in ((3, "the next call is 4"), (1, "sent again with other content")):
             with pytest.raises(ProtocolError, match=said):
                 channel.request("call", call | {"seq": seq}, {"x": x})

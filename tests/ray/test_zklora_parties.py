@@ -847,7 +847,7 @@ def test_a_session_goes_on_over_a_new_connection(
         x = rows_for(manifest, name, 2)
         first = session.evaluate(name, x, 3)
         channel.close()
-        call = {"session": session.sid, "seq": i, "modules": [name], "exponent": 3}
+        call = {"session": session.sid, "seq": i, "modules": [name], "exponent": 3, "owed": None}
         for _ in range(2):  # the answer was lost: asked again, paid once
             assert np.array_equal(channel.request("call", call, {"x": x}).tensors["0.y"], first)
     channel.close()
@@ -876,7 +876,7 @@ def test_a_gap_is_refused_and_other_bytes_end_the_session(
 
     def call(seq: int, x: Int16 = x, exponent: int = 3, module: str = name) -> Any:
         fields = {"session": session.sid, "seq": seq, "modules": [module], "exponent": exponent}
-        return channel.request("call", fields, {"x": x}).tensors["0.y"]
+        return channel.request("call", fields | {"owed": None}, {"x": x}).tensors["0.y"]
 
     for seq in (1, 7, -1, 2**31):
         with pytest.raises(ProtocolError, match=f"seq={seq} is not allowed"):
@@ -904,7 +904,7 @@ def test_another_users_session_does_not_exist(
     mine = {"session": session.sid}
     by_thief = SignedDocument.sign("close", statement, thief).to_json()
     by_user = SignedDocument.sign("close", statement, user).to_json()
-    call = {"seq": len(session.transcript), "modules": [name], "exponent": 0}
+    call = {"seq": len(session.transcript), "modules": [name], "exponent": 0, "owed": None}
     with market.channel(thief) as other:
         for kind, fields, tensors in (
             ("call", mine | call, {"x": rows_for(market.manifest, name, 1)}),
@@ -949,29 +949,27 @@ def test_a_session_ends_where_the_parties_disagree(
 
 DIGEST = "0" * 64
 OPEN = {"adapter_id": DIGEST, "nonce_u": DIGEST}
-CALL = {"session": DIGEST, "seq": 0, "modules": ["a"], "exponent": 0}
+CALL = {"session": DIGEST, "seq": 0, "modules": ["a"], "exponent": 0, "owed": None}
 MALFORMED: dict[str, tuple[str, dict[str, Any], str]] = {
     "another adapter": ("open", OPEN, "adapter_id=0"),
-    "a short nonce": ("open", OPEN | {"nonce_u": "00"}, "OpenRequest: nonce_u"),
-    "a nonce with a new line": ("open", OPEN | {"nonce_u": DIGEST + "\n"}, "OpenRequest: nonce_u"),
-    "a list for a nonce": ("open", OPEN | {"nonce_u": [DIGEST]}, "OpenRequest: nonce_u"),
-    "an extra field": ("open", OPEN | {"admin": True}, "OpenRequest: admin: Extra"),
-    "nothing": ("open", {}, "adapter_id: .*nonce_u: "),
+    "a list for a nonce": ("open", OPEN | {"nonce_u": [DIGEST]}, "nonce_u of open"),
+    "an extra field": ("open", OPEN | {"admin": True}, "open has the fields adapter_id, nonce_u"),
+    "nothing": ("open", {}, "open has the fields adapter_id, nonce_u"),
     "no session": ("call", CALL, "the adapter has none|does not exist"),
-    "a number for a session": ("call", CALL | {"session": 7}, "CallRequest: session"),
-    "a text for a number": ("call", CALL | {"seq": "0"}, "CallRequest: seq"),
-    "a fraction": ("call", CALL | {"seq": 0.5}, "CallRequest: seq"),
-    "a truth value": ("call", CALL | {"seq": True}, "CallRequest: seq"),
+    "a number for a session": ("call", CALL | {"session": 7}, "session of call must be"),
+    "a text for a number": ("call", CALL | {"seq": "0"}, "seq of call must be"),
+    "a fraction": ("call", CALL | {"seq": 0.5}, "seq of call must be"),
+    "a truth value": ("call", CALL | {"seq": True}, "seq of call must be"),
     "a number of 400 digits": ("call", CALL | {"seq": 10**400}, "the adapter has none"),
     "a huge exponent": ("call", CALL | {"exponent": 2**70}, "the adapter has none"),
     "a missing module": (
         "call",
         {k: v for k, v in CALL.items() if k != "modules"},
-        "CallRequest: modules",
+        "call has the fields",
     ),
-    "a text for modules": ("call", CALL | {"modules": "a"}, "CallRequest: modules"),
-    "no modules": ("call", CALL | {"modules": []}, "CallRequest: modules"),
-    "a list for a module": ("call", CALL | {"modules": [["a"]]}, "CallRequest: modules"),
+    "a text for modules": ("call", CALL | {"modules": "a"}, "modules of call must be"),
+    "no modules": ("call", CALL | {"modules": []}, "modules must be the names"),
+    "a list for a module": ("call", CALL | {"modules": [["a"]]}, "modules must be the names"),
     "a module like SQL": (
         "call",
         CALL | {"modules": ["a'; DROP TABLE budgets; --"]},
@@ -980,14 +978,19 @@ MALFORMED: dict[str, tuple[str, dict[str, Any], str]] = {
     "a list for a statement": (
         "close",
         {"session": DIGEST, "statement": []},
-        "CloseRequest: statement",
+        "a signed document has the fields",
     ),
+    "a session of 63 digits": ("end", {"session": DIGEST[1:]}, "session='0*' is not 32 bytes"),
     "a deep statement": (
         "close",
         {"session": DIGEST, "statement": {"a": {"b": [{}] * 99}}},
         "document",
     ),
-    "a bad nonce": ("prove", {"session": DIGEST, "nonce_v": "x" * 64}, "ProveRequest: nonce_v"),
+    "a bad nonce": (
+        "prove",
+        {"session": DIGEST, "nonce_v": "x" * 64},
+        "nonce_v=.* is not 32 bytes",
+    ),
     "an unknown request": ("shutdown", {}, "there is no request 'shutdown'"),
     "a private method": ("_prove_all", {}, "there is no request '_prove_all'"),
     "an empty kind": ("", {}, "there is no request ''"),
@@ -999,16 +1002,24 @@ MALFORMED: dict[str, tuple[str, dict[str, Any], str]] = {
 def test_malformed_requests_are_refused(
     market: Market, tried: Tried, kind: str, fields: dict[str, Any], match: str
 ) -> None:
+    tensors = {"x": np.zeros((1, 32), np.int16)} if kind == "call" else {}
     with market.channel(tried.user) as channel, pytest.raises(ParisError, match=match) as refused:
-        channel.request(kind, fields)
+        channel.request(kind, fields, tensors)
     assert len(str(refused.value)) < 2100
+
+
+@pytest.mark.parametrize("nonce", ["00", DIGEST + "\n", "X" * 64])
+def test_a_nonce_that_is_none_is_refused(market: Market, channel: Channel, nonce: str) -> None:
+    fields = {"adapter_id": market.manifest.adapter_id, "nonce_u": nonce}
+    with pytest.raises(ProtocolError, match=r"nonce_u=.* is not 32 bytes"):
+        channel.request("open", fields)
 
 
 def test_rows_of_another_shape_or_type_are_refused(
     market: Market, session: Session, channel: Channel
 ) -> None:
     name, d_in = "layers.0.attn.in_proj", 32
-    call = {"session": session.sid, "seq": 0, "modules": [name], "exponent": 0}
+    call = {"session": session.sid, "seq": 0, "modules": [name], "exponent": 0, "owed": None}
     before = market.rows_left()
     for tensors in (
         {},
@@ -1030,7 +1041,7 @@ def test_rows_of_another_shape_or_type_are_refused(
     few = {"x": np.zeros((2, d_in), np.int16)}
     with pytest.raises(ProtocolError, match="modules of one request must differ"):
         channel.request("call", call | {"modules": [name, name]}, few)
-    with pytest.raises(ProtocolError, match="has inputs of another width than"):
+    with pytest.raises(ProtocolError, match="has not inputs of 32 columns"):
         channel.request("call", call | {"modules": [name, "layers.0.mlp.2"]}, few)
     with pytest.raises(ProtocolError, match="the adapter has none"):
         channel.request(
@@ -1463,6 +1474,7 @@ def test_rows_are_paid_for_before_they_are_answered(dear_market: Market, user: I
             "seq": len(manifest.terms),
             "modules": [name],
             "exponent": 0,
+            "owed": None,
         }
         stranger = sign_rows(dear_market.crowd.one(), manifest.adapter_id, session.sid, 5)
         too_few = sign_rows(user, manifest.adapter_id, session.sid, 4)

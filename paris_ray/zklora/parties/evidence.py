@@ -18,7 +18,7 @@ from paris_ray.signatures import SignedDocument
 from paris_ray.zklora.manifest import AdapterManifest
 from paris_ray.zklora.parties.channel import Channel
 from paris_ray.zklora.parties.frames import Message
-from paris_ray.zklora.parties.messages import ProveRequest, tensors_of
+from paris_ray.zklora.parties.messages import BYTES, tensors_of
 from paris_ray.zklora.proof import Claim, Proof
 from paris_ray.zklora.transcript import CLOSE, Transcript, closing_statement, proof_context
 
@@ -184,7 +184,7 @@ def fetch_evidence(
     answer = _await_proofs(channel, manifest, closed, on_progress)
     names = check_names("proofs", answer.fields.get("modules"), manifest)
     on_progress(len(names), len(names))
-    tensors = tensors_of(answer, {f"{i}.proof": (np.uint8, (None,)) for i in range(len(names))})
+    tensors = tensors_of(answer, {f"{i}.proof": BYTES for i in range(len(names))})
     proofs = {name: tensors[f"{i}.proof"].tobytes() for i, name in enumerate(names)}
     for name, proof in proofs.items():
         _check_form(name, proof, manifest)
@@ -195,7 +195,7 @@ def _await_proofs(
     channel: Channel, manifest: AdapterManifest, closed: ClosedSession, on_progress: Progress
 ) -> Message:
     """Return the answer that has the proofs; until then every one must say how many there are."""
-    request = ProveRequest(session=closed.sid, nonce_v=closed.nonce_v).model_dump()
+    request = {"session": closed.sid, "nonce_v": closed.nonce_v}
     total, most, deadline = len(manifest.modules), -1, 0.0
     while (answer := channel.request("prove", request)).kind != "evidence":
         done = answer.fields.get("done")

@@ -13,7 +13,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import ray
 from ray.util.metrics import Counter, Gauge
 
@@ -31,13 +30,8 @@ from paris_ray.zklora.parties.evidence import Progress, evidence_message
 from paris_ray.zklora.parties.frames import Message
 from paris_ray.zklora.parties.messages import (
     MAX_CALLS_BYTES,
-    CallRequest,
-    CloseRequest,
-    EndRequest,
-    OpenRequest,
-    ProveRequest,
-    ReleaseRequest,
-    tensors_of,
+    REQUESTS,
+    values_of,
 )
 from paris_ray.zklora.parties.proving import Proofs
 from paris_ray.zklora.parties.server import Server, serve
@@ -49,7 +43,6 @@ from paris_ray.zklora.sessions import SessionJournal
 from paris_ray.zklora.trade import TradeState
 from paris_ray.zklora.transcript import new_nonce
 
-REQUESTS = ("open", "call", "end", "close", "prove", "release")  # kinds
 SECRET = b"paris_ray zklora secret of last bits\n"
 MAX_NEWS = 1000
 # Users do not wait for each other's opening checks; one place is for whoever follows a dead actor.
@@ -179,17 +172,16 @@ class LoRAGateway:
     def _answer(self, peer: Peer, request: Message) -> Message:
         if request.kind not in REQUESTS:
             raise ProtocolError(f"there is no request {request.kind[:80]!r}")
-        operation: Callable[[str, Message], Message] = getattr(self, f"_{request.kind}")
+        operation: Callable[..., Message] = getattr(self, f"_{request.kind}")
         try:
-            return operation(peer.public_key, request)
+            return operation(peer.public_key, *values_of(request, REQUESTS[request.kind]))
         finally:
             self._metrics.update(self._journal, self._manifest.adapter_id)
 
-    def _open(self, user: str, message: Message) -> Message:
-        request, manifest = OpenRequest.read(message), self._manifest
-        if request.adapter_id != manifest.adapter_id:
-            raise ProtocolError(f"adapter_id={request.adapter_id}: it is {manifest.adapter_id}")
-        nonces = request.nonce_u, new_nonce()
+    def _open(self, user: str, adapter_id: str, nonce_u: str) -> Message:
+        manifest, nonces = self._manifest, (nonce_u, new_nonce())
+        if adapter_id != manifest.adapter_id:
+            raise ProtocolError(f"adapter_id={adapter_id[:80]}: it is {manifest.adapter_id}")
         sid = manifest.session_id(*nonces)
         session = self._journal.open_session(sid, manifest.adapter_id, user, *nonces)
         if session.sid == sid:
@@ -197,16 +189,23 @@ class LoRAGateway:
         left = self._budget.rows_left(manifest.adapter_id, user)
         return Message("opened", {"nonce_c": session.nonce_c, "rows_left": left})
 
-    def _call(self, user: str, message: Message) -> Message:
-        request = CallRequest(**message.fields)
-        session, seq, modules = request.session, request.seq, request.modules
-        x = self._asked_rows(modules, message)
+    def _call(
+        self,
+        user: str,
+        session: str,
+        seq: int,
+        modules: list[Any],
+        exponent: int,
+        owed: object,
+        x: Int16,
+    ) -> Message:
+        self._check_rows(modules, x)
         # Before anything is computed, or signed for in vain.
         self._journal.check_turn(session, user, seq, modules, len(x))
-        self._toll.collect(session, user, seq, modules, len(x), request.owed)
+        self._toll.collect(session, user, seq, modules, len(x), owed)
         seeds = [row_seeds(self._secret, module, x) for module in modules]
         drawn = {name: draw_last_bits(x, own) for name, own in zip(modules, seeds, strict=True)}
-        requests = [Request(name, request.exponent, rows) for name, rows in drawn.items()]
+        requests = [Request(name, exponent, rows) for name, rows in drawn.items()]
         worker = self._workers[seq % len(self._workers)]
         answers = self._journal.record_calls(
             session, user, seq, requests, lambda: result(worker.evaluate.remote(drawn))
@@ -215,46 +214,42 @@ class LoRAGateway:
         tensors = {f"{i}.y": y for i, y in enumerate(answers)}
         return Message("answer", tensors=tensors | {f"{i}.seeds": s for i, s in enumerate(seeds)})
 
-    def _asked_rows(self, modules: Sequence[str], message: Message) -> Int16:
-        """Return the rows of a request, if these modules may be asked for them at once."""
+    def _check_rows(self, modules: Sequence[Any], x: Int16) -> None:
+        """Raise ProtocolError unless these modules may be asked for these rows at once."""
+        if not modules or not all(isinstance(name, str) for name in modules):
+            raise ProtocolError("modules must be the names of one or more modules")
         terms = [self._manifest.module(name) for name in modules]
         if len(set(modules)) < len(modules):
             raise ProtocolError("modules of one request must differ")
-        d_in = terms[0].commitment.d_in
-        for other in terms:
-            if other.commitment.d_in != d_in:
-                raise ProtocolError(f"{other.name} has inputs of another width than {modules[0]}")
-        x: Int16 = tensors_of(message, {"x": (np.int16, (None, d_in))})["x"]
-        size = len(x) * sum(other.row_bytes for other in terms)
+        for module in terms:
+            if module.commitment.d_in != x.shape[1]:
+                raise ProtocolError(f"{module.name} has not inputs of {x.shape[1]} columns")
+        size = len(x) * sum(module.row_bytes for module in terms)
         if size > MAX_CALLS_BYTES:
             raise ProtocolError(f"calls of {size} bytes are not allowed: {MAX_CALLS_BYTES} at once")
-        return x
 
-    def _end(self, user: str, message: Message) -> Message:
-        request = EndRequest.read(message)
-        self._journal.end(request.session, user, "its user broke it off")
-        self._toll.close(request.session)
-        self._say(request.session, user, "broken off")
+    def _end(self, user: str, session: str) -> Message:
+        self._journal.end(session, user, "its user broke it off")
+        self._toll.close(session)
+        self._say(session, user, "broken off")
         return Message("ended")
 
-    def _close(self, user: str, message: Message) -> Message:
-        request = CloseRequest.read(message)
-        by_user = SignedDocument.from_json(request.statement)
-        before = self._journal.session(request.session, user)
-        session = self._journal.close(before.sid, user, by_user, self._identity)
-        by_contributor = session.signed.by_contributor
-        if before.state == SessionState.OPEN:
+    def _close(self, user: str, session: str, statement: SignedDocument) -> Message:
+        was_open = self._journal.session(session, user).state == SessionState.OPEN
+        closed = self._journal.close(session, user, statement, self._identity)
+        by_contributor = closed.signed.by_contributor
+        if was_open:
             rows = sum(by_contributor.document["rows"].values())
-            owed = self._toll.close(session.sid)
-            what = f"closed, with {rows} rows in its log, {owed} credits for them"
-            self._say(session.sid, user, what)
+            owed = self._toll.close(session)
+            self._say(
+                session, user, f"closed, with {rows} rows in its log, {owed} credits for them"
+            )
             threading.Thread(target=self._say_what_is_learned, daemon=True).start()
         return Message("closed", {"statement": by_contributor.to_json()})
 
-    def _prove(self, user: str, message: Message) -> Message:
-        request = ProveRequest.read(message)
-        session = self._journal.challenge(request.session, user, request.nonce_v)
-        return self._proofs.answer(session.sid, partial(self._make_proofs, session))
+    def _prove(self, user: str, session: str, nonce_v: str) -> Message:
+        challenged = self._journal.challenge(session, user, nonce_v)
+        return self._proofs.answer(session, partial(self._make_proofs, challenged))
 
     def _make_proofs(self, session: SessionRecord, on_progress: Progress) -> Message:
         names, start = list(self._manifest.terms), time.perf_counter()
@@ -269,16 +264,15 @@ class LoRAGateway:
         self._say(session.sid, session.user, f"proofs are done, {seconds:.1f} s")
         return evidence_message(proofs)
 
-    def _release(self, user: str, message: Message) -> Message:
-        request = ReleaseRequest.read(message)
-        session = self._journal.session(request.session, user)
-        if self._escrow is None or session.state != SessionState.CHALLENGED:
-            raise TradeError(f"session {session.sid} is {session.state}: nothing is for sale")
-        trade = self._escrow.trade(session.sid)
+    def _release(self, user: str, session: str) -> Message:
+        state = self._journal.session(session, user).state
+        if self._escrow is None or state != SessionState.CHALLENGED:
+            raise TradeError(f"session {session} is {state}: nothing is for sale")
+        trade = self._escrow.trade(session)
         if trade.state is TradeState.PAID:
             key = (self._service.folder / KEY).read_bytes()  # nowhere else in this process
-            trade = self._escrow.deposit_key(session.sid, key)
-            self._say(session.sid, user, f"key handed to the escrow, trade {trade.state}")
+            trade = self._escrow.deposit_key(session, key)
+            self._say(session, user, f"key handed to the escrow, trade {trade.state}")
         return Message("released", {"state": trade.state})
 
 

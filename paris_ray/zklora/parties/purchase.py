@@ -32,7 +32,6 @@ from paris_ray.zklora.manifest import AdapterManifest
 from paris_ray.zklora.parties.channel import Channel
 from paris_ray.zklora.parties.escrow import EscrowClient
 from paris_ray.zklora.parties.evidence import Evidence
-from paris_ray.zklora.parties.messages import ReleaseRequest
 from paris_ray.zklora.sealing import check_opening
 from paris_ray.zklora.trade import BOUGHT, TradeState
 
@@ -144,7 +143,7 @@ def buy(
 
 def _await_key(escrow: EscrowClient, contributor: Channel, sid: str) -> None:
     deadline = time.monotonic() + RELEASED_WITHIN_S
-    contributor.request("release", ReleaseRequest(session=sid).model_dump())
+    contributor.request("release", {"session": sid})
     while (trade := escrow.trade(sid)).state not in BOUGHT:
         if trade.state is TradeState.REFUNDED:
             raise TradeError(f"trade {sid} is {trade.state}: {trade.reason}")

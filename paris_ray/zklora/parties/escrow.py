@@ -20,7 +20,7 @@ from paris_ray.zklora.manifest import MAX_BYTES, AdapterManifest
 from paris_ray.zklora.parties.channel import Channel
 from paris_ray.zklora.parties.connection import Peer
 from paris_ray.zklora.parties.frames import Limits, Message, Sizes
-from paris_ray.zklora.parties.messages import Value, message_of, values_of
+from paris_ray.zklora.parties.messages import OPERATIONS, Value, message_of, values_of
 from paris_ray.zklora.parties.server import serve
 from paris_ray.zklora.trade import Trade
 
@@ -36,27 +36,6 @@ LIMITS = Limits(
     connections_a_peer=4,
 )
 
-# What each operation is given, in the order in which it takes them after its caller.
-OPERATIONS: Mapping[str, Mapping[str, type]] = {
-    "list_adapter": {"manifest": bytes},
-    "upload": {"adapter_id": str, "piece": int, "content": bytes},
-    "open_trade": {
-        "adapter_id": str,
-        "session": str,
-        "nonce_user": str,
-        "nonce_contributor": str,
-        "deposit_rows": int,
-    },
-    "owe": {"session": str, "by_buyer": SignedDocument},
-    "pay": {"session": str},
-    "deposit_key": {"session": str, "key": bytes},
-    "key": {"session": str},
-    "sealed": {"session": str, "piece": int},
-    "opened": {"session": str},
-    "trade": {"session": str},
-    "statement": {"session": str},
-    "balance": {},
-}
 TRADE, DONE = "trade", "done"  # kinds of answers: how a trade stands, or one other value
 VALUE = "value"
 Kind = TypeVar("Kind", int, bytes, SignedDocument)

@@ -52,6 +52,28 @@ REQUESTS: Mapping[str, Types] = {
     "release": {"session": str},
 }
 
+# What the operations of an escrow are given, in the order in which they take it after their caller.
+OPERATIONS: Mapping[str, Types] = {
+    "list_adapter": {"manifest": bytes},
+    "upload": {"adapter_id": str, "piece": int, "content": bytes},
+    "open_trade": {
+        "adapter_id": str,
+        "session": str,
+        "nonce_user": str,
+        "nonce_contributor": str,
+        "deposit_rows": int,
+    },
+    "owe": {"session": str, "by_buyer": SignedDocument},
+    "pay": {"session": str},
+    "deposit_key": {"session": str, "key": bytes},
+    "key": {"session": str},
+    "sealed": {"session": str, "piece": int},
+    "opened": {"session": str},
+    "trade": {"session": str},
+    "statement": {"session": str},
+    "balance": {},
+}
+
 
 def message_of(kind: str, values: Mapping[str, Value]) -> Message:
     """Return a message of values."""

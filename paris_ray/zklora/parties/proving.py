@@ -3,6 +3,7 @@
 import logging
 import threading
 from collections.abc import Callable
+from concurrent.futures import Future, wait
 
 from paris_ray.errors import ParisError, ProtocolError
 from paris_ray.zklora.parties.evidence import Progress
@@ -63,19 +64,18 @@ class Proving:
     def __init__(self, total: int, make: Make, attempt: int = 1) -> None:
         self.attempt, self.was_told = attempt, False
         self._done, self._total, self._make = 0, total, make
-        self._answer: Message | None = None
-        self._error: ParisError | None = None
-        self._thread = threading.Thread(target=self._run, daemon=True)
-        self._thread.start()
+        self._answer = Future[Message]()
+        threading.Thread(target=self._run, daemon=True).start()
 
     def _run(self) -> None:
         try:
-            self._answer = self._make(self._note)
+            self._answer.set_result(self._make(self._note))
         except ParisError as error:
-            self._error = error
+            self._answer.set_exception(error)
         except Exception:
             logger.exception("proving failed")
-            self._error = ProtocolError("proving failed, by no fault of yours: ask again")
+            told = ProtocolError("proving failed, by no fault of yours: ask again")
+            self._answer.set_exception(told)
 
     def _note(self, done: int, total: int) -> None:
         self._done, self._total = done, total
@@ -83,20 +83,18 @@ class Proving:
     @property
     def is_finished(self) -> bool:
         """Whether there is an answer, or an error."""
-        return not self._thread.is_alive()
+        return self._answer.done()
 
     @property
     def may_be_repeated(self) -> bool:
         """Whether the user knows that it failed, and may have it tried again."""
-        return self._error is not None and self.was_told and self.attempt <= MAX_REPEATS
+        failed = self.was_told and self._answer.exception() is not None
+        return failed and self.attempt <= MAX_REPEATS
 
     def wait(self, seconds: float) -> Message:
         """Return the answer, or how far it is; raises what went wrong."""
-        self._thread.join(seconds)
-        if self._error is None and self._answer is None:
+        wait([self._answer], seconds)
+        if not self.is_finished:
             return Message("proving", {"done": self._done, "total": self._total})
         self.was_told = True
-        if self._answer is None:
-            assert self._error is not None
-            raise self._error
-        return self._answer
+        return self._answer.result()

@@ -1,13 +1,11 @@
 """What a closed session leaves: the log that both parties signed, and the proofs of its rows."""
 
-import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
@@ -18,7 +16,7 @@ from paris_ray.signatures import SignedDocument
 from paris_ray.zklora.manifest import AdapterManifest
 from paris_ray.zklora.parties.channel import Channel
 from paris_ray.zklora.parties.frames import Message
-from paris_ray.zklora.parties.messages import BYTES, tensors_of
+from paris_ray.zklora.parties.messages import values_of
 from paris_ray.zklora.proof import Claim, Proof
 from paris_ray.zklora.transcript import CLOSE, Transcript, closing_statement, proof_context
 
@@ -122,8 +120,8 @@ class Evidence:
             ParisError: as `ClosedSession.check`.
         """
         self.closed.check(manifest)
-        check_names("proofs", list(self.proofs), manifest)
-        check_names("rows", list(self.closed.transcript.log.rows), manifest)
+        check_names("proofs", self.proofs, manifest)
+        check_names("rows", self.closed.transcript.log.rows, manifest)
         return Claims(self, manifest)
 
 
@@ -153,16 +151,6 @@ class Claims(Mapping[str, Claim]):
         return terms.commitment, *rows, context, proof
 
 
-def evidence_message(proofs: Mapping[str, bytes]) -> Message:
-    """Return the answer that has the proofs of all modules, by name."""
-    return Message("evidence", {"modules": list(proofs)}, _tensors(proofs))
-
-
-def _tensors(proofs: Mapping[str, bytes]) -> dict[str, NDArray[np.uint8]]:
-    """Return proofs as they are sent and kept: by their numbers, beside a list of their names."""
-    return {f"{i}.proof": np.frombuffer(proof, np.uint8) for i, proof in enumerate(proofs.values())}
-
-
 def fetch_evidence(
     channel: Channel,
     manifest: AdapterManifest,
@@ -182,10 +170,10 @@ def fetch_evidence(
         VerificationError: if it has not a proof of each module.
     """
     answer = _await_proofs(channel, manifest, closed, on_progress)
-    names = check_names("proofs", answer.fields.get("modules"), manifest)
+    names = list(manifest.terms)
+    check_names("proofs", answer.tensors, manifest)
     on_progress(len(names), len(names))
-    tensors = tensors_of(answer, {f"{i}.proof": BYTES for i in range(len(names))})
-    proofs = {name: tensors[f"{i}.proof"].tobytes() for i, name in enumerate(names)}
+    proofs = dict(zip(names, values_of(answer, dict.fromkeys(names, bytes)), strict=True))
     for name, proof in proofs.items():
         _check_form(name, proof, manifest)
     return Evidence(closed, proofs)
@@ -222,29 +210,25 @@ def _check_form(name: str, proof: bytes, manifest: AdapterManifest) -> None:
 
 def save_evidence(evidence: Evidence, folder: Path) -> None:
     """Write the proofs into the folder of the session, where `ClosedSession.save` put its rows."""
-    metadata = {"modules": json.dumps(list(evidence.proofs))}
+    tensors = {name: np.frombuffer(proof, np.uint8) for name, proof in evidence.proofs.items()}
     with Folder(str(folder)).writing(EVIDENCE) as path:
-        save_file(_tensors(evidence.proofs), path, metadata)
+        save_file(tensors, path)
 
 
 def load_evidence(closed: ClosedSession, folder: Path) -> Evidence:
     """Return the evidence for a session in a folder; raises ArtifactError if there is none."""
     try:
         with safe_open(folder / EVIDENCE, framework="numpy") as file:
-            names = json.loads(file.metadata()["modules"])
-            proofs = {name: file.get_tensor(f"{i}.proof").tobytes() for i, name in enumerate(names)}
-    except (OSError, SafetensorError, ValueError, LookupError, TypeError) as error:
+            proofs = {name: file.get_tensor(name).tobytes() for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError, ValueError, TypeError) as error:
         raise ArtifactError(f"{folder / EVIDENCE} holds no evidence: {error}") from None
     return Evidence(closed, proofs)
 
 
-def check_names(what: str, found: object, manifest: AdapterManifest) -> list[str]:
-    """Return the names of the manifest's modules, if exactly they were found, each once."""
-    names = [terms.name for terms in manifest.modules]
-    if not isinstance(found, list) or sorted(map(str, found)) != sorted(names):
-        differing = set(map(str, found)) ^ set(names) if isinstance(found, list) else names
+def check_names(what: str, found: Iterable[str], manifest: AdapterManifest) -> None:
+    """Raise VerificationError unless exactly the manifest's modules were found, by name."""
+    if differing := set(found) ^ manifest.terms.keys():
         raise VerificationError(
-            f"{what} must be of the {len(names)} modules of the manifest, each once: "
-            f"{', '.join(sorted(differing)) or 'one is there twice'}"
+            f"{what} must be of the {len(manifest.terms)} modules of the manifest: "
+            f"{', '.join(sorted(differing))}"
         )
-    return [str(name) for name in found]

@@ -26,11 +26,12 @@ from paris_ray.zklora.learned import describe_leak
 from paris_ray.zklora.manifest import MANIFEST, AdapterManifest
 from paris_ray.zklora.parties.connection import Peer
 from paris_ray.zklora.parties.escrow import LIMITS, EscrowClient
-from paris_ray.zklora.parties.evidence import Progress, evidence_message
+from paris_ray.zklora.parties.evidence import Progress
 from paris_ray.zklora.parties.frames import Message
 from paris_ray.zklora.parties.messages import (
     MAX_CALLS_BYTES,
     REQUESTS,
+    message_of,
     values_of,
 )
 from paris_ray.zklora.parties.proving import Proofs
@@ -262,7 +263,7 @@ class LoRAGateway:
         self._metrics.proof_bytes.inc(sum(map(len, proofs.values())))
         seconds = time.perf_counter() - start
         self._say(session.sid, session.user, f"proofs are done, {seconds:.1f} s")
-        return evidence_message(proofs)
+        return message_of("evidence", proofs)
 
     def _release(self, user: str, session: str) -> Message:
         state = self._journal.session(session, user).state

@@ -200,7 +200,7 @@ class Session:
 def _row_counts(counts: object, manifest: AdapterManifest) -> dict[str, int]:
     if not isinstance(counts, dict):
         raise ProtocolError("numbers of rows must be given by the names of modules")
-    check_names("rows_left", list(counts), manifest)
+    check_names("rows_left", counts, manifest)
     for name, count in counts.items():
         if type(count) is not int or count < 0:
             raise ProtocolError(f"{name}: {count!r:.80} is no number of rows")

@@ -50,7 +50,6 @@ from paris_ray.zklora.manifest import MANIFEST, AdapterManifest, Base, build_man
 from paris_ray.zklora.offer import AskedTerms, Offer, base_of_expert, open_offer
 from paris_ray.zklora.parties.buyer import Buyer, Outcome
 from paris_ray.zklora.parties.channel import Channel
-from paris_ray.zklora.parties.connection import Peer
 from paris_ray.zklora.parties.contributor import Contribution, Service
 from paris_ray.zklora.parties.escrow import EscrowClient, EscrowService
 from paris_ray.zklora.parties.evidence import (
@@ -1046,7 +1045,9 @@ def test_strangers_and_impostors_are_refused(
         pytest.raises(ProtocolError, match="is not the pinned server"),
     ):
         channel.request("k")
-    with serve(impostor, "127.0.0.1", 0, [user.certificate], lambda peer, message: message) as fake:
+    with serve(
+        impostor, "127.0.0.1", 0, [user.certificate], lambda caller, message: message
+    ) as fake:
         trial = market.trial(user, tmp_path / "out", peer=fake.address)
         with pytest.raises(ProtocolError, match="is not the pinned server"):
             Buyer(trial).run()
@@ -1085,7 +1086,7 @@ class Swindler:
         self.transcript, self.nonce_c = Transcript(), new_nonce()
         self.root = ""
 
-    def __call__(self, peer: Peer, request: Message) -> Message:
+    def __call__(self, caller: str, request: Message) -> Message:
         return self.tamper(getattr(self, request.kind)(request))
 
     def open(self, request: Message) -> Message:

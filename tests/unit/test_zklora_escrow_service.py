@@ -277,7 +277,7 @@ def test_a_slow_operation_keeps_no_other_waiting(sale: Sale) -> None:
     """A client with two connections: the first answer waits for the second question."""
     asked = threading.Barrier(2)
 
-    def answer(peer: object, request: Message) -> Message:
+    def answer(caller: str, request: Message) -> Message:
         asked.wait(60)
         return Message("done", {"value": 9})
 

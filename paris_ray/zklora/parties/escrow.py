@@ -18,7 +18,6 @@ from paris_ray.zklora.escrow import STATEMENT, Escrow
 from paris_ray.zklora.listings import PIECE_BYTES
 from paris_ray.zklora.manifest import MAX_BYTES, AdapterManifest
 from paris_ray.zklora.parties.channel import Channel
-from paris_ray.zklora.parties.connection import Peer
 from paris_ray.zklora.parties.frames import Limits, Message, Sizes
 from paris_ray.zklora.parties.messages import OPERATIONS, Value, message_of, values_of
 from paris_ray.zklora.parties.server import serve
@@ -93,11 +92,11 @@ class EscrowService:
             except Exception:  # such as a full disk: the next look may succeed
                 logger.exception("deadlines could not be looked at")
 
-    def _answer(self, peer: Peer, request: Message) -> Message:
+    def _answer(self, caller: str, request: Message) -> Message:
         if request.kind not in OPERATIONS:
             raise ProtocolError(f"the escrow has no operation {request.kind[:80]!r}")
         operation = self._own.get(request.kind) or getattr(self._escrow, request.kind)
-        done = operation(peer.public_key, *values_of(request, OPERATIONS[request.kind]))
+        done = operation(caller, *values_of(request, OPERATIONS[request.kind]))
         if isinstance(done, Trade):
             logger.info("trade %s: %s, now %s", done.session, request.kind, done.state)
             return Message(TRADE, done.to_json())

@@ -24,7 +24,6 @@ from paris_ray.zklora.fixed_point import Int16, Int64
 from paris_ray.zklora.leakage import INPUTS, draw_last_bits, row_seeds
 from paris_ray.zklora.learned import describe_leak
 from paris_ray.zklora.manifest import MANIFEST, AdapterManifest
-from paris_ray.zklora.parties.connection import Peer
 from paris_ray.zklora.parties.escrow import LIMITS, EscrowClient
 from paris_ray.zklora.parties.evidence import Progress
 from paris_ray.zklora.parties.frames import Message
@@ -170,12 +169,12 @@ class LoRAGateway:
         left = self._budget.fewest_left(self._manifest.adapter_id)
         return f"rows left: {left} (fewest of a module); sessions: {sessions}"
 
-    def _answer(self, peer: Peer, request: Message) -> Message:
+    def _answer(self, user: str, request: Message) -> Message:
         if request.kind not in REQUESTS:
             raise ProtocolError(f"there is no request {request.kind[:80]!r}")
         operation: Callable[..., Message] = getattr(self, f"_{request.kind}")
         try:
-            return operation(peer.public_key, *values_of(request, REQUESTS[request.kind]))
+            return operation(user, *values_of(request, REQUESTS[request.kind]))
         finally:
             self._metrics.update(self._journal, self._manifest.adapter_id)
 

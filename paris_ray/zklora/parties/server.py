@@ -19,7 +19,6 @@ from paris_ray.zklora.parties.connection import (
     ERRORS,
     MAX_ERROR,
     Connection,
-    Peer,
     Traffic,
     identify,
     pin,
@@ -29,6 +28,9 @@ from paris_ray.zklora.parties.frames import DEFAULTS, ConnectionLost, Limits, Me
 from paris_ray.zklora.printable import printable
 
 POLL_S = 0.2
+
+Handler = Callable[[str, Message], Message]
+"""Returns the answer to a request of whom TLS has proved: a public key in hexadecimal."""
 
 logger = logging.getLogger(__name__)
 
@@ -47,8 +49,8 @@ class Server:
         self,
         listener: socket.socket,
         context: ssl.SSLContext,
-        pinned: Mapping[bytes, Peer],
-        handler: Callable[[Peer, Message], Message],
+        pinned: Mapping[bytes, str],
+        handler: Handler,
         limits: Limits,
     ) -> None:
         self.address: tuple[str, int] = listener.getsockname()[:2]
@@ -108,9 +110,9 @@ class Server:
                 )
                 with tls, self._registered(tls, arrival):
                     tls.do_handshake()
-                    peer = identify(tls, self._pinned)
-                    self._admit(tls, arrival, peer.public_key)
-                    self._converse(tls, peer)
+                    caller = identify(tls, self._pinned)
+                    self._admit(tls, arrival, caller)
+                    self._converse(tls, caller)
         except ConnectionLost as error:
             logger.info("a connection ended: %s", error)
         except (ProtocolError, OSError) as error:
@@ -145,7 +147,7 @@ class Server:
             self._strangers.pop(arrival, None)
             self._known[connection] = key
 
-    def _converse(self, tls: ssl.SSLSocket, peer: Peer) -> None:
+    def _converse(self, tls: ssl.SSLSocket, caller: str) -> None:
         limits = self._limits
         connection = Connection(tls, limits.requests, limits.frame_s, limits.idle_s, Traffic())
         last = 0
@@ -153,13 +155,13 @@ class Server:
             n, request = connection.receive()
             if n <= last:
                 raise ProtocolError(f"request {n} came after request {last}")
-            connection.send(self._answer(peer, request, n))
+            connection.send(self._answer(caller, request, n))
             last = n
 
-    def _answer(self, peer: Peer, request: Message, n: int) -> bytes:
+    def _answer(self, caller: str, request: Message, n: int) -> bytes:
         """Return the frame of the handler's answer, or of the error that it raised."""
         try:
-            return encode(self._handler(peer, request), n, self._limits.answers)
+            return encode(self._handler(caller, request), n, self._limits.answers)
         except Exception as error:
             name, text = type(error).__name__, str(error)
             if ERRORS.get(name) is not type(error):
@@ -179,7 +181,7 @@ def serve(
     host: str,
     port: int,
     clients: Sequence[str],
-    handler: Callable[[Peer, Message], Message],
+    handler: Handler,
     limits: Limits = DEFAULTS,
 ) -> Server:
     """Answer the requests of known clients until the server is closed.
@@ -189,8 +191,8 @@ def serve(
         host: Address to listen on.
         port: Port; 0 for a free one.
         clients: Certificates, as PEM text, of all who may connect.
-        handler: Returns the answer to a request; called from several threads. The errors in
-            `ERRORS` are raised again at the client, text included, others as an internal error.
+        handler: Answers requests; called from several threads. The errors in `ERRORS` are raised
+            again at the client, text included, others as an internal error.
         limits: What the protocol may use.
 
     Raises:

@@ -23,7 +23,6 @@ from paris_ray.zklora.parties.contributor import Contribution, Service
 from paris_ray.zklora.parties.evidence import fetch_evidence
 from paris_ray.zklora.parties.frames import Message
 from paris_ray.zklora.parties.session import Session
-from paris_ray.zklora.parties.workers import result
 from paris_ray.zklora.proof import verify_named
 
 pytestmark = pytest.mark.ray
@@ -44,9 +43,6 @@ class Shop:
     def channel(self, user: Identity) -> Channel:
         address = self.contribution.address
         return Channel(user, address, self.manifest.contributor_certificate)
-
-    def rows_left(self) -> int:
-        return min(result(self.contribution.gateway.rows_left.remote()).values())
 
 
 @pytest.fixture(scope="module")

@@ -64,10 +64,11 @@ from paris_ray.zklora.parties.purchase import buy, integers_digest
 from paris_ray.zklora.parties.server import serve
 from paris_ray.zklora.parties.session import Session
 from paris_ray.zklora.parties.user import Trial
-from paris_ray.zklora.parties.workers import result, verify_evidence
+from paris_ray.zklora.parties.workers import verify_evidence
 from paris_ray.zklora.proof import prove, verify_named
 from paris_ray.zklora.sealing import check_opening, seal
 from paris_ray.zklora.sequential import Verdict, Wanted
+from paris_ray.zklora.sessions import SessionJournal
 from paris_ray.zklora.subjects import PictureSubject
 from paris_ray.zklora.trade import TradeState, sign_rows
 from paris_ray.zklora.transcript import (
@@ -133,7 +134,8 @@ class Market:
         return channel_to(self.contribution, self.manifest, user)
 
     def rows_left(self) -> dict[str, int]:
-        return dict(result(self.contribution.gateway.rows_left.remote()))
+        with SessionJournal(self.service.folder / "sessions.sqlite") as journal:
+            return journal.budget.rows_left(self.manifest.adapter_id)
 
     def subject(self, **changes: Any) -> PictureSubject:
         """Return the expert, and what losses are compared on."""
@@ -1482,7 +1484,7 @@ def test_a_dear_adapter_is_tried_and_bought(
     assert statement is not None and statement["document"]["rows"] == rows
     paid = max(PRICE, 2 * rows)
     assert dear_market.balance(user) == OPENING_BALANCE - paid
-    news = "".join(result(dear_market.contribution.gateway.news.remote()))
+    news = "".join(dear_market.contribution.news())
     assert f"{2 * rows} credits for them" in news
 
 

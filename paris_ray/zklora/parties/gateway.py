@@ -158,10 +158,6 @@ class LoRAGateway:
         inputs = self._service.folder / INPUTS
         self._tell(describe_leak(self._journal, self._manifest, inputs))
 
-    def rows_left(self) -> dict[str, int]:
-        """Return how many rows of each module may still be seen."""
-        return self._budget.rows_left(self._manifest.adapter_id)
-
     def status(self) -> str:
         """Return rows left and sessions, in one line for people."""
         counts = self._journal.sessions_by_state()

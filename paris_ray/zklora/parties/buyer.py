@@ -41,13 +41,7 @@ from paris_ray.zklora.parties.evidence import (
     load_evidence,
     save_evidence,
 )
-from paris_ray.zklora.parties.purchase import (
-    Receipts,
-    buy,
-    new_receipt,
-    receive,
-    verified_facts,
-)
+from paris_ray.zklora.parties.purchase import Receipts, buy, new_receipt, receive, verified_facts
 from paris_ray.zklora.parties.session import Session
 from paris_ray.zklora.parties.user import RESULT, BaseUser, Trial
 from paris_ray.zklora.parties.workers import result, verify_evidence

@@ -27,12 +27,7 @@ from paris_ray.zklora.manifest import MANIFEST, AdapterManifest
 from paris_ray.zklora.parties.escrow import LIMITS, EscrowClient
 from paris_ray.zklora.parties.evidence import Progress
 from paris_ray.zklora.parties.frames import Message
-from paris_ray.zklora.parties.messages import (
-    MAX_CALLS_BYTES,
-    REQUESTS,
-    message_of,
-    values_of,
-)
+from paris_ray.zklora.parties.messages import MAX_CALLS_BYTES, REQUESTS, message_of, values_of
 from paris_ray.zklora.parties.proving import Proofs
 from paris_ray.zklora.parties.server import Server, serve
 from paris_ray.zklora.parties.toll import Toll

@@ -61,7 +61,7 @@ from paris_ray.zklora.parties.evidence import (
 )
 from paris_ray.zklora.parties.frames import Message
 from paris_ray.zklora.parties.purchase import buy, integers_digest
-from paris_ray.zklora.parties.server import serve
+from paris_ray.zklora.parties.server import Server
 from paris_ray.zklora.parties.session import Session
 from paris_ray.zklora.parties.user import Trial
 from paris_ray.zklora.parties.workers import verify_evidence
@@ -543,7 +543,7 @@ def test_a_trial_without_rows_verifies_nothing(
         seller,
         tamper=lambda a: Message(a.kind, dict(a.fields) | {"rows_left": left}),
     )
-    with serve(seller, "127.0.0.1", 0, [user.certificate], swindler) as server:
+    with Server(seller, "127.0.0.1", 0, [user.certificate], swindler) as server:
         trial = market.trial(user, tmp_path, peer=server.address)
         with pytest.raises(BudgetError, match="and 0 are left"):
             Buyer(trial).run()
@@ -1047,7 +1047,7 @@ def test_strangers_and_impostors_are_refused(
         pytest.raises(ProtocolError, match="is not the pinned server"),
     ):
         channel.request("k")
-    with serve(
+    with Server(
         impostor, "127.0.0.1", 0, [user.certificate], lambda caller, message: message
     ) as fake:
         trial = market.trial(user, tmp_path / "out", peer=fake.address)
@@ -1156,7 +1156,7 @@ class Stall:
     @contextlib.contextmanager
     def session(self, swindler: Swindler) -> Iterator[tuple[Channel, Session]]:
         """Call every module of a contributor who may cheat."""
-        with serve(self.seller, "127.0.0.1", 0, [self.buyer.certificate], swindler) as server:
+        with Server(self.seller, "127.0.0.1", 0, [self.buyer.certificate], swindler) as server:
             certificate = self.seller.certificate
             with Channel(self.buyer, server.address, certificate, timeout=20) as channel:
                 session = Session(channel, self.buyer, self.manifest)
@@ -1531,7 +1531,7 @@ def test_nothing_is_paid_for_an_adapter_that_does_not_verify(
     wrong[broken] = commit(replace(wrong[broken].module, a=a))[1]
     seller = Identity.load(market.service.identity)
     swindler = Swindler(market.manifest, wrong, seller)
-    with serve(seller, "127.0.0.1", 0, [user.certificate], swindler) as server:
+    with Server(seller, "127.0.0.1", 0, [user.certificate], swindler) as server:
         trial = market.trial(user, tmp_path, peer=server.address)
         for _ in range(2):
             with pytest.raises(VerificationError, match=f"of {broken} does not hold"):

@@ -48,7 +48,7 @@ from paris_ray.zklora.parties.frames import (
     encode,
     read_message,
 )
-from paris_ray.zklora.parties.server import Server, serve
+from paris_ray.zklora.parties.server import Server
 from paris_ray.zklora.sessions import SessionJournal
 from tests.frames import decode
 
@@ -245,7 +245,7 @@ def running(
     clients: tuple[str, ...] = ("client",),
 ) -> Iterator[Server]:
     pinned = [parties[name].certificate for name in clients]
-    with serve(parties["server"], "127.0.0.1", port, pinned, handler, limits) as server:
+    with Server(parties["server"], "127.0.0.1", port, pinned, handler, limits) as server:
         yield server
 
 
@@ -456,7 +456,7 @@ def test_what_openssl_would_accept_is_compared_with_the_pinned_bytes(parties: di
     authority = certify(tmp_path / "root", authority_key, "authority", issuer, authority=True)
     child = certify(tmp_path / "child", key, "child", issuer)
     with pytest.raises(SignatureError, match="authority"):
-        serve(parties["server"], "127.0.0.1", 0, [authority.certificate], echo)
+        Server(parties["server"], "127.0.0.1", 0, [authority.certificate], echo)
     root = str(authority.folder / "certificate.pem")
     with running(parties) as server:
         server._context.load_verify_locations(root)
@@ -533,7 +533,7 @@ def test_a_slow_answer_is_no_refusal(parties: dict):
 
 def test_a_server_needs_clients_and_a_free_port(parties: dict):
     with pytest.raises(ConfigError, match="nobody could connect"):
-        serve(parties["server"], "127.0.0.1", 0, [], echo)
+        Server(parties["server"], "127.0.0.1", 0, [], echo)
     with (
         running(parties) as server,
         pytest.raises(ConfigError, match="cannot be listened on"),

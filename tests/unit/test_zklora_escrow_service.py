@@ -28,7 +28,7 @@ from paris_ray.zklora.manifest import MAX_BYTES, AdapterManifest, Base, build_ma
 from paris_ray.zklora.parties.channel import Channel
 from paris_ray.zklora.parties.escrow import LIMITS, EscrowClient, EscrowService
 from paris_ray.zklora.parties.frames import ConnectionLost, Message
-from paris_ray.zklora.parties.server import serve
+from paris_ray.zklora.parties.server import Server
 from paris_ray.zklora.sealing import check_opening, seal
 from paris_ray.zklora.trade import Trade, TradeState, sign_rows
 from paris_ray.zklora.transcript import new_nonce, session_id
@@ -240,7 +240,7 @@ def test_an_escrow_that_lies_is_not_believed(
 
     pinned = [sale.buyer.certificate]
     with (
-        serve(sale.notary, "127.0.0.1", 0, pinned, lambda _, request: lies[request.kind]) as liar,
+        Server(sale.notary, "127.0.0.1", 0, pinned, lambda _, request: lies[request.kind]) as liar,
         EscrowClient(sale.buyer, liar.address, sale.notary.certificate) as client,
     ):
         lies["statement"] = state()
@@ -283,7 +283,7 @@ def test_a_slow_operation_keeps_no_other_waiting(sale: Sale) -> None:
 
     pinned = [sale.seller.certificate]
     with (
-        serve(sale.notary, "127.0.0.1", 0, pinned, answer) as slow,
+        Server(sale.notary, "127.0.0.1", 0, pinned, answer) as slow,
         EscrowClient(sale.seller, slow.address, sale.notary.certificate, connections=2) as client,
         ThreadPoolExecutor(2) as threads,
     ):

@@ -20,7 +20,7 @@ from paris_ray.zklora.manifest import MAX_BYTES, AdapterManifest
 from paris_ray.zklora.parties.channel import Channel
 from paris_ray.zklora.parties.frames import Limits, Message, Sizes
 from paris_ray.zklora.parties.messages import OPERATIONS, Value, message_of, values_of
-from paris_ray.zklora.parties.server import serve
+from paris_ray.zklora.parties.server import Server
 from paris_ray.zklora.trade import Trade
 
 ANSWER_S = 60.0  # until an answer begins; an opening check takes about a second
@@ -67,7 +67,7 @@ class EscrowService:
         }
         self._closed = threading.Event()
         self._listing = threading.Lock()
-        self._server = serve(escrow.identity, host, port, clients, self._answer, LIMITS)
+        self._server = Server(escrow.identity, host, port, clients, self._answer, LIMITS)
         self.address = self._server.address
         self._sweeper = threading.Thread(target=self._sweep, daemon=True)
         self._sweeper.start()

@@ -29,7 +29,7 @@ from paris_ray.zklora.parties.evidence import Progress
 from paris_ray.zklora.parties.frames import Message
 from paris_ray.zklora.parties.messages import MAX_CALLS_BYTES, REQUESTS, message_of, values_of
 from paris_ray.zklora.parties.proving import Proofs
-from paris_ray.zklora.parties.server import Server, serve
+from paris_ray.zklora.parties.server import Server
 from paris_ray.zklora.parties.toll import Toll
 from paris_ray.zklora.parties.workers import prove_all, result
 from paris_ray.zklora.sealing import KEY, SEALED
@@ -114,7 +114,7 @@ class LoRAGateway:
         if self._server is None:
             self._load()
             where = self._service.host, self._service.port
-            self._server = serve(self._identity, *where, self._service.clients, self._answer)
+            self._server = Server(self._identity, *where, self._service.clients, self._answer)
         return self._server.address
 
     def _load(self) -> None:

@@ -47,7 +47,7 @@ lint: $(VENV)/test
 
 fuzz: $(VENV)/test
 	HTTP_FUZZ_CASES=2000 $(PY) -m pytest tests/serve/test_fuzz.py
-	$(PY) tests/zklora_fuzz.py --mutations 10000
+	$(PY) -m tests.zklora_fuzz --mutations 10000
 	$(PY) -m tests.fuzz --mutations 10000
 
 chaos: $(VENV)/test

@@ -8,20 +8,19 @@ are what the buyer has learned of the LoRA: whoever has them knows as much.
 """
 
 import argparse
-import sys
 from pathlib import Path
 
-from jobs.command import fail
-from paris_ray.errors import ConfigError, ParisError
+from jobs.command import described, reported
+from paris_ray.errors import ConfigError
 from paris_ray.folders import Folder
 from paris_ray.receipts import RECEIPT, Receipt
 from paris_ray.zklora.manifest import MANIFEST, AdapterManifest
 
 
-def main() -> int:
-    """Print what holds; return the exit code: 0 if all of it does."""
+def main() -> None:
+    """Print what holds, and end with an error if something does not."""
     arguments = _parser().parse_args()
-    try:
+    with reported():
         path: Path = arguments.receipt
         if path.name != RECEIPT:
             raise ConfigError(f"{path} is not allowed: a file named {RECEIPT}")
@@ -36,15 +35,10 @@ def main() -> int:
         session = None if arguments.without_proofs else arguments.session or path.parent / SESSION
         for line in check_purchase(receipt, buyer, manifest, session, arguments.adapter):
             print(line, flush=True)
-    except ParisError as error:
-        return fail(error)
-    return 0
 
 
 def _parser() -> argparse.ArgumentParser:
-    result = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    result = described(__doc__)
     result.add_argument("receipt", type=Path, metavar=RECEIPT, help="the buyer's")
     result.add_argument(
         "--key",
@@ -73,4 +67,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -4,8 +4,10 @@ import argparse
 import logging
 import os
 import secrets
+import signal
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -57,9 +59,7 @@ def run_job(description: str, verb: str) -> None:
 
 def parser(description: str, *, dry_run: bool = True) -> argparse.ArgumentParser:
     """Return the argument parser that all jobs share; `--dry-run` is for those that start much."""
-    result = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    result = described(description)
     names, recipes = ", ".join(packaged_configs()), ", ".join(packaged_recipes())
     told = f"a YAML file, or one of: {names}; +NAME adds a recipe, as quickstart+muon: {recipes}"
     result.add_argument("--config", default="quickstart", help=told)
@@ -74,6 +74,13 @@ def parser(description: str, *, dry_run: bool = True) -> argparse.ArgumentParser
         )
     result.add_argument("overrides", nargs="*", metavar="key=value", help="such as seed=1")
     return result
+
+
+def described(description: str | None) -> argparse.ArgumentParser:
+    """Return a parser without arguments, whose `--help` shows a job's docstring as it is."""
+    return argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
 
 
 def log_to_stdout() -> None:
@@ -140,6 +147,12 @@ def _print_plan(config: Config, verb: str) -> None:
     print(render(plan(config, distilled_from=asked if verb == "distil" else None)))
 
 
+def paths_of(arguments: argparse.Namespace, *names: str) -> dict[str, str]:
+    """Return the given ones of some path options, by their flag."""
+    given = {name: getattr(arguments, name) for name in names}
+    return {f"--{name}": str(path) for name, path in given.items() if path is not None}
+
+
 def refuse_relative_paths(paths: Mapping[str, str]) -> None:
     """Raise ConfigError if this is a submitted job and a path, given by its option, is relative.
 
@@ -183,6 +196,14 @@ def refuse_unreachable(paths: Mapping[str, str]) -> None:
             reach(path)
         except ArtifactError as error:
             raise ConfigError(f"{field}: {error}") from None
+
+
+def stop_signals() -> threading.Event:
+    """Return what SIGTERM and SIGINT set from now on; `ray.init` would undo it."""
+    stopped = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stopped.set())
+    return stopped
 
 
 @contextmanager

@@ -15,33 +15,37 @@ rows means.
 
 import argparse
 import logging
-import signal
-import sys
-import threading
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jobs.command import fail, log_to_stdout, ray_session, refuse_relative_paths
+from jobs.command import (
+    described,
+    log_to_stdout,
+    paths_of,
+    ray_session,
+    refuse_relative_paths,
+    reported,
+    stop_signals,
+)
 from jobs.parties import (
+    Listener,
     add_address,
     add_base,
     add_escrow,
     add_home,
     add_service,
-    address,
-    client_certificates,
     describe,
     parse_escrow,
-    paths_of,
     positive,
     subject_of,
 )
-from paris_ray.errors import ConfigError, ParisError
+from paris_ray.errors import ConfigError
 from paris_ray.identity import Identity
-from paris_ray.zklora.manifest import MANIFEST, AdapterManifest
+from paris_ray.zklora.manifest import MANIFEST
 
 if TYPE_CHECKING:
+    from paris_ray.zklora.offer import Offer
     from paris_ray.zklora.parties.contributor import Contribution
     from paris_ray.zklora.subjects import Subject
 
@@ -53,62 +57,55 @@ NEWS_S = 2.0
 logger = logging.getLogger("paris_ray")
 
 
-def main() -> int:
-    """Serve until SIGTERM or SIGINT; return the exit code."""
+def main() -> None:
+    """Serve until SIGTERM or SIGINT."""
     arguments = _parser().parse_args()
     log_to_stdout()
-    try:
+    with reported():
         refuse_relative_paths(
             paths_of(arguments, "bundle", "base", "adapter", "home", "pictures", "texts")
         )
         parse_escrow(arguments)
-        identity = Identity.load_or_create(arguments.home)
-        clients = client_certificates(arguments.clients, arguments.home)
-        host, port = address("--listen", arguments.listen)
+        party = Listener.of(arguments)
         if (arguments.bundle is None) != (arguments.expert is None):
             raise ConfigError("--bundle and --expert go together: an expert is one of a bundle")
         subject = subject_of(arguments, arguments.expert)
-        folder, manifest = _offer(arguments, identity, subject)
-        _say_what_leaks(subject, folder)
+        name = arguments.name or arguments.adapter.resolve().name
+        folder = (arguments.home / OFFERS / name).resolve()
+        offer = _offer(arguments, name, folder, party.identity, subject)
+        _say_what_leaks(subject, offer, folder)
         with ray_session(arguments.address):
             # Imported only now: ray reads RAY_AUTH_MODE when it is imported, and --help is quick.
             from paris_ray.zklora.parties.contributor import Contribution, Service
 
+            share = max(1, offer.manifest.budget_rows // USERS)
             contribution = Contribution(
                 Service(
                     folder=folder,
                     identity=arguments.home.resolve(),
-                    host=host,
-                    port=port,
-                    clients=clients,
+                    host=party.host,
+                    port=party.port,
+                    clients=party.clients,
                     escrow=arguments.escrow,
                     workers=arguments.workers,
-                    max_rows_per_user=arguments.max_rows_per_user
-                    or max(1, manifest.budget_rows // USERS),
+                    max_rows_per_user=arguments.max_rows_per_user or share,
                 )
             )
             host, port = contribution.address
-            print(
-                f"contributor ready: address={host}:{port} manifest={folder / MANIFEST} "
-                + describe(identity),
-                flush=True,
-            )
+            place = f"address={host}:{port} manifest={folder / MANIFEST}"
+            print(f"contributor ready: {place} {describe(party.identity)}", flush=True)
             _serve(contribution)
-    except ParisError as error:
-        return fail(error)
-    return 0
 
 
 def _offer(
-    arguments: argparse.Namespace, identity: Identity, subject: "Subject"
-) -> tuple[Path, AdapterManifest]:
-    """Return the folder of the offer and its manifest; both are made if there are none."""
+    arguments: argparse.Namespace, name: str, folder: Path, identity: Identity, subject: "Subject"
+) -> "Offer":
+    """Return the offer in a folder; it is made if there is none."""
     # Imported only now: they import torch, and --help is quick.
     from paris_ray.zklora.adapter import read_peft
     from paris_ray.zklora.inference import check_fits
     from paris_ray.zklora.offer import AskedTerms, open_offer
 
-    name = arguments.name or arguments.adapter.resolve().name
     terms = AskedTerms(
         base=subject.base(),
         name=name,
@@ -117,61 +114,45 @@ def _offer(
         budget_rows=arguments.budget_rows,
         escrow_certificate=arguments.escrow_certificate,
     )
-    folder = (arguments.home / OFFERS / name).resolve()
-    manifest = open_offer(folder, identity, read_peft(arguments.adapter), terms).manifest
-    check_fits(subject.skeleton(), manifest.terms)
-    return folder, manifest
+    offer = open_offer(folder, identity, read_peft(arguments.adapter), terms)
+    check_fits(subject.skeleton(), offer.manifest.terms)
+    return offer
 
 
-def _say_what_leaks(subject: "Subject", folder: Path) -> None:
+def _say_what_leaks(subject: "Subject", offer: "Offer", folder: Path) -> None:
     """Log what a thief would have who saw the whole budget: of the adapter's worth, if it is known.
 
     Real inputs are kept in the folder of the offer, so that the service can tell what was learned.
     """
     from paris_ray.zklora.leakage import INPUTS, assumed_errors, save_inputs
-    from paris_ray.zklora.offer import load_offer
 
-    offer = load_offer(folder)
     rows, modules = offer.manifest.budget_rows, offer.modules()
     if not subject.num_examples:
         asked, chosen = assumed_errors(modules, rows)
-        logger.info(
-            "budget: %d rows. If the spectrum of inputs falls as 1/i, a thief who sees them all "
-            "predicts updates with a relative error of %.2f, with chosen rows %.2f; --pictures or "
-            "--texts would tell what part of the adapter's worth that is",
-            rows,
-            asked,
-            chosen,
+        said = (
+            "If the spectrum of inputs falls as 1/i, a thief who sees them all predicts updates "
+            f"with a relative error of {asked:.2f}, with chosen rows {chosen:.2f}; --pictures or "
+            "--texts would tell what part of the adapter's worth that is"
         )
-        return
-    from paris_ray.zklora.share import Worth
+    else:
+        from paris_ray.zklora.share import Worth
 
-    worth = Worth(subject, modules, offer.manifest.scale)
-    save_inputs(folder / INPUTS, worth.inputs)
-    if worth.gain <= 0:
-        logger.warning(
-            "budget: %d rows. The adapter does not lower the loss of your examples", rows
-        )
-        return
-    thief, choosing = (worth.thief(rows, chooses=chooses) for chooses in (False, True))
-    logger.info(
-        "budget: %d rows. A thief who sees them all has %.0f%% of the gain (%.4g of the loss), "
-        "with chosen rows %.0f%%; its relative error is %.2f, with chosen rows %.2f",
-        rows,
-        100 * thief.share,
-        worth.gain,
-        100 * choosing.share,
-        thief.error,
-        choosing.error,
-    )
+        worth = Worth(subject, modules, offer.manifest.scale)
+        save_inputs(folder / INPUTS, worth.inputs)
+        said = "The adapter does not lower the loss of your examples"
+        if worth.gain > 0:
+            thief, choosing = (worth.thief(rows, chooses=chooses) for chooses in (False, True))
+            said = (
+                f"A thief who sees them all has {thief.share:.0%} of the gain ({worth.gain:.4g} of "
+                f"the loss), with chosen rows {choosing.share:.0%}; its relative error is "
+                f"{thief.error:.2f}, with chosen rows {choosing.error:.2f}"
+            )
+    logger.info("budget: %d rows. %s", rows, said)
 
 
 def _serve(contribution: "Contribution") -> None:
     """Say how it goes, until a signal comes."""
-    stopped = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):  # after ray.init, which sets its own
-        signal.signal(number, lambda *_: stopped.set())
-    said = time.monotonic()
+    stopped, said = stop_signals(), time.monotonic()
     while not stopped.wait(NEWS_S):
         for line in contribution.news():
             logger.info("%s", line)
@@ -182,9 +163,7 @@ def _serve(contribution: "Contribution") -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    result = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    result = described(__doc__)
     add_base(result, "measures what part of the LoRA's gain the budget gives away")
     result.add_argument("--expert", type=int, metavar="K", help="number of the expert in --bundle")
     result.add_argument(
@@ -224,4 +203,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

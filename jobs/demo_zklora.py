@@ -18,7 +18,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jobs.command import fail
+from jobs.command import described, reported
 from jobs.contribute_lora import OFFERS
 from jobs.local_cluster import LOOPBACK, LocalCluster
 from jobs.parties import CLIENTS
@@ -54,20 +54,18 @@ TRAINING = (
 )
 
 
-def main() -> int:
-    """Run all steps; return the exit code."""
+def main() -> None:
+    """Run all steps."""
     arguments = _parser().parse_args()
     stop_on_sigterm()
     try:
-        bundle = arguments.bundle or _quickstart_bundle()
-        run_dir = arguments.run_dir.resolve()
-        _Demo(bundle.resolve(), run_dir, arguments.overrides, arguments.min_gain).run()
-    except ParisError as error:
-        return fail(error)
+        with reported():
+            bundle, run_dir = arguments.bundle or _quickstart_bundle(), arguments.run_dir
+            overrides, min_gain = arguments.overrides, arguments.min_gain
+            _Demo(bundle.resolve(), run_dir.resolve(), overrides, min_gain).run()
     except KeyboardInterrupt:
         print("\nstopped; run it again to continue", file=sys.stderr)
-        return 130
-    return 0
+        sys.exit(130)
 
 
 def _quickstart_bundle() -> Path:
@@ -94,9 +92,7 @@ class _Demo:
         min_gain: That the user wants of it.
     """
 
-    def __init__(
-        self, bundle: Path, folder: Path, overrides: list[str], min_gain: float = MIN_GAIN
-    ) -> None:
+    def __init__(self, bundle: Path, folder: Path, overrides: list[str], min_gain: float) -> None:
         self._bundle, self._folder, self._overrides = bundle, folder, overrides
         self._min_gain = min_gain
         self._lora, self._purchase = folder / "night", folder / "purchase"
@@ -271,9 +267,7 @@ def _address(ready: str) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    result = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    result = described(__doc__)
     result.add_argument(
         "--bundle",
         type=Path,
@@ -304,4 +298,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -10,22 +10,10 @@ The ledger is a STAND-IN FOR PAYMENT: credits that every new account is given, n
 
 import argparse
 import logging
-import signal
-import sys
-import threading
 
-from jobs.command import fail, log_to_stdout
-from jobs.parties import (
-    ESCROW_PORT,
-    LOOPBACK,
-    add_home,
-    add_service,
-    address,
-    client_certificates,
-    describe,
-)
-from paris_ray.errors import ParisError
-from paris_ray.identity import Identity
+from jobs.command import described, log_to_stdout, reported, stop_signals
+from jobs.local_cluster import LOOPBACK
+from jobs.parties import ESCROW_PORT, Listener, add_home, add_service, describe
 from paris_ray.zklora.escrow import Escrow, open_journal
 from paris_ray.zklora.ledger import OPENING_BALANCE, SQLiteLedger
 from paris_ray.zklora.parties.escrow import EscrowService
@@ -35,37 +23,28 @@ JOURNAL = "journal.sqlite"
 logger = logging.getLogger("paris_ray.jobs.escrow")
 
 
-def main() -> int:
-    """Serve until SIGTERM or SIGINT; return the exit code."""
+def main() -> None:
+    """Serve until SIGTERM or SIGINT."""
     arguments = _parser().parse_args()
     log_to_stdout()
-    stopped = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stopped.set())
-    try:
-        identity = Identity.load_or_create(arguments.home)
-        clients = client_certificates(arguments.clients, arguments.home)
+    stopped = stop_signals()
+    with reported():
+        party = Listener.of(arguments)
         journal = open_journal(arguments.home / JOURNAL)
-        escrow = Escrow(journal, identity, SQLiteLedger(journal, arguments.opening_balance))
-        host, port = address("--listen", arguments.listen)
-        with EscrowService(escrow, host, port, clients) as service:
+        escrow = Escrow(journal, party.identity, SQLiteLedger(journal, arguments.opening_balance))
+        with EscrowService(escrow, party.host, party.port, party.clients) as service:
             logger.info(
                 "the ledger is a stand-in for payment: every new account is given %d credits",
                 arguments.opening_balance,
             )
             host, port = service.address
-            print(f"escrow ready: address={host}:{port} {describe(identity)}", flush=True)
+            print(f"escrow ready: address={host}:{port} {describe(party.identity)}", flush=True)
             stopped.wait()
         journal.close()
-    except ParisError as error:
-        return fail(error)
-    return 0
 
 
 def _parser() -> argparse.ArgumentParser:
-    result = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    result = described(__doc__)
     add_service(result, f"{LOOPBACK}:{ESCROW_PORT}")
     add_home(result, "escrow")
     result.add_argument(
@@ -79,4 +58,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -6,28 +6,21 @@ into HOME/clients. key.pem stays where it is.
     python -m jobs.identity runs/zklora/user
 """
 
-import argparse
-import sys
 from pathlib import Path
 
-from jobs.command import fail
+from jobs.command import described, reported
 from jobs.parties import describe
-from paris_ray.errors import ParisError
 from paris_ray.identity import Identity
 
 
-def main() -> int:
-    """Print the identity in a folder; return the exit code."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def main() -> None:
+    """Print the identity in a folder."""
+    parser = described(__doc__)
     parser.add_argument("folder", type=Path, metavar="DIR", help="the party's own folder")
-    try:
-        print(describe(Identity.load_or_create(parser.parse_args().folder)))
-    except ParisError as error:
-        return fail(error)
-    return 0
+    arguments = parser.parse_args()
+    with reported():
+        print(describe(Identity.load_or_create(arguments.folder)))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

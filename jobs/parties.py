@@ -5,7 +5,7 @@ import hashlib
 import ssl
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from paris_ray.errors import ConfigError, SignatureError
 from paris_ray.folders import absolute_uri
@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 
 HOMES = Path("runs/zklora")
 CLIENTS = "clients"
-LOOPBACK = "127.0.0.1"
 ESCROW_PORT = 7443
 
 
@@ -141,20 +140,6 @@ def parse_escrow(arguments: argparse.Namespace) -> None:
         arguments.escrow, arguments.escrow_certificate = address("--escrow", arguments.escrow), pem
 
 
-def add_compute(parser: argparse.ArgumentParser) -> None:
-    """Add the options for threads and GPUs of whoever runs a base."""
-    parser.add_argument(
-        "--threads", type=positive, default=1, metavar="N", help="torch threads of a process"
-    )
-    parser.add_argument(
-        "--num-gpus",
-        type=float,
-        default=0,
-        metavar="N",
-        help="GPUs for your base; default: the CPU",
-    )
-
-
 def add_address(parser: argparse.ArgumentParser) -> None:
     """Add the option for the party's Ray cluster."""
     parser.add_argument(
@@ -168,6 +153,33 @@ def positive(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"{text} is not allowed: at least 1")
     return number
+
+
+class Listener(NamedTuple):
+    """A party that listens.
+
+    Attributes:
+        identity: Its own.
+        host: Address to listen on.
+        port: Port; 0 for a free one.
+        clients: Certificates, as PEM text, of all who may connect.
+    """
+
+    identity: Identity
+    host: str
+    port: int
+    clients: tuple[str, ...]
+
+    @classmethod
+    def of(cls, arguments: argparse.Namespace) -> "Listener":
+        """Return the party that the options of `add_home` and `add_service` describe.
+
+        Raises:
+            ConfigError: naming the option, if one is not allowed.
+        """
+        identity = Identity.load_or_create(arguments.home)
+        clients = _client_certificates(arguments.clients, arguments.home)
+        return cls(identity, *address("--listen", arguments.listen), clients)
 
 
 def address(option: str, value: str) -> tuple[str, int]:
@@ -196,12 +208,8 @@ def certificate(option: str, path: Path) -> str:
     return pem
 
 
-def client_certificates(paths: Sequence[Path] | None, home: Path) -> tuple[str, ...]:
-    """Return the certificates in files and folders; the key beside one is left alone.
-
-    Raises:
-        ConfigError: if there are none.
-    """
+def _client_certificates(paths: Sequence[Path] | None, home: Path) -> tuple[str, ...]:
+    """Return the certificates in files and folders; the key beside one is left alone."""
     if paths is None:
         paths = [home / CLIENTS]
         paths[0].mkdir(parents=True, exist_ok=True)
@@ -217,12 +225,6 @@ def _in_folder(folder: Path) -> list[Path]:
             "who may connect (`python -m jobs.identity DIR` makes one)"
         )
     return files
-
-
-def paths_of(arguments: argparse.Namespace, *names: str) -> dict[str, str]:
-    """Return the given ones of some path options, by their flag."""
-    given = {name: getattr(arguments, name) for name in names}
-    return {f"--{name}": str(path) for name, path in given.items() if path is not None}
 
 
 def describe(identity: Identity) -> str:

@@ -11,6 +11,7 @@ interruption. docs/lora.md says how to draw with it.
 import argparse
 
 from jobs.command import (
+    described,
     log_to_stdout,
     ray_session,
     refuse_absent_config,
@@ -40,9 +41,7 @@ def main() -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    result = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    result = described(__doc__)
     result.add_argument("--bundle", required=True, help="a model folder: a path or a URI")
     result.add_argument("--expert", required=True, type=int, help="number of the expert to adapt")
     result.add_argument(

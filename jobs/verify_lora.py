@@ -15,43 +15,51 @@ what is proved.
 
 import argparse
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 from tqdm import tqdm
 
-from jobs.command import fail, log_to_stdout, ray_session, refuse_relative_paths
+from jobs.command import (
+    described,
+    log_to_stdout,
+    paths_of,
+    ray_session,
+    refuse_relative_paths,
+    reported,
+)
 from jobs.parties import (
     add_address,
     add_base,
-    add_compute,
     add_escrow,
     add_home,
     address,
     describe,
     parse_escrow,
-    paths_of,
+    positive,
     subject_of,
 )
-from paris_ray.errors import ConfigError, ParisError
+from paris_ray.errors import ConfigError
 from paris_ray.identity import Identity
 from paris_ray.receipts import RECEIPT
 from paris_ray.zklora.manifest import AdapterManifest
-from paris_ray.zklora.sequential import ERROR_RATE, MIN_GAIN
+from paris_ray.zklora.sequential import ERROR_RATE, MIN_GAIN, Wanted
 
 if TYPE_CHECKING:
-    from paris_ray.zklora.parties.buyer import Outcome, Trial
-    from paris_ray.zklora.subjects import Subject
+    from paris_ray.zklora.parties.buyer import Outcome
+    from paris_ray.zklora.parties.user import Trial
 
 PURCHASES = "purchases"
 
 
-def main() -> int:
-    """Try, verify and buy; return the exit code."""
+def main() -> None:
+    """Try, verify and buy."""
     arguments = _parser().parse_args()
     log_to_stdout()
-    try:
+    with reported():
         names = ("bundle", "base", "manifest", "pictures", "texts", "home", "output")
         refuse_relative_paths(paths_of(arguments, *names))
         identity = Identity.load_or_create(arguments.home)
@@ -63,40 +71,46 @@ def main() -> int:
         subject = subject_of(arguments, manifest.base.expert, arguments.levels)
         if not subject.num_examples:
             raise ConfigError("--pictures or --texts is missing: what losses are compared on")
+        wanted = None
+        if not arguments.any_gain:
+            wanted = Wanted(min_gain=arguments.min_gain, error_rate=arguments.error_rate)
+        name = f"{manifest.adapter}-{manifest.adapter_id[:8]}"
+        output = arguments.output or arguments.home / PURCHASES / name
         with ray_session(arguments.address):
             # Imported only now: ray reads RAY_AUTH_MODE when it is imported, and --help is quick.
             from paris_ray.zklora.parties.buyer import Buyer
+            from paris_ray.zklora.parties.user import Trial
 
-            trial = _trial(arguments, peer, manifest, subject)
-            with _Bars() as bars:
-                outcome = Buyer(trial, bars.show).run()
-            _report(outcome, trial, identity)
-    except ParisError as error:
-        return fail(error)
-    return 0
+            trial = Trial(
+                subject=subject,
+                peer=peer,
+                manifest=arguments.manifest,
+                identity=arguments.home.resolve(),
+                output=output.resolve(),
+                wanted=wanted,
+                escrow=arguments.escrow,
+                escrow_certificate=arguments.escrow_certificate,
+                threads=arguments.threads,
+                num_gpus=arguments.num_gpus,
+            )
+            with _bars() as show:
+                outcome = Buyer(trial, show).run()
+        _report(outcome, trial, identity)
 
 
-class _Bars:
-    """A progress bar a stage."""
+@contextmanager
+def _bars() -> Iterator[Callable[[str, int, int], None]]:
+    """Yield what shows how far a stage is: a progress bar each, one after the other."""
+    bars: dict[str, tqdm] = {}
+    with ExitStack() as last:
 
-    def __init__(self) -> None:
-        self._stage = ""
-        self._bar: tqdm | None = None
+        def show(stage: str, done: int, total: int) -> None:
+            if stage not in bars:
+                last.close()
+                bars[stage] = last.enter_context(tqdm(desc=stage, total=total, file=sys.stdout))
+            bars[stage].update(done - bars[stage].n)
 
-    def __enter__(self) -> "_Bars":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.close()
-
-    def show(self, stage: str, done: int, total: int) -> None:
-        """Move the bar of a stage, after closing that of another."""
-        if stage != self._stage:
-            self.__exit__()
-            self._stage, self._bar = stage, tqdm(desc=stage, total=total, file=sys.stdout)
-        if self._bar is not None:
-            self._bar.update(done - self._bar.n)
+        yield show
 
 
 def _say_what_is_offered(manifest: AdapterManifest) -> None:
@@ -107,33 +121,6 @@ def _say_what_is_offered(manifest: AdapterManifest) -> None:
         f"module over all users, {manifest.price_per_row} for each\n"
         f"contributor {manifest.contributor}",
         flush=True,
-    )
-
-
-def _trial(
-    arguments: argparse.Namespace,
-    peer: tuple[str, int],
-    manifest: AdapterManifest,
-    subject: "Subject",
-) -> "Trial":
-    from paris_ray.zklora.parties.buyer import Trial
-    from paris_ray.zklora.sequential import Wanted
-
-    name = f"{manifest.adapter}-{manifest.adapter_id[:8]}"
-    output = arguments.output or arguments.home / PURCHASES / name
-    return Trial(
-        subject=subject,
-        peer=peer,
-        manifest=arguments.manifest,
-        identity=arguments.home.resolve(),
-        output=output.resolve(),
-        wanted=None
-        if arguments.any_gain
-        else Wanted(min_gain=arguments.min_gain, error_rate=arguments.error_rate),
-        escrow=arguments.escrow,
-        escrow_certificate=arguments.escrow_certificate,
-        threads=arguments.threads,
-        num_gpus=arguments.num_gpus,
     )
 
 
@@ -173,9 +160,7 @@ def _report(outcome: "Outcome", trial: "Trial", identity: Identity) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    result = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    result = described(__doc__)
     add_base(result, "losses with and without the LoRA")
     result.add_argument(
         "--peer", required=True, metavar="HOST:PORT", help="where the contributor listens"
@@ -217,10 +202,15 @@ def _parser() -> argparse.ArgumentParser:
         help=f"the purchase's folder; default: HOME/{PURCHASES}/NAME-ID",
     )
     add_home(result, "user")
-    add_compute(result)
+    result.add_argument(
+        "--threads", type=positive, default=1, metavar="N", help="torch threads of a process"
+    )
+    result.add_argument(
+        "--num-gpus", type=float, default=0, metavar="N", help="for your base; default: the CPU"
+    )
     add_address(result)
     return result
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -1,6 +1,6 @@
 """Change one byte of what a stranger sends: everything must be refused, and by a ParisError.
 
-    python tests/zklora_fuzz.py --mutations 10000      all targets; exit code 1 on any failure
+    python -m tests.zklora_fuzz --mutations 10000      all targets; exit code 1 on any failure
 
 Three things may happen to a changed payload. It is refused. Or it is read and harmless, which is
 said for each target: a signed document that was only spelt otherwise; a frame that is read as
@@ -36,7 +36,7 @@ from paris_ray.zklora.commitment import (
 )
 from paris_ray.zklora.fixed_point import QuantisedModule, evaluate, quantise
 from paris_ray.zklora.manifest import AdapterManifest, Base, build_manifest
-from paris_ray.zklora.parties.frames import Message, decode, encode
+from paris_ray.zklora.parties.frames import Message, encode
 from paris_ray.zklora.proof import prove, verify
 from paris_ray.zklora.sealing import NONCE, seal, unseal
 from paris_ray.zklora.transcript import (
@@ -47,6 +47,7 @@ from paris_ray.zklora.transcript import (
     closing_statement,
     proof_context,
 )
+from tests.frames import decode
 
 DIGEST = "0f" * 32
 CONTEXT = proof_context(DIGEST, DIGEST, DIGEST, "layer", DIGEST)

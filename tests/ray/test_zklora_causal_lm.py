@@ -153,7 +153,7 @@ def test_the_users_side_needs_no_ray() -> None:
 def test_processes_that_hold_no_model_import_no_torch() -> None:
     """Each of Ray's workers would take seconds, and hundreds of megabytes, for it."""
     imports = "; ".join(
-        f"import paris_ray.zklora.parties.{name}" for name in ("workers", "verifying", "gateway")
+        f"import paris_ray.zklora.parties.{name}" for name in ("workers", "gateway")
     )
     check = "import sys; assert 'torch' not in sys.modules, 'torch was imported'"
     subprocess.run([sys.executable, "-c", f"{imports}; {check}"], check=True, cwd=REPOSITORY)

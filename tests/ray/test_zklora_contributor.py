@@ -1,10 +1,9 @@
 """A contributor's service: shares of users, news, proofs that failed, a gateway that dies."""
 
 import sqlite3
-import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,8 +22,6 @@ from paris_ray.zklora.parties.channel import Channel
 from paris_ray.zklora.parties.contributor import Contribution, Service
 from paris_ray.zklora.parties.evidence import fetch_evidence
 from paris_ray.zklora.parties.frames import Message
-from paris_ray.zklora.parties.proving import MAX_REPEATS, Proving
-from paris_ray.zklora.parties.results import result
 from paris_ray.zklora.parties.session import Session
 from paris_ray.zklora.proof import verify_named
 
@@ -46,9 +43,6 @@ class Shop:
     def channel(self, user: Identity) -> Channel:
         address = self.contribution.address
         return Channel(user, address, self.manifest.contributor_certificate)
-
-    def rows_left(self) -> int:
-        return min(result(self.contribution.gateway.rows_left.remote()).values())
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +117,7 @@ def test_modules_with_the_same_inputs_take_one_round_trip(shop: Shop, user: Iden
         for first, second in zip(answers, again, strict=True):
             np.testing.assert_array_equal(first, second)
         assert channel.kinds["call"] == 2 and len(session.transcript) == 4
-        call = {"session": session.sid, "exponent": 9, "modules": list(MODULES)}
+        call = {"session": session.sid, "exponent": 9, "modules": list(MODULES), "owed": None}
         for seq, said in ((3, "the next call is 4"), (1, "sent again with other content")):
             with pytest.raises(ProtocolError, match=said):
                 channel.request("call", call | {"seq": seq}, {"x": x})
@@ -199,34 +193,6 @@ def test_proofs_that_failed_are_made_again_when_asked_for(
             fetch_evidence(channel, shop.manifest, closed)
     damage()
     verify_named(fetch_evidence(channel, shop.manifest, closed).claims(shop.manifest))
-
-
-def test_proving_that_fails_says_so_before_it_is_repeated_and_not_for_ever() -> None:
-    def fail(count: Callable[[int], None]) -> Message:
-        count(1)
-        raise BudgetError("none are left")
-
-    for attempt in range(1, MAX_REPEATS + 2):
-        job = Proving(2, fail, attempt)
-        job._thread.join()
-        assert not job.may_be_repeated
-        for _ in range(2):
-            with pytest.raises(BudgetError, match="none are left"):
-                job.wait(0)
-        assert job.may_be_repeated == (attempt <= MAX_REPEATS)
-    done = threading.Event()
-
-    def make(count: Callable[[int], None]) -> Message:
-        count(1)
-        done.wait(60)
-        return Message("evidence")
-
-    job = Proving(2, make)
-    while dict((answer := job.wait(0)).fields) != {"done": 1, "total": 2}:
-        time.sleep(0.01)
-    assert answer.kind == "proving" and not job.was_told
-    done.set()
-    assert job.wait(60).kind == "evidence" and job.was_told and not job.may_be_repeated
 
 
 def test_requests_bring_no_other_tensors(shop: Shop, session: Session, channel: Channel) -> None:

@@ -48,9 +48,8 @@ from paris_ray.zklora.leakage import SEED_BYTES, draw_last_bits
 from paris_ray.zklora.ledger import OPENING_BALANCE, SQLiteLedger
 from paris_ray.zklora.manifest import MANIFEST, AdapterManifest, Base, build_manifest
 from paris_ray.zklora.offer import AskedTerms, Offer, base_of_expert, open_offer
-from paris_ray.zklora.parties.buyer import Buyer, Outcome, Trial
+from paris_ray.zklora.parties.buyer import Buyer, Outcome
 from paris_ray.zklora.parties.channel import Channel
-from paris_ray.zklora.parties.connection import Peer
 from paris_ray.zklora.parties.contributor import Contribution, Service
 from paris_ray.zklora.parties.escrow import EscrowClient, EscrowService
 from paris_ray.zklora.parties.evidence import (
@@ -62,13 +61,14 @@ from paris_ray.zklora.parties.evidence import (
 )
 from paris_ray.zklora.parties.frames import Message
 from paris_ray.zklora.parties.purchase import buy, integers_digest
-from paris_ray.zklora.parties.results import result
-from paris_ray.zklora.parties.server import serve
+from paris_ray.zklora.parties.server import Server
 from paris_ray.zklora.parties.session import Session
-from paris_ray.zklora.parties.verifying import verify_evidence
+from paris_ray.zklora.parties.user import Trial
+from paris_ray.zklora.parties.workers import verify_evidence
 from paris_ray.zklora.proof import prove, verify_named
 from paris_ray.zklora.sealing import check_opening, seal
 from paris_ray.zklora.sequential import Verdict, Wanted
+from paris_ray.zklora.sessions import SessionJournal
 from paris_ray.zklora.subjects import PictureSubject
 from paris_ray.zklora.trade import TradeState, sign_rows
 from paris_ray.zklora.transcript import (
@@ -134,7 +134,8 @@ class Market:
         return channel_to(self.contribution, self.manifest, user)
 
     def rows_left(self) -> dict[str, int]:
-        return dict(result(self.contribution.gateway.rows_left.remote()))
+        with SessionJournal(self.service.folder / "sessions.sqlite") as journal:
+            return journal.budget.rows_left(self.manifest.adapter_id)
 
     def subject(self, **changes: Any) -> PictureSubject:
         """Return the expert, and what losses are compared on."""
@@ -542,7 +543,7 @@ def test_a_trial_without_rows_verifies_nothing(
         seller,
         tamper=lambda a: Message(a.kind, dict(a.fields) | {"rows_left": left}),
     )
-    with serve(seller, "127.0.0.1", 0, [user.certificate], swindler) as server:
+    with Server(seller, "127.0.0.1", 0, [user.certificate], swindler) as server:
         trial = market.trial(user, tmp_path, peer=server.address)
         with pytest.raises(BudgetError, match="and 0 are left"):
             Buyer(trial).run()
@@ -575,8 +576,7 @@ def test_answers_hold_no_weights(market: Market, user: Identity) -> None:
     assert all(
         a.tensors.keys() == {"0.y", "0.seeds"} for a in channel.answers if a.kind == "answer"
     )
-    numbers = range(len(manifest.modules))
-    assert channel.answers[-1].tensors.keys() == {f"{i}.proof" for i in numbers}
+    assert channel.answers[-1].tensors.keys() == manifest.terms.keys()
     modules = {name: opening.module for name, opening in market.offer.openings().items()}
     sent = [t.tobytes() for answer in channel.answers for t in answer.tensors.values()]
     assert not [w for w, b in spellings(modules).items() if any(b in part for part in sent)]
@@ -652,41 +652,22 @@ def test_honest_evidence_is_accepted(market: Market, tried: Tried, tmp_path: Pat
     evidence.closed.save(tmp_path)
     save_evidence(evidence, tmp_path)
     loaded = load_evidence(ClosedSession.load(tmp_path), tmp_path)
-    assert loaded.digest == evidence.digest
+    assert loaded.proofs == evidence.proofs
     check(market, loaded)
 
 
-def without(answer: Message, number: int) -> Message:
-    """Return evidence that lacks one module, the others being whole."""
-    names = list(answer.fields["modules"])
-    kept = [i for i in range(len(names)) if i != number]
-    tensors = {}
-    for new, old in enumerate(kept):
-        own = {k: v for k, v in answer.tensors.items() if k.startswith(f"{old}.")}
-        tensors |= {f"{new}.{k.partition('.')[2]}": v for k, v in own.items()}
-    return Message(answer.kind, {"modules": [names[i] for i in kept]}, tensors)
-
-
-def named(answer: Message, names: list[Any]) -> Message:
-    return Message(answer.kind, {"modules": names}, answer.tensors)
-
-
 def changed(answer: Message, **tensors: Any) -> Message:
-    """Return evidence with other tensors for its first module; None removes one."""
-    new = dict(answer.tensors) | {f"0.{name}": value for name, value in tensors.items()}
+    """Return evidence with other tensors; None removes one."""
+    new = {**answer.tensors, **tensors}
     return Message(answer.kind, answer.fields, {k: v for k, v in new.items() if v is not None})
 
 
+FIRST, LAST = "layers.0.attn.in_proj", "layers.9.attn.in_proj"
 INCOMPLETE: dict[str, Tamper] = {
-    "a missing module": lambda a: without(a, 1),
-    "no module": lambda a: Message(a.kind, {"modules": []}),
-    "no list": lambda a: Message(a.kind, {}),
-    "a number for a list": lambda a: Message(a.kind, {"modules": 3}),
-    "an extra module": lambda a: named(a, [*a.fields["modules"], "layers.9.attn.in_proj"]),
-    "a module twice": lambda a: named(a, [*a.fields["modules"], a.fields["modules"][0]]),
-    "one for another": lambda a: named(a, [a.fields["modules"][0], *a.fields["modules"][:-1]]),
-    "numbers for names": lambda a: named(a, [0, 1, 2, 3]),
-    "lists for names": lambda a: named(a, [[], {}, None, True]),
+    "a missing module": lambda a: changed(a, **{FIRST: None}),
+    "no module": lambda a: Message(a.kind),
+    "an extra module": lambda a: changed(a, **{LAST: a.tensors[FIRST]}),
+    "one for another": lambda a: changed(a, **{FIRST: None, LAST: a.tensors[FIRST]}),
 }
 
 
@@ -699,15 +680,14 @@ def test_evidence_for_other_modules_is_refused(
 
 
 def test_evidence_without_a_proof_is_refused(market: Market, tried: Tried) -> None:
-    for value in (None, np.zeros(3, np.float32), np.zeros((3, 1), np.uint8)):
-        with pytest.raises(ProtocolError, match=r"0\.proof"):
-            fetch(market, tried, lambda a, v=value: changed(a, proof=v))
-    with pytest.raises(ProtocolError, match=r"tensor '0\.x' is not expected"):
-        fetch(market, tried, lambda a: changed(a, x=np.zeros((2, 2), np.int16)))
-    first = next(iter(market.manifest.terms))
+    for value in (np.zeros(3, np.float32), np.zeros((3, 1), np.uint8)):
+        with pytest.raises(ProtocolError, match=f"tensor '{FIRST}' is"):
+            fetch(market, tried, lambda a, v=value: changed(a, **{FIRST: v}))
+    with pytest.raises(ProtocolError, match="evidence has the fields none"):
+        fetch(market, tried, lambda a: Message(a.kind, {"modules": [FIRST]}, a.tensors))
     for size in (0, 3, 2**22):
-        with pytest.raises(VerificationError, match=f"^{first}: the proof has {size} bytes"):
-            fetch(market, tried, lambda a, n=size: changed(a, proof=np.zeros(n, np.uint8)))
+        with pytest.raises(VerificationError, match=f"^{FIRST}: the proof has {size} bytes"):
+            fetch(market, tried, lambda a, n=size: changed(a, **{FIRST: np.zeros(n, np.uint8)}))
 
 
 def test_a_part_left_out_of_evidence_is_found_before_anything_is_verified(
@@ -847,7 +827,7 @@ def test_a_session_goes_on_over_a_new_connection(
         x = rows_for(manifest, name, 2)
         first = session.evaluate(name, x, 3)
         channel.close()
-        call = {"session": session.sid, "seq": i, "modules": [name], "exponent": 3}
+        call = {"session": session.sid, "seq": i, "modules": [name], "exponent": 3, "owed": None}
         for _ in range(2):  # the answer was lost: asked again, paid once
             assert np.array_equal(channel.request("call", call, {"x": x}).tensors["0.y"], first)
     channel.close()
@@ -876,7 +856,7 @@ def test_a_gap_is_refused_and_other_bytes_end_the_session(
 
     def call(seq: int, x: Int16 = x, exponent: int = 3, module: str = name) -> Any:
         fields = {"session": session.sid, "seq": seq, "modules": [module], "exponent": exponent}
-        return channel.request("call", fields, {"x": x}).tensors["0.y"]
+        return channel.request("call", fields | {"owed": None}, {"x": x}).tensors["0.y"]
 
     for seq in (1, 7, -1, 2**31):
         with pytest.raises(ProtocolError, match=f"seq={seq} is not allowed"):
@@ -904,7 +884,7 @@ def test_another_users_session_does_not_exist(
     mine = {"session": session.sid}
     by_thief = SignedDocument.sign("close", statement, thief).to_json()
     by_user = SignedDocument.sign("close", statement, user).to_json()
-    call = {"seq": len(session.transcript), "modules": [name], "exponent": 0}
+    call = {"seq": len(session.transcript), "modules": [name], "exponent": 0, "owed": None}
     with market.channel(thief) as other:
         for kind, fields, tensors in (
             ("call", mine | call, {"x": rows_for(market.manifest, name, 1)}),
@@ -949,29 +929,27 @@ def test_a_session_ends_where_the_parties_disagree(
 
 DIGEST = "0" * 64
 OPEN = {"adapter_id": DIGEST, "nonce_u": DIGEST}
-CALL = {"session": DIGEST, "seq": 0, "modules": ["a"], "exponent": 0}
+CALL = {"session": DIGEST, "seq": 0, "modules": ["a"], "exponent": 0, "owed": None}
 MALFORMED: dict[str, tuple[str, dict[str, Any], str]] = {
     "another adapter": ("open", OPEN, "adapter_id=0"),
-    "a short nonce": ("open", OPEN | {"nonce_u": "00"}, "OpenRequest: nonce_u"),
-    "a nonce with a new line": ("open", OPEN | {"nonce_u": DIGEST + "\n"}, "OpenRequest: nonce_u"),
-    "a list for a nonce": ("open", OPEN | {"nonce_u": [DIGEST]}, "OpenRequest: nonce_u"),
-    "an extra field": ("open", OPEN | {"admin": True}, "OpenRequest: admin: Extra"),
-    "nothing": ("open", {}, "adapter_id: .*nonce_u: "),
+    "a list for a nonce": ("open", OPEN | {"nonce_u": [DIGEST]}, "nonce_u of open"),
+    "an extra field": ("open", OPEN | {"admin": True}, "open has the fields adapter_id, nonce_u"),
+    "nothing": ("open", {}, "open has the fields adapter_id, nonce_u"),
     "no session": ("call", CALL, "the adapter has none|does not exist"),
-    "a number for a session": ("call", CALL | {"session": 7}, "CallRequest: session"),
-    "a text for a number": ("call", CALL | {"seq": "0"}, "CallRequest: seq"),
-    "a fraction": ("call", CALL | {"seq": 0.5}, "CallRequest: seq"),
-    "a truth value": ("call", CALL | {"seq": True}, "CallRequest: seq"),
+    "a number for a session": ("call", CALL | {"session": 7}, "session of call must be"),
+    "a text for a number": ("call", CALL | {"seq": "0"}, "seq of call must be"),
+    "a fraction": ("call", CALL | {"seq": 0.5}, "seq of call must be"),
+    "a truth value": ("call", CALL | {"seq": True}, "seq of call must be"),
     "a number of 400 digits": ("call", CALL | {"seq": 10**400}, "the adapter has none"),
     "a huge exponent": ("call", CALL | {"exponent": 2**70}, "the adapter has none"),
     "a missing module": (
         "call",
         {k: v for k, v in CALL.items() if k != "modules"},
-        "CallRequest: modules",
+        "call has the fields",
     ),
-    "a text for modules": ("call", CALL | {"modules": "a"}, "CallRequest: modules"),
-    "no modules": ("call", CALL | {"modules": []}, "CallRequest: modules"),
-    "a list for a module": ("call", CALL | {"modules": [["a"]]}, "CallRequest: modules"),
+    "a text for modules": ("call", CALL | {"modules": "a"}, "modules of call must be"),
+    "no modules": ("call", CALL | {"modules": []}, "modules must be the names"),
+    "a list for a module": ("call", CALL | {"modules": [["a"]]}, "modules must be the names"),
     "a module like SQL": (
         "call",
         CALL | {"modules": ["a'; DROP TABLE budgets; --"]},
@@ -980,14 +958,19 @@ MALFORMED: dict[str, tuple[str, dict[str, Any], str]] = {
     "a list for a statement": (
         "close",
         {"session": DIGEST, "statement": []},
-        "CloseRequest: statement",
+        "a signed document has the fields",
     ),
+    "a session of 63 digits": ("end", {"session": DIGEST[1:]}, "session='0*' is not 32 bytes"),
     "a deep statement": (
         "close",
         {"session": DIGEST, "statement": {"a": {"b": [{}] * 99}}},
         "document",
     ),
-    "a bad nonce": ("prove", {"session": DIGEST, "nonce_v": "x" * 64}, "ProveRequest: nonce_v"),
+    "a bad nonce": (
+        "prove",
+        {"session": DIGEST, "nonce_v": "x" * 64},
+        "nonce_v=.* is not 32 bytes",
+    ),
     "an unknown request": ("shutdown", {}, "there is no request 'shutdown'"),
     "a private method": ("_prove_all", {}, "there is no request '_prove_all'"),
     "an empty kind": ("", {}, "there is no request ''"),
@@ -999,16 +982,24 @@ MALFORMED: dict[str, tuple[str, dict[str, Any], str]] = {
 def test_malformed_requests_are_refused(
     market: Market, tried: Tried, kind: str, fields: dict[str, Any], match: str
 ) -> None:
+    tensors = {"x": np.zeros((1, 32), np.int16)} if kind == "call" else {}
     with market.channel(tried.user) as channel, pytest.raises(ParisError, match=match) as refused:
-        channel.request(kind, fields)
+        channel.request(kind, fields, tensors)
     assert len(str(refused.value)) < 2100
+
+
+@pytest.mark.parametrize("nonce", ["00", DIGEST + "\n", "X" * 64])
+def test_a_nonce_that_is_none_is_refused(market: Market, channel: Channel, nonce: str) -> None:
+    fields = {"adapter_id": market.manifest.adapter_id, "nonce_u": nonce}
+    with pytest.raises(ProtocolError, match=r"nonce_u=.* is not 32 bytes"):
+        channel.request("open", fields)
 
 
 def test_rows_of_another_shape_or_type_are_refused(
     market: Market, session: Session, channel: Channel
 ) -> None:
     name, d_in = "layers.0.attn.in_proj", 32
-    call = {"session": session.sid, "seq": 0, "modules": [name], "exponent": 0}
+    call = {"session": session.sid, "seq": 0, "modules": [name], "exponent": 0, "owed": None}
     before = market.rows_left()
     for tensors in (
         {},
@@ -1030,7 +1021,7 @@ def test_rows_of_another_shape_or_type_are_refused(
     few = {"x": np.zeros((2, d_in), np.int16)}
     with pytest.raises(ProtocolError, match="modules of one request must differ"):
         channel.request("call", call | {"modules": [name, name]}, few)
-    with pytest.raises(ProtocolError, match="has inputs of another width than"):
+    with pytest.raises(ProtocolError, match="has not inputs of 32 columns"):
         channel.request("call", call | {"modules": [name, "layers.0.mlp.2"]}, few)
     with pytest.raises(ProtocolError, match="the adapter has none"):
         channel.request(
@@ -1056,7 +1047,9 @@ def test_strangers_and_impostors_are_refused(
         pytest.raises(ProtocolError, match="is not the pinned server"),
     ):
         channel.request("k")
-    with serve(impostor, "127.0.0.1", 0, [user.certificate], lambda peer, message: message) as fake:
+    with Server(
+        impostor, "127.0.0.1", 0, [user.certificate], lambda caller, message: message
+    ) as fake:
         trial = market.trial(user, tmp_path / "out", peer=fake.address)
         with pytest.raises(ProtocolError, match="is not the pinned server"):
             Buyer(trial).run()
@@ -1095,7 +1088,7 @@ class Swindler:
         self.transcript, self.nonce_c = Transcript(), new_nonce()
         self.root = ""
 
-    def __call__(self, peer: Peer, request: Message) -> Message:
+    def __call__(self, caller: str, request: Message) -> Message:
         return self.tamper(getattr(self, request.kind)(request))
 
     def open(self, request: Message) -> Message:
@@ -1123,12 +1116,12 @@ class Swindler:
 
     def prove(self, request: Message) -> Message:
         fields, proofs = request.fields, {}
-        for i, name in enumerate(self.manifest.terms):
+        for name in self.manifest.terms:
             names = (self.manifest.adapter_id, fields["session"], self.root, name)
             context = proof_context(*names, fields["nonce_v"])
             proof = prove(self.openings[name], *self.transcript.rows(name), context)
-            proofs[f"{i}.proof"] = np.frombuffer(proof, np.uint8)
-        return Message("evidence", {"modules": list(self.manifest.terms)}, proofs)
+            proofs[name] = np.frombuffer(proof, np.uint8)
+        return Message("evidence", {}, proofs)
 
     def release(self, request: Message) -> Message:
         self.released(request.fields["session"])
@@ -1163,7 +1156,7 @@ class Stall:
     @contextlib.contextmanager
     def session(self, swindler: Swindler) -> Iterator[tuple[Channel, Session]]:
         """Call every module of a contributor who may cheat."""
-        with serve(self.seller, "127.0.0.1", 0, [self.buyer.certificate], swindler) as server:
+        with Server(self.seller, "127.0.0.1", 0, [self.buyer.certificate], swindler) as server:
             certificate = self.seller.certificate
             with Channel(self.buyer, server.address, certificate, timeout=20) as channel:
                 session = Session(channel, self.buyer, self.manifest)
@@ -1234,10 +1227,9 @@ def test_a_proof_of_one_module_for_another_is_found(stall: Stall) -> None:
     def swap(answer: Message) -> Message:
         if answer.kind != "evidence":
             return answer
-        t = answer.tensors
-        return Message(
-            answer.kind, answer.fields, dict(t) | {"0.proof": t["1.proof"], "1.proof": t["0.proof"]}
-        )
+        proofs = answer.tensors
+        swapped = {"first": proofs["second"], "second": proofs["first"]}
+        return Message(answer.kind, {}, {**proofs, **swapped})
 
     swindler = Swindler(stall.manifest, stall.openings, stall.seller, tamper=swap)
     with (
@@ -1463,6 +1455,7 @@ def test_rows_are_paid_for_before_they_are_answered(dear_market: Market, user: I
             "seq": len(manifest.terms),
             "modules": [name],
             "exponent": 0,
+            "owed": None,
         }
         stranger = sign_rows(dear_market.crowd.one(), manifest.adapter_id, session.sid, 5)
         too_few = sign_rows(user, manifest.adapter_id, session.sid, 4)
@@ -1491,7 +1484,7 @@ def test_a_dear_adapter_is_tried_and_bought(
     assert statement is not None and statement["document"]["rows"] == rows
     paid = max(PRICE, 2 * rows)
     assert dear_market.balance(user) == OPENING_BALANCE - paid
-    news = "".join(result(dear_market.contribution.gateway.news.remote()))
+    news = "".join(dear_market.contribution.news())
     assert f"{2 * rows} credits for them" in news
 
 
@@ -1538,7 +1531,7 @@ def test_nothing_is_paid_for_an_adapter_that_does_not_verify(
     wrong[broken] = commit(replace(wrong[broken].module, a=a))[1]
     seller = Identity.load(market.service.identity)
     swindler = Swindler(market.manifest, wrong, seller)
-    with serve(seller, "127.0.0.1", 0, [user.certificate], swindler) as server:
+    with Server(seller, "127.0.0.1", 0, [user.certificate], swindler) as server:
         trial = market.trial(user, tmp_path, peer=server.address)
         for _ in range(2):
             with pytest.raises(VerificationError, match=f"of {broken} does not hold"):

@@ -40,18 +40,17 @@ from paris_ray.errors import (
 from paris_ray.identity import Identity
 from paris_ray.zklora.calls import Request
 from paris_ray.zklora.parties.channel import Channel
-from paris_ray.zklora.parties.connection import Peer
 from paris_ray.zklora.parties.frames import (
     ConnectionLost,
     Limits,
     Message,
     Sizes,
-    decode,
     encode,
     read_message,
 )
-from paris_ray.zklora.parties.server import Server, serve
+from paris_ray.zklora.parties.server import Server
 from paris_ray.zklora.sessions import SessionJournal
+from tests.frames import decode
 
 SMALL = Sizes(header_bytes=2000, frame_bytes=5000)
 HASTY = Limits(handshake_s=0.5, idle_s=0.5, frame_s=0.5)
@@ -233,20 +232,20 @@ def parties(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Identity]:
     return {name: Identity.create(folder / name) for name in ("server", "client", "stranger")}
 
 
-def echo(peer: Peer, message: Message) -> Message:
-    return Message(message.kind, {**message.fields, "who": peer.public_key}, message.tensors)
+def echo(caller: str, message: Message) -> Message:
+    return Message(message.kind, {**message.fields, "who": caller}, message.tensors)
 
 
 @contextlib.contextmanager
 def running(
     parties: dict[str, Identity],
-    handler: Callable[[Peer, Message], Message] = echo,
+    handler: Callable[[str, Message], Message] = echo,
     port: int = 0,
     limits: Limits = Limits(),  # noqa: B008 - frozen
     clients: tuple[str, ...] = ("client",),
 ) -> Iterator[Server]:
     pinned = [parties[name].certificate for name in clients]
-    with serve(parties["server"], "127.0.0.1", port, pinned, handler, limits) as server:
+    with Server(parties["server"], "127.0.0.1", port, pinned, handler, limits) as server:
         yield server
 
 
@@ -297,7 +296,7 @@ def test_a_request_may_be_smaller_than_an_answer(parties: dict):
     limits = Limits(requests=Sizes(frame_bytes=1000))
     y, heard = np.zeros(5000, np.uint8), []
 
-    def answer(peer: Peer, message: Message) -> Message:
+    def answer(caller: str, message: Message) -> Message:
         heard.append(message.kind)
         return Message("k", {}, {"y": y})
 
@@ -333,7 +332,7 @@ def test_memory_is_taken_as_bytes_arrive(parties: dict):
     "error", [ParisError, ProtocolError, BudgetError, SignatureError, VerificationError, TradeError]
 )
 def test_errors_of_the_protocol_travel(parties: dict, error: type[ParisError]):
-    def fail(peer: Peer, message: Message) -> Message:
+    def fail(caller: str, message: Message) -> Message:
         raise error("blocks.0 has 3 rows left\x1b[2J")
 
     with running(parties, fail) as server, channel(parties, server) as client:
@@ -355,7 +354,7 @@ def test_errors_of_the_protocol_travel(parties: dict, error: type[ParisError]):
 def test_errors_of_our_own_do_not_travel(
     parties: dict, error: Exception, caplog: pytest.LogCaptureFixture
 ):
-    def fail(peer: Peer, message: Message) -> Message:
+    def fail(caller: str, message: Message) -> Message:
         if message.kind == "fail":
             raise error
         return message
@@ -420,8 +419,8 @@ def name_and_key(identity: Identity) -> tuple[str, Ed25519PrivateKey]:
 def test_only_pinned_clients_are_heard(parties: dict, tmp_path: Path):
     heard = []
 
-    def listen(peer: Peer, message: Message) -> Message:
-        heard.append(peer)
+    def listen(caller: str, message: Message) -> Message:
+        heard.append(caller)
         return message
 
     client, new_key = parties["client"], Ed25519PrivateKey.generate()
@@ -442,7 +441,7 @@ def test_only_pinned_clients_are_heard(parties: dict, tmp_path: Path):
                 assert is_closed(connection)
         with channel(parties, server) as client_channel:
             client_channel.request("k")
-        assert [peer.public_key for peer in heard] == [client.public_key]
+        assert heard == [client.public_key]
         with (
             Channel(parties["stranger"], server.address, parties["server"].certificate) as stranger,
             pytest.raises(ConnectionLost),
@@ -457,7 +456,7 @@ def test_what_openssl_would_accept_is_compared_with_the_pinned_bytes(parties: di
     authority = certify(tmp_path / "root", authority_key, "authority", issuer, authority=True)
     child = certify(tmp_path / "child", key, "child", issuer)
     with pytest.raises(SignatureError, match="authority"):
-        serve(parties["server"], "127.0.0.1", 0, [authority.certificate], echo)
+        Server(parties["server"], "127.0.0.1", 0, [authority.certificate], echo)
     root = str(authority.folder / "certificate.pem")
     with running(parties) as server:
         server._context.load_verify_locations(root)
@@ -534,7 +533,7 @@ def test_a_slow_answer_is_no_refusal(parties: dict):
 
 def test_a_server_needs_clients_and_a_free_port(parties: dict):
     with pytest.raises(ConfigError, match="nobody could connect"):
-        serve(parties["server"], "127.0.0.1", 0, [], echo)
+        Server(parties["server"], "127.0.0.1", 0, [], echo)
     with (
         running(parties) as server,
         pytest.raises(ConfigError, match="cannot be listened on"),
@@ -579,7 +578,7 @@ def test_noise_closes_its_connection_and_nothing_else(parties: dict, noise: byte
 def test_a_replayed_frame_is_not_answered(parties: dict, replayed: int):
     heard = []
 
-    def listen(peer: Peer, message: Message) -> Message:
+    def listen(caller: str, message: Message) -> Message:
         heard.append(message.kind)
         return Message("k")
 
@@ -675,7 +674,7 @@ def test_one_client_takes_no_place_of_another(parties: dict):
 def test_a_lost_connection_is_opened_again_and_the_request_repeated(parties: dict):
     calls = []
 
-    def handler(peer: Peer, message: Message) -> Message:
+    def handler(caller: str, message: Message) -> Message:
         calls.append(message.fields["seq"])
         if len(calls) == 2:  # a restart, while this request is being answered
             server.close()
@@ -697,11 +696,11 @@ def test_rows_whose_answer_was_lost_are_paid_once(parties: dict, tmp_path: Path)
     journal.open_session(sid, adapter_id, user, "0a" * 32, "0c" * 32)
     requests = []
 
-    def handler(peer: Peer, message: Message) -> Message:
+    def handler(caller: str, message: Message) -> Message:
         x, seq = message.tensors["x"], message.fields["seq"]
         (y,) = journal.record_calls(
             sid,
-            peer.public_key,
+            caller,
             seq,
             [Request("m", 11, x)],
             lambda: [x.astype(np.int64) + len(requests)],

@@ -1,5 +1,6 @@
 """docs/zklora.md says what is so: its commands parse, its Python runs, its tables are printed."""
 
+import errno
 import importlib
 import os
 import re
@@ -33,6 +34,27 @@ def test_every_command_parses() -> None:
     for module in JOBS:
         parsed = importlib.import_module(module)._parser().parse_args(found[module])
         assert vars(parsed)
+
+
+PARTIES = ("jobs.contribute_lora", "jobs.escrow", "jobs.verify_lora", "jobs.identity")
+
+
+@pytest.mark.parametrize("module", PARTIES)
+def test_a_full_disk_ends_a_party_with_a_line(
+    module: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fill(folder: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(folder / "key.pem"))
+
+    arguments = {name: own for name, *own in commands()} | {"jobs.identity": ["runs/me"]}
+    monkeypatch.setattr("paris_ray.identity.Identity.load_or_create", fill)
+    monkeypatch.setattr("jobs.parties.certificate", lambda option, path: "")
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+    monkeypatch.setattr(sys, "argv", [module, *arguments[module]])
+    with pytest.raises(SystemExit) as ended:
+        importlib.import_module(module).main()
+    assert ended.value.code == 2
+    assert re.search("error: .*No space left.*: make room in .*key.pem", capsys.readouterr().err)
 
 
 def test_the_python_of_the_core_runs() -> None:

@@ -5,9 +5,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from paris_ray.errors import ProtocolError
+from paris_ray.errors import ProtocolError, SignatureError
 from paris_ray.zklora.parties.frames import Message
-from paris_ray.zklora.parties.messages import EndRequest, tensors_of
+from paris_ray.zklora.parties.messages import REQUESTS, tensors_of, values_of
 
 FORMS: dict[str, Any] = {"x": (np.int16, (None, 3)), "y": (np.int64, (2, 5))}
 
@@ -45,10 +45,53 @@ def test_other_tensors_are_refused(changes: dict[str, Any], said: str) -> None:
         tensors_of(whole(**changes), FORMS)
 
 
+X = np.zeros((2, 3), np.int16)
+CALL = {"session": "0" * 64, "seq": 0, "modules": ["a"], "exponent": 0, "owed": None}
+SIGNED = {"kind": "close", "document": {}, "public_key": "0" * 64, "signature": "1" * 128}
+
+
+def ask(kind: str, fields: dict[str, Any], **tensors: np.ndarray) -> list[Any]:
+    return values_of(Message(kind, fields, tensors), REQUESTS[kind])
+
+
+def test_values_come_in_the_order_of_the_table() -> None:
+    turned = dict(reversed(CALL.items()))
+    *fields, x = ask("call", turned, x=X)
+    assert fields == list(CALL.values()) and x is X
+    assert ask("call", CALL | {"owed": SIGNED}, x=X)[4] == SIGNED  # whoever takes it checks it
+    session, statement = ask("close", {"session": "s", "statement": SIGNED})
+    assert (session, statement.to_json()) == ("s", SIGNED)
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields", "said"),
+    [
+        ("open", {}, "open has the fields adapter_id, nonce_u"),
+        ("open", {"adapter_id": "a"}, "open has the fields adapter_id, nonce_u"),
+        ("end", {"session": "s", "admin": True}, "end has the fields session"),
+        ("open", {"adapter_id": "a", "nonce_u": ["n"]}, "nonce_u of open must be of type str"),
+        ("call", CALL | {"session": 7}, "session of call must be of type str"),
+        ("call", CALL | {"seq": "0"}, "seq of call must be of type int"),
+        ("call", CALL | {"seq": 0.5}, "seq of call must be of type int"),
+        ("call", CALL | {"seq": True}, "seq of call must be of type int"),
+        ("call", CALL | {"exponent": None}, "exponent of call must be of type int"),
+        ("call", CALL | {"modules": "a"}, "modules of call must be of type list"),
+        ("call", {k: v for k, v in CALL.items() if k != "modules"}, "call has the fields exponent"),
+        ("close", {"session": "s", "statement": []}, "a signed document has the fields"),
+        ("close", {"session": "s", "statement": None}, "a signed document has the fields"),
+        ("close", {"session": "s", "statement": SIGNED | {"document": 1}}, "document of a signed"),
+    ],
+)
+def test_other_values_are_refused(kind: str, fields: dict[str, Any], said: str) -> None:
+    with pytest.raises((ProtocolError, SignatureError), match=f"^{said}"):
+        ask(kind, fields, **({"x": X} if kind == "call" else {}))
+
+
 def test_a_request_without_tensors_brings_none() -> None:
-    fields = {"session": "0" * 64}
-    assert EndRequest.read(Message("end", fields)).session == "0" * 64
+    assert ask("end", {"session": "s"}) == ["s"]
     with pytest.raises(ProtocolError, match="end: tensor 'x' is not expected"):
-        EndRequest.read(Message("end", fields, {"x": np.zeros(1, np.uint8)}))
-    with pytest.raises(ProtocolError, match="EndRequest: session"):
-        EndRequest.read(Message("end", {}))
+        ask("end", {"session": "s"}, x=X)
+    with pytest.raises(ProtocolError, match="call: tensor 'x' is missing"):
+        ask("call", CALL)
+    with pytest.raises(ProtocolError, match="call: tensor 'x' is int64"):
+        ask("call", CALL, x=X.astype(np.int64))

@@ -14,6 +14,7 @@ for twice.
 import logging
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -23,7 +24,7 @@ import numpy as np
 import ray
 from numpy.typing import NDArray
 
-from paris_ray.errors import BudgetError, ConfigError
+from paris_ray.errors import BudgetError, ConfigError, TradeError
 from paris_ray.folders import Folder
 from paris_ray.identity import Identity, public_key_of
 from paris_ray.receipts import RECEIPT, Receipt, State
@@ -40,18 +41,16 @@ from paris_ray.zklora.parties.evidence import (
     load_evidence,
     save_evidence,
 )
-from paris_ray.zklora.parties.purchase import Receipts, complete, new_receipt, verified_facts
-from paris_ray.zklora.parties.results import result
+from paris_ray.zklora.parties.purchase import Receipts, buy, new_receipt, receive, verified_facts
 from paris_ray.zklora.parties.session import Session
-from paris_ray.zklora.parties.user import BaseUser
-from paris_ray.zklora.parties.verifying import verify_evidence
-from paris_ray.zklora.sequential import Verdict, Wanted
-from paris_ray.zklora.subjects import Subject
+from paris_ray.zklora.parties.user import RESULT, BaseUser, Trial
+from paris_ray.zklora.parties.workers import result, verify_evidence
+from paris_ray.zklora.sequential import Verdict
+from paris_ray.zklora.trade import TradeState
 from paris_ray.zklora.transcript import new_nonce
 
 PLAN = "plan.json"
 NONCE = "nonce.json"
-RESULT = "result.json"
 ADAPTER = "adapter"
 POLL_S = 0.5
 
@@ -59,36 +58,6 @@ Show = Callable[[str, int, int], None]
 """Is told what is being done, how much of it is done, and of how much."""
 
 logger = logging.getLogger("paris_ray")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Trial:
-    """What a user wants to try, and with whom.
-
-    Attributes:
-        subject: The user's own base, and the examples of which losses are compared.
-        peer: Host and port of the contributor.
-        manifest: The file of the pinned manifest.
-        identity: The user's folder with key and certificate.
-        output: The purchase's own folder.
-        wanted: What the losses must show for the adapter to be bought, after as few examples as
-            make it clear; None: all examples are tried, and it is bought whatever they show.
-        escrow: Host and port of the escrow; None: the adapter is tried and verified, not bought.
-        escrow_certificate: That of the escrow that the user trusts, as PEM.
-        threads: Torch threads.
-        num_gpus: GPUs for the user's own base; 0 computes on the CPU.
-    """
-
-    subject: Subject
-    peer: tuple[str, int]
-    manifest: Path
-    identity: Path
-    output: Path
-    wanted: Wanted | None = None
-    escrow: tuple[str, int] | None = None
-    escrow_certificate: str | None = None
-    threads: int = 1
-    num_gpus: float = 0
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -175,10 +144,10 @@ class Buyer:
         trial, named = self._trial, self.manifest.escrow_certificate
         if trial.escrow is None:
             return None
-        if named is None or named != trial.escrow_certificate:
+        if named is not None and named != trial.escrow_certificate:
             raise ConfigError(
-                "escrow_certificate is not allowed: the manifest names "
-                + ("no escrow" if named is None else f"the escrow {public_key_of(named)}")
+                "escrow_certificate is not allowed: the manifest names the escrow "
+                + public_key_of(named)
             )
         return EscrowClient(self.identity, trial.escrow, named)
 
@@ -245,33 +214,18 @@ class Buyer:
 
     @cached_property
     def _user(self) -> Any:
-        trial = self._trial
         user: Any = BaseUser
-        device = "cuda" if trial.num_gpus else "cpu"
         # Two calls at once: one computes, the other asks how far it is.
-        return user.options(num_cpus=0, num_gpus=trial.num_gpus, max_concurrency=2).remote(
-            trial.subject, self.manifest, trial.identity, trial.peer, trial.threads, device
-        )
+        options = {"num_cpus": 0, "num_gpus": self._trial.num_gpus, "max_concurrency": 2}
+        return user.options(**options).remote(self._trial, self.manifest)
 
     def _infer(self, num_examples: int) -> None:
-        trial = self._trial
-        reference = self._user.try_adapter.remote(
-            num_examples, self._session_folder, self._nonce(), trial.wanted, trial.escrow
-        )
+        reference = self._user.try_adapter.remote(num_examples, self._nonce())
         total = num_examples * len(self.manifest.modules)
         while not ray.wait([reference], timeout=POLL_S)[0]:
             self._show("multi-party inference", result(self._user.num_calls.remote()), total)
-        found = result(reference)
+        result(reference)
         self._show("multi-party inference", total, total)
-        self._session.write_json(
-            RESULT,
-            {
-                "without": found.without.tolist(),
-                "with_adapter": found.with_adapter.tolist(),
-                "numerics": found.numerics.to_json(),
-                "bytes": found.num_bytes,
-            },
-        )
 
     def _prove(self) -> Evidence:
         closed = ClosedSession.load(self._session_folder)
@@ -294,17 +248,31 @@ class Buyer:
 
     def _buy(self, escrow: EscrowClient, evidence: Evidence) -> None:
         """Pay, open the weights and settle, from wherever the trade is."""
-        adapter, progress = self._trial.output / ADAPTER, partial(self._show, "purchase")
-        complete(escrow, self._channel, self.manifest, evidence, adapter, self._receipts, progress)
-        totals = self._receipts.receipt.totals | self._totals()
-        self._receipts.advance(State.OPENED, totals=totals)
-        self._receipts.write(Folder(str(adapter)))
+        sid, receipts = evidence.closed.sid, self._receipts
+        adapter, show = self._trial.output / ADAPTER, partial(self._show, "purchase")
+        show(0, 3)
+        try:
+            sealed, key = buy(escrow, self._channel, self.manifest, evidence)
+        except TradeError:
+            with suppress(TradeError):  # there may be no trade yet
+                if escrow.trade(sid).state is TradeState.REFUNDED:
+                    receipts.advance(State.REFUNDED)
+            raise
+        receipts.advance(State.RELEASED)
+        show(1, 3)
+        receive(sealed, key, self.manifest, adapter, receipts)
+        show(2, 3)
+        escrow.opened(sid)
+        statement = escrow.statement(sid, self.manifest.adapter_id).to_json()
+        totals = receipts.receipt.totals | self._totals()
+        receipts.advance(State.OPENED, escrow_statement=statement, totals=totals)
+        receipts.write(Folder(str(adapter)))
+        show(3, 3)
 
     def _totals(self) -> dict[str, float]:
-        seen = [self._channel.traffic]
+        exchanged = self._channel.traffic.total
         if self._escrow is not None:
-            seen.append(self._escrow.traffic)
-        exchanged = sum(traffic.bytes_sent + traffic.bytes_received for traffic in seen)
+            exchanged += self._escrow.num_bytes
         return {
             "seconds": time.perf_counter() - self._started,
             "bytes": self._session.read_json(RESULT)["bytes"] + exchanged,

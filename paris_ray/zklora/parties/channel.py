@@ -104,14 +104,11 @@ class Channel:
         """
         message = Message(kind, fields or {}, tensors or {})
         with self._lock:
-            for attempt in range(1, self._attempts + 1):
-                try:
+            for attempt in range(1, self._attempts):
+                with contextlib.suppress(ConnectionLost):
                     return self._ask(message)
-                except ConnectionLost:
-                    if attempt == self._attempts:
-                        raise
-                    time.sleep(RETRY_S * 2**attempt)
-        raise AssertionError("unreachable")
+                time.sleep(RETRY_S * 2**attempt)
+            return self._ask(message)
 
     def _ask(self, message: Message) -> Message:
         connection = self._connected()

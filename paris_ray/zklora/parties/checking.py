@@ -11,16 +11,17 @@ from pathlib import Path
 from paris_ray.config.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from paris_ray.errors import ReceiptError
 from paris_ray.folders import Folder
-from paris_ray.identity import public_key_of
 from paris_ray.receipts import DIGEST, RECEIPT, Receipt, State, file_sha256
 from paris_ray.signatures import SignedDocument
 from paris_ray.zklora.adapter import quantise_adapter, read_peft
 from paris_ray.zklora.escrow import STATEMENT
 from paris_ray.zklora.manifest import AdapterManifest
 from paris_ray.zklora.parties.evidence import ClosedSession, load_evidence
-from paris_ray.zklora.parties.purchase import integers_digest
+from paris_ray.zklora.parties.purchase import integers_digest, new_receipt
 from paris_ray.zklora.proof import verify_named
 from paris_ray.zklora.trade import BOUGHT, Trade
+
+BASE = ("base_digest", "expert", "router_digest")  # fields that a receipt's file has under `base`
 
 
 def signer_of(folder: Path) -> str:
@@ -32,40 +33,59 @@ def signer_of(folder: Path) -> str:
     return key
 
 
-def check_offer(receipt: Receipt, manifest: AdapterManifest) -> None:
-    """Check that a receipt is about the offer of a manifest; raises ReceiptError, by field."""
-    escrow = manifest.escrow_certificate
-    stated = {
-        "protocol": (receipt.protocol, manifest.protocol),
-        "adapter_id": (receipt.adapter_id, manifest.adapter_id),
-        "adapter": (receipt.adapter, manifest.adapter),
-        "base.digest": (receipt.base_digest, manifest.base.digest),
-        "base.expert": (receipt.expert, manifest.base.expert),
-        "base.router_digest": (receipt.router_digest, manifest.base.router_digest),
-        "price": (receipt.price, manifest.price),
-        "contributor": (receipt.contributor, manifest.contributor),
-        "escrow": (receipt.escrow, None if escrow is None else public_key_of(escrow)),
-    }
-    for name, (found, expected) in stated.items():
-        _require_same(name, found, expected, "the manifest")
+def check_purchase(
+    receipt: Receipt,
+    buyer: str,
+    manifest: AdapterManifest,
+    session: Path | None,
+    adapter: Path | None,
+) -> Iterator[str]:
+    """Check a purchase; yield a line for people for each part that holds.
+
+    Args:
+        receipt: As it was read.
+        buyer: Public key that signed it.
+        manifest: The contributor's.
+        session: Folder of the session; None: proofs are not checked.
+        adapter: Folder of the weights; None: they are not looked at.
+
+    Raises:
+        ReceiptError: naming the field of the receipt that says otherwise than what it is about.
+        VerificationError: if a proof does not hold, or something is left out or not signed.
+        ParisError: if a document or a folder is damaged, or signed by somebody else.
+    """
+    _check_offer(receipt, manifest)
+    yield f"offer: {manifest.adapter} ({manifest.adapter_id}), signed by {manifest.contributor}"
+    if (trade := _check_trade(receipt, buyer, manifest)) is None:
+        yield f"trade: none; the receipt's state is {receipt.state}"
+    else:
+        paid = max(trade.owed, receipt.price if trade.state in BOUGHT else 0)
+        yield f"trade: {trade.state}, {paid} credits, signed by the escrow {receipt.escrow}"
+    if session is None:
+        yield "proofs: NOT CHECKED"
+    else:
+        count = _check_session(receipt, buyer, manifest, session)
+        yield f"proofs: {count} modules, all rows of the session that both have signed"
+    if adapter is not None:
+        _check_adapter(receipt, adapter)
+        yield f"weights: {adapter} holds the integers of the receipt"
+
+
+def _check_offer(receipt: Receipt, manifest: AdapterManifest) -> None:
+    """Check that a receipt is about the offer of a manifest."""
+    offered = new_receipt(manifest)
+    named = {name: f"base.{name.removeprefix('base_')}" for name in BASE}
+    for field in ("protocol", "adapter_id", "adapter", *named, "price", "contributor", "escrow"):
+        stated, expected = getattr(receipt, field), getattr(offered, field)
+        _require_same(named.get(field, field), stated, expected, "the manifest")
     found_modules = {m.name: (m.d_in, m.r, m.d_out) for m in receipt.modules}
     for name, terms in manifest.terms.items():
         _require_same(f"modules: {name}", found_modules.pop(name, None), terms.dimensions, "it")
     _require_same("modules", sorted(found_modules), [], "the manifest beyond its own")
 
 
-def check_trade(receipt: Receipt, buyer: str, manifest: AdapterManifest) -> Trade | None:
-    """Return what the escrow has signed, if it fits; None: nothing was bought, and no word of it.
-
-    Args:
-        receipt: About the offer of the manifest.
-        buyer: Public key that signed it.
-        manifest: The offer's.
-
-    Raises:
-        ReceiptError: naming what does not fit.
-        ParisError: if it is no statement of the escrow.
-    """
+def _check_trade(receipt: Receipt, buyer: str, manifest: AdapterManifest) -> Trade | None:
+    """Return what the escrow has signed, if it fits; None: nothing, and nothing was bought."""
     if receipt.escrow_statement is None:
         if receipt.state == State.OPENED:
             raise ReceiptError("escrow_statement is missing, but state='OPENED'")
@@ -90,20 +110,8 @@ def check_trade(receipt: Receipt, buyer: str, manifest: AdapterManifest) -> Trad
     return trade
 
 
-def check_session(receipt: Receipt, buyer: str, manifest: AdapterManifest, folder: Path) -> int:
-    """Check the session of a purchase, with every proof; return how many modules are proved.
-
-    Args:
-        receipt: About the offer of the manifest.
-        buyer: Public key that signed it.
-        manifest: The offer's.
-        folder: What the buyer kept of the session.
-
-    Raises:
-        ReceiptError: naming what the receipt says otherwise.
-        VerificationError: if a proof does not hold, or something is left out or not signed.
-        ParisError: if the folder is damaged.
-    """
+def _check_session(receipt: Receipt, buyer: str, manifest: AdapterManifest, folder: Path) -> int:
+    """Check the session of a purchase, with every proof; return how many modules are proved."""
     if receipt.session is None:
         raise ReceiptError(f"session is missing: of state={receipt.state} nothing is proved")
     evidence = load_evidence(ClosedSession.load(folder), folder)
@@ -124,50 +132,14 @@ def check_session(receipt: Receipt, buyer: str, manifest: AdapterManifest, folde
     return len(claims)
 
 
-def check_adapter(receipt: Receipt, folder: Path) -> None:
-    """Check that a PEFT folder is what was bought; raises ReceiptError, by field."""
+def _check_adapter(receipt: Receipt, folder: Path) -> None:
+    """Check that a PEFT folder is what was bought."""
     files = {"weights_sha256": ADAPTER_WEIGHTS, "config_sha256": ADAPTER_CONFIG}
     for name, file in files.items():
         found = file_sha256(Folder(str(folder)), file)
         _require_same(name, getattr(receipt, name), found, file)
     integers = integers_digest(quantise_adapter(read_peft(folder)))
     _require_same("integers_sha256", receipt.integers_sha256, integers, ADAPTER_WEIGHTS)
-
-
-def check_purchase(
-    receipt: Receipt,
-    buyer: str,
-    manifest: AdapterManifest,
-    session: Path | None,
-    adapter: Path | None,
-) -> Iterator[str]:
-    """Check a purchase; yield a line for people for each part that holds.
-
-    Args:
-        receipt: As it was read.
-        buyer: Public key that signed it.
-        manifest: The contributor's.
-        session: Folder of the session; None: proofs are not checked.
-        adapter: Folder of the weights; None: they are not looked at.
-
-    Raises:
-        ParisError: naming what does not fit; as the other functions here.
-    """
-    check_offer(receipt, manifest)
-    yield f"offer: {manifest.adapter} ({manifest.adapter_id}), signed by {manifest.contributor}"
-    if (trade := check_trade(receipt, buyer, manifest)) is None:
-        yield f"trade: none; the receipt's state is {receipt.state}"
-    else:
-        paid = max(trade.owed, receipt.price if trade.state in BOUGHT else 0)
-        yield f"trade: {trade.state}, {paid} credits, signed by the escrow {receipt.escrow}"
-    if session is None:
-        yield "proofs: NOT CHECKED"
-    else:
-        count = check_session(receipt, buyer, manifest, session)
-        yield f"proofs: {count} modules, all rows of the session that both have signed"
-    if adapter is not None:
-        check_adapter(receipt, adapter)
-        yield f"weights: {adapter} holds the integers of the receipt"
 
 
 def _require_same(name: str, stated: object, found: object, where: str) -> None:

@@ -47,19 +47,6 @@ Piece = TypeVar("Piece", memoryview, int)
 Moved = TypeVar("Moved", int, bytes)
 
 
-@dataclass(frozen=True, slots=True)
-class Peer:
-    """Who is at the other end, proved by TLS.
-
-    Attributes:
-        public_key: In hexadecimal.
-        certificate: PEM text.
-    """
-
-    public_key: str
-    certificate: str
-
-
 @dataclass(slots=True)
 class Traffic:
     """Bytes of all frames so far.
@@ -71,6 +58,11 @@ class Traffic:
 
     bytes_sent: int = 0
     bytes_received: int = 0
+
+    @property
+    def total(self) -> int:
+        """Both together."""
+        return self.bytes_sent + self.bytes_received
 
 
 class Ended(ConnectionLost):
@@ -143,7 +135,7 @@ def _in_time(
         raise Ended(f"the connection broke: {error}") from None
 
 
-def tls_context(identity: Identity, side: int, pinned: Mapping[bytes, Peer]) -> ssl.SSLContext:
+def tls_context(identity: Identity, side: int, pinned: Mapping[bytes, str]) -> ssl.SSLContext:
     """Return the TLS context of one side, which only the pinned certificates may connect to."""
     context = ssl.SSLContext(side)
     context.minimum_version = ssl.TLSVersion.TLSv1_3
@@ -155,8 +147,8 @@ def tls_context(identity: Identity, side: int, pinned: Mapping[bytes, Peer]) -> 
     return context
 
 
-def pin(certificates: Sequence[str]) -> dict[bytes, Peer]:
-    """Return who has each certificate, by its DER.
+def pin(certificates: Sequence[str]) -> dict[bytes, str]:
+    """Return whose each certificate is: the public key in hexadecimal, by the certificate's DER.
 
     Args:
         certificates: As PEM text.
@@ -164,17 +156,20 @@ def pin(certificates: Sequence[str]) -> dict[bytes, Peer]:
     Raises:
         SignatureError: if one is not allowed.
     """
-    peers = {}
+    keys = {}
     for certificate in certificates:
-        peer = Peer(public_key_of(certificate), certificate)
+        key = public_key_of(certificate)
         loaded = x509.load_pem_x509_certificate(certificate.encode("ascii"))
-        peers[loaded.public_bytes(Encoding.DER)] = peer
-    return peers
+        keys[loaded.public_bytes(Encoding.DER)] = key
+    return keys
 
 
-def identify(connection: ssl.SSLSocket, pinned: Mapping[bytes, Peer]) -> Peer:
-    """Return who it is: a certificate that a pinned one vouches for is nobody's."""
-    peer = pinned.get(connection.getpeercert(binary_form=True) or b"")
-    if peer is None:
+def identify(connection: ssl.SSLSocket, pinned: Mapping[bytes, str]) -> str:
+    """Return the public key of who it is, in hexadecimal.
+
+    A certificate that a pinned one vouches for is nobody's.
+    """
+    key = pinned.get(connection.getpeercert(binary_form=True) or b"")
+    if key is None:
         raise ProtocolError("the other side has another certificate than the pinned one")
-    return peer
+    return key

@@ -8,8 +8,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from paris_ray.errors import ParisError
 from paris_ray.zklora.offer import load_offer
 from paris_ray.zklora.parties.gateway import LoRAGateway, Service
-from paris_ray.zklora.parties.results import result
-from paris_ray.zklora.parties.workers import LoRAWorker
+from paris_ray.zklora.parties.workers import LoRAWorker, result
 
 __all__ = ["Contribution", "Service"]
 
@@ -54,10 +53,7 @@ class Contribution:
             self.address = result(self.gateway.start.remote())  # tried again, after it was replaced
         except ParisError as error:
             return f"not listening: {error}"
-        left = result(self.gateway.rows_left.remote())
-        sessions = result(self.gateway.sessions.remote())
-        counts = ", ".join(f"{count} {state}" for state, count in sessions.items())
-        return f"rows left: {min(left.values())} (fewest of a module); sessions: {counts}"
+        return str(result(self.gateway.status.remote()))
 
     def close(self) -> None:
         """Stop the service; sessions, budget and offer stay as they are."""

@@ -1,9 +1,7 @@
 """What a closed session leaves: the log that both parties signed, and the proofs of its rows."""
 
-import hashlib
-import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +16,7 @@ from paris_ray.signatures import SignedDocument
 from paris_ray.zklora.manifest import AdapterManifest
 from paris_ray.zklora.parties.channel import Channel
 from paris_ray.zklora.parties.frames import Message
-from paris_ray.zklora.parties.messages import ProveRequest, tensors_of
+from paris_ray.zklora.parties.messages import values_of
 from paris_ray.zklora.proof import Claim, Proof
 from paris_ray.zklora.transcript import CLOSE, Transcript, closing_statement, proof_context
 
@@ -122,15 +120,9 @@ class Evidence:
             ParisError: as `ClosedSession.check`.
         """
         self.closed.check(manifest)
-        check_names("proofs", list(self.proofs), manifest)
-        check_names("rows", list(self.closed.transcript.log.rows), manifest)
+        check_names("proofs", self.proofs, manifest)
+        check_names("rows", self.closed.transcript.log.rows, manifest)
         return Claims(self, manifest)
-
-    @property
-    def digest(self) -> str:
-        """SHA-256 of all proofs, in hexadecimal."""
-        named = {name: proof.hex() for name, proof in self.proofs.items()}
-        return hashlib.sha256(canonical_json(named)).hexdigest()
 
 
 class Claims(Mapping[str, Claim]):
@@ -178,10 +170,10 @@ def fetch_evidence(
         VerificationError: if it has not a proof of each module.
     """
     answer = _await_proofs(channel, manifest, closed, on_progress)
-    names = check_names("proofs", answer.fields.get("modules"), manifest)
+    names = list(manifest.terms)
+    check_names("proofs", answer.tensors, manifest)
     on_progress(len(names), len(names))
-    tensors = tensors_of(answer, {f"{i}.proof": (np.uint8, (None,)) for i in range(len(names))})
-    proofs = {name: tensors[f"{i}.proof"].tobytes() for i, name in enumerate(names)}
+    proofs = dict(zip(names, values_of(answer, dict.fromkeys(names, bytes)), strict=True))
     for name, proof in proofs.items():
         _check_form(name, proof, manifest)
     return Evidence(closed, proofs)
@@ -191,12 +183,14 @@ def _await_proofs(
     channel: Channel, manifest: AdapterManifest, closed: ClosedSession, on_progress: Progress
 ) -> Message:
     """Return the answer that has the proofs; until then every one must say how many there are."""
-    request = ProveRequest(session=closed.sid, nonce_v=closed.nonce_v).model_dump()
+    request = {"session": closed.sid, "nonce_v": closed.nonce_v}
     total, most, deadline = len(manifest.modules), -1, 0.0
     while (answer := channel.request("prove", request)).kind != "evidence":
         done = answer.fields.get("done")
         if answer.kind != "proving" or type(done) is not int or not 0 <= done <= total:
-            raise ProtocolError(f"{answer.kind!r} with done={done!r} is no answer about proofs")
+            raise ProtocolError(
+                f"{answer.kind!r:.80} with done={done!r:.80} is no answer about proofs"
+            )
         if done > most:
             most, deadline = done, time.monotonic() + MODULES_WITHIN_S
         elif time.monotonic() > deadline:
@@ -216,31 +210,25 @@ def _check_form(name: str, proof: bytes, manifest: AdapterManifest) -> None:
 
 def save_evidence(evidence: Evidence, folder: Path) -> None:
     """Write the proofs into the folder of the session, where `ClosedSession.save` put its rows."""
-    proofs = evidence.proofs.values()
-    tensors = {f"{i}.proof": np.frombuffer(proof, np.uint8) for i, proof in enumerate(proofs)}
-    metadata = {"modules": json.dumps(list(evidence.proofs))}
+    tensors = {name: np.frombuffer(proof, np.uint8) for name, proof in evidence.proofs.items()}
     with Folder(str(folder)).writing(EVIDENCE) as path:
-        save_file(tensors, path, metadata)
+        save_file(tensors, path)
 
 
 def load_evidence(closed: ClosedSession, folder: Path) -> Evidence:
     """Return the evidence for a session in a folder; raises ArtifactError if there is none."""
     try:
         with safe_open(folder / EVIDENCE, framework="numpy") as file:
-            names = json.loads(file.metadata()["modules"])
-            proofs = {name: file.get_tensor(f"{i}.proof").tobytes() for i, name in enumerate(names)}
-    except (OSError, SafetensorError, ValueError, LookupError, TypeError) as error:
+            proofs = {name: file.get_tensor(name).tobytes() for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError, ValueError, TypeError) as error:
         raise ArtifactError(f"{folder / EVIDENCE} holds no evidence: {error}") from None
     return Evidence(closed, proofs)
 
 
-def check_names(what: str, found: object, manifest: AdapterManifest) -> list[str]:
-    """Return the names of the manifest's modules, if exactly they were found, each once."""
-    names = [terms.name for terms in manifest.modules]
-    if not isinstance(found, list) or sorted(map(str, found)) != sorted(names):
-        differing = set(map(str, found)) ^ set(names) if isinstance(found, list) else names
+def check_names(what: str, found: Iterable[str], manifest: AdapterManifest) -> None:
+    """Raise VerificationError unless exactly the manifest's modules were found, by name."""
+    if differing := set(found) ^ manifest.terms.keys():
         raise VerificationError(
-            f"{what} must be of the {len(names)} modules of the manifest, each once: "
-            f"{', '.join(sorted(differing)) or 'one is there twice'}"
+            f"{what} must be of the {len(manifest.terms)} modules of the manifest: "
+            f"{', '.join(sorted(differing))}"
         )
-    return [str(name) for name in found]

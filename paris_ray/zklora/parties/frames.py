@@ -5,7 +5,6 @@ A frame is the length of its header (4 bytes, big-endian), the header as canonic
 after the other.
 """
 
-import io
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -119,26 +118,6 @@ def encode(message: Message, n: int, sizes: Sizes = ANSWERS) -> bytes:
         for tensor in message.tensors.values()
     ]
     return b"".join([len(header).to_bytes(4, "big"), header, *payloads])
-
-
-def decode(frame: bytes, sizes: Sizes = ANSWERS) -> tuple[int, Message]:
-    """Return the number and message of exactly one frame.
-
-    Raises:
-        ProtocolError: if it is none.
-    """
-    stream = io.BytesIO(frame)
-
-    def read(size: int) -> bytearray:
-        piece = bytearray(stream.read(size))
-        if len(piece) != size:
-            raise ProtocolError(f"the frame ends {size - len(piece)} bytes too early")
-        return piece
-
-    n, message = read_message(read(4), read, sizes)
-    if trailing := len(stream.read()):
-        raise ProtocolError(f"{trailing} bytes follow the frame")
-    return n, message
 
 
 def read_message(

@@ -6,7 +6,6 @@ Every step may be repeated, so an interrupted purchase goes on where it was.
 import shutil
 import time
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -33,8 +32,7 @@ from paris_ray.zklora.inference import NumericsLog
 from paris_ray.zklora.manifest import AdapterManifest
 from paris_ray.zklora.parties.channel import Channel
 from paris_ray.zklora.parties.escrow import EscrowClient
-from paris_ray.zklora.parties.evidence import Evidence, Progress
-from paris_ray.zklora.parties.messages import ReleaseRequest
+from paris_ray.zklora.parties.evidence import Evidence
 from paris_ray.zklora.sealing import check_opening
 from paris_ray.zklora.trade import BOUGHT, TradeState
 
@@ -121,53 +119,6 @@ def verified_facts(
     return {"modules": tuple(modules), "session": session}
 
 
-def complete(
-    escrow: EscrowClient,
-    contributor: Channel,
-    manifest: AdapterManifest,
-    evidence: Evidence,
-    adapter: Path,
-    receipts: Receipts,
-    on_progress: Progress = lambda done, total: None,
-) -> None:
-    """Pay for an adapter whose session is verified, open its weights and settle.
-
-    It goes on from wherever the trade is.
-
-    Args:
-        escrow: Who holds key and price.
-        contributor: Is asked to hand over the key.
-        manifest: The pinned one.
-        evidence: Of the session that the trade is about.
-        adapter: The new folder of the weights.
-        receipts: The purchase so far, VERIFIED; it is OPENED then.
-        on_progress: Is told how many steps are done, and of how many.
-
-    Raises:
-        TradeError: as `buy`.
-        VerificationError: if the delivered weights are not what the escrow has checked.
-    """
-    sid = evidence.closed.sid
-    on_progress(0, 3)
-    try:
-        sealed, key = buy(escrow, contributor, manifest, evidence)
-    except TradeError:
-        with suppress(TradeError):  # there may be no trade yet
-            if escrow.trade(sid).state is TradeState.REFUNDED:
-                receipts.advance(State.REFUNDED)
-        raise
-    receipts.advance(State.RELEASED)
-    on_progress(1, 3)
-    receive(sealed, key, manifest, adapter, receipts)
-    on_progress(2, 3)
-    escrow.opened(sid)
-    receipts.advance(
-        State.OPENED, escrow_statement=escrow.statement(sid, manifest.adapter_id).to_json()
-    )
-    receipts.write(Folder(str(adapter)))
-    on_progress(3, 3)
-
-
 def buy(
     escrow: EscrowClient, contributor: Channel, manifest: AdapterManifest, evidence: Evidence
 ) -> tuple[bytes, bytes]:
@@ -193,7 +144,7 @@ def buy(
 
 def _await_key(escrow: EscrowClient, contributor: Channel, sid: str) -> None:
     deadline = time.monotonic() + RELEASED_WITHIN_S
-    contributor.request("release", ReleaseRequest(session=sid).model_dump())
+    contributor.request("release", {"session": sid})
     while (trade := escrow.trade(sid)).state not in BOUGHT:
         if trade.state is TradeState.REFUNDED:
             raise TradeError(f"trade {sid} is {trade.state}: {trade.reason}")

@@ -9,7 +9,7 @@ import logging
 import socket
 import ssl
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Self
 
 from paris_ray.errors import ConfigError, ProtocolError
@@ -19,7 +19,6 @@ from paris_ray.zklora.parties.connection import (
     ERRORS,
     MAX_ERROR,
     Connection,
-    Peer,
     Traffic,
     identify,
     pin,
@@ -30,33 +29,55 @@ from paris_ray.zklora.printable import printable
 
 POLL_S = 0.2
 
+Handler = Callable[[str, Message], Message]
+"""Returns the answer to a request of whom TLS has proved: a public key in hexadecimal."""
+
 logger = logging.getLogger(__name__)
 
 
 class Server:
-    """Answers requests, a thread per connection; made by `serve`.
+    """Answers the requests of known clients until it is closed, a thread per connection.
 
     Nobody keeps others out: strangers take no place of those who are known, and are ended oldest
     first; a key has a few places.
 
+    Args:
+        identity: Who serves.
+        host: Address to listen on.
+        port: Port; 0 for a free one.
+        clients: Certificates, as PEM text, of all who may connect.
+        handler: Answers requests; called from several threads. The errors in `ERRORS` are raised
+            again at the client, text included, others as an internal error.
+        limits: What the protocol may use.
+
     Attributes:
         address: Host and port that it listens on.
+
+    Raises:
+        ConfigError: if there are no clients, or the address cannot be listened on.
+        SignatureError: if a client's certificate is not allowed.
     """
 
     def __init__(
         self,
-        listener: socket.socket,
-        context: ssl.SSLContext,
-        pinned: Mapping[bytes, Peer],
-        handler: Callable[[Peer, Message], Message],
-        limits: Limits,
+        identity: Identity,
+        host: str,
+        port: int,
+        clients: Sequence[str],
+        handler: Handler,
+        limits: Limits = DEFAULTS,
     ) -> None:
-        self.address: tuple[str, int] = listener.getsockname()[:2]
-        self._listener = listener
-        self._context = context
-        self._pinned = pinned
-        self._handler = handler
-        self._limits = limits
+        if not clients:
+            raise ConfigError("clients names no certificate: nobody could connect")
+        self._pinned, self._handler, self._limits = pin(clients), handler, limits
+        self._context = tls_context(identity, ssl.PROTOCOL_TLS_SERVER, self._pinned)
+        self._context.num_tickets = 0  # every connection proves its key
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        try:
+            self._listener = socket.create_server((host, port), family=family)
+        except OSError as error:
+            raise ConfigError(f"{host}:{port} cannot be listened on: {error}") from None
+        self.address: tuple[str, int] = self._listener.getsockname()[:2]
         self._closed = threading.Event()
         self._lock = threading.Lock()
         self._arrivals = itertools.count()
@@ -108,9 +129,9 @@ class Server:
                 )
                 with tls, self._registered(tls, arrival):
                     tls.do_handshake()
-                    peer = identify(tls, self._pinned)
-                    self._admit(tls, arrival, peer.public_key)
-                    self._converse(tls, peer)
+                    caller = identify(tls, self._pinned)
+                    self._admit(tls, arrival, caller)
+                    self._converse(tls, caller)
         except ConnectionLost as error:
             logger.info("a connection ended: %s", error)
         except (ProtocolError, OSError) as error:
@@ -145,7 +166,7 @@ class Server:
             self._strangers.pop(arrival, None)
             self._known[connection] = key
 
-    def _converse(self, tls: ssl.SSLSocket, peer: Peer) -> None:
+    def _converse(self, tls: ssl.SSLSocket, caller: str) -> None:
         limits = self._limits
         connection = Connection(tls, limits.requests, limits.frame_s, limits.idle_s, Traffic())
         last = 0
@@ -153,13 +174,13 @@ class Server:
             n, request = connection.receive()
             if n <= last:
                 raise ProtocolError(f"request {n} came after request {last}")
-            connection.send(self._answer(peer, request, n))
+            connection.send(self._answer(caller, request, n))
             last = n
 
-    def _answer(self, peer: Peer, request: Message, n: int) -> bytes:
+    def _answer(self, caller: str, request: Message, n: int) -> bytes:
         """Return the frame of the handler's answer, or of the error that it raised."""
         try:
-            return encode(self._handler(peer, request), n, self._limits.answers)
+            return encode(self._handler(caller, request), n, self._limits.answers)
         except Exception as error:
             name, text = type(error).__name__, str(error)
             if ERRORS.get(name) is not type(error):
@@ -172,39 +193,3 @@ def _shut_down(connection: ssl.SSLSocket) -> None:
     """Wake the thread that waits on a connection; TLS itself is not ours to touch from here."""
     with contextlib.suppress(OSError):
         socket.socket.shutdown(connection, socket.SHUT_RDWR)
-
-
-def serve(
-    identity: Identity,
-    host: str,
-    port: int,
-    clients: Sequence[str],
-    handler: Callable[[Peer, Message], Message],
-    limits: Limits = DEFAULTS,
-) -> Server:
-    """Answer the requests of known clients until the server is closed.
-
-    Args:
-        identity: Who serves.
-        host: Address to listen on.
-        port: Port; 0 for a free one.
-        clients: Certificates, as PEM text, of all who may connect.
-        handler: Returns the answer to a request; called from several threads. The errors in
-            `ERRORS` are raised again at the client, text included, others as an internal error.
-        limits: What the protocol may use.
-
-    Raises:
-        ConfigError: if there are no clients, or the address cannot be listened on.
-        SignatureError: if a client's certificate is not allowed.
-    """
-    if not clients:
-        raise ConfigError("clients names no certificate: nobody could connect")
-    pinned = pin(clients)
-    context = tls_context(identity, ssl.PROTOCOL_TLS_SERVER, pinned)
-    context.num_tickets = 0  # every connection proves its key
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    try:
-        listener = socket.create_server((host, port), family=family)
-    except OSError as error:
-        raise ConfigError(f"{host}:{port} cannot be listened on: {error}") from None
-    return Server(listener, context, pinned, handler, limits)

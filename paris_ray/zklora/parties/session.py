@@ -30,26 +30,10 @@ from paris_ray.zklora.parties.evidence import (
     check_names,
     fetch_evidence,
 )
-from paris_ray.zklora.parties.messages import (
-    MAX_ASKED,
-    MAX_CALLS_BYTES,
-    MAX_ROWS,
-    CallRequest,
-    CloseRequest,
-    EndRequest,
-    Form,
-    OpenRequest,
-    tensors_of,
-)
+from paris_ray.zklora.parties.messages import MAX_ASKED, MAX_CALLS_BYTES, MAX_ROWS, Form, tensors_of
 from paris_ray.zklora.proof import verify_named
 from paris_ray.zklora.trade import sign_rows
-from paris_ray.zklora.transcript import (
-    CLOSE,
-    Call,
-    Transcript,
-    closing_statement,
-    new_nonce,
-)
+from paris_ray.zklora.transcript import CLOSE, Call, Transcript, closing_statement, new_nonce
 
 
 class Session:
@@ -77,11 +61,10 @@ class Session:
     ) -> None:
         self._channel, self._identity, self._manifest = channel, identity, manifest
         self.nonce_u = nonce or new_nonce()
-        request = OpenRequest(adapter_id=manifest.adapter_id, nonce_u=self.nonce_u)
-        answer = channel.request("open", request.model_dump()).fields
+        request = {"adapter_id": manifest.adapter_id, "nonce_u": self.nonce_u}
+        answer = channel.request("open", request).fields
         self.nonce_c = str(answer.get("nonce_c"))
         self.rows_left = _row_counts(answer.get("rows_left"), manifest)
-        check_names("rows_left", list(self.rows_left), manifest)
         self.sid = manifest.session_id(self.nonce_u, self.nonce_c)
         self.transcript = Transcript(path=rows)
         self._rows = Counter[str]()
@@ -129,11 +112,9 @@ class Session:
 
     def _ask(self, modules: Sequence[str], x: Int16, exponent: int) -> list[Int64]:
         seq = len(self.transcript)
+        call = {"session": self.sid, "seq": seq, "modules": list(modules), "exponent": exponent}
         owed = self._sign_for(modules, len(x))
-        request = CallRequest(
-            session=self.sid, seq=seq, modules=list(modules), exponent=exponent, owed=owed
-        )
-        answer = self._channel.request("call", request.model_dump(), {"x": x})
+        answer = self._channel.request("call", call | {"owed": owed}, {"x": x})
         forms: dict[str, Form] = {}
         for i, name in enumerate(modules):
             d_out = self._manifest.module(name).commitment.d_out
@@ -165,8 +146,8 @@ class Session:
                 raise VerificationError(f"{terms.name}: no row was computed: none can be proved")
         statement = closing_statement(self.sid, self._manifest.adapter_id, self.transcript.log)
         by_user = SignedDocument.sign(CLOSE, statement, self._identity)
-        request = CloseRequest(session=self.sid, statement=by_user.to_json())
-        answer = self._channel.request("close", request.model_dump()).fields.get("statement")
+        request = {"session": self.sid, "statement": by_user.to_json()}
+        answer = self._channel.request("close", request).fields.get("statement")
         by_contributor = SignedDocument.from_json(answer)
         signed = by_contributor.check(CLOSE, self._manifest.contributor)
         if canonical_json(signed) != canonical_json(statement):
@@ -201,14 +182,14 @@ class Session:
 
     def end(self) -> None:
         """Break the session off; rows that it has paid for stay spent."""
-        self._channel.request("end", EndRequest(session=self.sid).model_dump())
+        self._channel.request("end", {"session": self.sid})
 
 
 def _row_counts(counts: object, manifest: AdapterManifest) -> dict[str, int]:
-    names = {terms.name for terms in manifest.modules}
-    if not isinstance(counts, dict) or not counts.keys() <= names:
+    if not isinstance(counts, dict):
         raise ProtocolError("numbers of rows must be given by the names of modules")
+    check_names("rows_left", counts, manifest)
     for name, count in counts.items():
         if type(count) is not int or count < 0:
-            raise ProtocolError(f"{name}: {count!r} is no number of rows")
+            raise ProtocolError(f"{name}: {count!r:.80} is no number of rows")
     return counts

@@ -3,38 +3,53 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import ray
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from paris_ray.folders import Folder
 from paris_ray.identity import Identity
 from paris_ray.zklora.inference import Calls, NumericsLog, Together, adapt, trace_calls
 from paris_ray.zklora.manifest import AdapterManifest
 from paris_ray.zklora.parties.channel import Channel
 from paris_ray.zklora.parties.escrow import EscrowClient
+from paris_ray.zklora.parties.evidence import SESSION
 from paris_ray.zklora.parties.session import Session
 from paris_ray.zklora.sequential import Wanted
 from paris_ray.zklora.subjects import Scorer, Subject
 from paris_ray.zklora.transcript import ROWS
 
+RESULT = "result.json"  # of a trial, in the folder of its session
 
-@dataclass(frozen=True, eq=False, slots=True)
-class TrialResult:
-    """What multi-party inference on one's own base gave.
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Trial:
+    """What a user wants to try, and with whom.
 
     Attributes:
-        without: `(levels, examples)` losses of the base.
-        with_adapter: The same with the adapter.
-        numerics: What rounding meant for the inputs.
-        num_bytes: Sent and received.
+        subject: The user's own base, and the examples of which losses are compared.
+        peer: Host and port of the contributor.
+        manifest: The file of the pinned manifest.
+        identity: The user's folder with key and certificate.
+        output: The purchase's own folder.
+        wanted: What the losses must show for the adapter to be bought, after as few examples as
+            make it clear; None: all examples are tried, and it is bought whatever they show.
+        escrow: Host and port of the escrow; None: the adapter is tried and verified, not bought.
+        escrow_certificate: That of the escrow that the user trusts, as PEM.
+        threads: Torch threads.
+        num_gpus: GPUs for the user's own base; 0 computes on the CPU.
     """
 
-    without: NDArray[np.float32]
-    with_adapter: NDArray[np.float32]
-    numerics: NumericsLog
-    num_bytes: int
+    subject: Subject
+    peer: tuple[str, int]
+    manifest: Path
+    identity: Path
+    output: Path
+    wanted: Wanted | None = None
+    escrow: tuple[str, int] | None = None
+    escrow_certificate: str | None = None
+    threads: int = 1
+    num_gpus: float = 0
 
 
 @ray.remote
@@ -42,26 +57,14 @@ class BaseUser:
     """Holds the base, and runs it with the contributor's updates.
 
     Args:
-        subject: The base, and what its losses are compared on.
+        trial: What is wanted.
         manifest: The pinned one.
-        identity: Folder of the user's identity.
-        peer: Host and port of the contributor.
-        threads: Torch threads.
-        device: `cpu` or `cuda`.
     """
 
-    def __init__(
-        self,
-        subject: Subject,
-        manifest: AdapterManifest,
-        identity: Path,
-        peer: tuple[str, int],
-        threads: int,
-        device: str,
-    ) -> None:
-        torch.set_num_threads(threads)
-        self._subject, self._device, self._manifest = subject, device, manifest
-        self._identity, self._peer = Identity.load(identity), peer
+    def __init__(self, trial: Trial, manifest: AdapterManifest) -> None:
+        torch.set_num_threads(trial.threads)
+        self._trial, self._manifest = trial, manifest
+        self._identity = Identity.load(trial.identity)
         self._session: Session | None = None
         self._loaded: tuple[Scorer, Calls] | None = None
 
@@ -79,7 +82,7 @@ class BaseUser:
         Not when the actor is made: what is raised there, Ray would wrap.
         """
         if self._loaded is None:
-            scorer = self._subject.load(self._device)
+            scorer = self._trial.subject.load("cuda" if self._trial.num_gpus else "cpu")
 
             def score(view: nn.Module) -> Tensor:
                 return scorer.losses(view, scorer.largest)
@@ -87,53 +90,47 @@ class BaseUser:
             self._loaded = scorer, trace_calls(scorer.model, self._manifest.terms, score)
         return self._loaded
 
-    def try_adapter(
-        self,
-        num_examples: int,
-        folder: Path,
-        nonce: str,
-        wanted: Wanted | None,
-        escrow: tuple[str, int] | None,
-    ) -> TrialResult:
-        """Return the losses with and without the adapter.
+    def try_adapter(self, num_examples: int, nonce: str) -> None:
+        """Compare losses with and without the adapter, and keep them with the closed session.
 
         An example after the other is tried, until it is clear whether the adapter is worth it.
+        RESULT has the losses `(levels, examples)`, what rounding meant for the inputs, and how many
+        bytes were sent and received.
 
         Args:
             num_examples: How many there are at most.
-            folder: Where the closed session is written, with its rows.
             nonce: Names the session: with the same one, an interrupted trial goes on.
-            wanted: What decides; None: all examples are tried.
-            escrow: Host and port; None: rows are free.
 
         Raises:
             BudgetError: if the contributor has fewer rows left than this takes.
             TradeError: if the deposit for all of it is not covered.
             ParisError: if the contributor refuses or says what does not fit.
         """
-        (scorer, calls), manifest = self._load(), self._manifest
-        numerics = NumericsLog(last_bits_drawn=True)
+        (scorer, calls), trial, manifest = self._load(), self._trial, self._manifest
+        folder, numerics = trial.output / SESSION, NumericsLog(last_bits_drawn=True)
         losses: tuple[list[Tensor], list[Tensor]] = [], []
-        with Channel(self._identity, self._peer, manifest.contributor_certificate) as channel:
+        with Channel(self._identity, trial.peer, manifest.contributor_certificate) as channel:
             session = self._session = Session(
                 channel, self._identity, manifest, nonce, folder / ROWS
             )
-            if escrow is not None and manifest.price_per_row:
-                self._deposit(session, escrow, num_examples * self.rows_an_example())
+            if trial.escrow is not None and manifest.price_per_row:
+                certificate = manifest.escrow_certificate
+                with EscrowClient(self._identity, trial.escrow, certificate) as escrow:
+                    session.deposit(escrow, num_examples * self.rows_an_example())
             ask = Together(session.evaluate_all, calls.together)
             view = adapt(scorer.model, manifest.terms, manifest.scale, ask, numerics)
             for number in range(num_examples):
                 for model, found in zip((scorer.model, view), losses, strict=True):
                     found.append(scorer.losses(model, number))
                 without, with_adapter = (torch.cat(found, 1).numpy() for found in losses)
+                wanted = trial.wanted
                 if wanted is not None and wanted.verdict(without, with_adapter).is_clear:
                     break
             session.close().save(folder)
-        num_bytes = channel.traffic.bytes_sent + channel.traffic.bytes_received
-        return TrialResult(without, with_adapter, numerics, num_bytes)
-
-    def _deposit(self, session: Session, escrow: tuple[str, int], rows: int) -> None:
-        certificate = self._manifest.escrow_certificate
-        assert certificate is not None
-        with EscrowClient(self._identity, escrow, certificate) as client:
-            session.deposit(client, rows)
+        outcome = {
+            "without": without.tolist(),
+            "with_adapter": with_adapter.tolist(),
+            "numerics": numerics.to_json(),
+            "bytes": channel.traffic.total,
+        }
+        Folder(str(folder)).write_json(RESULT, outcome)

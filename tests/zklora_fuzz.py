@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -202,7 +202,7 @@ def _offer(folder: Path) -> tuple[Identity, AdapterManifest, bytes, bytes]:
     manifest = build_manifest(
         openings,
         LoRAConfig(r=2, lora_alpha=4.5, target_modules=tuple(openings)),
-        base=Base(DIGEST, 0, DIGEST),
+        base=Base(digest=DIGEST, expert=0, router_digest=DIGEST),
         adapter="fuzz",
         price=100,
         sealed=sealed,
@@ -267,7 +267,8 @@ def envelope(folder: Path) -> Target:
 
     def read(changed: bytes) -> None:
         resealed = cipher.encrypt(NONCE, changed, None)
-        own = replace(offered, sealed_digest=sha256_hex(resealed), sealed_bytes=len(resealed))
+        sizes = {"sealed_digest": sha256_hex(resealed), "sealed_bytes": len(resealed)}
+        own = AdapterManifest(**offered.to_json() | sizes)
         openings = unseal(resealed, key, own)
         commitments = {terms.name: terms.commitment for terms in offered.modules}
         open_commitments({name: (commitments[name], openings[name]) for name in openings})

@@ -23,11 +23,11 @@ from types import MappingProxyType
 from paris_ray.errors import ParisError, TradeError
 from paris_ray.identity import Identity
 from paris_ray.signatures import SignedDocument
+from paris_ray.zklora.documents import printable
 from paris_ray.zklora.journal import Journal
 from paris_ray.zklora.ledger import LEDGER_TABLES, Ledger
 from paris_ray.zklora.listings import LISTING_TABLES, MAX_LISTED, Listings
 from paris_ray.zklora.manifest import AdapterManifest
-from paris_ray.zklora.printable import printable
 from paris_ray.zklora.sealing import KEY_BYTES, check_opening
 from paris_ray.zklora.trade import BOUGHT, MAX_REASON, Trade, TradeState, signed_rows
 
@@ -53,7 +53,7 @@ SCHEMA = (
     "CREATE INDEX trades_by_state ON trades (state, since)",
     "CREATE INDEX trades_by_buyer ON trades (buyer, state)",
 )
-COLUMNS = ", ".join(Trade.__dataclass_fields__)
+COLUMNS = ", ".join(Trade.model_fields)
 
 
 def open_journal(path: Path) -> Journal:
@@ -311,8 +311,7 @@ class Escrow:
 
     def _trade(self, session: str) -> Trade:
         row = self._journal.first(f"SELECT {COLUMNS} FROM trades WHERE session = ?", session)
-        values = dict(zip(Trade.__dataclass_fields__, row, strict=True))
-        return Trade(**values | {"state": TradeState(values["state"])})
+        return Trade(**dict(zip(Trade.model_fields, row, strict=True)))
 
     def _opening_fault(self, adapter_id: str, key: bytes) -> str | None:
         """Return why a key does not open what was committed, if so.

@@ -56,7 +56,7 @@ class Listings:
         with self._journal.transaction():
             if not self._journal.first("SELECT 1 FROM adapters WHERE adapter_id = ?", adapter_id):
                 self._check_may_list(caller, size)
-                document = json.dumps(terms.document)
+                document = json.dumps(terms.to_json())
                 insert = "INSERT INTO adapters VALUES (?, ?, ?, ?)"
                 self._journal.execute(insert, adapter_id, caller, document, size)
             return self._num_pieces(adapter_id)
@@ -125,4 +125,4 @@ class Listings:
         )
         if found is None:
             raise TradeError(f"no adapter {adapter_id} is listed")
-        return AdapterManifest.from_document(json.loads(found[0]))
+        return AdapterManifest.from_json(json.loads(found[0]))

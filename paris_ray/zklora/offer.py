@@ -87,7 +87,8 @@ class Offer:
 
 def base_of_expert(bundle: Bundle, expert: int) -> Base:
     """Return what an adapter of one expert of a bundle is for."""
-    return Base(bundle.weights_digest(f"expert_{expert}"), expert, bundle.weights_digest("router"))
+    digest, router = (bundle.weights_digest(part) for part in (f"expert_{expert}", "router"))
+    return Base(digest=digest, expert=expert, router_digest=router)
 
 
 def open_offer(folder: Path, identity: Identity, adapter: PeftAdapter, terms: AskedTerms) -> Offer:

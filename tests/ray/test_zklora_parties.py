@@ -1181,7 +1181,7 @@ def make_stall(
     manifest = build_manifest(
         openings,
         LoRAConfig(r=2, lora_alpha=4),
-        base=Base("c" * 64, None, None),
+        base=Base(digest="c" * 64, expert=None, router_digest=None),
         adapter="stall",
         price=price,
         budget_rows=BUDGET,
@@ -1662,7 +1662,9 @@ def test_a_killed_prover_is_replaced(ray_session: None, tmp_path: Path) -> None:
     }
     config = LoRAConfig(r=8, lora_alpha=8, target_modules=tuple(factors))
     seller, crowd = Identity.create(tmp_path / "seller"), Crowd(tmp_path, 1)
-    terms = AskedTerms(base=Base("c" * 64, None, None), name="wide", budget_rows=1000)
+    terms = AskedTerms(
+        base=Base(digest="c" * 64, expert=None, router_digest=None), name="wide", budget_rows=1000
+    )
     manifest = open_offer(tmp_path / "offer", seller, PeftAdapter(config, factors), terms).manifest
     contribution = Contribution(service_of(tmp_path / "offer", seller, crowd))
     (user,) = crowd.all

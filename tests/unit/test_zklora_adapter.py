@@ -86,7 +86,7 @@ def offer(tmp_path_factory: pytest.TempPathFactory) -> Offer:
         return build_manifest(
             {name: commit(module)[1] for name, module in modules.items()},
             config,
-            base=Base("0f" * 32, expert, None),
+            base=Base(digest="0f" * 32, expert=expert, router_digest=None),
             adapter="bought",
             price=1,
             sealed=b"-",

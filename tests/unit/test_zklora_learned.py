@@ -33,7 +33,7 @@ def manifest(tmp_path: Path) -> AdapterManifest:
     return build_manifest(
         openings,
         LoRAConfig(r=2, lora_alpha=4.0),
-        base=Base("c" * 64, None, None),
+        base=Base(digest="c" * 64, expert=None, router_digest=None),
         adapter="ink",
         price=0,
         budget_rows=100,

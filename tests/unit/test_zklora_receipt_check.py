@@ -108,7 +108,7 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Purchase:
         {name: (a.astype(np.float32), b.astype(np.float32)) for name, (a, b) in factors.items()},
     )
     terms = AskedTerms(
-        base=Base("c" * 64, None, None),
+        base=Base(digest="c" * 64, expert=None, router_digest=None),
         name="verse",
         price=30,
         price_per_row=2,

@@ -50,7 +50,7 @@ class Shop:
         self.manifest: AdapterManifest = build_manifest(
             openings,
             LoRAConfig(r=2, lora_alpha=4.0),
-            base=Base("c" * 64, None, None),
+            base=Base(digest="c" * 64, expert=None, router_digest=None),
             adapter="ink",
             price=30,
             price_per_row=price_per_row,

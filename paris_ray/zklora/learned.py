@@ -23,7 +23,7 @@ def describe_leak(journal: SessionJournal, manifest: AdapterManifest, inputs: Pa
     most, errors = (0.0, 0, 0), []
     for name, terms in manifest.terms.items():
         d_in, _, _ = terms.dimensions
-        span = Span.of(d_in, journal.answered(manifest.adapter_id, name))
+        span = Span.of(d_in, journal.calls.inputs(manifest.adapter_id, name))
         most = max(most, (span.dimensions / d_in, span.dimensions, d_in))
         if name in real:
             errors.append(predicted_error(span, real[name]))

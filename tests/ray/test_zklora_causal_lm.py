@@ -87,11 +87,11 @@ class InProcessSession:
         signed = contributor.journal.close(
             self.sid, self.user.public_key, by_user, contributor.identity
         ).signed
-        nonce_v, recorded = new_nonce(), contributor.journal.log(self.sid)
+        nonce_v, recorded = new_nonce(), contributor.journal.calls.log(self.sid)
         proofs = {}
         for name, opening in contributor.openings.items():
             context = proof_context(manifest.adapter_id, self.sid, recorded.root, name, nonce_v)
-            proofs[name] = prove(opening, *contributor.journal.rows(self.sid, name), context)
+            proofs[name] = prove(opening, *contributor.journal.calls.rows(self.sid, name), context)
         closed = ClosedSession(self.sid, *self.nonces, *signed, nonce_v, self.transcript)
         return Evidence(closed, proofs)
 

@@ -276,7 +276,7 @@ class LoRAGateway:
         start = time.perf_counter()
 
         def claim(name: str) -> tuple[Int16, Int64, bytes]:
-            return *self._journal.rows(session.sid, name), session.proof_context(name)
+            return *self._journal.calls.rows(session.sid, name), session.proof_context(name)
 
         proofs = prove_all(self._openings[0], list(self._manifest.terms), claim, count)
         self._metrics.proved(proofs)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from paris_ray.folders import Folder
 from paris_ray.zklora.fixed_point import (
@@ -24,6 +24,8 @@ from paris_ray.zklora.fixed_point import (
     quantise,
     quantise_rows,
 )
+from paris_ray.zklora.manifest import AdapterManifest
+from paris_ray.zklora.sessions import SessionJournal
 
 NEW = 1e-7  # of a row's length must lie outside the span, or it is a combination of earlier rows
 FRESH_ROWS = 512  # that an error is predicted for
@@ -186,6 +188,30 @@ def save_inputs(path: Path, inputs: Mapping[str, Int16]) -> None:
     }
     with Folder(str(path.parent)).writing(path.name) as temporary:
         save_file(kept, temporary)
+
+
+def describe_leak(journal: SessionJournal, manifest: AdapterManifest, inputs: Path) -> str:
+    """Return in a line for people what all users together have learned of an adapter so far.
+
+    Args:
+        journal: Of all sessions.
+        manifest: Of the offer.
+        inputs: A sample of real inputs, as `save_inputs` writes it; without it only directions are
+            counted.
+    """
+    real = load_file(inputs) if inputs.exists() else {}
+    most, errors = (0.0, 0, 0), []
+    for name, terms in manifest.terms.items():
+        d_in, _, _ = terms.dimensions
+        span = Span.of(d_in, journal.calls.inputs(manifest.adapter_id, name))
+        most = max(most, (span.dimensions / d_in, span.dimensions, d_in))
+        if name in real:
+            errors.append(predicted_error(span, real[name]))
+    _, known, d_in = most
+    line = f"learned by all users so far: at most {known} of {d_in} directions of a module"
+    if not errors:
+        return line
+    return f"{line}; a thief's updates are off by {np.mean(errors):.2f}, relative to the true ones"
 
 
 def row_seeds(secret: bytes, module: str, x: Int16) -> Seeds:

@@ -21,8 +21,7 @@ from paris_ray.identity import Identity
 from paris_ray.signatures import SignedDocument
 from paris_ray.zklora.calls import Request
 from paris_ray.zklora.fixed_point import Int16, Int64
-from paris_ray.zklora.leakage import INPUTS, draw_last_bits, row_seeds
-from paris_ray.zklora.learned import describe_leak
+from paris_ray.zklora.leakage import INPUTS, describe_leak, draw_last_bits, row_seeds
 from paris_ray.zklora.manifest import MANIFEST, AdapterManifest
 from paris_ray.zklora.parties.connection import Peer
 from paris_ray.zklora.parties.escrow import EscrowClient

@@ -14,6 +14,7 @@ from py_arkworks_bls12381 import G1Point
 
 from paris_ray.errors import ParisError, VerificationError
 from paris_ray.zklora.curve import (
+    BLINDING,
     Equation,
     check_equations,
     commit_small,
@@ -151,5 +152,5 @@ def _opening_equation(commitment: ModuleCommitment, opening: ModuleOpening) -> E
         for point, weight in zip(points, weights, strict=True):
             equation.add(point, weight)
         equation.add_generators([-value for value in combine(weights, vectors)])
-        equation.blinding -= dot(weights, blinders)
+        equation.add(BLINDING, -dot(weights, blinders))
     return equation

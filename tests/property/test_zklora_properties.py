@@ -151,7 +151,8 @@ def test_a_folded_form_opens_to_its_value_and_to_no_other(
         rounds, remainder = folding_shape(length)
         assert len(folded.left) == rounds and len(folded.remainder) == remainder <= longest
         for value, holds in ((dot(vector, form), True), (dot(vector, form) + wrong, False)):
-            claim = Equation(form=value)
+            claim = Equation()
+            claim.add(FORM, value)
             claim.add(curve.commit_scalars(vector, 0), 1)
             assert folding_equation(claim, form, folded, FiatShamir("test")).holds() == holds
 
@@ -162,7 +163,8 @@ def test_exactly_the_equations_that_do_not_hold_are_named(truths: list[bool]) ->
     equations = {}
     for number, truth in enumerate(truths):
         weight = curve.random_weight() + 1
-        equations[f"<{number}>"] = Equation(form=weight)
+        equations[f"<{number}>"] = Equation()
+        equations[f"<{number}>"].add(FORM, weight)
         equations[f"<{number}>"].add(multiply([FORM], [1 if truth else 2]), -weight)
     bad = [f"<{number}>" for number, truth in enumerate(truths) if not truth]
     if not bad:

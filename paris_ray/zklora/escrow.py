@@ -24,8 +24,8 @@ from paris_ray.errors import ParisError, TradeError
 from paris_ray.identity import Identity
 from paris_ray.signatures import SignedDocument
 from paris_ray.zklora.documents import printable
-from paris_ray.zklora.journal import Journal
-from paris_ray.zklora.ledger import LEDGER_TABLES, Ledger
+from paris_ray.zklora.journal import Journal, Value
+from paris_ray.zklora.ledger import LEDGER_TABLES, SQLiteLedger
 from paris_ray.zklora.listings import LISTING_TABLES, MAX_LISTED, Listings
 from paris_ray.zklora.manifest import AdapterManifest
 from paris_ray.zklora.sealing import KEY_BYTES, check_opening
@@ -71,8 +71,7 @@ class Escrow:
     Args:
         journal: Where everything is kept: `open_journal(...)`.
         identity: Whose certificate the manifests name, and who signs statements.
-        ledger: Who owns how much. One outside of the journal is called before the step is
-            committed, perhaps twice: its movements are named by their trade.
+        ledger: Who owns how much.
         deadlines: Seconds that a trade may rest in a state, in place of those of DEADLINES.
         max_listed: Adapters that one seller may list.
         max_open_trades: Trades that one buyer may have before their end.
@@ -87,7 +86,7 @@ class Escrow:
         self,
         journal: Journal,
         identity: Identity,
-        ledger: Ledger,
+        ledger: SQLiteLedger,
         *,
         deadlines: Mapping[TradeState, float] = MappingProxyType({}),
         max_listed: int = MAX_LISTED,
@@ -134,18 +133,16 @@ class Escrow:
             if found is None:
                 self._check_may_open(caller, manifest)
                 terms = (caller, manifest.contributor, manifest.price, manifest.price_per_row)
-                self._journal.execute(
-                    f"INSERT INTO trades ({COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, 0, 0, ?, ?, NULL)",
-                    *(session, adapter_id, *terms, TradeState.COMMITTED, self._clock()),
-                )
+                insert = "INSERT INTO trades VALUES (?, ?, ?, ?, ?, ?, 0, 0, ?, ?, NULL, NULL)"
+                state = (TradeState.COMMITTED, self._clock())
+                self._journal.execute(insert, session, adapter_id, *terms, *state)
             elif found != (caller,):
                 raise TradeError(f"session {session} has another buyer")
             trade = self._trade(session)
             if deposit_rows > trade.deposit_rows:
                 _require(trade, TradeState.COMMITTED, "a larger deposit")
-                amount = deposit_rows * trade.price_per_row
-                self._ledger.lock(session, trade.buyer, amount)
-                self._set(session, "deposit_rows", deposit_rows)
+                self._ledger.lock(session, trade.buyer, deposit_rows * trade.price_per_row)
+                self._set(session, deposit_rows=deposit_rows)
             return self._trade(session)
 
     def _check_may_open(self, buyer: str, manifest: AdapterManifest) -> None:
@@ -177,7 +174,7 @@ class Escrow:
                     raise TradeError(
                         f"{rows} rows are signed for, the deposit covers {trade.deposit_rows}"
                     )
-                self._set(session, "rows", rows)
+                self._set(session, rows=rows)
             return self._trade(session)
 
     def pay(self, caller: str, session: str) -> Trade:
@@ -210,7 +207,7 @@ class Escrow:
         with self._journal.transaction():
             trade = self._of(caller, session, "seller", "deposit_key")
             if self._is_new_key(trade, key):
-                self._set(session, "key", key)
+                self._set(session, key=key)
                 if fault is None:
                     self._move(session, TradeState.RELEASED)
                 else:
@@ -299,15 +296,13 @@ class Escrow:
     def _end(self, trade: Trade, state: TradeState, paid: int, reason: str | None = None) -> None:
         self._ledger.settle(trade.session, trade.seller, paid)
         self._move(trade.session, state)
-        if reason is not None:
-            self._set(trade.session, "reason", reason)
+        self._set(trade.session, reason=reason)
 
     def _move(self, session: str, state: TradeState) -> None:
-        self._set(session, "state", state)
-        self._set(session, "since", self._clock())
+        self._set(session, state=state, since=self._clock())
 
-    def _set(self, session: str, column: str, value: str | float | bytes) -> None:
-        self._journal.execute(f"UPDATE trades SET {column} = ? WHERE session = ?", value, session)
+    def _set(self, session: str, **columns: Value) -> None:
+        self._journal.update("trades", "session", session, **columns)
 
     def _trade(self, session: str) -> Trade:
         row = self._journal.first(f"SELECT {COLUMNS} FROM trades WHERE session = ?", session)

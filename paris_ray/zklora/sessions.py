@@ -16,7 +16,7 @@ from paris_ray.signatures import SignedDocument, Signer
 from paris_ray.zklora.budget import BUDGET_TABLES, RowBudget
 from paris_ray.zklora.calls import CALL_TABLES, CallTable, Request
 from paris_ray.zklora.fixed_point import Int64
-from paris_ray.zklora.journal import Journal
+from paris_ray.zklora.journal import Journal, Value
 from paris_ray.zklora.session_records import (
     IS_OPEN,
     SESSION_TABLES,
@@ -296,8 +296,5 @@ class SessionJournal:
                 session.require(SessionState.OPEN)
                 self._set(sid, state=SessionState.ENDED, reason=reason)
 
-    def _set(self, sid: str, **columns: str | int) -> None:
-        changes = ", ".join(f"{name} = ?" for name in columns)
-        self._journal.execute(
-            f"UPDATE sessions SET {changes} WHERE sid = ?", *columns.values(), sid
-        )
+    def _set(self, sid: str, **columns: Value) -> None:
+        self._journal.update("sessions", "sid", sid, **columns)

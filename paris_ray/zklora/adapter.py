@@ -113,20 +113,13 @@ def quantise_adapter(adapter: PeftAdapter) -> dict[str, QuantisedModule]:
     modules = {}
     for name, (a, b) in adapter.factors.items():
         try:
-            modules[name] = quantise(a, b)
-            _check_exponents(modules[name])
+            module = modules[name] = quantise(a, b)
+            for exponent in (module.exponent_a, module.exponent_b):
+                allowed = f"{MIN_EXPONENT} to {MAX_EXPONENT}, so that the factors are float32"
+                require(MIN_EXPONENT <= exponent <= MAX_EXPONENT, "exponent", exponent, allowed)
         except ParisError as error:
             raise ParisError(f"{name}: {error}") from None
     return modules
-
-
-def _check_exponents(module: QuantisedModule) -> None:
-    for exponent in (module.exponent_a, module.exponent_b):
-        if not MIN_EXPONENT <= exponent <= MAX_EXPONENT:
-            raise ParisError(
-                f"exponent={exponent} is not allowed: {MIN_EXPONENT} to {MAX_EXPONENT}, so that "
-                "the factors are float32"
-            )
 
 
 def write_peft(
@@ -161,13 +154,10 @@ def write_peft(
 
 
 def _check_modules(modules: Mapping[str, QuantisedModule], manifest: AdapterManifest) -> None:
-    meant = {
-        terms.name: (*terms.dimensions, terms.exponent_a, terms.exponent_b)
-        for terms in manifest.modules
-    }
-    given = {
-        name: (m.d_in, m.r, m.d_out, m.exponent_a, m.exponent_b) for name, m in modules.items()
-    }
+    meant, given = (
+        {name: (m.d_in, m.r, m.d_out, m.exponent_a, m.exponent_b) for name, m in side.items()}
+        for side in (manifest.terms, modules)
+    )
     for name in sorted(meant.keys() | given.keys()):
         if given.get(name) != meant.get(name):
             raise VerificationError(

@@ -198,24 +198,18 @@ def _check_linear(name: str, module: nn.Module | None, terms: Terms) -> nn.Modul
         d_in, d_out = module.get_parameter("weight").shape
     else:
         raise BundleError(f"{name}: {kind} is not allowed: Linear or transformers' Conv1D")
-    expected = _dimensions(terms)
-    if (d_in, d_out) != expected:
+    if (d_in, d_out) != (terms.d_in, terms.d_out):
         raise BundleError(
-            f"{name}: the adapter has d_in={expected[0]}, d_out={expected[1]}, "
+            f"{name}: the adapter has d_in={terms.d_in}, d_out={terms.d_out}, "
             f"the model d_in={d_in}, d_out={d_out}"
         )
     return module
 
 
-def _dimensions(terms: Terms) -> tuple[int, int]:
-    shape = terms.commitment if isinstance(terms, ModuleTerms) else terms
-    return shape.d_in, shape.d_out
-
-
 def _update(
     name: str, terms: Terms, scale: float, evaluate: Evaluate, numerics: NumericsLog
 ) -> Callable[[Tensor], Tensor]:
-    d_in, d_out = _dimensions(terms)
+    d_in, d_out = terms.d_in, terms.d_out
 
     def update(x: Tensor) -> Tensor:
         shape = (*x.shape[:-1], d_out)
@@ -229,19 +223,15 @@ def _update(
         start = perf_counter()
         y = evaluate(name, integers, exponent)
         numerics.record(name, rows, integers, exponent, perf_counter() - start)
-        _check_answer(name, y, (len(rows), d_out))
+        if y.dtype != np.int64 or y.shape != (len(rows), d_out):
+            raise ProtocolError(
+                f"{name}: the answer must be int64 with shape {(len(rows), d_out)}, "
+                f"not {y.dtype} with shape {y.shape}"
+            )
         exponent += terms.exponent_a + terms.exponent_b
         return torch.from_numpy(dequantise(y, exponent, scale)).reshape(shape)
 
     return update
-
-
-def _check_answer(name: str, y: Int64, shape: tuple[int, int]) -> None:
-    if y.dtype != np.int64 or y.shape != shape:
-        raise ProtocolError(
-            f"{name}: the answer must be int64 with shape {shape}, "
-            f"not {y.dtype} with shape {y.shape}"
-        )
 
 
 class Together:
@@ -309,7 +299,7 @@ def trace_calls(
     def trace(name: str, x: Int16, exponent: int) -> Int64:
         rows[name] += len(x)
         inputs[name].update(f"{exponent} {x.shape}\n".encode() + x.tobytes())
-        return np.zeros((len(x), _dimensions(modules[name])[1]), np.int64)
+        return np.zeros((len(x), modules[name].d_out), np.int64)
 
     run(adapt(model, modules, 1.0, trace))
     groups: dict[bytes, list[str]] = {}
@@ -317,10 +307,3 @@ def trace_calls(
         if rows[name]:
             groups.setdefault(inputs[name].digest(), []).append(name)
     return Calls(rows, [tuple(group) for group in groups.values()])
-
-
-def count_rows(
-    model: Model, modules: Mapping[str, Terms], run: Callable[[Model], object]
-) -> dict[str, int]:
-    """Return how many rows of each module a computation will ask for; see `trace_calls`."""
-    return trace_calls(model, modules, run).rows

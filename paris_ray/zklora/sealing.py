@@ -120,11 +120,10 @@ def _decrypt(sealed: bytes, key: bytes) -> Tensors:
 
 def _forms(terms: ModuleTerms) -> dict[str, tuple[np.dtype[Any], tuple[int, ...]]]:
     """Return type and shape of each tensor of a module."""
-    commitment = terms.commitment
-    factor, blinders = np.dtype(np.int16), (np.dtype(np.uint8), (commitment.r, SCALAR_BYTES))
+    factor, blinders = np.dtype(np.int16), (np.dtype(np.uint8), (terms.r, SCALAR_BYTES))
     return {
-        f"{terms.name}.a": (factor, (commitment.d_in, commitment.r)),
-        f"{terms.name}.b": (factor, (commitment.r, commitment.d_out)),
+        f"{terms.name}.a": (factor, (terms.d_in, terms.r)),
+        f"{terms.name}.b": (factor, (terms.r, terms.d_out)),
         f"{terms.name}.blinders_a": blinders,
         f"{terms.name}.blinders_b": blinders,
     }

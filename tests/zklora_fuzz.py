@@ -35,7 +35,8 @@ from paris_ray.zklora.commitment import (
     open_commitments,
 )
 from paris_ray.zklora.fixed_point import QuantisedModule, evaluate, quantise
-from paris_ray.zklora.manifest import AdapterManifest, Base, build_manifest
+from paris_ray.zklora.manifest import AdapterManifest, Base
+from paris_ray.zklora.offer import build_manifest
 from paris_ray.zklora.parties.frames import Message, decode, encode
 from paris_ray.zklora.proof import prove, verify
 from paris_ray.zklora.sealing import NONCE, seal, unseal

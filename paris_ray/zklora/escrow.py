@@ -140,7 +140,7 @@ class Escrow:
                 raise TradeError(f"session {session} has another buyer")
             trade = self._trade(session)
             if deposit_rows > trade.deposit_rows:
-                _require(trade, TradeState.COMMITTED, "a larger deposit")
+                trade.require(TradeState.COMMITTED, "a larger deposit")
                 self._ledger.lock(session, trade.buyer, deposit_rows * trade.price_per_row)
                 self._set(session, deposit_rows=deposit_rows)
             return self._trade(session)
@@ -169,7 +169,7 @@ class Escrow:
             trade = self._of(caller, session, "seller", "owe")
             rows = signed_rows(by_buyer, trade.buyer, trade.adapter_id, session)
             if rows > trade.rows:
-                _require(trade, TradeState.COMMITTED, "owe")
+                trade.require(TradeState.COMMITTED, "owe")
                 if rows > trade.deposit_rows:
                     raise TradeError(
                         f"{rows} rows are signed for, the deposit covers {trade.deposit_rows}"
@@ -186,7 +186,7 @@ class Escrow:
         with self._journal.transaction():
             trade = self._of(caller, session, "buyer", "pay")
             if trade.state not in (TradeState.PAID, *BOUGHT):
-                _require(trade, TradeState.COMMITTED, "pay")
+                trade.require(TradeState.COMMITTED, "pay")
                 self._ledger.lock(session, trade.buyer, max(trade.price, trade.deposit))
                 self._move(session, TradeState.PAID)
             return self._trade(session)
@@ -220,7 +220,7 @@ class Escrow:
         if known not in (None, key):
             raise TradeError(f"another key was deposited for trade {trade.session}")
         if known is None:
-            _require(trade, TradeState.PAID, "deposit_key")
+            trade.require(TradeState.PAID, "deposit_key")
         return known is None
 
     def key(self, caller: str, session: str) -> bytes:
@@ -247,18 +247,18 @@ class Escrow:
         with self._journal.transaction():
             trade = self._of(caller, session, "buyer", "opened")
             if trade.state is not TradeState.SETTLED:
-                _require(trade, TradeState.RELEASED, "opened")
+                trade.require(TradeState.RELEASED, "opened")
                 self._end(trade, TradeState.SETTLED, max(trade.price, trade.owed))
             return self._trade(session)
 
     def trade(self, caller: str, session: str) -> Trade:
         """Return a trade of the caller's."""
         self.expire()
-        query = "SELECT 1 FROM trades WHERE session = ? AND ? IN (buyer, seller)"
-        if self._journal.first(query, session, caller) is None:
+        trade = self._find(session)
+        if trade is None or caller not in (trade.buyer, trade.seller):
             # A foreign trade reads like none at all.
             raise TradeError(f"{caller} has no trade {session}")
-        return self._trade(session)
+        return trade
 
     def statement(self, caller: str, session: str) -> SignedDocument:
         """Return what the escrow signs about a trade of the caller's, of kind STATEMENT."""
@@ -304,9 +304,14 @@ class Escrow:
     def _set(self, session: str, **columns: Value) -> None:
         self._journal.update("trades", "session", session, **columns)
 
-    def _trade(self, session: str) -> Trade:
+    def _find(self, session: str) -> Trade | None:
         row = self._journal.first(f"SELECT {COLUMNS} FROM trades WHERE session = ?", session)
-        return Trade(**dict(zip(Trade.model_fields, row, strict=True)))
+        return None if row is None else Trade(**dict(zip(Trade.model_fields, row, strict=True)))
+
+    def _trade(self, session: str) -> Trade:
+        trade = self._find(session)
+        assert trade is not None
+        return trade
 
     def _opening_fault(self, adapter_id: str, key: bytes) -> str | None:
         """Return why a key does not open what was committed, if so.
@@ -319,11 +324,3 @@ class Escrow:
         except ParisError as error:
             return printable(str(error), MAX_REASON)
         return None
-
-
-def _require(trade: Trade, state: TradeState, operation: str) -> None:
-    if trade.state is not state:
-        raise TradeError(
-            f"{operation} needs a trade in {state}: {trade.session} is in {trade.state}"
-            + (f" ({trade.reason})" if trade.reason else "")
-        )

@@ -4,10 +4,9 @@ A manifest names the base, commits to the weights of every module and to the fil
 delivered, and states budget and price. Its digest, the `adapter_id`, enters every session.
 """
 
-from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, Field, SkipValidation, model_validator
 
@@ -35,8 +34,6 @@ MAX_EXPERT = 2**16
 # its buyer in another.
 MAX_SEALED_BYTES = 200 * 2**20
 MIN_ALPHA = 1e-6
-# Few: what a thief has by then, `bench_zklora.py share` measures.
-BUDGET_DIVISOR = 64
 # Delivered factors are float32, in which every 15-bit integer times 2^-exponent must be normal.
 MIN_EXPONENT, MAX_EXPONENT = -112, 126
 
@@ -267,50 +264,3 @@ class AdapterManifest(Document):
         for terms in manifest.modules:
             terms.check_points()
         return manifest
-
-
-def default_budget(widths: Sequence[int]) -> int:
-    """Return how many rows of each module are answered unless its contributor says otherwise.
-
-    Args:
-        widths: Of the inputs of all modules.
-    """
-    return max(1, min(widths, default=0) // BUDGET_DIVISOR)
-
-
-def build_manifest(
-    openings: Mapping[str, ModuleOpening],
-    config: LoRAConfig,
-    sealed: bytes,
-    key: bytes,
-    **terms: Any,
-) -> AdapterManifest:
-    """Return the manifest of an adapter that one has.
-
-    Args:
-        openings: Its modules, by name.
-        config: Its rank and scale.
-        sealed: The weights as they will be delivered.
-        key: What unseals them; only its digest is stated.
-        terms: The other fields of an `AdapterManifest`. Unless they are given, rows are free,
-            `budget_rows` is that of `default_budget`, and there is no escrow.
-
-    Raises:
-        ParisError: like `AdapterManifest`.
-    """
-    defaults = {
-        "price_per_row": 0,
-        "budget_rows": default_budget([opening.module.d_in for opening in openings.values()]),
-        "escrow_certificate": None,
-    }
-    return AdapterManifest(
-        protocol=PROTOCOL,
-        modules=tuple(ModuleTerms.of(name, opening) for name, opening in openings.items()),
-        lora_alpha=config.lora_alpha,
-        r=config.r,
-        use_rslora=config.use_rslora,
-        sealed_digest=sha256_hex(sealed),
-        sealed_bytes=len(sealed),
-        key_digest=sha256_hex(key),
-        **defaults | terms,
-    )

@@ -25,7 +25,6 @@ from paris_ray.evaluation.denoising import denoising_losses
 from paris_ray.models import Expert
 from paris_ray.zklora import language
 from paris_ray.zklora.manifest import Base
-from paris_ray.zklora.offer import base_of_expert
 
 MAX_EXAMPLES = 64
 MAX_TEXT_BYTES = 2**24  # of a file of texts
@@ -137,7 +136,10 @@ class PictureSubject(Subject):
     def base(self) -> Base:
         """Return the expert's digest and the router's."""
         bundle = load_bundle(self.bundle)
-        return base_of_expert(bundle, self._number(bundle.num_experts))
+        expert = self._number(bundle.num_experts)
+        digest = bundle.weights_digest(f"expert_{expert}")
+        router_digest = bundle.weights_digest("router")
+        return Base(digest=digest, expert=expert, router_digest=router_digest)
 
     def _number(self, found: int) -> int:
         if self.expert is None or not 0 <= self.expert < found:

@@ -5,7 +5,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from paris_ray.errors import ProtocolError
+from paris_ray.errors import ProtocolError, TradeError
 from paris_ray.signatures import SignedDocument, Signer
 from paris_ray.zklora.documents import Count, Digest, Document, Printable
 
@@ -54,6 +54,14 @@ class Trade(Document):
     state: Annotated[TradeState, Field(strict=False)]
     since: Annotated[float, Field(ge=0, allow_inf_nan=False)]
     reason: Annotated[Printable, Field(max_length=2 * MAX_REASON)] | None
+
+    def require(self, state: TradeState, operation: str) -> None:
+        """Raise TradeError unless it stands there, as an operation needs it."""
+        if self.state is not state:
+            why = f" ({self.reason})" if self.reason else ""
+            raise TradeError(
+                f"{operation} needs a trade in {state}: {self.session} is in {self.state}{why}"
+            )
 
     @property
     def deposit(self) -> int:

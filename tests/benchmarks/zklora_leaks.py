@@ -83,7 +83,7 @@ def bench_share(options: Any) -> str:
     """Return what part of the demo's adapter thieves have, by the rows that they saw."""
     if (found := _demo(options)) is None:
         return f"not measured: {options.demo} has no adapter, `make demo-zklora` makes one"
-    from paris_ray.zklora.manifest import default_budget
+    from paris_ray.zklora.offer import default_budget
     from paris_ray.zklora.share import Worth
 
     subject, modules, scale = found

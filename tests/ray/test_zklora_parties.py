@@ -46,8 +46,8 @@ from paris_ray.zklora.journal import Journal
 from paris_ray.zklora.language import base_of_model
 from paris_ray.zklora.leakage import SEED_BYTES, draw_last_bits
 from paris_ray.zklora.ledger import OPENING_BALANCE, SQLiteLedger
-from paris_ray.zklora.manifest import MANIFEST, AdapterManifest, Base, build_manifest
-from paris_ray.zklora.offer import AskedTerms, Offer, base_of_expert, open_offer
+from paris_ray.zklora.manifest import MANIFEST, AdapterManifest, Base
+from paris_ray.zklora.offer import AskedTerms, Offer, build_manifest, open_offer
 from paris_ray.zklora.parties.buyer import Buyer, Outcome, Trial
 from paris_ray.zklora.parties.channel import Channel
 from paris_ray.zklora.parties.connection import Peer
@@ -201,7 +201,6 @@ def adapter_path(
 def market(
     ray_session: None,
     tiny_bundle_path: Path,
-    tiny_bundle: Bundle,
     adapter_path: Path,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Market]:
@@ -209,7 +208,7 @@ def market(
     seller, notary = Identity.create(root / "seller"), Identity.create(root / "notary")
     crowd = Crowd(root, 60)
     terms = AskedTerms(
-        base=base_of_expert(tiny_bundle, EXPERT),
+        base=PictureSubject(bundle=str(tiny_bundle_path), expert=EXPERT).base(),
         name="style",
         price=PRICE,
         price_per_row=0,
@@ -402,9 +401,9 @@ def test_a_finished_purchase_is_kept(market: Market, bought: Purchase) -> None:
 
 
 def test_the_folder_of_another_adapter_is_refused(
-    market: Market, bought: Purchase, adapter_path: Path, tiny_bundle: Bundle, tmp_path: Path
+    market: Market, bought: Purchase, adapter_path: Path, tmp_path: Path
 ) -> None:
-    terms = AskedTerms(base=base_of_expert(tiny_bundle, EXPERT), name="other")
+    terms = AskedTerms(base=market.manifest.base, name="other")
     open_offer(tmp_path, Identity.load(market.service.identity), read_peft(adapter_path), terms)
     trial = replace(bought.trial, manifest=tmp_path / MANIFEST, escrow=None)
     with pytest.raises(ConfigError, match=r"output=.*another adapter, style"):
@@ -1421,13 +1420,11 @@ def stop_at(stage: str, done: int) -> Callable[[str, int, int], None]:
 
 
 @pytest.fixture
-def dear_market(
-    market: Market, adapter_path: Path, tiny_bundle: Bundle, tmp_path: Path
-) -> Iterator[Market]:
+def dear_market(market: Market, adapter_path: Path, tmp_path: Path) -> Iterator[Market]:
     """The same adapter, with rows that cost 2 credits each."""
     seller = Identity.load(market.service.identity)
     terms = AskedTerms(
-        base=base_of_expert(tiny_bundle, EXPERT),
+        base=market.manifest.base,
         name="dear",
         price=PRICE,
         price_per_row=2,

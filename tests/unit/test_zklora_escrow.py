@@ -40,7 +40,8 @@ from paris_ray.zklora.fixed_point import QuantisedModule
 from paris_ray.zklora.journal import Journal
 from paris_ray.zklora.ledger import SQLiteLedger
 from paris_ray.zklora.listings import PIECE_BYTES
-from paris_ray.zklora.manifest import AdapterManifest, Base, ModuleTerms, build_manifest
+from paris_ray.zklora.manifest import AdapterManifest, Base, ModuleTerms
+from paris_ray.zklora.offer import build_manifest
 from paris_ray.zklora.sealing import NONCE, check_opening, seal
 from paris_ray.zklora.trade import Trade, TradeState, sign_rows
 from paris_ray.zklora.transcript import new_nonce, session_id

@@ -22,7 +22,8 @@ from paris_ray.zklora.escrow import STATEMENT, Escrow, open_journal
 from paris_ray.zklora.fixed_point import QuantisedModule
 from paris_ray.zklora.ledger import SQLiteLedger
 from paris_ray.zklora.listings import PIECE_BYTES
-from paris_ray.zklora.manifest import MAX_BYTES, AdapterManifest, Base, build_manifest
+from paris_ray.zklora.manifest import MAX_BYTES, AdapterManifest, Base
+from paris_ray.zklora.offer import build_manifest
 from paris_ray.zklora.parties.channel import Channel
 from paris_ray.zklora.parties.escrow import LIMITS, EscrowClient, EscrowService
 from paris_ray.zklora.parties.frames import ConnectionLost, Message

@@ -11,7 +11,8 @@ from paris_ray.zklora.calls import Request
 from paris_ray.zklora.commitment import commit
 from paris_ray.zklora.fixed_point import Int16, QuantisedModule
 from paris_ray.zklora.leakage import describe_leak, save_inputs
-from paris_ray.zklora.manifest import AdapterManifest, Base, build_manifest
+from paris_ray.zklora.manifest import AdapterManifest, Base
+from paris_ray.zklora.offer import build_manifest
 from paris_ray.zklora.sealing import seal
 from paris_ray.zklora.sessions import SessionJournal
 

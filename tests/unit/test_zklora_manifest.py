@@ -39,13 +39,8 @@ from paris_ray.zklora.commitment import ModuleOpening, commit, open_commitments
 from paris_ray.zklora.field import ORDER
 from paris_ray.zklora.fixed_point import quantise
 from paris_ray.zklora.listings import PIECE_BYTES
-from paris_ray.zklora.manifest import (
-    MAX_BYTES,
-    MAX_POINTS,
-    AdapterManifest,
-    Base,
-    build_manifest,
-)
+from paris_ray.zklora.manifest import MAX_BYTES, MAX_POINTS, AdapterManifest, Base
+from paris_ray.zklora.offer import build_manifest
 from paris_ray.zklora.parties.escrow import LIMITS
 from paris_ray.zklora.sealing import NONCE, seal, unseal
 

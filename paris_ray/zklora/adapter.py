@@ -58,10 +58,8 @@ class PeftAdapter:
 def read_peft(folder: Path) -> PeftAdapter:
     """Return the adapter in a PEFT folder, whoever made it.
 
-    Its `target_modules`, which may be a pattern, are not read: what has tensors is adapted.
-
-    Args:
-        folder: The folder, with Linear or GPT-2's Conv1D layers as targets.
+    Its targets are Linear or GPT-2's Conv1D layers. `target_modules`, which may be a pattern, are
+    not read: what has tensors is adapted.
 
     Raises:
         BundleError: if it holds no LoRA, one with options that change what the factors mean, or
@@ -127,12 +125,8 @@ def write_peft(
 ) -> None:
     """Publish integers that were bought as an artefact that PEFT and `Bundle.add_lora` read.
 
-    Its float32 factors are the integers times powers of two, without any rounding.
-
-    Args:
-        folder: Where to: new, or what an earlier call with this manifest left.
-        modules: The integers of every module, by its name.
-        manifest: What was pinned.
+    Its float32 factors are the integers times powers of two, without any rounding. The folder is
+    new, or what an earlier call with this manifest left.
 
     Raises:
         VerificationError: if the modules are not those of the manifest.

@@ -40,10 +40,7 @@ class RowBudget:
     def add_adapter(self, adapter_id: str, modules: Iterable[str], budget_rows: int) -> None:
         """Give every module of an adapter its budget, once in the adapter's life.
 
-        Args:
-            adapter_id: Digest of the manifest.
-            modules: Their names.
-            budget_rows: Rows that all users together may ever see of each module.
+        All users together may ever see `budget_rows` of each module.
 
         Raises:
             ArtifactError: if the journal has other modules or another budget for it.

@@ -50,15 +50,17 @@ class CallTable:
     def __init__(self, journal: Journal) -> None:
         self._journal = journal
 
-    def find(self, sid: str, seq: int) -> tuple[tuple[str, int, int, bytes], Int64 | None]:
-        """Return what `Request.stored` gave for a call that was paid for, and its answer.
+    def find(self, sid: str, seq: int, request: Request) -> tuple[bool, Int64 | None]:
+        """Return whether a call that was paid for has asked just this, and its answer.
 
         The answer is `(rows, d_out)` int64; None: it is yet to be computed.
         """
-        query = "SELECT module, exponent, rows, x, y FROM calls WHERE sid = ? AND seq = ?"
-        *asked, y = self._journal.first(query, sid, seq)
-        module, exponent, rows, x = asked
-        return (module, exponent, rows, x), None if y is None else _matrix(y, "<i8", rows)
+        query = (
+            "SELECT (module, exponent, rows, x) = (?, ?, ?, ?), rows, y FROM calls "
+            "WHERE sid = ? AND seq = ?"
+        )
+        is_same, rows, y = self._journal.first(query, *request.stored, sid, seq)
+        return bool(is_same), None if y is None else _matrix(y, "<i8", rows)
 
     def add(self, sid: str, seq: int, request: Request) -> None:
         """Keep a call that is paid for; it has no answer yet."""

@@ -117,10 +117,7 @@ def open_commitment(commitment: ModuleCommitment, opening: ModuleOpening) -> Non
 
 
 def open_commitments(pairs: Mapping[str, tuple[ModuleCommitment, ModuleOpening]]) -> None:
-    """Check the openings of a whole adapter with one multi-scalar multiplication.
-
-    Args:
-        pairs: Commitment and opening of each module, by its name.
+    """Check the openings of a whole adapter, by name, with one multi-scalar multiplication.
 
     Raises:
         VerificationError: naming the modules that are not the committed ones.

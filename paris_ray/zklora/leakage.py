@@ -161,10 +161,7 @@ def assumed_errors(
 ) -> tuple[float, float]:
     """Return the relative errors of thieves, where no real inputs are at hand.
 
-    Args:
-        modules: The adapter.
-        rows: That each has seen answered.
-        power: See `assumed_inputs`.
+    Each has seen so many rows answered; `power` is that of `assumed_inputs`.
 
     Returns:
         Of one who asks for inputs as they come, and of one who chooses; means over the modules.
@@ -193,11 +190,7 @@ def save_inputs(path: Path, inputs: Mapping[str, Int16]) -> None:
 def describe_leak(journal: SessionJournal, manifest: AdapterManifest, inputs: Path) -> str:
     """Return in a line for people what all users together have learned of an adapter so far.
 
-    Args:
-        journal: Of all sessions.
-        manifest: Of the offer.
-        inputs: A sample of real inputs, as `save_inputs` writes it; without it only directions are
-            counted.
+    Without a file of real inputs, as `save_inputs` writes it, only directions are counted.
     """
     real = load_file(inputs) if inputs.exists() else {}
     most, errors = (0.0, 0, 0), []

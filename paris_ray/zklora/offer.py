@@ -109,12 +109,6 @@ class Offer:
 def open_offer(folder: Path, identity: Identity, adapter: PeftAdapter, terms: AskedTerms) -> Offer:
     """Return the offer in a folder, made now if there is none.
 
-    Args:
-        folder: The contributor's own; it holds the key.
-        identity: Who offers.
-        adapter: What is offered.
-        terms: What is asked for it.
-
     Raises:
         ArtifactError: if the folder has an offer of other weights or terms.
         ParisError: if the adapter cannot be quantised, or a term is not allowed.
@@ -179,11 +173,7 @@ def _digests(modules: Mapping[str, QuantisedModule]) -> dict[str, str]:
 
 
 def default_budget(widths: Sequence[int]) -> int:
-    """Return how many rows of each module are answered unless its contributor says otherwise.
-
-    Args:
-        widths: Of the inputs of all modules.
-    """
+    """Return how many rows are answered, of modules of these `d_in`, unless somebody says more."""
     return max(1, min(widths, default=0) // BUDGET_DIVISOR)
 
 

@@ -35,9 +35,6 @@ Tensors = Mapping[str, NDArray[Any]]
 def seal(openings: Mapping[str, ModuleOpening]) -> tuple[bytes, bytes]:
     """Return the weights of an adapter, encrypted with a new key, and that key (32 bytes).
 
-    Args:
-        openings: What is sold of each module, by its name.
-
     Raises:
         ParisError: if it is too large to be sold.
     """
@@ -61,11 +58,6 @@ def seal(openings: Mapping[str, ModuleOpening]) -> tuple[bytes, bytes]:
 
 def unseal(sealed: bytes, key: bytes, manifest: AdapterManifest) -> dict[str, ModuleOpening]:
     """Return the weights in an envelope; that they are the committed ones is checked elsewhere.
-
-    Args:
-        sealed: The envelope.
-        key: What was released.
-        manifest: What was pinned.
 
     Returns:
         What is said to open the commitment of each module, in the manifest's order.

@@ -210,12 +210,11 @@ class SessionJournal:
                     self.calls.add(sid, number, request)
                 self._set(sid, calls=seq + len(requests))
                 return [None] * len(requests)
-            known = [self.calls.find(sid, number) for number in range(seq, seq + len(requests))]
-            stored = [request.stored for request in requests]
-            changed = [i for i, (asked, _) in enumerate(known) if asked != stored[i]]
+            known = [self.calls.find(sid, i, request) for i, request in enumerate(requests, seq)]
+            changed = [number for number, (is_same, _) in enumerate(known, seq) if not is_same]
             if not changed:
                 return [answer for _, answer in known]
-            reason = f"call {seq + changed[0]} was sent again with other content"
+            reason = f"call {changed[0]} was sent again with other content"
             self._set(sid, state=SessionState.ENDED, reason=reason)
         raise ProtocolError(f"session {sid} is ended: {reason}")
 

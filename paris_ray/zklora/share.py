@@ -75,9 +75,8 @@ class Worth:
     def thief(self, rows: int, *, chooses: bool) -> Thief:
         """Return what a thief has who saw so many rows of every module answered; gain is above 0.
 
-        Args:
-            rows: How many; fewer where there are no more inputs.
-            chooses: It asks for the rows that teach most, instead of inputs at random.
+        They are fewer where there are no more inputs. One who chooses asks for the rows that teach
+        most, instead of inputs at random.
         """
         random = numpy_generator(0, "rows of a thief")
         theirs, errors = {}, []

@@ -228,11 +228,7 @@ class TextSubject(Subject):
 def read_pictures(path: str, bundle: str) -> tuple[NDArray[np.uint8], tuple[str, ...]]:
     """Return the first pictures of a folder, as the bundle's experts see them, and captions.
 
-    Rows that are bad are counted and left out.
-
-    Args:
-        path: A folder with `metadata.jsonl`.
-        bundle: Says how large pictures are.
+    The folder has a `metadata.jsonl`. Rows that are bad are counted and left out.
 
     Returns:
         `(n, S, S, 3)` pictures and n captions.

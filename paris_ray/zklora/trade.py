@@ -83,13 +83,10 @@ class _Word(Document):
 
 
 def sign_rows(buyer: Signer, adapter_id: str, session: str, rows: int) -> SignedDocument:
-    """Return a buyer's word that it owes for so many rows of a session, in all.
+    """Return a buyer's word that it owes for so many rows of a session.
 
-    Args:
-        buyer: Who owes.
-        adapter_id: What is tried.
-        session: Where.
-        rows: Of the module with the most, from the session's beginning: a later word replaces this.
+    They are those of the module with the most, from the session's beginning: a later word replaces
+    an earlier one.
     """
     document = {"adapter_id": adapter_id, "session": session, "rows": rows}
     return SignedDocument.sign(ROWS, document, buyer)

@@ -6,6 +6,7 @@ integers go through float64 BLAS, on limbs so small that every sum is exact.
 
 import operator
 from collections.abc import Iterator, Sequence
+from itertools import zip_longest
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,8 +43,8 @@ def padded(vector: Sequence[int], length: int) -> list[int]:
 
 
 def plus(a: Sequence[int], factor: int, b: Sequence[int]) -> list[int]:
-    """Return `a + factor * b`; both have one length."""
-    return [(x + factor * y) % ORDER for x, y in zip(a, b, strict=True)]
+    """Return `a + factor * b`; the shorter one is padded with zeros."""
+    return [(x + factor * y) % ORDER for x, y in zip_longest(a, b, fillvalue=0)]
 
 
 def combine(coefficients: Sequence[int], matrix: NDArray[np.signedinteger]) -> list[int]:

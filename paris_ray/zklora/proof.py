@@ -29,7 +29,7 @@ from paris_ray.zklora import curve
 from paris_ray.zklora.commitment import ModuleCommitment, ModuleOpening
 from paris_ray.zklora.curve import BLINDING, FORM, POINT_BYTES, VALUE, Equation, check_equations
 from paris_ray.zklora.fiat_shamir import FiatShamir, Oracle
-from paris_ray.zklora.field import ORDER, SCALAR_BYTES, combine, dot, padded, plus, powers
+from paris_ray.zklora.field import ORDER, SCALAR_BYTES, combine, dot, plus, powers
 from paris_ray.zklora.fixed_point import Int16, Int64, check_statement, evaluate
 from paris_ray.zklora.folding import Folded, fold, folding_equation, folding_shape
 
@@ -142,16 +142,6 @@ class _Joint:
     xi: int
     mu: int
 
-    def vector(self, a: list[int], b: list[int]) -> list[int]:
-        """Return `c = a + xi b`, padded with zeros."""
-        width = max(len(a), len(b))
-        return plus(padded(a, width), self.xi, padded(b, width))
-
-    def form(self, form: _Form) -> list[int]:
-        """Return `f = x~ + mu beta`, padded with zeros."""
-        width = max(len(form.x), len(form.beta))
-        return plus(padded(form.x, width), self.mu, padded(form.beta, width))
-
     def value(self, u: Sequence[int], v: Sequence[int], p: Sequence[int]) -> int:
         """Return the claim's right side."""
         of_a = dot(self.gamma, u) + self.xi * p[0]
@@ -194,7 +184,7 @@ def _prove(opening: ModuleOpening, x: Int16, y: Int64, oracle: Oracle) -> Proof:
     crossed = p.encoded()
     joint = _join(oracle, gamma, crossed)
     blinder = dot(gamma, opening.blinders_a) + joint.xi * dot(gamma, opening.blinders_b)
-    c, f = _Hidden(joint.vector(a, b), blinder % ORDER), joint.form(form)
+    c, f = _Hidden(plus(a, joint.xi, b), blinder % ORDER), plus(form.x, joint.mu, form.beta)
 
     # One mask under two challenges would give the weights away.
     masks = [_Hidden.mask(length) for length in (len(f), module.r, module.r, 2)]
@@ -292,7 +282,7 @@ def _equation(
         claim.add(columns[k], e * power)
         claim.add(rows[k], joint.xi * e * power)
     claim.add(FORM, chi * (proof.lacking + joint.value(zu, zv, zp)))
-    scaled = [chi * value % ORDER for value in joint.form(form)]
+    scaled = [chi * value % ORDER for value in plus(form.x, joint.mu, form.beta)]
     product = dot(zu, zv) - e * e * form.y
     parts = (
         folding_equation(claim, scaled, proof.folded, oracle),

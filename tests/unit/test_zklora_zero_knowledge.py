@@ -82,7 +82,7 @@ def simulate(
     form = _random_form(x, y, oracle)
     gamma, e = powers(oracle.challenge("gamma"), commitment.r), oracle.challenge("e")
     joint = _Joint(gamma, oracle.challenge("xi"), oracle.challenge("mu"))
-    f = joint.form(form)
+    f = plus(form.x, joint.mu, form.beta)
     zc, zu, zv, zp = map(draw, (len(f), commitment.r, commitment.r, 2))
     z1, z2, z3, z4, z5 = draw(5)
     U, V, C, M1 = (random_point() for _ in range(4))

@@ -1,5 +1,8 @@
 """The exceptions that users can meet; messages name the field, the value and what is allowed."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class ParisError(ValueError):
     """Base of everything that wrong input can cause; a programming error of ours is never one."""
@@ -71,3 +74,12 @@ class TradeError(ParisError):
 
 class PictureError(ParisError):
     """A file that is no picture, or carries no record of how it was drawn."""
+
+
+@contextmanager
+def naming(what: str, kind: type[ParisError] = ParisError) -> Iterator[None]:
+    """Say of a ParisError what it is about, and make it one of a kind."""
+    try:
+        yield
+    except ParisError as error:
+        raise kind(f"{what}: {error}") from None

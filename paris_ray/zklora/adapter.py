@@ -17,7 +17,7 @@ from paris_ray.artifacts import VerifiedFolder, find_finished, publish
 from paris_ray.bundle.links import check_links
 from paris_ray.config import LoRAConfig
 from paris_ray.config.lora import require
-from paris_ray.errors import ArtifactError, BundleError, ParisError, VerificationError
+from paris_ray.errors import ArtifactError, BundleError, VerificationError, naming
 from paris_ray.folders import Folder
 from paris_ray.models.peft_layout import (
     ADAPTER_WEIGHTS,
@@ -110,13 +110,11 @@ def quantise_adapter(adapter: PeftAdapter) -> dict[str, QuantisedModule]:
     """
     modules = {}
     for name, (a, b) in adapter.factors.items():
-        try:
+        with naming(name):
             module = modules[name] = quantise(a, b)
             for exponent in (module.exponent_a, module.exponent_b):
                 allowed = f"{MIN_EXPONENT} to {MAX_EXPONENT}, so that the factors are float32"
                 require(MIN_EXPONENT <= exponent <= MAX_EXPONENT, "exponent", exponent, allowed)
-        except ParisError as error:
-            raise ParisError(f"{name}: {error}") from None
     return modules
 
 

@@ -12,7 +12,7 @@ from functools import cached_property
 
 from py_arkworks_bls12381 import G1Point
 
-from paris_ray.errors import ParisError, VerificationError
+from paris_ray.errors import VerificationError, naming
 from paris_ray.zklora.curve import (
     BLINDING,
     Equation,
@@ -51,10 +51,8 @@ class ModuleCommitment:
         Raises:
             VerificationError: if dimensions, numbers or encodings are not allowed.
         """
-        try:
+        with naming("the commitment", VerificationError):
             check_dimensions(self.d_in, self.r, self.d_out)
-        except ParisError as error:
-            raise VerificationError(f"the commitment: {error}") from None
         decoded = []
         for name, encodings in (("a", self.a), ("b", self.b)):
             if len(encodings) != self.r:
@@ -124,10 +122,8 @@ def open_commitments(pairs: Mapping[str, tuple[ModuleCommitment, ModuleOpening]]
     """
     equations = {}
     for name, (commitment, opening) in pairs.items():
-        try:
+        with naming(name, VerificationError):
             equations[name] = _opening_equation(commitment, opening)
-        except VerificationError as error:
-            raise VerificationError(f"{name}: {error}") from None
     check_equations(equations, "the opening")
 
 

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
-from paris_ray.errors import ParisError, ProtocolError
+from paris_ray.errors import ParisError, ProtocolError, naming
 
 MAX_COUNT = 2**53 - 1  # exact in every reader of JSON
 
@@ -38,10 +38,8 @@ class Document(BaseModel):
         if not isinstance(values, dict):
             shown = reprlib.repr(values)
             raise ProtocolError(f"{cls.__name__}={shown} is not allowed: a mapping")
-        try:
+        with naming(cls.__name__, ProtocolError):
             return cls(**values)
-        except ProtocolError as error:
-            raise ProtocolError(f"{cls.__name__}: {error}") from None
 
     def to_json(self) -> dict[str, Any]:
         """Return it as JSON values."""

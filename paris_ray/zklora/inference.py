@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from paris_ray.errors import BundleError, ParisError, ProtocolError
+from paris_ray.errors import BundleError, ProtocolError, naming
 from paris_ray.models.lora import share
 from paris_ray.zklora.fixed_point import (
     Floats,
@@ -131,15 +131,13 @@ class UpdatedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`(..., d_in) -> (..., d_out)`."""
-        return self._add(self.base(x), self._update(x))
+        output = self.base(x)
+        return output + self._update(x).to(output)
 
     def rows(self, x: Tensor, start: int, stop: int | None) -> Tensor:
         """Return output features `start` to `stop` only; all of the update is asked for."""
-        return self._add(self.base.rows(x, start, stop), self._update(x)[..., start:stop])
-
-    @staticmethod
-    def _add(output: Tensor, update: Tensor) -> Tensor:
-        return output + update.to(output)
+        output = self.base.rows(x, start, stop)
+        return output + self._update(x)[..., start:stop].to(output)
 
 
 def adapt(
@@ -216,10 +214,8 @@ def _update(
         if not x.numel():  # a mixture of experts may send a module nothing
             return torch.zeros(shape)
         rows = x.detach().to("cpu", torch.float64).reshape(-1, d_in).contiguous().numpy()
-        try:
+        with naming(name):
             integers, exponent = quantise_rows(rows)
-        except ParisError as error:
-            raise ParisError(f"{name}: {error}") from None
         start = perf_counter()
         y = evaluate(name, integers, exponent)
         numerics.record(name, rows, integers, exponent, perf_counter() - start)

@@ -43,13 +43,9 @@ class Span:
 
     Args:
         d_in: Width of the inputs.
-
-    Attributes:
-        rows: How many rows were answered.
     """
 
     def __init__(self, d_in: int) -> None:
-        self.rows = 0
         self._basis: Directions = np.empty((0, d_in))
 
     @classmethod
@@ -79,7 +75,6 @@ class Span:
             ParisError: if `x` has another type or width.
         """
         check_rows(x, np.int16, self._basis.shape[1], "x")
-        self.rows += len(x)
         rows = x[x.any(axis=1)].astype(np.float64)
         rows /= np.linalg.norm(rows, axis=1, keepdims=True)
         # Once is not enough: what cancels would leave rounding errors along the basis.
@@ -156,12 +151,10 @@ def assumed_inputs(d_in: int, rows: int, power: float, random: np.random.Generat
     return random.standard_normal((rows, d_in)) * np.arange(1, d_in + 1) ** -power
 
 
-def assumed_errors(
-    modules: Mapping[str, QuantisedModule], rows: int, power: float = 1.0
-) -> tuple[float, float]:
+def assumed_errors(modules: Mapping[str, QuantisedModule], rows: int) -> tuple[float, float]:
     """Return the relative errors of thieves, where no real inputs are at hand.
 
-    Each has seen so many rows answered; `power` is that of `assumed_inputs`.
+    Each has seen so many rows answered, of inputs that resemble activations.
 
     Returns:
         Of one who asks for inputs as they come, and of one who chooses; means over the modules.
@@ -170,8 +163,8 @@ def assumed_errors(
     asked, chosen = [], []
     for module in modules.values():
         width = module.d_in
-        inputs = assumed_inputs(width, FRESH_ROWS, power, random)
-        seen, _ = quantise_rows(assumed_inputs(width, rows, power, random))
+        inputs = assumed_inputs(width, FRESH_ROWS, 1.0, random)
+        seen, _ = quantise_rows(assumed_inputs(width, rows, 1.0, random))
         asked.append(predicted_error(Span.of(width, [seen]), inputs, module))
         best = np.eye(width)[: min(rows, width)]  # the spectrum falls along the axes
         chosen.append(predicted_error(Span.of(width, [quantise_rows(best)[0]]), inputs, module))

@@ -13,7 +13,7 @@ from pydantic import AfterValidator, Field, SkipValidation, model_validator
 from paris_ray.artifacts import canonical_json, sha256_hex
 from paris_ray.config import LoRAConfig
 from paris_ray.config.lora import require
-from paris_ray.errors import ProtocolError, SignatureError, VerificationError
+from paris_ray.errors import ProtocolError, SignatureError, VerificationError, naming
 from paris_ray.identity import public_key_of
 from paris_ray.receipts import MAX_MODULES
 from paris_ray.signatures import SignedDocument, Signer
@@ -128,10 +128,8 @@ class ModuleTerms(Document):
 
     def check_points(self) -> None:
         """Raise VerificationError unless all points are ones of the group."""
-        try:
+        with naming(self.name, VerificationError):
             self.commitment.points()
-        except VerificationError as error:
-            raise VerificationError(f"{self.name}: {error}") from None
 
 
 class AdapterManifest(Document):

@@ -24,7 +24,7 @@ from itertools import chain, islice
 
 import numpy as np
 
-from paris_ray.errors import ParisError, VerificationError
+from paris_ray.errors import ParisError, VerificationError, naming
 from paris_ray.zklora import curve
 from paris_ray.zklora.commitment import ModuleCommitment, ModuleOpening
 from paris_ray.zklora.curve import BLINDING, FORM, POINT_BYTES, VALUE, Equation, check_equations
@@ -237,10 +237,8 @@ def verify_named(claims: Mapping[str, Claim]) -> None:
     """Check many proofs as `verify_batch` does; the error says the names of those that fail."""
     equations = {}
     for name, claim in claims.items():
-        try:
+        with naming(name, VerificationError):
             equations[name] = proof_equation(*claim)
-        except ParisError as error:
-            raise VerificationError(f"{name}: {error}") from None
     check_equations(equations, "the proof")
 
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 
 from paris_ray.artifacts import sha256_hex
-from paris_ray.errors import ParisError, VerificationError
+from paris_ray.errors import ParisError, VerificationError, naming
 from paris_ray.zklora.commitment import ModuleOpening, open_commitments
 from paris_ray.zklora.field import ORDER, SCALAR_BYTES
 from paris_ray.zklora.fixed_point import QuantisedModule
@@ -123,10 +123,8 @@ def _forms(terms: ModuleTerms) -> dict[str, tuple[np.dtype[Any], tuple[int, ...]
 
 def _opening(terms: ModuleTerms, tensors: Tensors) -> ModuleOpening:
     a, b, blinders_a, blinders_b = (tensors[name] for name in _forms(terms))
-    try:
+    with naming(terms.name, VerificationError):
         module = QuantisedModule(a, b, terms.exponent_a, terms.exponent_b)
-    except ParisError as error:
-        raise VerificationError(f"{terms.name}: {error}") from None
     opening = ModuleOpening(module, _decode(blinders_a), _decode(blinders_b))
     if max(opening.blinders_a + opening.blinders_b) >= ORDER:
         raise VerificationError(f"{terms.name}: a blinder is not below the group's order")

@@ -66,6 +66,7 @@ def _check_printable(text: str) -> str:
 
 Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 Count = Annotated[int, Field(ge=0, le=MAX_COUNT)]
+Size = Annotated[int, Field(ge=1, le=MAX_COUNT)]
 Printable = Annotated[str, AfterValidator(_check_printable)]
 
 

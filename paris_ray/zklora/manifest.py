@@ -19,7 +19,7 @@ from paris_ray.receipts import MAX_MODULES
 from paris_ray.signatures import SignedDocument, Signer
 from paris_ray.zklora.commitment import ModuleCommitment, ModuleOpening
 from paris_ray.zklora.curve import POINT_BYTES
-from paris_ray.zklora.documents import MAX_COUNT, Count, Digest, Document
+from paris_ray.zklora.documents import MAX_COUNT, Count, Digest, Document, Size
 from paris_ray.zklora.fixed_point import MAX_RANK, MAX_WIDTH
 from paris_ray.zklora.transcript import session_id
 
@@ -167,7 +167,7 @@ class AdapterManifest(Document):
     lora_alpha: SkipValidation[float]  # 3 and 3.0 are two documents; `config` checks it
     r: Rank
     use_rslora: bool
-    budget_rows: Annotated[int, Field(ge=1, le=MAX_COUNT)]
+    budget_rows: Size
     price: Count
     price_per_row: Count
     sealed_digest: Digest

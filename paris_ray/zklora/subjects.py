@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -185,21 +185,13 @@ class TextSubject(Subject):
 
     folder: Path
     texts: Sequence[str] = ()
+    levels: ClassVar[tuple[str, ...]] = ("nats a token",)  # the mean over a text's
+    example: ClassVar[str] = "the longest text"
 
     @property
     def num_examples(self) -> int:
         """Number of texts."""
         return len(self.texts)
-
-    @property
-    def levels(self) -> tuple[str, ...]:
-        """One: the mean over a text's tokens."""
-        return ("nats a token",)
-
-    @property
-    def example(self) -> str:
-        """The text with the most tokens."""
-        return "the longest text"
 
     def base(self) -> Base:
         """Return the digest of the weights."""

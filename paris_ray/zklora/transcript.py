@@ -20,6 +20,7 @@ from paris_ray.artifacts import canonical_json, sha256_hex
 from paris_ray.errors import ArtifactError, ProtocolError
 from paris_ray.folders import Folder
 from paris_ray.receipts import DIGEST
+from paris_ray.zklora.documents import Document, Size
 from paris_ray.zklora.fixed_point import MAX_EXPONENT, Int16, Int64
 
 LABEL = "paris_ray zklora"
@@ -185,7 +186,7 @@ class Log(NamedTuple):
         return cls(digest.hexdigest(), len(calls), counts)
 
 
-class Entry(NamedTuple):
+class Entry(Document):
     """A call whose arrays lie in a file.
 
     Attributes:
@@ -198,9 +199,9 @@ class Entry(NamedTuple):
 
     module: str
     exponent: int
-    rows: int
-    d_in: int
-    d_out: int
+    rows: Size
+    d_in: Size
+    d_out: Size
 
     @property
     def sizes(self) -> tuple[int, int]:
@@ -254,8 +255,8 @@ class Transcript:
         Raises:
             ProtocolError: if its number is not the next, or its widths are not the module's.
         """
-        widths = call.x.shape[1], call.y.shape[1]
-        entry = Entry(call.module, call.exponent, len(call.x), *widths)
+        (rows, d_in), d_out = call.x.shape, call.y.shape[1]
+        entry = Entry(module=call.module, exponent=call.exponent, rows=rows, d_in=d_in, d_out=d_out)
         start, both = self._check_next(call.seq, entry), b"".join(call.payload)
         if os.pwrite(self._file, both, start) != len(both):
             raise ArtifactError(f"call {call.seq} could not be written: is the disk full?")
@@ -313,7 +314,7 @@ class Transcript:
                 for entry, start, _ in self._kept:
                     copy.write(os.pread(self._file, sum(entry.sizes), start))
         os.fsync(self._file)
-        Folder(str(folder)).write_json(CALLS, [kept.entry._asdict() for kept in self._kept])
+        Folder(str(folder)).write_json(CALLS, [kept.entry.to_json() for kept in self._kept])
 
     @classmethod
     def load(cls, folder: Path) -> "Transcript":
@@ -327,10 +328,7 @@ class Transcript:
             result._use(os.open(folder / ROWS, os.O_RDONLY))
             size, end = os.fstat(result._file).st_size, 0
             for seq, values in enumerate(Folder(str(folder)).read_json(CALLS)):
-                entry = Entry(**values)
-                numbers = (entry.rows, entry.d_in, entry.d_out)
-                if any(type(number) is not int or not 1 <= number <= size for number in numbers):
-                    raise ValueError(f"call {seq} is {numbers!r:.80} in size")
+                entry = Entry.from_json(values)
                 start = result._check_next(seq, entry)
                 if (end := start + sum(entry.sizes)) > size:  # before memory is taken for it
                     raise ValueError(f"{ROWS} ends in call {seq}")
@@ -339,7 +337,7 @@ class Transcript:
                 result._kept.append(_Kept(entry, start, digest))
             if size != end:
                 raise ValueError(f"{ROWS} has {size} bytes, not {end}")
-        except (OSError, ValueError, TypeError, OverflowError) as error:
+        except (OSError, ValueError, TypeError) as error:
             raise ArtifactError(f"{folder} holds no transcript: {error}") from None
         return result
 

@@ -7,7 +7,6 @@ in exact integers. Any tree of torch modules will do: the experts, or a language
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from time import perf_counter
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -49,16 +48,12 @@ class ModuleNumerics:
     """What rounding to 16 bits meant for the inputs of one module.
 
     Attributes:
-        rows: How many rows were asked for, in all calls.
         peak_to_rms: Largest entry over root mean square, of the call where it was highest.
         input_error: Relative RMS error of the inputs that were answered, of the worst call.
-        seconds: Waiting for the updates, in all calls.
     """
 
-    rows: int = 0
     peak_to_rms: float = 0.0
     input_error: float = 0.0
-    seconds: float = 0.0
 
 
 class NumericsLog:
@@ -87,7 +82,7 @@ class NumericsLog:
         log.modules = {name: ModuleNumerics(**seen) for name, seen in values.items()}
         return log
 
-    def record(self, name: str, x: Floats, rounded: Int16, exponent: int, seconds: float) -> None:
+    def record(self, name: str, x: Floats, rounded: Int16, exponent: int) -> None:
         """Note one call.
 
         Args:
@@ -95,16 +90,13 @@ class NumericsLog:
             x: `(rows, d_in)` float64, at least one row.
             rounded: The integers that were sent.
             exponent: Their exponent.
-            seconds: How long the answer took.
         """
         rms = _rms(x) or 1.0  # all zero: exact
         error = _rms(np.ldexp(rounded.astype(np.float64), -exponent) - x)
         error = float(np.hypot(error, np.ldexp(np.sqrt(self._drawn), -exponent)))
         seen = self.modules.setdefault(name, ModuleNumerics())
-        seen.rows += len(x)
         seen.peak_to_rms = max(seen.peak_to_rms, float(np.abs(x).max()) / rms)
         seen.input_error = max(seen.input_error, error / rms)
-        seen.seconds += seconds
 
 
 def _rms(values: Floats) -> float:
@@ -216,9 +208,8 @@ def _update(
         rows = x.detach().to("cpu", torch.float64).reshape(-1, d_in).contiguous().numpy()
         with naming(name):
             integers, exponent = quantise_rows(rows)
-        start = perf_counter()
         y = evaluate(name, integers, exponent)
-        numerics.record(name, rows, integers, exponent, perf_counter() - start)
+        numerics.record(name, rows, integers, exponent)
         if y.dtype != np.int64 or y.shape != (len(rows), d_out):
             raise ProtocolError(
                 f"{name}: the answer must be int64 with shape {(len(rows), d_out)}, "

@@ -135,7 +135,7 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Purchase:
     escrow.deposit_key(theirs, sid, offer.key)
 
     numerics = NumericsLog()
-    numerics.modules = {name: ModuleNumerics(NUM_ROWS, 3.0, 1e-4, 0.1) for name in MODULES}
+    numerics.modules = {name: ModuleNumerics(3.0, 1e-4) for name in MODULES}
     receipts = Receipts(folder, buyer, new_receipt(manifest))
     receipts.advance(State.VERIFIED, **verified_facts(manifest, evidence, numerics))
     receive(offer.sealed, offer.key, manifest, folder / "adapter", receipts)

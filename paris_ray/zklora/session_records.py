@@ -59,8 +59,7 @@ class SessionRecord:
         sid: Its name.
         adapter_id: Digest of the manifest.
         user: Public key, in hexadecimal.
-        nonce_u: The user's nonce.
-        nonce_c: The contributor's.
+        nonce_c: The contributor's nonce.
         state: How far it is.
         calls: How many were paid for: the number of the next.
         reason: Why it ended, else None.
@@ -71,7 +70,6 @@ class SessionRecord:
     sid: str
     adapter_id: str
     user: str
-    nonce_u: str
     nonce_c: str
     state: SessionState
     calls: int

@@ -182,6 +182,13 @@ def test_no_changed_byte_is_accepted_or_breaks_a_reader(name: str, tmp_path: Pat
     assert report.mutations == 300 and not report.failures
 
 
+def test_a_transcript_that_is_only_spelt_otherwise_is_the_same(tmp_path: Path) -> None:
+    """Found by `make fuzz`: another space between two values was called a failure."""
+    target = TARGETS["transcript"](tmp_path)
+    other = target.payload.replace(b" ", b"\n", 1)
+    assert other != target.payload and target.is_harmless(other, target.read(other))
+
+
 @pytest.mark.parametrize("field", ["signature", "public_key"])
 def test_a_signed_document_has_one_spelling(field: str, tmp_path: Path) -> None:
     """Found by `make fuzz`: readers of hexadecimal take capitals and spaces."""

@@ -18,7 +18,6 @@ ledger are one SQLite file, and a step moves state and money in one transaction.
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import MappingProxyType
 
 from paris_ray.errors import ParisError, TradeError
 from paris_ray.identity import Identity
@@ -26,7 +25,7 @@ from paris_ray.signatures import SignedDocument
 from paris_ray.zklora.documents import printable
 from paris_ray.zklora.journal import Journal, Value
 from paris_ray.zklora.ledger import LEDGER_TABLES, SQLiteLedger
-from paris_ray.zklora.listings import LISTING_TABLES, MAX_LISTED, Listings
+from paris_ray.zklora.listings import LISTING_TABLES, Listings
 from paris_ray.zklora.manifest import AdapterManifest
 from paris_ray.zklora.sealing import KEY_BYTES, check_opening
 from paris_ray.zklora.trade import BOUGHT, MAX_REASON, Trade, TradeState, signed_rows
@@ -72,9 +71,6 @@ class Escrow:
         journal: Where everything is kept: `open_journal(...)`.
         identity: Whose certificate the manifests name, and who signs statements.
         ledger: Who owns how much.
-        deadlines: Seconds that a trade may rest in a state, in place of those of DEADLINES.
-        max_listed: Adapters that one seller may list.
-        max_open_trades: Trades that one buyer may have before their end.
         clock: Seconds since 1970.
 
     Attributes:
@@ -87,21 +83,13 @@ class Escrow:
         journal: Journal,
         identity: Identity,
         ledger: SQLiteLedger,
-        *,
-        deadlines: Mapping[TradeState, float] = MappingProxyType({}),
-        max_listed: int = MAX_LISTED,
-        max_open_trades: int = MAX_OPEN_TRADES,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        if endless := sorted(deadlines.keys() - DEADLINES.keys()):
-            raise TradeError(f"no deadline is allowed for {', '.join(endless)}")
         self._journal = journal
         self.identity = identity
         self._ledger = ledger
-        self._deadlines = {**DEADLINES, **deadlines}
-        self._max_open_trades = max_open_trades
         self._clock = clock
-        self.listings = Listings(journal, identity.certificate, max_listed)
+        self.listings = Listings(journal, identity.certificate)
 
     def open_trade(
         self,
@@ -148,10 +136,9 @@ class Escrow:
     def _check_may_open(self, buyer: str, manifest: AdapterManifest) -> None:
         query = "SELECT count(*) FROM trades WHERE buyer = ? AND state NOT IN (?, ?)"
         (trades,) = self._journal.first(query, buyer, TradeState.SETTLED, TradeState.REFUNDED)
-        if trades >= self._max_open_trades:
+        if trades >= MAX_OPEN_TRADES:
             raise TradeError(
-                f"{buyer} has {trades} trades that have not ended: at most "
-                f"{self._max_open_trades} are allowed"
+                f"{buyer} has {trades} trades that have not ended: at most {MAX_OPEN_TRADES}"
             )
         if missing := self.listings.missing(manifest):
             raise TradeError(
@@ -276,7 +263,7 @@ class Escrow:
         """
         now, ended = self._clock(), []
         with self._journal.transaction():
-            for state, seconds in self._deadlines.items():
+            for state, seconds in DEADLINES.items():
                 query = "SELECT session FROM trades WHERE state = ? AND since <= ?"
                 for (session,) in self._journal.execute(query, state, now - seconds):
                     trade, reason = self._trade(session), f"{seconds:g} s in {state}"

@@ -25,6 +25,10 @@ from paris_ray.zklora.session_records import (
 )
 from paris_ray.zklora.transcript import CLOSE, Call, check_digest, check_request, closing_statement
 
+# Of one user at a time; a new one takes the place of the oldest that has paid for nothing.
+MAX_OPEN_SESSIONS = 16
+MAX_ROWS = 4096  # of one call
+
 SCHEMA_VERSION = 2
 SCHEMA = (*SESSION_TABLES, *BUDGET_TABLES, *CALL_TABLES)
 COLUMNS = ", ".join(SessionRecord.__dataclass_fields__)
@@ -38,9 +42,6 @@ class SessionJournal:
 
     Args:
         path: The file; made if it does not exist, readable by its owner alone.
-        max_open_sessions: That one user may have at a time; a new one takes the place of the oldest
-            that has paid for nothing.
-        max_rows_per_call: That one call may have.
         max_rows_per_user: Of each module that one user may ever see; None: all of the budget.
 
     Attributes:
@@ -51,16 +52,7 @@ class SessionJournal:
         ArtifactError: if the file is no journal of this version.
     """
 
-    def __init__(
-        self,
-        path: Path,
-        *,
-        max_open_sessions: int = 16,
-        max_rows_per_call: int = 4096,
-        max_rows_per_user: int | None = None,
-    ) -> None:
-        self._max_open_sessions = max_open_sessions
-        self._max_rows_per_call = max_rows_per_call
+    def __init__(self, path: Path, *, max_rows_per_user: int | None = None) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._journal = Journal(path, SCHEMA, SCHEMA_VERSION)
         self.budget = RowBudget(self._journal, max_rows_per_user)
@@ -122,13 +114,13 @@ class SessionJournal:
         (num_open,) = self._journal.first(count, user)
         query = "SELECT sid, state FROM sessions WHERE user = ? AND calls = 0 ORDER BY rowid"
         unpaid = self._journal.execute(query, user)
-        if num_open >= self._max_open_sessions:
+        if num_open >= MAX_OPEN_SESSIONS:
             unpaid = [row for row in unpaid if row[1] == SessionState.OPEN]
             if not unpaid:
                 raise ProtocolError(
                     f"{num_open} sessions are open, the most allowed: close or end one"
                 )
-        elif len(unpaid) < self._max_open_sessions:
+        elif len(unpaid) < MAX_OPEN_SESSIONS:
             return
         self._journal.execute("DELETE FROM sessions WHERE sid = ?", unpaid[0][0])
 
@@ -154,8 +146,8 @@ class SessionJournal:
                     self.budget.check(session.adapter_id, user, module, rows)
 
     def _check_rows(self, rows: int) -> None:
-        if rows > (most := self._max_rows_per_call):
-            raise ProtocolError(f"{rows} rows are not allowed: {most} a call")
+        if rows > MAX_ROWS:
+            raise ProtocolError(f"{rows} rows are not allowed: {MAX_ROWS} a call")
 
     def record_calls(
         self,

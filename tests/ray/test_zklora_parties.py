@@ -168,10 +168,10 @@ def channel_to(
 
 @contextlib.contextmanager
 def escrow_service(
-    folder: Path, notary: Identity, parties: list[Identity], **options: Any
+    folder: Path, notary: Identity, parties: list[Identity]
 ) -> Iterator[tuple[Journal, EscrowService]]:
     journal = open_journal(folder / "journal.sqlite")
-    escrow = Escrow(journal, notary, SQLiteLedger(journal), **options)
+    escrow = Escrow(journal, notary, SQLiteLedger(journal))
     certificates = [party.certificate for party in parties]
     with EscrowService(escrow, "127.0.0.1", 0, certificates) as service:
         yield journal, service
@@ -1311,11 +1311,11 @@ def test_an_opening_that_is_none_is_refused(stall: Stall) -> None:
 
 @contextlib.contextmanager
 def trade(
-    stall: Stall, root: Path, release: Callable[[EscrowClient, str], object], **options: Any
+    stall: Stall, root: Path, release: Callable[[EscrowClient, str], object]
 ) -> Iterator[tuple[EscrowClient, Channel, Evidence]]:
     """List the adapter, and verify a session with a seller who releases as it likes."""
     parties = [stall.seller, stall.buyer]
-    with escrow_service(root, stall.notary, parties, **options) as (_, escrow):
+    with escrow_service(root, stall.notary, parties) as (_, escrow):
         seller, buyer = (
             EscrowClient(party, escrow.address, stall.notary.certificate) for party in parties
         )
@@ -1353,8 +1353,11 @@ def test_a_price_that_the_buyer_cannot_pay(tmp_path: Path) -> None:
             buyer.key(evidence.closed.sid)
 
 
-def test_a_seller_who_keeps_the_key_gets_nothing(stall: Stall, tmp_path: Path) -> None:
-    with trade(stall, tmp_path, lambda escrow, sid: None, deadlines={TradeState.PAID: 1.0}) as (
+def test_a_seller_who_keeps_the_key_gets_nothing(
+    stall: Stall, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("paris_ray.zklora.escrow.DEADLINES", {TradeState.PAID: 1.0})
+    with trade(stall, tmp_path, lambda escrow, sid: None) as (
         buyer,
         channel,
         evidence,

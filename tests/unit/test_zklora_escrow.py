@@ -98,11 +98,11 @@ class Parties:
         """An escrow that has only the file, as after a restart."""
         return self.new_escrow() if self.running is None else self.running
 
-    def new_escrow(self, **limits: int) -> Escrow:
+    def new_escrow(self) -> Escrow:
         journal = open_journal(self.folder / "journal.sqlite")
         self.journals.append(journal)
         ledger = SQLiteLedger(journal, OPENING_BALANCE)
-        return Escrow(journal, self.notary, ledger, clock=lambda: self.now, **limits)
+        return Escrow(journal, self.notary, ledger, clock=lambda: self.now)
 
     def offer(self, sold: Openings, sealed: bytes, key: bytes, price: int = PRICE) -> Offer:
         manifest = build_manifest(
@@ -431,8 +431,9 @@ def test_weights_are_taken_as_they_were_announced(
         shelf.piece(adapter_id, 999)
 
 
-def test_a_seller_lists_so_many_adapters(parties: Parties) -> None:
-    shelf = parties.new_escrow(max_listed=2).listings
+def test_a_seller_lists_so_many_adapters(parties: Parties, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(listings, "MAX_LISTED", 2)
+    shelf = parties.escrow.listings
     first, second, third = (parties.honest_offer(price) for price in (1, 2, 3))
     seller, other = parties.seller.public_key, parties.stranger
     for offer in (first, second):
@@ -456,9 +457,9 @@ def test_what_a_seller_announces_counts_before_a_byte_of_it_comes(
         shelf.add(seller, second.signed)
 
 
-def test_a_buyer_has_so_many_open_trades(parties: Parties) -> None:
+def test_a_buyer_has_so_many_open_trades(parties: Parties, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("paris_ray.zklora.escrow.MAX_OPEN_TRADES", 2)
     offer = parties.honest_offer()
-    parties.running = parties.new_escrow(max_open_trades=2)
     first, second, third, fourth = (Purchase(parties, offer) for _ in range(4))
     first.until("deposit_key")
     second.until("open_trade")
@@ -669,13 +670,6 @@ def test_a_deadline_that_passes_during_the_check_counts(purchase: Purchase) -> N
     escrow.expire()
     owed = 7 * ROW_PRICE
     assert parties.balances() == (OPENING_BALANCE - owed, OPENING_BALANCE + owed)
-
-
-def test_what_has_ended_has_no_deadline(parties: Parties) -> None:
-    journal = open_journal(parties.folder / "journal.sqlite")
-    parties.journals.append(journal)
-    with pytest.raises(TradeError, match="SETTLED"):
-        Escrow(journal, parties.notary, SQLiteLedger(journal), deadlines={TradeState.SETTLED: 1})
 
 
 def test_the_escrow_states_what_happened(purchase: Purchase) -> None:

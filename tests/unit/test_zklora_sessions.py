@@ -16,6 +16,7 @@ import pytest
 from paris_ray.errors import ArtifactError, BudgetError, ProtocolError, SignatureError
 from paris_ray.identity import Identity
 from paris_ray.signatures import SignedDocument
+from paris_ray.zklora import sessions
 from paris_ray.zklora.calls import Request
 from paris_ray.zklora.session_records import SessionState
 from paris_ray.zklora.sessions import SCHEMA_VERSION, SessionJournal
@@ -33,8 +34,10 @@ def path(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def journal(path: Path) -> SessionJournal:
-    journal = SessionJournal(path, max_open_sessions=2, max_rows_per_call=8)
+def journal(path: Path, monkeypatch: pytest.MonkeyPatch) -> SessionJournal:
+    monkeypatch.setattr(sessions, "MAX_OPEN_SESSIONS", 2)
+    monkeypatch.setattr(sessions, "MAX_ROWS", 8)
+    journal = SessionJournal(path)
     journal.budget.add_adapter(ADAPTER, ["m", "n"], BUDGET)
     journal.open_session(SID, ADAPTER, USER, NONCE_U, NONCE_C)
     return journal
@@ -263,10 +266,10 @@ def test_a_killed_process_neither_forgets_nor_repeats_a_payment(
 
 
 def test_threads_of_two_journals_never_get_more_than_the_budget(path: Path):
-    journals = [SessionJournal(path, max_open_sessions=40) for _ in range(2)]
+    journals = [SessionJournal(path) for _ in range(2)]
     journals[0].budget.add_adapter(ADAPTER, ["m"], 25)
-    sessions = 16
-    for i in range(sessions):
+    count = 16
+    for i in range(count):
         nonce = f"{i:064x}"
         journals[0].open_session(nonce, ADAPTER, USER, nonce, NONCE_C)
     computed = []  # appending is atomic
@@ -290,8 +293,8 @@ def test_threads_of_two_journals_never_get_more_than_the_budget(path: Path):
         return paid
 
     with ThreadPoolExecutor(8) as pool:
-        paid = sum(pool.map(ask, range(sessions)))
-    asked = (journals[0].calls.asked(f"{i:064x}") for i in range(sessions))
+        paid = sum(pool.map(ask, range(count)))
+    asked = (journals[0].calls.asked(f"{i:064x}") for i in range(count))
     kept = sum(counts["m"] for _, counts in asked)
     assert paid == kept == sum(computed) == 25 - left(journals[0])["m"]
     assert left(journals[1])["m"] < 3  # nobody's question was that small, or it would be 0

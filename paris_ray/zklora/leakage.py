@@ -43,33 +43,26 @@ class Span:
 
     Args:
         d_in: Width of the inputs.
+        parts: Answered rows, `(rows, d_in)` each.
+
+    Raises:
+        ParisError: as `add`.
     """
 
-    def __init__(self, d_in: int) -> None:
+    def __init__(self, d_in: int, parts: Iterable[Int16] = ()) -> None:
         self._basis: Directions = np.empty((0, d_in))
-
-    @classmethod
-    def of(cls, d_in: int, parts: Iterable[Int16]) -> "Span":
-        """Return the span of answered rows, each part `(rows, d_in)`."""
-        span = cls(d_in)
         for part in parts:
-            span.add(part)
-        return span
+            self.add(part)
 
     @property
     def dimensions(self) -> int:
         """How many directions are known; d_in of them are the whole map."""
         return len(self._basis)
 
-    def add(self, x: Int16) -> int:
-        """Add answered rows.
+    def add(self, x: Int16) -> None:
+        """Add answered rows `(rows, d_in)`.
 
-        Args:
-            x: `(rows, d_in)` int16.
-
-        Returns:
-            How many directions are new: none of a row that was answered before, or is a
-            combination of such rows.
+        A row that was answered before, or is a combination of such rows, brings no new direction.
 
         Raises:
             ParisError: if `x` has another type or width.
@@ -81,10 +74,7 @@ class Span:
         rest = self.outside(self.outside(rows))
         energies, directions = np.linalg.eigh(rest @ rest.T)
         found = directions[:, energies > NEW**2].T @ rest
-        basis = np.linalg.qr(np.vstack([self._basis, found]).T)[0].T
-        new = len(basis) - self.dimensions
-        self._basis = basis
-        return new
+        self._basis = np.linalg.qr(np.vstack([self._basis, found]).T)[0].T
 
     def outside(self, x: Floats | Int16) -> Directions:
         """Return the part of rows `(rows, d_in)` that is orthogonal to the span."""
@@ -165,9 +155,9 @@ def assumed_errors(modules: Mapping[str, QuantisedModule], rows: int) -> tuple[f
         width = module.d_in
         inputs = assumed_inputs(width, FRESH_ROWS, 1.0, random)
         seen, _ = quantise_rows(assumed_inputs(width, rows, 1.0, random))
-        asked.append(predicted_error(Span.of(width, [seen]), inputs, module))
+        asked.append(predicted_error(Span(width, [seen]), inputs, module))
         best = np.eye(width)[: min(rows, width)]  # the spectrum falls along the axes
-        chosen.append(predicted_error(Span.of(width, [quantise_rows(best)[0]]), inputs, module))
+        chosen.append(predicted_error(Span(width, [quantise_rows(best)[0]]), inputs, module))
     return float(np.mean(asked)), float(np.mean(chosen))
 
 
@@ -189,7 +179,7 @@ def describe_leak(journal: SessionJournal, manifest: AdapterManifest, inputs: Pa
     most, errors = (0.0, 0, 0), []
     for name, terms in manifest.terms.items():
         d_in, _, _ = terms.dimensions
-        span = Span.of(d_in, journal.calls.inputs(manifest.adapter_id, name))
+        span = Span(d_in, journal.calls.inputs(manifest.adapter_id, name))
         most = max(most, (span.dimensions / d_in, span.dimensions, d_in))
         if name in real:
             errors.append(predicted_error(span, real[name]))

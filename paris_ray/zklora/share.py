@@ -85,7 +85,7 @@ class Worth:
             asked = (
                 chosen_rows(inputs, rows) if chooses else random.permutation(inputs, axis=0)[:rows]
             )
-            span = Span.of(module.d_in, [asked])
+            span = Span(module.d_in, [asked])
             theirs[name] = stolen(module, span)
             errors.append(predicted_error(span, inputs, module))
         share = (self._without - self._loss(theirs)) / self.gain

@@ -71,7 +71,7 @@ def _errors(
     guess = np.linalg.lstsq(x.astype(np.float64), answers, rcond=None)[0]
     truth = fresh @ module.a.astype(np.float64) @ module.b.astype(np.float64)
     real = float(np.linalg.norm(fresh @ guess - truth) / np.linalg.norm(truth))
-    return predicted_error(Span.of(module.d_in, [x]), known, module), real
+    return predicted_error(Span(module.d_in, [x]), known, module), real
 
 
 SHARE_ROWS = (1, 2, 4, 8, 16, 32, 64)

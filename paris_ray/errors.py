@@ -4,6 +4,9 @@ Those at the end are of a drawing that nothing was wrong with: they are no Paris
 since they travel between processes, of which some never compute.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class ParisError(ValueError):
     """Base of everything that wrong input can cause; a programming error of ours is never one."""
@@ -75,6 +78,15 @@ class TradeError(ParisError):
 
 class PictureError(ParisError):
     """A file that is no picture, or carries no record of how it was drawn."""
+
+
+@contextmanager
+def naming(what: str, kind: type[ParisError] = ParisError) -> Iterator[None]:
+    """Say of a ParisError what it is about, and make it one of a kind."""
+    try:
+        yield
+    except ParisError as error:
+        raise kind(f"{what}: {error}") from None
 
 
 class SamplingError(RuntimeError):

@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,8 @@ from paris_ray.zklora.commitment import (
     open_commitments,
 )
 from paris_ray.zklora.fixed_point import QuantisedModule, evaluate, quantise
-from paris_ray.zklora.manifest import AdapterManifest, Base, build_manifest
+from paris_ray.zklora.manifest import AdapterManifest, Base
+from paris_ray.zklora.offer import build_manifest
 from paris_ray.zklora.parties.frames import Message, encode
 from paris_ray.zklora.proof import prove, verify
 from paris_ray.zklora.sealing import NONCE, seal, unseal
@@ -203,7 +204,7 @@ def _offer(folder: Path) -> tuple[Identity, AdapterManifest, bytes, bytes]:
     manifest = build_manifest(
         openings,
         LoRAConfig(r=2, lora_alpha=4.5, target_modules=tuple(openings)),
-        base=Base(DIGEST, 0, DIGEST),
+        base=Base(digest=DIGEST, expert=0, router_digest=DIGEST),
         adapter="fuzz",
         price=100,
         sealed=sealed,
@@ -268,7 +269,8 @@ def envelope(folder: Path) -> Target:
 
     def read(changed: bytes) -> None:
         resealed = cipher.encrypt(NONCE, changed, None)
-        own = replace(offered, sealed_digest=sha256_hex(resealed), sealed_bytes=len(resealed))
+        sizes = {"sealed_digest": sha256_hex(resealed), "sealed_bytes": len(resealed)}
+        own = AdapterManifest(**offered.to_json() | sizes)
         openings = unseal(resealed, key, own)
         commitments = {terms.name: terms.commitment for terms in offered.modules}
         open_commitments({name: (commitments[name], openings[name]) for name in openings})
@@ -299,7 +301,7 @@ def transcript(folder: Path) -> Target:
         if _closing(Transcript.load(folder)) != signed:
             raise VerificationError("the transcript is not the one that was signed")
 
-    return Target(b"".join(contents), read)
+    return Target(b"".join(contents), read, lambda changed, result: True)  # it refuses all others
 
 
 def frame(_: Path) -> Target:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from paris_ray.artifacts import VerifiedFolder, find_finished, publish
 from paris_ray.config import LoRAConfig
 from paris_ray.config.lora import ADAPTER_WEIGHTS, require
-from paris_ray.errors import ArtifactError, BundleError, ParisError, VerificationError
+from paris_ray.errors import ArtifactError, BundleError, VerificationError, naming
 from paris_ray.folders import Folder
 from paris_ray.model_folder.links import check_links
 from paris_ray.models.peft_layout import (
@@ -57,10 +57,8 @@ class PeftAdapter:
 def read_peft(folder: Path) -> PeftAdapter:
     """Return the adapter in a PEFT folder, whoever made it.
 
-    Its `target_modules`, which may be a pattern, are not read: what has tensors is adapted.
-
-    Args:
-        folder: The folder, with Linear or GPT-2's Conv1D layers as targets.
+    Its targets are Linear or GPT-2's Conv1D layers. `target_modules`, which may be a pattern, are
+    not read: what has tensors is adapted.
 
     Raises:
         BundleError: if it holds no LoRA, one with options that change what the factors mean, or
@@ -111,21 +109,12 @@ def quantise_adapter(adapter: PeftAdapter) -> dict[str, QuantisedModule]:
     """
     modules = {}
     for name, (a, b) in adapter.factors.items():
-        try:
-            modules[name] = quantise(a, b)
-            _check_exponents(modules[name])
-        except ParisError as error:
-            raise ParisError(f"{name}: {error}") from None
+        with naming(name):
+            module = modules[name] = quantise(a, b)
+            for exponent in (module.exponent_a, module.exponent_b):
+                allowed = f"{MIN_EXPONENT} to {MAX_EXPONENT}, so that the factors are float32"
+                require(MIN_EXPONENT <= exponent <= MAX_EXPONENT, "exponent", exponent, allowed)
     return modules
-
-
-def _check_exponents(module: QuantisedModule) -> None:
-    for exponent in (module.exponent_a, module.exponent_b):
-        if not MIN_EXPONENT <= exponent <= MAX_EXPONENT:
-            raise ParisError(
-                f"exponent={exponent} is not allowed: {MIN_EXPONENT} to {MAX_EXPONENT}, so that "
-                "the factors are float32"
-            )
 
 
 def write_peft(
@@ -133,12 +122,8 @@ def write_peft(
 ) -> None:
     """Publish integers that were bought as an artefact that PEFT and `Bundle.add_lora` read.
 
-    Its float32 factors are the integers times powers of two, without any rounding.
-
-    Args:
-        folder: Where to: new, or what an earlier call with this manifest left.
-        modules: The integers of every module, by its name.
-        manifest: What was pinned.
+    Its float32 factors are the integers times powers of two, without any rounding. The folder is
+    new, or what an earlier call with this manifest left.
 
     Raises:
         VerificationError: if the modules are not those of the manifest.
@@ -160,13 +145,10 @@ def write_peft(
 
 
 def _check_modules(modules: Mapping[str, QuantisedModule], manifest: AdapterManifest) -> None:
-    meant = {
-        terms.name: (*terms.dimensions, terms.exponent_a, terms.exponent_b)
-        for terms in manifest.modules
-    }
-    given = {
-        name: (m.d_in, m.r, m.d_out, m.exponent_a, m.exponent_b) for name, m in modules.items()
-    }
+    meant, given = (
+        {name: (m.d_in, m.r, m.d_out, m.exponent_a, m.exponent_b) for name, m in side.items()}
+        for side in (manifest.terms, modules)
+    )
     for name in sorted(meant.keys() | given.keys()):
         if given.get(name) != meant.get(name):
             raise VerificationError(

@@ -18,6 +18,11 @@ BUDGET_TABLES = (
         adapter_id TEXT, user TEXT, module TEXT, rows INTEGER NOT NULL,
         PRIMARY KEY (adapter_id, user, module)) STRICT""",
 )
+# Rows of each module that are left, and rows that one user has seen.
+LEFT = (
+    "SELECT b.module, budget - spent, COALESCE(rows, 0) FROM budgets b LEFT JOIN rows_seen s "
+    "ON s.adapter_id = b.adapter_id AND s.user = ? AND s.module = b.module WHERE b.adapter_id = ?"
+)
 
 
 class RowBudget:
@@ -35,10 +40,7 @@ class RowBudget:
     def add_adapter(self, adapter_id: str, modules: Iterable[str], budget_rows: int) -> None:
         """Give every module of an adapter its budget, once in the adapter's life.
 
-        Args:
-            adapter_id: Digest of the manifest.
-            modules: Their names.
-            budget_rows: Rows that all users together may ever see of each module.
+        All users together may ever see `budget_rows` of each module.
 
         Raises:
             ArtifactError: if the journal has other modules or another budget for it.
@@ -60,12 +62,7 @@ class RowBudget:
         Raises:
             ProtocolError: if the adapter is unknown.
         """
-        query = (
-            "SELECT b.module, budget - spent, COALESCE(rows, 0) FROM budgets b LEFT JOIN rows_seen "
-            "s ON s.adapter_id = b.adapter_id AND s.user = ? AND s.module = b.module "
-            "WHERE b.adapter_id = ?"
-        )
-        found = self._journal.execute(query, user or "", adapter_id)
+        found = self._journal.execute(LEFT, user or "", adapter_id)
         if not found:
             raise ProtocolError(f"adapter_id={adapter_id!r} is not served here")
         if user is None:
@@ -82,18 +79,17 @@ class RowBudget:
             "SELECT budget - spent FROM budgets WHERE adapter_id = ? ORDER BY budget - spent "
             "LIMIT 1"
         )
-        found = self._journal.execute(query, adapter_id)
-        if not found:
+        found = self._journal.first(query, adapter_id)
+        if found is None:
             raise ProtocolError(f"adapter_id={adapter_id!r} is not served here")
-        return int(found[0][0])
+        return int(found[0])
 
     def check(self, adapter_id: str, user: str, module: str, rows: int) -> None:
         """Raise as `debit` would, without paying."""
-        query = "SELECT budget - spent FROM budgets WHERE adapter_id = ? AND module = ?"
-        found = self._journal.execute(query, adapter_id, module)
-        if not found:
+        found = self._journal.first(f"{LEFT} AND b.module = ?", user, adapter_id, module)
+        if found is None:
             raise ProtocolError(f"module={module!r} is not one of adapter {adapter_id}")
-        left = self._allowed(found[0][0], self._seen(adapter_id, user, module))
+        left = self._allowed(*found[1:])
         if rows > left:
             most = self._max_rows_per_user
             why = "" if most is None else f"; a user may see {most} of a module"
@@ -115,11 +111,6 @@ class RowBudget:
                 "ON CONFLICT DO UPDATE SET rows = rows + excluded.rows"
             )
             self._journal.execute(upsert, adapter_id, user, module, rows)
-
-    def _seen(self, adapter_id: str, user: str, module: str) -> int:
-        query = "SELECT rows FROM rows_seen WHERE adapter_id = ? AND user = ? AND module = ?"
-        found = self._journal.execute(query, adapter_id, user, module)
-        return found[0][0] if found else 0
 
     def _allowed(self, left: int, seen: int) -> int:
         """Return how many rows a user may see who has seen some."""

@@ -40,18 +40,6 @@ class Request(NamedTuple):
         return self.module, self.exponent, len(self.x), self.x.astype("<i2").tobytes()
 
 
-class Known(NamedTuple):
-    """A call that was paid for.
-
-    Attributes:
-        asked: What `Request.stored` gave.
-        y: The answer `(rows, d_out)` int64; None: it is yet to be computed.
-    """
-
-    asked: tuple[str, int, int, bytes]
-    y: Int64 | None
-
-
 class CallTable:
     """The calls in a journal, by session and number.
 
@@ -62,15 +50,17 @@ class CallTable:
     def __init__(self, journal: Journal) -> None:
         self._journal = journal
 
-    def find(self, sid: str, seq: int) -> Known | None:
-        """Return a call; None: there is none."""
-        query = "SELECT module, exponent, rows, x, y FROM calls WHERE sid = ? AND seq = ?"
-        found = self._journal.execute(query, sid, seq)
-        if not found:
-            return None
-        *asked, y = found[0]
-        module, exponent, rows, x = asked
-        return Known((module, exponent, rows, x), None if y is None else _matrix(y, "<i8", rows))
+    def find(self, sid: str, seq: int, request: Request) -> tuple[bool, Int64 | None]:
+        """Return whether a call that was paid for has asked just this, and its answer.
+
+        The answer is `(rows, d_out)` int64; None: it is yet to be computed.
+        """
+        query = (
+            "SELECT (module, exponent, rows, x) = (?, ?, ?, ?), rows, y FROM calls "
+            "WHERE sid = ? AND seq = ?"
+        )
+        is_same, rows, y = self._journal.first(query, *request.stored, sid, seq)
+        return bool(is_same), None if y is None else _matrix(y, "<i8", rows)
 
     def add(self, sid: str, seq: int, request: Request) -> None:
         """Keep a call that is paid for; it has no answer yet."""
@@ -84,21 +74,25 @@ class CallTable:
             "WHERE sid = ? AND seq = ? RETURNING y"
         )
         y = call.y.astype("<i8").tobytes()
-        ((kept,),) = self._journal.execute(update, y, call.digest, sid, call.seq)
+        (kept,) = self._journal.first(update, y, call.digest, sid, call.seq)
         return _matrix(kept, "<i8", len(call.x))
 
     def is_answered(self, sid: str, seq: int) -> bool:
         """Return whether a call that was paid for has its answer."""
         query = "SELECT digest IS NOT NULL FROM calls WHERE sid = ? AND seq = ?"
-        return bool(self._journal.execute(query, sid, seq)[0][0])
+        return bool(self._journal.first(query, sid, seq)[0])
 
     def log(self, sid: str) -> Log:
-        """Return what is signed of a session whose calls are answered."""
+        """Return what is signed of a session whose calls are answered.
+
+        Raises:
+            ProtocolError: if it has no calls.
+        """
         query = "SELECT module, rows, digest FROM calls WHERE sid = ? ORDER BY seq"
         return Log.of(self._journal.execute(query, sid))
 
     def asked(self, sid: str) -> tuple[int, Counter[str]]:
-        """Return how many calls a session has, and how many rows of each module."""
+        """Return how many calls a session has paid for, and how many rows of each module."""
         query = "SELECT module, COUNT(*), SUM(rows) FROM calls WHERE sid = ? GROUP BY module"
         found = self._journal.execute(query, sid)
         rows = Counter({module: asked for module, _, asked in found})

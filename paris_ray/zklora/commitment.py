@@ -12,8 +12,9 @@ from functools import cached_property
 
 from py_arkworks_bls12381 import G1Point
 
-from paris_ray.errors import ParisError, VerificationError
+from paris_ray.errors import VerificationError, naming
 from paris_ray.zklora.curve import (
+    BLINDING,
     Equation,
     check_equations,
     commit_small,
@@ -50,10 +51,8 @@ class ModuleCommitment:
         Raises:
             VerificationError: if dimensions, numbers or encodings are not allowed.
         """
-        try:
+        with naming("the commitment", VerificationError):
             check_dimensions(self.d_in, self.r, self.d_out)
-        except ParisError as error:
-            raise VerificationError(f"the commitment: {error}") from None
         decoded = []
         for name, encodings in (("a", self.a), ("b", self.b)):
             if len(encodings) != self.r:
@@ -116,20 +115,15 @@ def open_commitment(commitment: ModuleCommitment, opening: ModuleOpening) -> Non
 
 
 def open_commitments(pairs: Mapping[str, tuple[ModuleCommitment, ModuleOpening]]) -> None:
-    """Check the openings of a whole adapter with one multi-scalar multiplication.
-
-    Args:
-        pairs: Commitment and opening of each module, by its name.
+    """Check the openings of a whole adapter, by name, with one multi-scalar multiplication.
 
     Raises:
         VerificationError: naming the modules that are not the committed ones.
     """
     equations = {}
     for name, (commitment, opening) in pairs.items():
-        try:
+        with naming(name, VerificationError):
             equations[name] = _opening_equation(commitment, opening)
-        except VerificationError as error:
-            raise VerificationError(f"{name}: {error}") from None
     check_equations(equations, "the opening")
 
 
@@ -151,5 +145,5 @@ def _opening_equation(commitment: ModuleCommitment, opening: ModuleOpening) -> E
         for point, weight in zip(points, weights, strict=True):
             equation.add(point, weight)
         equation.add_generators([-value for value in combine(weights, vectors)])
-        equation.blinding -= dot(weights, blinders)
+        equation.add(BLINDING, -dot(weights, blinders))
     return equation

@@ -7,13 +7,14 @@ multi-scalar multiplications, canonical scalars, and the only encoding of each p
 import hashlib
 import os
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
+from itertools import chain, islice, zip_longest
+from itertools import count as numbers
 from pathlib import Path
 from tempfile import NamedTemporaryFile
-from threading import Lock
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,25 +47,22 @@ VALUE = _hash_to_curve("value")  # g: commits to a single number
 FORM = _hash_to_curve("form")  # Q: carries the value of a linear form through the folding
 
 
-class _Generators:
-    """G_1, G_2, ...: thousands at a time are kept in files, which saves seconds a process."""
-
-    def __init__(self) -> None:
-        self._points: list[G1Point] = []
-        self._lock = Lock()
-
-    def first(self, count: int) -> list[G1Point]:
-        with self._lock:
-            while len(self._points) < min(count, BLOCK * len(BLOCK_DIGESTS)):
-                block = len(self._points) // BLOCK
-                self._points += _read_block(block) or _make_block(block)
-            for index in range(len(self._points), count):
-                self._points.append(_generator(index))
-            return self._points[:count]
+def generators(count: int) -> list[G1Point]:
+    """Return `G_1, ..., G_count`."""
+    return list(islice(chain.from_iterable(map(_block, numbers())), count))
 
 
-def _generator(index: int) -> G1Point:
-    return _hash_to_curve(f"generator {index}")
+@cache
+def _block(block: int) -> list[G1Point]:
+    """Return the generators of a block: the first ones are kept in files, for they take seconds."""
+    if block < len(BLOCK_DIGESTS):
+        return _read_block(block) or _make_block(block)
+    return _hash_block(block)
+
+
+def _hash_block(block: int) -> list[G1Point]:
+    indices = range(block * BLOCK, (block + 1) * BLOCK)
+    return [_hash_to_curve(f"generator {index}") for index in indices]
 
 
 def _block_file(block: int) -> Path:
@@ -84,7 +82,7 @@ def _read_block(block: int) -> list[G1Point] | None:
 
 
 def _make_block(block: int) -> list[G1Point]:
-    points = [_generator(index) for index in range(block * BLOCK, (block + 1) * BLOCK)]
+    points = _hash_block(block)
     data = b"".join(point.to_xy_bytes_le() for point in points)
     if hashlib.sha256(data).hexdigest() != BLOCK_DIGESTS[block]:
         raise RuntimeError("hash-to-curve differs from RFC 9380")
@@ -97,9 +95,6 @@ def _make_block(block: int) -> list[G1Point]:
             path.unlink(missing_ok=True)
             path.hardlink_to(part.name)
     return points
-
-
-generators: Callable[[int], list[G1Point]] = _Generators().first
 
 
 def random_scalar() -> int:
@@ -183,47 +178,44 @@ class Equation:
 
     Attributes:
         generators: Scalars of G_1, G_2, ...
-        blinding: Scalar of H.
-        value: Scalar of g.
-        form: Scalar of Q.
-        points: Other points, uncompressed, known to be in the group.
-        scalars: Their scalars.
+        scalars: Those of other points, which are uncompressed, and known to be in the group.
     """
 
     generators: list[int] = field(default_factory=list)
-    blinding: int = 0
-    value: int = 0
-    form: int = 0
-    points: list[bytes] = field(default_factory=list)
-    scalars: list[int] = field(default_factory=list)
+    scalars: dict[bytes, int] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, generators: Sequence[int], *terms: tuple[G1Point, int]) -> "Equation":
+        """Return the equation with scalars of the first generators, and of other points."""
+        equation = cls(list(generators))
+        for point, scalar in terms:
+            equation.add(point, scalar)
+        return equation
 
     def add(self, point: G1Point, scalar: int) -> None:
         """Add a term."""
-        self.points.append(bytes(point.to_xy_bytes_le()))
-        self.scalars.append(scalar % ORDER)
+        self._add(bytes(point.to_xy_bytes_le()), scalar)
+
+    def _add(self, point: bytes, scalar: int) -> None:
+        self.scalars[point] = (self.scalars.get(point, 0) + scalar) % ORDER
 
     def add_generators(self, scalars: Sequence[int]) -> None:
         """Add terms of the first generators."""
-        shorter, longer = sorted((self.generators, scalars), key=len)
-        summed = [a + b for a, b in zip(shorter, longer, strict=False)]
-        self.generators = [*summed, *longer[len(shorter) :]]
+        sums = zip_longest(self.generators, scalars, fillvalue=0)
+        self.generators = [a + b for a, b in sums]
 
     def merge(self, other: "Equation", factor: int = 1) -> None:
         """Add another equation, `factor` times."""
         self.add_generators([factor * scalar % ORDER for scalar in other.generators])
-        self.blinding += factor * other.blinding
-        self.value += factor * other.value
-        self.form += factor * other.form
-        self.points += other.points
-        self.scalars += [factor * scalar % ORDER for scalar in other.scalars]
+        for point, scalar in other.scalars.items():
+            self._add(point, factor * scalar)
 
     def holds(self) -> bool:
         """Return whether the sum is zero: one multi-scalar multiplication."""
-        bases = [*generators(len(self.generators)), BLINDING, VALUE, FORM]
-        bases += map(G1Point.from_xy_bytes_unchecked_le, self.points)
-        fixed = [*self.generators, self.blinding, self.value, self.form]
-        scalars = [*(scalar % ORDER for scalar in fixed), *self.scalars]
-        return multiply(bases, scalars) == G1Point.identity()
+        points = [*generators(len(self.generators))]
+        points += map(G1Point.from_xy_bytes_unchecked_le, self.scalars)
+        scalars = [*(scalar % ORDER for scalar in self.generators), *self.scalars.values()]
+        return multiply(points, scalars) == G1Point.identity()
 
 
 def check_equations(equations: Mapping[str, Equation], what: str) -> None:

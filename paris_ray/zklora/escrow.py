@@ -18,16 +18,15 @@ ledger are one SQLite file, and a step moves state and money in one transaction.
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import MappingProxyType
 
 from paris_ray.errors import ParisError, TradeError
 from paris_ray.identity import Identity
 from paris_ray.signatures import SignedDocument
-from paris_ray.zklora.journal import Journal
-from paris_ray.zklora.ledger import LEDGER_TABLES, Ledger
-from paris_ray.zklora.listings import LISTING_TABLES, MAX_LISTED, Listings
+from paris_ray.zklora.documents import printable
+from paris_ray.zklora.journal import Journal, Value
+from paris_ray.zklora.ledger import LEDGER_TABLES, SQLiteLedger
+from paris_ray.zklora.listings import LISTING_TABLES, Listings
 from paris_ray.zklora.manifest import AdapterManifest
-from paris_ray.zklora.printable import printable
 from paris_ray.zklora.sealing import KEY_BYTES, check_opening
 from paris_ray.zklora.trade import BOUGHT, MAX_REASON, Trade, TradeState, signed_rows
 
@@ -53,7 +52,7 @@ SCHEMA = (
     "CREATE INDEX trades_by_state ON trades (state, since)",
     "CREATE INDEX trades_by_buyer ON trades (buyer, state)",
 )
-COLUMNS = ", ".join(Trade.__dataclass_fields__)
+COLUMNS = ", ".join(Trade.model_fields)
 
 
 def open_journal(path: Path) -> Journal:
@@ -71,11 +70,7 @@ class Escrow:
     Args:
         journal: Where everything is kept: `open_journal(...)`.
         identity: Whose certificate the manifests name, and who signs statements.
-        ledger: Who owns how much. One outside of the journal is called before the step is
-            committed, perhaps twice: its movements are named by their trade.
-        deadlines: Seconds that a trade may rest in a state, in place of those of DEADLINES.
-        max_listed: Adapters that one seller may list.
-        max_open_trades: Trades that one buyer may have before their end.
+        ledger: Who owns how much.
         clock: Seconds since 1970.
 
     Attributes:
@@ -87,22 +82,14 @@ class Escrow:
         self,
         journal: Journal,
         identity: Identity,
-        ledger: Ledger,
-        *,
-        deadlines: Mapping[TradeState, float] = MappingProxyType({}),
-        max_listed: int = MAX_LISTED,
-        max_open_trades: int = MAX_OPEN_TRADES,
+        ledger: SQLiteLedger,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        if endless := sorted(deadlines.keys() - DEADLINES.keys()):
-            raise TradeError(f"no deadline is allowed for {', '.join(endless)}")
         self._journal = journal
         self.identity = identity
         self._ledger = ledger
-        self._deadlines = {**DEADLINES, **deadlines}
-        self._max_open_trades = max_open_trades
         self._clock = clock
-        self.listings = Listings(journal, identity.certificate, max_listed)
+        self.listings = Listings(journal, identity.certificate)
 
     def open_trade(
         self,
@@ -134,27 +121,24 @@ class Escrow:
             if found is None:
                 self._check_may_open(caller, manifest)
                 terms = (caller, manifest.contributor, manifest.price, manifest.price_per_row)
-                self._journal.execute(
-                    f"INSERT INTO trades ({COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, 0, 0, ?, ?, NULL)",
-                    *(session, adapter_id, *terms, TradeState.COMMITTED, self._clock()),
-                )
+                insert = "INSERT INTO trades VALUES (?, ?, ?, ?, ?, ?, 0, 0, ?, ?, NULL, NULL)"
+                state = (TradeState.COMMITTED, self._clock())
+                self._journal.execute(insert, session, adapter_id, *terms, *state)
             elif found != (caller,):
                 raise TradeError(f"session {session} has another buyer")
             trade = self._trade(session)
             if deposit_rows > trade.deposit_rows:
-                _require(trade, TradeState.COMMITTED, "a larger deposit")
-                amount = deposit_rows * trade.price_per_row
-                self._ledger.lock(session, trade.buyer, amount)
-                self._set(session, "deposit_rows", deposit_rows)
+                trade.require(TradeState.COMMITTED, "a larger deposit")
+                self._ledger.lock(session, trade.buyer, deposit_rows * trade.price_per_row)
+                self._set(session, deposit_rows=deposit_rows)
             return self._trade(session)
 
     def _check_may_open(self, buyer: str, manifest: AdapterManifest) -> None:
         query = "SELECT count(*) FROM trades WHERE buyer = ? AND state NOT IN (?, ?)"
         (trades,) = self._journal.first(query, buyer, TradeState.SETTLED, TradeState.REFUNDED)
-        if trades >= self._max_open_trades:
+        if trades >= MAX_OPEN_TRADES:
             raise TradeError(
-                f"{buyer} has {trades} trades that have not ended: at most "
-                f"{self._max_open_trades} are allowed"
+                f"{buyer} has {trades} trades that have not ended: at most {MAX_OPEN_TRADES}"
             )
         if missing := self.listings.missing(manifest):
             raise TradeError(
@@ -172,12 +156,12 @@ class Escrow:
             trade = self._of(caller, session, "seller", "owe")
             rows = signed_rows(by_buyer, trade.buyer, trade.adapter_id, session)
             if rows > trade.rows:
-                _require(trade, TradeState.COMMITTED, "owe")
+                trade.require(TradeState.COMMITTED, "owe")
                 if rows > trade.deposit_rows:
                     raise TradeError(
                         f"{rows} rows are signed for, the deposit covers {trade.deposit_rows}"
                     )
-                self._set(session, "rows", rows)
+                self._set(session, rows=rows)
             return self._trade(session)
 
     def pay(self, caller: str, session: str) -> Trade:
@@ -189,7 +173,7 @@ class Escrow:
         with self._journal.transaction():
             trade = self._of(caller, session, "buyer", "pay")
             if trade.state not in (TradeState.PAID, *BOUGHT):
-                _require(trade, TradeState.COMMITTED, "pay")
+                trade.require(TradeState.COMMITTED, "pay")
                 self._ledger.lock(session, trade.buyer, max(trade.price, trade.deposit))
                 self._move(session, TradeState.PAID)
             return self._trade(session)
@@ -210,7 +194,7 @@ class Escrow:
         with self._journal.transaction():
             trade = self._of(caller, session, "seller", "deposit_key")
             if self._is_new_key(trade, key):
-                self._set(session, "key", key)
+                self._set(session, key=key)
                 if fault is None:
                     self._move(session, TradeState.RELEASED)
                 else:
@@ -223,7 +207,7 @@ class Escrow:
         if known not in (None, key):
             raise TradeError(f"another key was deposited for trade {trade.session}")
         if known is None:
-            _require(trade, TradeState.PAID, "deposit_key")
+            trade.require(TradeState.PAID, "deposit_key")
         return known is None
 
     def key(self, caller: str, session: str) -> bytes:
@@ -250,18 +234,18 @@ class Escrow:
         with self._journal.transaction():
             trade = self._of(caller, session, "buyer", "opened")
             if trade.state is not TradeState.SETTLED:
-                _require(trade, TradeState.RELEASED, "opened")
+                trade.require(TradeState.RELEASED, "opened")
                 self._end(trade, TradeState.SETTLED, max(trade.price, trade.owed))
             return self._trade(session)
 
     def trade(self, caller: str, session: str) -> Trade:
         """Return a trade of the caller's."""
         self.expire()
-        query = "SELECT 1 FROM trades WHERE session = ? AND ? IN (buyer, seller)"
-        if self._journal.first(query, session, caller) is None:
+        trade = self._find(session)
+        if trade is None or caller not in (trade.buyer, trade.seller):
             # A foreign trade reads like none at all.
             raise TradeError(f"{caller} has no trade {session}")
-        return self._trade(session)
+        return trade
 
     def statement(self, caller: str, session: str) -> SignedDocument:
         """Return what the escrow signs about a trade of the caller's, of kind STATEMENT."""
@@ -279,7 +263,7 @@ class Escrow:
         """
         now, ended = self._clock(), []
         with self._journal.transaction():
-            for state, seconds in self._deadlines.items():
+            for state, seconds in DEADLINES.items():
                 query = "SELECT session FROM trades WHERE state = ? AND since <= ?"
                 for (session,) in self._journal.execute(query, state, now - seconds):
                     trade, reason = self._trade(session), f"{seconds:g} s in {state}"
@@ -299,20 +283,22 @@ class Escrow:
     def _end(self, trade: Trade, state: TradeState, paid: int, reason: str | None = None) -> None:
         self._ledger.settle(trade.session, trade.seller, paid)
         self._move(trade.session, state)
-        if reason is not None:
-            self._set(trade.session, "reason", reason)
+        self._set(trade.session, reason=reason)
 
     def _move(self, session: str, state: TradeState) -> None:
-        self._set(session, "state", state)
-        self._set(session, "since", self._clock())
+        self._set(session, state=state, since=self._clock())
 
-    def _set(self, session: str, column: str, value: str | float | bytes) -> None:
-        self._journal.execute(f"UPDATE trades SET {column} = ? WHERE session = ?", value, session)
+    def _set(self, session: str, **columns: Value) -> None:
+        self._journal.update("trades", "session", session, **columns)
+
+    def _find(self, session: str) -> Trade | None:
+        row = self._journal.first(f"SELECT {COLUMNS} FROM trades WHERE session = ?", session)
+        return None if row is None else Trade(**dict(zip(Trade.model_fields, row, strict=True)))
 
     def _trade(self, session: str) -> Trade:
-        row = self._journal.first(f"SELECT {COLUMNS} FROM trades WHERE session = ?", session)
-        values = dict(zip(Trade.__dataclass_fields__, row, strict=True))
-        return Trade(**values | {"state": TradeState(values["state"])})
+        trade = self._find(session)
+        assert trade is not None
+        return trade
 
     def _opening_fault(self, adapter_id: str, key: bytes) -> str | None:
         """Return why a key does not open what was committed, if so.
@@ -325,11 +311,3 @@ class Escrow:
         except ParisError as error:
             return printable(str(error), MAX_REASON)
         return None
-
-
-def _require(trade: Trade, state: TradeState, operation: str) -> None:
-    if trade.state is not state:
-        raise TradeError(
-            f"{operation} needs a trade in {state}: {trade.session} is in {trade.state}"
-            + (f" ({trade.reason})" if trade.reason else "")
-        )

@@ -6,6 +6,7 @@ integers go through float64 BLAS, on limbs so small that every sum is exact.
 
 import operator
 from collections.abc import Iterator, Sequence
+from itertools import zip_longest
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,8 +43,8 @@ def padded(vector: Sequence[int], length: int) -> list[int]:
 
 
 def plus(a: Sequence[int], factor: int, b: Sequence[int]) -> list[int]:
-    """Return `a + factor * b`; both have one length."""
-    return [(x + factor * y) % ORDER for x, y in zip(a, b, strict=True)]
+    """Return `a + factor * b`; the shorter one is padded with zeros."""
+    return [(x + factor * y) % ORDER for x, y in zip_longest(a, b, fillvalue=0)]
 
 
 def combine(coefficients: Sequence[int], matrix: NDArray[np.signedinteger]) -> list[int]:
@@ -63,7 +64,10 @@ def combine(coefficients: Sequence[int], matrix: NDArray[np.signedinteger]) -> l
     total = np.zeros((RESULT_LIMBS, matrix.shape[1]), np.int64)
     for start in range(0, len(matrix), ROWS_AT_ONCE):
         stop = start + ROWS_AT_ONCE
-        _add_products(total, _element_limbs(coefficients[start:stop]), matrix[start:stop])
+        limbs = _element_limbs(coefficients[start:stop])
+        for shift, part in enumerate(_matrix_limbs(matrix[start:stop])):
+            products = limbs @ part.astype(np.float64)
+            total[shift : shift + LIMBS] += products.astype(np.int64)
     return _from_limbs(total)
 
 
@@ -71,13 +75,6 @@ def _element_limbs(elements: Sequence[int]) -> NDArray[np.float64]:
     """Return `(LIMBS, T)` limbs, lowest first."""
     data = b"".join([element.to_bytes(SCALAR_BYTES, "little") for element in elements])
     return np.frombuffer(data, "<u2").reshape(-1, LIMBS).T.astype(np.float64)
-
-
-def _add_products(
-    total: NDArray[np.int64], limbs: NDArray[np.float64], matrix: NDArray[np.signedinteger]
-) -> None:
-    for shift, part in enumerate(_matrix_limbs(matrix)):
-        total[shift : shift + LIMBS] += (limbs @ part.astype(np.float64)).astype(np.int64)
 
 
 def _matrix_limbs(matrix: NDArray[np.signedinteger]) -> Iterator[NDArray[np.integer]]:

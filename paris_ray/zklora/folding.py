@@ -104,7 +104,7 @@ def folding_equation(
     form = padded(form, remainder << rounds)
     last_form = [dot(blocks, form[i::remainder]) for i in range(remainder)]
     equation.add_generators([-scalar for scalar in _spread(blocks, folded.remainder)])
-    equation.form -= dot(last_form, folded.remainder)
+    equation.add(FORM, -dot(last_form, folded.remainder))
     return equation
 
 

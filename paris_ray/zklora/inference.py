@@ -7,14 +7,13 @@ in exact integers. Any tree of torch modules will do: the experts, or a language
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from time import perf_counter
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from paris_ray.errors import BundleError, ParisError, ProtocolError
+from paris_ray.errors import BundleError, ProtocolError, naming
 from paris_ray.models.lora import share
 from paris_ray.zklora.fixed_point import (
     Floats,
@@ -49,16 +48,12 @@ class ModuleNumerics:
     """What rounding to 16 bits meant for the inputs of one module.
 
     Attributes:
-        rows: How many rows were asked for, in all calls.
         peak_to_rms: Largest entry over root mean square, of the call where it was highest.
         input_error: Relative RMS error of the inputs that were answered, of the worst call.
-        seconds: Waiting for the updates, in all calls.
     """
 
-    rows: int = 0
     peak_to_rms: float = 0.0
     input_error: float = 0.0
-    seconds: float = 0.0
 
 
 class NumericsLog:
@@ -87,7 +82,7 @@ class NumericsLog:
         log.modules = {name: ModuleNumerics(**seen) for name, seen in values.items()}
         return log
 
-    def record(self, name: str, x: Floats, rounded: Int16, exponent: int, seconds: float) -> None:
+    def record(self, name: str, x: Floats, rounded: Int16, exponent: int) -> None:
         """Note one call.
 
         Args:
@@ -95,16 +90,13 @@ class NumericsLog:
             x: `(rows, d_in)` float64, at least one row.
             rounded: The integers that were sent.
             exponent: Their exponent.
-            seconds: How long the answer took.
         """
         rms = _rms(x) or 1.0  # all zero: exact
         error = _rms(np.ldexp(rounded.astype(np.float64), -exponent) - x)
         error = float(np.hypot(error, np.ldexp(np.sqrt(self._drawn), -exponent)))
         seen = self.modules.setdefault(name, ModuleNumerics())
-        seen.rows += len(x)
         seen.peak_to_rms = max(seen.peak_to_rms, float(np.abs(x).max()) / rms)
         seen.input_error = max(seen.input_error, error / rms)
-        seen.seconds += seconds
 
 
 def _rms(values: Floats) -> float:
@@ -131,15 +123,13 @@ class UpdatedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`(..., d_in) -> (..., d_out)`."""
-        return self._add(self.base(x), self._update(x))
+        output = self.base(x)
+        return output + self._update(x).to(output)
 
     def rows(self, x: Tensor, start: int, stop: int | None) -> Tensor:
         """Return output features `start` to `stop` only; all of the update is asked for."""
-        return self._add(self.base.rows(x, start, stop), self._update(x)[..., start:stop])
-
-    @staticmethod
-    def _add(output: Tensor, update: Tensor) -> Tensor:
-        return output + update.to(output)
+        output = self.base.rows(x, start, stop)
+        return output + self._update(x)[..., start:stop].to(output)
 
 
 def adapt(
@@ -198,50 +188,37 @@ def _check_linear(name: str, module: nn.Module | None, terms: Terms) -> nn.Modul
         d_in, d_out = module.get_parameter("weight").shape
     else:
         raise BundleError(f"{name}: {kind} is not allowed: Linear or transformers' Conv1D")
-    expected = _dimensions(terms)
-    if (d_in, d_out) != expected:
+    if (d_in, d_out) != (terms.d_in, terms.d_out):
         raise BundleError(
-            f"{name}: the adapter has d_in={expected[0]}, d_out={expected[1]}, "
+            f"{name}: the adapter has d_in={terms.d_in}, d_out={terms.d_out}, "
             f"the model d_in={d_in}, d_out={d_out}"
         )
     return module
 
 
-def _dimensions(terms: Terms) -> tuple[int, int]:
-    shape = terms.commitment if isinstance(terms, ModuleTerms) else terms
-    return shape.d_in, shape.d_out
-
-
 def _update(
     name: str, terms: Terms, scale: float, evaluate: Evaluate, numerics: NumericsLog
 ) -> Callable[[Tensor], Tensor]:
-    d_in, d_out = _dimensions(terms)
+    d_in, d_out = terms.d_in, terms.d_out
 
     def update(x: Tensor) -> Tensor:
         shape = (*x.shape[:-1], d_out)
         if not x.numel():  # a mixture of experts may send a module nothing
             return torch.zeros(shape)
         rows = x.detach().to("cpu", torch.float64).reshape(-1, d_in).contiguous().numpy()
-        try:
+        with naming(name):
             integers, exponent = quantise_rows(rows)
-        except ParisError as error:
-            raise ParisError(f"{name}: {error}") from None
-        start = perf_counter()
         y = evaluate(name, integers, exponent)
-        numerics.record(name, rows, integers, exponent, perf_counter() - start)
-        _check_answer(name, y, (len(rows), d_out))
+        numerics.record(name, rows, integers, exponent)
+        if y.dtype != np.int64 or y.shape != (len(rows), d_out):
+            raise ProtocolError(
+                f"{name}: the answer must be int64 with shape {(len(rows), d_out)}, "
+                f"not {y.dtype} with shape {y.shape}"
+            )
         exponent += terms.exponent_a + terms.exponent_b
         return torch.from_numpy(dequantise(y, exponent, scale)).reshape(shape)
 
     return update
-
-
-def _check_answer(name: str, y: Int64, shape: tuple[int, int]) -> None:
-    if y.dtype != np.int64 or y.shape != shape:
-        raise ProtocolError(
-            f"{name}: the answer must be int64 with shape {shape}, "
-            f"not {y.dtype} with shape {y.shape}"
-        )
 
 
 class Together:
@@ -309,7 +286,7 @@ def trace_calls(
     def trace(name: str, x: Int16, exponent: int) -> Int64:
         rows[name] += len(x)
         inputs[name].update(f"{exponent} {x.shape}\n".encode() + x.tobytes())
-        return np.zeros((len(x), _dimensions(modules[name])[1]), np.int64)
+        return np.zeros((len(x), modules[name].d_out), np.int64)
 
     run(adapt(model, modules, 1.0, trace))
     groups: dict[bytes, list[str]] = {}
@@ -317,10 +294,3 @@ def trace_calls(
         if rows[name]:
             groups.setdefault(inputs[name].digest(), []).append(name)
     return Calls(rows, [tuple(group) for group in groups.values()])
-
-
-def count_rows(
-    model: Model, modules: Mapping[str, Terms], run: Callable[[Model], object]
-) -> dict[str, int]:
-    """Return how many rows of each module a computation will ask for; see `trace_calls`."""
-    return trace_calls(model, modules, run).rows

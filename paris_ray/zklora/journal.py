@@ -11,6 +11,8 @@ from paris_ray.errors import ArtifactError
 
 BUSY_S = 60
 
+Value = str | int | float | bytes | None
+
 
 class Journal:
     """One SQLite file that several threads, and other processes, may write.
@@ -72,15 +74,20 @@ class Journal:
                 if self._database.in_transaction:
                     self._database.execute("ROLLBACK")
 
-    def execute(self, statement: str, *values: str | int | float | bytes) -> list[Any]:
+    def execute(self, statement: str, *values: Value) -> list[Any]:
         """Run one SQL statement and return its rows."""
         with self.transaction() as database:
             return database.execute(statement, values).fetchall()
 
-    def first(self, statement: str, *values: str | int | float | bytes) -> Any:
+    def first(self, statement: str, *values: Value) -> Any:
         """Run one SQL statement and return its first row; None: there is none."""
         rows = self.execute(statement, *values)
         return rows[0] if rows else None
+
+    def update(self, table: str, key: str, value: str, /, **columns: Value) -> None:
+        """Change columns of the row that has this key."""
+        changes = ", ".join(f"{name} = ?" for name in columns)
+        self.execute(f"UPDATE {table} SET {changes} WHERE {key} = ?", *columns.values(), value)
 
     def close(self) -> None:
         """Close the file; a journal that is not closed loses nothing."""

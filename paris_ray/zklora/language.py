@@ -4,7 +4,6 @@ One's own copies on this machine: nothing is downloaded, no code of the folder r
 opened.
 """
 
-import hashlib
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from paris_ray.artifacts import canonical_json
+from paris_ray.artifacts import canonical_json, sha256_hex
 from paris_ray.encoders.folders import require_package
 from paris_ray.encoders.pretrained import read_weights
 from paris_ray.encoders.tokenizers import tokenizing
@@ -39,9 +38,9 @@ def base_of_model(folder: Path) -> Base:
     files = {
         path.name: file_sha256(Folder(str(folder)), path.name) for path in weight_files(folder)
     }
-    if list(files) == [WEIGHTS]:
-        return Base(files[WEIGHTS], None, None)
-    return Base(hashlib.sha256(canonical_json(files)).hexdigest(), None, None)
+    is_one = list(files) == [WEIGHTS]
+    digest = files[WEIGHTS] if is_one else sha256_hex(canonical_json(files))
+    return Base(digest=digest, expert=None, router_digest=None)
 
 
 def weight_files(folder: Path) -> list[Path]:

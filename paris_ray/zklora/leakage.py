@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from paris_ray.folders import Folder
 from paris_ray.zklora.fixed_point import (
@@ -24,6 +24,8 @@ from paris_ray.zklora.fixed_point import (
     quantise,
     quantise_rows,
 )
+from paris_ray.zklora.manifest import AdapterManifest
+from paris_ray.zklora.sessions import SessionJournal
 
 NEW = 1e-7  # of a row's length must lie outside the span, or it is a combination of earlier rows
 FRESH_ROWS = 512  # that an error is predicted for
@@ -41,53 +43,38 @@ class Span:
 
     Args:
         d_in: Width of the inputs.
+        parts: Answered rows, `(rows, d_in)` each.
 
-    Attributes:
-        rows: How many rows were answered.
+    Raises:
+        ParisError: as `add`.
     """
 
-    def __init__(self, d_in: int) -> None:
-        self.rows = 0
+    def __init__(self, d_in: int, parts: Iterable[Int16] = ()) -> None:
         self._basis: Directions = np.empty((0, d_in))
-
-    @classmethod
-    def of(cls, d_in: int, parts: Iterable[Int16]) -> "Span":
-        """Return the span of answered rows, each part `(rows, d_in)`."""
-        span = cls(d_in)
         for part in parts:
-            span.add(part)
-        return span
+            self.add(part)
 
     @property
     def dimensions(self) -> int:
         """How many directions are known; d_in of them are the whole map."""
         return len(self._basis)
 
-    def add(self, x: Int16) -> int:
-        """Add answered rows.
+    def add(self, x: Int16) -> None:
+        """Add answered rows `(rows, d_in)`.
 
-        Args:
-            x: `(rows, d_in)` int16.
-
-        Returns:
-            How many directions are new: none of a row that was answered before, or is a
-            combination of such rows.
+        A row that was answered before, or is a combination of such rows, brings no new direction.
 
         Raises:
             ParisError: if `x` has another type or width.
         """
         check_rows(x, np.int16, self._basis.shape[1], "x")
-        self.rows += len(x)
         rows = x[x.any(axis=1)].astype(np.float64)
         rows /= np.linalg.norm(rows, axis=1, keepdims=True)
         # Once is not enough: what cancels would leave rounding errors along the basis.
         rest = self.outside(self.outside(rows))
         energies, directions = np.linalg.eigh(rest @ rest.T)
         found = directions[:, energies > NEW**2].T @ rest
-        basis = np.linalg.qr(np.vstack([self._basis, found]).T)[0].T
-        new = len(basis) - self.dimensions
-        self._basis = basis
-        return new
+        self._basis = np.linalg.qr(np.vstack([self._basis, found]).T)[0].T
 
     def outside(self, x: Floats | Int16) -> Directions:
         """Return the part of rows `(rows, d_in)` that is orthogonal to the span."""
@@ -154,15 +141,10 @@ def assumed_inputs(d_in: int, rows: int, power: float, random: np.random.Generat
     return random.standard_normal((rows, d_in)) * np.arange(1, d_in + 1) ** -power
 
 
-def assumed_errors(
-    modules: Mapping[str, QuantisedModule], rows: int, power: float = 1.0
-) -> tuple[float, float]:
+def assumed_errors(modules: Mapping[str, QuantisedModule], rows: int) -> tuple[float, float]:
     """Return the relative errors of thieves, where no real inputs are at hand.
 
-    Args:
-        modules: The adapter.
-        rows: That each has seen answered.
-        power: See `assumed_inputs`.
+    Each has seen so many rows answered, of inputs that resemble activations.
 
     Returns:
         Of one who asks for inputs as they come, and of one who chooses; means over the modules.
@@ -171,11 +153,11 @@ def assumed_errors(
     asked, chosen = [], []
     for module in modules.values():
         width = module.d_in
-        inputs = assumed_inputs(width, FRESH_ROWS, power, random)
-        seen, _ = quantise_rows(assumed_inputs(width, rows, power, random))
-        asked.append(predicted_error(Span.of(width, [seen]), inputs, module))
+        inputs = assumed_inputs(width, FRESH_ROWS, 1.0, random)
+        seen, _ = quantise_rows(assumed_inputs(width, rows, 1.0, random))
+        asked.append(predicted_error(Span(width, [seen]), inputs, module))
         best = np.eye(width)[: min(rows, width)]  # the spectrum falls along the axes
-        chosen.append(predicted_error(Span.of(width, [quantise_rows(best)[0]]), inputs, module))
+        chosen.append(predicted_error(Span(width, [quantise_rows(best)[0]]), inputs, module))
     return float(np.mean(asked)), float(np.mean(chosen))
 
 
@@ -186,6 +168,26 @@ def save_inputs(path: Path, inputs: Mapping[str, Int16]) -> None:
     }
     with Folder(str(path.parent)).writing(path.name) as temporary:
         save_file(kept, temporary)
+
+
+def describe_leak(journal: SessionJournal, manifest: AdapterManifest, inputs: Path) -> str:
+    """Return in a line for people what all users together have learned of an adapter so far.
+
+    Without a file of real inputs, as `save_inputs` writes it, only directions are counted.
+    """
+    real = load_file(inputs) if inputs.exists() else {}
+    most, errors = (0.0, 0, 0), []
+    for name, terms in manifest.terms.items():
+        d_in, _, _ = terms.dimensions
+        span = Span(d_in, journal.calls.inputs(manifest.adapter_id, name))
+        most = max(most, (span.dimensions / d_in, span.dimensions, d_in))
+        if name in real:
+            errors.append(predicted_error(span, real[name]))
+    _, known, d_in = most
+    line = f"learned by all users so far: at most {known} of {d_in} directions of a module"
+    if not errors:
+        return line
+    return f"{line}; a thief's updates are off by {np.mean(errors):.2f}, relative to the true ones"
 
 
 def row_seeds(secret: bytes, module: str, x: Int16) -> Seeds:

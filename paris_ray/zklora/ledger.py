@@ -1,36 +1,13 @@
-"""The ledger of who owns how much.
+"""The ledger of who owns how much, a stand-in for payment.
 
-The shipped one is a stand-in for payment: credits that the escrow gives away and keeps itself.
+Whoever has real money puts another in its place. As that is called before the escrow's step is
+committed, perhaps twice, every movement is named by its trade and may be repeated.
 """
-
-from typing import Protocol
 
 from paris_ray.errors import TradeError
 from paris_ray.zklora.journal import Journal
 
 OPENING_BALANCE = 1000
-
-
-class Ledger(Protocol):
-    """Who owns how much. Every movement is named by its trade and may be repeated."""
-
-    def balance(self, account: str) -> int:
-        """Return what the account may spend."""
-
-    def lock(self, trade: str, account: str, amount: int) -> None:
-        """Set so much aside for the trade, in all; less than before changes nothing.
-
-        Raises:
-            TradeError: if the account cannot cover it, or the trade has come to its end.
-        """
-
-    def settle(self, trade: str, payee: str, amount: int) -> None:
-        """Give so much of what is locked to the payee, and the rest back.
-
-        Raises:
-            TradeError: if less is locked, or it was settled otherwise.
-        """
-
 
 LEDGER_TABLES = (
     "CREATE TABLE accounts (account TEXT PRIMARY KEY,"
@@ -41,9 +18,7 @@ LEDGER_TABLES = (
 
 
 class SQLiteLedger:
-    """Credits in the escrow's own journal: a stand-in for payment, not money.
-
-    Living in the journal it shares the transaction of the step that moves it.
+    """Credits that the escrow gives away, in its own journal: so they share its transactions.
 
     Args:
         journal: The escrow's, with the tables LEDGER_TABLES.
@@ -58,8 +33,8 @@ class SQLiteLedger:
 
     def balance(self, account: str) -> int:
         """Return what the account may spend."""
-        rows = self._journal.execute("SELECT balance FROM accounts WHERE account = ?", account)
-        return rows[0][0] if rows else self._opening_balance
+        found = self._journal.first("SELECT balance FROM accounts WHERE account = ?", account)
+        return self._opening_balance if found is None else int(found[0])
 
     def lock(self, trade: str, account: str, amount: int) -> None:
         """Set so much aside for the trade, in all; less than before changes nothing.
@@ -76,13 +51,11 @@ class SQLiteLedger:
             if more > (balance := self.balance(account)):
                 raise TradeError(f"{more} credits are to be locked, the balance is {balance}")
             self._move(account, -more)
-            self._journal.execute(
+            upsert = (
                 "INSERT INTO locks VALUES (?, ?, ?, NULL, NULL)"
-                " ON CONFLICT (trade) DO UPDATE SET amount = excluded.amount",
-                trade,
-                account,
-                amount,
+                " ON CONFLICT (trade) DO UPDATE SET amount = excluded.amount"
             )
+            self._journal.execute(upsert, trade, account, amount)
 
     def settle(self, trade: str, payee: str, amount: int) -> None:
         """Give so much of what is locked to the payee, and the rest back.
@@ -101,21 +74,16 @@ class SQLiteLedger:
             if held:
                 self._move(payee, amount)
                 self._move(account, held - amount)
-                self._journal.execute(
-                    "UPDATE locks SET payee = ?, paid = ? WHERE trade = ?", payee, amount, trade
-                )
+                update = "UPDATE locks SET payee = ?, paid = ? WHERE trade = ?"
+                self._journal.execute(update, payee, amount, trade)
 
     def _held(self, trade: str, account: str) -> tuple[str, int, str | None, int | None]:
         """Return whose money is locked, how much, and who got how much of it."""
-        rows = self._journal.execute(
-            "SELECT account, amount, payee, paid FROM locks WHERE trade = ?", trade
-        )
-        return rows[0] if rows else (account, 0, None, None)
+        query = "SELECT account, amount, payee, paid FROM locks WHERE trade = ?"
+        return self._journal.first(query, trade) or (account, 0, None, None)
 
     def _move(self, account: str, amount: int) -> None:
-        self._journal.execute(
-            "INSERT OR IGNORE INTO accounts VALUES (?, ?)", account, self._opening_balance
-        )
-        self._journal.execute(
-            "UPDATE accounts SET balance = balance + ? WHERE account = ?", amount, account
-        )
+        insert = "INSERT OR IGNORE INTO accounts VALUES (?, ?)"
+        self._journal.execute(insert, account, self._opening_balance)
+        update = "UPDATE accounts SET balance = balance + ? WHERE account = ?"
+        self._journal.execute(update, amount, account)

@@ -32,11 +32,10 @@ class Listings:
     Args:
         journal: The escrow's, with the tables LISTING_TABLES.
         certificate: That of the escrow, as manifests must name it.
-        max_listed: Adapters that one seller may list.
     """
 
-    def __init__(self, journal: Journal, certificate: str, max_listed: int = MAX_LISTED) -> None:
-        self._journal, self._certificate, self._max_listed = journal, certificate, max_listed
+    def __init__(self, journal: Journal, certificate: str) -> None:
+        self._journal, self._certificate = journal, certificate
         self.manifest = lru_cache(MANIFESTS_KEPT)(self._read_manifest)
 
     def add(self, caller: str, manifest: SignedDocument) -> int:
@@ -56,7 +55,7 @@ class Listings:
         with self._journal.transaction():
             if not self._journal.first("SELECT 1 FROM adapters WHERE adapter_id = ?", adapter_id):
                 self._check_may_list(caller, size)
-                document = json.dumps(terms.document)
+                document = json.dumps(terms.to_json())
                 insert = "INSERT INTO adapters VALUES (?, ?, ?, ?)"
                 self._journal.execute(insert, adapter_id, caller, document, size)
             return self._num_pieces(adapter_id)
@@ -64,10 +63,10 @@ class Listings:
     def _check_may_list(self, seller: str, size: int) -> None:
         query = "SELECT count(*), coalesce(sum(sealed_bytes), 0) FROM adapters WHERE seller = ?"
         listed, listed_bytes = self._journal.first(query, seller)
-        if listed >= self._max_listed or listed_bytes + size > MAX_LISTED_BYTES:
+        if listed >= MAX_LISTED or listed_bytes + size > MAX_LISTED_BYTES:
             raise TradeError(
                 f"{listed} adapters of {seller} are listed, with {listed_bytes} bytes: at most "
-                f"{self._max_listed} with {MAX_LISTED_BYTES} are allowed"
+                f"{MAX_LISTED} with {MAX_LISTED_BYTES} are allowed"
             )
 
     def upload(self, caller: str, adapter_id: str, number: int, piece: bytes) -> None:
@@ -125,4 +124,4 @@ class Listings:
         )
         if found is None:
             raise TradeError(f"no adapter {adapter_id} is listed")
-        return AdapterManifest.from_document(json.loads(found[0]))
+        return AdapterManifest.from_json(json.loads(found[0]))

@@ -8,11 +8,13 @@ Commitments are drawn once: the same folder gives the same adapter, with the sam
 its service is started again.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from paris_ray.bundle import Bundle
+from paris_ray.artifacts import sha256_hex
+from paris_ray.config import LoRAConfig
 from paris_ray.errors import ArtifactError
 from paris_ray.folders import Folder
 from paris_ray.identity import Identity, write_new
@@ -22,12 +24,15 @@ from paris_ray.zklora.commitment import ModuleOpening, commit
 from paris_ray.zklora.fixed_point import QuantisedModule
 from paris_ray.zklora.manifest import (
     MANIFEST,
+    PROTOCOL,
     AdapterManifest,
     Base,
-    build_manifest,
-    default_budget,
+    ModuleTerms,
 )
 from paris_ray.zklora.sealing import KEY, SEALED, seal, unseal
+
+# Few: what a thief has by then, `bench_zklora.py share` measures.
+BUDGET_DIVISOR = 64
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,6 +58,22 @@ class AskedTerms:
     price_per_row: int | None = None
     budget_rows: int | None = None
     escrow_certificate: str | None = None
+
+    def stated(self, identity: Identity, budget_rows: int) -> dict[str, Any]:
+        """Return the fields of the manifest in which a contributor states it, with this budget."""
+        price_per_row = self.price_per_row
+        if price_per_row is None:
+            of_the_price = -(-self.price // max(1, budget_rows))
+            price_per_row = 0 if self.escrow_certificate is None else max(1, of_the_price)
+        return {
+            "base": self.base,
+            "adapter": self.name,
+            "price": self.price,
+            "price_per_row": price_per_row,
+            "budget_rows": budget_rows,
+            "contributor_certificate": identity.certificate,
+            "escrow_certificate": self.escrow_certificate,
+        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,28 +106,26 @@ class Offer:
         return {name: opening.module for name, opening in self.openings().items()}
 
 
-def base_of_expert(bundle: Bundle, expert: int) -> Base:
-    """Return what an adapter of one expert of a bundle is for."""
-    return Base(bundle.weights_digest(f"expert_{expert}"), expert, bundle.weights_digest("router"))
-
-
 def open_offer(folder: Path, identity: Identity, adapter: PeftAdapter, terms: AskedTerms) -> Offer:
     """Return the offer in a folder, made now if there is none.
-
-    Args:
-        folder: The contributor's own; it holds the key.
-        identity: Who offers.
-        adapter: What is offered.
-        terms: What is asked for it.
 
     Raises:
         ArtifactError: if the folder has an offer of other weights or terms.
         ParisError: if the adapter cannot be quantised, or a term is not allowed.
     """
+    modules = quantise_adapter(adapter)
     if not (folder / MANIFEST).exists():
-        _make(folder, identity, adapter, terms)
+        _make(folder, identity, modules, adapter.config, terms)
     offer = load_offer(folder)
-    _check_same(folder, offer, identity, adapter, terms)
+    stated = terms.stated(identity, terms.budget_rows or offer.manifest.budget_rows)
+    differ = [name for name, value in stated.items() if getattr(offer.manifest, name) != value]
+    if _digests(offer.modules()) != _digests(modules):
+        differ.append("weights")
+    if differ:
+        raise ArtifactError(
+            f"{folder} holds an offer with another {', '.join(differ)}: choose another folder, "
+            "which makes another adapter of it, with a budget of its own"
+        )
     return offer
 
 
@@ -126,25 +145,20 @@ def load_offer(folder: Path) -> Offer:
     return Offer(signed, manifest, sealed, key)
 
 
-def _make(folder: Path, identity: Identity, adapter: PeftAdapter, terms: AskedTerms) -> None:
-    openings = {name: commit(module)[1] for name, module in quantise_adapter(adapter).items()}
+def _make(
+    folder: Path,
+    identity: Identity,
+    modules: Mapping[str, QuantisedModule],
+    config: LoRAConfig,
+    terms: AskedTerms,
+) -> None:
+    openings = {name: commit(module)[1] for name, module in modules.items()}
     sealed, key = seal(openings)
     budget_rows = terms.budget_rows
     if budget_rows is None:
-        budget_rows = default_budget([opening.module.d_in for opening in openings.values()])
-    manifest = build_manifest(
-        openings,
-        adapter.config,
-        base=terms.base,
-        adapter=terms.name,
-        price=terms.price,
-        price_per_row=_price_per_row(terms, budget_rows),
-        budget_rows=budget_rows,
-        sealed=sealed,
-        key=key,
-        contributor_certificate=identity.certificate,
-        escrow_certificate=terms.escrow_certificate,
-    )
+        budget_rows = default_budget([module.d_in for module in modules.values()])
+    stated = terms.stated(identity, budget_rows)
+    manifest = build_manifest(openings, config, sealed, key, **stated)
     # The manifest comes last: without it, what an interruption left is made anew.
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     folder.chmod(0o700)
@@ -154,42 +168,48 @@ def _make(folder: Path, identity: Identity, adapter: PeftAdapter, terms: AskedTe
     Folder(str(folder)).write_json(MANIFEST, manifest.sign(identity).to_json())
 
 
-def _price_per_row(terms: AskedTerms, budget_rows: int) -> int:
-    if terms.price_per_row is not None:
-        return terms.price_per_row
-    if terms.escrow_certificate is None:
-        return 0
-    return max(1, -(-terms.price // max(1, budget_rows)))
+def _digests(modules: Mapping[str, QuantisedModule]) -> dict[str, str]:
+    return {name: module.digest for name, module in modules.items()}
 
 
-def _check_same(
-    folder: Path, offer: Offer, identity: Identity, adapter: PeftAdapter, terms: AskedTerms
-) -> None:
-    manifest = offer.manifest
-    stated = {
-        "base": (manifest.base, terms.base),
-        "name": (manifest.adapter, terms.name),
-        "price": (manifest.price, terms.price),
-        "price_per_row": (
-            manifest.price_per_row,
-            _price_per_row(terms, manifest.budget_rows),
-        ),
-        "budget_rows": (manifest.budget_rows, terms.budget_rows or manifest.budget_rows),
-        "escrow_certificate": (manifest.escrow_certificate, terms.escrow_certificate),
-        "contributor": (manifest.contributor, identity.public_key),
-        "weights": (_digests(offer.openings()), _adapter_digests(adapter)),
+def default_budget(widths: Sequence[int]) -> int:
+    """Return how many rows are answered, of modules of these `d_in`, unless somebody says more."""
+    return max(1, min(widths, default=0) // BUDGET_DIVISOR)
+
+
+def build_manifest(
+    openings: Mapping[str, ModuleOpening],
+    config: LoRAConfig,
+    sealed: bytes,
+    key: bytes,
+    **terms: Any,
+) -> AdapterManifest:
+    """Return the manifest of an adapter that one has.
+
+    Args:
+        openings: Its modules, by name.
+        config: Its rank and scale.
+        sealed: The weights as they will be delivered.
+        key: What unseals them; only its digest is stated.
+        terms: The other fields of an `AdapterManifest`. Unless they are given, rows are free,
+            `budget_rows` is that of `default_budget`, and there is no escrow.
+
+    Raises:
+        ParisError: like `AdapterManifest`.
+    """
+    defaults = {
+        "price_per_row": 0,
+        "budget_rows": default_budget([opening.module.d_in for opening in openings.values()]),
+        "escrow_certificate": None,
     }
-    differ = [name for name, (found, wanted) in stated.items() if found != wanted]
-    if differ:
-        raise ArtifactError(
-            f"{folder} holds an offer with another {', '.join(differ)}: choose another folder, "
-            "which makes another adapter of it, with a budget of its own"
-        )
-
-
-def _digests(openings: Mapping[str, ModuleOpening]) -> dict[str, str]:
-    return {name: opening.module.digest for name, opening in openings.items()}
-
-
-def _adapter_digests(adapter: PeftAdapter) -> dict[str, str]:
-    return {name: module.digest for name, module in quantise_adapter(adapter).items()}
+    return AdapterManifest(
+        protocol=PROTOCOL,
+        modules=tuple(ModuleTerms.of(name, opening) for name, opening in openings.items()),
+        lora_alpha=config.lora_alpha,
+        r=config.r,
+        use_rslora=config.use_rslora,
+        sealed_digest=sha256_hex(sealed),
+        sealed_bytes=len(sealed),
+        key_digest=sha256_hex(key),
+        **defaults | terms,
+    )

@@ -20,15 +20,16 @@ committed vectors); Attema and Cramer, CRYPTO 2020 (compressed sigma protocols).
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain, islice
 
 import numpy as np
 
-from paris_ray.errors import ParisError, VerificationError
+from paris_ray.errors import ParisError, VerificationError, naming
 from paris_ray.zklora import curve
 from paris_ray.zklora.commitment import ModuleCommitment, ModuleOpening
-from paris_ray.zklora.curve import BLINDING, POINT_BYTES, VALUE, Equation, check_equations
+from paris_ray.zklora.curve import BLINDING, FORM, POINT_BYTES, VALUE, Equation, check_equations
 from paris_ray.zklora.fiat_shamir import FiatShamir, Oracle
-from paris_ray.zklora.field import ORDER, SCALAR_BYTES, combine, dot, padded, plus, powers
+from paris_ray.zklora.field import ORDER, SCALAR_BYTES, combine, dot, plus, powers
 from paris_ray.zklora.fixed_point import Int16, Int64, check_statement, evaluate
 from paris_ray.zklora.folding import Folded, fold, folding_equation, folding_shape
 
@@ -36,28 +37,7 @@ LABEL = "paris_ray zklora proof 2"
 Claim = tuple[ModuleCommitment, Int16, Int64, bytes, bytes]
 
 POINT_NAMES = ("U", "V", "C", "Rc", "Rs", "Rt", "Rp", "M0", "M1")
-NUM_POINTS = len(POINT_NAMES)
-
-
-@dataclass(frozen=True, slots=True)
-class Responses:
-    """What answers e, but for the long vector.
-
-    Attributes:
-        zu: The r masked entries of u.
-        zv: The r masked entries of v.
-        zp: The masked numbers p.
-        blinders: The masked blinders of c, u, v, p and of the inner product.
-    """
-
-    zu: tuple[int, ...]
-    zv: tuple[int, ...]
-    zp: tuple[int, int]
-    blinders: tuple[int, int, int, int, int]
-
-    def scalars(self) -> list[int]:
-        """Return all, in the order in which they are absorbed."""
-        return [*self.zu, *self.zv, *self.zp, *self.blinders]
+NUM_POINTS, NUM_CROSSED, NUM_BLINDERS = len(POINT_NAMES), 2, 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,20 +47,27 @@ class Proof:
     Attributes:
         points: Encoded commitments, as `POINT_NAMES`: the intermediate vectors and the masks.
         lacking: What the linear claim lacks at the masks.
-        responses: The short responses.
+        zu: The r masked entries of u.
+        zv: The r masked entries of v.
+        zp: The two masked numbers p.
+        blinders: The masked blinders of c, u, v, p and of the inner product.
         folded: The masked entries of c.
     """
 
     points: tuple[bytes, ...]
     lacking: int
-    responses: Responses
+    zu: tuple[int, ...]
+    zv: tuple[int, ...]
+    zp: tuple[int, ...]
+    blinders: tuple[int, ...]
     folded: Folded
 
     def to_bytes(self) -> bytes:
         """Return the messages, one after the other."""
         rounds = zip(self.folded.left, self.folded.right, strict=True)
         points = [*self.points, *(point for pair in rounds for point in pair)]
-        scalars = [self.lacking, *self.responses.scalars(), *self.folded.remainder]
+        responses = (*self.zu, *self.zv, *self.zp, *self.blinders)
+        scalars = [self.lacking, *responses, *self.folded.remainder]
         return b"".join([*points, *map(_scalar, scalars)])
 
     @classmethod
@@ -90,23 +77,18 @@ class Proof:
         Raises:
             VerificationError: if it has another length, or a scalar is not reduced.
         """
-        r = commitment.r
         rounds, remainder = folding_shape(max(commitment.d_in, commitment.d_out))
-        num_points, num_scalars = NUM_POINTS + 2 * rounds, 1 + 2 * r + 2 + 5 + remainder
-        size = num_points * POINT_BYTES + num_scalars * SCALAR_BYTES
+        lengths = (commitment.r, commitment.r, NUM_CROSSED, NUM_BLINDERS, remainder)
+        end = (NUM_POINTS + 2 * rounds) * POINT_BYTES
+        size = end + (1 + sum(lengths)) * SCALAR_BYTES
         if len(data) != size:
             raise VerificationError(f"the proof has {len(data)} bytes, {size} are expected")
-        points = _cut(data[: num_points * POINT_BYTES], POINT_BYTES)
-        lacking, *scalars = _read_scalars(data[num_points * POINT_BYTES :])
-        zu, zv, rest = scalars[:r], scalars[r : 2 * r], scalars[2 * r :]
-        blinders = (rest[2], rest[3], rest[4], rest[5], rest[6])
+        points, scalars = _cut(data[:end], POINT_BYTES), iter(_read_scalars(data[end:]))
+        lacking = next(scalars)
+        zu, zv, zp, blinders, vector = (tuple(islice(scalars, length)) for length in lengths)
         left, right = points[NUM_POINTS::2], points[NUM_POINTS + 1 :: 2]
-        return cls(
-            points=tuple(points[:NUM_POINTS]),
-            lacking=lacking,
-            responses=Responses(tuple(zu), tuple(zv), (rest[0], rest[1]), blinders),
-            folded=Folded(tuple(left), tuple(right), tuple(rest[7:])),
-        )
+        folded = Folded(tuple(left), tuple(right), vector)
+        return cls(tuple(points[:NUM_POINTS]), lacking, zu, zv, zp, blinders, folded)
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,16 +142,6 @@ class _Joint:
     xi: int
     mu: int
 
-    def vector(self, a: list[int], b: list[int]) -> list[int]:
-        """Return `c = a + xi b`, padded with zeros."""
-        width = max(len(a), len(b))
-        return plus(padded(a, width), self.xi, padded(b, width))
-
-    def form(self, form: _Form) -> list[int]:
-        """Return `f = x~ + mu beta`, padded with zeros."""
-        width = max(len(form.x), len(form.beta))
-        return plus(padded(form.x, width), self.mu, padded(form.beta, width))
-
     def value(self, u: Sequence[int], v: Sequence[int], p: Sequence[int]) -> int:
         """Return the claim's right side."""
         of_a = dot(self.gamma, u) + self.xi * p[0]
@@ -212,7 +184,7 @@ def _prove(opening: ModuleOpening, x: Int16, y: Int64, oracle: Oracle) -> Proof:
     crossed = p.encoded()
     joint = _join(oracle, gamma, crossed)
     blinder = dot(gamma, opening.blinders_a) + joint.xi * dot(gamma, opening.blinders_b)
-    c, f = _Hidden(joint.vector(a, b), blinder % ORDER), joint.form(form)
+    c, f = _Hidden(plus(a, joint.xi, b), blinder % ORDER), plus(form.x, joint.mu, form.beta)
 
     # One mask under two challenges would give the weights away.
     masks = [_Hidden.mask(length) for length in (len(f), module.r, module.r, 2)]
@@ -226,15 +198,11 @@ def _prove(opening: ModuleOpening, x: Int16, y: Int64, oracle: Oracle) -> Proof:
     pairs = zip(masks, (c, u, v, p), strict=True)
     zc, zu, zv, zp = (mask.plus(e, hidden) for mask, hidden in pairs)
     z5 = (m0.blinder + e * m1.blinder) % ORDER
-    responses = Responses(
-        zu=tuple(zu.values),
-        zv=tuple(zv.values),
-        zp=(zp.values[0], zp.values[1]),
-        blinders=(zc.blinder, zu.blinder, zv.blinder, zp.blinder, z5),
-    )
-    chi = _challenge(oracle, "chi", *map(_scalar, responses.scalars()))
+    blinders = (zc.blinder, zu.blinder, zv.blinder, zp.blinder, z5)
+    opened = (tuple(zu.values), tuple(zv.values), tuple(zp.values), blinders)
+    chi = _challenge(oracle, "chi", *map(_scalar, chain.from_iterable(opened)))
     folded = fold(zc.values, [chi * value % ORDER for value in f], oracle)
-    return Proof((*first, crossed, *announced), lacking, responses, folded)
+    return Proof((*first, crossed, *announced), lacking, *opened, folded)
 
 
 def verify(commitment: ModuleCommitment, x: Int16, y: Int64, context: bytes, proof: bytes) -> None:
@@ -269,10 +237,8 @@ def verify_named(claims: Mapping[str, Claim]) -> None:
     """Check many proofs as `verify_batch` does; the error says the names of those that fail."""
     equations = {}
     for name, claim in claims.items():
-        try:
+        with naming(name, VerificationError):
             equations[name] = proof_equation(*claim)
-        except ParisError as error:
-            raise VerificationError(f"{name}: {error}") from None
     check_equations(equations, "the proof")
 
 
@@ -301,35 +267,30 @@ def _equation(
     columns, rows = commitment.points()
     named = dict(zip(POINT_NAMES, proof.points, strict=True))
     point = {name: curve.decode(data, name) for name, data in named.items()}
-    form, sent = _random_form(x, y, oracle), proof.responses
+    form = _random_form(x, y, oracle)
     gamma = powers(_challenge(oracle, "gamma", named["U"], named["V"]), commitment.r)
     joint = _join(oracle, gamma, named["C"])
     e = _challenge(oracle, "e", *proof.points[3:], _scalar(proof.lacking))
-    chi = _challenge(oracle, "chi", *map(_scalar, sent.scalars()))
-    z1, z2, z3, z4, z5 = sent.blinders
+    zu, zv, zp, (z1, z2, z3, z4, z5) = opened = (proof.zu, proof.zv, proof.zp, proof.blinders)
+    chi = _challenge(oracle, "chi", *map(_scalar, chain.from_iterable(opened)))
 
     # c is committed in sum_k gamma_k (CA_k + xi CB_k); the folding opens the mask plus e times it.
-    claim = Equation(blinding=-z1)
-    claim.add(point["Rc"], 1)
+    claim = Equation.of((), (point["Rc"], 1), (BLINDING, -z1))
     for k, power in enumerate(gamma):
         claim.add(columns[k], e * power)
         claim.add(rows[k], joint.xi * e * power)
-    claim.form = chi * (proof.lacking + joint.value(sent.zu, sent.zv, sent.zp))
-    scaled = [chi * value % ORDER for value in joint.form(form)]
-    parts = [folding_equation(claim, scaled, proof.folded, oracle)]
-
-    opened = ((sent.zu, z2, "Rs", "U"), (sent.zv, z3, "Rt", "V"), (sent.zp, z4, "Rp", "C"))
-    for response, blinder, mask, hidden in opened:
-        part = Equation(generators=list(response), blinding=blinder)
-        part.add(point[mask], -1)
-        part.add(point[hidden], -e)
-        parts.append(part)
-    product = Equation(value=dot(sent.zu, sent.zv) - e * e * form.y, blinding=z5)
-    product.add(point["M0"], -1)
-    product.add(point["M1"], -e)
-
+    claim.add(FORM, chi * (proof.lacking + joint.value(zu, zv, zp)))
+    scaled = [chi * value % ORDER for value in plus(form.x, joint.mu, form.beta)]
+    product = dot(zu, zv) - e * e * form.y
+    parts = (
+        folding_equation(claim, scaled, proof.folded, oracle),
+        Equation.of(zu, (BLINDING, z2), (point["Rs"], -1), (point["U"], -e)),
+        Equation.of(zv, (BLINDING, z3), (point["Rt"], -1), (point["V"], -e)),
+        Equation.of(zp, (BLINDING, z4), (point["Rp"], -1), (point["C"], -e)),
+        Equation.of((), (VALUE, product), (BLINDING, z5), (point["M0"], -1), (point["M1"], -e)),
+    )
     total = Equation()
-    for part in (*parts, product):
+    for part in parts:
         total.merge(part, curve.random_weight())
     return total
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 
 from paris_ray.artifacts import sha256_hex
-from paris_ray.errors import ParisError, VerificationError
+from paris_ray.errors import ParisError, VerificationError, naming
 from paris_ray.zklora.commitment import ModuleOpening, open_commitments
 from paris_ray.zklora.field import ORDER, SCALAR_BYTES
 from paris_ray.zklora.fixed_point import QuantisedModule
@@ -34,9 +34,6 @@ Tensors = Mapping[str, NDArray[Any]]
 
 def seal(openings: Mapping[str, ModuleOpening]) -> tuple[bytes, bytes]:
     """Return the weights of an adapter, encrypted with a new key, and that key (32 bytes).
-
-    Args:
-        openings: What is sold of each module, by its name.
 
     Raises:
         ParisError: if it is too large to be sold.
@@ -61,11 +58,6 @@ def seal(openings: Mapping[str, ModuleOpening]) -> tuple[bytes, bytes]:
 
 def unseal(sealed: bytes, key: bytes, manifest: AdapterManifest) -> dict[str, ModuleOpening]:
     """Return the weights in an envelope; that they are the committed ones is checked elsewhere.
-
-    Args:
-        sealed: The envelope.
-        key: What was released.
-        manifest: What was pinned.
 
     Returns:
         What is said to open the commitment of each module, in the manifest's order.
@@ -120,11 +112,10 @@ def _decrypt(sealed: bytes, key: bytes) -> Tensors:
 
 def _forms(terms: ModuleTerms) -> dict[str, tuple[np.dtype[Any], tuple[int, ...]]]:
     """Return type and shape of each tensor of a module."""
-    commitment = terms.commitment
-    factor, blinders = np.dtype(np.int16), (np.dtype(np.uint8), (commitment.r, SCALAR_BYTES))
+    factor, blinders = np.dtype(np.int16), (np.dtype(np.uint8), (terms.r, SCALAR_BYTES))
     return {
-        f"{terms.name}.a": (factor, (commitment.d_in, commitment.r)),
-        f"{terms.name}.b": (factor, (commitment.r, commitment.d_out)),
+        f"{terms.name}.a": (factor, (terms.d_in, terms.r)),
+        f"{terms.name}.b": (factor, (terms.r, terms.d_out)),
         f"{terms.name}.blinders_a": blinders,
         f"{terms.name}.blinders_b": blinders,
     }
@@ -132,10 +123,8 @@ def _forms(terms: ModuleTerms) -> dict[str, tuple[np.dtype[Any], tuple[int, ...]
 
 def _opening(terms: ModuleTerms, tensors: Tensors) -> ModuleOpening:
     a, b, blinders_a, blinders_b = (tensors[name] for name in _forms(terms))
-    try:
+    with naming(terms.name, VerificationError):
         module = QuantisedModule(a, b, terms.exponent_a, terms.exponent_b)
-    except ParisError as error:
-        raise VerificationError(f"{terms.name}: {error}") from None
     opening = ModuleOpening(module, _decode(blinders_a), _decode(blinders_b))
     if max(opening.blinders_a + opening.blinders_b) >= ORDER:
         raise VerificationError(f"{terms.name}: a blinder is not below the group's order")

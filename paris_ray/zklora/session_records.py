@@ -1,14 +1,15 @@
 """How far every session is, in the contributor's journal."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any, NamedTuple
+from functools import cached_property
+from typing import Any, NamedTuple, Self
 
 from paris_ray.errors import ProtocolError
 from paris_ray.signatures import SignedDocument
-from paris_ray.zklora.journal import Journal
-from paris_ray.zklora.transcript import check_digest, proof_context
+from paris_ray.zklora.transcript import proof_context
 
 
 class SessionState(StrEnum):
@@ -36,8 +37,6 @@ SESSION_TABLES = (
     f"CREATE TRIGGER moved AFTER UPDATE OF state ON sessions BEGIN {DISCOUNT}; {COUNT}; END",
     f"CREATE TRIGGER forgotten AFTER DELETE ON sessions BEGIN {DISCOUNT}; END",
 )
-OPENING = "sid, adapter_id, user, nonce_u, nonce_c, state"
-COLUMNS = f"{OPENING}, calls, reason, closing, nonce_v"
 
 
 class Closing(NamedTuple):
@@ -52,7 +51,7 @@ class Closing(NamedTuple):
     by_contributor: SignedDocument
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class SessionRecord:
     """One user's session, as the journal has it.
 
@@ -60,25 +59,29 @@ class SessionRecord:
         sid: Its name.
         adapter_id: Digest of the manifest.
         user: Public key, in hexadecimal.
-        nonce_u: The user's nonce.
-        nonce_c: The contributor's.
+        nonce_c: The contributor's nonce.
         state: How far it is.
         calls: How many were paid for: the number of the next.
         reason: Why it ended, else None.
-        closing: What both signed; None before.
+        closing: What both signed, as JSON; None before.
         nonce_v: What the user drew after the close; None before.
     """
 
     sid: str
     adapter_id: str
     user: str
-    nonce_u: str
     nonce_c: str
     state: SessionState
     calls: int
     reason: str | None
-    closing: Closing | None
+    closing: str | None
     nonce_v: str | None
+
+    @classmethod
+    def of(cls, row: Sequence[Any]) -> Self:
+        """Return the session of a row of the table: its columns, in the order of the fields."""
+        values = dict(zip(cls.__dataclass_fields__, row, strict=True))
+        return cls(**values | {"state": SessionState(values["state"])})
 
     def require(self, state: SessionState) -> None:
         """Raise ProtocolError unless this is its state."""
@@ -86,12 +89,12 @@ class SessionRecord:
             why = f" ({self.reason})" if self.reason else ""
             raise ProtocolError(f"session {self.sid} is {self.state}{why}, not {state}")
 
-    @property
+    @cached_property
     def signed(self) -> Closing:
         """What both signed; raises ProtocolError if the session is not closed."""
         if self.closing is None:
             raise ProtocolError(f"session {self.sid} is {self.state}: nobody has signed its log")
-        return self.closing
+        return Closing(*map(SignedDocument.from_json, json.loads(self.closing)))
 
     def proof_context(self, module: str) -> bytes:
         """Return what the proof of a module is bound to.
@@ -103,82 +106,3 @@ class SessionRecord:
             raise ProtocolError(f"session {self.sid} is {self.state}: it has no nonce for proofs")
         root = self.signed.by_user.document["root"]
         return proof_context(self.adapter_id, self.sid, root, module, self.nonce_v)
-
-
-class SessionTable:
-    """The sessions in a journal.
-
-    Args:
-        journal: It has SESSION_TABLES.
-    """
-
-    def __init__(self, journal: Journal) -> None:
-        self._journal = journal
-
-    def count(self) -> dict[str, int]:
-        """Return the number of sessions in every state."""
-        counts = dict(self._journal.execute("SELECT state, sessions FROM states"))
-        return {state: counts.get(state, 0) for state in SessionState}
-
-    def find(self, sid: str, user: str) -> SessionRecord:
-        """Return a user's session; raises ProtocolError if the user has no such session."""
-        check_digest("session", sid)
-        query = f"SELECT {COLUMNS} FROM sessions WHERE sid = ? AND user = ?"
-        found = self._journal.execute(query, sid, user)
-        if not found:  # of somebody else: the same words, so that nobody learns of it
-            raise ProtocolError(f"session {sid} does not exist for user {user}")
-        fields: dict[str, Any] = dict(zip(COLUMNS.split(", "), found[0], strict=True))
-        fields["state"] = SessionState(fields["state"])
-        if fields["closing"] is not None:
-            fields["closing"] = Closing(
-                *map(SignedDocument.from_json, json.loads(fields["closing"]))
-            )
-        return SessionRecord(**fields)
-
-    def find_nonce(self, adapter_id: str, user: str, nonce_u: str) -> str | None:
-        """Return the name of the session that a user opened with a nonce; None: there is none."""
-        query = "SELECT sid FROM sessions WHERE adapter_id = ? AND user = ? AND nonce_u = ?"
-        found = self._journal.execute(query, adapter_id, user, nonce_u)
-        return found[0][0] if found else None
-
-    def add(self, sid: str, adapter_id: str, user: str, nonce_u: str, nonce_c: str) -> None:
-        """Keep a new session, which is open."""
-        insert = f"INSERT INTO sessions ({OPENING}) VALUES (?, ?, ?, ?, ?, ?)"
-        opening = (sid, adapter_id, user, nonce_u, nonce_c, SessionState.OPEN)
-        self._journal.execute(insert, *opening)
-
-    def make_room(self, user: str, most: int) -> None:
-        """Let a user open one more session, of whom few are open, and few have paid for nothing.
-
-        The oldest that has paid for nothing is forgotten, if that is needed.
-
-        Args:
-            user: Public key, in hexadecimal.
-            most: How many may be open; likewise, how many of all may have paid for nothing.
-
-        Raises:
-            ProtocolError: if all that are open have paid for rows.
-        """
-        count = f"SELECT COUNT(*) FROM sessions WHERE user = ? AND {IS_OPEN}"
-        ((num_open,),) = self._journal.execute(count, user)
-        query = "SELECT sid, state FROM sessions WHERE user = ? AND calls = 0 ORDER BY rowid"
-        unpaid = self._journal.execute(query, user)
-        if num_open >= most:
-            unpaid = [row for row in unpaid if row[1] == SessionState.OPEN]
-            if not unpaid:
-                raise ProtocolError(
-                    f"{num_open} sessions are open, the most allowed: close or end one"
-                )
-        elif len(unpaid) < most:
-            return
-        self._journal.execute("DELETE FROM sessions WHERE sid = ?", unpaid[0][0])
-
-    def count_call(self, sid: str) -> None:
-        """Note that one more call of a session was paid for."""
-        self._journal.execute("UPDATE sessions SET calls = calls + 1 WHERE sid = ?", sid)
-
-    def move(self, sid: str, state: SessionState, **columns: str) -> None:
-        """Note that a session has come to a state, and what goes with it."""
-        changes = "".join(f", {name} = ?" for name in columns)
-        update = f"UPDATE sessions SET state = ?{changes} WHERE sid = ?"
-        self._journal.execute(update, state, *columns.values(), sid)

@@ -6,7 +6,6 @@ many there were; what a user keeps here without having paid for a row is bounded
 """
 
 import json
-from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Self
@@ -16,58 +15,48 @@ from paris_ray.errors import ProtocolError
 from paris_ray.signatures import SignedDocument, Signer
 from paris_ray.zklora.budget import BUDGET_TABLES, RowBudget
 from paris_ray.zklora.calls import CALL_TABLES, CallTable, Request
-from paris_ray.zklora.fixed_point import Int16, Int64
-from paris_ray.zklora.journal import Journal
+from paris_ray.zklora.fixed_point import Int64
+from paris_ray.zklora.journal import Journal, Value
 from paris_ray.zklora.session_records import (
+    IS_OPEN,
     SESSION_TABLES,
     SessionRecord,
     SessionState,
-    SessionTable,
 )
-from paris_ray.zklora.transcript import (
-    CLOSE,
-    Call,
-    Log,
-    check_digest,
-    check_request,
-    closing_statement,
-)
+from paris_ray.zklora.transcript import CLOSE, Call, check_digest, check_request, closing_statement
+
+# Of one user at a time; a new one takes the place of the oldest that has paid for nothing.
+MAX_OPEN_SESSIONS = 16
+MAX_ROWS = 4096  # of one call
 
 SCHEMA_VERSION = 2
 SCHEMA = (*SESSION_TABLES, *BUDGET_TABLES, *CALL_TABLES)
+COLUMNS = ", ".join(SessionRecord.__dataclass_fields__)
 
 
 class SessionJournal:
     """All sessions of a contributor; safe from several threads and processes.
 
+    `sid` is always the name of a session, and `user` the public key of the connection, in
+    hexadecimal. Whoever has no such session gets a ProtocolError.
+
     Args:
         path: The file; made if it does not exist, readable by its owner alone.
-        max_open_sessions: That one user may have at a time; a new one takes the place of the oldest
-            that has paid for nothing.
-        max_rows_per_call: That one call may have.
         max_rows_per_user: Of each module that one user may ever see; None: all of the budget.
 
     Attributes:
         budget: The rows that may still be seen.
+        calls: What was asked and answered.
 
     Raises:
         ArtifactError: if the file is no journal of this version.
     """
 
-    def __init__(
-        self,
-        path: Path,
-        *,
-        max_open_sessions: int = 16,
-        max_rows_per_call: int = 4096,
-        max_rows_per_user: int | None = None,
-    ) -> None:
-        self._max_open_sessions = max_open_sessions
-        self._max_rows_per_call = max_rows_per_call
+    def __init__(self, path: Path, *, max_rows_per_user: int | None = None) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._journal = Journal(path, SCHEMA, SCHEMA_VERSION)
-        self._sessions, self._calls = SessionTable(self._journal), CallTable(self._journal)
         self.budget = RowBudget(self._journal, max_rows_per_user)
+        self.calls = CallTable(self._journal)
 
     def __enter__(self) -> Self:
         return self
@@ -77,7 +66,8 @@ class SessionJournal:
 
     def sessions_by_state(self) -> dict[str, int]:
         """Return the number of sessions in every state."""
-        return self._sessions.count()
+        counts = dict(self._journal.execute("SELECT state, sessions FROM states"))
+        return {state: counts.get(state, 0) for state in SessionState}
 
     def open_session(
         self, sid: str, adapter_id: str, user: str, nonce_u: str, nonce_c: str
@@ -90,7 +80,7 @@ class SessionJournal:
         Args:
             sid: `session_id(...)` of the nonces, if the session is new.
             adapter_id: Digest of the manifest.
-            user: Public key of the connection, in hexadecimal.
+            user: See the class.
             nonce_u: The user's nonce.
             nonce_c: A fresh nonce.
 
@@ -101,33 +91,63 @@ class SessionJournal:
         check_digest("nonce_u", nonce_u)
         with self._journal.transaction():
             self.budget.fewest_left(adapter_id)  # raises if there is no such adapter
-            known = self._sessions.find_nonce(adapter_id, user, nonce_u)
+            query = "SELECT sid FROM sessions WHERE adapter_id = ? AND user = ? AND nonce_u = ?"
+            known = self._journal.first(query, adapter_id, user, nonce_u)
             if known is None:
-                self._sessions.make_room(user, self._max_open_sessions)
-                self._sessions.add(sid, adapter_id, user, nonce_u, nonce_c)
-            return self._sessions.find(known or sid, user)
+                self._make_room(user)
+                insert = (
+                    "INSERT INTO sessions (sid, adapter_id, user, nonce_u, nonce_c, state) "
+                    "VALUES (?, ?, ?, ?, ?, ?)"
+                )
+                new = (sid, adapter_id, user, nonce_u, nonce_c, SessionState.OPEN)
+                self._journal.execute(insert, *new)
+            return self.session(sid if known is None else known[0], user)
+
+    def _make_room(self, user: str) -> None:
+        """Let a user open one more session.
+
+        Few of a user's sessions may be open, and few of all may have paid for nothing: if that is
+        needed, the oldest that has not is forgotten. Raises ProtocolError if all that are open
+        have paid for rows.
+        """
+        count = f"SELECT COUNT(*) FROM sessions WHERE user = ? AND {IS_OPEN}"
+        (num_open,) = self._journal.first(count, user)
+        query = "SELECT sid, state FROM sessions WHERE user = ? AND calls = 0 ORDER BY rowid"
+        unpaid = self._journal.execute(query, user)
+        if num_open >= MAX_OPEN_SESSIONS:
+            unpaid = [row for row in unpaid if row[1] == SessionState.OPEN]
+            if not unpaid:
+                raise ProtocolError(
+                    f"{num_open} sessions are open, the most allowed: close or end one"
+                )
+        elif len(unpaid) < MAX_OPEN_SESSIONS:
+            return
+        self._journal.execute("DELETE FROM sessions WHERE sid = ?", unpaid[0][0])
 
     def session(self, sid: str, user: str) -> SessionRecord:
-        """Return a user's session; raises ProtocolError if the user has no such session."""
-        return self._sessions.find(sid, user)
+        """Return a user's session."""
+        check_digest("session", sid)
+        query = f"SELECT {COLUMNS} FROM sessions WHERE sid = ? AND user = ?"
+        row = self._journal.first(query, sid, user)
+        if row is None:  # of somebody else: the same words, so that nobody learns of it
+            raise ProtocolError(f"session {sid} does not exist for user {user}")
+        return SessionRecord.of(row)
 
     def check_turn(self, sid: str, user: str, seq: int, modules: Sequence[str], rows: int) -> None:
         """Raise as `record_calls` would, as far as that is known before any row is looked at.
 
-        Args:
-            sid: The session.
-            user: Public key of the connection, in hexadecimal.
-            seq: Number of the first call.
-            modules: Of the calls, in their order.
-            rows: How many each has.
+        That is: of calls numbered from `seq` on, one of each module, with so many rows each.
         """
-        if rows > self._max_rows_per_call:
-            raise ProtocolError(f"{rows} rows are not allowed: {self._max_rows_per_call} a call")
+        self._check_rows(rows)
         with self._journal.transaction():
             session = self.session(sid, user)
             if self._is_new(session, seq, len(modules)):
                 for module in modules:
                     self.budget.check(session.adapter_id, user, module, rows)
+
+    def _check_rows(self, rows: int) -> None:
+        if rows > MAX_ROWS:
+            raise ProtocolError(f"{rows} rows are not allowed: {MAX_ROWS} a call")
 
     def record_calls(
         self,
@@ -143,8 +163,8 @@ class SessionJournal:
         was killed, it is done again without paying again.
 
         Args:
-            sid: The session.
-            user: Public key of the connection, in hexadecimal.
+            sid: See the class.
+            user: See the class.
             seq: Number of the first call in the session.
             requests: The calls; widths are the caller's to check.
             compute: Returns the answers `(rows, d_out)` of all; called after they were paid for.
@@ -159,9 +179,7 @@ class SessionJournal:
         """
         for number, request in enumerate(requests, seq):
             check_request(number, *request)
-            if len(request.x) > self._max_rows_per_call:
-                most = self._max_rows_per_call
-                raise ProtocolError(f"{len(request.x)} rows are not allowed: {most} a call")
+            self._check_rows(len(request.x))
         known = self._pay(sid, user, seq, requests)
         if all(y is not None for y in known):
             return [y for y in known if y is not None]
@@ -170,7 +188,7 @@ class SessionJournal:
             for number, (request, y) in enumerate(zip(requests, compute(), strict=True), seq)
         ]
         with self._journal.transaction():
-            return [self._calls.answer(sid, call) for call in calls]
+            return [self.calls.answer(sid, call) for call in calls]
 
     def _pay(
         self, sid: str, user: str, seq: int, requests: Sequence[Request]
@@ -181,20 +199,15 @@ class SessionJournal:
             if self._is_new(session, seq, len(requests)):
                 for number, request in enumerate(requests, seq):
                     self.budget.debit(session.adapter_id, user, request.module, len(request.x))
-                    self._calls.add(sid, number, request)
-                    self._sessions.count_call(sid)
+                    self.calls.add(sid, number, request)
+                self._set(sid, calls=seq + len(requests))
                 return [None] * len(requests)
-            answers: list[Int64 | None] = []
-            for number, request in enumerate(requests, seq):
-                known = self._calls.find(sid, number)
-                assert known is not None  # all calls below the session's count are there
-                if known.asked != request.stored:
-                    reason = f"call {number} was sent again with other content"
-                    self._sessions.move(sid, SessionState.ENDED, reason=reason)
-                    break
-                answers.append(known.y)
-            else:
-                return answers
+            known = [self.calls.find(sid, i, request) for i, request in enumerate(requests, seq)]
+            changed = [number for number, (is_same, _) in enumerate(known, seq) if not is_same]
+            if not changed:
+                return [answer for _, answer in known]
+            reason = f"call {changed[0]} was sent again with other content"
+            self._set(sid, state=SessionState.ENDED, reason=reason)
         raise ProtocolError(f"session {sid} is ended: {reason}")
 
     def _is_new(self, session: SessionRecord, seq: int, count: int) -> bool:
@@ -213,37 +226,18 @@ class SessionJournal:
             raise ProtocolError(f"seq={seq} is not allowed: the next call is {session.calls}")
         return True
 
-    def asked(self, sid: str) -> tuple[int, Counter[str]]:
-        """Return how many calls of a session are paid for, and how many rows of each module."""
-        return self._calls.asked(sid)
-
-    def answered(self, adapter_id: str, module: str) -> list[Int16]:
-        """Return all inputs of a module that users have paid for, `(rows, d_in)` each."""
-        return self._calls.inputs(adapter_id, module)
-
     def _check_answered(self, session: SessionRecord) -> None:
         last = session.calls - 1
-        if last >= 0 and not self._calls.is_answered(session.sid, last):
+        if last >= 0 and not self.calls.is_answered(session.sid, last):
             raise ProtocolError(f"call {last} has no answer yet: send it again")
-
-    def rows(self, sid: str, module: str) -> tuple[Int16, Int64]:
-        """Return all answered rows of a module in a session, as `CallTable.rows` does."""
-        return self._calls.rows(sid, module)
-
-    def log(self, sid: str) -> Log:
-        """Return what is signed of a session whose calls are answered."""
-        return self._calls.log(sid)
 
     def close(
         self, sid: str, user: str, by_user: SignedDocument, contributor: Signer
     ) -> SessionRecord:
         """Close a session whose log the user signed, and sign it; a repetition changes nothing.
 
-        Args:
-            sid: The session.
-            user: Public key of the connection, in hexadecimal.
-            by_user: `closing_statement(...)`, kind CLOSE, signed by the user.
-            contributor: Who signs the same.
+        What the user has signed is `closing_statement(...)`, as kind CLOSE; the contributor signs
+        the same.
 
         Raises:
             SignatureError: if the signature does not hold.
@@ -253,17 +247,17 @@ class SessionJournal:
         stated = by_user.check(CLOSE, user)
         with self._journal.transaction():
             session = self.session(sid, user)
-            if session.closing is not None and session.closing.by_user == by_user:
+            if session.closing is not None and session.signed.by_user == by_user:
                 return session
             session.require(SessionState.OPEN)
             self._check_answered(session)
-            expected = closing_statement(sid, session.adapter_id, self._calls.log(sid))
+            expected = closing_statement(sid, session.adapter_id, self.calls.log(sid))
             # As bytes: to Python 2 and 2.0 are equal, to the escrow they are not.
             if canonical_json(stated) != canonical_json(expected):
                 raise ProtocolError(f"session {sid}: the statement differs from the journal's")
             by_contributor = SignedDocument.sign(CLOSE, expected, contributor)
             envelopes = json.dumps([by_user.to_json(), by_contributor.to_json()])
-            self._sessions.move(sid, SessionState.CLOSED, closing=envelopes)
+            self._set(sid, state=SessionState.CLOSED, closing=envelopes)
             return self.session(sid, user)
 
     def challenge(self, sid: str, user: str, nonce_v: str) -> SessionRecord:
@@ -278,7 +272,7 @@ class SessionJournal:
             if session.state == SessionState.CHALLENGED and session.nonce_v == nonce_v:
                 return session
             session.require(SessionState.CLOSED)
-            self._sessions.move(sid, SessionState.CHALLENGED, nonce_v=nonce_v)
+            self._set(sid, state=SessionState.CHALLENGED, nonce_v=nonce_v)
             return self.session(sid, user)
 
     def end(self, sid: str, user: str, reason: str) -> None:
@@ -291,4 +285,7 @@ class SessionJournal:
             session = self.session(sid, user)
             if session.state != SessionState.ENDED:
                 session.require(SessionState.OPEN)
-                self._sessions.move(sid, SessionState.ENDED, reason=reason)
+                self._set(sid, state=SessionState.ENDED, reason=reason)
+
+    def _set(self, sid: str, **columns: Value) -> None:
+        self._journal.update("sessions", "sid", sid, **columns)

@@ -75,9 +75,8 @@ class Worth:
     def thief(self, rows: int, *, chooses: bool) -> Thief:
         """Return what a thief has who saw so many rows of every module answered; gain is above 0.
 
-        Args:
-            rows: How many; fewer where there are no more inputs.
-            chooses: It asks for the rows that teach most, instead of inputs at random.
+        They are fewer where there are no more inputs. One who chooses asks for the rows that teach
+        most, instead of inputs at random.
         """
         random = numpy_generator(0, "rows of a thief")
         theirs, errors = {}, []
@@ -86,7 +85,7 @@ class Worth:
             asked = (
                 chosen_rows(inputs, rows) if chooses else random.permutation(inputs, axis=0)[:rows]
             )
-            span = Span.of(module.d_in, [asked])
+            span = Span(module.d_in, [asked])
             theirs[name] = stolen(module, span)
             errors.append(predicted_error(span, inputs, module))
         share = (self._without - self._loss(theirs)) / self.gain

@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -25,7 +25,6 @@ from paris_ray.evaluation.denoising import denoising_losses
 from paris_ray.models import Expert
 from paris_ray.zklora import language
 from paris_ray.zklora.manifest import Base
-from paris_ray.zklora.offer import base_of_expert
 
 MAX_EXAMPLES = 64
 MAX_TEXT_BYTES = 2**24  # of a file of texts
@@ -137,7 +136,10 @@ class PictureSubject(Subject):
     def base(self) -> Base:
         """Return the expert's digest and the router's."""
         bundle = load_bundle(self.bundle)
-        return base_of_expert(bundle, self._number(bundle.num_experts))
+        expert = self._number(bundle.num_experts)
+        digest = bundle.weights_digest(f"expert_{expert}")
+        router_digest = bundle.weights_digest("router")
+        return Base(digest=digest, expert=expert, router_digest=router_digest)
 
     def _number(self, found: int) -> int:
         if self.expert is None or not 0 <= self.expert < found:
@@ -183,21 +185,13 @@ class TextSubject(Subject):
 
     folder: Path
     texts: Sequence[str] = ()
+    levels: ClassVar[tuple[str, ...]] = ("nats a token",)  # the mean over a text's
+    example: ClassVar[str] = "the longest text"
 
     @property
     def num_examples(self) -> int:
         """Number of texts."""
         return len(self.texts)
-
-    @property
-    def levels(self) -> tuple[str, ...]:
-        """One: the mean over a text's tokens."""
-        return ("nats a token",)
-
-    @property
-    def example(self) -> str:
-        """The text with the most tokens."""
-        return "the longest text"
 
     def base(self) -> Base:
         """Return the digest of the weights."""
@@ -226,11 +220,7 @@ class TextSubject(Subject):
 def read_pictures(path: str, bundle: str) -> tuple[NDArray[np.uint8], tuple[str, ...]]:
     """Return the first pictures of a folder, as the bundle's experts see them, and captions.
 
-    Rows that are bad are counted and left out.
-
-    Args:
-        path: A folder with `metadata.jsonl`.
-        bundle: Says how large pictures are.
+    The folder has a `metadata.jsonl`. Rows that are bad are counted and left out.
 
     Returns:
         `(n, S, S, 3)` pictures and n captions.

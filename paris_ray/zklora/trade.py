@@ -1,16 +1,13 @@
 """One purchase, as its escrow tells of it, and what a buyer signs for the rows that it saw."""
 
-import math
-import reprlib
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
 from enum import StrEnum
-from typing import Any
+from typing import Annotated
 
-from paris_ray.errors import ProtocolError
-from paris_ray.receipts import DIGEST
+from pydantic import Field
+
+from paris_ray.errors import ProtocolError, TradeError
 from paris_ray.signatures import SignedDocument, Signer
-from paris_ray.zklora.manifest import MAX_COUNT
+from paris_ray.zklora.documents import Count, Digest, Document, Printable
 
 ROWS = "rows"  # the kind of document by which a buyer owes
 MAX_REASON = 1000  # characters
@@ -29,8 +26,7 @@ class TradeState(StrEnum):
 BOUGHT = (TradeState.RELEASED, TradeState.SETTLED)  # the buyer may have key and weights
 
 
-@dataclass(frozen=True, slots=True)
-class Trade:
+class Trade(Document):
     """One purchase, as it stands.
 
     Attributes:
@@ -47,17 +43,25 @@ class Trade:
         reason: Why it was refunded, or settled without the buyer's word.
     """
 
-    session: str
-    adapter_id: str
-    buyer: str
-    seller: str
-    price: int
-    price_per_row: int
-    deposit_rows: int
-    rows: int
-    state: TradeState
-    since: float
-    reason: str | None
+    session: Digest
+    adapter_id: Digest
+    buyer: Digest  # a key has as many digits
+    seller: Digest
+    price: Count
+    price_per_row: Count
+    deposit_rows: Count
+    rows: Count
+    state: Annotated[TradeState, Field(strict=False)]
+    since: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+    reason: Annotated[Printable, Field(max_length=2 * MAX_REASON)] | None
+
+    def require(self, state: TradeState, operation: str) -> None:
+        """Raise TradeError unless it stands there, as an operation needs it."""
+        if self.state is not state:
+            why = f" ({self.reason})" if self.reason else ""
+            raise TradeError(
+                f"{operation} needs a trade in {state}: {self.session} is in {self.state}{why}"
+            )
 
     @property
     def deposit(self) -> int:
@@ -69,33 +73,20 @@ class Trade:
         """Credits that rows have cost so far."""
         return self.rows * self.price_per_row
 
-    def to_json(self) -> dict[str, Any]:
-        """Return it as JSON values."""
-        return {**asdict(self), "state": str(self.state)}
 
-    @classmethod
-    def from_json(cls, document: Any) -> "Trade":
-        """Return the trade that `to_json` wrote, or that anybody says it did.
+class _Word(Document):
+    """A buyer's word that it owes for so many rows of a session, in all."""
 
-        Raises:
-            ProtocolError: naming a field that is missing, unknown or not allowed.
-        """
-        if not isinstance(document, Mapping) or document.keys() != _ALLOWED.keys():
-            raise ProtocolError(f"not a trade: the fields of one are {', '.join(_ALLOWED)}")
-        for name, is_allowed in _ALLOWED.items():
-            if not is_allowed(value := document[name]):
-                raise ProtocolError(f"not a trade: {name}={reprlib.repr(value)} is not allowed")
-        return cls(**{**document, "state": TradeState(document["state"])})
+    adapter_id: Digest
+    session: Digest
+    rows: Count
 
 
 def sign_rows(buyer: Signer, adapter_id: str, session: str, rows: int) -> SignedDocument:
-    """Return a buyer's word that it owes for so many rows of a session, in all.
+    """Return a buyer's word that it owes for so many rows of a session.
 
-    Args:
-        buyer: Who owes.
-        adapter_id: What is tried.
-        session: Where.
-        rows: Of the module with the most, from the session's beginning: a later word replaces this.
+    They are those of the module with the most, from the session's beginning: a later word replaces
+    an earlier one.
     """
     document = {"adapter_id": adapter_id, "session": session, "rows": rows}
     return SignedDocument.sign(ROWS, document, buyer)
@@ -108,47 +99,7 @@ def signed_rows(signed: SignedDocument, buyer: str, adapter_id: str, session: st
         SignatureError: if it is not signed by the buyer.
         ProtocolError: if it is about another session or adapter, or about no number of rows.
     """
-    document = signed.check(ROWS, buyer)
-    rows = document.get("rows")
-    if document != {"adapter_id": adapter_id, "session": session, "rows": rows}:
-        raise ProtocolError("what is signed for is another session or adapter, or none")
-    if type(rows) is not int or not 0 <= rows <= MAX_COUNT:
-        raise ProtocolError(f"rows={rows!r:.80} is not allowed: an integer from 0 to {MAX_COUNT}")
-    return rows
-
-
-def _is_digest(value: object) -> bool:
-    return isinstance(value, str) and DIGEST.fullmatch(value) is not None
-
-
-def _is_count(value: object) -> bool:
-    return type(value) is int and 0 <= value <= MAX_COUNT
-
-
-def _is_time(value: object) -> bool:
-    return isinstance(value, int | float) and type(value) is not bool and 0 <= value < math.inf
-
-
-def _is_state(value: object) -> bool:
-    return isinstance(value, str) and value in tuple(TradeState)
-
-
-def _is_reason_or_null(value: object) -> bool:
-    if value is None:
-        return True
-    return isinstance(value, str) and len(value) <= 2 * MAX_REASON and value.isprintable()
-
-
-_ALLOWED: Mapping[str, Callable[[object], bool]] = {
-    "session": _is_digest,
-    "adapter_id": _is_digest,
-    "buyer": _is_digest,  # a key has as many digits
-    "seller": _is_digest,
-    "price": _is_count,
-    "price_per_row": _is_count,
-    "deposit_rows": _is_count,
-    "rows": _is_count,
-    "state": _is_state,
-    "since": _is_time,
-    "reason": _is_reason_or_null,
-}
+    word = _Word.from_json(signed.check(ROWS, buyer))
+    if (word.adapter_id, word.session) != (adapter_id, session):
+        raise ProtocolError("what is signed for is another session or adapter")
+    return word.rows

@@ -16,10 +16,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from paris_ray.artifacts import canonical_json
+from paris_ray.artifacts import canonical_json, sha256_hex
 from paris_ray.errors import ArtifactError, ProtocolError
 from paris_ray.folders import Folder
 from paris_ray.receipts import DIGEST
+from paris_ray.zklora.documents import Document, Size
 from paris_ray.zklora.fixed_point import MAX_EXPONENT, Int16, Int64
 
 LABEL = "paris_ray zklora"
@@ -44,6 +45,10 @@ def check_digest(name: str, value: object) -> str:
     return value
 
 
+def _digests(**named: object) -> dict[str, str]:
+    return {name: check_digest(name, value) for name, value in named.items()}
+
+
 def session_id(protocol: str, adapter_id: str, base_digest: str, nonce_u: str, nonce_c: str) -> str:
     """Return the name of a session that neither party can choose alone.
 
@@ -57,16 +62,11 @@ def session_id(protocol: str, adapter_id: str, base_digest: str, nonce_u: str, n
     Raises:
         ProtocolError: if one of the last four is not 32 bytes in hexadecimal.
     """
-    names = {
-        "adapter_id": adapter_id,
-        "base_digest": base_digest,
-        "nonce_u": nonce_u,
-        "nonce_c": nonce_c,
-    }
-    for name, value in names.items():
-        check_digest(name, value)
+    names = _digests(
+        adapter_id=adapter_id, base_digest=base_digest, nonce_u=nonce_u, nonce_c=nonce_c
+    )
     statement = {"label": f"{LABEL} session", "protocol": protocol, **names}
-    return hashlib.sha256(canonical_json(statement)).hexdigest()
+    return sha256_hex(canonical_json(statement))
 
 
 def proof_context(adapter_id: str, sid: str, root: str, module: str, nonce_v: str) -> bytes:
@@ -82,9 +82,7 @@ def proof_context(adapter_id: str, sid: str, root: str, module: str, nonce_v: st
     Raises:
         ProtocolError: if one of the digests is not 32 bytes in hexadecimal.
     """
-    names = {"adapter_id": adapter_id, "session": sid, "root": root, "nonce_v": nonce_v}
-    for name, value in names.items():
-        check_digest(name, value)
+    names = _digests(adapter_id=adapter_id, session=sid, root=root, nonce_v=nonce_v)
     return canonical_json({"label": f"{LABEL} proof", "module": module, **names})
 
 
@@ -135,6 +133,11 @@ class Call:
             raise ProtocolError(f"call {self.seq} has {len(self.x)} rows, {len(self.y)} answers")
 
     @property
+    def payload(self) -> tuple[bytes, bytes]:
+        """The numbers of x and of y, little-endian."""
+        return self.x.astype("<i2").tobytes(), self.y.astype("<i8").tobytes()
+
+    @property
     def digest(self) -> bytes:
         """SHA-256 of all of it: each part comes after its length in 8 bytes, little-endian."""
         statement = {
@@ -145,11 +148,7 @@ class Call:
             "shapes": {"x": self.x.shape, "y": self.y.shape},
         }
         digest = hashlib.sha256()
-        for part in (
-            canonical_json(statement),
-            self.x.astype("<i2").tobytes(),
-            self.y.astype("<i8").tobytes(),
-        ):
+        for part in (canonical_json(statement), *self.payload):
             digest.update(len(part).to_bytes(8, "little"))
             digest.update(part)
         return digest.digest()
@@ -187,7 +186,7 @@ class Log(NamedTuple):
         return cls(digest.hexdigest(), len(calls), counts)
 
 
-class Entry(NamedTuple):
+class Entry(Document):
     """A call whose arrays lie in a file.
 
     Attributes:
@@ -200,14 +199,22 @@ class Entry(NamedTuple):
 
     module: str
     exponent: int
-    rows: int
-    d_in: int
-    d_out: int
+    rows: Size
+    d_in: Size
+    d_out: Size
 
     @property
     def sizes(self) -> tuple[int, int]:
         """Bytes of the inputs, and of the answers after them."""
         return 2 * self.rows * self.d_in, 8 * self.rows * self.d_out
+
+
+class _Kept(NamedTuple):
+    """A call, where its bytes begin in the file, and its digest."""
+
+    entry: Entry
+    start: int
+    digest: bytes
 
 
 class Transcript:
@@ -229,19 +236,18 @@ class Transcript:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.unlink(missing_ok=True)  # who was interrupted may still write into the old one
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
-        self._keep(descriptor)
-        self._entries: list[Entry] = []
-        self._offsets, self._digests = [0], list[bytes]()
+        self._use(descriptor)
+        self._kept: list[_Kept] = []
         self._widths: dict[str, tuple[int, int]] = {}
         for call in calls:
             self.append(call)
 
-    def _keep(self, descriptor: int) -> None:
+    def _use(self, descriptor: int) -> None:
         self._file = descriptor
         weakref.finalize(self, os.close, descriptor)
 
     def __len__(self) -> int:
-        return len(self._entries)
+        return len(self._kept)
 
     def append(self, call: Call) -> None:
         """Add the next call.
@@ -249,31 +255,26 @@ class Transcript:
         Raises:
             ProtocolError: if its number is not the next, or its widths are not the module's.
         """
-        widths = call.x.shape[1], call.y.shape[1]
-        entry = Entry(call.module, call.exponent, len(call.x), *widths)
-        self._check_next(call.seq, entry)
-        both = call.x.astype("<i2").tobytes() + call.y.astype("<i8").tobytes()
-        if os.pwrite(self._file, both, self._offsets[-1]) != len(both):
+        (rows, d_in), d_out = call.x.shape, call.y.shape[1]
+        entry = Entry(module=call.module, exponent=call.exponent, rows=rows, d_in=d_in, d_out=d_out)
+        start, both = self._check_next(call.seq, entry), b"".join(call.payload)
+        if os.pwrite(self._file, both, start) != len(both):
             raise ArtifactError(f"call {call.seq} could not be written: is the disk full?")
-        self._note(entry, call.digest)
+        self._kept.append(_Kept(entry, start, call.digest))
 
-    def _check_next(self, seq: int, entry: Entry) -> None:
+    def _check_next(self, seq: int, entry: Entry) -> int:
+        """Return where a call begins in the file; raises ProtocolError unless it is the next."""
         if seq != len(self):
             raise ProtocolError(f"seq={seq} is not allowed: the next is {len(self)}")
         widths = entry.d_in, entry.d_out
         if widths != (known := self._widths.setdefault(entry.module, widths)):
             raise ProtocolError(f"call {seq}: {entry.module} has widths {known}, not {widths}")
-
-    def _note(self, entry: Entry, digest: bytes) -> None:
-        self._entries.append(entry)
-        self._offsets.append(self._offsets[-1] + sum(entry.sizes))
-        self._digests.append(digest)
+        return self._kept[-1].start + sum(self._kept[-1].entry.sizes) if self._kept else 0
 
     @property
     def log(self) -> Log:
         """What is signed of it; raises ProtocolError if there are no calls."""
-        calls = zip(self._entries, self._digests, strict=True)
-        return Log.of([(entry.module, entry.rows, digest) for entry, digest in calls])
+        return Log.of([(kept.entry.module, kept.entry.rows, kept.digest) for kept in self._kept])
 
     def rows(self, module: str) -> tuple[Int16, Int64]:
         """Return all inputs and answers of a module, stacked in the order of the calls.
@@ -284,28 +285,24 @@ class Transcript:
         Raises:
             ProtocolError: if the module was never called.
         """
-        numbers = [i for i, entry in enumerate(self._entries) if entry.module == module]
-        if not numbers:
+        found = [self._read(*kept[:2]) for kept in self._kept if kept.entry.module == module]
+        if not found:
             raise ProtocolError(f"module={module!r} was never called in this session")
-        x, y = zip(*map(self._arrays, numbers), strict=True)
+        x, y = zip(*found, strict=True)
         return np.concatenate(x), np.concatenate(y)
 
     def call(self, seq: int) -> Call:
         """Return a call with its arrays."""
-        entry = self._entries[seq]
-        return Call(seq, entry.module, entry.exponent, *self._arrays(seq))
+        entry, start, _ = self._kept[seq]
+        return Call(seq, entry.module, entry.exponent, *self._read(entry, start))
 
-    def _place(self, seq: int) -> tuple[int, int]:
-        """Return how many bytes a call has in the file, and where."""
-        return sum(self._entries[seq].sizes), self._offsets[seq]
-
-    def _arrays(self, seq: int) -> tuple[Int16, Int64]:
-        entry = self._entries[seq]
-        both = os.pread(self._file, *self._place(seq))
-        x, y = both[: entry.sizes[0]], both[entry.sizes[0] :]
+    def _read(self, entry: Entry, start: int) -> tuple[Int16, Int64]:
+        size, rest = entry.sizes
+        both = os.pread(self._file, size + rest, start)
+        x, y = np.frombuffer(both[:size], "<i2"), np.frombuffer(both[size:], "<i8")
         return (
-            np.frombuffer(x, "<i2").reshape(entry.rows, entry.d_in).astype(np.int16, copy=False),
-            np.frombuffer(y, "<i8").reshape(entry.rows, entry.d_out).astype(np.int64, copy=False),
+            x.reshape(entry.rows, entry.d_in).astype(np.int16, copy=False),
+            y.reshape(entry.rows, entry.d_out).astype(np.int64, copy=False),
         )
 
     def save(self, folder: Path) -> None:
@@ -314,10 +311,10 @@ class Transcript:
         mine = os.fstat(self._file)
         if not target.exists() or not os.path.samestat(target.stat(), mine):
             with Folder(str(folder)).writing(ROWS) as temporary, temporary.open("wb") as copy:
-                for seq in range(len(self)):
-                    copy.write(os.pread(self._file, *self._place(seq)))
+                for entry, start, _ in self._kept:
+                    copy.write(os.pread(self._file, sum(entry.sizes), start))
         os.fsync(self._file)
-        Folder(str(folder)).write_json(CALLS, [entry._asdict() for entry in self._entries])
+        Folder(str(folder)).write_json(CALLS, [kept.entry.to_json() for kept in self._kept])
 
     @classmethod
     def load(cls, folder: Path) -> "Transcript":
@@ -328,21 +325,19 @@ class Transcript:
         """
         result = cls()
         try:
-            result._keep(os.open(folder / ROWS, os.O_RDONLY))
-            size = os.fstat(result._file).st_size
+            result._use(os.open(folder / ROWS, os.O_RDONLY))
+            size, end = os.fstat(result._file).st_size, 0
             for seq, values in enumerate(Folder(str(folder)).read_json(CALLS)):
-                entry = Entry(**values)
-                numbers = (entry.rows, entry.d_in, entry.d_out)
-                if any(type(number) is not int or not 1 <= number <= size for number in numbers):
-                    raise ValueError(f"call {seq} is {numbers!r:.80} in size")
-                result._check_next(seq, entry)
-                result._note(entry, b"")
-                if result._offsets[-1] > size:  # before memory is taken for it
+                entry = Entry.from_json(values)
+                start = result._check_next(seq, entry)
+                if (end := start + sum(entry.sizes)) > size:  # before memory is taken for it
                     raise ValueError(f"{ROWS} ends in call {seq}")
-                result._digests[-1] = result.call(seq).digest
-            if size != result._offsets[-1]:
-                raise ValueError(f"{ROWS} has {size} bytes, not {result._offsets[-1]}")
-        except (OSError, ValueError, TypeError, OverflowError) as error:
+                arrays = result._read(entry, start)
+                digest = Call(seq, entry.module, entry.exponent, *arrays).digest
+                result._kept.append(_Kept(entry, start, digest))
+            if size != end:
+                raise ValueError(f"{ROWS} has {size} bytes, not {end}")
+        except (OSError, ValueError, TypeError) as error:
             raise ArtifactError(f"{folder} holds no transcript: {error}") from None
         return result
 

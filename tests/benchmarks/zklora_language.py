@@ -111,7 +111,11 @@ def contribute(folder: Path, modules: int, d: int, r: int, rows: int) -> None:
 
         before, wall = _cpu_seconds(), time.perf_counter()
         config = LoRAConfig(r=r, lora_alpha=r, target_modules=tuple(names))
-        terms = AskedTerms(base=Base("c" * 64, None, None), name="language", budget_rows=rows)
+        terms = AskedTerms(
+            base=Base(digest="c" * 64, expert=None, router_digest=None),
+            name="language",
+            budget_rows=rows,
+        )
         open_offer(folder / "offer", identity, PeftAdapter(config, factors), terms)
         committed = _cpu_seconds()
         contribution = Contribution(

@@ -71,7 +71,7 @@ def _errors(
     guess = np.linalg.lstsq(x.astype(np.float64), answers, rcond=None)[0]
     truth = fresh @ module.a.astype(np.float64) @ module.b.astype(np.float64)
     real = float(np.linalg.norm(fresh @ guess - truth) / np.linalg.norm(truth))
-    return predicted_error(Span.of(module.d_in, [x]), known, module), real
+    return predicted_error(Span(module.d_in, [x]), known, module), real
 
 
 SHARE_ROWS = (1, 2, 4, 8, 16, 32, 64)
@@ -83,7 +83,7 @@ def bench_share(options: Any) -> str:
     """Return what part of the demo's adapter thieves have, by the rows that they saw."""
     if (found := _demo(options)) is None:
         return f"not measured: {options.demo} has no adapter, `make demo-zklora` makes one"
-    from paris_ray.zklora.manifest import default_budget
+    from paris_ray.zklora.offer import default_budget
     from paris_ray.zklora.share import Worth
 
     subject, modules, scale = found

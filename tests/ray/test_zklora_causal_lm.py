@@ -18,7 +18,7 @@ from paris_ray.signatures import SignedDocument
 from paris_ray.zklora.adapter import read_peft
 from paris_ray.zklora.calls import Request
 from paris_ray.zklora.fixed_point import Int16, Int64, evaluate
-from paris_ray.zklora.inference import adapt, count_rows
+from paris_ray.zklora.inference import adapt, trace_calls
 from paris_ray.zklora.language import base_of_model
 from paris_ray.zklora.offer import AskedTerms, open_offer
 from paris_ray.zklora.parties.evidence import ClosedSession, Evidence
@@ -87,11 +87,11 @@ class InProcessSession:
         signed = contributor.journal.close(
             self.sid, self.user.public_key, by_user, contributor.identity
         ).signed
-        nonce_v, recorded = new_nonce(), contributor.journal.log(self.sid)
+        nonce_v, recorded = new_nonce(), contributor.journal.calls.log(self.sid)
         proofs = {}
         for name, opening in contributor.openings.items():
             context = proof_context(manifest.adapter_id, self.sid, recorded.root, name, nonce_v)
-            proofs[name] = prove(opening, *contributor.journal.rows(self.sid, name), context)
+            proofs[name] = prove(opening, *contributor.journal.calls.rows(self.sid, name), context)
         closed = ClosedSession(self.sid, *self.nonces, *signed, nonce_v, self.transcript)
         return Evidence(closed, proofs)
 
@@ -179,9 +179,9 @@ def test_with_a_cache_each_token_costs_one_row(base: GPT2LMHeadModel, tmp_path: 
     cached = PROMPT.shape[1] + 5  # the last new token is never an input
     contributor = offered(tmp_path, "lora", budget_rows=2 * cached)
     user, manifest = Identity.create(tmp_path / "user"), contributor.manifest
-    counts = count_rows(base, manifest.terms, generate)
+    counts = trace_calls(base, manifest.terms, generate).rows
     assert counts == dict.fromkeys(manifest.terms, cached)
-    uncached = count_rows(base, manifest.terms, lambda view: generate(view, use_cache=False))
+    uncached = trace_calls(base, manifest.terms, lambda view: generate(view, use_cache=False)).rows
     assert set(uncached.values()) == {5 + 6 + 7 + 8 + 9 + 10}
 
     session = InProcessSession(user, contributor)

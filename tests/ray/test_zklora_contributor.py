@@ -55,7 +55,11 @@ def shop(ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     adapter = PeftAdapter(LoRAConfig(r=2, lora_alpha=2, target_modules=MODULES), factors)
     seller = Identity.create(root / "seller")
     users = [Identity.create(root / f"user_{i}") for i in range(12)]
-    terms = AskedTerms(base=Base("c" * 64, None, None), name="small", budget_rows=BUDGET)
+    terms = AskedTerms(
+        base=Base(digest="c" * 64, expert=None, router_digest=None),
+        name="small",
+        budget_rows=BUDGET,
+    )
     offer = open_offer(root / "offer", seller, adapter, terms)
     service = Service(
         folder=root / "offer",

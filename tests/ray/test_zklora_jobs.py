@@ -387,5 +387,7 @@ def offer_of(seller: Identity, folder: Path) -> dict[str, dict[str, object]]:
     adapter = PeftAdapter(
         LoRAConfig(r=1, lora_alpha=1, target_modules=("a",)), {"a": (ones, ones.T)}
     )
-    terms = AskedTerms(base=Base("c" * 64, 0, None), name="small", price=5)
+    terms = AskedTerms(
+        base=Base(digest="c" * 64, expert=0, router_digest=None), name="small", price=5
+    )
     return dict(open_offer(folder / "offer", seller, adapter, terms).signed.to_json())

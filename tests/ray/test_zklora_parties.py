@@ -46,8 +46,8 @@ from paris_ray.zklora.journal import Journal
 from paris_ray.zklora.language import base_of_model
 from paris_ray.zklora.leakage import SEED_BYTES, draw_last_bits
 from paris_ray.zklora.ledger import OPENING_BALANCE, SQLiteLedger
-from paris_ray.zklora.manifest import MANIFEST, AdapterManifest, Base, build_manifest
-from paris_ray.zklora.offer import AskedTerms, Offer, base_of_expert, open_offer
+from paris_ray.zklora.manifest import MANIFEST, AdapterManifest, Base
+from paris_ray.zklora.offer import AskedTerms, Offer, build_manifest, open_offer
 from paris_ray.zklora.parties.buyer import Buyer, Outcome
 from paris_ray.zklora.parties.channel import Channel
 from paris_ray.zklora.parties.contributor import Contribution, Service
@@ -169,10 +169,10 @@ def channel_to(
 
 @contextlib.contextmanager
 def escrow_service(
-    folder: Path, notary: Identity, parties: list[Identity], **options: Any
+    folder: Path, notary: Identity, parties: list[Identity]
 ) -> Iterator[tuple[Journal, EscrowService]]:
     journal = open_journal(folder / "journal.sqlite")
-    escrow = Escrow(journal, notary, SQLiteLedger(journal), **options)
+    escrow = Escrow(journal, notary, SQLiteLedger(journal))
     certificates = [party.certificate for party in parties]
     with EscrowService(escrow, "127.0.0.1", 0, certificates) as service:
         yield journal, service
@@ -202,7 +202,6 @@ def adapter_path(
 def market(
     ray_session: None,
     tiny_bundle_path: Path,
-    tiny_bundle: Bundle,
     adapter_path: Path,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Market]:
@@ -210,7 +209,7 @@ def market(
     seller, notary = Identity.create(root / "seller"), Identity.create(root / "notary")
     crowd = Crowd(root, 60)
     terms = AskedTerms(
-        base=base_of_expert(tiny_bundle, EXPERT),
+        base=PictureSubject(bundle=str(tiny_bundle_path), expert=EXPERT).base(),
         name="style",
         price=PRICE,
         price_per_row=0,
@@ -403,9 +402,9 @@ def test_a_finished_purchase_is_kept(market: Market, bought: Purchase) -> None:
 
 
 def test_the_folder_of_another_adapter_is_refused(
-    market: Market, bought: Purchase, adapter_path: Path, tiny_bundle: Bundle, tmp_path: Path
+    market: Market, bought: Purchase, adapter_path: Path, tmp_path: Path
 ) -> None:
-    terms = AskedTerms(base=base_of_expert(tiny_bundle, EXPERT), name="other")
+    terms = AskedTerms(base=market.manifest.base, name="other")
     open_offer(tmp_path, Identity.load(market.service.identity), read_peft(adapter_path), terms)
     trial = replace(bought.trial, manifest=tmp_path / MANIFEST, escrow=None)
     with pytest.raises(ConfigError, match=r"output=.*another adapter, style"):
@@ -1174,7 +1173,7 @@ def make_stall(
     manifest = build_manifest(
         openings,
         LoRAConfig(r=2, lora_alpha=4),
-        base=Base("c" * 64, None, None),
+        base=Base(digest="c" * 64, expert=None, router_digest=None),
         adapter="stall",
         price=price,
         budget_rows=BUDGET,
@@ -1304,11 +1303,11 @@ def test_an_opening_that_is_none_is_refused(stall: Stall) -> None:
 
 @contextlib.contextmanager
 def trade(
-    stall: Stall, root: Path, release: Callable[[EscrowClient, str], object], **options: Any
+    stall: Stall, root: Path, release: Callable[[EscrowClient, str], object]
 ) -> Iterator[tuple[EscrowClient, Channel, Evidence]]:
     """List the adapter, and verify a session with a seller who releases as it likes."""
     parties = [stall.seller, stall.buyer]
-    with escrow_service(root, stall.notary, parties, **options) as (_, escrow):
+    with escrow_service(root, stall.notary, parties) as (_, escrow):
         seller, buyer = (
             EscrowClient(party, escrow.address, stall.notary.certificate) for party in parties
         )
@@ -1346,8 +1345,11 @@ def test_a_price_that_the_buyer_cannot_pay(tmp_path: Path) -> None:
             buyer.key(evidence.closed.sid)
 
 
-def test_a_seller_who_keeps_the_key_gets_nothing(stall: Stall, tmp_path: Path) -> None:
-    with trade(stall, tmp_path, lambda escrow, sid: None, deadlines={TradeState.PAID: 1.0}) as (
+def test_a_seller_who_keeps_the_key_gets_nothing(
+    stall: Stall, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("paris_ray.zklora.escrow.DEADLINES", {TradeState.PAID: 1.0})
+    with trade(stall, tmp_path, lambda escrow, sid: None) as (
         buyer,
         channel,
         evidence,
@@ -1413,13 +1415,11 @@ def stop_at(stage: str, done: int) -> Callable[[str, int, int], None]:
 
 
 @pytest.fixture
-def dear_market(
-    market: Market, adapter_path: Path, tiny_bundle: Bundle, tmp_path: Path
-) -> Iterator[Market]:
+def dear_market(market: Market, adapter_path: Path, tmp_path: Path) -> Iterator[Market]:
     """The same adapter, with rows that cost 2 credits each."""
     seller = Identity.load(market.service.identity)
     terms = AskedTerms(
-        base=base_of_expert(tiny_bundle, EXPERT),
+        base=market.manifest.base,
         name="dear",
         price=PRICE,
         price_per_row=2,
@@ -1655,7 +1655,9 @@ def test_a_killed_prover_is_replaced(ray_session: None, tmp_path: Path) -> None:
     }
     config = LoRAConfig(r=8, lora_alpha=8, target_modules=tuple(factors))
     seller, crowd = Identity.create(tmp_path / "seller"), Crowd(tmp_path, 1)
-    terms = AskedTerms(base=Base("c" * 64, None, None), name="wide", budget_rows=1000)
+    terms = AskedTerms(
+        base=Base(digest="c" * 64, expert=None, router_digest=None), name="wide", budget_rows=1000
+    )
     manifest = open_offer(tmp_path / "offer", seller, PeftAdapter(config, factors), terms).manifest
     contribution = Contribution(service_of(tmp_path / "offer", seller, crowd))
     (user,) = crowd.all

@@ -37,7 +37,8 @@ from paris_ray.zklora.adapter import PeftAdapter, quantise_adapter, read_peft, w
 from paris_ray.zklora.commitment import commit
 from paris_ray.zklora.fixed_point import QuantisedModule, dequantise, evaluate, quantise
 from paris_ray.zklora.fixed_point import quantise_rows as to_integers
-from paris_ray.zklora.manifest import AdapterManifest, Base, build_manifest
+from paris_ray.zklora.manifest import AdapterManifest, Base
+from paris_ray.zklora.offer import build_manifest
 
 # peft says when it corrects the option for one layer; transformers renames something.
 pytestmark = pytest.mark.filterwarnings("ignore:fan_in_fan_out is", "ignore:.*is_gradient_check")
@@ -85,7 +86,7 @@ def offer(tmp_path_factory: pytest.TempPathFactory) -> Offer:
         return build_manifest(
             {name: commit(module)[1] for name, module in modules.items()},
             config,
-            base=Base("0f" * 32, expert, None),
+            base=Base(digest="0f" * 32, expert=expert, router_digest=None),
             adapter="bought",
             price=1,
             sealed=b"-",

@@ -61,7 +61,7 @@ def test_a_model_in_shards_is_that_of_its_files(llama: Path, copied: Path) -> No
 def test_a_model_in_one_file_is_that_file(tmp_path: Path) -> None:
     write_gpt2(tmp_path)
     digest = file_sha256(Folder(tmp_path), language.WEIGHTS)
-    assert language.base_of_model(tmp_path) == Base(digest, None, None)
+    assert language.base_of_model(tmp_path) == Base(digest=digest, expert=None, router_digest=None)
 
 
 def test_a_folder_is_loaded_as_transformers_does(llama: Path) -> None:
@@ -175,7 +175,7 @@ def test_a_subject_scores_with_and_without(llama: Path, tmp_path: Path) -> None:
         modules, len(TEXTS[0])
     )
     with pytest.raises(ProtocolError, match="the adapter is for another model"):
-        subject.check(Base("0" * 64, None, None))
+        subject.check(Base(digest="0" * 64, expert=None, router_digest=None))
     subject.check(language.base_of_model(llama))
 
 

@@ -10,9 +10,9 @@ from paris_ray.identity import Identity
 from paris_ray.zklora.calls import Request
 from paris_ray.zklora.commitment import commit
 from paris_ray.zklora.fixed_point import Int16, QuantisedModule
-from paris_ray.zklora.leakage import save_inputs
-from paris_ray.zklora.learned import describe_leak
-from paris_ray.zklora.manifest import AdapterManifest, Base, build_manifest
+from paris_ray.zklora.leakage import describe_leak, save_inputs
+from paris_ray.zklora.manifest import AdapterManifest, Base
+from paris_ray.zklora.offer import build_manifest
 from paris_ray.zklora.sealing import seal
 from paris_ray.zklora.sessions import SessionJournal
 
@@ -33,7 +33,7 @@ def manifest(tmp_path: Path) -> AdapterManifest:
     return build_manifest(
         openings,
         LoRAConfig(r=2, lora_alpha=4.0),
-        base=Base("c" * 64, None, None),
+        base=Base(digest="c" * 64, expert=None, router_digest=None),
         adapter="ink",
         price=0,
         budget_rows=100,

@@ -16,7 +16,9 @@ from paris_ray.zklora.manifest import MANIFEST, Base
 from paris_ray.zklora.offer import AskedTerms, load_offer, open_offer
 from paris_ray.zklora.sealing import KEY, SEALED
 
-TERMS = AskedTerms(base=Base("0f" * 32, None, None), name="ink", price=3)
+TERMS = AskedTerms(
+    base=Base(digest="0f" * 32, expert=None, router_digest=None), name="ink", price=3
+)
 
 
 @pytest.fixture

@@ -108,7 +108,7 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Purchase:
         {name: (a.astype(np.float32), b.astype(np.float32)) for name, (a, b) in factors.items()},
     )
     terms = AskedTerms(
-        base=Base("c" * 64, None, None),
+        base=Base(digest="c" * 64, expert=None, router_digest=None),
         name="verse",
         price=30,
         price_per_row=2,
@@ -135,7 +135,7 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Purchase:
     escrow.deposit_key(theirs, sid, offer.key)
 
     numerics = NumericsLog()
-    numerics.modules = {name: ModuleNumerics(NUM_ROWS, 3.0, 1e-4, 0.1) for name in MODULES}
+    numerics.modules = {name: ModuleNumerics(3.0, 1e-4) for name in MODULES}
     receipts = Receipts(folder, buyer, new_receipt(manifest))
     receipts.advance(State.VERIFIED, **verified_facts(manifest, evidence, numerics))
     receive(offer.sealed, offer.key, manifest, folder / "adapter", receipts)

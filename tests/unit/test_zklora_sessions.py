@@ -16,6 +16,7 @@ import pytest
 from paris_ray.errors import ArtifactError, BudgetError, ProtocolError, SignatureError
 from paris_ray.identity import Identity
 from paris_ray.signatures import SignedDocument
+from paris_ray.zklora import sessions
 from paris_ray.zklora.calls import Request
 from paris_ray.zklora.session_records import SessionState
 from paris_ray.zklora.sessions import SCHEMA_VERSION, SessionJournal
@@ -33,8 +34,10 @@ def path(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def journal(path: Path) -> SessionJournal:
-    journal = SessionJournal(path, max_open_sessions=2, max_rows_per_call=8)
+def journal(path: Path, monkeypatch: pytest.MonkeyPatch) -> SessionJournal:
+    monkeypatch.setattr(sessions, "MAX_OPEN_SESSIONS", 2)
+    monkeypatch.setattr(sessions, "MAX_ROWS", 8)
+    journal = SessionJournal(path)
     journal.budget.add_adapter(ADAPTER, ["m", "n"], BUDGET)
     journal.open_session(SID, ADAPTER, USER, NONCE_U, NONCE_C)
     return journal
@@ -84,14 +87,14 @@ def test_calls_are_paid_answered_and_kept(journal: SessionJournal, path: Path):
     assert left(journal) == {"m": 8, "n": 7}
     with SessionJournal(path) as restarted:
         assert left(restarted) == {"m": 8, "n": 7}
-        assert restarted.log(SID) == journal.log(SID)
-        x, y = restarted.rows(SID, "n")
+        assert restarted.calls.log(SID) == journal.calls.log(SID)
+        x, y = restarted.calls.rows(SID, "n")
         with pytest.raises(ProtocolError, match="'o' was never called"):
-            restarted.rows(SID, "o")
+            restarted.calls.rows(SID, "o")
     np.testing.assert_array_equal(x, second)
     np.testing.assert_array_equal(y, answers(second))
     asked = Transcript([Call(0, "m", 11, first, answers(first)), Call(1, "n", 11, x, y)])
-    assert journal.log(SID) == asked.log
+    assert journal.calls.log(SID) == asked.log
 
 
 def test_a_repeated_call_is_answered_from_the_journal(journal: SessionJournal, path: Path):
@@ -113,7 +116,7 @@ def test_calls_of_one_request_are_paid_together_or_not_at_all(journal: SessionJo
     for _ in range(2):
         found = journal.record_calls(SID, USER, 0, both, compute)
         np.testing.assert_array_equal(found, compute())
-    assert left(journal) == {"m": 8, "n": 8} and journal.log(SID).calls == 2
+    assert left(journal) == {"m": 8, "n": 8} and journal.calls.log(SID).calls == 2
     record(journal, 2, rows(7), module="n")
     more = [Request("m", 11, rows(2)), Request("n", 11, rows(2))]
     with pytest.raises(BudgetError, match="n has 1 rows left, 2 are asked for"):
@@ -224,7 +227,7 @@ def test_a_failed_computation_is_answered_in_the_end(journal: SessionJournal):
     with pytest.raises(ZeroDivisionError):
         record(journal, 0, rows(2), compute=lambda: 1 // 0)
     np.testing.assert_array_equal(record(journal, 0, rows(2)), answers(rows(2)))
-    assert left(journal) == {"m": 8, "n": 10} and journal.log(SID).rows == {"m": 2}
+    assert left(journal) == {"m": 8, "n": 10} and journal.calls.log(SID).rows == {"m": 2}
 
 
 KILLED = """
@@ -259,14 +262,14 @@ def test_a_killed_process_neither_forgets_nor_repeats_a_payment(
         assert left(journal) == {"m": 8, "n": 10}
     compute = None if when == "before the answer" else refuse
     np.testing.assert_array_equal(record(journal, 0, rows(2), compute=compute), answers(rows(2)))
-    assert left(journal) == {"m": 8, "n": 10} and journal.log(SID).rows == {"m": 2}
+    assert left(journal) == {"m": 8, "n": 10} and journal.calls.log(SID).rows == {"m": 2}
 
 
 def test_threads_of_two_journals_never_get_more_than_the_budget(path: Path):
-    journals = [SessionJournal(path, max_open_sessions=40) for _ in range(2)]
+    journals = [SessionJournal(path) for _ in range(2)]
     journals[0].budget.add_adapter(ADAPTER, ["m"], 25)
-    sessions = 16
-    for i in range(sessions):
+    count = 16
+    for i in range(count):
         nonce = f"{i:064x}"
         journals[0].open_session(nonce, ADAPTER, USER, nonce, NONCE_C)
     computed = []  # appending is atomic
@@ -290,8 +293,8 @@ def test_threads_of_two_journals_never_get_more_than_the_budget(path: Path):
         return paid
 
     with ThreadPoolExecutor(8) as pool:
-        paid = sum(pool.map(ask, range(sessions)))
-    asked = (journals[0].asked(f"{i:064x}") for i in range(sessions))
+        paid = sum(pool.map(ask, range(count)))
+    asked = (journals[0].calls.asked(f"{i:064x}") for i in range(count))
     kept = sum(counts["m"] for _, counts in asked)
     assert paid == kept == sum(computed) == 25 - left(journals[0])["m"]
     assert left(journals[1])["m"] < 3  # nobody's question was that small, or it would be 0
@@ -307,7 +310,7 @@ def test_one_call_sent_over_many_connections_is_paid_once(journal: SessionJourna
     with ThreadPoolExecutor(6) as pool:
         for y in pool.map(ask, range(6)):
             np.testing.assert_array_equal(y, answers(rows(2)))
-    assert left(journal) == {"m": 8, "n": 10} and journal.log(SID).calls == 1
+    assert left(journal) == {"m": 8, "n": 10} and journal.calls.log(SID).calls == 1
 
 
 def test_of_two_answers_the_first_is_everybodys(journal: SessionJournal):
@@ -503,11 +506,11 @@ def test_a_session_closes_once_and_is_challenged_once(path: Path, parties: tuple
     ):
         with pytest.raises(ProtocolError, match="is OPEN: "):
             unsigned()
-    early = sign(journal.log(SID), identity)
+    early = sign(journal.calls.log(SID), identity)
     record(journal, 1, rows(1), user=user)
     with pytest.raises(ProtocolError, match="statement differs"):
         journal.close(SID, user, early, seller)
-    log = journal.log(SID)
+    log = journal.calls.log(SID)
     signed = sign(log, identity)
     assert journal.close(SID, user, signed, seller).state is SessionState.CLOSED
     with SessionJournal(path) as restarted:
@@ -544,7 +547,7 @@ def test_what_is_not_signed_or_not_complete_does_not_close(path: Path, parties: 
     with pytest.raises(ProtocolError, match="empty log"):
         journal.close(SID, key, SignedDocument.sign("close", {"session": SID}, user), seller)
     record(journal, 0, rows(2), user=key)
-    log = journal.log(SID)
+    log = journal.calls.log(SID)
     by_user = sign(log, user)
     with pytest.raises(SignatureError, match="is signed by"):
         journal.close(SID, key, sign(log, seller), seller)

@@ -18,7 +18,8 @@ from paris_ray.zklora.commitment import commit
 from paris_ray.zklora.escrow import Escrow, open_journal
 from paris_ray.zklora.fixed_point import QuantisedModule
 from paris_ray.zklora.ledger import SQLiteLedger
-from paris_ray.zklora.manifest import AdapterManifest, Base, build_manifest
+from paris_ray.zklora.manifest import AdapterManifest, Base
+from paris_ray.zklora.offer import build_manifest
 from paris_ray.zklora.parties.escrow import EscrowClient, EscrowService
 from paris_ray.zklora.parties.toll import Toll
 from paris_ray.zklora.sealing import seal
@@ -50,7 +51,7 @@ class Shop:
         self.manifest: AdapterManifest = build_manifest(
             openings,
             LoRAConfig(r=2, lora_alpha=4.0),
-            base=Base("c" * 64, None, None),
+            base=Base(digest="c" * 64, expert=None, router_digest=None),
             adapter="ink",
             price=30,
             price_per_row=price_per_row,

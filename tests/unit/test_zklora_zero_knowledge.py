@@ -18,7 +18,6 @@ from paris_ray.zklora.fixed_point import QuantisedModule, evaluate, quantise
 from paris_ray.zklora.proof import (
     POINT_NAMES,
     Proof,
-    Responses,
     _equation,
     _Joint,
     _prove,
@@ -83,7 +82,7 @@ def simulate(
     form = _random_form(x, y, oracle)
     gamma, e = powers(oracle.challenge("gamma"), commitment.r), oracle.challenge("e")
     joint = _Joint(gamma, oracle.challenge("xi"), oracle.challenge("mu"))
-    f = joint.form(form)
+    f = plus(form.x, joint.mu, form.beta)
     zc, zu, zv, zp = map(draw, (len(f), commitment.r, commitment.r, 2))
     z1, z2, z3, z4, z5 = draw(5)
     U, V, C, M1 = (random_point() for _ in range(4))
@@ -98,9 +97,9 @@ def simulate(
         M1,
     ]
     lacking = (dot(f, zc) - joint.value(zu, zv, zp)) % ORDER
-    responses = Responses(tuple(zu), tuple(zv), (zp[0], zp[1]), (z1, z2, z3, z4, z5))
+    opened = (tuple(zu), tuple(zv), tuple(zp), (z1, z2, z3, z4, z5))
     folded = folding.fold(zc, [oracle.challenge("chi") * value % ORDER for value in f], oracle)
-    return Proof(tuple(map(encode, (U, V, C, *announced))), lacking, responses, folded)
+    return Proof(tuple(map(encode, (U, V, C, *announced))), lacking, *opened, folded)
 
 
 def true_statement() -> tuple[ModuleCommitment, np.ndarray, np.ndarray]:
@@ -183,9 +182,8 @@ def test_errors_of_two_equations_do_not_cancel(errors: tuple[int, ...]) -> None:
     """Blinders that are wrong by as much in one equation as in another: plain sums would hold."""
     commitment, x, y = true_statement()
     simulated = simulate(commitment, x, y, ScriptedOracle())
-    sent = simulated.responses
-    wrong = [(z + error) % ORDER for z, error in zip(sent.blinders, errors, strict=True)]
-    changed = replace(simulated, responses=replace(sent, blinders=tuple(wrong)))
+    pairs = zip(simulated.blinders, errors, strict=True)
+    changed = replace(simulated, blinders=tuple((z + error) % ORDER for z, error in pairs))
     assert not _equation(commitment, x, y, changed, ScriptedOracle()).holds()
 
 
@@ -240,8 +238,7 @@ def test_masks_that_are_used_twice_reveal_the_weights(fixed_masks: Callable[[], 
     first, second = respond(e=10), respond(e=13)
     assert first.points == second.points and first.lacking == second.lacking
     form = _random_form(x, y, ScriptedOracle())
-    one, other = first.responses, second.responses
-    pairs = ((one.zu, other.zu), (one.zv, other.zv), (one.zp, other.zp))
+    pairs = ((first.zu, second.zu), (first.zv, second.zv), (first.zp, second.zp))
     u, v, p = (divided(minus(b, a), 3) for a, b in pairs)
     assert u == [dot(form.x, column) for column in module.a.T.tolist()]
     assert v == [dot(form.beta, row) for row in module.b.tolist()]
@@ -272,7 +269,7 @@ def announced(proof: bytes, commitment: ModuleCommitment) -> Iterator[object]:
     """Yield everything in a proof that must be fresh: all of it."""
     messages = Proof.from_bytes(proof, commitment)
     yield from messages.points
-    yield from (messages.lacking, *messages.responses.scalars())
+    yield from (messages.lacking, *messages.zu, *messages.zv, *messages.zp, *messages.blinders)
     yield from (*messages.folded.left, *messages.folded.right, *messages.folded.remainder)
 
 

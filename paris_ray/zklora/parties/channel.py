@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from paris_ray.errors import ParisError, ProtocolError
 from paris_ray.identity import CERTIFICATE, Identity
+from paris_ray.zklora.documents import printable
 from paris_ray.zklora.parties.connection import (
     ERROR,
     ERRORS,
@@ -24,7 +25,6 @@ from paris_ray.zklora.parties.connection import (
     tls_context,
 )
 from paris_ray.zklora.parties.frames import DEFAULTS, ConnectionLost, Limits, Message, encode
-from paris_ray.zklora.printable import printable
 
 RETRY_S = 0.2
 

@@ -21,8 +21,7 @@ from paris_ray.identity import Identity
 from paris_ray.signatures import SignedDocument
 from paris_ray.zklora.calls import Request
 from paris_ray.zklora.fixed_point import Int16, Int64
-from paris_ray.zklora.leakage import INPUTS, draw_last_bits, row_seeds
-from paris_ray.zklora.learned import describe_leak
+from paris_ray.zklora.leakage import INPUTS, describe_leak, draw_last_bits, row_seeds
 from paris_ray.zklora.manifest import MANIFEST, AdapterManifest
 from paris_ray.zklora.parties.escrow import LIMITS, EscrowClient
 from paris_ray.zklora.parties.evidence import Progress
@@ -247,7 +246,7 @@ class LoRAGateway:
         self._say(session.sid, session.user, f"challenged, {len(names)} modules are proved")
 
         def claim(name: str) -> tuple[Int16, Int64, bytes]:
-            return *self._journal.rows(session.sid, name), session.proof_context(name)
+            return *self._journal.calls.rows(session.sid, name), session.proof_context(name)
 
         proofs = prove_all(self._openings[0], names, claim, on_progress)
         self._metrics.proof_bytes.inc(sum(map(len, proofs.values())))

@@ -14,6 +14,7 @@ from typing import Self
 
 from paris_ray.errors import ConfigError, ProtocolError
 from paris_ray.identity import Identity
+from paris_ray.zklora.documents import printable
 from paris_ray.zklora.parties.connection import (
     ERROR,
     ERRORS,
@@ -25,7 +26,6 @@ from paris_ray.zklora.parties.connection import (
     tls_context,
 )
 from paris_ray.zklora.parties.frames import DEFAULTS, ConnectionLost, Limits, Message, encode
-from paris_ray.zklora.printable import printable
 
 POLL_S = 0.2
 

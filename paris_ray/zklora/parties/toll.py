@@ -111,5 +111,5 @@ class Toll:
         signed = escrow.trade(session).rows
         with self._lock:
             if session not in self._accounts:
-                self._accounts[session] = _Account(*self._journal.asked(session), signed)
+                self._accounts[session] = _Account(*self._journal.calls.asked(session), signed)
             return self._accounts[session]

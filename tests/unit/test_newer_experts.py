@@ -30,8 +30,8 @@ from paris_ray.roster.newcomer import Newcomer
 from paris_ray.roster.successor import Options
 from paris_ray.run import EXPERT_WEIGHTS
 from paris_ray.sampling import generate
-from paris_ray.sampling.sampler import sampling_options
 from paris_ray.sampling.teacher import EnsembleTeacher
+from paris_ray.sampling_options import sampling_options
 from paris_ray.training.distil import velocities
 from paris_ray.training.expert import ExpertData, train_expert
 from paris_ray.training.lora import train_lora

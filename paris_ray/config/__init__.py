@@ -51,7 +51,7 @@ from paris_ray.config.models import (
     RouterConfig,
     unlike_fields,
 )
-from paris_ray.config.recipes import RecipeConfig, aligned_block, synced_blocks
+from paris_ray.config.recipes import HiddenOptimizer, RecipeConfig, aligned_block, synced_blocks
 from paris_ray.config.section_checks import check_model, check_place
 from paris_ray.config.sections import RESOURCE_KEYS, Config
 from paris_ray.config.training import Precision, TrainingConfig
@@ -85,6 +85,7 @@ __all__ = [
     "LoRARun",
     "Objective",
     "PoolConfig",
+    "HiddenOptimizer",
     "Precision",
     "Preset",
     "RecipeConfig",

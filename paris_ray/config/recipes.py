@@ -8,6 +8,7 @@ from typing import Literal
 from paris_ray.config.models import OFF_IN_MODELS, ExpertConfig
 
 Refusal = tuple[str, object, str]
+HiddenOptimizer = Literal["adamw", "muon"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -18,7 +19,7 @@ class RecipeConfig:
     """
 
     # Muon for the matrices of the blocks, AdamW for all else; its updates have the size of AdamW's
-    hidden_optimizer: Literal["adamw", "muon"] = "adamw"
+    hidden_optimizer: HiddenOptimizer = "adamw"
     muon_rate: float = 1.0  # of those matrices, as a multiple of learning_rate
     contrastive_weight: float = 0.0  # of the distance to other rows' velocities; 0: off
     layersync_weight: float = 0.0  # of the likeness of an early block to a later one; 0: off

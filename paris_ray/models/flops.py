@@ -71,9 +71,13 @@ def training_flops_per_image(
 @cache
 def parameter_count(config: ExpertConfig | RouterConfig) -> int:
     """Return the number of parameters, position table included; nothing is allocated."""
+    return sum(parameter.numel() for parameter in outline(config).parameters())
+
+
+def outline(config: ExpertConfig | RouterConfig) -> Expert | Router:
+    """Return a model on the meta device, which has names and shapes but no numbers."""
     with torch.device("meta"):
-        model = Router(config) if isinstance(config, RouterConfig) else Expert(config)
-    return sum(parameter.numel() for parameter in model.parameters())
+        return Router(config) if isinstance(config, RouterConfig) else Expert(config)
 
 
 def _trunk_macs(config: ExpertConfig | RouterConfig) -> int:

@@ -1,11 +1,13 @@
-"""Bytes on disk: of a row of the corpus, and of a whole run."""
+"""Bytes on disk: of a row of the corpus, of a model, and of a whole run."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from paris_ray.config import Config
-from paris_ray.models.flops import CLIP_TEXT_LENGTH, parameter_count
+from paris_ray.models.flops import CLIP_TEXT_LENGTH
 from paris_ray.planning.memory import FLOAT16, FLOAT32
 
 TOKEN_ID_BYTES = 2
-NUM_STATES = 4  # of a parameter in a checkpoint: weight, its average, Adam's two moments
 # Estimates: a photograph of 32 x 32 pixels as PNG; a short caption and a file name.
 THUMBNAIL_BYTES, CAPTION_BYTES = 2_400, 120
 # Widths of image features, by the beginning of features.model.
@@ -18,6 +20,20 @@ FEATURE_WIDTHS = {
     "vit_base_": 768,
     "vit_large_": 1024,
 }
+
+
+@dataclass(frozen=True, slots=True)
+class ModelBytes:
+    """What a trained model takes on disk, in bytes.
+
+    Attributes:
+        weights: Of its weights.
+        checkpoint: Of what its training goes on from: weights, their average, and what its
+            optimisers keep.
+    """
+
+    weights: int
+    checkpoint: int
 
 
 def row_bytes(config: Config) -> dict[str, int | None]:
@@ -50,27 +66,27 @@ def _feature_bytes(model: str) -> int | None:
 
 
 def run_bytes(
-    config: Config, num_rows: int, num_parameters: int, *, num_students: int = 0
+    config: Config, num_rows: int, models: Sequence[ModelBytes], students: Sequence[ModelBytes]
 ) -> dict[str, int]:
     """Return the bytes of a finished run; what is unknown of a row is not in them.
 
     Args:
         config: The run.
         num_rows: Rows of the corpus.
-        num_parameters: Of the seed, all experts and the router.
-        num_students: Distilled models.
+        models: The seed, all experts and the router.
+        students: Distilled models, in the order in which they are trained.
     """
     table = num_rows * sum(size or 0 for size in row_bytes(config).values())
-    weights = FLOAT32 * num_parameters
+    weights = sum(model.weights for model in models)
     sizes = {
         "embeddings": table,
         "the same rows in shards": table,
-        "checkpoints": NUM_STATES * weights,
+        "checkpoints": sum(model.checkpoint for model in models),
         "weights": weights,
         "the same weights in the bundle": weights,
     }
-    if num_students:
-        student = FLOAT32 * parameter_count(config.expert)
-        sizes["distilled models and their checkpoints"] = num_students * (1 + NUM_STATES) * student
-        sizes["the last of them in its bundle"] = student
+    if students:
+        kept = sum(student.weights + student.checkpoint for student in students)
+        sizes["distilled models and their checkpoints"] = kept
+        sizes["the last of them in its bundle"] = students[-1].weights
     return sizes

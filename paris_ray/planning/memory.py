@@ -1,9 +1,11 @@
 """The memory of a GPU while a model trains on it."""
 
 from dataclasses import asdict, dataclass
+from functools import cache
 
-from paris_ray.config import ExpertConfig, RouterConfig, TrainingConfig
-from paris_ray.models.flops import CLIP_TEXT_LENGTH, num_tokens, parameter_count
+from paris_ray.config import ExpertConfig, HiddenOptimizer, RouterConfig, TrainingConfig
+from paris_ray.models.flops import CLIP_TEXT_LENGTH, num_tokens, outline, parameter_count
+from paris_ray.training.recipes.muon import num_moments
 
 FLOAT16, FLOAT32 = 2, 4  # bytes; bfloat16 has as many as float16
 # Layers of CLIP's text towers by their width: ViT-B and ViT-L, ViT-H, ViT-bigG.
@@ -17,7 +19,7 @@ class Memory:
 
     weights: int
     gradients: int
-    adam: int
+    optimizer: int
     ema: int
     autocast: int
     text_encoder: int
@@ -40,7 +42,7 @@ def training_memory(
 ) -> Memory:
     """Return the bytes that training takes on its GPU.
 
-    Of each parameter: 4 for the weight, 4 for its gradient, 8 for Adam's moments, 4 for the average
+    Of each parameter: 4 for the weight, 4 for its gradient, `optimizer_bytes`, 4 for the average
     (unless `ema_device=cpu`) and 2 for the bfloat16 copy that autocast multiplies with (unless
     `precision=float32`). The frozen text encoder and teachers are in float32. Activations:
     `activation_bytes` of the images that are on the GPU at once, `batch_size / accumulation_steps`.
@@ -63,13 +65,24 @@ def training_memory(
     return Memory(
         weights=FLOAT32 * count,
         gradients=FLOAT32 * count,
-        adam=2 * FLOAT32 * count,
+        optimizer=optimizer_bytes(model, training.hidden_optimizer),
         ema=FLOAT32 * count if training.ema_device == "model" else 0,
         autocast=FLOAT16 * count if autocast else 0,
         text_encoder=FLOAT32 * text_encoder_parameters,
         teachers=FLOAT32 * teacher_parameters,
         activations=training.batch_size // training.accumulation_steps * activations,
     )
+
+
+@cache
+def optimizer_bytes(model: ExpertConfig | RouterConfig, hidden_optimizer: HiddenOptimizer) -> int:
+    """Return what the optimisers of a model keep, on its GPU and in its checkpoint, in bytes.
+
+    Args:
+        model: The architecture.
+        hidden_optimizer: Of the matrices in its blocks; all else that is trained has AdamW.
+    """
+    return FLOAT32 * num_moments(outline(model), hidden_optimizer)
 
 
 def activation_bytes(

@@ -55,7 +55,7 @@ def plan(config: Config, *, distilled_from: int | None = None) -> Plan:
         plan_training(config, "router", config.router, config.router_training, num_rows),
     ]
     num_parameters = sum(t.num_parameters for t in trainings if t.stage != "seed")
-    num_kept = sum(t.num_parameters for t in trainings)
+    models = [t.on_disk for t in trainings]
     students = []
     if distilled_from is not None:
         students = plan_distillation(
@@ -67,7 +67,7 @@ def plan(config: Config, *, distilled_from: int | None = None) -> Plan:
         num_rows=num_rows,
         num_parameters=num_parameters,
         row_bytes=row_bytes(config),
-        run_bytes=run_bytes(config, num_rows, num_kept, num_students=len(students)),
+        run_bytes=run_bytes(config, num_rows, models, [s.on_disk for s in students]),
         trainings=trainings,
         gpus=gpus,
         deadline_days=config.fleet.deadline_days,

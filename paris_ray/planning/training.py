@@ -16,9 +16,9 @@ from paris_ray.config import (
     TrainingConfig,
 )
 from paris_ray.models.flops import parameter_count, text_length, training_flops_per_image
-from paris_ray.planning.disk import trained_row_bytes
+from paris_ray.planning.disk import ModelBytes, trained_row_bytes
 from paris_ray.planning.durations import SECONDS_PER_DAY, Duration
-from paris_ray.planning.memory import Memory, text_tower_parameters, training_memory
+from paris_ray.planning.memory import FLOAT32, Memory, text_tower_parameters, training_memory
 
 GIGA, TERA = 10**9, 10**12
 # The rest is for the CUDA context, the workspaces of libraries, and fragmentation.
@@ -101,6 +101,12 @@ class TrainingPlan:
     def samples_seen(self) -> int:
         """Samples of the whole training."""
         return self.num_steps * self.batch_size
+
+    @property
+    def on_disk(self) -> ModelBytes:
+        """What the model takes there when it is trained."""
+        weights = FLOAT32 * self.num_parameters
+        return ModelBytes(weights, 2 * weights + self.memory.optimizer)
 
     @property
     def flops(self) -> int:

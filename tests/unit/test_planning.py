@@ -16,7 +16,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from paris_ray.config import Config, ExpertConfig, GpuConfig, RouterConfig, TrainingConfig, load
+from paris_ray.config import (
+    Config,
+    ExpertConfig,
+    GpuConfig,
+    HiddenOptimizer,
+    RouterConfig,
+    TrainingConfig,
+    load,
+)
 from paris_ray.encoders.images import register_packaged_models
 from paris_ray.errors import ConfigError
 from paris_ray.models import Expert, Router
@@ -34,6 +42,7 @@ from paris_ray.planning.disk import FEATURE_WIDTHS, row_bytes
 from paris_ray.planning.durations import Duration
 from paris_ray.planning.memory import text_tower_parameters
 from paris_ray.planning.schedule import schedule
+from paris_ray.training.recipes.muon import optimizers
 from paris_ray.training.schedule import with_steps
 
 BATCH_SIZE, TEXT_LENGTH = 8, 20
@@ -155,7 +164,8 @@ def test_memory_is_the_sum_of_what_the_options_ask_for() -> None:
     training = TrainingConfig(batch_size=64, accumulation_steps=4)
     count = parameter_count(EXPERT)
     memory = training_memory(EXPERT, training, text_encoder_parameters=1000)
-    assert memory.total == (4 + 4 + 8 + 4 + 2) * count + 4000 + memory.activations
+    expected = (4 + 4 + 4 + 2) * count + memory.optimizer + 4000 + memory.activations
+    assert memory.total == expected
     assert memory.activations == 16 * activation_bytes(EXPERT, 2, recompute=False, text_length=77)
     assert training_memory(EXPERT, replace(training, ema_device="cpu")).ema == 0
     in_float32 = training_memory(EXPERT, replace(training, precision="float32"))
@@ -163,6 +173,38 @@ def test_memory_is_the_sum_of_what_the_options_ask_for() -> None:
     assert in_float32.activations > memory.activations
     recomputed = training_memory(EXPERT, replace(training, gradient_checkpointing=True))
     assert recomputed.activations < memory.activations
+
+
+@models
+@pytest.mark.parametrize("hidden_optimizer", ["adamw", "muon"])
+def test_optimisers_keep_what_is_planned(
+    config: ExpertConfig | RouterConfig, hidden_optimizer: HiddenOptimizer
+) -> None:
+    model, _ = build(config)
+    training = TrainingConfig(hidden_optimizer=hidden_optimizer)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    kept = 0
+    for optimizer in optimizers([model], training):
+        optimizer.step()
+        moments = (m for state in optimizer.state.values() for m in state.values())
+        kept += sum(4 * moment.numel() for moment in moments if moment.dim() > 0)  # no step counts
+    assert training_memory(config, training).optimizer == kept
+
+
+def test_a_plan_has_one_moment_of_what_muon_trains_in_memory_and_on_disk() -> None:
+    without, result = plan(load("quickstart")), plan(load("quickstart+muon"))
+    config = load("quickstart").expert
+    width, ratio = config.hidden_size, config.mlp_ratio
+    matrices = config.num_layers * round((2 * 4 + 2 * ratio) * width**2)
+    less = [
+        before.memory.total - after.memory.total
+        for before, after in zip(without.trainings, result.trainings, strict=True)
+    ]
+    seed_and_experts = len(result.trainings) - 1
+    assert less == [4 * matrices] * seed_and_experts + [0]  # the router has AdamW
+    on_disk = without.run_bytes["checkpoints"] - result.run_bytes["checkpoints"]
+    assert on_disk == seed_and_experts * 4 * matrices
 
 
 @pytest.mark.parametrize(
@@ -269,7 +311,9 @@ def test_a_distillation_costs_its_teachers_too(
     for training in (student, few_step):
         assert training.memory.teachers == 4 * result.num_parameters
     size = sum(result.run_bytes.values()) - sum(without.run_bytes.values())
-    assert size == (2 * 5 + 1) * 4 * student.num_parameters  # two checkpoints and weights; bundle
+    weights = 4 * student.num_parameters
+    checkpoint = 2 * weights + student.memory.optimizer
+    assert size == 2 * (checkpoint + weights) + weights  # of two students; the bundle
 
 
 def test_a_distillation_is_rendered_where_it_is_planned() -> None:
@@ -304,7 +348,9 @@ def test_the_teachers_of_xl2_take_what_the_guide_says() -> None:
 
 # --- Fleet --------------------------------------------------------------------------------------
 
-NOTHING = Memory(weights=0, gradients=0, adam=0, ema=0, autocast=0, text_encoder=0, activations=0)
+NOTHING = Memory(
+    weights=0, gradients=0, optimizer=0, ema=0, autocast=0, text_encoder=0, activations=0
+)
 STEPS_OF_A_DAY = 86_400  # of one image of 1 TFLOP, on a GPU that reaches 1 TFLOP/s
 
 
@@ -345,7 +391,8 @@ def test_experts_wait_for_the_seed_and_it_counts_no_parameters() -> None:
     with_seed = plan(load("quickstart", ["seed_training.steps=10"]))
     assert with_seed.num_parameters == without.num_parameters
     more = sum(with_seed.run_bytes.values()) - sum(without.run_bytes.values())
-    assert more == (5 + 1) * 4 * with_seed.trainings[0].num_parameters  # its folder; the bundle
+    seed = with_seed.trainings[0].on_disk
+    assert more == seed.checkpoint + 2 * seed.weights  # its folder; the bundle
     assert [t.name for t in with_seed.trainings] == ["seed", *(t.name for t in without.trainings)]
     assert "\nseed " in render(with_seed)
     assert "\nseed " not in render(without)

@@ -8,12 +8,14 @@ arXiv:2502.16982, section 2.2): so rate, schedule and weight decay are those of 
 from collections.abc import Iterable
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
-from paris_ray.config import TrainingConfig
+from paris_ray.config import HiddenOptimizer, TrainingConfig
 
 MULTIPLE = "multiple"  # of the learning rate, in a group of parameters
+# Numbers that an optimiser keeps of a parameter from step to step.
+ADAMW_MOMENTS, MUON_MOMENTS = 2, 1
 
 
 def optimizers(modules: Iterable[nn.Module], config: TrainingConfig) -> tuple[Optimizer, ...]:
@@ -23,12 +25,9 @@ def optimizers(modules: Iterable[nn.Module], config: TrainingConfig) -> tuple[Op
         modules: The model, and what is trained beside it.
         config: Which optimiser its blocks have, and rates.
     """
-    modules = list(modules)
-    trained = [p for module in modules for p in module.parameters() if p.requires_grad]
-    hidden = _hidden_matrices(modules) if config.hidden_optimizer == "muon" else []
-    ids = {id(parameter) for parameter in hidden}
+    others, hidden = _divided(modules, config.hidden_optimizer)
     adamw = torch.optim.AdamW(
-        [p for p in trained if id(p) not in ids],
+        others,
         lr=config.learning_rate,
         betas=config.betas,
         eps=config.adam_eps,
@@ -46,7 +45,26 @@ def optimizers(modules: Iterable[nn.Module], config: TrainingConfig) -> tuple[Op
     return adamw, muon
 
 
-def _hidden_matrices(modules: Iterable[nn.Module]) -> list[Tensor]:
+def num_moments(model: nn.Module, hidden_optimizer: HiddenOptimizer) -> int:
+    """Return how many numbers the optimisers of a model keep from step to step."""
+    others, hidden = _divided([model], hidden_optimizer)
+    return sum(ADAMW_MOMENTS * p.numel() for p in others) + sum(
+        MUON_MOMENTS * p.numel() for p in hidden
+    )
+
+
+def _divided(
+    modules: Iterable[nn.Module], hidden_optimizer: HiddenOptimizer
+) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """Return the parameters that AdamW trains, and those that Muon does."""
+    modules = list(modules)
+    trained = [p for module in modules for p in module.parameters() if p.requires_grad]
+    hidden = _hidden_matrices(modules) if hidden_optimizer == "muon" else []
+    ids = {id(parameter) for parameter in hidden}
+    return [p for p in trained if id(p) not in ids], hidden
+
+
+def _hidden_matrices(modules: Iterable[nn.Module]) -> list[nn.Parameter]:
     """Return the weights of linear layers in the blocks, `layers` of experts and routers."""
     return [
         linear.weight

@@ -201,10 +201,10 @@ class TrainingLoop:
             peak_samples_per_second=self.peak_rate,
         )
         steps = range(first_step, config.steps)
-        if steps and (reached := self.spending.cap_reached()):
-            raise reached
         drawn = closing(draw_ahead(self._draw, steps, config.prefetch))
         with PreemptionNotice() as notice, drawn as batches, self.trackers:
+            if steps and (reached := self.spending.cap_reached()):
+                raise reached
             for step, batch in zip(steps, batches, strict=True):
                 loss = self._step(step, batch)
                 progress = clock.tick(step + 1, loss)

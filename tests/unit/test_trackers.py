@@ -6,6 +6,7 @@ import signal
 import struct
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,9 +14,9 @@ from typing import Any
 
 import pytest
 
-from paris_ray.artifacts import METRICS, publish
+from paris_ray.artifacts import METRICS, SPENT, publish
 from paris_ray.config import TrainingConfig, load
-from paris_ray.errors import ConfigError, TrainingError
+from paris_ray.errors import ConfigError, SpendingCapError, TrainingError
 from paris_ray.folders import Folder
 from paris_ray.training import checkpoint
 from paris_ray.training.loop import Progress
@@ -119,6 +120,20 @@ def test_a_run_that_was_left_open_gets_nothing_of_the_next(tmp_path: Path) -> No
             following.open([])
             following.write(ROWS)
     assert [[row["_step"] for row in logged_by_wandb(f)] for f in folders] == [[], [8, 16]]
+
+
+@pytest.mark.parametrize("seconds", [0, 3600])
+def test_a_run_ends_where_the_cap_is_reached_before_the_first_step(
+    shard: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds: int
+) -> None:
+    ended: list[object] = []
+    monkeypatch.setattr(EventFile, "close", lambda tracker: ended.append(tracker))
+    output = Folder(tmp_path / "expert_0")
+    output.write_json(SPENT, {"seconds": float(seconds)})
+    capped = replace(TRAINING, tensorboard=True, max_hours=1.0)
+    with pytest.raises(SpendingCapError) if seconds else nullcontext():
+        train(shard, output, config=capped)
+    assert len(ended) == 1
 
 
 @pytest.mark.parametrize(

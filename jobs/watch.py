@@ -42,16 +42,14 @@ def main() -> None:
 def _watch(arguments: argparse.Namespace) -> None:
     # Imported only now: --help is quick.
     from paris_ray.api_keys import read_keys
-    from paris_ray.folders import Folder
-    from paris_ray.watching.runs import WatchedRun
+    from paris_ray.watching.runs import WatchedRun, check_run
     from paris_ray.watching.server import listen, serve, watch_app
 
     given = {"RUN": arguments.run, "OTHER": arguments.other}
     places = {name: place for name, place in given.items() if place is not None}
     refuse_unreachable(places)
     for name, place in places.items():
-        if not Folder(place).exists():
-            raise ConfigError(f"{name}={place!r} does not exist: a run folder, or s3://...")
+        check_run(name, place)
     keys = None if arguments.api_key_file is None else read_keys(arguments.api_key_file)
     price = arguments.dollars_per_hour
     if price is not None and not 0 <= price < math.inf:

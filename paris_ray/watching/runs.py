@@ -8,6 +8,7 @@ from itertools import chain, islice
 from typing import Any
 
 from paris_ray.artifacts import (
+    IN_PROGRESS,
     MANIFEST,
     METRICS,
     PROGRESS,
@@ -20,7 +21,7 @@ from paris_ray.artifacts import (
 from paris_ray.cluster_facts import FILE as CLUSTERS_FILE
 from paris_ray.cluster_facts import ClusterFacts, read_clusters
 from paris_ray.embeddings import opened_part, part_names
-from paris_ray.errors import ArtifactError, BundleError
+from paris_ray.errors import ArtifactError, BundleError, ConfigError
 from paris_ray.folders import Folder, Stamp
 from paris_ray.storage import is_uri
 from paris_ray.watching.facts import flattened, forecast, router_facts, stage_told
@@ -36,6 +37,11 @@ MAX_CAPTIONS, MAX_CAPTION_LENGTH = 16, 300
 MAX_PREVIEWS = 64  # that are kept
 MAX_STAGES = 100  # that are told, the last
 LISTED = ("seed", "experts", "router", "distilled/student", "distilled/few_step")
+# One of these is there soon after a run, or an adapter's training, has begun.
+BEGUN = (
+    *("encoders", "embeddings", "clusters", "experts", "distilled"),
+    *(TIMINGS, IN_PROGRESS, METRICS, PROGRESS),
+)
 CLUSTERS = f"clusters/{CLUSTERS_FILE}"
 ROUTER, SETTINGS = f"router/{MANIFEST}", f"clusters/{RESOLVED_CONFIG}"
 SINGLE = (TIMINGS, CLUSTERS, SETTINGS)
@@ -48,6 +54,26 @@ ADAPTER_FILES = (
     "samples.png",
     "samples_without_lora.png",
 )
+
+
+def check_run(field: str, location: str) -> None:
+    """Raise ConfigError unless there is a run at a location.
+
+    Args:
+        field: What the location was given as.
+        location: Path or URI.
+    """
+    allowed = "the folder of a run, or of an adapter's training, that has begun"
+    folder = Folder(location)
+    if not folder.exists():
+        problem = "does not exist"
+    elif folder.stamp("") is not None:
+        problem = "is a file"
+    elif not any(folder.exists(name) for name in BEGUN):
+        problem = f"has none of {', '.join(BEGUN)}"
+    else:
+        return
+    raise ConfigError(f"{field}={location!r} is not allowed: it {problem}; allowed: {allowed}")
 
 
 class WatchedRun:

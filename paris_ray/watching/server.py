@@ -25,6 +25,7 @@ from paris_ray.api_keys import Key, digest_of
 from paris_ray.artifacts import sha256_hex
 from paris_ray.errors import ConfigError, ParisError
 from paris_ray.loopback import is_loopback, why_not_local
+from paris_ray.watching.connection import Connection
 from paris_ray.watching.facts import differences
 from paris_ray.watching.models import WatchedModel
 from paris_ray.watching.runs import WatchedRun
@@ -33,7 +34,6 @@ logger = logging.getLogger(__name__)
 
 MAX_RUNS = 2
 MAX_CONNECTIONS = 64
-KEEP_ALIVE_S = 10
 PAGE = {"/": "index.html", "/watch.js": "watch.js", "/watch.css": "watch.css"}
 TYPES = {"html": "text/html", "js": "text/javascript", "css": "text/css"}
 # What browsers say of requests that no other page has sent. Others could not read the answers, but
@@ -241,16 +241,21 @@ def listen(host: str, port: int | None, *, keyless: bool, usual_port: int) -> so
     raise ConfigError(f"--host={host!r} --port={port} cannot be listened on: {problem}")
 
 
-def serve(app: ASGIApp, listener: socket.socket) -> None:
-    """Answer until the process is interrupted, which returns after Ctrl-C."""
+def server_of(app: ASGIApp) -> uvicorn.Server:
+    """Return what serves an application: few connections, none of which waits for long."""
     config = uvicorn.Config(
         app,
+        http=Connection,
         log_level="warning",
         limit_concurrency=MAX_CONNECTIONS,
-        timeout_keep_alive=KEEP_ALIVE_S,
         server_header=False,
         proxy_headers=False,
         ws="none",
     )
+    return uvicorn.Server(config)
+
+
+def serve(app: ASGIApp, listener: socket.socket) -> None:
+    """Answer until the process is interrupted, which returns after Ctrl-C."""
     with suppress(KeyboardInterrupt):  # which uvicorn raises again when it has ended
-        uvicorn.Server(config).run(sockets=[listener])
+        server_of(app).run(sockets=[listener])

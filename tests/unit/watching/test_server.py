@@ -9,20 +9,24 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import anyio
 import httpx
 import pytest
-import uvicorn
+from starlette.responses import Response
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from jobs import watch as watch_job
 from paris_ray.api_keys import Key
 from paris_ray.artifacts import METRICS
 from paris_ray.errors import ConfigError
 from paris_ray.folders import Folder
+from paris_ray.watching import connection as watch_connection
 from paris_ray.watching import server as watch_server
-from paris_ray.watching.runs import WatchedRun
-from paris_ray.watching.server import listen, watch_app
+from paris_ray.watching.runs import BEGUN, WatchedRun, check_run
+from paris_ray.watching.server import listen, server_of, watch_app
 from tests.watched_runs import SECRET, grid_of, write_run
 
 REPOSITORY = Path(__file__).parents[3]
@@ -46,15 +50,22 @@ def client_of(
 def url(run: Folder) -> Iterator[str]:
     """The application behind a real socket."""
     listener = listen("127.0.0.1", 0, keyless=True, usual_port=0)
-    app = watch_app([WatchedRun(run.uri)], None)
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
+    with served(watch_app([WatchedRun(run.uri)], None), listener):
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+
+
+@contextmanager
+def served(app: ASGIApp, listener: socket.socket) -> Iterator[None]:
+    server = server_of(app)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
     while not server.started:
         time.sleep(0.01)
-    yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-    server.should_exit = True
-    thread.join()
+    try:
+        yield
+    finally:
+        server.should_exit = True
+        thread.join()
 
 
 def test_every_answer_has_the_digest_of_what_it_says(url: str) -> None:
@@ -240,6 +251,96 @@ def test_a_price_that_is_none_is_refused(
     assert "--dollars-per-hour=" in capsys.readouterr().err
 
 
+HEAD = b"GET / HTTP/1.1\r\nHost: localhost\r\n"
+
+
+@pytest.mark.parametrize(
+    ("sent", "trickled"),
+    [
+        pytest.param(b"", b"", id="nothing"),
+        pytest.param(HEAD, b"X: y\r\n", id="a head without an end"),
+        pytest.param(HEAD + b"\r\n", b"", id="nothing after an answer"),
+        pytest.param(HEAD + b"\r\nGET / HTTP/1.1\r\n", b"X: y\r\n", id="a head after an answer"),
+        pytest.param(HEAD + b"Content-Length: 9999\r\n\r\n", b"x", id="a body"),
+    ],
+)
+def test_who_does_not_ask_in_time_is_hung_up_on(
+    run: Folder, monkeypatch: pytest.MonkeyPatch, sent: bytes, trickled: bytes
+) -> None:
+    """Without a key, which is asked for when a head is there."""
+    monkeypatch.setattr(watch_connection, "HEAD_TIMEOUT_S", 0.3)
+    listener = listen("127.0.0.1", 0, keyless=False, usual_port=0)
+    with (
+        served(watch_app([WatchedRun(run.uri)], KEYS), listener),
+        socket.create_connection(listener.getsockname()) as client,
+    ):
+        client.sendall(sent)
+        assert is_hung_up_on(client, trickled)
+
+
+def is_hung_up_on(client: socket.socket, trickled: bytes) -> bool:
+    """Send a few bytes again and again, for far longer than the limit is."""
+    client.settimeout(0.05)
+    for _ in range(100):
+        try:
+            client.sendall(trickled)
+            if client.recv(65536) == b"":
+                return True
+        except TimeoutError:
+            continue
+        except ConnectionError:
+            return True
+    return False
+
+
+def test_an_answer_may_take_longer_than_a_head(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def slow(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            await anyio.sleep(0.5)
+            await Response("there")(scope, receive, send)
+
+    monkeypatch.setattr(watch_connection, "HEAD_TIMEOUT_S", 0.1)
+    listener = listen("127.0.0.1", 0, keyless=True, usual_port=0)
+    with served(slow, listener):
+        assert httpx.get(f"http://127.0.0.1:{listener.getsockname()[1]}/").text == "there"
+
+
+@pytest.mark.parametrize(
+    ("name", "problem"),
+    [
+        ("file", "is a file"),
+        ("folder", "has none of encoders, embeddings, "),
+        ("none", "does not exist"),
+    ],
+)
+def test_what_is_no_run_is_refused(
+    run: Folder,
+    tmp_path: Path,
+    name: str,
+    problem: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "file").write_text("{}")
+    (tmp_path / "folder" / "pictures").mkdir(parents=True)
+    place = str(tmp_path / name)
+    monkeypatch.setattr(watch_job, "log_to_stdout", lambda: None)
+    monkeypatch.setattr(watch_server, "serve", lambda *_: None)
+    for field, given in (("RUN", [place]), ("OTHER", [run.uri, place])):
+        monkeypatch.setattr(sys, "argv", ["watch", *given, "--port=0"])
+        with pytest.raises(SystemExit):
+            watch_job.main()
+        told = capsys.readouterr().err
+        assert f"{field}={place!r} is not allowed: it {problem}" in told
+        assert "the folder of a run" in told
+
+
+@pytest.mark.parametrize("name", BEGUN)
+def test_a_run_is_one_from_its_beginning(tmp_path: Path, name: str) -> None:
+    Folder(tmp_path).write(name if "." in name else f"{name}/part.parquet", b"")
+    check_run("RUN", str(tmp_path))
+
+
 def test_a_damaged_file_is_an_error_in_words(run: Folder, tmp_path: Path) -> None:
     own = Folder(tmp_path)
     (own / "experts/expert_0").write(METRICS, b'{"samples_seen": 4, "loss": 1}\n')
@@ -250,8 +351,6 @@ def test_a_damaged_file_is_an_error_in_words(run: Folder, tmp_path: Path) -> Non
         transport = httpx.ASGITransport(app)
         async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
             return await client.get("/api/runs/0/grids/expert-0/final")
-
-    import anyio
 
     response = anyio.run(ask)
     assert response.status_code == 503

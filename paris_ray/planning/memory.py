@@ -98,6 +98,11 @@ def activation_bytes(
     values are 2 w L d a block; the output layer keeps (8 + w) N d. With gradient checkpointing a
     block keeps its float32 input, 4 N d, and one block at a time is whole.
 
+    Modern blocks keep queries and keys also as they are normed, in float32 before the norm's weight
+    and in w bytes after it: v = 4 + w bytes a value more, and 4 for the copy in float32 if w is
+    less. That is 2 v N d for self-attention, and v N d + (v + w) L d for cross-attention. A text
+    adapter is a block of L tokens without cross-attention, which is never computed again.
+
     `torch.compile` keeps less, since it computes element-wise parts again.
 
     Args:
@@ -106,15 +111,22 @@ def activation_bytes(
         recompute: Whether gradient checkpointing is on.
         text_length: L.
     """
-    values = num_tokens(model) * model.hidden_size
-    reads_text = isinstance(model, ExpertConfig) and model.text_injection != "spatial"
-    in_products = 8 + 2 * model.mlp_ratio + 3 * reads_text
-    block = round((4 * FLOAT32 + width * in_products) * values)
-    text = 2 * width * text_length * model.hidden_size * reads_text
-    output = (2 * FLOAT32 + width) * values
+    expert = model if isinstance(model, ExpertConfig) else None
+    values, text_values = num_tokens(model) * model.hidden_size, text_length * model.hidden_size
+    reads_text = expert is not None and expert.text_injection != "spatial"
+    kept = 4 * FLOAT32 + width * (8 + 2 * model.mlp_ratio)  # of a value, without cross-attention
+    block = round((kept + 3 * width * reads_text) * values)
+    text = 2 * width * text_values * reads_text
+    if expert is not None and expert.blocks == "modern":
+        normed = FLOAT32 + width + (FLOAT32 if width < FLOAT32 else 0)
+        block += normed * (2 + reads_text) * values
+        text += (normed + width) * text_values * reads_text
+    rest = (2 * FLOAT32 + width) * values
+    if expert is not None and expert.text_adapter:
+        rest += round(kept * text_values)
     if recompute:
-        return model.num_layers * (FLOAT32 * values + text) + block + output
-    return model.num_layers * (block + text) + output
+        return model.num_layers * (FLOAT32 * values + text) + block + rest
+    return model.num_layers * (block + text) + rest
 
 
 def text_tower_parameters(width: int) -> int:

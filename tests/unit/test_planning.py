@@ -52,6 +52,11 @@ SMALL_MODELS = {
     "expert of spatial text": replace(EXPERT, text_injection="spatial", text_hidden_size=4),
     "expert of both": replace(EXPERT, text_injection="both", text_hidden_size=4),
     "expert with a wide MLP": replace(EXPERT, mlp_ratio=6.0, num_layers=2),
+    "modern expert": replace(EXPERT, blocks="modern"),
+    "modern expert of spatial text": replace(
+        EXPERT, blocks="modern", text_injection="spatial", text_hidden_size=4
+    ),
+    "expert with a text adapter": replace(EXPERT, text_adapter=True),
     "router": RouterConfig(hidden_size=64, num_layers=4, num_heads=4),
 }
 models = pytest.mark.parametrize("config", SMALL_MODELS.values(), ids=SMALL_MODELS.keys())
@@ -116,6 +121,20 @@ def test_activations_are_what_a_forward_pass_leaves(config: ExpertConfig | Route
     assert left == pytest.approx(planned(config, 4, recompute=False), rel=0.1)
 
 
+def test_activations_of_a_text_adapter_are_those_of_a_block_of_text() -> None:
+    """Of few patches, beside which it counts."""
+    config = replace(EXPERT, text_adapter=True, input_size=8, num_layers=2)
+    assert planned(config, 4, recompute=False) > 1.2 * planned(
+        replace(config, text_adapter=False), 4, recompute=False
+    )
+    model, inputs = build(config)
+    with LiveBytes([*model.parameters(), *inputs]) as memory:
+        output = model(*inputs)
+        left = memory.now
+    assert output.requires_grad
+    assert left == pytest.approx(planned(config, 4, recompute=False), rel=0.1)
+
+
 @models
 def test_checkpointing_leaves_the_blocks_inputs_and_one_block(
     config: ExpertConfig | RouterConfig,
@@ -132,8 +151,10 @@ def test_checkpointing_leaves_the_blocks_inputs_and_one_block(
     assert memory.highest - gradients == pytest.approx(whole, rel=0.25)
 
 
-def test_autocast_keeps_bfloat16_activations_and_copies_of_the_weights() -> None:
-    model, inputs = build(EXPERT)
+@pytest.mark.parametrize("name", ["expert", "modern expert", "expert with a text adapter"])
+def test_autocast_keeps_bfloat16_activations_and_copies_of_the_weights(name: str) -> None:
+    config = SMALL_MODELS[name]
+    model, inputs = build(config)
     own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     kept: dict[int, Tensor] = {}
 
@@ -152,8 +173,8 @@ def test_autocast_keeps_bfloat16_activations_and_copies_of_the_weights() -> None
         tensor.untyped_storage().nbytes() // (2 if is_attention(tensor) else 1)
         for tensor in tensors
     )
-    copies = 2 * parameter_count(EXPERT)
-    assert measured - copies == pytest.approx(planned(EXPERT, 2, recompute=False), rel=0.25)
+    copies = 2 * parameter_count(config)
+    assert measured - copies == pytest.approx(planned(config, 2, recompute=False), rel=0.25)
 
 
 def is_attention(tensor: Tensor) -> bool:

@@ -40,6 +40,7 @@ from paris_ray.models.lora import Adapter
 from paris_ray.models.peft_layout import save_adapter
 from paris_ray.run import BUNDLE, EXPERT_WEIGHTS, ROUTER_WEIGHTS
 from paris_ray.training.distil import write_single_router
+from tests.newer_experts import write_newer_parts
 
 # Ray reads these when it is imported; unset, a local Ray would write a token to the home folder.
 os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
@@ -181,6 +182,22 @@ def seeded_bundle_path(tiny_parts: Path, tmp_path_factory: pytest.TempPathFactor
     write_model(Folder(root / "parts" / "seed"), randomise(seed, 70), EXPERT_WEIGHTS)
     publish_bundle(root / "parts", root / "bundle")
     return root / "bundle"
+
+
+@pytest.fixture(scope="session")
+def newer_parts(tiny_parts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the parts of a bundle whose experts have modern blocks and text adapters."""
+    root = tmp_path_factory.mktemp("newer") / "parts"
+    write_newer_parts(root, tiny_parts, GEOMETRY, WIDTH)
+    return root
+
+
+@pytest.fixture(scope="session")
+def newer_bundle_path(newer_parts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The path of an exported bundle of these experts, which were trained for a few steps."""
+    path = tmp_path_factory.mktemp("newer") / "bundle"
+    publish_bundle(newer_parts, path)
+    return path
 
 
 def publish_bundle(parts: Path, path: Path) -> None:

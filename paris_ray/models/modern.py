@@ -22,7 +22,8 @@ class HeadNorm(nn.RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """`(..., c) -> (..., c)`."""
-        return functional.rms_norm(x.float(), self.normalized_shape, self.weight, self.eps).to(x)
+        weight = self.weight.float()  # of a bundle in bfloat16, too
+        return functional.rms_norm(x.float(), self.normalized_shape, weight, self.eps).to(x)
 
 
 class ModernAttention(Attention):

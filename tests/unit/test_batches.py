@@ -53,7 +53,7 @@ NUM_MIXES = 100  # of each bundle
 pytestmark = pytest.mark.usefixtures("replica_threads")
 
 
-@pytest.fixture(scope="module", params=["tiny_bundle_path", "release_path"])
+@pytest.fixture(scope="module", params=["tiny_bundle_path", "release_path", "newer_bundle_path"])
 def bundle(
     request: pytest.FixtureRequest,
     randomised: Callable[[nn.Module, int], nn.Module],

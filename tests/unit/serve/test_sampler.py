@@ -24,9 +24,9 @@ PROMPTS = ["a red cat", "blue dog", "a green circle a blue square", "", "red cat
 pytestmark = pytest.mark.usefixtures("replica_threads")
 
 
-@pytest.fixture(params=["tiny_bundle_path", "release_path"])
+@pytest.fixture(params=["tiny_bundle_path", "release_path", "newer_bundle_path"])
 def path(request: pytest.FixtureRequest) -> Path:
-    """A bundle of sentences, and one of CLIP's tokens."""
+    """A bundle of sentences, one of CLIP's tokens, and one of the newer experts."""
     return request.getfixturevalue(request.param)
 
 

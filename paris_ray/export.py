@@ -17,7 +17,7 @@ from paris_ray.bundle import (
     Dtype,
     facts_to_json,
 )
-from paris_ray.config import CodecConfig, Config, SamplingConfig, TextConfig
+from paris_ray.config import CodecConfig, Config, SamplingConfig, TextConfig, is_released
 from paris_ray.embeddings import num_rows, part_names, read_rows
 from paris_ray.encoders.folders import (
     CODEC_FILES,
@@ -248,7 +248,8 @@ def _model_index(bundle: Bundle) -> dict[str, Any]:
     text_class = (
         ["paris_ray.encoders.text", "MiniLM"] if minilm else ["transformers", "CLIPTextModel"]
     )
-    public = "vae" in bundle.parts and not minilm
+    released = all(map(is_released, bundle.expert_configs))
+    public = "vae" in bundle.parts and not minilm and released
     experts = {f"expert_{k}": ["paris_ray.models", "Expert"] for k in range(bundle.num_experts)}
     return {
         **(PUBLIC_PIPELINE if public else OWN_PIPELINE),

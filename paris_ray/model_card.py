@@ -277,13 +277,24 @@ def _interval(value: Mapping[str, float]) -> str:
 
 
 def _unlike_experts(configs: Sequence[ExpertConfig], parameters: Sequence[int]) -> str:
-    """Return a table of the experts, or nothing if all are alike."""
+    """Return a table of the experts; if all are alike, what the released ones do not have."""
     if len(set(configs)) == 1:
-        return ""
+        parts = _newer_parts(configs[0])
+        return f"\nAll have {' and '.join(parts)}, which the released ones do not.\n" * bool(parts)
     rows = ["", "| expert | size | prediction | parameters |", "|---|---|---|---|"]
     for k, (config, count) in enumerate(zip(configs, parameters, strict=True)):
-        rows.append(f"| {k} | {_size(config)} | {config.prediction} | {count:,} |")
+        size = ", ".join([_size(config), *_newer_parts(config)])
+        rows.append(f"| {k} | {size} | {config.prediction} | {count:,} |")
     return "\n".join([*rows, ""])
+
+
+def _newer_parts(config: ExpertConfig) -> list[str]:
+    """Return what an expert has and those of the public release have not."""
+    present = {
+        "modern blocks": config.blocks == "modern",
+        "a text adapter": config.text_adapter,
+    }
+    return [part for part, is_there in present.items() if is_there]
 
 
 def _origin(started_from: Mapping[str, str]) -> str:

@@ -58,15 +58,21 @@ def write_newer_shard(folder: Folder, geometry: dict[str, int], text_width: int)
     return folder
 
 
-def train_newer(config: ExpertConfig, shard: Folder, output: Folder, seed: int) -> None:
-    """Train an expert of this architecture, and leave its weights alone in the folder."""
+def train_newer(
+    expert: ExpertConfig,
+    shard: Folder,
+    output: Folder,
+    seed: int,
+    config: TrainingConfig = TRAINING,
+) -> None:
+    """Train an expert of this architecture."""
 
     def carry_on(progress: Progress) -> None:
         pass
 
     train_expert(
+        expert,
         config,
-        TRAINING,
         data=ExpertData(shards=[shard], digests={}),
         seed=seed,
         output=output,

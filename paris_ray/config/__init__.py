@@ -49,6 +49,7 @@ from paris_ray.config.models import (
     Dtype,
     ExpertConfig,
     RouterConfig,
+    is_released,
     unlike_fields,
 )
 from paris_ray.config.recipes import HiddenOptimizer, RecipeConfig, aligned_block, synced_blocks
@@ -105,6 +106,7 @@ __all__ = [
     "expert_setup",
     "from_dict",
     "identity",
+    "is_released",
     "load",
     "load_lora",
     "local_paths",

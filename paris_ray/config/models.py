@@ -106,6 +106,12 @@ class RouterConfig:
     layer_norm_eps: float = 1e-6
 
 
+def is_released(expert: ExpertConfig) -> bool:
+    """Return whether an expert's tensors are those that the public release has."""
+    off = all(getattr(expert, field) == value for field, value in OFF_IN_MODELS.items())
+    return off and expert.text_injection == "cross_attention"
+
+
 def unlike_fields(
     model: ExpertConfig | RouterConfig, start: ExpertConfig | RouterConfig
 ) -> dict[str, tuple[Any, Any]]:

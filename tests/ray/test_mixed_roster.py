@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from PIL import Image
 
 from paris_ray.artifacts import read_manifest
 from paris_ray.bundle import load_bundle
-from paris_ray.config import load
+from paris_ray.config import load, load_lora
 from paris_ray.errors import ArtifactError
+from paris_ray.folders import Folder
 from paris_ray.run import EVALUATION, EXPERT, EXPERT_WEIGHTS, Run
 from paris_ray.sampling import generate
 
@@ -39,6 +41,8 @@ ROSTER = [
     "experts.1.training.t_distribution=uniform",
     "experts.2.expert.hidden_size=48",
     "experts.2.expert.num_layers=3",
+    "experts.2.expert.blocks=modern",
+    "experts.2.expert.text_adapter=true",
     "experts.2.training.sample_every=4",
     "experts.2.training.batch_size=4",
     "router.hidden_size=32",
@@ -54,7 +58,7 @@ ROSTER = [
 
 @pytest.fixture(scope="module")
 def finished(ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """A finished run of a preconditioned, an epsilon and a larger expert."""
+    """A finished run of a preconditioned, an epsilon and a larger expert of modern blocks."""
     from paris_ray.pipeline.stages import run
 
     config = load("quickstart", [f"run_dir={tmp_path_factory.mktemp('mixed') / 'run'}", *ROSTER])
@@ -85,6 +89,10 @@ def test_a_mixed_roster_becomes_a_bundle_that_draws(finished: Run) -> None:
     ]
     shapes = [(config.hidden_size, config.num_layers) for config in bundle.expert_configs]
     assert shapes == [(32, 2), (32, 2), (48, 3)]
+    newer = [(config.blocks, config.text_adapter) for config in bundle.expert_configs]
+    assert newer == [("released", False), ("released", False), ("modern", True)]
+    card = Folder(finished.bundle.uri).read("README.md").decode()
+    assert "| 2 | 48 wide, 3 layers, modern blocks, a text adapter | preconditioned |" in card
     usage = read_manifest(finished.evaluation, EVALUATION).facts["expert_usage"]
     assert len(usage) == 3 and min(usage) > 0
     images = generate(bundle, ["a red heart", "a blue fish"], seed=1)
@@ -101,6 +109,28 @@ def test_every_expert_of_the_roster_gives_finite_latents(finished: Run, routing:
     text = bundle.encode_text([f"a picture number {i}" for i in range(6)])
     options = sampling_options(bundle, routing=routing, guidance_scale=3.0)
     assert torch.isfinite(sample(bundle, text, range(6), options).latents).all()
+
+
+def test_a_lora_of_the_newer_expert_is_drawn_with(finished: Run, tmp_path: Path) -> None:
+    from paris_ray.pipeline.lora import train_lora
+
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for i in range(4):
+        Image.new("RGB", (64, 64), (255, 60 * i, 0)).save(pictures / f"{i}.png")
+        (pictures / f"{i}.txt").write_text("a red square")
+    training = ["training.steps=6", "training.batch_size=4", "training.learning_rate=0.05"]
+    config = load_lora(overrides=[*training, "lora.r=2", "training.num_cpus=0.5"])
+    place, output = finished.bundle.uri, str(tmp_path / "lora")
+    manifest = train_lora(config, bundle=place, expert=2, data=str(pictures), output=output)
+    assert manifest.facts["rows"] == 4
+    bundle = load_bundle(place)
+    bundle.add_lora("mine", output)
+    assert bundle.loras == {"mine": 2}
+    with_lora, without = (
+        generate(bundle, ["a red heart"], seed=1, lora=lora)[0].tobytes() for lora in ("mine", None)
+    )
+    assert with_lora != without
 
 
 def test_sample_grids_on_the_way_are_no_part_of_the_result(finished: Run) -> None:

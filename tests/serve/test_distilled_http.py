@@ -1,4 +1,4 @@
-"""A bundle of one expert over HTTP: the picture of `generate`, and no routing to choose."""
+"""Bundles of one expert and of newer ones over HTTP: the pictures of `generate`."""
 
 import base64
 import io
@@ -12,7 +12,7 @@ from PIL import Image
 from paris_ray.bundle import load_bundle
 from paris_ray.sampling import generate
 
-pytestmark = pytest.mark.serve
+pytestmark = [pytest.mark.serve, pytest.mark.usefixtures("replica_threads")]
 
 
 @pytest.mark.parametrize("colocated", [True, False])
@@ -31,3 +31,20 @@ def test_a_bundle_of_one_expert_is_served(
     )
     assert refused.status_code in (400, 422)
     assert "there are 1 experts" in refused.text
+
+
+def test_experts_with_modern_blocks_and_a_text_adapter_are_served(
+    start_app: Callable[..., str], newer_bundle_path: Path
+) -> None:
+    """Each by itself, so that texts of several tokens and their masks travel to it."""
+    url = start_app("newer", bundle=str(newer_bundle_path))
+    request = {"prompt": "a blue dog a cat", "seed": 7, "n": 2, "routing": "full"}
+    answer = httpx.post(f"{url}/v1/images/generations", json=request, timeout=60)
+    assert answer.status_code == 200, answer.text
+    served = [
+        Image.open(io.BytesIO(base64.b64decode(p["b64_json"]))) for p in answer.json()["data"]
+    ]
+    bundle = load_bundle(str(newer_bundle_path))
+    images = generate(bundle, [request["prompt"]] * 2, seed=7, routing="full")
+    pixels = [picture.convert("RGB").tobytes() for picture in served]
+    assert pixels == [image.tobytes() for image in images]

@@ -8,7 +8,7 @@ arXiv:2502.16982, section 2.2): so rate, schedule and weight decay are those of 
 from collections.abc import Iterable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from paris_ray.config import HiddenOptimizer, TrainingConfig
@@ -55,16 +55,18 @@ def num_moments(model: nn.Module, hidden_optimizer: HiddenOptimizer) -> int:
 
 def _divided(
     modules: Iterable[nn.Module], hidden_optimizer: HiddenOptimizer
-) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+) -> tuple[list[Tensor], list[Tensor]]:
     """Return the parameters that AdamW trains, and those that Muon does."""
     modules = list(modules)
-    trained = [p for module in modules for p in module.parameters() if p.requires_grad]
+    trained: list[Tensor] = [
+        p for module in modules for p in module.parameters() if p.requires_grad
+    ]
     hidden = _hidden_matrices(modules) if hidden_optimizer == "muon" else []
     ids = {id(parameter) for parameter in hidden}
     return [p for p in trained if id(p) not in ids], hidden
 
 
-def _hidden_matrices(modules: Iterable[nn.Module]) -> list[nn.Parameter]:
+def _hidden_matrices(modules: Iterable[nn.Module]) -> list[Tensor]:
     """Return the weights of linear layers in the blocks, `layers` of experts and routers."""
     return [
         linear.weight

@@ -1,7 +1,6 @@
 """What all jobs share: arguments, logging, a Ray to run on, and errors that a person can read."""
 
 import argparse
-import json
 import logging
 import os
 import secrets
@@ -10,7 +9,6 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from jobs.local_cluster import LOOPBACK_ONLY
 from paris_ray.config import (
@@ -167,24 +165,6 @@ def refuse_absent_config(config: str) -> None:
             "in: that has the .yaml files of the folder itself, and nothing that .gitignore or "
             ".rayignore names; put it there, or give an absolute path on the head node"
         )
-
-
-def earlier_arms(known: Path | None) -> dict[str, Any]:
-    """Return what an earlier comparison of arms wrote, given as `--known`.
-
-    Raises:
-        ConfigError: if it cannot be read.
-    """
-    if known is None:
-        return {}
-    try:
-        found = json.loads(known.read_bytes())
-        _ = [arm["digest"] for arm in found["arms"]]
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise ConfigError(
-            f"--known={str(known)!r} is not allowed: a .json of this job and version ({error!r})"
-        ) from None
-    return dict(found)
 
 
 def refuse_unreachable(paths: Mapping[str, str]) -> None:

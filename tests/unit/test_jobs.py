@@ -97,6 +97,7 @@ def test_an_ablation_lists_its_arms() -> None:
         ("--recipes", "moon", "recipe='moon' is not allowed: one of alignment, "),
         ("--write", "ablation.txt", "--write='ablation.txt' is not allowed: a name that ends in"),
         ("--seeds", "0", "--seeds=0 is not allowed: at least 1"),
+        ("--known", "no.json", "--known='no.json' is not allowed: a .json of this job and version"),
     ):
         refused = run_job("ablate", option, value, "--dry-run")
         assert refused.returncode == 2

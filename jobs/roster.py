@@ -34,7 +34,8 @@ from paris_ray.folders import Folder
 from paris_ray.identity import Identity
 
 if TYPE_CHECKING:
-    from paris_ray.roster.changes import Change, Roster
+    from paris_ray.roster.changes import Roster
+    from paris_ray.roster.successor import Change
 
 # What each verb needs; what another needs, it does not take.
 NEEDED = {
@@ -55,7 +56,8 @@ def main() -> None:
         # Imported only now: they import torch, and --help is quick.
         import torch
 
-        from paris_ray.roster.changes import Options, Roster
+        from paris_ray.roster.changes import Roster
+        from paris_ray.roster.successor import Options
 
         torch.set_num_threads(1)  # how many there are decides the last bits of the router
         roster = Roster(arguments.bundle, config, arguments.more_rows)

@@ -23,8 +23,9 @@ from paris_ray.bundle import load_bundle
 from paris_ray.diffusion import router_logits, sample_path
 from paris_ray.folders import Folder
 from paris_ray.models import TextConditioning
-from paris_ray.roster.changes import Change, Options, Roster
+from paris_ray.roster.changes import Roster
 from paris_ray.roster.newcomer import Newcomer
+from paris_ray.roster.successor import Change, Options
 from paris_ray.run import EXPERT_WEIGHTS, MODEL_CONFIG, Run
 from paris_ray.sampling.teacher import EnsembleTeacher
 from paris_ray.sampling_options import sampling_options

@@ -26,8 +26,8 @@ from paris_ray.models import Expert
 from paris_ray.roster.admission.form import check_form
 from paris_ray.roster.admission.limits import Limits
 from paris_ray.roster.admission.verdict import examine, open_panel, read_candidate
-from paris_ray.roster.changes import Options
 from paris_ray.roster.newcomer import Newcomer
+from paris_ray.roster.successor import Options
 from paris_ray.run import EXPERT_WEIGHTS
 from paris_ray.sampling import generate
 from paris_ray.sampling.teacher import EnsembleTeacher
@@ -183,7 +183,7 @@ def test_one_joins_a_roster_and_one_leaves_it(
     roster.write(roster.add(newcomer), joined, Options())
     bundle = load_bundle(joined)
     assert bundle.expert_configs == (*EXPERTS, EXPERTS[0])
-    assert bundle.weights_digest("expert_3") == roster.bundle.weights_digest("expert_0")
+    assert bundle.weights_digest("expert_3") == roster.present.bundle.weights_digest("expert_0")
     roster = made.roster(joined)
     roster.write(roster.retire(1), str(tmp_path / "left"), Options())
     left = load_bundle(str(tmp_path / "left"))

@@ -28,8 +28,9 @@ from paris_ray.model_folder.admissions import (
     admission_document,
 )
 from paris_ray.model_folder.history import Entry
-from paris_ray.roster.changes import Options, Roster
+from paris_ray.roster.changes import Roster
 from paris_ray.roster.newcomer import Newcomer
+from paris_ray.roster.successor import Options
 from paris_ray.run import BUNDLE, ENCODERS, EXPERT_WEIGHTS, MODEL_CONFIG
 from paris_ray.sampling import generate
 from paris_ray.signatures import SignedDocument
@@ -78,7 +79,7 @@ def test_a_retired_expert_leaves_nothing_and_others_stay(made: Made, tmp_path: P
     assert bundle.facts.example_prompts == (CAPTIONS[0], CAPTIONS[2])
     assert [told.words for told in bundle.clusters] == [["word0"], ["word2"]]
     _, entry = bundle.history
-    assert (entry.event, entry.expert, entry.parent) == ("retired", 1, roster.digest)
+    assert (entry.event, entry.expert, entry.parent) == ("retired", 1, roster.present.digest)
     assert entry.weights_before == expert_files(made.bundle, 1)[EXPERT_WEIGHTS]
     assert entry.rows_before is not None
     assert (entry.rows_before.count, entry.rows_before.whose) == (ROWS, "Museum of Cats")
@@ -123,11 +124,11 @@ def write_verdict(folder: Path, expert: Folder, **changes: Any) -> tuple[Folder,
 def test_a_verdict_comes_with_its_expert_and_moves_with_it(made: Made, tmp_path: Path) -> None:
     expert, shard = made.run.expert(2), made.run.shard(2)
     roster = made.roster()
-    verdict, examiner = write_verdict(tmp_path / "verdict", expert, bundle=roster.digest)
+    verdict, examiner = write_verdict(tmp_path / "verdict", expert, bundle=roster.present.digest)
     examined = Newcomer.open(expert, shard, verdict, examiner)
     roster.write(roster.replace(2, examined), str(tmp_path / "with"), QUICK)
     roster = made.roster(str(tmp_path / "with"))
-    assert list(roster.bundle.admissions) == [2]
+    assert list(roster.present.bundle.admissions) == [2]
     roster.write(roster.retire(0), str(tmp_path / "moved"), QUICK)
     moved = load_bundle(str(tmp_path / "moved"))
     assert list(moved.admissions) == [1]
@@ -149,7 +150,7 @@ def test_a_verdict_of_another_examination_is_refused(
     changes: dict[str, Any], message: str, made: Made, tmp_path: Path
 ) -> None:
     expert, shard, roster = made.run.expert(2), made.run.shard(2), made.roster()
-    stated = {"bundle": roster.digest} | changes
+    stated = {"bundle": roster.present.digest} | changes
     newcomer = Newcomer.open(expert, shard, *write_verdict(tmp_path / "verdict", expert, **stated))
     with pytest.raises(BundleError, match=message):
         roster.write(roster.replace(2, newcomer), str(tmp_path / "new"), QUICK)
@@ -225,9 +226,9 @@ def test_experts_of_two_runs_are_known_by_their_digests(
     (guest.run.expert(0).local_path / MANIFEST).unlink()  # a folder of two files will do
     roster = made.roster()
     roster.write(roster.replace(0, newcomer(guest, 0), "the guest"), wider, HEAD)
-    assert made.roster(wider).shards[0] is None
+    assert made.roster(wider).present.shards[0] is None
     roster = made.roster(wider, more=(guest.run.shard(0).uri,))
-    assert [shard is not None for shard in roster.shards] == [True] * 3
+    assert [shard is not None for shard in roster.present.shards] == [True] * 3
     roster.write(roster.retire(1), fewer, HEAD)
     assert expert_files(fewer, 0) == expert_files(wider, 0)
 

@@ -104,6 +104,11 @@ class LatentDataset:
             return len(self.null_text)
         return len(self.null_text) - 1 if self.null_text.dim() == 2 else 1
 
+    @property
+    def num_features(self) -> int:
+        """Width of the features; 0 where nobody asked for them."""
+        return 0 if self.features is None else self.features.shape[1]
+
     def read_latents(self, index: Tensor) -> Tensor:
         """Return the latents of rows `index (B,)`: `(B, C, H, W)` float32."""
         return torch.from_numpy(self.latents[index.numpy()].astype(np.float32))

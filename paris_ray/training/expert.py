@@ -16,7 +16,7 @@ from paris_ray.diffusion import denoising_loss, sample_path
 from paris_ray.folders import Folder
 from paris_ray.models import Expert, TextConditioning
 from paris_ray.seeding import build_seeded
-from paris_ray.training.data import Batch, MixedOrder, batches, load_dataset
+from paris_ray.training.data import Batch, LatentDataset, MixedOrder, batches, load_dataset
 from paris_ray.training.loop import OnProgress
 from paris_ray.training.recipes import recipe_of
 from paris_ray.training.schedule import with_steps
@@ -45,6 +45,27 @@ class ExpertData:
     shared_share: float = 0.0
     held_out: Sequence[Folder] = ()
     held_out_others: Sequence[Folder] = ()
+
+    def load(self, *, with_features: bool) -> LatentDataset:
+        """Return all rows, its own clusters' first."""
+        shared = () if self.shared is None else (self.shared,)
+        return load_dataset([*self.shards, *shared], with_features=with_features)
+
+    def num_own(self, dataset: LatentDataset) -> int:
+        """Return how many of these rows are of its own clusters."""
+        return int((dataset.clusters < len(self.shards)).sum())
+
+    def order(self, dataset: LatentDataset, batch_size: int, seed: int) -> MixedOrder | None:
+        """Return the order in which batches mix both kinds of rows; None: there is one kind."""
+        if self.shared is None:
+            return None
+        own = self.num_own(dataset)
+        return MixedOrder(own, len(dataset) - own, batch_size, self.shared_share, seed)
+
+    def inputs(self) -> dict[str, Any]:
+        """Return what of it decides the result."""
+        shared = {} if self.shared is None else {"shared_share": self.shared_share}
+        return {**self.digests, **shared}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -94,22 +115,13 @@ def train_expert(
         TrainingError: if the shard is empty or the loss stops being finite.
         ConfigError: if the configuration does not fit the shard or what it starts from.
     """
-    shared = () if data.shared is None else (data.shared,)
-    with_features = lesson is None and config.alignment_weight > 0
-    dataset = load_dataset([*data.shards, *shared], with_features=with_features)
-    num_own = int((dataset.clusters < len(data.shards)).sum())
-    config = with_steps(config, num_own)
-    order, inputs = None, {**data.digests, **(lesson.identity if lesson else {}), "seed": seed}
-    if shared:
-        num_shared, share = len(dataset) - num_own, data.shared_share
-        order = MixedOrder(num_own, num_shared, config.batch_size, share, seed)
-        inputs["shared_share"] = share
+    dataset = data.load(with_features=lesson is None and config.alignment_weight > 0)
+    config = with_steps(config, data.num_own(dataset))
     expert = build_seeded(lambda: Expert(expert_config), seed)
     encode = text_reader(dataset, text_encoder, resolve_device(config.device))
-
+    order = data.order(dataset, config.batch_size, seed)
     batch = batches(dataset, config, seed=seed, purpose="batch", expert=expert_config, order=order)
-    num_features = 0 if dataset.features is None else dataset.features.shape[1]
-    recipe = recipe_of(config, expert_config, num_features, seed)
+    recipe = recipe_of(config, expert_config, dataset.num_features, seed)
 
     def draw(step: int) -> Batch:
         return (lesson or recipe).prepare(step / config.steps, batch(step))
@@ -126,7 +138,7 @@ def train_expert(
         loss,
         config,
         heads=recipe.heads,
-        inputs=inputs,
+        inputs={**data.inputs(), **(lesson.identity if lesson else {}), "seed": seed},
         text_length=dataset.text_length,
         output=output,
         on_progress=on_progress,

@@ -1,7 +1,8 @@
 """Training an adapter (LoRA) of one expert, whose own weights stay as they are."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from paris_ray.config import LoRAConfig, TrainingConfig, identity
 from paris_ray.diffusion import denoising_loss, sample_path
 from paris_ray.folders import Folder
-from paris_ray.models import Expert
+from paris_ray.models import Expert, TextConditioning
 from paris_ray.models.lora import Adapter, attach
 from paris_ray.models.peft_layout import save_adapter
 from paris_ray.training.checkpoint import identity_digest
@@ -51,48 +52,47 @@ def train_lora(
         on_progress: Called with the progress from time to time.
         text_encoder: Folder with `text_encoder/` and `tokenizer/`; needed for token ids.
         base_model: Where the expert is, for whoever reads the adapter's configuration.
-        draw_samples: Called every `config.sample_every` steps but the last, with the expert and
-            the average so far, and the number of steps done.
+        draw_samples: As in `train_model`; the expert has the average so far.
 
     Returns:
         A view of the expert with the averaged adapter attached, in evaluation mode.
 
     Raises:
         ConfigError: if the rank or a target does not fit the expert.
-        TrainingError: if the shard is empty or the loss stops being finite.
-        ArtifactError: if the checkpoint is of another training.
+        TrainingError, ArtifactError: as `TrainingLoop.run`; also if the shard is empty.
     """
     torch.set_num_threads(config.threads)
     dataset = load_dataset([shard])
     config = with_steps(config, len(dataset))
     encode = text_reader(dataset, text_encoder, expert.pos_embed.device)
     adapter = Adapter.create(expert, lora, seed)
+    averaged = partial(_with_weights, adapter)
     adapted = attach(expert, adapter)
     set_block_options(adapted, config)
-
-    def loss(batch: Batch) -> Tensor:
-        path = sample_path(batch.latents, batch.noise, batch.t)
-        return denoising_loss(adapted, path, encode(batch.text))
-
-    def pass_on(average: Mapping[str, Tensor], done: int) -> None:
-        if draw_samples is not None:
-            draw_samples(attach(expert, _with_weights(adapter, average)), done)
-
     loop = TrainingLoop(
         adapter,
         batches(dataset, config, seed=seed, purpose="batch", expert=expert.config),
-        loss,
+        partial(_loss, adapted, encode),
         config,
         output,
-        identity=identity_digest(
-            lora=identity(lora), training=training_identity(config), seed=seed, **inputs
-        ),
+        identity=_identity(lora, config, {"seed": seed, **inputs}),
         on_progress=on_progress,
-        on_average=pass_on,
+        on_average=draw_samples and (lambda s, n: draw_samples(attach(expert, averaged(s)), n)),
     )
-    average = _with_weights(adapter, loop.run())
+    average = averaged(loop.run())
     save_adapter(average, output, base_model)
     return attach(expert, average)
+
+
+def _loss(adapted: Expert, encode: Callable[[Tensor], TextConditioning], batch: Batch) -> Tensor:
+    """Return the loss of a batch by the expert with its adapter, a scalar."""
+    path = sample_path(batch.latents, batch.noise, batch.t)
+    return denoising_loss(adapted, path, encode(batch.text))
+
+
+def _identity(lora: LoRAConfig, config: TrainingConfig, inputs: Mapping[str, Any]) -> str:
+    """Return the digest of all that decides the result."""
+    return identity_digest(lora=identity(lora), training=training_identity(config), **inputs)
 
 
 def _with_weights(adapter: Adapter, state: Mapping[str, Tensor]) -> Adapter:

@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any, TypeVar
 
 import safetensors.torch
@@ -70,38 +71,39 @@ def train_model(
     started_from = None if config.init_from is None else _start_from(config.init_from, model)
     device = resolve_device(config.device)
     set_block_options(model.to(device), config)
-
-    def pass_on(average: Mapping[str, Tensor], done: int) -> None:
-        if draw_samples is not None:
-            draw_samples(_with_weights(model, average, device), done)
-
-    def measure(average: Mapping[str, Tensor]) -> Mapping[str, float]:
-        return {} if validate is None else validate(_with_weights(model, average, device))
-
+    averaged = partial(_with_weights, model, device)
     loop = TrainingLoop(
         model,
         draw,
         loss,
         config,
         output,
-        identity=identity_digest(
-            model=identity(model.config),
-            training=training_identity(config),
-            init=started_from,
-            **inputs,
-        ),
+        identity=_identity(model, config, inputs, started_from),
         on_progress=on_progress,
         flops_per_image=training_flops_per_image(model.config, text_length),
-        on_average=pass_on,
-        measure=measure,
+        on_average=draw_samples and (lambda state, done: draw_samples(averaged(state), done)),
+        measure=validate and (lambda state: validate(averaged(state))),
         heads=None if heads is None else heads.to(device),
     )
     average = loop.run()
-    weights = {name: value.cpu().contiguous() for name, value in average.items()}
+    _write(model, average, output)
+    return averaged(average)
+
+
+def _identity(
+    model: Expert | Router, config: TrainingConfig, inputs: Mapping[str, Any], init: str | None
+) -> str:
+    """Return the digest of all that decides the result."""
+    training = training_identity(config)
+    return identity_digest(model=identity(model.config), training=training, init=init, **inputs)
+
+
+def _write(model: Expert | Router, state: Mapping[str, Tensor], output: Folder) -> None:
+    """Write a model like this one with other weights."""
+    weights = {name: value.cpu().contiguous() for name, value in state.items()}
     output.write_json(MODEL_CONFIG, write_document(model.config))
     with output.writing(WEIGHTS[type(model)]) as path:
         safetensors.torch.save_file(weights, path)
-    return _with_weights(model, average, device)
 
 
 def training_identity(config: TrainingConfig) -> dict[str, Any]:
@@ -122,7 +124,7 @@ def set_block_options(model: Expert | Router, config: TrainingConfig) -> None:
             block.compile()
 
 
-def _with_weights(model: Model, state: Mapping[str, Tensor], device: torch.device) -> Model:
+def _with_weights(model: Model, device: torch.device, state: Mapping[str, Tensor]) -> Model:
     """Return a model like this one around other weights, which it shares if they are there."""
     with torch.device("meta"):
         other = type(model)(model.config)

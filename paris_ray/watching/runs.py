@@ -8,6 +8,7 @@ from itertools import chain, islice
 from typing import Any
 
 from paris_ray.artifacts import (
+    IN_PROGRESS,
     MANIFEST,
     METRICS,
     PROGRESS,
@@ -37,7 +38,10 @@ MAX_PREVIEWS = 64  # that are kept
 MAX_STAGES = 100  # that are told, the last
 LISTED = ("seed", "experts", "router", "distilled/student", "distilled/few_step")
 # One of these is there soon after a run, or an adapter's training, has begun.
-BEGUN = ("encoders", "embeddings", "clusters", "experts", "distilled", METRICS, PROGRESS, TIMINGS)
+BEGUN = (
+    *("encoders", "embeddings", "clusters", "experts", "distilled"),
+    *(TIMINGS, IN_PROGRESS, METRICS, PROGRESS),
+)
 CLUSTERS = f"clusters/{CLUSTERS_FILE}"
 ROUTER, SETTINGS = f"router/{MANIFEST}", f"clusters/{RESOLVED_CONFIG}"
 SINGLE = (TIMINGS, CLUSTERS, SETTINGS)

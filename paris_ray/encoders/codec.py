@@ -19,6 +19,9 @@ from paris_ray.encoders.folders import CODEC_WEIGHTS, CONFIG
 from paris_ray.encoders.pixels import to_uint8, to_unit_range
 from paris_ray.errors import BundleError, CorpusError
 from paris_ray.folders import Folder
+from paris_ray.models.stored import check_stored
+
+PCA_TENSORS = ("mean", "components", "scale")
 
 
 class Codec(Protocol):
@@ -118,7 +121,7 @@ class PatchPCA:
 
     def save(self, folder: Folder) -> None:
         """Write weights and configuration."""
-        tensors = {"mean": self.mean, "components": self.components, "scale": self.scale}
+        tensors = {name: getattr(self, name) for name in PCA_TENSORS}
         folder.write(CODEC_WEIGHTS, safetensors.torch.save(tensors))
         folder.write_json(CONFIG, {"kind": "patch_pca", "patch_size": self.patch_size})
 
@@ -155,16 +158,15 @@ def _load_patch_pca(source: VerifiedFolder) -> PatchPCA:
     where = f"{source.folder.uri}/{CODEC_WEIGHTS}"
     try:
         tensors = safetensors.torch.load(source.read(CODEC_WEIGHTS))
-        mean, components, scale = (tensors[name] for name in ("mean", "components", "scale"))
+        mean, components, scale = (tensors[name] for name in PCA_TENSORS)
     except (SafetensorError, KeyError) as error:
         raise BundleError(f"{where} is not a patch_pca codec: {error}") from None
-    codec = (mean, components, scale)
-    if not all(tensor.is_floating_point() and tensor.isfinite().all() for tensor in codec):
-        raise BundleError(f"{where} is not a patch_pca codec: numbers that are not finite floats")
+    for name in PCA_TENSORS:
+        check_stored(f"{where} is not a patch_pca codec: tensor {name!r}", tensors[name])
     if not _fit(mean, components, scale):
         shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         raise BundleError(f"{where} is not a patch_pca codec: shapes {shapes}")
-    return PatchPCA(*(tensor.float() for tensor in codec))
+    return PatchPCA(mean.float(), components.float(), scale.float())
 
 
 def _fit(mean: Tensor, components: Tensor, scale: Tensor) -> bool:

@@ -37,6 +37,7 @@ from paris_ray.config import ExpertConfig, check_model
 from paris_ray.errors import BundleError, ConfigError
 from paris_ray.models.expert import Expert
 from paris_ray.models.layers import FREQUENCY_DIM, sinusoid
+from paris_ray.models.stored import check_stored
 from paris_ray.seeding import derive_seed
 
 ClassEmbedding = Literal["null", "mean"]
@@ -290,8 +291,7 @@ def _check_tensors(state: Mapping[str, Tensor], config: ExpertConfig) -> None:
                 f"the other tensors mean {expected.get(name, 'none')}"
             )
     for name, value in state.items():
-        if not value.isfinite().all():
-            raise BundleError(f"DiT tensor {name!r} holds values that are not finite")
+        check_stored(f"DiT tensor {name!r}", value)
 
 
 def _dit_shapes(

@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import safetensors.torch
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
@@ -19,13 +18,13 @@ from paris_ray.config.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS, require
 from paris_ray.errors import BundleError, ConfigError
 from paris_ray.folders import Folder
 from paris_ray.models.lora import Adapter, LowRankUpdate, find_targets
+from paris_ray.models.stored import check_stored
 
 LORA = "lora"  # the kind of artefact that `jobs.train_lora` publishes
 EXPERT_DIGEST = "expert_sha256"  # of the weights that it was trained on, among its facts
 PICKLED_WEIGHTS = "adapter_model.bin"
 PEFT_PREFIX = "base_model.model."
 Factors = tuple[Tensor, Tensor]
-STORED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 # Options of PEFT that change what the factors mean, and are not read here: each must be off.
 UNSUPPORTED_OPTIONS = (
@@ -236,7 +235,7 @@ def read_factors(
         _check_shapes(_shapes(weights), expected, where)
         state = {name: weights.get_tensor(name) for name in expected}
     for name, tensor in state.items():
-        _check_tensor(f"{where}: tensor {reprlib.repr(name)}", tensor)
+        check_stored(f"{where}: tensor {reprlib.repr(name)}", tensor)
     factors = {}
     for name in widths:
         a, b = (state[stored].float() for stored in stored_names(name))
@@ -273,11 +272,3 @@ def _check_shapes(
                 f"{where}: tensor {reprlib.repr(name)} has shape {found.get(name, 'missing')}, "
                 f"{ADAPTER_CONFIG} and the modules mean {expected.get(name)}"
             )
-
-
-def _check_tensor(what: str, tensor: Tensor) -> None:
-    if tensor.dtype not in STORED_DTYPES:
-        allowed = ", ".join(map(str, STORED_DTYPES))
-        raise BundleError(f"{what} has dtype {tensor.dtype}, allowed: {allowed}")
-    if not tensor.isfinite().all():
-        raise BundleError(f"{what} has values that are not finite")

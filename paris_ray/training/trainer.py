@@ -18,6 +18,7 @@ from paris_ray.errors import BundleError, ConfigError
 from paris_ray.folders import Folder
 from paris_ray.models import Expert, Router
 from paris_ray.models.flops import training_flops_per_image
+from paris_ray.models.stored import check_dtype
 from paris_ray.run import EXPERT_WEIGHTS, MODEL_CONFIG, ROUTER_WEIGHTS
 from paris_ray.training.checkpoint import identity_digest
 from paris_ray.training.loop import Draw, Loss, OnProgress, TrainingLoop
@@ -26,7 +27,6 @@ Model = TypeVar("Model", Expert, Router)
 DrawSamples = Callable[[Model, int], None]
 
 WEIGHTS: Mapping[type, str] = {Expert: EXPERT_WEIGHTS, Router: ROUTER_WEIGHTS}
-STORED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def train_model(
@@ -169,8 +169,4 @@ def _check_fits(state: Mapping[str, Tensor], model: Expert | Router, where: str)
                 f"of the model to train {wanted.get(name, 'none')}"
             )
     for name, value in state.items():
-        if value.dtype not in STORED_DTYPES:
-            raise BundleError(
-                f"{where}: tensor {name!r} is {value.dtype}, allowed: "
-                f"{', '.join(map(str, STORED_DTYPES))}"
-            )
+        check_dtype(f"{where}: tensor {name!r}", value)

@@ -245,8 +245,13 @@ def without(name: str) -> State:
         ),
         pytest.param(
             random_dit() | {"blocks.0.mlp.fc1.bias": torch.full((4 * WIDTH,), torch.nan)},
-            r"'blocks\.0\.mlp\.fc1\.bias' holds values that are not finite",
+            r"'blocks\.0\.mlp\.fc1\.bias' has values that are not finite",
             id="nan",
+        ),
+        pytest.param(
+            random_dit() | {"blocks.0.mlp.fc1.bias": torch.ones(4 * WIDTH).to(torch.float8_e5m2)},
+            r"'blocks\.0\.mlp\.fc1\.bias' has dtype torch\.float8_e5m2, allowed: torch\.float32",
+            id="eight bits",
         ),
     ],
 )

@@ -395,8 +395,15 @@ def test_a_folder_of_pickles_is_refused(trained: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "fragment"),
     [
-        ({"components": torch.ones(2, 48, dtype=torch.int64)}, "finite floats"),
-        ({"scale": torch.tensor(float("nan"))}, "finite floats"),
+        (
+            {"components": torch.ones(2, 48, dtype=torch.int64)},
+            "'components' has dtype",
+        ),
+        (
+            {"mean": torch.ones(16, 48).to(torch.float8_e4m3fn)},
+            "'mean' has dtype",
+        ),
+        ({"scale": torch.tensor(float("nan"))}, "'scale' has values that are not finite"),
         ({"mean": torch.zeros(15, 48)}, r"shapes .*\(15, 48\)"),
         ({"mean": torch.zeros(16, 45), "components": torch.ones(2, 45)}, r"shapes .*\(16, 45\)"),
         ({"components": torch.ones(0, 48)}, r"shapes .*\(0, 48\)"),

@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -373,8 +373,10 @@ def processes(bench: Bench) -> None:
     """What the processes of an application take until they are ready, one of each kind."""
     titles = ["ProxyActor", *(f"ServeReplica:bench:{name}" for name in ("Ingress", "Sampler"))]
     with bench.application(warm=0):
-        children = psutil.Process().children(recursive=True)
-        running = {process: "".join(process.cmdline()) for process in children}
+        running = {}
+        for process in psutil.Process().children(recursive=True):
+            with suppress(psutil.NoSuchProcess):  # Ray ends workers that are idle
+                running[process] = "".join(process.cmdline())
         for title in [*titles, "ServeReplica:bench:Expert-0"]:
             process = next(p for p, line in running.items() if line.startswith(f"ray::{title}"))
             used, memory = process.cpu_times(), process.memory_full_info()

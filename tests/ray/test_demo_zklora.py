@@ -83,8 +83,7 @@ def interrupt_demo(run: Path, folder: Path) -> None:
 
 
 @pytest.mark.ray
-@chaos
-@pytest.mark.parametrize("interrupted", [False, True])
+@pytest.mark.parametrize("interrupted", [False, pytest.param(True, marks=chaos)])
 def test_a_demo_is_finished_once(finished_run: Path, tmp_path: Path, interrupted: bool) -> None:
     folder = tmp_path / "demo"
     if interrupted:

@@ -355,7 +355,7 @@ def mean_loss(model: nn.Module, base: Path) -> float:
     [
         ({"price": 0}, "signature"),
         ({"price": -1}, "price=-1 is not allowed"),
-        ({"modules": []}, "number of modules=0"),
+        ({"modules": []}, r"modules=\[\] is not allowed"),
         ({"protocol": "free"}, "protocol='free'"),
     ],
     ids=str,

@@ -46,7 +46,7 @@ READY_TIMEOUT_S = 120
 # Cross-attention sees rows of patches and of words, more than the budget of a session has.
 TRAINING = (
     "lora.target_modules=[attn.in_proj,attn.out_proj,final_layer.linear]",
-    "training.steps=1000",
+    "training.steps=600",
     "training.batch_size=32",
     "training.learning_rate=8e-3",
     "training.schedule=cosine",

@@ -23,7 +23,9 @@ from paris_ray.zklora.transcript import CLOSE, Transcript, closing_statement, pr
 
 SESSION = "session"  # folder of one, in that of a purchase
 CLOSED = "closed.json"
-EVIDENCE = "evidence.safetensors"
+# Proofs of before, under numbers, lie in evidence.safetensors: they are asked for again, so that a
+# purchase that was paid for by then can be finished.
+EVIDENCE = "proofs.safetensors"
 POLL_S = 0.5
 MODULES_WITHIN_S = 3600.0  # the next few
 MAX_NAMES = 1000  # characters of names that are not those of the manifest

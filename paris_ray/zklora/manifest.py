@@ -164,7 +164,9 @@ class AdapterManifest(Document):
         tuple[ModuleTerms, ...],
         Field(strict=False, min_length=1, max_length=MAX_MODULES, fail_fast=True),
     ]
-    lora_alpha: SkipValidation[float]  # 3 and 3.0 are two documents; `config` checks it
+    # 3 and 3.0 are two documents: as a float alone, 3 would be written as 3.0, and the digest would
+    # not be that of what is signed. `config` checks it.
+    lora_alpha: SkipValidation[int | float]
     r: Rank
     use_rslora: bool
     budget_rows: Size

@@ -274,6 +274,26 @@ def test_an_escrow_that_lies_is_not_believed(
             client.sealed(sale.session, sale.manifest)
 
 
+def test_whoever_is_idle_keeps_no_place_from_another_offer_of_the_same_key(sale: Sale) -> None:
+    """Two clients of three connections, and the escrow has four places for one key."""
+    asked = threading.Barrier(3)
+
+    def answer(caller: str, request: Message) -> Message:
+        asked.wait(60)
+        return Message("done", {"value": 9})
+
+    pinned, certificate = [sale.seller.certificate], sale.notary.certificate
+    with (
+        Server(sale.notary, "127.0.0.1", 0, pinned, answer, LIMITS) as server,
+        EscrowClient(sale.seller, server.address, certificate, connections=3) as one,
+        EscrowClient(sale.seller, server.address, certificate, connections=3) as other,
+        ThreadPoolExecutor(3) as threads,
+    ):
+        for client in (one, other, one):
+            balances = [threads.submit(client.balance) for _ in range(3)]
+            assert [balance.result(60) for balance in balances] == [9, 9, 9]
+
+
 def test_a_slow_operation_keeps_no_other_waiting(sale: Sale) -> None:
     """A client with two connections: the first answer waits for the second question."""
     asked = threading.Barrier(2)

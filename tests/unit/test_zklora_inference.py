@@ -211,6 +211,8 @@ def test_outliers_are_reported() -> None:
     error = (rounded - x).square().mean().sqrt().item() / rms
     assert seen.input_error == pytest.approx(error) and error > 0
     assert NumericsLog.from_json(numerics.to_json()).modules["0"] == seen
+    of_before = {"0": {"rows": 5, "seconds": 0.1} | numerics.to_json()["0"]}
+    assert NumericsLog.from_json(of_before).modules["0"] == seen
 
 
 # Any model.

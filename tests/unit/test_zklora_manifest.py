@@ -22,7 +22,7 @@ from cryptography.x509.oid import NameOID
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from paris_ray.artifacts import sha256_hex
+from paris_ray.artifacts import canonical_json, sha256_hex
 from paris_ray.config import LoRAConfig
 from paris_ray.errors import (
     ArtifactError,
@@ -330,6 +330,17 @@ def test_the_id_is_that_of_every_field(manifest: AdapterManifest) -> None:
     ]
     ids = {AdapterManifest.from_json(edited(manifest, change)).adapter_id for change in changes}
     assert len(ids | {manifest.adapter_id}) == len(changes) + 1
+
+
+@pytest.mark.parametrize("alpha", [3, 3.0])
+def test_the_id_is_that_of_what_is_signed(
+    identity: Identity, manifest: AdapterManifest, alpha: float
+) -> None:
+    """PEFT writes whole numbers: read as 3.0 they had another id, and with it a new budget."""
+    document = edited(manifest, lambda m: m.update(lora_alpha=alpha))
+    found = AdapterManifest.from_signed(SignedDocument.sign("manifest", document, identity))
+    assert found.adapter_id == sha256_hex(canonical_json(document))
+    assert canonical_json(found.sign(identity).document) == canonical_json(document)
 
 
 def edited(manifest: AdapterManifest, change: Change) -> dict[str, Any]:

@@ -1,11 +1,14 @@
 """Arrays from the other side are what is expected of them, before anything is built."""
 
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
 
-from paris_ray.errors import ProtocolError, SignatureError
+from paris_ray.errors import ProtocolError, SignatureError, VerificationError
+from paris_ray.zklora.manifest import AdapterManifest
+from paris_ray.zklora.parties.evidence import check_names
 from paris_ray.zklora.parties.frames import Message
 from paris_ray.zklora.parties.messages import REQUESTS, tensors_of, values_of
 
@@ -95,3 +98,18 @@ def test_a_request_without_tensors_brings_none() -> None:
         ask("call", CALL)
     with pytest.raises(ProtocolError, match="call: tensor 'x' is int64"):
         ask("call", CALL, x=X.astype(np.int64))
+
+
+def test_what_a_stranger_calls_things_does_not_steer_a_terminal() -> None:
+    """Errors are printed as they are, and the kind and the names in an answer are the other's."""
+    steering = "\x1b[2J" + "x" * 2000
+    for fields, tensors in (({"more": 1}, {}), ({}, {"x": X})):
+        with pytest.raises(ProtocolError) as refused:
+            values_of(Message(steering, fields, tensors), {})
+        assert str(refused.value).isprintable() and len(str(refused.value)) < 200
+    manifest = cast(AdapterManifest, SimpleNamespace(terms={"a": None}))
+    with pytest.raises(
+        VerificationError, match=r"of the 1 modules of the manifest: \?\[2Jx"
+    ) as told:
+        check_names("rows_left", {"a": 1, steering: 1}, manifest)
+    assert str(told.value).isprintable() and len(str(told.value)) < 1200

@@ -150,9 +150,9 @@ class EscrowClient:
             Channel(identity, address, certificate, ANSWER_S, limits=LIMITS)
             for _ in range(connections)
         ]
-        self._idle: queue.LifoQueue[Channel] = queue.LifoQueue()
-        for channel in self._channels:
-            self._idle.put(channel)
+        self._idle: queue.PriorityQueue[int] = queue.PriorityQueue()
+        for number in range(connections):
+            self._idle.put(number)
 
     def __enter__(self) -> Self:
         return self
@@ -262,8 +262,12 @@ class EscrowClient:
         return value
 
     def _ask(self, operation: str, **values: Value) -> Message:
-        request, channel = message_of(operation, values), self._idle.get()
+        request, number = message_of(operation, values), self._idle.get()
         try:
-            return channel.request(request.kind, request.fields, request.tensors)
+            return self._channels[number].request(request.kind, request.fields, request.tensors)
         finally:
-            self._idle.put(channel)
+            # Only the first one stays open: the escrow has few places for a key, and whoever serves
+            # two offers with one key would keep them from itself.
+            if number:
+                self._channels[number].close()
+            self._idle.put(number)

@@ -13,6 +13,7 @@ from paris_ray.artifacts import canonical_json
 from paris_ray.errors import ArtifactError, ProtocolError, SignatureError, VerificationError
 from paris_ray.folders import Folder
 from paris_ray.signatures import SignedDocument
+from paris_ray.zklora.documents import printable
 from paris_ray.zklora.manifest import AdapterManifest
 from paris_ray.zklora.parties.channel import Channel
 from paris_ray.zklora.parties.frames import Message
@@ -22,9 +23,12 @@ from paris_ray.zklora.transcript import CLOSE, Transcript, closing_statement, pr
 
 SESSION = "session"  # folder of one, in that of a purchase
 CLOSED = "closed.json"
-EVIDENCE = "evidence.safetensors"
+# Proofs of before, under numbers, lie in evidence.safetensors: they are asked for again, so that a
+# purchase that was paid for by then can be finished.
+EVIDENCE = "proofs.safetensors"
 POLL_S = 0.5
 MODULES_WITHIN_S = 3600.0  # the next few
+MAX_NAMES = 1000  # characters of names that are not those of the manifest
 Progress = Callable[[int, int], None]
 
 
@@ -228,7 +232,7 @@ def load_evidence(closed: ClosedSession, folder: Path) -> Evidence:
 def check_names(what: str, found: Iterable[str], manifest: AdapterManifest) -> None:
     """Raise VerificationError unless exactly the manifest's modules were found, by name."""
     if differing := set(found) ^ manifest.terms.keys():
+        named = printable(", ".join(sorted(differing)), MAX_NAMES)  # a stranger's own words
         raise VerificationError(
-            f"{what} must be of the {len(manifest.terms)} modules of the manifest: "
-            f"{', '.join(sorted(differing))}"
+            f"{what} must be of the {len(manifest.terms)} modules of the manifest: {named}"
         )

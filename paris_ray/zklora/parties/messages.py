@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from paris_ray.errors import ProtocolError
 from paris_ray.signatures import SignedDocument
+from paris_ray.zklora.documents import printable
 from paris_ray.zklora.parties.frames import Message
 
 Form = tuple[type[np.generic], tuple[int | None, ...]]
@@ -100,7 +101,7 @@ def values_of(message: Message, types: Types) -> list[Any]:
     """
     forms = {name: BYTES if kind is bytes else kind for name, kind in types.items()}
     tensors = tensors_of(message, {n: form for n, form in forms.items() if isinstance(form, tuple)})
-    names, where = types.keys() - tensors.keys(), message.kind[:80]
+    names, where = types.keys() - tensors.keys(), _kind(message)
     if message.fields.keys() != names:
         raise ProtocolError(f"{where} has the fields {', '.join(sorted(names)) or 'none'}")
 
@@ -131,15 +132,20 @@ def tensors_of(message: Message, forms: Mapping[str, Form]) -> dict[str, NDArray
         tensor, form = message.tensors.get(name), forms.get(name)
         found = "missing" if tensor is None else f"{tensor.dtype} of shape {tensor.shape}"
         if form is None:
-            raise ProtocolError(f"{message.kind[:80]}: tensor {name[:80]!r} is not expected")
+            raise ProtocolError(f"{_kind(message)}: tensor {name[:80]!r} is not expected")
         dtype, shape = form
         if tensor is None or tensor.dtype != dtype or not _fits(tensor.shape, shape):
             allowed = ", ".join("any" if length is None else str(length) for length in shape)
             raise ProtocolError(
-                f"{message.kind[:80]}: tensor {name!r} is {found}, not {np.dtype(dtype).name} of "
+                f"{_kind(message)}: tensor {name!r} is {found}, not {np.dtype(dtype).name} of "
                 f"shape ({allowed})"
             )
     return dict(message.tensors)
+
+
+def _kind(message: Message) -> str:
+    """Return the kind of a message for an error: an answer's is the other side's own words."""
+    return printable(message.kind, 80)
 
 
 def _fits(shape: tuple[int, ...], allowed: tuple[int | None, ...]) -> bool:

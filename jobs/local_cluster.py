@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -103,9 +104,10 @@ class LocalCluster:
 
         Each gets SIGTERM itself, so that trainings save at once.
         """
-        if not self.state_file.exists():
+        state = self._state()
+        if not state:
             return False
-        head, temp_dir = self._process(), str(self._state()["temp_dir"])
+        head, temp_dir = _head_of(state), str(state["temp_dir"])
         family = _processes_of(temp_dir)
         if head is not None:
             family.append(head)
@@ -137,22 +139,31 @@ class LocalCluster:
         raise ParisError(f"Ray did not start; its log is {self.log_file}")
 
     def _state(self) -> dict[str, int | float | str]:
-        state: dict[str, int | float | str] = json.loads(self.state_file.read_text())
+        """Return what was written of the cluster; nothing where there is none."""
+        try:
+            state: dict[str, int | float | str] = json.loads(self.state_file.read_text())
+        except FileNotFoundError:  # also where another stop ends just now
+            return {}
         return state
 
     def _write_state(self, state: dict[str, int | float | str]) -> None:
         self.state_file.write_text(json.dumps(state, indent=2) + "\n")
 
     def _process(self) -> psutil.Process | None:
-        """Return the head; a recycled pid is told by its creation time."""
-        if not self.state_file.exists() or "pid" not in self._state():
-            return None
-        try:
-            process = psutil.Process(int(self._state()["pid"]))
-            same = process.create_time() == self._state()["created"]
-            return process if same and process.status() != psutil.STATUS_ZOMBIE else None
-        except psutil.NoSuchProcess:
-            return None
+        """Return the head that was started for this folder, if it is still alive."""
+        return _head_of(self._state())
+
+
+def _head_of(state: Mapping[str, int | float | str]) -> psutil.Process | None:
+    """Return the head, if it is alive; a recycled pid is told by its creation time."""
+    if "pid" not in state:
+        return None
+    try:
+        process = psutil.Process(int(state["pid"]))
+        same = process.create_time() == state["created"]
+        return process if same and process.status() != psutil.STATUS_ZOMBIE else None
+    except psutil.NoSuchProcess:
+        return None
 
 
 def _processes_of(temp_dir: str) -> list[psutil.Process]:

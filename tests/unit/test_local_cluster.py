@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import psutil
+import pytest
 
 from jobs.local_cluster import LocalCluster
 
@@ -49,4 +50,20 @@ def test_whatever_was_started_can_save_and_is_gone(tmp_path: Path) -> None:
     assert (tmp_path / "saved").exists()
     assert not any(process.is_running() for process in family)
     assert not ray_folder.exists()
+    assert not cluster.stop()
+
+
+def test_a_stop_may_end_while_another_begins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cluster = LocalCluster(tmp_path)
+    cluster.state_file.write_text(json.dumps({"temp_dir": str(tmp_path / "ray")}))
+    read_text = Path.read_text
+
+    def read_last(path: Path) -> str:
+        text = read_text(path)
+        path.unlink()
+        return text
+
+    monkeypatch.setattr(Path, "read_text", read_last)
     assert not cluster.stop()

@@ -8,13 +8,14 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import anyio
 import httpx
 import pytest
+import uvicorn
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -55,14 +56,14 @@ def url(run: Folder) -> Iterator[str]:
 
 
 @contextmanager
-def served(app: ASGIApp, listener: socket.socket) -> Iterator[None]:
+def served(app: ASGIApp, listener: socket.socket) -> Iterator[uvicorn.Server]:
     server = server_of(app)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
     while not server.started:
         time.sleep(0.01)
     try:
-        yield
+        yield server
     finally:
         server.should_exit = True
         thread.join()
@@ -303,6 +304,63 @@ def test_an_answer_may_take_longer_than_a_head(monkeypatch: pytest.MonkeyPatch) 
     listener = listen("127.0.0.1", 0, keyless=True, usual_port=0)
     with served(slow, listener):
         assert httpx.get(f"http://127.0.0.1:{listener.getsockname()[1]}/").text == "there"
+
+
+def test_who_takes_nothing_of_the_answers_is_hung_up_on(
+    run: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a key, by asking for the page again and again."""
+    monkeypatch.setattr(watch_connection, "ANSWER_TIMEOUT_S", 0.2)
+    listener = listen("127.0.0.1", 0, keyless=False, usual_port=0)
+    with (
+        served(watch_app([WatchedRun(run.uri)], KEYS), listener) as server,
+        unread_answers(listener, b"/watch.js", 300),
+    ):
+        assert becomes(lambda: bool(server.server_state.connections))
+        assert becomes(lambda: not server.server_state.connections)
+
+
+def test_who_takes_an_answer_slowly_gets_it_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the connection is closed behind it meanwhile."""
+    monkeypatch.setattr(watch_connection, "HEAD_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(watch_connection, "ANSWER_TIMEOUT_S", 0.4)
+    size = 30_000_000
+
+    async def large(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            await Response(b"x" * size)(scope, receive, send)
+
+    listener = listen("127.0.0.1", 0, keyless=True, usual_port=0)
+    with (
+        served(large, listener),
+        socket.create_connection(listener.getsockname()) as client,
+    ):
+        client.sendall(HEAD + b"\r\n")
+        begun, taken = time.monotonic(), 0
+        while chunk := client.recv(1 << 18):
+            taken += len(chunk)
+            time.sleep(0.01)
+    assert time.monotonic() - begun > 2 * watch_connection.ANSWER_TIMEOUT_S
+    assert taken > size
+
+
+@contextmanager
+def unread_answers(listener: socket.socket, path: bytes, count: int) -> Iterator[socket.socket]:
+    """Yield a client with little room, which has asked, and read nothing."""
+    with socket.socket() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)
+        client.connect(listener.getsockname())
+        request = b"GET " + path + b" HTTP/1.1\r\nHost: localhost\r\n\r\n"
+        client.sendall(request * count)
+        yield client
+
+
+def becomes(condition: Callable[[], bool]) -> bool:
+    """Wait for a condition, for far longer than it takes."""
+    deadline = time.monotonic() + 20
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return condition()
 
 
 @pytest.mark.parametrize(

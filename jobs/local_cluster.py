@@ -20,6 +20,7 @@ import psutil
 import requests
 
 from paris_ray.errors import ParisError
+from paris_ray.storage import replacing
 
 LOOPBACK = "127.0.0.1"
 # Ray swaps a loopback --node-ip-address for the machine's own address, and opens its ports on that
@@ -147,7 +148,8 @@ class LocalCluster:
         return state
 
     def _write_state(self, state: dict[str, int | float | str]) -> None:
-        self.state_file.write_text(json.dumps(state, indent=2) + "\n")
+        with replacing(self.state_file) as written:  # whoever stops it may read at any time
+            written.write_text(json.dumps(state, indent=2) + "\n")
 
     def _process(self) -> psutil.Process | None:
         """Return the head that was started for this folder, if it is still alive."""

@@ -335,7 +335,7 @@ def as_type(dtype: torch.dtype, state: dict[str, Tensor]) -> bytes:
         ),
         (in_two_spellings, BundleError, "in_proj.weight' has shape .48, 16., .* to train none"),
         *(
-            (partial(as_type, dtype), BundleError, f"'pos_embed' has dtype {dtype}, allowed: torch.flo")
+            (partial(as_type, dtype), BundleError, f"'pos_embed' has dtype {dtype}, allowed: ")
             for dtype in (torch.float64, torch.int32, torch.float8_e4m3fn)
         ),
         (None, ArtifactError, f"{EXPERT_WEIGHTS} does not exist"),

@@ -12,6 +12,7 @@ end. The exit code is 1 if anything is missed.
 
 import argparse
 import ctypes
+import fcntl
 import gc
 import itertools
 import logging
@@ -213,7 +214,20 @@ def files_left(temporary: Path) -> list[str]:
     time.sleep(SWEPT_AFTER_S)
     code = "from paris_ray.storage import temporary_folder\nwith temporary_folder(): pass"
     subprocess.run([sys.executable, "-c", code], check=True)
-    return [path.name for path in temporary.iterdir() if path.name.startswith("paris_ray")]
+    found = [path for path in temporary.iterdir() if path.name.startswith("paris_ray")]
+    return [path.name for path in found if not is_used(path)]
+
+
+def is_used(folder: Path) -> bool:
+    """Return whether a process that lives has locked a folder, as paris_ray.storage does."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
 
 
 def report(what: str, value: float, bar: float) -> bool:

@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
@@ -175,8 +175,9 @@ def read_picture(file: bytes) -> tuple[PictureRecord, PictureFormat]:
         with Image.open(io.BytesIO(file), formats=[name.upper() for name in FORMATS]) as image:
             output_format = next(name for name in FORMATS if name.upper() == image.format)
             payload = _payload(image)
-    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, ValueError):
-        raise PictureError("the file is not a PNG, JPEG or WebP picture") from None
+    except Exception:  # decoders of arbitrary bytes, and readers of EXIF, raise almost anything
+        told = "the file is not a PNG, JPEG or WebP picture, or it is damaged"
+        raise PictureError(told) from None
     if payload is None:
         raise PictureError("the picture carries no record of paris_ray")
     try:

@@ -23,6 +23,7 @@ LABEL = b"paris_ray signed document\0"
 FIELD = 2**255 - 19
 _EIGHTH = 0x05FC536D880238B13933C6D305ACDFD5F098EFF289F4C345B027B2C28F95E826
 SMALL_ORDER = frozenset({0, 1, FIELD - 1, _EIGHTH, FIELD - _EIGHTH})
+MAX_TOLD = 80  # characters of a stranger's word, in an error
 KEY, SIGNATURE = re.compile("[0-9a-f]{64}"), re.compile("[0-9a-f]{128}")
 
 
@@ -71,7 +72,8 @@ class SignedDocument:
                 JSON cannot.
         """
         if self.kind != kind:
-            raise SignatureError(f"kind={self.kind!r} is not allowed here: {kind!r} is expected")
+            told = f"kind={self.kind[:MAX_TOLD]!r}"
+            raise SignatureError(f"{told} is not allowed here: {kind!r} is expected")
         if public_key not in (None, self.public_key):
             raise SignatureError(f"the {kind} is signed by {self.public_key}, not by {public_key}")
         try:
@@ -103,6 +105,7 @@ class SignedDocument:
         for name, kind in fields.items():
             if not isinstance(envelope[name], kind):
                 raise SignatureError(f"{name} of a signed document must be a {kind.__name__}")
+        _check_hexadecimal(envelope["public_key"], envelope["signature"], "signed document")
         return cls(**envelope)
 
     @classmethod
@@ -137,15 +140,19 @@ def verify_signature(public_key: str, message: bytes, signature: str, what: str)
         signature: 64 bytes in hexadecimal.
         what: What the message is called in the error.
     """
-    # One spelling only: equal statements are equal documents.
-    if not KEY.fullmatch(public_key) or not SIGNATURE.fullmatch(signature):
-        raise SignatureError(f"the {what} has no key and signature in lower-case hexadecimal")
+    _check_hexadecimal(public_key, signature, what)
     check_public_key(bytes.fromhex(public_key))
     try:
         key = Ed25519PublicKey.from_public_bytes(bytes.fromhex(public_key))
         key.verify(bytes.fromhex(signature), message)
     except (InvalidSignature, ValueError):
         raise SignatureError(f"the signature of the {what} is not one of {public_key}") from None
+
+
+def _check_hexadecimal(public_key: str, signature: str, what: str) -> None:
+    # One spelling only: equal statements are equal documents.
+    if not KEY.fullmatch(public_key) or not SIGNATURE.fullmatch(signature):
+        raise SignatureError(f"the {what} has no key and signature in lower-case hexadecimal")
 
 
 def _message(kind: str, document: dict[str, Any]) -> bytes:

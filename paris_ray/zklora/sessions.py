@@ -23,11 +23,17 @@ from paris_ray.zklora.session_records import (
     SessionRecord,
     SessionState,
 )
-from paris_ray.zklora.transcript import CLOSE, Call, check_digest, check_request, closing_statement
+from paris_ray.zklora.transcript import (
+    CLOSE,
+    MAX_ROWS,
+    Call,
+    check_digest,
+    check_request,
+    closing_statement,
+)
 
 # Of one user at a time; a new one takes the place of the oldest that has paid for nothing.
 MAX_OPEN_SESSIONS = 16
-MAX_ROWS = 4096  # of one call
 
 SCHEMA_VERSION = 2
 SCHEMA = (*SESSION_TABLES, *BUDGET_TABLES, *CALL_TABLES)

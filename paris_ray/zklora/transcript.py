@@ -25,6 +25,7 @@ from paris_ray.zklora.fixed_point import MAX_EXPONENT, Int16, Int64
 
 LABEL = "paris_ray zklora"
 MAX_SEQ = 2**31 - 1
+MAX_ROWS = 4096  # of one call
 ROWS, CALLS = "rows.bin", "calls.json"  # of a transcript in a folder
 CLOSE = "close"  # the kind of document that both parties sign
 

@@ -114,3 +114,13 @@ def test_a_certificate_of_such_a_key_is_refused() -> None:
     assert forged.public_key().public_bytes(Encoding.Raw, serialization.PublicFormat.Raw)
     with pytest.raises(SignatureError, match="a point that fits everything"):
         public_key_of(forged.public_bytes(Encoding.PEM).decode("ascii"))
+
+
+@pytest.mark.parametrize("field", ["public_key", "signature", "kind"])
+def test_what_a_stranger_says_is_not_repeated_at_length(tmp_path: Path, field: str) -> None:
+    """Errors are printed as they are."""
+    signed = SignedDocument.sign("manifest", {}, Identity.create(tmp_path / "me")).to_json()
+    steering = "\x1b[2J" + "x" * 2000
+    with pytest.raises(SignatureError) as refused:
+        SignedDocument.from_json(signed | {field: steering}).check("manifest", "0" * 64)
+    assert str(refused.value).isprintable() and len(str(refused.value)) < 250

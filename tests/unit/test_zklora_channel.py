@@ -39,7 +39,9 @@ from paris_ray.errors import (
 )
 from paris_ray.identity import Identity
 from paris_ray.zklora.calls import Request
+from paris_ray.zklora.parties import connection as connections
 from paris_ray.zklora.parties.channel import Channel
+from paris_ray.zklora.parties.connection import WIRE
 from paris_ray.zklora.parties.frames import (
     ConnectionLost,
     Limits,
@@ -258,6 +260,7 @@ def raw(identity: Identity | None, server: Server, **options: object) -> ssl.SSL
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname = False
     context.verify_mode = ssl.CERT_NONE
+    context.set_alpn_protocols([WIRE])
     for name, value in options.items():
         setattr(context, name, value)
     if identity is not None:
@@ -284,6 +287,55 @@ def test_requests_are_answered_with_the_identity_of_who_asked(parties: dict):
         assert client.request("empty").tensors == {}
         assert client.traffic.bytes_sent > 3 * 64
         assert client.traffic.bytes_received > client.traffic.bytes_sent
+
+
+@pytest.mark.parametrize("theirs", ["paris_ray-zklora/1", "paris_ray-zklora/999", "h2"])
+def test_who_speaks_otherwise_is_refused_before_anything_is_asked(
+    parties: dict, monkeypatch: pytest.MonkeyPatch, theirs: str
+):
+    heard: list[str] = []
+
+    def answer(caller: str, message: Message) -> Message:
+        heard.append(message.kind)
+        return Message("k")
+
+    with running(parties, answer) as server:
+        monkeypatch.setattr(connections, "WIRE", theirs)
+        with (
+            channel(parties, server, attempts=1) as other,
+            pytest.raises(ParisError, match=f"does not speak {theirs}: both need"),
+        ):
+            other.request("k")
+        monkeypatch.undo()
+        assert heard == []
+        with channel(parties, server) as ours:
+            assert ours.request("k").kind == "k"
+
+
+def test_who_says_nothing_of_how_it_speaks_is_refused(parties: dict):
+    """As a release does that knows of no such thing."""
+    with running(parties) as server:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+        folder = parties["client"].folder
+        context.load_cert_chain(folder / "certificate.pem", folder / "key.pem")
+        with context.wrap_socket(socket.create_connection(server.address, 20)) as connection:
+            connection.sendall(frame(header()))
+            assert is_closed(connection)
+
+
+def test_words_that_an_error_quotes_can_be_sent(parties: dict):
+    """Half a surrogate pair is no UTF-8, and an escape would steer a terminal."""
+
+    def answer(caller: str, message: Message) -> Message:
+        raise ProtocolError(f"no module {message.fields['modules'][0]}")
+
+    with (
+        running(parties, answer) as server,
+        channel(parties, server) as client,
+        pytest.raises(ProtocolError, match=r"^no module \?\?\[2J$"),
+    ):
+        client.request("call", {"modules": ["\ud800\x1b[2J"]})
 
 
 def test_large_tensors_pass(parties: dict):
@@ -731,6 +783,7 @@ def test_a_lost_connection_is_an_error_in_the_end(parties: dict):
 def test_an_answer_with_another_number_is_not_taken(parties: dict):
     server_identity = parties["server"]
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.set_alpn_protocols([WIRE])
     context.load_cert_chain(
         server_identity.folder / "certificate.pem", server_identity.folder / "key.pem"
     )

@@ -25,6 +25,9 @@ from paris_ray.errors import (
 from paris_ray.identity import CERTIFICATE, KEY, Identity, public_key_of
 from paris_ray.zklora.parties.frames import ConnectionLost, Message, Sizes, read_message
 
+# What is agreed on in the handshake (ALPN, RFC 7301): whoever frames, names or asks otherwise than
+# this release is refused before anything is asked. A change of any of that changes the number.
+WIRE = "paris_ray-zklora/2"
 CHUNK_BYTES = 2**20
 RECORD_BYTES = 2**14  # TLS gives no more at once
 MAX_ERROR = 2000  # characters
@@ -139,6 +142,7 @@ def tls_context(identity: Identity, side: int, pinned: Mapping[bytes, str]) -> s
     """Return the TLS context of one side, which only the pinned certificates may connect to."""
     context = ssl.SSLContext(side)
     context.minimum_version = ssl.TLSVersion.TLSv1_3
+    context.set_alpn_protocols([WIRE])
     context.check_hostname = False  # keys are pinned, names mean nothing
     context.verify_mode = ssl.CERT_REQUIRED
     context.load_cert_chain(identity.folder / CERTIFICATE, identity.folder / KEY)
@@ -168,7 +172,13 @@ def identify(connection: ssl.SSLSocket, pinned: Mapping[bytes, str]) -> str:
     """Return the public key of who it is, in hexadecimal.
 
     A certificate that a pinned one vouches for is nobody's.
+
+    Raises:
+        ProtocolError: if it is nobody who is known, or does not speak WIRE.
     """
+    if connection.selected_alpn_protocol() != WIRE:
+        told = f"the other side does not speak {WIRE}"
+        raise ProtocolError(f"{told}: both need releases of paris_ray that do")
     key = pinned.get(connection.getpeercert(binary_form=True) or b"")
     if key is None:
         raise ProtocolError("the other side has another certificate than the pinned one")

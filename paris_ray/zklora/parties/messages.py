@@ -22,7 +22,6 @@ Value = str | int | bytes | SignedDocument
 Types = Mapping[str, type | Form]
 """Of the values of a message; those of `object` are JSON that whoever takes them must check."""
 
-MAX_ROWS = 4096  # of one call
 MAX_ASKED = 2**23  # bytes of the rows in one request
 MAX_CALLS_BYTES = 2**26  # of inputs and answers of all calls of one request
 
@@ -96,7 +95,8 @@ def values_of(message: Message, types: Types) -> list[Any]:
         types: Of each value by its name, in the order in which they are returned.
 
     Raises:
-        ProtocolError: if one is missing, of another type, or not expected.
+        ProtocolError: if one is missing, of another type, not expected, or text or a number that
+            no file holds.
         SignatureError: if one is to be a signed document, and has not the form of any.
     """
     forms = {name: BYTES if kind is bytes else kind for name, kind in types.items()}
@@ -113,6 +113,8 @@ def values_of(message: Message, types: Types) -> list[Any]:
             return SignedDocument.from_json(field)
         if kind is not object and type(field) is not kind:
             raise ProtocolError(f"{name} of {where} must be of type {kind.__name__}")
+        if isinstance(field, str | int) and not _can_be_stored(field):
+            raise ProtocolError(f"{name} of {where} must be text in UTF-8 or a number of 64 bits")
         return field
 
     return [value(name, kind) for name, kind in types.items()]
@@ -141,6 +143,13 @@ def tensors_of(message: Message, forms: Mapping[str, Form]) -> dict[str, NDArray
                 f"shape ({allowed})"
             )
     return dict(message.tensors)
+
+
+def _can_be_stored(value: str | int) -> bool:
+    """Return whether files and tables can hold a value of JSON, which knows half surrogates."""
+    if isinstance(value, int):
+        return -(2**63) <= value < 2**63
+    return not any("\ud800" <= character <= "\udfff" for character in value)
 
 
 def _kind(message: Message) -> str:

@@ -33,7 +33,8 @@ class Proofs:
     def __init__(self, total: int) -> None:
         self._total = total
         self._jobs: dict[str, Proving] = {}
-        self._made: dict[str, Proving] = {}  # of these, those that succeeded; who asked last is last
+        # Of these, those that succeeded; who asked last is last.
+        self._made: dict[str, Proving] = {}
         self._running = 0
         self._changed = threading.Condition()
 

@@ -186,7 +186,8 @@ class Server:
             if ERRORS.get(name) is not type(error):
                 logger.exception("request %s failed", printable(request.kind, MAX_ERROR))
                 name, text = "ProtocolError", "internal error"
-            return encode(Message(ERROR, {"error": name, "message": text[:MAX_ERROR]}), n)
+            # What it quotes may be the caller's own words, half surrogates among them.
+            return encode(Message(ERROR, {"error": name, "message": printable(text, MAX_ERROR)}), n)
 
 
 def _shut_down(connection: ssl.SSLSocket) -> None:

@@ -30,10 +30,17 @@ from paris_ray.zklora.parties.evidence import (
     check_names,
     fetch_evidence,
 )
-from paris_ray.zklora.parties.messages import MAX_ASKED, MAX_CALLS_BYTES, MAX_ROWS, Form, tensors_of
+from paris_ray.zklora.parties.messages import MAX_ASKED, MAX_CALLS_BYTES, Form, tensors_of
 from paris_ray.zklora.proof import verify_named
 from paris_ray.zklora.trade import sign_rows
-from paris_ray.zklora.transcript import CLOSE, Call, Transcript, closing_statement, new_nonce
+from paris_ray.zklora.transcript import (
+    CLOSE,
+    MAX_ROWS,
+    Call,
+    Transcript,
+    closing_statement,
+    new_nonce,
+)
 
 
 class Session:

@@ -203,6 +203,7 @@ class TrainingLoop:
         steps = range(first_step, config.steps)
         drawn = closing(draw_ahead(self._draw, steps, config.prefetch))
         with PreemptionNotice() as notice, drawn as batches, self.trackers:
+            self._validate_resumed(first_step)
             if steps and (reached := self.spending.cap_reached()):
                 raise reached
             for step, batch in zip(steps, batches, strict=True):
@@ -346,14 +347,15 @@ class TrainingLoop:
             self.timings = _read_rows(self.folder, TIMINGS, samples_seen)
             self._resumes = 1 + max((row.get("resumes", 0) for row in self.timings), default=0)
         self.trackers.open(self._tracked())
-        if samples_seen is None:
-            return 0
         if self.timings:
             self.timings[-1].pop(UNMEASURED, None)
-        step = samples_seen // self.config.batch_size
-        if self.metrics and self.metrics[-1]["samples_seen"] == samples_seen and self._validate():
+        return (samples_seen or 0) // self.config.batch_size
+
+    def _validate_resumed(self, step: int) -> None:
+        """Measure what the process before left unmeasured at the step of its checkpoint."""
+        seen = step * self.config.batch_size
+        if self.metrics and self.metrics[-1]["samples_seen"] == seen and self._validate():
             self._save(step)
-        return step
 
 
 def _finite(what: str, value: Tensor, done: int) -> float:

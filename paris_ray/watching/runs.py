@@ -22,7 +22,7 @@ from paris_ray.cluster_facts import FILE as CLUSTERS_FILE
 from paris_ray.cluster_facts import ClusterFacts, read_clusters
 from paris_ray.embeddings import opened_part, part_names
 from paris_ray.errors import ArtifactError, BundleError, ConfigError
-from paris_ray.folders import Folder, Stamp
+from paris_ray.folders import LOCKS, Folder, Stamp
 from paris_ray.storage import is_uri
 from paris_ray.watching.facts import flattened, forecast, router_facts, stage_told
 from paris_ray.watching.grids import preview, read_grid
@@ -37,9 +37,9 @@ MAX_CAPTIONS, MAX_CAPTION_LENGTH = 16, 300
 MAX_PREVIEWS = 64  # that are kept
 MAX_STAGES = 100  # that are told, the last
 LISTED = ("seed", "experts", "router", "distilled/student", "distilled/few_step")
-# One of these is there soon after a run, or an adapter's training, has begun.
+# One of these is there as soon as a run, or an adapter's training, has begun: its job's lock first.
 BEGUN = (
-    *("encoders", "embeddings", "clusters", "experts", "distilled"),
+    *("encoders", "embeddings", "clusters", "experts", "distilled", LOCKS),
     *(TIMINGS, IN_PROGRESS, METRICS, PROGRESS),
 )
 CLUSTERS = f"clusters/{CLUSTERS_FILE}"

@@ -16,10 +16,16 @@ import pytest
 
 from paris_ray.artifacts import METRICS, SPENT, publish
 from paris_ray.config import TrainingConfig, load
-from paris_ray.errors import ConfigError, SpendingCapError, TrainingError
+from paris_ray.errors import (
+    ArtifactError,
+    ConfigError,
+    ParisError,
+    SpendingCapError,
+    TrainingError,
+)
 from paris_ray.folders import Folder
 from paris_ray.training import checkpoint
-from paris_ray.training.loop import Progress
+from paris_ray.training.loop import Progress, TrainingLoop
 from paris_ray.training.tensorboard import EventFile
 from paris_ray.training.trackers import Trackers
 from tests.training_shards import TRAINING, Stop, stop_at, train, write_shard
@@ -134,6 +140,29 @@ def test_a_run_ends_where_the_cap_is_reached_before_the_first_step(
     with pytest.raises(SpendingCapError) if seconds else nullcontext():
         train(shard, output, config=capped)
     assert len(ended) == 1
+
+
+def test_a_run_ends_where_a_resumed_training_cannot_be_validated(
+    shard: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the process before had no time to measure is measured first, on a disk that is full."""
+    output, config = Folder(tmp_path / "expert_0"), replace(TRAINING, tensorboard=True)
+    ended: list[object] = []
+    monkeypatch.setattr(EventFile, "close", lambda tracker: ended.append(tracker))
+
+    def end_at_8(_: TrainingLoop, done: int, notice: object) -> ParisError | None:
+        return TrainingError("SIGTERM came") if done == 8 else None
+
+    def cannot(_: TrainingLoop) -> bool:
+        raise ArtifactError("no space left")
+
+    monkeypatch.setattr(TrainingLoop, "_ending", end_at_8)
+    with pytest.raises(TrainingError, match="SIGTERM came"):
+        train(shard, output, config=config)
+    monkeypatch.setattr(TrainingLoop, "_validate", cannot)
+    with pytest.raises(ArtifactError, match="no space left"):
+        train(shard, output, config=config)
+    assert len(ended) == 2
 
 
 @pytest.mark.parametrize(

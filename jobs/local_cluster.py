@@ -109,11 +109,11 @@ class LocalCluster:
         if not state:
             return False
         head, temp_dir = _head_of(state), str(state["temp_dir"])
-        family = _processes_of(temp_dir)
+        family = set(_processes_of(temp_dir))  # each is told once, however it was found
         if head is not None:
-            family.append(head)
+            family.add(head)
             with suppress(psutil.NoSuchProcess):  # on a busy machine any may end meanwhile
-                family += head.children(recursive=True)
+                family.update(head.children(recursive=True))
             for process in family:
                 with suppress(psutil.NoSuchProcess):
                     process.terminate()

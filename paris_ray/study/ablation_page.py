@@ -46,11 +46,11 @@ def _intro(ablation: Mapping[str, Any]) -> str:
         f"Written by `{ablation['command']}` on {ablation['machine']}; nothing here is typed. "
         f"{len(arms)} runs, seeds {spelt_range(arm['seed'] for arm in arms)}; up to {most:,} "
         f"samples each, {ablation['image_size']} x {ablation['image_size']} pixels, "
-        f"{split['captions']} held-out captions. `base` is the configuration without a recipe, "
-        "`epsilon` that of a DDPM expert, the control of `min_snr`. *Right*: all attributes of the "
-        "caption ([evaluation.md](evaluation.md)). *To its quality*: until the mean over seeds has "
-        "as many right as the control's has at the end; in brackets each seed. A recipe that never "
-        "has is `missed`, with the best it had."
+        f"{split['captions']} held-out captions. `base` is the configuration with AdamW and no "
+        "recipe, `epsilon` that of a DDPM expert, the control of `min_snr`. *Right*: all of the "
+        "caption's attributes ([evaluation.md](evaluation.md)). *To its quality*: until the mean "
+        "over seeds has as many right as the control's has at the end; in brackets each seed. A "
+        "recipe that never has is `missed`, with the best it had."
     )
 
 

@@ -214,7 +214,9 @@ def test_optimisers_keep_what_is_planned(
 
 
 def test_a_plan_has_one_moment_of_what_muon_trains_in_memory_and_on_disk() -> None:
-    without, result = plan(load("quickstart")), plan(load("quickstart+muon"))
+    trainings = ("seed_training", "training")
+    adamw = [f"{training}.hidden_optimizer=adamw" for training in trainings]
+    without, result = plan(load("quickstart", adamw)), plan(load("quickstart"))
     config = load("quickstart").expert
     width, ratio = config.hidden_size, config.mlp_ratio
     matrices = config.num_layers * round((2 * 4 + 2 * ratio) * width**2)

@@ -64,7 +64,7 @@ def test_every_recipe_has_every_seed_length_and_its_control() -> None:
     assert sorted(own) == sorted(
         f"{recipe}{length}.{seed}"
         for recipe in ("base", "epsilon", "muon+layersync", "min_snr")
-        for length in ("-x0.5", "")
+        for length in ("-x0.5", "-x0.625", "")
         for seed in (4, 5)
     )
     assert {each.cluster.num_clusters for each in own.values()} == {1}
@@ -73,6 +73,7 @@ def test_every_recipe_has_every_seed_length_and_its_control() -> None:
     assert (both.training.hidden_optimizer, both.training.layersync_weight) == ("muon", 0.2)
     assert (both.training.steps, both.seed_training.steps, both.seed) == (32, 0, 5)
     base, epsilon, weighed = own["base.4"], own["epsilon.4"], own["min_snr.4"]
+    assert {base.training.hidden_optimizer, base.seed_training.hidden_optimizer} == {"adamw"}
     assert base.training == epsilon.training == replace(weighed.training, min_snr_gamma=None)
     assert epsilon.expert == weighed.expert == replace(base.expert, prediction="epsilon")
 
@@ -90,7 +91,7 @@ def test_unknown_recipes_and_broken_steps_are_refused() -> None:
     assert str(caught.value) == f"recipe='mu' is not allowed: one of {allowed}"
     with pytest.raises(ConfigError, match=r"arm base-x0\.5: 0\.5 steps are not a whole number"):
         ablation_arms(config, replace(FORM, total_steps=1), ["muon"])
-    assert AblationForm().totals == (Fraction(1, 2), Fraction(1))
+    assert AblationForm().totals == (Fraction(1, 2), Fraction(5, 8), Fraction(1))
 
 
 # --- the numbers ---------------------------------------------------------------------------------

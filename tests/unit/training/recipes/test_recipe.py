@@ -96,7 +96,9 @@ def test_a_finished_run_of_before_recipes_is_still_finished() -> None:
     """Digests as they were when no recipe was in the configuration."""
     sections = ("seed", "expert", "training", "seed_training", "router_training")
     expected = "564f8b2f6a87beea4edf41738414b1e1266f7248db14b6e23ff7b39f29dc0622"
-    assert digest(load("quickstart", ["expert.num_layers=4"]), *sections) == expected
+    trainings = ("seed_training", "training")
+    plain = [f"{each}.{o}" for each in trainings for o in ("hidden_optimizer=adamw", "muon_rate=1")]
+    assert digest(load("quickstart", plain), *sections) == expected
     assert "layersync_weight" not in identity(TRAINING)
     assert identity(replace(TRAINING, layersync_weight=0.1))["layersync_weight"] == 0.1
 
@@ -162,7 +164,8 @@ def test_the_checkpoint_has_the_momentum_of_muon(shard: Folder, tmp_path: Path) 
 
 @pytest.mark.parametrize("name", packaged_recipes())
 def test_every_packaged_recipe_is_added_to_seed_and_experts(name: str) -> None:
-    plain, config = load("quickstart"), load(f"quickstart+{name}", ["seed=3"])
+    without = [f"{each}.hidden_optimizer=adamw" for each in ("seed_training", "training")]
+    plain, config = load("quickstart", without), load(f"quickstart+{name}", ["seed=3"])
     assert config.seed == 3
     changed = [
         {key: value for key, value in identity(own).items() if identity(before).get(key) != value}

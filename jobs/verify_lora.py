@@ -152,7 +152,7 @@ def _report(outcome: "Outcome", trial: "Trial", identity: Identity) -> None:
     print(f"\n{totals}\nreceipt {trial.output / RECEIPT}: {receipt.state}")
     if outcome.adapter is not None:
         print(f"adapter {outcome.adapter}")
-    if outcome.adapter is not None and receipt.expert is not None:
+    if outcome.adapter is not None and receipt.base.expert is not None:
         print(
             "to serve it, under `loras:` in serve/config.yaml:\n"
             f"  {receipt.adapter}: {{path: {outcome.adapter}, receipt_key: {identity.public_key}}}"

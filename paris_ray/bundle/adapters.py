@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from paris_ray.artifacts import MANIFEST, VerifiedFolder, read_manifest
 from paris_ray.config import ExpertConfig
 from paris_ray.config.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from paris_ray.errors import BundleError, ReceiptError
+from paris_ray.errors import BundleError, ReceiptError, naming
 from paris_ray.folders import Folder
 from paris_ray.model_folder.links import check_links
 from paris_ray.models import Expert
@@ -88,7 +88,8 @@ def read_lora(
             f"trained for, 0 to {len(experts) - 1}"
         )
     if receipt is not None:
-        receipt.require_base(expert_digest(expert), f"expert {expert} here")
+        with naming(f"{folder.uri}/{RECEIPT}", ReceiptError):
+            receipt.require_base(expert_digest(expert), f"expert {expert} here")
     with torch.device("meta"):
         model = Expert(experts[expert])
     adapter = load_adapter(VerifiedFolder(folder, digests), model)
@@ -119,7 +120,7 @@ def _trained_on(
     """
     told, weights = facts.get("expert"), facts.get(EXPERT_DIGEST)
     if receipt is not None:
-        told, weights = receipt.expert, receipt.base_digest
+        told, weights = receipt.base.expert, receipt.base.digest
     if weights is None:
         return told
     for number in sorted(range(count), key=lambda number: number != told):
@@ -147,9 +148,10 @@ def _read_receipt(folder: Folder, receipt_key: str | None) -> Receipt | None:
             "through ZKLoRA, which is used with its receipt alone: fetch it with jobs.verify_lora"
         )
     receipt = Receipt.read(folder, receipt_key)
-    receipt.require_opened()
-    digests = (file_sha256(folder, name) for name in (ADAPTER_WEIGHTS, ADAPTER_CONFIG))
-    receipt.require_files(adapter_id, *digests)
+    digests = [file_sha256(folder, name) for name in (ADAPTER_WEIGHTS, ADAPTER_CONFIG)]
+    with naming(f"{folder.uri}/{RECEIPT}", ReceiptError):
+        receipt.require_opened()
+        receipt.require_files(adapter_id, *digests)
     return receipt
 
 

@@ -19,10 +19,10 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from paris_ray.documents import printable
 from paris_ray.errors import ParisError, TradeError
 from paris_ray.identity import Identity
 from paris_ray.signatures import SignedDocument
-from paris_ray.zklora.documents import printable
 from paris_ray.zklora.journal import Journal, Value
 from paris_ray.zklora.ledger import LEDGER_TABLES, SQLiteLedger
 from paris_ray.zklora.listings import LISTING_TABLES, Listings

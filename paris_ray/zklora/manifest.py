@@ -13,13 +13,13 @@ from pydantic import AfterValidator, Field, SkipValidation, model_validator
 from paris_ray.artifacts import canonical_json, sha256_hex
 from paris_ray.config import LoRAConfig
 from paris_ray.config.lora import require
+from paris_ray.documents import MAX_COUNT, Count, Digest, Document, Size
 from paris_ray.errors import ProtocolError, SignatureError, VerificationError, naming
 from paris_ray.identity import public_key_of
 from paris_ray.receipts import MAX_MODULES
 from paris_ray.signatures import SignedDocument, Signer
 from paris_ray.zklora.commitment import ModuleCommitment, ModuleOpening
 from paris_ray.zklora.curve import POINT_BYTES
-from paris_ray.zklora.documents import MAX_COUNT, Count, Digest, Document, Size
 from paris_ray.zklora.fixed_point import MAX_RANK, MAX_WIDTH
 from paris_ray.zklora.transcript import session_id
 

@@ -5,9 +5,9 @@ from typing import Annotated
 
 from pydantic import Field
 
+from paris_ray.documents import Count, Digest, Document, Printable
 from paris_ray.errors import ProtocolError, TradeError
 from paris_ray.signatures import SignedDocument, Signer
-from paris_ray.zklora.documents import Count, Digest, Document, Printable
 
 ROWS = "rows"  # the kind of document by which a buyer owes
 MAX_REASON = 1000  # characters

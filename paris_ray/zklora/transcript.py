@@ -17,10 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from paris_ray.artifacts import canonical_json, sha256_hex
+from paris_ray.documents import Document, Size
 from paris_ray.errors import ArtifactError, ProtocolError
 from paris_ray.folders import Folder
 from paris_ray.receipts import DIGEST
-from paris_ray.zklora.documents import Document, Size
 from paris_ray.zklora.fixed_point import MAX_EXPONENT, Int16, Int64
 
 LABEL = "paris_ray zklora"

@@ -22,7 +22,16 @@ from paris_ray.bundle import Bundle
 from paris_ray.config.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from paris_ray.errors import BundleError, ReceiptError
 from paris_ray.folders import Folder
-from paris_ray.receipts import ADAPTER_ID, RECEIPT, ModuleFacts, Receipt, SessionFacts, file_sha256
+from paris_ray.receipts import (
+    ADAPTER_ID,
+    RECEIPT,
+    BaseFacts,
+    ModuleFacts,
+    Receipt,
+    SessionFacts,
+    State,
+    file_sha256,
+)
 from paris_ray.sampling import generate
 from serve.app import AppArgs, build
 
@@ -149,10 +158,12 @@ def test_a_bought_adapter_is_deployed_with_its_opened_receipt_alone(
         protocol="test",
         adapter_id="a" * 64,
         adapter="ink",
-        base_digest=tiny_bundle.weights_digest(f"expert_{EXPERT}"),
-        expert=EXPERT,
-        router_digest=None,
-        state="RELEASED",
+        base=BaseFacts(
+            digest=tiny_bundle.weights_digest(f"expert_{EXPERT}"),
+            expert=EXPERT,
+            router_digest=None,
+        ),
+        state=State.RELEASED,
         session=SessionFacts(session=digest, transcript_root=digest),
         weights_sha256=file_sha256(Folder(tmp_path), ADAPTER_WEIGHTS),
         config_sha256=file_sha256(Folder(tmp_path), ADAPTER_CONFIG),
@@ -179,7 +190,7 @@ def test_a_bought_adapter_is_deployed_with_its_opened_receipt_alone(
         ReceiptError, match="state='RELEASED' is not allowed here: 'OPENED' is needed"
     ):
         deploy()
-    Folder(tmp_path).write_json(RECEIPT, replace(paid, state="OPENED").sign(buyer))
+    Folder(tmp_path).write_json(RECEIPT, replace(paid, state=State.OPENED).sign(buyer))
     deploy()
     with pytest.raises(ValidationError, match=r"loras\.bought\.receipt_key"):
         deploy(receipt_key="mine")

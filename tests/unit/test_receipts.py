@@ -3,7 +3,7 @@
 import copy
 import random
 from collections.abc import Callable, Iterator
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from paris_ray.receipts import (
     KIND,
     OPENED_NEEDS,
     RECEIPT,
+    BaseFacts,
     ModuleFacts,
     Receipt,
     SessionFacts,
@@ -67,10 +68,8 @@ OPENED = Receipt(
     protocol="zklora/1",
     adapter_id=ADAPTER,
     adapter="Ink, a style",
-    base_digest="b" * 64,
-    expert=EXPERT,
-    router_digest="c" * 64,
-    state="OPENED",
+    base=BaseFacts(digest="b" * 64, expert=EXPERT, router_digest="c" * 64),
+    state=State.OPENED,
     session=SessionFacts(session="d" * 64, transcript_root="e" * 64),
     weights_sha256="f" * 64,
     config_sha256="7" * 64,
@@ -83,8 +82,9 @@ OPENED = Receipt(
     totals={"seconds": 1.5, "bytes": 4096},
     created="2026-01-31T12:00:00+00:00",
 )
-NOT_YET = dict.fromkeys((*OPENED_NEEDS, "expert", "router_digest", "escrow", "escrow_statement"))
-NOTHING: dict[str, Any] = {"state": "COMMITTED", "session": None, "modules": (), "totals": {}}
+NO_EXPERT = replace(OPENED.base, expert=None, router_digest=None)
+NOT_YET = dict.fromkeys((*OPENED_NEEDS, "escrow", "escrow_statement")) | {"base": NO_EXPERT}
+NOTHING: dict[str, Any] = {"state": State.COMMITTED, "modules": (), "totals": {}}
 COMMITTED = replace(OPENED, **(NOT_YET | NOTHING))
 
 
@@ -130,7 +130,7 @@ def places(found: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
     """Give each mapping of a receipt whose fields are fixed, and what errors call it."""
     yield "", found
     yield r"base\.", found["base"]
-    yield r"modules\[1\]\.", found["modules"][1]
+    yield r"modules\.1\.", found["modules"][1]
     yield r"session\.", found["session"]
 
 
@@ -139,11 +139,13 @@ def test_missing_and_unknown_fields_are_named(tmp_path: Path) -> None:
         for name in mapping:
             changed = document()
             del list(places(changed))[place][1][name]
-            with pytest.raises(ReceiptError, match=rf"^{tmp_path}/{RECEIPT}: {prefix}{name} is mi"):
+            with pytest.raises(
+                ReceiptError, match=rf"^{tmp_path}/{RECEIPT}: field '{prefix}{name}' is mi"
+            ):
                 read(tmp_path, changed)
         changed = document()
         list(places(changed))[place][1]["more"] = 1
-        with pytest.raises(ReceiptError, match=rf"{RECEIPT}: {prefix}'more' is unknown, known: "):
+        with pytest.raises(ReceiptError, match=rf"{RECEIPT}: field '{prefix}more' is unknown"):
             read(tmp_path, changed)
 
 
@@ -175,7 +177,7 @@ def test_missing_and_unknown_fields_are_named(tmp_path: Path) -> None:
         ("escrow", "2" * 62),
         ("escrow_statement", []),
         ("modules", {}),
-        ("modules", [{}] * 4097),
+        ("modules", [asdict(MODULE)] * 4097),
         ("totals", {"seconds": -1}),
         ("totals", {"seconds": "1"}),
         ("totals", {"": 1}),
@@ -187,7 +189,7 @@ def test_missing_and_unknown_fields_are_named(tmp_path: Path) -> None:
     ids=lambda value: str(value)[:20],
 )
 def test_values_that_are_not_allowed_are_named(tmp_path: Path, name: str, value: object) -> None:
-    with pytest.raises(ReceiptError, match=rf"^{tmp_path}/{RECEIPT}: {name}=.* is not allowed: "):
+    with pytest.raises(ReceiptError, match=rf"^{tmp_path}/{RECEIPT}: {name}\S*=.* is not all"):
         read(tmp_path, document() | {name: value})
 
 
@@ -223,9 +225,9 @@ def test_inner_values_that_are_not_allowed_are_named(
 def test_modules_are_mappings_with_names_of_their_own(tmp_path: Path) -> None:
     changed = document()
     changed["modules"][1]["name"] = MODULE.name
-    with pytest.raises(ReceiptError, match=rf"modules\[1\]\.name='{MODULE.name}' is there twice"):
+    with pytest.raises(ReceiptError, match=rf"modules: '{MODULE.name}' is there twice"):
         read(tmp_path, changed)
-    with pytest.raises(ReceiptError, match=r"modules\[0\] is not a mapping"):
+    with pytest.raises(ReceiptError, match=r"modules\.0=3 is not allowed"):
         read(tmp_path, document() | {"modules": [3]})
 
 
@@ -306,7 +308,7 @@ def test_a_missing_receipt_is_named(tmp_path: Path) -> None:
 
 def test_only_opened_is_opened() -> None:
     OPENED.require_opened()
-    for state in map(str, set(State) - {State.OPENED}):
+    for state in set(State) - {State.OPENED}:
         with pytest.raises(ReceiptError, match=f"state='{state}' is not allowed here: 'OPENED' is"):
             replace(OPENED, state=state).require_opened()
     for name in OPENED_NEEDS:
@@ -347,11 +349,11 @@ def buy(adapter: Adapter, tiny_bundle_path: Path, tmp_path: Path) -> Buy:
         mark(path, ADAPTER)
         base = (tiny_bundle_path / f"expert_{EXPERT}" / EXPERT_WEIGHTS).read_bytes()
         facts = {
-            "base_digest": sha256_hex(base),
             "weights_sha256": sha256_hex((path / ADAPTER_WEIGHTS).read_bytes()),
             "config_sha256": sha256_hex((path / ADAPTER_CONFIG).read_bytes()),
         }
-        receipt = replace(OPENED, **(facts | changes))
+        own = {"digest": sha256_hex(base)} | (changes.pop("base", {}))
+        receipt = replace(OPENED, base=replace(OPENED.base, **own), **(facts | changes))
         write(path, receipt.sign(signer))
         return path, receipt
 
@@ -377,7 +379,7 @@ def test_an_opened_adapter_is_taken(
 @pytest.mark.parametrize("number", [0, 2, 7, None])
 def test_its_expert_is_known_by_its_weights(bundle: Bundle, buy: Buy, number: int | None) -> None:
     """Its number may have changed when another expert left the bundle."""
-    path, _ = buy(expert=number)
+    path, _ = buy(base={"expert": number})
     add(bundle, path)
     assert bundle.loras == {"bought": EXPERT}
 
@@ -385,12 +387,12 @@ def test_its_expert_is_known_by_its_weights(bundle: Bundle, buy: Buy, number: in
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        *(({"state": state}, f"state='{state}'") for state in map(str, State) if state != "OPENED"),
+        *(({"state": state}, f"state='{state}'") for state in State if state != State.OPENED),
         ({"weights_sha256": "9" * 64}, "weights_sha256='9{64}', but the weights: '"),
         ({"config_sha256": "9" * 64}, "config_sha256='9{64}', but the configuration: '"),
         ({"weights_sha256": None}, "weights_sha256=None does not go with state=OPENED"),
         ({"adapter_id": "9" * 64}, "adapter_id='9{64}', but the weights' metadata: 'a{64}'"),
-        ({"base_digest": "9" * 64}, "base.digest='9{64}', but expert 1 here: '"),
+        ({"base": {"digest": "9" * 64}}, "base.digest='9{64}', but expert 1 here: '"),
         ({"signer": STRANGER}, f"is signed by {STRANGER.public_key}, not by {BUYER.public_key}"),
     ],
     ids=lambda value: str(value)[:30],
@@ -449,7 +451,7 @@ def test_swapped_weights_are_refused(bundle: Bundle, buy: Buy) -> None:
 
 
 def test_the_receipts_expert_must_exist(bundle: Bundle, buy: Buy) -> None:
-    path, _ = buy(expert=7, base_digest="9" * 64)
+    path, _ = buy(base={"expert": 7, "digest": "9" * 64})
     with pytest.raises(BundleError, match=r"expert=7 is not allowed"):
         add(bundle, path)
 
@@ -474,12 +476,13 @@ def test_a_base_without_a_manifest_is_hashed(
     base = (release_path / f"expert_{EXPERT}" / EXPERT_WEIGHTS).read_bytes()
     receipt = replace(
         OPENED,
-        base_digest=sha256_hex(base),
+        base=replace(OPENED.base, digest=sha256_hex(base)),
         weights_sha256=file_sha256(Folder(tmp_path), ADAPTER_WEIGHTS),
         config_sha256=file_sha256(Folder(tmp_path), ADAPTER_CONFIG),
     )
     bundle = load_bundle(str(release_path))
-    write(tmp_path, replace(receipt, base_digest="9" * 64).sign(BUYER))
+    other = replace(receipt, base=replace(receipt.base, digest="9" * 64))
+    write(tmp_path, other.sign(BUYER))
     with pytest.raises(ReceiptError, match=r"base\.digest="):
         add(bundle, tmp_path)
     write(tmp_path, receipt.sign(BUYER))

@@ -10,9 +10,9 @@ from typing import Any, Self
 
 from numpy.typing import NDArray
 
+from paris_ray.documents import printable
 from paris_ray.errors import ParisError, ProtocolError
 from paris_ray.identity import CERTIFICATE, Identity
-from paris_ray.zklora.documents import printable
 from paris_ray.zklora.parties.connection import (
     ERROR,
     ERRORS,

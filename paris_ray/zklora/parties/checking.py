@@ -6,6 +6,7 @@ the escrow's word, which checks it before it releases the key.
 """
 
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 from paris_ray.config.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS
@@ -20,8 +21,6 @@ from paris_ray.zklora.parties.evidence import ClosedSession, load_evidence
 from paris_ray.zklora.parties.purchase import integers_digest, new_receipt
 from paris_ray.zklora.proof import verify_named
 from paris_ray.zklora.trade import BOUGHT, Trade
-
-BASE = ("base_digest", "expert", "router_digest")  # fields that a receipt's file has under `base`
 
 
 def signer_of(folder: Path) -> str:
@@ -74,10 +73,11 @@ def check_purchase(
 def _check_offer(receipt: Receipt, manifest: AdapterManifest) -> None:
     """Check that a receipt is about the offer of a manifest."""
     offered = new_receipt(manifest)
-    named = {name: f"base.{name.removeprefix('base_')}" for name in BASE}
-    for field in ("protocol", "adapter_id", "adapter", *named, "price", "contributor", "escrow"):
+    for field in ("protocol", "adapter_id", "adapter", "price", "contributor", "escrow"):
         stated, expected = getattr(receipt, field), getattr(offered, field)
-        _require_same(named.get(field, field), stated, expected, "the manifest")
+        _require_same(field, stated, expected, "the manifest")
+    for field, expected in asdict(offered.base).items():
+        _require_same(f"base.{field}", getattr(receipt.base, field), expected, "the manifest")
     found_modules = {m.name: (m.d_in, m.r, m.d_out) for m in receipt.modules}
     for name, terms in manifest.terms.items():
         _require_same(f"modules: {name}", found_modules.pop(name, None), terms.dimensions, "it")

@@ -10,10 +10,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from paris_ray.artifacts import canonical_json
+from paris_ray.documents import printable
 from paris_ray.errors import ArtifactError, ProtocolError, SignatureError, VerificationError
 from paris_ray.folders import Folder
 from paris_ray.signatures import SignedDocument
-from paris_ray.zklora.documents import printable
 from paris_ray.zklora.manifest import AdapterManifest
 from paris_ray.zklora.parties.channel import Channel
 from paris_ray.zklora.parties.frames import Message

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from paris_ray.documents import printable
 from paris_ray.errors import ProtocolError
 from paris_ray.signatures import SignedDocument
-from paris_ray.zklora.documents import printable
 from paris_ray.zklora.parties.frames import Message
 
 Form = tuple[type[np.generic], tuple[int | None, ...]]

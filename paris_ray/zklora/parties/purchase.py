@@ -20,6 +20,7 @@ from paris_ray.models.peft_layout import LORA
 from paris_ray.receipts import (
     ADAPTER_ID,
     RECEIPT,
+    BaseFacts,
     ModuleFacts,
     Receipt,
     SessionFacts,
@@ -55,8 +56,8 @@ class Receipts:
     def advance(self, state: State, **changes: Any) -> None:
         """Write the receipt of a later state; going through a finished step again changes none."""
         order = list(State)
-        if order.index(state) >= order.index(State(self.receipt.state)):
-            self.receipt = replace(self.receipt, state=state.value, **changes)
+        if order.index(state) >= order.index(self.receipt.state):
+            self.receipt = replace(self.receipt, state=state, **changes)
             self.write(self._folder)
 
     def write(self, folder: Folder) -> None:
@@ -71,10 +72,12 @@ def new_receipt(manifest: AdapterManifest) -> Receipt:
         protocol=manifest.protocol,
         adapter_id=manifest.adapter_id,
         adapter=manifest.adapter,
-        base_digest=manifest.base.digest,
-        expert=manifest.base.expert,
-        router_digest=manifest.base.router_digest,
-        state=State.COMMITTED.value,
+        base=BaseFacts(
+            digest=manifest.base.digest,
+            expert=manifest.base.expert,
+            router_digest=manifest.base.router_digest,
+        ),
+        state=State.COMMITTED,
         session=None,
         weights_sha256=None,
         config_sha256=None,

@@ -12,9 +12,9 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Self
 
+from paris_ray.documents import printable
 from paris_ray.errors import ConfigError, ProtocolError
 from paris_ray.identity import Identity
-from paris_ray.zklora.documents import printable
 from paris_ray.zklora.parties.connection import (
     ERROR,
     ERRORS,

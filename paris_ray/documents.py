@@ -1,4 +1,4 @@
-"""What another party writes: documents whose fields are checked, and texts made fit to be shown."""
+"""What strangers write: documents whose fields are checked, and texts made fit to be shown."""
 
 import reprlib
 from typing import Annotated, Any, Self
@@ -26,7 +26,7 @@ class Document(BaseModel):
         try:
             super().__init__(**fields)
         except ValidationError as error:
-            raise ProtocolError(_first_problem(error)) from None
+            raise ProtocolError(first_problem(error)) from None
 
     @classmethod
     def from_json(cls, values: Any) -> Self:
@@ -46,11 +46,14 @@ class Document(BaseModel):
         return self.model_dump(mode="json")
 
 
-def _first_problem(error: ValidationError) -> str:
+def first_problem(error: ValidationError) -> str:
+    """Return what is wrong with the first field that is: its name, its value, what is allowed."""
     problem = error.errors(include_url=False)[0]
     where = ".".join(map(str, problem["loc"]))
     if problem["type"] == "missing":
         return f"field {where!r} is missing"
+    if problem["type"] == "unexpected_keyword_argument":  # of a dataclass
+        return f"field {reprlib.repr(where)} is unknown"
     inner = problem.get("ctx", {}).get("error")
     if isinstance(inner, ParisError):  # of a part, or of what fields are together
         return f"{where}: {inner}" if where else str(inner)
@@ -58,7 +61,8 @@ def _first_problem(error: ValidationError) -> str:
     return f"{where}={shown:.200} is not allowed: {problem['msg']}"
 
 
-def _check_printable(text: str) -> str:
+def check_printable(text: str) -> str:
+    """Return a text; raises ValueError if it could steer a terminal."""
     if not text.isprintable():
         raise ValueError("it must be printable")
     return text
@@ -67,7 +71,7 @@ def _check_printable(text: str) -> str:
 Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 Count = Annotated[int, Field(ge=0, le=MAX_COUNT)]
 Size = Annotated[int, Field(ge=1, le=MAX_COUNT)]
-Printable = Annotated[str, AfterValidator(_check_printable)]
+Printable = Annotated[str, AfterValidator(check_printable)]
 
 
 def printable(text: str, most: int) -> str:

@@ -18,13 +18,13 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from jobs.command import fail
+from paris_ray.artifacts import file_sha256
 from paris_ray.bundle import Bundle, bundle_digest, load_bundle
 from paris_ray.config import load
 from paris_ray.config.lora import ADAPTER_WEIGHTS
 from paris_ray.errors import ParisError, PictureError
 from paris_ray.folders import Folder
 from paris_ray.pictures import PictureRecord, encode_picture, read_picture
-from paris_ray.receipts import file_sha256
 from paris_ray.run import Run
 from paris_ray.sampling import generate
 

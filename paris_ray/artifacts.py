@@ -65,6 +65,16 @@ def sha256_hex(payload: bytes) -> str:
     return hashlib.sha256(payload).hexdigest()
 
 
+def file_sha256(folder: Folder, name: str) -> str:
+    """Return the SHA-256 of a file that need not fit into memory, in hexadecimal.
+
+    Raises:
+        ArtifactError: if the file does not exist.
+    """
+    with folder.open(name) as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Manifest:
     """What an artefact is and what it was made from.

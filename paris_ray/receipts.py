@@ -5,7 +5,6 @@ of the trade, signed by the buyer. Its format is checked here to the letter; whe
 and payments that it tells of took place, `jobs.verify_lora` has checked before it signed.
 """
 
-import hashlib
 import re
 from collections import Counter
 from dataclasses import asdict, dataclass
@@ -282,16 +281,6 @@ def _unflatten(fields: Any) -> SignedDocument:
     document = dict(fields)
     signature = {name: document.pop(name, None) for name in ("public_key", "signature")}
     return SignedDocument.from_json({"kind": KIND, "document": document, **signature})
-
-
-def file_sha256(folder: Folder, name: str) -> str:
-    """Return the SHA-256 of a file that need not fit into memory, in hexadecimal.
-
-    Raises:
-        ArtifactError: if the file does not exist.
-    """
-    with folder.open(name) as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _require_same(name: str, stated: object, found: object, where: str) -> None:

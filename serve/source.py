@@ -4,6 +4,7 @@ import hashlib
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from paris_ray.artifacts import file_sha256
 from paris_ray.config import Dtype
 from paris_ray.config.lora import ADAPTER_WEIGHTS
 from paris_ray.errors import BundleError
@@ -11,7 +12,6 @@ from paris_ray.folders import Folder
 from paris_ray.model_folder.description import BundleDescription
 from paris_ray.model_folder.layout import bundle_digest, describe_bundle
 from paris_ray.pictures import LoRARecord
-from paris_ray.receipts import file_sha256
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -35,19 +35,13 @@ from paris_ray.zklora.commitment import (
     open_commitments,
 )
 from paris_ray.zklora.fixed_point import QuantisedModule, evaluate, quantise
+from paris_ray.zklora.log import Call, closing_statement
 from paris_ray.zklora.manifest import AdapterManifest, Base
 from paris_ray.zklora.offer import build_manifest
 from paris_ray.zklora.parties.frames import Message, encode
 from paris_ray.zklora.proof import prove, verify
 from paris_ray.zklora.sealing import NONCE, seal, unseal
-from paris_ray.zklora.transcript import (
-    CALLS,
-    ROWS,
-    Call,
-    Transcript,
-    closing_statement,
-    proof_context,
-)
+from paris_ray.zklora.transcript import CALLS, ROWS, Transcript, proof_context
 from tests.frames import decode
 
 DIGEST = "0f" * 32

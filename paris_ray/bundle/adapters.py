@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from paris_ray.artifacts import MANIFEST, VerifiedFolder, read_manifest
+from paris_ray.artifacts import MANIFEST, VerifiedFolder, file_sha256, read_manifest
 from paris_ray.config import ExpertConfig
 from paris_ray.config.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from paris_ray.errors import BundleError, ReceiptError, naming
@@ -17,7 +17,7 @@ from paris_ray.model_folder.links import check_links
 from paris_ray.models import Expert
 from paris_ray.models.lora import Adapter, attach, merge
 from paris_ray.models.peft_layout import EXPERT_DIGEST, LORA, load_adapter
-from paris_ray.receipts import ADAPTER_ID, RECEIPT, Receipt, file_sha256
+from paris_ray.receipts import ADAPTER_ID, RECEIPT, Receipt
 
 
 @dataclass(frozen=True, slots=True)

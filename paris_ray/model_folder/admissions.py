@@ -13,13 +13,12 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
-from paris_ray.artifacts import VerifiedFolder, canonical_json
+from paris_ray.artifacts import VerifiedFolder, canonical_json, file_sha256
 from paris_ray.config import MAX_EXPERTS
 from paris_ray.errors import BundleError
 from paris_ray.folders import Folder
 from paris_ray.json_documents import load_json
 from paris_ray.model_folder.history import DATE, TIME
-from paris_ray.receipts import file_sha256
 from paris_ray.run import EXPERT_WEIGHTS, MODEL_CONFIG
 from paris_ray.signatures import SignedDocument
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from functools import cached_property
 from types import MappingProxyType
 
-from paris_ray.artifacts import VerifiedFolder
+from paris_ray.artifacts import VerifiedFolder, file_sha256
 from paris_ray.cluster_facts import ClusterFacts, read_clusters
 from paris_ray.config import ExpertConfig, RouterConfig
 from paris_ray.config.release import ModelConfig, read_document
@@ -18,7 +18,6 @@ from paris_ray.model_folder.admissions import (
 )
 from paris_ray.model_folder.facts import BundleFacts
 from paris_ray.model_folder.history import EXPORTED, History
-from paris_ray.receipts import file_sha256
 from paris_ray.run import CLUSTERS, EXPERT_WEIGHTS, MODEL_CONFIG, ROUTER_WEIGHTS, SEED
 
 

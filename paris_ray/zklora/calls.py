@@ -11,7 +11,7 @@ import numpy as np
 from paris_ray.errors import ProtocolError
 from paris_ray.zklora.fixed_point import Int16, Int64
 from paris_ray.zklora.journal import Journal
-from paris_ray.zklora.transcript import Call, Log
+from paris_ray.zklora.log import Call, Log
 
 CALL_TABLES = (
     """CREATE TABLE calls (

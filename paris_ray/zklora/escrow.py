@@ -19,16 +19,15 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from paris_ray.documents import printable
-from paris_ray.errors import ParisError, TradeError
+from paris_ray.errors import TradeError
 from paris_ray.identity import Identity
 from paris_ray.signatures import SignedDocument
 from paris_ray.zklora.journal import Journal, Value
 from paris_ray.zklora.ledger import LEDGER_TABLES, SQLiteLedger
 from paris_ray.zklora.listings import LISTING_TABLES, Listings
 from paris_ray.zklora.manifest import AdapterManifest
-from paris_ray.zklora.sealing import KEY_BYTES, check_opening
-from paris_ray.zklora.trade import BOUGHT, MAX_REASON, Trade, TradeState, signed_rows
+from paris_ray.zklora.sealing import KEY_BYTES
+from paris_ray.zklora.trade import BOUGHT, TRADE_TABLES, Trade, TradeState, signed_rows
 
 STATEMENT = "escrow"  # the kind of document that the escrow signs
 MAX_OPEN_TRADES = 100  # of one buyer
@@ -42,16 +41,7 @@ DEADLINES: Mapping[TradeState, float] = {
 }
 
 SCHEMA_VERSION = 2
-SCHEMA = (
-    *LEDGER_TABLES,
-    *LISTING_TABLES,
-    "CREATE TABLE trades (session TEXT PRIMARY KEY, adapter_id TEXT NOT NULL,"
-    " buyer TEXT NOT NULL, seller TEXT NOT NULL, price INTEGER NOT NULL,"
-    " price_per_row INTEGER NOT NULL, deposit_rows INTEGER NOT NULL, rows INTEGER NOT NULL,"
-    " state TEXT NOT NULL, since REAL NOT NULL, reason TEXT, key BLOB) STRICT",
-    "CREATE INDEX trades_by_state ON trades (state, since)",
-    "CREATE INDEX trades_by_buyer ON trades (buyer, state)",
-)
+SCHEMA = (*LEDGER_TABLES, *LISTING_TABLES, *TRADE_TABLES)
 COLUMNS = ", ".join(Trade.model_fields)
 
 
@@ -190,7 +180,8 @@ class Escrow:
         trade = self._of(caller, session, "seller", "deposit_key")
         if not self._is_new_key(trade, key):
             return trade
-        fault = self._opening_fault(trade.adapter_id, key)
+        # It may take a second: not within a transaction.
+        fault = self.listings.opening_fault(trade.adapter_id, key)
         with self._journal.transaction():
             trade = self._of(caller, session, "seller", "deposit_key")
             if self._is_new_key(trade, key):
@@ -299,15 +290,3 @@ class Escrow:
         trade = self._find(session)
         assert trade is not None
         return trade
-
-    def _opening_fault(self, adapter_id: str, key: bytes) -> str | None:
-        """Return why a key does not open what was committed, if so.
-
-        It takes about a second for a large adapter: never call it within a transaction.
-        """
-        try:
-            sealed = self.listings.sealed(adapter_id)
-            check_opening(self.listings.manifest(adapter_id), sealed, key)
-        except ParisError as error:
-            return printable(str(error), MAX_REASON)
-        return None

@@ -13,13 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from paris_ray.artifacts import canonical_json, sha256_hex
+from paris_ray.artifacts import canonical_json, file_sha256, sha256_hex
 from paris_ray.encoders.folders import require_package
 from paris_ray.encoders.pretrained import read_weights
 from paris_ray.encoders.tokenizers import tokenizing
 from paris_ray.errors import BundleError, ConfigError, ParisError
 from paris_ray.folders import Folder
-from paris_ray.receipts import file_sha256
 from paris_ray.zklora.manifest import Base
 
 CONFIG, TOKENIZER = "config.json", "tokenizer.json"

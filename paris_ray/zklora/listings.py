@@ -4,10 +4,13 @@ import json
 from functools import lru_cache
 
 from paris_ray.artifacts import sha256_hex
-from paris_ray.errors import TradeError
+from paris_ray.documents import printable
+from paris_ray.errors import ParisError, TradeError
 from paris_ray.signatures import SignedDocument
 from paris_ray.zklora.journal import Journal
 from paris_ray.zklora.manifest import AdapterManifest
+from paris_ray.zklora.sealing import check_opening
+from paris_ray.zklora.trade import MAX_REASON
 
 MAX_LISTED = 1000  # adapters of one seller
 MAX_LISTED_BYTES = 2**34  # of their sealed weights
@@ -112,6 +115,17 @@ class Listings:
         """Return the sealed weights, as far as they are here."""
         query = "SELECT content FROM pieces WHERE adapter_id = ? ORDER BY number"
         return b"".join(content for (content,) in self._journal.execute(query, adapter_id))
+
+    def opening_fault(self, adapter_id: str, key: bytes) -> str | None:
+        """Return why a key does not open what was committed, if so.
+
+        It takes about a second for a large adapter.
+        """
+        try:
+            check_opening(self.manifest(adapter_id), self.sealed(adapter_id), key)
+        except ParisError as error:
+            return printable(str(error), MAX_REASON)
+        return None
 
     def _num_pieces(self, adapter_id: str) -> int:
         query = "SELECT count(*) FROM pieces WHERE adapter_id = ?"

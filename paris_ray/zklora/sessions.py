@@ -17,20 +17,14 @@ from paris_ray.zklora.budget import BUDGET_TABLES, RowBudget
 from paris_ray.zklora.calls import CALL_TABLES, CallTable, Request
 from paris_ray.zklora.fixed_point import Int64
 from paris_ray.zklora.journal import Journal, Value
+from paris_ray.zklora.log import CLOSE, MAX_ROWS, Call, check_request, closing_statement
 from paris_ray.zklora.session_records import (
     IS_OPEN,
     SESSION_TABLES,
     SessionRecord,
     SessionState,
 )
-from paris_ray.zklora.transcript import (
-    CLOSE,
-    MAX_ROWS,
-    Call,
-    check_digest,
-    check_request,
-    closing_statement,
-)
+from paris_ray.zklora.transcript import check_digest
 
 # Of one user at a time; a new one takes the place of the oldest that has paid for nothing.
 MAX_OPEN_SESSIONS = 16

@@ -12,6 +12,16 @@ from paris_ray.signatures import SignedDocument, Signer
 ROWS = "rows"  # the kind of document by which a buyer owes
 MAX_REASON = 1000  # characters
 
+# An escrow's; what the key is, nobody is told with the trade.
+TRADE_TABLES = (
+    "CREATE TABLE trades (session TEXT PRIMARY KEY, adapter_id TEXT NOT NULL,"
+    " buyer TEXT NOT NULL, seller TEXT NOT NULL, price INTEGER NOT NULL,"
+    " price_per_row INTEGER NOT NULL, deposit_rows INTEGER NOT NULL, rows INTEGER NOT NULL,"
+    " state TEXT NOT NULL, since REAL NOT NULL, reason TEXT, key BLOB) STRICT",
+    "CREATE INDEX trades_by_state ON trades (state, since)",
+    "CREATE INDEX trades_by_buyer ON trades (buyer, state)",
+)
+
 
 class TradeState(StrEnum):
     """Where a trade stands."""

@@ -20,17 +20,12 @@ from paris_ray.zklora.calls import Request
 from paris_ray.zklora.fixed_point import Int16, Int64, evaluate
 from paris_ray.zklora.inference import adapt, trace_calls
 from paris_ray.zklora.language import base_of_model
+from paris_ray.zklora.log import Call, closing_statement
 from paris_ray.zklora.offer import AskedTerms, open_offer
 from paris_ray.zklora.parties.evidence import ClosedSession, Evidence
 from paris_ray.zklora.proof import prove, verify_named
 from paris_ray.zklora.sessions import SessionJournal
-from paris_ray.zklora.transcript import (
-    Call,
-    Transcript,
-    closing_statement,
-    new_nonce,
-    proof_context,
-)
+from paris_ray.zklora.transcript import Transcript, new_nonce, proof_context
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 VOCABULARY, WIDTH, RANK = 50, 32, 2

@@ -46,6 +46,7 @@ from paris_ray.zklora.journal import Journal
 from paris_ray.zklora.language import base_of_model
 from paris_ray.zklora.leakage import SEED_BYTES, draw_last_bits
 from paris_ray.zklora.ledger import OPENING_BALANCE, SQLiteLedger
+from paris_ray.zklora.log import Call, closing_statement
 from paris_ray.zklora.manifest import MANIFEST, AdapterManifest, Base
 from paris_ray.zklora.offer import AskedTerms, Offer, build_manifest, open_offer
 from paris_ray.zklora.parties.buyer import Buyer, Outcome
@@ -71,13 +72,7 @@ from paris_ray.zklora.sequential import Verdict, Wanted
 from paris_ray.zklora.sessions import SessionJournal
 from paris_ray.zklora.subjects import PictureSubject
 from paris_ray.zklora.trade import TradeState, sign_rows
-from paris_ray.zklora.transcript import (
-    Call,
-    Transcript,
-    closing_statement,
-    new_nonce,
-    proof_context,
-)
+from paris_ray.zklora.transcript import Transcript, new_nonce, proof_context
 from serve.app import AppArgs, LoRAOptions, build
 from tests.long_tests import chaos
 

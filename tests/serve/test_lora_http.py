@@ -18,6 +18,7 @@ from PIL import Image
 from pydantic import ValidationError
 
 from jobs.replay import main as replay
+from paris_ray.artifacts import file_sha256
 from paris_ray.bundle import Bundle
 from paris_ray.config.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from paris_ray.errors import BundleError, ReceiptError
@@ -30,7 +31,6 @@ from paris_ray.receipts import (
     Receipt,
     SessionFacts,
     State,
-    file_sha256,
 )
 from paris_ray.sampling import generate
 from serve.app import AppArgs, build

@@ -12,7 +12,7 @@ import safetensors.torch
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from torch import nn
 
-from paris_ray.artifacts import publish, sha256_hex
+from paris_ray.artifacts import file_sha256, publish, sha256_hex
 from paris_ray.bundle import Bundle, load_bundle
 from paris_ray.config import LoRAConfig
 from paris_ray.config.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS
@@ -30,7 +30,6 @@ from paris_ray.receipts import (
     Receipt,
     SessionFacts,
     State,
-    file_sha256,
 )
 from paris_ray.run import EXPERT_WEIGHTS, ROUTER_WEIGHTS
 from paris_ray.signatures import SignedDocument

@@ -13,9 +13,9 @@ from torch.nn.functional import cross_entropy
 from transformers import LlamaForCausalLM
 
 from jobs.parties import add_base, subject_of
+from paris_ray.artifacts import file_sha256
 from paris_ray.errors import BundleError, ConfigError, ProtocolError
 from paris_ray.folders import Folder
-from paris_ray.receipts import file_sha256
 from paris_ray.zklora import language
 from paris_ray.zklora.adapter import quantise_adapter, read_peft
 from paris_ray.zklora.fixed_point import evaluate

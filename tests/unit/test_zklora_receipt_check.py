@@ -23,6 +23,7 @@ from paris_ray.zklora.escrow import Escrow, open_journal
 from paris_ray.zklora.fixed_point import evaluate
 from paris_ray.zklora.inference import ModuleNumerics, NumericsLog
 from paris_ray.zklora.ledger import SQLiteLedger
+from paris_ray.zklora.log import CLOSE, Call, closing_statement
 from paris_ray.zklora.manifest import MANIFEST, AdapterManifest, Base
 from paris_ray.zklora.offer import AskedTerms, open_offer
 from paris_ray.zklora.parties.checking import check_purchase
@@ -37,16 +38,7 @@ from paris_ray.zklora.parties.evidence import (
 from paris_ray.zklora.parties.purchase import Receipts, new_receipt, receive, verified_facts
 from paris_ray.zklora.proof import prove
 from paris_ray.zklora.trade import sign_rows
-from paris_ray.zklora.transcript import (
-    CALLS,
-    CLOSE,
-    ROWS,
-    Call,
-    Transcript,
-    closing_statement,
-    new_nonce,
-    proof_context,
-)
+from paris_ray.zklora.transcript import CALLS, ROWS, Transcript, new_nonce, proof_context
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 MODULES, WIDTH, NUM_ROWS = ("layers.0.proj", "layers.1.proj"), 16, 4

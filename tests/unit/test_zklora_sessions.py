@@ -18,9 +18,10 @@ from paris_ray.identity import Identity
 from paris_ray.signatures import SignedDocument
 from paris_ray.zklora import sessions
 from paris_ray.zklora.calls import Request
+from paris_ray.zklora.log import Call, Log, closing_statement
 from paris_ray.zklora.session_records import SessionState
 from paris_ray.zklora.sessions import SCHEMA_VERSION, SessionJournal
-from paris_ray.zklora.transcript import Call, Log, Transcript, closing_statement, proof_context
+from paris_ray.zklora.transcript import Transcript, proof_context
 
 ADAPTER, SID, OTHER_SID = "ad" * 32, "51" * 32, "52" * 32
 NONCE_U, NONCE_C, NONCE_V = "0a" * 32, "0c" * 32, "0f" * 32

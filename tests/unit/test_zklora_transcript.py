@@ -9,12 +9,11 @@ import numpy as np
 import pytest
 
 from paris_ray.errors import ArtifactError, ProtocolError
+from paris_ray.zklora.log import Call, closing_statement
 from paris_ray.zklora.transcript import (
     CALLS,
     ROWS,
-    Call,
     Transcript,
-    closing_statement,
     new_nonce,
     proof_context,
     session_id,

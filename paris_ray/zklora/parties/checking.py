@@ -9,10 +9,11 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
+from paris_ray.artifacts import file_sha256
 from paris_ray.config.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from paris_ray.errors import ReceiptError
 from paris_ray.folders import Folder
-from paris_ray.receipts import DIGEST, RECEIPT, Receipt, State, file_sha256
+from paris_ray.receipts import DIGEST, RECEIPT, Receipt, State
 from paris_ray.signatures import SignedDocument
 from paris_ray.zklora.adapter import quantise_adapter, read_peft
 from paris_ray.zklora.escrow import STATEMENT

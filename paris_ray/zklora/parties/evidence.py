@@ -14,12 +14,13 @@ from paris_ray.documents import printable
 from paris_ray.errors import ArtifactError, ProtocolError, SignatureError, VerificationError
 from paris_ray.folders import Folder
 from paris_ray.signatures import SignedDocument
+from paris_ray.zklora.log import CLOSE, closing_statement
 from paris_ray.zklora.manifest import AdapterManifest
 from paris_ray.zklora.parties.channel import Channel
 from paris_ray.zklora.parties.frames import Message
 from paris_ray.zklora.parties.messages import values_of
 from paris_ray.zklora.proof import Claim, Proof
-from paris_ray.zklora.transcript import CLOSE, Transcript, closing_statement, proof_context
+from paris_ray.zklora.transcript import Transcript, proof_context
 
 SESSION = "session"  # folder of one, in that of a purchase
 CLOSED = "closed.json"

@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from paris_ray.artifacts import canonical_json, read_manifest, sha256_hex
+from paris_ray.artifacts import canonical_json, file_sha256, read_manifest, sha256_hex
 from paris_ray.config.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from paris_ray.errors import ArtifactError, TradeError
 from paris_ray.folders import Folder
@@ -25,7 +25,6 @@ from paris_ray.receipts import (
     Receipt,
     SessionFacts,
     State,
-    file_sha256,
 )
 from paris_ray.zklora.adapter import write_peft
 from paris_ray.zklora.fixed_point import QuantisedModule

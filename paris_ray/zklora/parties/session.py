@@ -20,6 +20,7 @@ from paris_ray.identity import Identity
 from paris_ray.signatures import SignedDocument
 from paris_ray.zklora.fixed_point import Int16, Int64
 from paris_ray.zklora.leakage import SEED_BYTES, draw_last_bits
+from paris_ray.zklora.log import CLOSE, MAX_ROWS, Call, closing_statement
 from paris_ray.zklora.manifest import AdapterManifest
 from paris_ray.zklora.parties.channel import Channel
 from paris_ray.zklora.parties.escrow import EscrowClient
@@ -33,14 +34,7 @@ from paris_ray.zklora.parties.evidence import (
 from paris_ray.zklora.parties.messages import MAX_ASKED, MAX_CALLS_BYTES, Form, tensors_of
 from paris_ray.zklora.proof import verify_named
 from paris_ray.zklora.trade import sign_rows
-from paris_ray.zklora.transcript import (
-    CLOSE,
-    MAX_ROWS,
-    Call,
-    Transcript,
-    closing_statement,
-    new_nonce,
-)
+from paris_ray.zklora.transcript import Transcript, new_nonce
 
 
 class Session:

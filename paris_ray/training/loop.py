@@ -191,7 +191,13 @@ class TrainingLoop:
                 checkpoint before stays. Or if a SIGTERM came that did not end the process.
             ArtifactError: if the checkpoint or its metrics are damaged or of another identity.
         """
-        config, first_step = self.config, self._resume()
+        with self.trackers:  # opened by `_resume`, which may fail after
+            self._train(self._resume())
+        return self.state.ema.state
+
+    def _train(self, first_step: int) -> None:
+        """Do the steps that are left, or end where `run` says."""
+        config = self.config
         clock = ProgressClock(
             config.steps,
             config.batch_size,
@@ -202,7 +208,7 @@ class TrainingLoop:
         )
         steps = range(first_step, config.steps)
         drawn = closing(draw_ahead(self._draw, steps, config.prefetch))
-        with PreemptionNotice() as notice, drawn as batches, self.trackers:
+        with PreemptionNotice() as notice, drawn as batches:
             if steps and (reached := self.spending.cap_reached()):
                 raise reached
             for step, batch in zip(steps, batches, strict=True):
@@ -216,7 +222,6 @@ class TrainingLoop:
                 if progress is not None:
                     self._validate()
                 self._keep(step + 1, loss)
-        return self.state.ema.state
 
     def _draw(self, step: int) -> Batch:
         batch = self.draw(step)

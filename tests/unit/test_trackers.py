@@ -6,7 +6,7 @@ import signal
 import struct
 import sys
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,10 +16,10 @@ import pytest
 
 from paris_ray.artifacts import METRICS, SPENT, publish
 from paris_ray.config import TrainingConfig, load
-from paris_ray.errors import ConfigError, SpendingCapError, TrainingError
+from paris_ray.errors import ArtifactError, ConfigError, SpendingCapError, TrainingError
 from paris_ray.folders import Folder
 from paris_ray.training import checkpoint
-from paris_ray.training.loop import Progress
+from paris_ray.training.loop import OnProgress, Progress, TrainingLoop
 from paris_ray.training.tensorboard import EventFile
 from paris_ray.training.trackers import Trackers
 from tests.training_shards import TRAINING, Stop, stop_at, train, write_shard
@@ -37,6 +37,25 @@ def shard(tmp_path: Path) -> Folder:
 
 def rows_of(folder: Folder) -> list[dict[str, Any]]:
     return [json.loads(line) for line in folder.read(METRICS).splitlines()]
+
+
+def preempt_at(step: int) -> OnProgress:
+    """Return what sends this process a SIGTERM at a step, which `interrupted` survives."""
+
+    def preempt(progress: Progress) -> None:
+        if progress.step == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    return preempt
+
+
+@contextmanager
+def interrupted() -> Iterator[None]:
+    before = signal.signal(signal.SIGTERM, lambda *_: None)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def train_with_a_kill(shard: Folder, output: Folder, config: TrainingConfig) -> None:
@@ -136,6 +155,28 @@ def test_a_run_ends_where_the_cap_is_reached_before_the_first_step(
     assert len(ended) == 1
 
 
+def test_a_run_ends_where_the_first_validation_of_a_process_fails(
+    shard: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process that resumes makes up for what the one before had no time to measure."""
+    held_out = write_shard(Folder(tmp_path / "held_out"), 4, seed=1)
+    config = replace(TRAINING, tensorboard=True, validate_every=4)
+    options: dict[str, Any] = {"config": config, "data": {"held_out": [held_out]}}
+    output = Folder(tmp_path / "expert_0")
+    with interrupted(), pytest.raises(TrainingError, match="SIGTERM"):
+        train(shard, output, on_progress=preempt_at(8), **options)
+
+    def fail(*_: object) -> None:
+        raise ArtifactError("the held-out rows are damaged")
+
+    ended: list[object] = []
+    monkeypatch.setattr(EventFile, "close", lambda tracker: ended.append(tracker))
+    monkeypatch.setattr(TrainingLoop, "_validate", fail)
+    with pytest.raises(ArtifactError, match="damaged"):
+        train(shard, output, **options)
+    assert len(ended) == 1
+
+
 @pytest.mark.parametrize(
     ("offline", "step", "shown"), [(False, 0, [8, 16]), (False, 9, [16]), (True, 0, [])]
 )
@@ -207,20 +248,11 @@ def test_a_row_that_is_still_to_be_measured_is_shown_when_it_is(
     output = Folder(tmp_path / "expert_0")
     held_out = write_shard(Folder(tmp_path / "held_out"), 4, seed=1)
     config = replace(TRAINING, mlflow=mlflow_uri, validate_every=4)
-
-    def preempt(progress: Progress) -> None:
-        if progress.step == 8:
-            os.kill(os.getpid(), signal.SIGTERM)
-
     options: dict[str, Any] = {"config": config, "data": {"held_out": [held_out]}}
-    before = signal.signal(signal.SIGTERM, lambda *_: None)
-    try:
-        with pytest.raises(TrainingError, match="SIGTERM"):
-            train(shard, output, on_progress=preempt, **options)
-        (shown,) = logged_by_mlflow(mlflow_uri, "loss")
-        assert [step for step, _ in shown] == [8, 16, 24]
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    with interrupted(), pytest.raises(TrainingError, match="SIGTERM"):
+        train(shard, output, on_progress=preempt_at(8), **options)
+    (shown,) = logged_by_mlflow(mlflow_uri, "loss")
+    assert [step for step, _ in shown] == [8, 16, 24]
     train(shard, output, **options)
     (loss,) = logged_by_mlflow(mlflow_uri, "loss")
     (measured,) = logged_by_mlflow(mlflow_uri, "held_out_loss")

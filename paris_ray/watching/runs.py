@@ -12,6 +12,7 @@ from paris_ray.artifacts import (
     MANIFEST,
     METRICS,
     PROGRESS,
+    RAY_HEAD,
     RESOLVED_CONFIG,
     SAMPLES,
     SPENT,
@@ -37,10 +38,10 @@ MAX_CAPTIONS, MAX_CAPTION_LENGTH = 16, 300
 MAX_PREVIEWS = 64  # that are kept
 MAX_STAGES = 100  # that are told, the last
 LISTED = ("seed", "experts", "router", "distilled/student", "distilled/few_step")
-# One of these is there soon after a run, or an adapter's training, has begun.
+# One of these is there as soon as a run, or an adapter's training, begins.
 BEGUN = (
     *("encoders", "embeddings", "clusters", "experts", "distilled"),
-    *(TIMINGS, IN_PROGRESS, METRICS, PROGRESS),
+    *(TIMINGS, IN_PROGRESS, METRICS, PROGRESS, RAY_HEAD),
 )
 CLUSTERS = f"clusters/{CLUSTERS_FILE}"
 ROUTER, SETTINGS = f"router/{MANIFEST}", f"clusters/{RESOLVED_CONFIG}"
@@ -57,19 +58,19 @@ ADAPTER_FILES = (
 
 
 def check_run(field: str, location: str) -> None:
-    """Raise ConfigError unless there is a run at a location.
+    """Raise ConfigError unless there is a run at a location, or an empty folder for one.
 
     Args:
         field: What the location was given as.
         location: Path or URI.
     """
-    allowed = "the folder of a run, or of an adapter's training, that has begun"
+    allowed = "the folder of a run, or of an adapter's training, or an empty one for it"
     folder = Folder(location)
     if not folder.exists():
         problem = "does not exist"
     elif folder.stamp("") is not None:
         problem = "is a file"
-    elif not any(folder.exists(name) for name in BEGUN):
+    elif not any(folder.exists(name) for name in BEGUN) and not _is_empty(folder):
         problem = f"has none of {', '.join(BEGUN)}"
     else:
         return
@@ -309,6 +310,10 @@ class WatchedRun:
                     self._previews.pop(next(iter(self._previews)))
                 self._previews[key] = known
             return known
+
+
+def _is_empty(folder: Folder) -> bool:
+    return folder.is_local and next(folder.local_path.iterdir(), None) is None
 
 
 def _by_folder(

@@ -2,6 +2,7 @@
 
 import hashlib
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -397,6 +398,19 @@ def test_what_is_no_run_is_refused(
 def test_a_run_is_one_from_its_beginning(tmp_path: Path, name: str) -> None:
     Folder(tmp_path).write(name if "." in name else f"{name}/part.parquet", b"")
     check_run("RUN", str(tmp_path))
+
+
+def test_an_empty_folder_is_watched_until_there_is_something(run: Folder, tmp_path: Path) -> None:
+    place = tmp_path / "beginning"
+    place.mkdir()
+    check_run("RUN", str(place))
+    clock = [0.0]
+    watched = WatchedRun(str(place), clock=lambda: clock[0])
+    told = watched.overview()
+    assert (told["models"], told["stages"], told["problem"]) == ([], [], None)
+    shutil.copytree(run.local_path, place, dirs_exist_ok=True)
+    clock[0] = 60.0
+    assert watched.overview()["models"]
 
 
 def test_a_damaged_file_is_an_error_in_words(run: Folder, tmp_path: Path) -> None:

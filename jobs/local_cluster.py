@@ -19,6 +19,7 @@ from pathlib import Path
 import psutil
 import requests
 
+from paris_ray.artifacts import RAY_HEAD
 from paris_ray.errors import ParisError
 from paris_ray.storage import replacing
 
@@ -35,6 +36,8 @@ DASHBOARD_PORT = 8265
 START_TIMEOUT_S = 60
 STOP_TIMEOUT_S = 10  # for trainings to save; what serves would take longer, and has nothing to lose
 OBJECT_STORE_BYTES = 500_000_000
+# On a busy machine any process may end meanwhile, and what names our folder may be somebody else's.
+OUT_OF_REACH = (psutil.NoSuchProcess, psutil.AccessDenied)
 
 
 class LocalCluster:
@@ -45,7 +48,7 @@ class LocalCluster:
     """
 
     def __init__(self, run_dir: Path) -> None:
-        self.state_file = run_dir / "cluster.json"
+        self.state_file = run_dir / RAY_HEAD
         self.token_file = run_dir / "ray_token"
         self.log_file = run_dir / "ray_head.log"
 
@@ -103,23 +106,23 @@ class LocalCluster:
     def stop(self) -> bool:
         """Stop the head and every process that it started; return whether there was one.
 
-        Each gets SIGTERM itself, so that trainings save at once.
+        Each gets SIGTERM itself, once, so that trainings save at once.
         """
         state = self._state()
         if not state:
             return False
         head, temp_dir = _head_of(state), str(state["temp_dir"])
-        family = set(_processes_of(temp_dir))  # each is told once, however it was found
+        family = set(_processes_of(temp_dir))  # with most of the head's children
         if head is not None:
             family.add(head)
-            with suppress(psutil.NoSuchProcess):  # on a busy machine any may end meanwhile
+            with suppress(*OUT_OF_REACH):
                 family.update(head.children(recursive=True))
             for process in family:
-                with suppress(psutil.NoSuchProcess):
+                with suppress(*OUT_OF_REACH):
                     process.terminate()
         _, alive = psutil.wait_procs(family, timeout=STOP_TIMEOUT_S if head else 0)
         for process in alive:
-            with suppress(psutil.NoSuchProcess):  # it ended just now
+            with suppress(*OUT_OF_REACH):
                 process.kill()
         psutil.wait_procs(alive, timeout=STOP_TIMEOUT_S)
         shutil.rmtree(temp_dir, ignore_errors=True)

@@ -6,7 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -114,4 +114,5 @@ def _stop(process: "subprocess.Popen[bytes]") -> None:
         process.wait()
     _, alive = psutil.wait_procs(family, timeout=STOP_TIMEOUT_S)
     for descendant in alive:
-        descendant.kill()
+        with suppress(psutil.NoSuchProcess):  # it ended just now
+            descendant.kill()

@@ -33,6 +33,7 @@ EVENTS = "events.out.tfevents"  # a name that TensorBoard looks for
 WANDB = "wandb"  # a folder of Weights & Biases' own files
 SAMPLES = "samples"  # a folder of pictures drawn on the way
 IN_PROGRESS = "in_progress.json"
+RAY_HEAD = "cluster.json"  # of a run's own Ray, which is there before anything is made
 LEDGER = "ledger"  # a folder with what making each artefact took
 REPORT = "report.html"  # a page for people; may tell how long things took
 UNHASHED = frozenset(

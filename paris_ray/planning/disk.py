@@ -28,8 +28,8 @@ class ModelBytes:
 
     Attributes:
         weights: Of its weights.
-        checkpoint: Of what its training goes on from: weights, their average, and what its
-            optimisers keep.
+        checkpoint: Of what its training goes on from: weights, their average, what is trained
+            beside it, and what its optimisers keep.
     """
 
     weights: int
@@ -38,9 +38,10 @@ class ModelBytes:
 
 def row_bytes(config: Config) -> dict[str, int | None]:
     """Return the bytes of a row of `embeddings/` by what they hold; None is unknown."""
+    width = feature_width(config.features.model)
     return {
         **trained_row_bytes(config),
-        "features": _feature_bytes(config.features.model),
+        "features": None if width is None else FLOAT32 * width,
         "thumbnail (estimate)": THUMBNAIL_BYTES,
         "key and caption (estimate)": CAPTION_BYTES,
     }
@@ -60,9 +61,10 @@ def trained_row_bytes(config: Config) -> dict[str, int]:
     return {"latents": latents, **mirrored, name: width * variants}
 
 
-def _feature_bytes(model: str) -> int | None:
+def feature_width(model: str) -> int | None:
+    """Return the width of an image model's features; None is unknown."""
     widths = (width for prefix, width in FEATURE_WIDTHS.items() if model.startswith(prefix))
-    return next((FLOAT32 * width for width in widths), None)
+    return next(widths, None)
 
 
 def run_bytes(

@@ -5,7 +5,7 @@ from functools import cache
 
 from paris_ray.config import ExpertConfig, HiddenOptimizer, RouterConfig, TrainingConfig
 from paris_ray.models.flops import CLIP_TEXT_LENGTH, num_tokens, outline, parameter_count
-from paris_ray.training.recipes.muon import num_moments
+from paris_ray.training.recipes.muon import ADAMW_MOMENTS, num_moments
 
 FLOAT16, FLOAT32 = 2, 4  # bytes; bfloat16 has as many as float16
 # Layers of CLIP's text towers by their width: ViT-B and ViT-L, ViT-H, ViT-bigG.
@@ -24,6 +24,7 @@ class Memory:
     autocast: int
     text_encoder: int
     teachers: int = 0
+    projector: int = 0
     activations: int
 
     @property
@@ -38,6 +39,7 @@ def training_memory(
     *,
     text_encoder_parameters: int = 0,
     teacher_parameters: int = 0,
+    projector_parameters: int = 0,
     text_length: int = CLIP_TEXT_LENGTH,
 ) -> Memory:
     """Return the bytes that training takes on its GPU.
@@ -46,22 +48,26 @@ def training_memory(
     (unless `ema_device=cpu`) and 2 for the bfloat16 copy that autocast multiplies with (unless
     `precision=float32`). The frozen text encoder and teachers are in float32. Activations:
     `activation_bytes` of the images that are on the GPU at once, `batch_size / accumulation_steps`.
+    A projector that is trained beside the model is not averaged and has AdamW, and keeps the tokens
+    that it reads in the type of matrix products.
 
     Args:
         model: The architecture.
         training: How it is trained.
         text_encoder_parameters: Of the encoder that runs beside it, 0 if none does.
         teacher_parameters: Of the models that it is distilled from.
+        projector_parameters: Of what alignment trains beside it, 0 without.
         text_length: Text tokens a caption.
     """
     count = parameter_count(model)
     autocast = training.precision != "float32"
+    width = FLOAT16 if autocast else FLOAT32
     activations = activation_bytes(
-        model,
-        FLOAT16 if autocast else FLOAT32,
-        recompute=training.gradient_checkpointing,
-        text_length=text_length,
+        model, width, recompute=training.gradient_checkpointing, text_length=text_length
     )
+    if projector_parameters:
+        activations += width * num_tokens(model) * model.hidden_size
+    beside = FLOAT32 * (2 + ADAMW_MOMENTS) + (FLOAT16 if autocast else 0)
     return Memory(
         weights=FLOAT32 * count,
         gradients=FLOAT32 * count,
@@ -70,6 +76,7 @@ def training_memory(
         autocast=FLOAT16 * count if autocast else 0,
         text_encoder=FLOAT32 * text_encoder_parameters,
         teachers=FLOAT32 * teacher_parameters,
+        projector=beside * projector_parameters,
         activations=training.batch_size // training.accumulation_steps * activations,
     )
 

@@ -15,10 +15,18 @@ from paris_ray.config import (
     Stage,
     TrainingConfig,
 )
-from paris_ray.models.flops import parameter_count, text_length, training_flops_per_image
-from paris_ray.planning.disk import ModelBytes, trained_row_bytes
+from paris_ray.models.flops import (
+    PASSES_OF_A_TRAINING_STEP,
+    num_tokens,
+    parameter_count,
+    text_length,
+    training_flops_per_image,
+)
+from paris_ray.planning.disk import ModelBytes, feature_width, trained_row_bytes
 from paris_ray.planning.durations import SECONDS_PER_DAY, Duration
 from paris_ray.planning.memory import FLOAT32, Memory, text_tower_parameters, training_memory
+from paris_ray.training.recipes.alignment import projector_parameters
+from paris_ray.training.recipes.muon import ADAMW_MOMENTS
 
 GIGA, TERA = 10**9, 10**12
 # The rest is for the CUDA context, the workspaces of libraries, and fragmentation.
@@ -68,11 +76,13 @@ class TrainingPlan:
         stage: Stages follow each other.
         expert: Its number, of an expert.
         num_parameters: Position table included.
+        projector_parameters: Of what alignment trains beside the model, and is no part of it.
         num_rows: Rows of its training data.
         batch_size: Samples a step.
         accumulation_steps: Parts that a batch is cut into.
         num_steps: Optimiser steps.
-        flops_per_image: Of a forward and backward pass, and of what teachers compute.
+        flops_per_image: Of a forward and backward pass, and of what teachers compute; of the
+            projector's in the mean over all steps, of which it has the first share.
         memory: What it takes on a GPU.
         temporary_bytes: What it takes in the temporary folder of its node.
         fits: One answer for each entry of `fleet.gpus`.
@@ -82,6 +92,7 @@ class TrainingPlan:
     stage: Stage
     expert: int | None
     num_parameters: int
+    projector_parameters: int = 0
     num_rows: int
     batch_size: int
     accumulation_steps: int
@@ -106,7 +117,8 @@ class TrainingPlan:
     def on_disk(self) -> ModelBytes:
         """What the model takes there when it is trained."""
         weights = FLOAT32 * self.num_parameters
-        return ModelBytes(weights, 2 * weights + self.memory.optimizer)
+        projector = FLOAT32 * (1 + ADAMW_MOMENTS) * self.projector_parameters
+        return ModelBytes(weights, 2 * weights + self.memory.optimizer + projector)
 
     @property
     def flops(self) -> int:
@@ -136,6 +148,12 @@ def plan_training(
     length = text_length(config)
     reads_tokens = config.text.kind != "minilm" and model.text_embed_dim > 0
     text_encoder = text_tower_parameters(model.text_embed_dim) if reads_tokens else 0
+    row_bytes = sum(trained_row_bytes(config).values())
+    projector = features = 0
+    if isinstance(model, ExpertConfig) and training.alignment_weight:
+        features = feature_width(config.features.model) or 0  # unknown: not counted, as on disk
+        projector = projector_parameters(model.hidden_size, features)
+        row_bytes += FLOAT32 * features
 
     def memory(setting: TrainingConfig) -> Memory:
         return training_memory(
@@ -143,11 +161,16 @@ def plan_training(
             setting,
             text_encoder_parameters=text_encoder,
             teacher_parameters=teachers.num_parameters,
+            projector_parameters=projector,
             text_length=length,
         )
 
     stage: Stage = "expert" if isinstance(name, int) else name
     flops_per_image = training_flops_per_image(model, length) + teachers.flops_per_image
+    if features:
+        macs = num_tokens(model) * (projector - features)  # a bias is no product
+        flops = 2 * PASSES_OF_A_TRAINING_STEP * macs
+        flops_per_image += round(training.alignment_share * flops)
     num_steps = _num_steps(training, num_rows)
 
     def duration(gpu: GpuConfig) -> Duration:
@@ -164,13 +187,14 @@ def plan_training(
         stage=stage,
         expert=name if isinstance(name, int) else None,
         num_parameters=parameter_count(model),
+        projector_parameters=projector,
         num_rows=num_rows,
         batch_size=training.batch_size,
         accumulation_steps=training.accumulation_steps,
         num_steps=num_steps,
         flops_per_image=flops_per_image,
         memory=memory(training),
-        temporary_bytes=num_rows * sum(trained_row_bytes(config).values()),
+        temporary_bytes=num_rows * row_bytes,
         fits=tuple(_fit(training, memory, gpu) for gpu in config.fleet.gpus),
         durations=tuple(map(duration, config.fleet.gpus)),
     )

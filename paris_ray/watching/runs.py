@@ -12,6 +12,7 @@ from paris_ray.artifacts import (
     MANIFEST,
     METRICS,
     PROGRESS,
+    RAY_HEAD,
     RESOLVED_CONFIG,
     SAMPLES,
     SPENT,
@@ -37,10 +38,10 @@ MAX_CAPTIONS, MAX_CAPTION_LENGTH = 16, 300
 MAX_PREVIEWS = 64  # that are kept
 MAX_STAGES = 100  # that are told, the last
 LISTED = ("seed", "experts", "router", "distilled/student", "distilled/few_step")
-# One of these is there as soon as a run, or an adapter's training, has begun: its job's lock first.
+# One of these is there as soon as a run, or an adapter's training, has begun: its Ray, or a lock.
 BEGUN = (
-    *("encoders", "embeddings", "clusters", "experts", "distilled", LOCKS),
-    *(TIMINGS, IN_PROGRESS, METRICS, PROGRESS),
+    *("encoders", "embeddings", "clusters", "experts", "distilled"),
+    *(TIMINGS, IN_PROGRESS, METRICS, PROGRESS, RAY_HEAD, LOCKS),
 )
 CLUSTERS = f"clusters/{CLUSTERS_FILE}"
 ROUTER, SETTINGS = f"router/{MANIFEST}", f"clusters/{RESOLVED_CONFIG}"

@@ -28,7 +28,7 @@ from paris_ray.config import (
 from paris_ray.encoders.images import register_packaged_models
 from paris_ray.errors import ConfigError
 from paris_ray.models import Expert, Router
-from paris_ray.models.flops import forward_macs, parameter_count
+from paris_ray.models.flops import forward_macs, num_tokens, parameter_count
 from paris_ray.planning import (
     Fit,
     Memory,
@@ -42,6 +42,7 @@ from paris_ray.planning.disk import FEATURE_WIDTHS, row_bytes
 from paris_ray.planning.durations import Duration
 from paris_ray.planning.memory import text_tower_parameters
 from paris_ray.planning.schedule import schedule
+from paris_ray.training.recipes import recipe_of
 from paris_ray.training.recipes.muon import optimizers
 from paris_ray.training.schedule import with_steps
 
@@ -228,6 +229,39 @@ def test_a_plan_has_one_moment_of_what_muon_trains_in_memory_and_on_disk() -> No
     assert less == [4 * matrices] * seed_and_experts + [0]  # the router has AdamW
     on_disk = without.run_bytes["checkpoints"] - result.run_bytes["checkpoints"]
     assert on_disk == seed_and_experts * 4 * matrices
+
+
+def test_a_plan_counts_the_projector_of_alignment_while_it_is_trained() -> None:
+    config = load("quickstart+alignment")
+    without, result = plan(load("quickstart")), plan(config)
+    expert, training, num_features = config.expert, config.training, 128
+    recipe = recipe_of(training, expert, num_features)
+    count = sum(p.numel() for p in recipe.heads.parameters())
+    before, after = without.trainings[-2], result.trainings[-2]
+    assert (before.stage, after.stage) == ("expert", "expert")
+    assert (before.projector_parameters, after.projector_parameters) == (0, count)
+    assert after.num_parameters == before.num_parameters, "it is no part of the expert"
+    macs = num_tokens(expert) * 9 * expert.hidden_size * num_features
+    flops = round(6 * training.alignment_share * macs)
+    assert after.flops_per_image - before.flops_per_image == flops
+    adamw = optimizers([recipe.heads], training)
+    for parameter in recipe.heads.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    adamw[0].step()
+    moments = sum(4 * m.numel() for s in adamw[0].state.values() for m in s.values() if m.dim() > 0)
+    memory = training_memory(expert, replace(training, precision="float32"))
+    more = training_memory(
+        expert, replace(training, precision="float32"), projector_parameters=count
+    )
+    assert more.projector == 8 * count + moments
+    images = training.batch_size // training.accumulation_steps
+    tokens = 4 * num_tokens(expert) * expert.hidden_size
+    assert more.activations - memory.activations == images * tokens
+    assert after.on_disk.checkpoint - before.on_disk.checkpoint == 4 * count + moments
+    assert after.on_disk.weights == before.on_disk.weights
+    rows = after.num_rows
+    assert after.temporary_bytes - before.temporary_bytes == rows * 4 * num_features
+    assert without.trainings[-1].memory == result.trainings[-1].memory  # the router's
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ Source: REPA, Yu et al. 2024 (arXiv:2410.06940); iREPA, Singh et al. 2025 (arXiv
 it is to stop early, HASTE, Wang et al. 2025 (arXiv:2505.16792).
 """
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -52,3 +53,11 @@ class Alignment(Technique):
 def new_projector(hidden_size: int, num_features: int) -> nn.Conv2d:
     """Return a projector of tokens to features, with weights of torch's own choice."""
     return nn.Conv2d(hidden_size, num_features, kernel_size=3, padding=1)
+
+
+def projector_parameters(hidden_size: int, num_features: int) -> int:
+    """Return the number of parameters of such a projector; nothing is allocated."""
+    if not num_features:
+        return 0
+    with torch.device("meta"):
+        return sum(p.numel() for p in new_projector(hidden_size, num_features).parameters())

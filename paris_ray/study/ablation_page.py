@@ -13,11 +13,12 @@ CANNOT_SHOW = """\
 One model of everything on a corpus of drawings, by its share of held-out captions of which all
 attributes are right. A recipe that wins here may lose where models, pictures and trainings are
 larger, and the other way round: the papers' own numbers begin at tens of thousands of steps, and
-this ends long before. Values of a recipe (`configs/recipes/`) are its paper's and not tuned here.
-Each training has a whole schedule of its own, so the points of a curve are trainings of different
-lengths, with straight lines between them. CPU-seconds are those of the training processes, held-out
-losses among them, and depend on the machine and on what else it does. Differences smaller than the
-spread over seeds say nothing; one seed has no spread."""
+this ends long before. Values of a recipe (`configs/recipes/`) are its paper's and not tuned here,
+but for Muon's rate ([decisions.md](decisions.md), 81). Each training has a whole schedule of its
+own, so the points of a curve are trainings of different lengths, with straight lines between them.
+CPU-seconds are those of the training processes, held-out losses among them, and depend on the
+machine and on what else it does: arms that were taken from an earlier page (`--known`) are of
+another hour. Differences smaller than the spread over seeds say nothing; one seed has no spread."""
 
 
 def ablation_page(ablation: Mapping[str, Any]) -> str:

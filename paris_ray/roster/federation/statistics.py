@@ -39,7 +39,7 @@ VIRTUAL, MAX_VIRTUAL = 2000, 200_000  # features that are drawn of a cluster, an
 DECAY = 1e-4  # of the last layer's squared weights, beside the mean negative log likelihood
 ITERATIONS = 100
 BISECTIONS = 100
-MOST_TIMES = 10  # that a cluster's share may be of the coordinator's own, or that of it
+MOST_ODDS = 10  # by which claims may change the odds of some clusters against the others
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,9 +174,11 @@ def _features(
 def bounded_shares(claimed: Sequence[int], own: Sequence[int]) -> list[float]:
     """Return which share of all rows each cluster is taken to have; together they are 1.
 
-    They are in proportion to what is claimed, but none is more than MOST_TIMES the share of the
-    coordinator's own rows, nor less than that part of it: a claim cannot be checked, and one of
-    10^12 rows would have the router choose its cluster whatever comes.
+    They are in proportion to what is claimed, but none is more than sqrt(MOST_ODDS) times the share
+    of the coordinator's own rows, nor less than that part of it: a claim cannot be checked, and one
+    of 10^12 rows would have the router choose its cluster whatever comes. So whatever some clusters
+    claim together, and however many there are, their odds against all others change by at most
+    MOST_ODDS: they have at most sqrt(MOST_ODDS) times their share, the others at least that part.
 
     Args:
         claimed: How many rows each site says its cluster has, at least 1 each.
@@ -184,12 +186,12 @@ def bounded_shares(claimed: Sequence[int], own: Sequence[int]) -> list[float]:
     """
     claims, fair = np.array(claimed, np.float64), np.array(own, np.float64) / sum(own)
     claims /= claims.sum()
-    low, high = fair / MOST_TIMES, fair * MOST_TIMES
+    low, high = fair / np.sqrt(MOST_ODDS), fair * np.sqrt(MOST_ODDS)
 
     def shares(log_scale: float) -> NDArray[np.float64]:
         return np.clip(claims * np.exp(log_scale), low, high)
 
-    # At one end all are at their least and make 1 / MOST_TIMES, at the other at their most.
+    # At one end all are at their least, and make less than 1; at the other they are at their most.
     least, most = np.log(low / claims).min(), np.log(high / claims).max()
     for _ in range(BISECTIONS):
         middle = (least + most) / 2

@@ -1,6 +1,7 @@
 """A federation from the coordinator's run to the bundle, and what leaves a site on the way."""
 
 import shutil
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,6 +9,8 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from paris_ray.artifacts import publish, read_manifest
 from paris_ray.bundle import Bundle
@@ -23,6 +26,8 @@ from paris_ray.run import BUNDLE, EMBEDDINGS, EXPERT_WEIGHTS, FEDERATION, ROUTER
 from paris_ray.sampling import generate
 from paris_ray.training.data import load_dataset
 from tests.federations import CLUSTERS_OF, NUM_CLUSTERS, ROWS, WIDTH, Federation, write_federation
+
+LEAST = 10**-0.5  # that a cluster's share may be of the coordinator's own
 
 
 @pytest.fixture(scope="module")
@@ -109,19 +114,42 @@ def test_the_router_is_trained_on_rows_that_all_share(
 @pytest.mark.parametrize(
     ("claimed", "own", "expected"),
     [
-        ([10, 20, 70], [1, 1, 1], [0.1, 0.2, 0.7]),
-        ([10**12, 40, 40], [40, 40, 40], [14 / 15, 1 / 30, 1 / 30]),
-        ([500, 300, 200], [10, 495, 495], [0.1, 0.54, 0.36]),
-        ([1, 1], [10**9, 1], [1 - 1e-8, 1e-8]),
+        ([15, 20, 65], [1, 1, 1], [0.15, 0.2, 0.65]),
+        ([10**12, 40, 40], [40, 40, 40], [1 - 2 / 3 * LEAST, LEAST / 3, LEAST / 3]),
+        ([500, 300, 200], [10, 495, 495], [0.01 / LEAST, 0.6 - 0.006 / LEAST, 0.4 - 0.004 / LEAST]),
+        ([1, 1], [10**9, 1], [1 - 1e-9 / LEAST, 1e-9 / LEAST]),
     ],
 )
-def test_a_share_is_at_most_ten_times_the_coordinators(
+def test_shares_are_as_claimed_within_bounds(
     claimed: list[int], own: list[int], expected: list[float]
 ) -> None:
+    assert bounded_shares(claimed, own) == pytest.approx(expected, rel=1e-6)
+
+
+@given(
+    st.lists(
+        st.tuples(st.integers(1, 10**12), st.integers(1, 10**6), st.booleans()),
+        min_size=2,
+        max_size=20,
+    )
+)
+def test_no_claim_changes_the_odds_of_its_clusters_more_than_ten_times(
+    clusters: list[tuple[int, int, bool]],
+) -> None:
+    """Whoever claims what: of some clusters against all others, few or many."""
+    claimed, own, theirs = zip(*clusters, strict=True)
     shares = bounded_shares(claimed, own)
-    assert shares == pytest.approx(expected, rel=1e-6)
-    for share, rows in zip(shares, own, strict=True):
-        assert 0.1 - 1e-9 <= share / (rows / sum(own)) <= 10 + 1e-9
+    assert sum(shares) == pytest.approx(1)
+    if len(set(theirs)) == 1:
+        return
+
+    def odds(amounts: Sequence[float]) -> float:
+        mine = sum(amount for amount, among in zip(amounts, theirs, strict=True) if among)
+        return mine / sum(
+            amount for amount, among in zip(amounts, theirs, strict=True) if not among
+        )
+
+    assert 0.1 - 1e-6 <= odds(shares) / odds(own) <= 10 + 1e-6
 
 
 def test_a_site_that_shares_no_rows_is_named(federation: Federation, tmp_path: Path) -> None:

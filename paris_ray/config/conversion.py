@@ -1,6 +1,6 @@
 """Sections from JSON and back, the setup of single experts, and what a result depends on."""
 
-from dataclasses import replace
+from dataclasses import fields, is_dataclass, replace
 from typing import Any, TypeVar
 
 from omegaconf import OmegaConf
@@ -34,8 +34,7 @@ def from_dict(section: type[Section], values: object, source: str) -> Section:
     if "${" in str(values):  # OmegaConf would expand it, for example to environment variables
         raise ConfigError(f"{source} holds an interpolation, which is not allowed here")
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(section), values)
-        typed = OmegaConf.to_object(merged)
+        found = typed(section, OmegaConf.merge(OmegaConf.structured(section), values))
     except ConfigKeyError as error:
         allowed = ", ".join(to_dict(section))
         raise ConfigError(
@@ -45,8 +44,35 @@ def from_dict(section: type[Section], values: object, source: str) -> Section:
         raise ConfigError(f"{source}: {error.full_key}: {str(error).splitlines()[0]}") from None
     except (TypeError, ValueError, OverflowError) as error:  # such as numbers of hundreds of digits
         raise ConfigError(f"{source}: {error}") from None
-    assert isinstance(typed, section)
-    return typed
+    return found
+
+
+def typed(root: type[Section], merged: Any) -> Section:
+    """Return the section that OmegaConf holds.
+
+    Raises:
+        ConfigError: if a list has a list or a mapping where it is to have a single value, which
+            OmegaConf does not look at.
+    """
+    found = OmegaConf.to_object(merged)
+    assert isinstance(found, root)
+    _refuse_nested(found, "")
+    return found
+
+
+def _refuse_nested(section: Any, where: str) -> None:
+    for field in fields(section):
+        value, name = getattr(section, field.name), f"{where}{field.name}"
+        if is_dataclass(value):
+            _refuse_nested(value, f"{name}.")
+        elif "dict" not in str(field.type) and _has_containers(value):
+            raise ConfigError(f"{name}={value!r:.80} is not allowed: a list of single values")
+
+
+def _has_containers(value: Any) -> bool:
+    return isinstance(value, list | tuple) and any(
+        isinstance(item, list | tuple | dict) for item in value
+    )
 
 
 def to_yaml(config: Config | LoRARun | FleetConfig) -> str:

@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from paris_ray.config.checks import check, check_lora_run
-from paris_ray.config.conversion import from_dict, to_dict
+from paris_ray.config.conversion import from_dict, to_dict, typed
 from paris_ray.config.corpus import with_own_labels
 from paris_ray.config.fleet import FleetConfig, GpuConfig
 from paris_ray.config.lora import LoRARun
@@ -235,8 +235,7 @@ def with_overrides(config: Config, overrides: Sequence[str]) -> Config:
     """
     with _explained(Config, "an override"):
         changes = _read_overrides(Config, overrides)
-        changed = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(config), changes))
-    assert isinstance(changed, Config)
+        changed = typed(Config, OmegaConf.merge(OmegaConf.structured(config), changes))
     check(changed)
     return changed
 
@@ -257,8 +256,7 @@ def with_fleet(config: Config, path: str) -> Config:
         gpus = values.get("gpus")
         for i, gpu in enumerate(gpus if isinstance(gpus, list) else ()):
             from_dict(GpuConfig, gpu, f"fleet={path!r}: gpus[{i}]")  # tells of which it is
-        fleet = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(config.fleet), given))
-    assert isinstance(fleet, FleetConfig)
+        fleet = typed(FleetConfig, OmegaConf.merge(OmegaConf.structured(config.fleet), given))
     changed = replace(config, fleet=fleet)
     check(changed)
     return changed
@@ -280,9 +278,7 @@ def _load(
 ) -> Root:
     with _explained(root, f"config={name_or_path!r} or an override"):
         changes, document = _read_overrides(root, overrides), _read_yaml(name_or_path, packaged)
-        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(root), document, changes))
-    assert isinstance(config, root)
-    return config
+        return typed(root, OmegaConf.merge(OmegaConf.structured(root), document, changes))
 
 
 def local_paths(config: Config) -> dict[str, str]:
@@ -311,8 +307,15 @@ def local_paths(config: Config) -> dict[str, str]:
         "federation.folder": config.federation.folder,
         "corpus.path": config.corpus.path,
     }
-    paths |= {key: path for key, path in models.items() if Path(path or "").exists()}
+    paths |= {key: path for key, path in models.items() if path is not None and _is_there(path)}
     return {key: path for key, path in paths.items() if path}
+
+
+def _is_there(path: str) -> bool:
+    try:
+        return Path(path).exists()
+    except OSError:  # its name is too long for one
+        return False
 
 
 def with_absolute_paths(config: Config) -> Config:

@@ -92,7 +92,8 @@ def test_an_ablation_lists_its_arms() -> None:
     result = run_job("ablate", "--recipes", "muon", "--seeds", "1", "--dry-run")
     assert (result.returncode, result.stderr) == (0, "")
     names = [line.split()[0] for line in result.stdout.splitlines()]
-    assert names == ["base-x0.5.0", "base.0", "muon-x0.5.0", "muon.0"]
+    lengths = ("-x0.5", "-x0.625", "")
+    assert names == [f"{recipe}{length}.0" for recipe in ("base", "muon") for length in lengths]
     for option, value, allowed in (
         ("--recipes", "moon", "recipe='moon' is not allowed: one of alignment, "),
         ("--write", "ablation.txt", "--write='ablation.txt' is not allowed: a name that ends in"),

@@ -98,7 +98,8 @@ def test_a_finished_run_of_before_recipes_is_still_finished() -> None:
     expected = "564f8b2f6a87beea4edf41738414b1e1266f7248db14b6e23ff7b39f29dc0622"
     trainings = ("seed_training", "training")
     plain = [f"{each}.{o}" for each in trainings for o in ("hidden_optimizer=adamw", "muon_rate=1")]
-    assert digest(load("quickstart", plain), *sections) == expected
+    before = ["seed_training.steps=1500", "training.steps=545"]
+    assert digest(load("quickstart", [*plain, *before]), *sections) == expected
     assert "layersync_weight" not in identity(TRAINING)
     assert identity(replace(TRAINING, layersync_weight=0.1))["layersync_weight"] == 0.1
 

@@ -934,8 +934,8 @@ MALFORMED: dict[str, tuple[str, dict[str, Any], str]] = {
     "a text for a number": ("call", CALL | {"seq": "0"}, "seq of call must be"),
     "a fraction": ("call", CALL | {"seq": 0.5}, "seq of call must be"),
     "a truth value": ("call", CALL | {"seq": True}, "seq of call must be"),
-    "a number of 400 digits": ("call", CALL | {"seq": 10**400}, "the adapter has none"),
-    "a huge exponent": ("call", CALL | {"exponent": 2**70}, "the adapter has none"),
+    "a number of 400 digits": ("call", CALL | {"seq": 10**400}, "seq of call must be"),
+    "a huge exponent": ("call", CALL | {"exponent": 2**70}, "exponent of call must be"),
     "a missing module": (
         "call",
         {k: v for k, v in CALL.items() if k != "modules"},
